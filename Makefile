@@ -1,0 +1,47 @@
+# Two commands are all a fresh machine needs: `make demo` and `make test`. Everything lives in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUNDLE := artifacts/smollm2-135m
+
+.PHONY: setup demo test lint types check bench compat clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 setup" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+$(BUNDLE)/manifest.json: | $(STAMP)
+	$(BIN)/llm-export smollm2 -o $(BUNDLE)
+
+demo: setup $(BUNDLE)/manifest.json
+	@echo
+	@echo "> What is the capital of France?"
+	@$(BIN)/llm-chat $(BUNDLE) --temperature 0 --ask "What is the capital of France?"
+	@echo
+	@echo "Open the chat with:  $(BIN)/llm-chat"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: setup $(BUNDLE)/manifest.json
+	$(BIN)/llm-bench $(BUNDLE)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

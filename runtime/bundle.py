@@ -1,0 +1,206 @@
+"""The bundle folder: its manifest, and the proof that its files are whole. Knows nothing of onnxruntime or of text.
+
+docs/bundle.md describes the format. The exporter writes it through `FORMAT_VERSION` and `manifest_entry`;
+everybody reads it through `Bundle.open`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llm_edge.runtime.errors import BundleError
+from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a caller of the graph has to know of the model.
+
+    Attributes:
+        vocab_size: V, width of the logits.
+        num_hidden_layers: pairs of cache tensors.
+        num_key_value_heads: K of the cache's shape [B, K, tokens, D].
+        head_dim: D of the cache's shape.
+        max_position_embeddings: tokens a context holds at most.
+    """
+
+    vocab_size: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionInfo:
+    """One graph of a bundle.
+
+    Attributes:
+        name: as `--precision` takes it.
+        model: path of the `.onnx` file inside the bundle; its weights lie beside it in `<file>_data`.
+        recipe: what is stored how, for people.
+        share_buffer: past and present may be one buffer (GroupQueryAttention).
+        size: bytes of graph and weights.
+        parity: figures of the comparison with the reference.
+        quality: figures of the comparison with fp32; empty for fp32 itself.
+    """
+
+    name: str
+    model: str
+    recipe: str
+    share_buffer: bool
+    size: int
+    parity: Mapping[str, Any]
+    quality: Mapping[str, Any]
+
+
+class Bundle:
+    """A bundle folder that has been opened: the manifest was read and every file is there in its full size.
+
+    `verify` compares contents; `Model.load` does so for all it is about to read.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.name = _field(manifest, "name", str)
+        shape = _field(manifest, "model", dict)
+        self.shape = ModelShape(**{key: _count(shape, key) for key in ModelShape.__slots__})
+        self._files = _field(manifest, "files", dict)
+        entries = _field(manifest, "precisions", dict)
+        if not entries:
+            raise BundleError(f"{path / MANIFEST}: no precision in it: export the bundle again")
+        self.precisions: dict[str, PrecisionInfo] = {
+            name: self._precision(name, entry) for name, entry in entries.items()
+        }
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a folder.
+
+        Raises:
+            BundleError: not a bundle, one of another format version, or one with missing or cut files.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise BundleError(f"{path}: no such bundle folder: make one with llm-export")
+        if not (path / MANIFEST).is_file():
+            raise BundleError(f"{path} has no {MANIFEST}, so it is no llm-edge bundle: make one with llm-export")
+        manifest = read_json(path / MANIFEST)
+        version = manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{path / MANIFEST}: format version {version!r}, this runtime reads {FORMAT_VERSION}: "
+                "export the bundle again"
+            )
+        bundle = cls(path, manifest)
+        for name, entry in bundle._files.items():
+            file = inside(path, name)
+            if not file.is_file():
+                raise BundleError(f"{file} is missing: export the bundle again")
+            size = _count(entry, "size", least=0)
+            if file.stat().st_size != size:
+                raise BundleError(
+                    f"{file} has {file.stat().st_size} bytes, the manifest says {size}: export the bundle again"
+                )
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists.
+
+        Raises:
+            BundleError: it is not listed.
+        """
+        if name not in self._files:
+            raise BundleError(f"{self.path / MANIFEST} lists no {name}: export the bundle again")
+        return inside(self.path, name)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Content of one of the bundle's JSON files."""
+        return read_json(self.file(name), limit=256 * MIB)
+
+    def chat_template(self) -> str | None:
+        """Source of the chat template, or None."""
+        if "chat_template.jinja" not in self._files:
+            return None
+        return read_text(self.file("chat_template.jinja"), MIB)
+
+    def precision(self, name: str | None = None) -> PrecisionInfo:
+        """A precision by name; None takes int8 where there is one, else the first.
+
+        Raises:
+            BundleError: the bundle does not hold it.
+        """
+        if name is None:
+            name = "int8" if "int8" in self.precisions else next(iter(self.precisions))
+        if name not in self.precisions:
+            raise BundleError(f"{self.path} holds no precision {name!r}; it holds {', '.join(self.precisions)}")
+        return self.precisions[name]
+
+    def verify(self, precision: str | None = None) -> None:
+        """Compare sha256 of every file, or of the files one precision needs.
+
+        Raises:
+            BundleError: a file was changed.
+        """
+        others = {
+            name
+            for info in self.precisions.values()
+            if precision is not None and info.name != precision
+            for name in _graph_files(info.model)
+        }
+        for name, entry in self._files.items():
+            if name in others:
+                continue
+            path = inside(self.path, name)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry.get("sha256"):
+                raise BundleError(f"{path} does not match its checksum: it was changed, export the bundle again")
+
+    def _precision(self, name: str, entry: Any) -> PrecisionInfo:
+        if not isinstance(entry, dict):
+            raise BundleError(f"{self.path / MANIFEST}: precisions.{name} is not an object: export the bundle again")
+        model = _field(entry, "model", str)
+        return PrecisionInfo(
+            name=name,
+            model=model,
+            recipe=_field(entry, "recipe", str),
+            share_buffer=_field(entry, "share_buffer", bool),
+            size=sum(_count(_field(self._files, file, dict), "size", least=0) for file in _graph_files(model)),
+            parity=_field(entry, "parity", dict),
+            quality=_field(entry, "quality", dict),
+        )
+
+
+def _graph_files(model: str) -> Iterable[str]:
+    return (model, f"{model}_data")
+
+
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: its size in bytes and its sha256."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _field(mapping: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    value = mapping.get(key) if isinstance(mapping, Mapping) else None
+    if not isinstance(value, kind):
+        raise BundleError(f"{MANIFEST}: {key} is missing or not of type {kind.__name__}: export the bundle again")
+    return value
+
+
+def _count(mapping: Mapping[str, Any], key: str, least: int = 1) -> int:
+    value = _field(mapping, key, int)
+    if isinstance(value, bool) or not least <= value < 1 << 48:
+        raise BundleError(f"{MANIFEST}: {key} is {value!r}: export the bundle again")
+    return value

@@ -1,0 +1,86 @@
+"""Keys and values of one conversation, on the provider's device. Knows nothing of tokens or text.
+
+Shapes are [1, K, capacity or tokens, D] for K key/value heads of size D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+_FIRST_CAPACITY = 256
+
+
+class KVCache(Protocol):
+    """The cache side of a step: `bind` before the session runs, `advance` behind it."""
+
+    def bind(self, binding: Any, past: int, new: int) -> None:
+        """Bind past and present tensors of a step over `new` tokens behind `past`."""
+
+    def advance(self, binding: Any) -> None:
+        """Keep what the step made."""
+
+
+class SharedCache:
+    """One buffer a tensor that is past and present at once: nothing is copied from step to step.
+
+    Buffers start small and double, up to `limit` tokens; they are bound again only when they grow.
+    """
+
+    def __init__(
+        self, names: list[str], heads: int, head_dim: int, dtype: np.dtype[Any], device: str, limit: int
+    ) -> None:
+        self._names = names
+        self._shape = (heads, head_dim)
+        self._dtype = dtype
+        self._device = device
+        self._limit = limit
+        self._values: list[Any] = []
+        self.capacity = 0
+
+    def bind(self, binding: Any, past: int, new: int) -> None:
+        """See `KVCache`."""
+        if past + new <= self.capacity:
+            return
+        self._grow(past, past + new)
+        for name, value in zip(self._names, self._values, strict=True):
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+
+    def advance(self, binding: Any) -> None:
+        """See `KVCache`: the step wrote in place."""
+
+    def _grow(self, used: int, needed: int) -> None:
+        heads, head_dim = self._shape
+        capacity = max(needed, min(max(2 * self.capacity, _FIRST_CAPACITY), self._limit))
+        old, self._values = self._values, []
+        for index in range(len(self._names)):
+            buffer = np.zeros((1, heads, capacity, head_dim), dtype=self._dtype)
+            if old:
+                buffer[:, :, :used] = old[index].numpy()[:, :, :used]
+                old[index] = None  # so that old and new buffers are never all there at once
+            self._values.append(ort.OrtValue.ortvalue_from_numpy(buffer, self._device, 0))
+        self.capacity = capacity
+
+
+class GrowingCache:
+    """A new present tensor each step, for graphs whose operators cannot write in place."""
+
+    def __init__(self, names: list[str], heads: int, head_dim: int, dtype: np.dtype[Any], device: str) -> None:
+        self._names = names
+        self._device = device
+        empty = np.zeros((1, heads, 0, head_dim), dtype=dtype)
+        self._empty = ort.OrtValue.ortvalue_from_numpy(empty, device, 0)
+        self._values: list[Any] = []
+
+    def bind(self, binding: Any, past: int, new: int) -> None:  # noqa: ARG002
+        """See `KVCache`."""
+        for index, name in enumerate(self._names):
+            binding.bind_ortvalue_input(f"past_key_values.{name}", self._values[index] if past else self._empty)
+            binding.bind_output(f"present.{name}", self._device, 0)
+
+    def advance(self, binding: Any) -> None:
+        """See `KVCache`."""
+        self._values = binding.get_outputs()[-len(self._names) :]

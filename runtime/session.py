@@ -1,0 +1,208 @@
+"""A bundle's graph at work: token ids in, logits out, over a cache. Knows nothing of text or sampling.
+
+onnxruntime's official builds report usage to their maker; importing this module turns that off.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the library starts
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from llm_edge.runtime.bundle import ModelShape
+from llm_edge.runtime.errors import (
+    BundleError,
+    ContextLengthError,
+    MachineError,
+    ParameterError,
+    ProviderError,
+)
+from llm_edge.runtime.kv_cache import GrowingCache, KVCache, SharedCache
+
+PROVIDERS = ("auto", "cpu", "cuda")
+CHUNK = 512
+"""Tokens a step takes at most, so that memory and the time to a cancel stay bounded."""
+
+_TYPES: Mapping[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+
+Logits = npt.NDArray[np.float32]
+
+
+class Session:
+    """One conversation's cache over one graph.
+
+    Args:
+        path: the `.onnx` file.
+        shape: what the graph must look like.
+        share_buffer: past and present may be one buffer.
+        provider: `cpu`, `cuda`, or `auto`: CUDA where this onnxruntime has it, else the CPU.
+        threads: of onnxruntime inside an operator; None leaves it the physical cores.
+        spinning: idle threads wait busily, which is fastest where one session has the machine to itself.
+
+    Attributes:
+        length: tokens in the cache.
+        run_seconds: time spent inside onnxruntime so far.
+
+    Raises:
+        BundleError: the graph does not load or is not of the shape the manifest says.
+        ProviderError: CUDA was asked for and is not there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: ModelShape,
+        share_buffer: bool,
+        provider: str = "auto",
+        threads: int | None = None,
+        *,
+        spinning: bool = True,
+    ) -> None:
+        self.shape = shape
+        self.provider = _choose_provider(provider)
+        self.length = 0
+        self.run_seconds = 0.0
+        if threads is not None and not 1 <= threads <= 1024:
+            raise ParameterError(f"threads is {threads}; 1 to 1024 are possible")
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = {
+            "cpu": ["CPUExecutionProvider"],
+            "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        }
+        try:
+            self._session = ort.InferenceSession(path, options, providers=providers[self.provider])
+        except MemoryError as error:
+            raise MachineError(f"{path}: not enough memory to load it") from error
+        except Exception as error:
+            raise BundleError(f"{path}: onnxruntime cannot load it ({_one_line(error)})") from error
+        if self.provider == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            if provider == "cuda":
+                raise ProviderError(
+                    "provider cuda: onnxruntime could not start CUDA here (driver, CUDA or cuDNN libraries missing); "
+                    "use provider='cpu' or 'auto'"
+                )
+            self.provider = "cpu"
+
+        names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
+        dtype = self._cache_type(path, names)
+        heads, head_dim = self.shape.num_key_value_heads, self.shape.head_dim
+        self._cache: KVCache = (
+            SharedCache(names, heads, head_dim, dtype, self.provider, self.shape.max_position_embeddings)
+            if share_buffer
+            else GrowingCache(names, heads, head_dim, dtype, self.provider)
+        )
+        self._binding = self._session.io_binding()
+        # Small inputs live in these arrays: bound by address, changed in place.
+        self._ids = np.zeros(CHUNK, dtype=np.int64)
+        self._mask = np.ones(self.shape.max_position_embeddings, dtype=np.int64)
+        self._keep = np.zeros((), dtype=np.int64)
+        self._logits: Logits = np.zeros((1, self.shape.vocab_size), dtype=np.float32)
+        self._bound: tuple[int, int] = (-1, -1)
+        self._bind("num_logits_to_keep", self._keep, [])
+
+    @property
+    def limit(self) -> int:
+        """Tokens the context holds at most."""
+        return self.shape.max_position_embeddings
+
+    def step(self, tokens: Sequence[int] | npt.NDArray[np.int64], num_logits: int = 1) -> Logits:
+        """Run new tokens over the cache and keep theirs in it.
+
+        Args:
+            tokens: 1 to `CHUNK` token ids.
+            num_logits: logits of the last n of them; 0 gives all.
+
+        Returns:
+            logits [n, V]. The array is the session's own: the next step with as many logits overwrites it.
+
+        Raises:
+            ContextLengthError: they do not fit into the context any more.
+        """
+        new, past = len(tokens), self.length
+        if past + new > self.limit:
+            raise ContextLengthError(past + new, self.limit)
+        rows = num_logits or new
+        self._ids[:new] = tokens
+        if self._bound != (new, rows):
+            self._keep[...] = num_logits
+            if rows != len(self._logits):
+                self._logits = np.zeros((rows, self.shape.vocab_size), dtype=np.float32)
+            self._bind("input_ids", self._ids, [1, new])
+            self._bind_logits()
+            self._bound = (new, rows)
+        self._bind("attention_mask", self._mask, [1, past + new])
+        self._cache.bind(self._binding, past, new)
+        began = time.perf_counter()
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except MemoryError as error:
+            raise MachineError(f"not enough memory for a step over {new} tokens behind {past}") from error
+        except Exception as error:
+            raise MachineError(f"a step over {new} tokens behind {past} failed ({_one_line(error)})") from error
+        self.run_seconds += time.perf_counter() - began
+        self._cache.advance(self._binding)
+        self.length = past + new
+        return self._logits
+
+    def reset(self) -> None:
+        """Forget the conversation; buffers stay."""
+        self.length = 0
+
+    def _bind(self, name: str, array: npt.NDArray[Any], shape: list[int]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+    def _bind_logits(self) -> None:
+        rows, width = self._logits.shape
+        self._binding.bind_output("logits", "cpu", 0, np.float32, [1, rows, width], self._logits.ctypes.data)
+
+    def _cache_type(self, path: Path, names: list[str]) -> np.dtype[Any]:
+        """Type of the cache; the graph must have the inputs and outputs that the manifest promises."""
+        inputs = {node.name: node for node in self._session.get_inputs()}
+        wanted = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)}
+        outputs = {node.name for node in self._session.get_outputs()}
+        if inputs.keys() != wanted or outputs != {"logits", *(f"present.{name}" for name in names)}:
+            raise BundleError(f"{path}: the graph's inputs and outputs are not those of a decoder with a cache")
+        shape = [*self._session.get_outputs()[0].shape]
+        if shape[-1] != self.shape.vocab_size:
+            raise BundleError(f"{path}: the graph's vocabulary is {shape[-1]}, not {self.shape.vocab_size}")
+        cache = inputs[f"past_key_values.{names[0]}"]
+        if cache.type not in _TYPES:
+            raise BundleError(f"{path}: a cache of type {cache.type} is not supported")
+        if [cache.shape[1], cache.shape[3]] != [self.shape.num_key_value_heads, self.shape.head_dim]:
+            raise BundleError(f"{path}: the graph's cache is {cache.shape}, the manifest says otherwise")
+        return _TYPES[cache.type]
+
+
+def _choose_provider(provider: str) -> str:
+    if provider not in PROVIDERS:
+        raise ParameterError(f"provider is {provider!r}; {', '.join(PROVIDERS)} are possible")
+    available = "CUDAExecutionProvider" in ort.get_available_providers()
+    if provider == "cuda" and not available:
+        raise ProviderError(
+            "provider cuda: this onnxruntime has no CUDA; install the extra llm-edge[gpu] or use provider='cpu'"
+        )
+    if provider == "auto":
+        return "cuda" if available else "cpu"
+    return provider
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

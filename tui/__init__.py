@@ -1,0 +1,1 @@
+"""The terminal: `llm-chat`."""

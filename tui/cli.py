@@ -1,0 +1,118 @@
+"""`llm-chat`: arguments alone; heavy modules are imported once the arguments are known to be good."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_edge.runtime.command import run
+
+if TYPE_CHECKING:
+    from llm_edge.runtime.generate import Model
+    from llm_edge.runtime.sampler import SamplingParams
+
+DEFAULT_BUNDLE = Path("artifacts/smollm2-135m")
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def chat(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder made by llm-export.")] = DEFAULT_BUNDLE,
+    ask: Annotated[str | None, typer.Option(help="Answer this once on stdout, and leave.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Chat line by line; also through a pipe.")] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="One that the bundle holds: fp32, int8, int4. Default: int8 where it is there."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the most likely token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens that make up p.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens at least p times as likely as the top.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: avoid recent tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Length of an answer at most.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads of an operator. Default: physical cores.")] = None,
+) -> None:
+    """Chat with a bundle. Parameters that are not given are the model's own."""
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    raise typer.Exit(run(lambda: _chat(bundle, ask, plain, precision, system, changes, provider, threads)))
+
+
+def _chat(
+    bundle: Path,
+    ask: str | None,
+    plain: bool,  # noqa: ARG001 (the only chat there is so far)
+    precision: str | None,
+    system: str | None,
+    changes: dict[str, Any],
+    provider: str,
+    threads: int | None,
+) -> None:
+    import dataclasses
+
+    from llm_edge.runtime.errors import BundleError, ParameterError
+    from llm_edge.runtime.sampler import SamplingParams
+    from llm_edge.tui.plain import HELP, PlainChat
+
+    SamplingParams(**changes)  # a wrong parameter is told before a model loads
+    if ask is not None and not ask.strip():
+        raise ParameterError("--ask is empty: give a question")
+    if bundle == DEFAULT_BUNDLE and not bundle.exists():
+        raise BundleError(f"{bundle} is not there yet: make it with 'llm-export smollm2', or name another bundle")
+    from llm_edge.runtime.generate import Model
+
+    model = Model.load(bundle, precision, provider, threads)
+    params = dataclasses.replace(model.default_params, **changes)
+    if ask is not None:
+        _ask(model, params, system, ask)
+        return
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        print(f"{model.bundle.name}, {model.precision.name}, on {model.provider}. /help lists the commands.\n{HELP}\n")
+    session = PlainChat(model, params, system, sys.stdout, sys.stderr, "> " if terminal else "")
+    session.run(_lines() if terminal else sys.stdin)
+
+
+def _ask(model: Model, params: SamplingParams, system: str | None, question: str) -> None:
+    import os
+
+    from llm_edge.tui.plain import PlainChat
+
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+        notes = sys.stderr if sys.stdout.isatty() else nowhere
+        PlainChat(model, params, system, sys.stdout, notes).answer(question)
+
+
+def _lines() -> Any:
+    """Lines of a terminal, with the editing keys and the history of readline where it is there."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input()
+        except EOFError:
+            return
+
+
+def main() -> None:
+    """Entry point of `llm-chat`."""
+    app()
