@@ -36,6 +36,7 @@ Progress = Callable[[str, float | None, str], None]
 
 STAGES = ("reading", "tracing", "quantizing", "validating", "writing")
 
+_FUSED_HEAD = 16  # onnxruntime's GroupQueryAttention rotates heads of a multiple of this size only
 _INLINE_LIMIT = 1024  # bytes; larger tensors go to the data file
 _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -90,6 +91,11 @@ def export(
     _check_target(target, force)
     progress("reading", None, source)
     checkpoint = open_checkpoint(source, lambda text: progress("reading", None, text))
+    if style is GraphStyle.FUSED and checkpoint.config.head_dim % _FUSED_HEAD:
+        raise CheckpointError(
+            f"{source}: heads of {checkpoint.config.head_dim}, the fused graph needs a multiple of {_FUSED_HEAD}: "
+            "export it with --graph portable"
+        )
     tokens = _validation_tokens(checkpoint)
     with _staging(target, force) as folder:
         _make_room(folder, checkpoint, recipes)

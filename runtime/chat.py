@@ -33,7 +33,7 @@ from llm_edge.runtime.safe_io import ITEM, MAX_PIECES, LimitError, Meter, plain_
 
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_NODES = 20_000  # nodes of its syntax tree
-_NODE, _CALL = 100, 1500  # what evaluating a node and calling something cost, in the meter's nanoseconds
+_NODE, _CALL = 200, 3000  # what evaluating a node and calling something cost, in the meter's nanoseconds
 
 _METER: ContextVar[Meter] = ContextVar("llm_edge_template_meter")  # of the render that is running
 
@@ -49,8 +49,8 @@ _LIGHT = _words(
     selectattr"""
 )
 _HEAVY = _words(
-    """abs batch capitalize center dictsort e escape float forceescape groupby indent int lower max min replace
-    reverse round slice sort string title trim truncate unique upper urlencode"""
+    """abs batch capitalize center dictsort e escape float forceescape groupby indent int lower max min
+    replace reverse round slice sort string title trim truncate unique upper urlencode"""
 )
 _LONG = _words(  # those that take long strings
     """capitalize center count d default e escape first forceescape format indent join last length lower
@@ -89,7 +89,7 @@ def _metered(name: str, function: Callable[..., Any], heavy: bool, test: bool = 
             if heavy:
                 meter.read(arg)
             elif isinstance(arg, list | tuple | dict | range):
-                meter.spend(2 * ITEM * len(arg))
+                meter.spend(4 * ITEM * len(arg))
             if not (test or name in _LONG) and isinstance(arg, str) and len(arg) > MAX_PIECES:
                 raise LimitError(f"{name} of too long a string")
         if not test:
@@ -180,6 +180,10 @@ def _hooked(name: str, value: Any) -> Any:
     return getattr(_METER.get(), name)(value)
 
 
+def _reaches(count: int, items: Iterable[object]) -> bool:
+    return sum(1 for _ in itertools.islice(items, count)) == count
+
+
 class _Wrapper(NodeTransformer):
     """Rewrites a syntax tree: statements, loops and what Jinja runs as bare Python report to the meter."""
 
@@ -251,8 +255,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def rewritten(self, source: str) -> tuple[nodes.Template, frozenset[str]]:
         """Return a template's syntax tree, on the meter, and the strings and names that it looks for."""
+        if _reaches(3 * MAX_NODES, self.lex(source)):  # so that no long time is spent on parsing
+            raise LimitError("too large a program")
         tree, wrapper = self.parse(source), _Wrapper()
-        if sum(1 for _ in itertools.islice(tree.find_all(nodes.Node), MAX_NODES)) == MAX_NODES:
+        if _reaches(MAX_NODES, tree.find_all(nodes.Node)):
             raise LimitError("too large a program")
         wrapper.visit(tree)
         tree.set_environment(self)

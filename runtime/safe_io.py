@@ -160,7 +160,7 @@ class Meter:
             return ITEM, 0
         if (known := self._known.get(id(value))) is None:
             weight = depth = 0
-            self.spend(BYTE * ITEM * (len(value) + 1))
+            self.spend(2 * BYTE * ITEM * (len(value) + 1))
             for child in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
                 below = self.measure(child)
                 weight, depth = weight + below[0] + ITEM, max(depth, below[1])
@@ -284,6 +284,8 @@ class Meter:
             self.fits(self.weight(owner) + times * 6 * self.weight(str(new)))  # 6: a character may be escaped
         elif name in ("escape", "e", "forceescape"):
             self.fits(6 * self.weight(owner))
+        elif name in ("sort", "dictsort", "groupby", "unique"):
+            self.spend(2 * BYTE * self.weight(owner))
         elif (name in ("batch", "slice") and largest > 100_000) or (name == "round" and largest > 300):
             raise LimitError(f"{name} with too large a number")
         elif (name == "int" and isinstance(owner, str) and len(owner) > 4300) or (

@@ -1,6 +1,6 @@
 """Text to token ids and back, piece by piece. Knows no model, and runs no template itself (that is `chat`).
 
-Special tokens are those that steer a model (the end of a turn, the start of a text). The chat template decides
+Special tokens are those that steer a model (the end of a turn, the start of a text). The chat template says
 where they stand; text that a user typed never does, however it is spelled.
 """
 
@@ -109,9 +109,9 @@ class Tokenizer:
         """Render a conversation (see `ChatTemplate.render`) and return its ids.
 
         Special tokens that the template writes become tokens; what messages, tools and other variables spell
-        does not. That holds too for what only becomes the spelling of a special token where a message's text
-        meets the template's or another's. It does not hold where a template cuts pieces out of the middle of a
-        text and the rest closes up to such a spelling.
+        does not. That holds too for what only becomes the spelling of a special token where the end of a string
+        meets the template's text or another string. Not covered: strings that equal a literal of the template,
+        at their ends; and a template that cuts out of a string's middle what kept such a spelling apart.
 
         Raises:
             TemplateError: there is no template, or it refuses the conversation.

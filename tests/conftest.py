@@ -1,0 +1,50 @@
+"""Checkpoints and bundles that many tests share; each is made once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf
+from llm_edge.exporter.export import export
+from llm_edge.exporter.graph import GraphStyle
+from llm_edge.exporter.recipes import parse_precisions
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model as a Hugging Face folder."""
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_checkpoint` exported to all precisions; not to be written to."""
+    return _export(str(tiny_checkpoint), tmp_path_factory.mktemp("bundle") / "tiny", GraphStyle.FUSED)
+
+
+@pytest.fixture(scope="session")
+def tiny_portable_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_checkpoint` exported with standard operators only; not to be written to."""
+    return _export(str(tiny_checkpoint), tmp_path_factory.mktemp("portable") / "tiny", GraphStyle.PORTABLE)
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct, fetched once into the user's cache."""
+    return smollm2_gguf()
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 exported to all precisions, with validation (about a minute and a half); not to be written to."""
+    assert smollm2_file.is_file()
+    return _export("smollm2", tmp_path_factory.mktemp("bundle") / "smollm2-135m", GraphStyle.FUSED)
+
+
+def _export(source: str, output: Path, style: GraphStyle) -> Path:
+    recipes = parse_precisions("fp32,int8,int4")
+    export(source, output, recipes, style, validate=True, force=False, progress=lambda *_: None)
+    return output
