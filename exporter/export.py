@@ -23,8 +23,8 @@ from llm_edge.exporter.bundle_files import write_json, write_side_files
 from llm_edge.exporter.checkpoint.base import Checkpoint, Source
 from llm_edge.exporter.checkpoint.source import bundle_name, open_checkpoint
 from llm_edge.exporter.graph import GraphStyle, trace
+from llm_edge.exporter.lower import apply_recipe
 from llm_edge.exporter.model import Decoder
-from llm_edge.exporter.quantize import apply_recipe
 from llm_edge.exporter.recipes import Recipe
 from llm_edge.exporter.validate import MAX_BOUND, MEAN_BOUND, Parity, Quality, Reference, compare, score
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ModelShape, manifest_entry
@@ -201,7 +201,7 @@ def _write_graphs(
     traced = trace(checkpoint.config, style)
     for number, recipe in enumerate(recipes):
         model = traced.clone()
-        apply_recipe(model, checkpoint.config, checkpoint.weights, recipe)
+        apply_recipe(model, checkpoint.config, checkpoint.weights, recipe, style)
 
         def saved(_: ir.TensorProtocol, info: Any, number: int = number, recipe: Recipe = recipe) -> None:
             progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), recipe.name)

@@ -2,7 +2,7 @@
 
 The decoder is traced on fake tensors, so the size of the model does not matter. One trace has two
 translations of its attention operator (`GraphStyle`). Projections stay abstract, as nodes
-`llm_edge::Linear(x, weight [out, in])` named by their module; `quantize.py` gives each its final form, and
+`llm_edge::Linear(x, weight [out, in])` named by their module; `lower.py` gives each its final form, and
 fills the initializers, which here are names and shapes only.
 """
 

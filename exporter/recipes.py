@@ -1,6 +1,6 @@
 """What each precision is: which format every projection and the embedding are stored in.
 
-This is the place to change a precision. Knows nothing of graphs; `quantize.py` carries a recipe out.
+This is the place to change a precision. Knows nothing of graphs; `lower.py` carries a recipe out.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class Blocks:
     def bytes_per_weight(self) -> float:
         """About how much disk a weight takes: its bits and its share of the block's scale."""
         return self.bits / 8 + 4 / self.size
+
+    def count(self, width: int) -> int:
+        """Blocks in a row of `width` weights; the last one may be filled up."""
+        return -(-width // self.size)
 
     def __str__(self) -> str:
         return f"int{self.bits} blocks of {self.size}{'' if self.symmetric else ', zero points'}"
