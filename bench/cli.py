@@ -1,127 +1,134 @@
-"""`llm-bench`: speed and memory of a bundle, each precision in processes of its own, in turn."""
+"""`llm-bench`: speed and memory of a bundle, and of other engines beside it."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import shlex
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llm_edge.runtime.command import run
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from llm_edge.runtime.bundle import Bundle
 
-COLUMNS = {
-    "prefill_128": "prefill 128",
-    "prefill_512": "prefill 512",
-    "decode_0": "decode @0",
-    "decode_512": "decode @512",
-    "cold_start_s": "first token, cold",
-    "peak_mb": "peak memory",
-    "python_share_0": "Python's share",
-}
+TEXT = (
+    "The harbour office opened at seven. By then the ferries had been running for an hour, and the clerk who kept "
+    "the tide tables had already crossed out two of yesterday's predictions. She liked the work: every figure in "
+    "the ledger had once been a length of wet rope, measured by somebody who would rather have been at breakfast. "
+)
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder made by llm-export.")],
     precision: Annotated[str | None, typer.Option(help="Comma-separated. Default: all that the bundle holds.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each precision; medians are shown.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Fresh processes of each; medians are shown.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Measurements in each process, in turn.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of an operator. Default: physical cores.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Command of another engine that speaks the lines of bench/worker.py.")
+    ] = None,
 ) -> None:
     """Measure tokens per second, time to the first token of a cold process and peak memory.
 
     Prints a table, and one JSON object as the last line.
     """
-    raise typer.Exit(run(lambda: _bench(bundle, precision, rounds, threads)))
+    raise typer.Exit(run(lambda: _bench(bundle, precision, rounds, repeats, threads, against)))
 
 
-def _bench(path: Path, precision: str | None, rounds: int, threads: int | None) -> None:
+def _bench(
+    path: Path, precision: str | None, rounds: int, repeats: int, threads: int | None, against: str | None
+) -> None:
+    from llm_edge.bench.driver import COLUMNS, MIN_CONTEXT, measure, median, median_ratio, our_command
     from llm_edge.runtime.bundle import Bundle
+    from llm_edge.runtime.errors import InputError
 
     bundle = Bundle.open(path)
     names = [name.strip() for name in precision.split(",")] if precision else list(bundle.precisions)
-    infos = [bundle.precision(name) for name in names]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names:
-            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-            runs[name].append(_measure(path, name, threads))
-    medians = {name: {key: _median([run[key] for run in runs[name]]) for key in COLUMNS} for name in names}
-    _print_table({info.name: info.size for info in infos}, medians)
-    print(
-        json.dumps(
-            {
-                "bundle": bundle.name,
-                "machine": machine(),
-                "threads": threads,
-                "rounds": rounds,
-                "precisions": medians,
-            }
-        )
-    )
+    sizes = {name: bundle.precision(name).size for name in names}
+    if bundle.shape.max_position_embeddings < MIN_CONTEXT:
+        raise InputError(f"{path}: its context of {bundle.shape.max_position_embeddings} is shorter than {MIN_CONTEXT}")
+    for name in names:
+        bundle.verify(name)
+    commands = {name: our_command(path, name, threads) for name in names}
+    if against is not None:
+        commands["other"] = shlex.split(against)
+        if not commands["other"]:
+            raise InputError("--against is empty: give the command of a worker")
+    figures = measure(commands, _tokens(bundle), rounds, repeats, lambda text: print(text, file=sys.stderr, flush=True))
+    medians = {name: {key: median(found[key]) for key in COLUMNS} for name, found in figures.items()}
+    report: dict[str, Any] = {
+        "bundle": bundle.name,
+        "machine": machine(),
+        "threads": threads,
+        "rounds": rounds,
+        "repeats": repeats,
+        "precisions": {name: medians[name] for name in names},
+    }
+    if against is not None:
+        report["against"] = against
+        report["other"] = medians["other"]
+        report["ratios"] = {
+            name: {key: median_ratio(figures[name][key], figures["other"][key]) for key in COLUMNS} for name in names
+        }
+    _print_table(sizes, medians, report.get("ratios", {}))
+    print(json.dumps(report))
 
 
-def _measure(path: Path, precision: str, threads: int | None) -> dict[str, float]:
-    from llm_edge.runtime.errors import MachineError
+def _tokens(bundle: Bundle) -> list[int]:
+    from llm_edge.runtime.errors import InputError
+    from llm_edge.runtime.tokenizer import Tokenizer
 
-    command = [
-        sys.executable,
-        "-m",
-        "llm_edge.bench.measure",
-        str(path),
-        precision,
-        str(time.time()),
-        str(threads or 0),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise MachineError(f"measuring {precision} failed: {last[0]}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    config = bundle.json("tokenizer_config.json")
+    tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), config, None)
+    tokens = tokenizer.encode(TEXT * 20)
+    if len(tokens) < 512:
+        raise InputError(f"{bundle.path}: its tokenizer makes {len(tokens)} tokens of the text to measure with")
+    return tokens
 
 
-def _median(values: list[float]) -> float:
-    import statistics
-
-    return statistics.median(values)
-
-
-def _print_table(sizes: dict[str, int], medians: dict[str, dict[str, float]]) -> None:
+def _print_table(
+    sizes: Mapping[str, int],
+    medians: Mapping[str, Mapping[str, float | None]],
+    ratios: Mapping[str, Mapping[str, float | None]],
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from llm_edge.bench.driver import COLUMNS
+
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "size", *COLUMNS.values()):
+    for title in ("", "size", *(title for title, _ in COLUMNS.values())):
         table.add_column(title, justify="right" if title else "left")
-    units = {"cold_start_s": "{:.2f} s", "peak_mb": "{:,.0f} MB", "python_share_0": "{:.1%}"}
-    for name, figures in medians.items():
-        cells = [units.get(key, "{:,.0f} tok/s").format(figures[key]) for key in COLUMNS]
-        table.add_row(name, f"{sizes[name] / 1e6:,.0f} MB", *cells)
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    for name, found in medians.items():
+        cells = [_cell(form, found[key]) for key, (_, form) in COLUMNS.items()]
+        table.add_row(name, f"{sizes[name] / 1e6:,.0f} MB" if name in sizes else "", *cells)
+    for name, found in ratios.items():
+        table.add_row(f"{name} / other", "", *(_cell("{:.2f}", found[key]) for key in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def _cell(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
 
 
 def machine() -> str:
     """The processor and how many of its threads we may use."""
-    import os
-
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")),
-        "unknown processor",
-    )
-    return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} threads"
-
-
-def _cpuinfo() -> list[str]:
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "processor")
+    return f"{model}, {threads} threads"
 
 
 def main() -> None:

@@ -79,6 +79,8 @@ def _export(
             from llm_edge.exporter.export import export as export_bundle
             from llm_edge.exporter.graph import GraphStyle
         except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("llm_edge"):
+                raise  # ours, so no extra brings it
             from llm_edge.runtime.errors import InputError
 
             raise InputError(f"llm-export needs {error.name}: pip install 'llm-edge[export]'") from error

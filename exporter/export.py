@@ -88,6 +88,8 @@ def export(
         MachineError: disk or memory failed; nothing was left behind.
     """
     target = output if output is not None else Path("artifacts") / bundle_name(source)
+    if target.name in ("", ".."):
+        target = target.resolve()  # "." and the like: the bundle and its temporary sibling need a name
     _check_target(target, force)
     progress("reading", None, source)
     checkpoint = open_checkpoint(source, lambda text: progress("reading", None, text))
@@ -162,7 +164,11 @@ def _staging(target: Path, force: bool) -> Iterator[Path]:
         if force and target.exists():
             old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
             target.rename(old)
-            folder.rename(target)
+            try:
+                folder.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             folder.rename(target)
@@ -171,7 +177,8 @@ def _staging(target: Path, force: bool) -> Iterator[Path]:
         raise MachineError(f"not enough memory to export to {target}") from error
     except OSError as error:
         where = error.filename if error.filename is not None and error.errno != errno.ENOSPC else target.parent
-        raise MachineError(f"{where}: cannot write the bundle ({error.strerror or error}); nothing was left") from error
+        why = error.strerror or f"{error}; is the disk full?"  # a short write has a text alone
+        raise MachineError(f"{where}: cannot write the bundle ({why}); nothing was left") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,7 +7,8 @@ everybody reads it through `Bundle.open`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,15 @@ from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+# Far beyond any published model: what lies above is a damaged manifest, and would be allocated.
+_MOST: Mapping[str, int] = {
+    "vocab_size": 4_000_000,
+    "num_hidden_layers": 1_024,
+    "num_key_value_heads": 4_096,
+    "head_dim": 4_096,
+    "max_position_embeddings": 16_777_216,
+}
 
 T = TypeVar("T")
 
@@ -74,7 +84,7 @@ class Bundle:
         self.manifest = manifest
         self.name = _field(manifest, "name", str)
         shape = _field(manifest, "model", dict)
-        self.shape = ModelShape(**{key: _count(shape, key) for key in ModelShape.__slots__})
+        self.shape = ModelShape(**{key: _count(shape, key, most=_MOST[key]) for key in ModelShape.__slots__})
         self._files = _field(manifest, "files", dict)
         entries = _field(manifest, "precisions", dict)
         if not entries:
@@ -91,13 +101,13 @@ class Bundle:
             BundleError: not a bundle, one of another format version, or one with missing or cut files.
         """
         path = Path(path)
-        if not path.is_dir():
+        if not _is(stat.S_ISDIR, path):
             raise BundleError(f"{path}: no such bundle folder: make one with llm-export")
-        if not (path / MANIFEST).is_file():
+        if not _is(stat.S_ISREG, path / MANIFEST):
             raise BundleError(f"{path} has no {MANIFEST}, so it is no llm-edge bundle: make one with llm-export")
         manifest = read_json(path / MANIFEST)
         version = manifest.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise BundleError(
                 f"{path / MANIFEST}: format version {version!r}, this runtime reads {FORMAT_VERSION}: "
                 "export the bundle again"
@@ -105,7 +115,7 @@ class Bundle:
         bundle = cls(path, manifest)
         for name, entry in bundle._files.items():
             file = inside(path, name)
-            if not file.is_file():
+            if not _is(stat.S_ISREG, file):
                 raise BundleError(f"{file} is missing: export the bundle again")
             size = _count(entry, "size", least=0)
             if file.stat().st_size != size:
@@ -162,8 +172,11 @@ class Bundle:
             if name in others:
                 continue
             path = inside(self.path, name)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise BundleError(f"{path} cannot be read ({error.strerror}): export the bundle again") from error
             if digest != entry.get("sha256"):
                 raise BundleError(f"{path} does not match its checksum: it was changed, export the bundle again")
 
@@ -192,15 +205,23 @@ def manifest_entry(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _is(kind: Callable[[int], bool], path: Path) -> bool:
+    """Whether there is something of this kind; False too for a name that no file system can hold."""
+    try:
+        return kind(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def _field(mapping: Mapping[str, Any], key: str, kind: type[T]) -> T:
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind):
-        raise BundleError(f"{MANIFEST}: {key} is missing or not of type {kind.__name__}: export the bundle again")
+        raise BundleError(f"{MANIFEST}: {key!r} is missing or not of type {kind.__name__}: export the bundle again")
     return value
 
 
-def _count(mapping: Mapping[str, Any], key: str, least: int = 1) -> int:
+def _count(mapping: Mapping[str, Any], key: str, least: int = 1, most: int = 1 << 48) -> int:
     value = _field(mapping, key, int)
-    if isinstance(value, bool) or not least <= value < 1 << 48:
+    if isinstance(value, bool) or not least <= value <= most:
         raise BundleError(f"{MANIFEST}: {key} is {value!r}: export the bundle again")
     return value

@@ -29,7 +29,7 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_environment
 from jinja2.visitor import NodeTransformer
 
 from llm_edge.runtime.errors import TemplateError
-from llm_edge.runtime.safe_io import ITEM, MAX_PIECES, LimitError, Meter, plain_data
+from llm_edge.runtime.meter import ITEM, MAX_PIECES, LimitError, Meter, plain_data
 
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_NODES = 20_000  # nodes of its syntax tree
@@ -356,7 +356,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: longer than {MAX_SOURCE:,} characters")
-        self.special_tokens = dict(special_tokens)
+        self.source, self.special_tokens = source, dict(special_tokens)
         token = _METER.set(Meter())  # constants are computed while compiling
         try:
             tree, self.literals = _SANDBOX.rewritten(source)

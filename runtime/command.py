@@ -9,8 +9,11 @@ from collections.abc import Callable
 
 from llm_edge.runtime.errors import LlmEdgeError
 
+_INPUT = 2
 _MACHINE = 3
 _INTERRUPTED = 130
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path that cannot be one
 
 
 def run(command: Callable[[], object]) -> int:
@@ -21,21 +24,27 @@ def run(command: Callable[[], object]) -> int:
     """
     try:
         command()
+        sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end
     except LlmEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(str(error))
         return error.exit_code
     except MemoryError:
-        print("error: not enough memory", file=sys.stderr)
+        _tell("not enough memory")
         return _MACHINE
     except BrokenPipeError:  # the reader of our output has gone: not worth a word
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT):
-            print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-            return _MACHINE
-        raise
+        if error.errno not in (*_MACHINE_ERRORS, *_NAME_ERRORS):
+            raise
+        _tell(f"{error.filename or 'disk'}: {error.strerror}")
+        return _MACHINE if error.errno in _MACHINE_ERRORS else _INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _tell(message: str) -> None:
+    """Print one line that cannot steer a terminal: a message may quote names out of a stranger's file."""
+    print("error:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in message), file=sys.stderr)

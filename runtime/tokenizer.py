@@ -18,10 +18,13 @@ import tokenizers
 
 from llm_edge.runtime.chat import ChatTemplate, plain_messages, plain_tools
 from llm_edge.runtime.errors import BundleError, InputError, TemplateError
-from llm_edge.runtime.safe_io import MIB, plain_data, read_text
+from llm_edge.runtime.meter import plain_data
+from llm_edge.runtime.safe_io import MIB, read_text
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
+_RARE = range(0x20000, 0x2A6DE)  # ideographs of extension B: printable, no spaces, without case
+_PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _HELD = 3  # a character has at most four bytes, so at most three wait for the rest of it
 _WINDOW = 32  # tokens after which a stream forgets the first half of those it could not end
 
@@ -62,14 +65,7 @@ class Tokenizer:
             BundleError: the file, or what the config says of special tokens, cannot be used.
             TemplateError: the chat template cannot.
         """
-        text = read_text(tokenizer_json, 256 * MIB)
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except BaseException as e:  # the library raises bare Exception, and its panics are not even that
-            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-                raise
-            why = " ".join(str(e).split())[:200]
-            raise BundleError(f"{tokenizer_json}: not a tokenizer that can be used: {why}") from e
+        backend = _loaded(read_text(tokenizer_json, 256 * MIB), tokenizer_json)
         backend.no_truncation()
         backend.no_padding()
         named = _named_tokens(config, tokenizer_json)
@@ -121,7 +117,7 @@ class Tokenizer:
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
         data["tools"] = plain_tools(variables.get("tools"))
-        mask = _Mask(self._spelled, self._joints, self.chat.literals)
+        mask = _Mask(self._spelled, self._joints, self.chat.literals, [plain, data, self.chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._hidden):
@@ -134,15 +130,35 @@ class Tokenizer:
     @functools.cached_property
     def _deaf(self) -> tokenizers.Tokenizer:
         """The same tokenizer, but its special tokens go by secret names, and their own are ordinary text."""
-        return tokenizers.Tokenizer.from_str(json.dumps(_with_names(json.loads(self._backend.to_str()), self._renamed)))
+        spec = _with_names(json.loads(self._backend.to_str()), self._renamed)
+        return _loaded(json.dumps(spec), "tokenizer.json with its special tokens renamed")
 
     @staticmethod
     def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
         try:
             ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as e:
+        except (TypeError, UnicodeEncodeError) as e:  # the one or the other, by the library's version
             raise InputError("the text holds half a surrogate pair, which is no character") from e
         return ids
+
+
+def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
+    try:
+        if _PREFIXED.search(text):  # the library ends the process where such merges do not fit
+            model = json.loads(text)["model"]
+            prefix, pairs = model["continuing_subword_prefix"], map(_pair, model.get("merges", ()))
+            if not all(second.startswith(prefix) for _, second in pairs):
+                raise ValueError("merges without the model's prefix")
+        return tokenizers.Tokenizer.from_str(text)
+    except BaseException as e:  # the library raises bare Exception, and its panics are not even that
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        why = " ".join(str(e).split())[:200]
+        raise BundleError(f"{name}: not a tokenizer that can be used: {why}") from e
+
+
+def _pair(merge: Any) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -180,8 +196,7 @@ def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
     else:  # Unigram: [text, score]
         model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
     if "merges" in model:  # merges into or out of a renamed token would have no ids any more
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
+        model["merges"] = [[a, b] for a, b in map(_pair, model["merges"]) if not {a, b, a + b} & names.keys()]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     for token in spec["added_tokens"]:
@@ -217,14 +232,19 @@ class _Joints:
 class _Mask:
     """Replaces characters in a conversation, so that none of its text can be read as a special token.
 
-    A mask is made of digits that nobody can guess: templates trim, escape and change case around it. Strings
-    that the template itself looks for (`message.content.type == 'text'`) keep their ends as they are.
+    What stands for a character is one of Unicode's rarest, which the conversation does not have: templates may
+    trim, measure, cut and escape around it. Strings that the template itself looks for
+    (`part.type == 'text'`) keep their ends as they are.
     """
 
-    def __init__(self, spelled: re.Pattern[str], joints: _Joints, literals: frozenset[str]) -> None:
-        self._spelled, self._joints, self._literals = spelled, joints, literals
-        self._secret = str(secrets.randbelow(9 * 10**23) + 10**23)
-        self.used = False
+    def __init__(self, spelled: re.Pattern[str], joints: _Joints, literals: frozenset[str], data: object) -> None:
+        self._spelled, self._joints, self._literals, self._unmasked = spelled, joints, literals, data
+        self._stand_ins: dict[str, str] = {}
+
+    @property
+    def used(self) -> bool:
+        """Whether there was anything to mask."""
+        return bool(self._stand_ins)
 
     def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Mask a message; its role is no text but a name, which is refused where it would need a mask."""
@@ -243,7 +263,9 @@ class _Mask:
 
     def removed(self, text: str) -> str:
         """Return a text with the characters that were masked."""
-        return re.sub(self._secret + r"(\d{7})", lambda match: chr(int(match[1])), text)
+        for char, stand_in in self._stand_ins.items():
+            text = text.replace(stand_in, char).replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
+        return text
 
     def _text(self, text: str) -> str:
         places = set() if text in self._literals else self._joints.places(text)
@@ -253,8 +275,22 @@ class _Mask:
             match = self._spelled.search(text, match.start() + 1)
         if not places:
             return text
-        self.used = True
-        return "".join(f"{self._secret}{ord(c):07d}" if i in places else c for i, c in enumerate(text))
+        return "".join(self._stand_in(char) if i in places else char for i, char in enumerate(text))
+
+    def _stand_in(self, char: str) -> str:
+        if char not in self._stand_ins:
+            if len(self._taken) > len(_RARE) // 2:
+                raise InputError("the text holds too many of the rarest characters: leave some out")
+            while (found := chr(secrets.choice(_RARE))) in self._taken:
+                pass
+            self._taken.add(found)
+            self._stand_ins[char] = found
+        return self._stand_ins[char]
+
+    @functools.cached_property
+    def _taken(self) -> set[str]:
+        text = json.dumps(self._unmasked, ensure_ascii=False)
+        return set() if text.isascii() else set(re.findall(f"[{chr(_RARE[0])}-{chr(_RARE[-1])}]", text))
 
 
 class TextStream:

@@ -86,7 +86,8 @@ GEMMA = """\
     {%- endif -%}
 {%- endmacro -%}
 {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-{{ '<start_of_turn>' + role + '\\n' + text(message['content'] or '') }}{% generation %}{{ '<end_of_turn>' }}{% endgeneration %}
+{{ '<start_of_turn>' + role + '\\n' + text(message['content'] or '') }}
+{%- generation %}{{ '<end_of_turn>' }}{% endgeneration %}
 
 {% endfor %}
 {% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}
@@ -156,14 +157,14 @@ USER = {"role": "user", "content": "Hello, wörld! 你好 🎉"}
 CONVERSATIONS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
     ([USER], {}),
     ([USER], {"add_generation_prompt": False}),
-    ([{"role": "system", "content": " Be brief.\n"}, USER, {"role": "assistant", "content": "  Yes.\n\n- a\n- b "}, USER], {}),
+    ([{"role": "system", "content": " Be brief.\n"}, USER, {"role": "assistant", "content": " A\n\n- a\n "}, USER], {}),
     ([USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is 4."}, USER], {"enable_thinking": False}),
     ([USER, {"role": "assistant", "content": "4", "reasoning_content": "2+2"}], {}),
     ([USER, {"role": "assistant", "content": "4", "thinking": "2+2", "tool_calls": None}], {}),
     ([{"role": "user", "content": ""}], {"tools": [TOOL, TOOL], "date_string": "1 May 2025"}),
     ([{"role": "user", "content": "a\r\n\tb\x00\u2028 {{ 1 }} {% if %} <b>&amp;"}], {"tools": []}),
     (
-        [USER, {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}, {"role": "tool", "content": "11°"}, USER],
+        [USER, {"role": "assistant", "content": "", "tool_calls": [CALL] * 2}, {"role": "tool", "content": "1°"}, USER],
         {"tools": [TOOL]},
     ),
 ]  # fmt: skip
@@ -176,13 +177,11 @@ def test_the_text_is_what_transformers_renders(name: str, case: int) -> None:
     arguments = {"add_generation_prompt": True, **variables}
     kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
     before = json.dumps(messages)
-    try:
-        expected = render_jinja_template([kept], chat_template=TEMPLATES[name], **{**TOKENS, **arguments})[0][0]
-    except Exception as e:  # noqa: BLE001 (a template may refuse a conversation)
-        with pytest.raises(TemplateError, match="alternate") as caught:
+    if (name, case) == ("mistral", len(CONVERSATIONS) - 1):
+        with pytest.raises(TemplateError, match="After the optional system message, roles must alternate"):
             ChatTemplate(TEMPLATES[name], TOKENS).render(messages, **variables)
-        assert str(e) in str(caught.value)
     else:
+        expected = render_jinja_template([kept], chat_template=TEMPLATES[name], **{**TOKENS, **arguments})[0][0]
         assert ChatTemplate(TEMPLATES[name], TOKENS).render(messages, **variables) == expected
     assert json.dumps(messages) == before
 
@@ -238,13 +237,13 @@ def loop(body: str, start: str = "", count: int = 99_999) -> str:
 BIG = "{% set a = 'x' * 8000000 %}{% set b = 'x' * 8000000 %}"
 ATTACKS = {
     # time
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "long body": loop("{% if a %}{% endif %}" * 3000),
     "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "macro tree": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "caller tree": "{% macro f(n) %}{% if n %}{% call f(n - 1) %}{% endcall %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "calls": "{% macro f(n) %}{% if n %}{% call f(n-1) %}{% endcall %}{{ f(n-1) }}{% endif %}{% endmacro %}{{f(60)}}",
     "loop in itself": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
-    "loop tree": "{% for x in range(99999) recursive %}{% if loop.depth < 5 %}{{ loop(range(99999)) }}{% endif %}{% endfor %}",
+    "loop tree": "{% for x in [1] * 99 recursive %}{% if loop.depth < 9 %}{{ loop([1] * 99) }}{% endif %}{% endfor %}",
     "range": "{{ range(10**12) | list }}",
     "compare": BIG + loop("{% if a == b and a in b %}{% endif %}"),
     "slices": BIG + loop("{% set c = a[1:] %}"),

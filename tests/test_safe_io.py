@@ -54,7 +54,7 @@ def test_json_that_is_too_much(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such file"):
         read_bytes(tmp_path / "missing", 1)
-    with pytest.raises(BundleError, match="regular file|folder"):
+    with pytest.raises(BundleError, match=r"regular file|folder"):
         read_bytes(tmp_path, 1)
     with pytest.raises(BundleError, match="cannot be read"):
         read_bytes(tmp_path / "a\0b", 1)

@@ -1,0 +1,46 @@
+"""A process that holds one precision of a bundle and is measured by `driver.py`: one request a line, one reply a line.
+
+`python -m llm_edge.bench.worker BUNDLE PRECISION THREADS` (0 threads: onnxruntime's own choice).
+
+    {"tokens": [...], "count": n}   ->  {"first": s, "rest": s, "count": n, "inside": s}
+    {"peak": true}                  ->  {"peak_mb": x}
+
+`first` is the time from the request to the first of `count` greedy tokens, `rest` that of the others, `inside` the part
+of both that onnxruntime took. Another engine can be measured by a program that speaks the same lines.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    bundle, precision, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    from llm_edge.runtime import Model, SamplingParams
+
+    model = Model.load(bundle, precision, provider="cpu", threads=threads or None)
+
+    def answer(request: dict[str, Any]) -> dict[str, float]:
+        if "peak" in request:
+            scale = 1 if sys.platform == "darwin" else 1024
+            return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6}
+        before = model.run_seconds
+        params = SamplingParams(temperature=0.0, max_tokens=request["count"])
+        timings = model.generate(request["tokens"], params).result().timings
+        return {
+            "first": timings.time_to_first_token,
+            "rest": timings.decode_seconds,
+            "count": timings.completion_tokens,
+            "inside": model.run_seconds - before,
+        }
+
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Bounds on what a stranger's program may build. Knows no template engine; `chat.py` reports to it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from llm_edge.runtime.errors import TemplateError
+
+MIB = 1 << 20
+
+MAX_WEIGHT = 16 * MIB  # bytes of any one value
+MAX_DEPTH = 100  # lists within lists
+MAX_PIECES = 300_000  # of a string that is split
+BUDGET = 300_000_000  # of one run, in about nanoseconds
+DEADLINE_S = 10.0  # should the estimates be far off
+MAX_BITS = 4096  # of an integer
+BYTE, STEP = 4, 600  # what handling a byte and a step of a loop cost
+ITEM = 16  # what an element weighs beyond its content
+_WIDE = re.compile(r"\d{5}")  # a width or precision in a format
+_CONTAINERS: tuple[Any, ...] = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
+
+
+def plain_data(value: Any, where: str, depth: int = 0) -> Any:
+    """Rebuild JSON-like data out of exact built-in types, so that a program meets no methods but theirs."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if depth >= MAX_DEPTH:
+        raise TemplateError(f"{where[:80]}: nested too deep")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TemplateError(f"{where}: the key {key!r} is not a string")
+        return {str(key): plain_data(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_data(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+    raise TemplateError(f"{where}: {type(value).__name__} is not plain JSON data")
+
+
+class LimitError(Exception):
+    """A stranger's program wants more than it may have."""
+
+
+class Meter:
+    """What one run of a stranger's program may still spend, and the weight of every container it has met."""
+
+    def __init__(self) -> None:
+        self.left, self._next_look, self._deadline = BUDGET, BUDGET, time.monotonic() + DEADLINE_S
+        self._known: dict[int, tuple[object, int, int]] = {}  # the object itself, so that no id is used again
+
+    def spend(self, cost: int) -> None:
+        """Pay; `LimitError` when nothing is left."""
+        self.left -= cost
+        if self.left < self._next_look:
+            self._next_look = self.left - BUDGET // 100
+            if self.left < 0 or time.monotonic() > self._deadline:
+                raise LimitError("too much work")
+
+    def fits(self, weight: int) -> None:
+        """Refuse what would weigh too much, before it is built."""
+        if weight > MAX_WEIGHT:
+            raise LimitError(f"a value of more than {MAX_WEIGHT // MIB} MiB")
+
+    def measure(self, value: Any) -> tuple[int, int]:
+        """Return a value's weight, shared parts counted as often as they occur, and its depth."""
+        if isinstance(value, str):
+            return (len(value) if value.isascii() else 4 * len(value)), 0
+        if isinstance(value, int):
+            if value.bit_length() > MAX_BITS:
+                raise LimitError("too large a number")
+            return ITEM, 0
+        if isinstance(value, range):
+            return ITEM * len(value), 1
+        if not isinstance(value, _CONTAINERS):
+            return ITEM, 0
+        if (known := self._known.get(id(value))) is None:
+            weight = depth = 0
+            self.spend(4 * BYTE * ITEM * (len(value) + 1))
+            for child in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
+                below = self.measure(child)
+                weight, depth = weight + below[0] + ITEM, max(depth, below[1])
+                self.fits(weight)
+            if depth >= MAX_DEPTH:
+                raise LimitError("lists nested too deep")
+            known = self._known[id(value)] = value, weight, depth + 1
+        return known[1], known[2]
+
+    def weight(self, value: object) -> int:
+        """Return a value's weight, if it may weigh as much."""
+        weight = self.measure(value)[0]
+        self.fits(weight)
+        return weight
+
+    def read(self, value: Any) -> Any:
+        """Pay for looking at all of a value."""
+        self.spend(BYTE * self.weight(value))
+        return value
+
+    def made(self, value: Any) -> Any:
+        """Pay for a new value: all of a string, and those elements of a list that were not met before."""
+        weight = self.weight(value)
+        if isinstance(value, str):
+            self.spend(BYTE * weight)
+        return value
+
+    def each(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Pay for every step of a loop."""
+        for value in values:
+            self.spend(STEP)
+            yield value
+
+    def text(self, value: object) -> str:
+        """Return `str(value)`."""
+        if not isinstance(value, str):
+            self.read(value)
+        return str(self.made(str(value)))
+
+    def concat(self, parts: Iterable[str], between: str = "") -> str:
+        """Return `between.join(parts)`."""
+        taken, weight, gap = [], 0, self.measure(between)[0]
+        for part in parts:
+            weight += self.measure(part)[0] + gap
+            self.fits(weight)
+            taken.append(part)
+        self.spend(BYTE * weight)
+        return between.join(taken)
+
+    def percent(self, pattern: str, values: Any) -> str:
+        """Return `pattern % values`."""
+        items = values.values() if isinstance(values, dict) else values if isinstance(values, tuple) else [values]
+        star = "*" in pattern
+        if _WIDE.search(pattern) or (star and any(isinstance(v, int) and abs(v) > 9999 for v in items)):
+            raise LimitError("a string padded too far")
+        width = 400 + (9999 if star else max(map(int, re.findall(r"\d+", pattern)), default=0))
+        heaviest = max(map(self.weight, items), default=0)
+        self.fits(len(pattern) + pattern.count("%") * (width if heaviest <= ITEM else width + 4 * heaviest))
+        return str(self.made(pattern % values))
+
+    def json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: Any = False,
+    ) -> str:
+        """Return `json.dumps(value, ...)`."""
+        for pad in (indent, *(separators or ())):
+            width = abs(pad) if isinstance(pad, int) else len(pad) if isinstance(pad, str) else 0
+            self.fits(width * (self.weight(value) // ITEM + 1))
+        make = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        # With an indent the text can outgrow its value by far, so it is taken piece by piece (and slowly).
+        return make.encode(value) if indent is None else self.concat(self.each(make.iterencode(value)))
+
+    def format_field(self, value: Any, spec: str) -> str:
+        """Return `format(value, spec)`."""
+        if _WIDE.search(spec):
+            raise LimitError("a string padded too far")
+        return str(self.made(format(self.read(value), spec)))
+
+    def operate(self, operator: str, run: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+        """Return `left operator right`, which `run` computes."""
+        if operator == "%" and isinstance(left, str):
+            return self.percent(left, right)
+        weights = self.weight(left), self.weight(right)
+        if operator == "*":
+            for a, b, weight in ((left, right, weights[0]), (right, left, weights[1])):
+                if isinstance(a, str | list | tuple) and isinstance(b, int):
+                    self.fits((weight if isinstance(a, str) else weight + ITEM) * b)
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() * right > MAX_BITS:
+                raise LimitError("too large a number")
+        elif operator == "+" and isinstance(left, str | list | tuple):
+            self.fits(sum(weights))
+        return self.made(run(left, right))
+
+    def split(self, method: Callable[[str | None, int], list[str]], sep: str | None = None, maxsplit: int = -1) -> Any:
+        """Return `method(sep, maxsplit)`, where the method is a string's split or rsplit."""
+        bounded = maxsplit if 0 <= maxsplit <= MAX_PIECES else MAX_PIECES
+        pieces = method(sep, bounded)
+        if bounded != maxsplit and len(pieces) > MAX_PIECES:
+            raise LimitError("a string split into too many pieces")
+        return self.made(pieces)
+
+    def allow(self, name: str, owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse, before it runs, a method or filter of that name whose result or work has no bound."""
+        numbers = [
+            abs(a) if isinstance(a, int) else len(a) for a in (*args, *kwargs.values()) if isinstance(a, int | str)
+        ]
+        largest = max(numbers, default=4)
+        if name in ("center", "ljust", "rjust", "zfill"):
+            self.fits(4 * largest)
+        elif name == "indent":
+            self.fits(4 * largest * (_lines(owner) if isinstance(owner, str) else 1))
+        elif name == "replace":
+            old, new = (kwargs.get(key, arg) for key, arg in zip(("old", "new"), (*args, "", ""), strict=False))
+            owner, old = str(owner), str(old)
+            times = owner.count(old) if old else len(owner) + 1
+            self.fits(self.weight(owner) + times * 6 * self.weight(str(new)))  # 6: a character may be escaped
+        elif name in ("escape", "e", "forceescape"):
+            self.fits(6 * self.weight(owner))
+        elif name in ("sort", "dictsort", "groupby", "unique"):
+            self.spend(4 * BYTE * self.weight(owner))
+        elif (name in ("batch", "slice") and largest > 100_000) or (name == "round" and largest > 300):
+            raise LimitError(f"{name} with too large a number")
+        elif (name == "int" and isinstance(owner, str) and len(owner) > 4300) or (
+            name == "splitlines" and _lines(owner) > MAX_PIECES
+        ):
+            raise LimitError(f"{name} of too long a string")
+        elif name in ("strip", "lstrip", "rstrip", "trim", "rfind", "rindex", "rsplit", "rpartition"):
+            self.spend(len(owner) * largest if isinstance(owner, str) else 0)  # these compare all with all
+
+
+def _lines(text: str) -> int:
+    return 1 + sum(map(text.count, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"))
