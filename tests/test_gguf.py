@@ -366,7 +366,7 @@ def test_the_49_bytes_that_hang_the_gguf_package(tmp_path: Path) -> None:
 def test_the_number_of_items_is_bounded(
     kind: int, item: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_edge.exporter.checkpoint.gguf.MAX_ITEMS", 100)
+    monkeypatch.setattr("llm_edge.exporter.checkpoint.gguf_header.MAX_ITEMS", 100)
     fits = Builder().key("k", ARRAY, array(kind, 60, item * 60)).key("l", ARRAY, array(kind, 40, item * 40))
     assert len(GGUFFile(fits.write(tmp_path / "a.gguf")).metadata["l"]) == 40
     fits.key("m", ARRAY, array(kind, 1, item))
