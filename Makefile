@@ -23,8 +23,8 @@ $(BUNDLE)/manifest.json: | $(STAMP)
 
 demo: setup $(BUNDLE)/manifest.json
 	@echo
-	@echo "> What is the capital of France?"
-	@$(BIN)/llm-chat $(BUNDLE) --temperature 0 --ask "What is the capital of France?"
+	@echo "> Why is the sky blue?"
+	@$(BIN)/llm-chat $(BUNDLE) --temperature 0 --max-tokens 150 --ask "Why is the sky blue?"
 	@echo
 	@echo "Open the chat with:  $(BIN)/llm-chat"
 
@@ -42,6 +42,9 @@ check: lint types test
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)
+
+compat: setup $(BUNDLE)/manifest.json
+	$(BIN)/python compat/run.py $(BUNDLE)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -12,6 +12,9 @@ from llm_edge.exporter.recipes import Recipe
 
 _GENAI_MAX_LENGTH = 4096  # genai may allocate the cache for this many tokens up front
 
+# What transformers.js calls the graphs. Told nothing, it looks for model.onnx, which a bundle without fp32 lacks.
+_TRANSFORMERS_JS_DTYPES = {"model": "fp32", "model_fp16": "fp16", "model_quantized": "q8", "model_q4": "q4"}
+
 
 def write_side_files(folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], share_buffer: bool) -> None:
     """Write everything of a bundle but graphs and manifest."""
@@ -36,10 +39,11 @@ def write_side_files(folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe
         "tie_word_embeddings": config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         "transformers.js_config": {
+            "dtype": _TRANSFORMERS_JS_DTYPES[preferred(recipes).stem],
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
         },
     }
-    tokenizer_config = dict(tokenizer.tokenizer_config)
+    tokenizer_config = {**tokenizer.tokenizer_config, "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.chat_template is not None:
         tokenizer_config["chat_template"] = tokenizer.chat_template
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

@@ -168,7 +168,7 @@ def _print_report(report: Report, seconds: float) -> None:
         print("KL, top-1 and perplexity against PyTorch fp32 on the shipped validation text.")
     else:
         print("Not validated (--no-validate): nothing is known of how close this is to PyTorch.")
-    print(f"Bundle: {report.path}    Try: llm-chat {report.path} --ask 'What is the capital of France?'")
+    print(f"Bundle: {report.path}    Try: llm-chat {report.path} --ask 'Why is the sky blue?'")
 
 
 def _figures(made: PrecisionReport) -> list[str]:
