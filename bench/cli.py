@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,9 +61,12 @@ def _bench(
         bundle.verify(name)
     commands = {name: our_command(path, name, threads) for name in names}
     if against is not None:
-        commands["other"] = shlex.split(against)
-        if not commands["other"]:
-            raise InputError("--against is empty: give the command of a worker")
+        try:
+            commands["other"] = shlex.split(against)
+        except ValueError as error:
+            raise InputError(f"--against {against!r}: {error}") from error
+        if not commands["other"] or shutil.which(commands["other"][0]) is None:
+            raise InputError(f"--against {against!r} is no command that can be run: give that of a worker")
     figures = measure(commands, _tokens(bundle), rounds, repeats, lambda text: print(text, file=sys.stderr, flush=True))
     medians = {name: {key: median(found[key]) for key in COLUMNS} for name, found in figures.items()}
     report: dict[str, Any] = {

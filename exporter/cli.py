@@ -120,6 +120,7 @@ class _Display:
             console=console,
         )
         self._stage = ""
+        self._lines: list[str] = []
 
     def __enter__(self) -> _Display:
         if self._terminal:
@@ -143,7 +144,10 @@ class _Display:
             total = None if share is None else 1.0
             self._bars.update(self._bars.tasks[-1].id, total=total, completed=share or 0.0, detail=detail)
         elif self._kind is ProgressKind.AUTO and stage != self._stage:
-            print(f"{stage} ({detail})" if detail else stage, file=sys.stderr, flush=True)
+            self._lines.append(f"{stage} ({detail})" if detail else stage)
+            if stage != "reading":  # a source that cannot be read gets its one line of error and no other
+                print(*self._lines, sep="\n", file=sys.stderr, flush=True)
+                self._lines.clear()
         self._stage = stage
 
 

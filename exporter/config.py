@@ -18,7 +18,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "num_attention_heads": (1, 4_096),
     "num_key_value_heads": (1, 4_096),
     "head_dim": (2, 4_096),
-    "max_position_embeddings": (1, 16_777_216),
+    "max_position_embeddings": (1, 2_097_152),
     "rms_norm_eps": (0.0, 1.0),
     "rope_theta": (1.0, 1e12),
 }

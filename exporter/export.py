@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import importlib.metadata
+import math
 import os
 import platform
 import secrets
@@ -25,7 +26,7 @@ from llm_edge.exporter.checkpoint.source import bundle_name, open_checkpoint
 from llm_edge.exporter.graph import GraphStyle, trace
 from llm_edge.exporter.lower import apply_recipe
 from llm_edge.exporter.model import Decoder
-from llm_edge.exporter.recipes import Recipe
+from llm_edge.exporter.recipes import RECIPES, Recipe
 from llm_edge.exporter.validate import MAX_BOUND, MEAN_BOUND, Parity, Quality, Reference, compare, score
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ModelShape, manifest_entry
 from llm_edge.runtime.errors import CheckpointError, InputError, MachineError, ParityError
@@ -99,27 +100,37 @@ def export(
             "export it with --graph portable"
         )
     tokens = _validation_tokens(checkpoint)
+    # What is rounded cannot be held to a bound: without fp32 in the bundle, fp32 is made and proven for this alone.
+    proof = (RECIPES["fp32"],) if validate and not any(recipe.lossless for recipe in recipes) else ()
     with _staging(target, force) as folder:
-        _make_room(folder, checkpoint, recipes)
-        _write_graphs(folder, checkpoint, recipes, style, progress)
+        _make_room(folder, checkpoint, (*proof, *recipes))
+        _write_graphs(folder, checkpoint, (*proof, *recipes), style, progress)
         parities: Mapping[str, Parity] = {}
         qualities: Mapping[str, Quality] = {}
         if validate:
-            parities, qualities = _validate(folder, checkpoint, recipes, style, tokens, progress)
+            parities, qualities = _validate(folder, checkpoint, recipes, proof, style, tokens, progress)
+        for recipe in proof:
+            for path in _graph_files(folder, recipe):
+                path.unlink()
         progress("writing", 0.0, "tokenizer and configs")
         write_side_files(folder, checkpoint, recipes, style is GraphStyle.FUSED)
         reports = tuple(
             PrecisionReport(
                 recipe,
-                sum(path.stat().st_size for path in (folder / "onnx").glob(f"{recipe.stem}.onnx*")),
+                sum(path.stat().st_size for path in _graph_files(folder, recipe)),
                 parities.get(recipe.name),
                 qualities.get(recipe.name),
             )
             for recipe in recipes
         )
-        _commit_manifest(folder, target, checkpoint, style, reports, progress)
+        proofs = {recipe.name: parities[recipe.name] for recipe in proof}
+        _commit_manifest(folder, target, checkpoint, style, reports, proofs, progress)
     progress("writing", 1.0, str(target))
     return Report(target, checkpoint.source, checkpoint.config.num_parameters, reports)
+
+
+def _graph_files(folder: Path, recipe: Recipe) -> list[Path]:
+    return sorted((folder / "onnx").glob(f"{recipe.stem}.onnx*"))
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -226,33 +237,41 @@ def _validate(
     folder: Path,
     checkpoint: Checkpoint,
     recipes: tuple[Recipe, ...],
+    proof: tuple[Recipe, ...],
     style: GraphStyle,
     tokens: list[int],
     progress: Progress,
 ) -> tuple[dict[str, Parity], dict[str, Quality]]:
+    """Parity of all, and quality of those that the bundle is to hold (not of those made as proof alone)."""
     progress("validating", 0.0, "loading")
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config).eval()
     decoder.load_weights(checkpoint.weights)
     reference = Reference(decoder)
     parities, qualities = {}, {}
-    for number, recipe in enumerate(recipes):
+    total = len(proof) + len(recipes)
+    for number, recipe in enumerate((*proof, *recipes)):
 
         def scored(share: float, name: str = recipe.name, number: int = number) -> None:
-            progress("validating", (number + 0.2 + 0.8 * share) / len(recipes), name)
+            progress("validating", (number + 0.2 + 0.8 * share) / total, name)
 
-        progress("validating", number / len(recipes), recipe.name)
+        progress("validating", number / total, recipe.name)
         path = folder / "onnx" / f"{recipe.stem}.onnx"
         share_buffer = style is GraphStyle.FUSED
         session = Session(path, _shape(checkpoint), share_buffer, provider="cpu", spinning=False)
         parities[recipe.name] = parity = compare(reference, session, tokens)
+        if not math.isfinite(parity.worst.max):
+            raise ParityError(
+                f"{recipe.name}: logits are not numbers: the weights are damaged, or they overflow. Nothing was written"
+            )
         if recipe.lossless and not parity.within_bounds:
             worst = parity.worst
             raise ParityError(
                 f"{recipe.name}: logits differ from PyTorch by up to {worst.max:.2g}, {worst.mean:.2g} on average; "
                 f"{MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
             )
-        qualities[recipe.name] = score(reference, session, tokens, scored)
+        if recipe in recipes:
+            qualities[recipe.name] = score(reference, session, tokens, scored)
         del session  # one at a time: memory
     return parities, qualities
 
@@ -267,6 +286,7 @@ def _commit_manifest(
     checkpoint: Checkpoint,
     style: GraphStyle,
     reports: tuple[PrecisionReport, ...],
+    proofs: Mapping[str, Parity],
     progress: Progress,
 ) -> None:
     """Write the manifest, last of all files."""
@@ -298,6 +318,7 @@ def _commit_manifest(
                 }
                 for report in reports
             },
+            "proof": {name: asdict(parity) for name, parity in proofs.items()},
             "files": files,
         },
     )

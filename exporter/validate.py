@@ -52,9 +52,9 @@ class Parity:
 
     @property
     def worst(self) -> Difference:
-        """The largest of each figure."""
-        parts = (self.prefill, self.steps, self.chunk)
-        return Difference(max(part.max for part in parts), max(part.mean for part in parts))
+        """The largest of each figure; NaN where one is."""
+        parts = torch.tensor([(part.max, part.mean) for part in (self.prefill, self.steps, self.chunk)])
+        return Difference(*parts.amax(0).tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -12,6 +14,7 @@ from llm_edge.runtime.errors import LlmEdgeError
 _INPUT = 2
 _MACHINE = 3
 _INTERRUPTED = 130
+_CLOSED_PIPE = 141  # as a shell counts SIGPIPE
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path that cannot be one
 
@@ -19,9 +22,12 @@ _NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path that c
 def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code, as `errors` lists them.
 
-    0 done, 2 bad usage or input, 3 the machine failed, 130 interrupted. An error on purpose, a full disk or memory
-    and Ctrl-C become one line on stderr; anything else is a defect of ours and keeps its traceback.
+    0 done, 2 bad usage or input, 3 the machine failed, 130 interrupted (SIGTERM counts as Ctrl-C, so that a command
+    cleans up), 141 the reader of its output has gone. An error on purpose, a full disk or memory and Ctrl-C become one
+    line on stderr; anything else is a defect of ours and keeps its traceback.
     """
+    with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
         sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end
@@ -33,7 +39,7 @@ def run(command: Callable[[], object]) -> int:
         return _MACHINE
     except BrokenPipeError:  # the reader of our output has gone: not worth a word
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _CLOSED_PIPE
     except OSError as error:
         if error.errno not in (*_MACHINE_ERRORS, *_NAME_ERRORS):
             raise

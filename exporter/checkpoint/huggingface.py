@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,7 @@ _GENERATION_KEYS = (
     "top_k",
     "top_p",
 )
+_GENERATION_NUMBERS = {"max_length", "max_new_tokens", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"}
 
 
 def read_folder(folder: Path) -> Checkpoint:
@@ -165,6 +167,10 @@ def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / "generation_config.json"
     raw = read_json(path, error=CheckpointError) if path.exists() else {}
     generation = {key: raw[key] for key in _GENERATION_KEYS if raw.get(key) is not None}
+    for key in _GENERATION_NUMBERS & generation.keys():
+        number = generation[key]
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise CheckpointError(f"{path}: {key} is {number!r}, not a number")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key not in generation and config.get(key) is not None:
             generation[key] = config[key]

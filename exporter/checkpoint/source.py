@@ -48,8 +48,13 @@ def open_checkpoint(source: str, progress: Callable[[str], None]) -> Checkpoint:
         return read_folder(path)
     if not path.exists():
         raise CheckpointError(f"{source}: no such file or folder (the word {SMOLLM2!r} fetches a model to try)")
-    with path.open("rb") as file:
-        magic = file.read(4)
+    if not path.is_file():
+        raise CheckpointError(f"{source}: neither a file nor a folder")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read ({error.strerror})") from error
     if magic == b"GGUF":
         return read_gguf(path)
     raise CheckpointError(f"{source}: not a GGUF file; give a Hugging Face folder, a .gguf file or {SMOLLM2!r}")

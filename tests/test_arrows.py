@@ -1,0 +1,170 @@
+"""What may import what: the arrows of the design, held in fresh processes and over the sources."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TORCH_SIDE = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "gguf", "safetensors", "huggingface_hub")
+SCREENS = ("textual", "fastapi", "starlette", "uvicorn")
+OURS = ("exporter", "runtime", "tui", "bench", "server", "finetune")
+
+# package -> which of our packages it may import, itself apart
+ARROWS = {
+    "runtime": set(),
+    "tui": {"runtime"},
+    "server": {"runtime"},
+    "bench": {"runtime"},
+    "exporter": {"runtime"},
+    "finetune": {"exporter", "runtime"},
+}
+# The reader owns the folder format; the session is there for validation.
+EXPORTER_OF_RUNTIME = {"bundle", "command", "errors", "safe_io", "session"}
+FINETUNE_OF_EXPORTER = {"config", "checkpoint", "model"}
+
+# what a package must not load, even indirectly, when everything in it is imported
+FORBIDDEN = {
+    "runtime": (*TORCH_SIDE, *SCREENS, "typer", "rich"),
+    "tui": TORCH_SIDE,
+    "server": TORCH_SIDE,
+    "bench": (*TORCH_SIDE, *SCREENS),
+    "exporter": (*SCREENS, "transformers"),
+}
+
+PACKAGES = [name for name in OURS if (ROOT / name / "__init__.py").exists()]
+
+
+def modules(package: str) -> list[str]:
+    """Every module of a package by its full name; those of other engines, which are not installed, left out."""
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(("llm_edge", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+        if not name.endswith("genai_worker"):
+            found.append(name)
+    return found
+
+
+def python(code: str) -> str:
+    """What a fresh Python prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_by(package: str) -> set[str]:
+    """Names in sys.modules once every module of a package has been imported."""
+    code = f"import importlib, json, sys\nfor name in {modules(package)}: importlib.import_module(name)\n"
+    names: list[str] = json.loads(python(code + "print(json.dumps(list(sys.modules)))"))
+    return set(names)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of ours that a source file imports, wherever in it, as `package.module`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def ours(path: Path) -> set[tuple[str, str]]:
+    """(package, module) of each import of ours; the module is "" where the package itself is imported."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "llm_edge":
+            rest = parts[2:]
+            module = rest[0] if rest and is_module(parts[1], rest[0]) else ""
+            found.add((parts[1], module))
+    return found
+
+
+def is_module(package: str, name: str) -> bool:
+    folder = ROOT / package / name
+    return folder.is_dir() or folder.with_suffix(".py").exists()
+
+
+def test_the_tables_above_speak_of_what_is_there() -> None:
+    assert {"exporter", "runtime", "tui", "bench"} <= set(PACKAGES)
+    for package in PACKAGES:
+        assert modules(package), package
+    for module in EXPORTER_OF_RUNTIME:
+        assert is_module("runtime", module)
+    # and the reading of sources sees what it should
+    assert ("runtime", "bundle") in ours(ROOT / "exporter" / "export.py")
+    assert ("runtime", "generate") in ours(ROOT / "tui" / "cli.py")  # inside a function
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_sources_import_along_the_arrows_only(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        for other, module in ours(path):
+            where = f"{path.relative_to(ROOT)} imports llm_edge.{other}.{module}"
+            assert other == package or other in ARROWS[package], where
+            if (package, other) == ("exporter", "runtime"):
+                assert module in EXPORTER_OF_RUNTIME, where
+            if (package, other) == ("finetune", "exporter"):
+                assert module in FINETUNE_OF_EXPORTER, where
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name in FORBIDDEN])
+def test_a_fresh_process_loads_nothing_a_package_must_not_have(package: str) -> None:
+    loaded = loaded_by(package)
+    assert f"llm_edge.{package}" in loaded
+    assert sorted(set(FORBIDDEN[package]) & loaded) == []
+    of_ours = {name.split(".")[1] for name in loaded if name.startswith("llm_edge.")}
+    assert of_ours <= {package} | ARROWS[package]
+
+
+def test_importing_the_runtime_loads_nothing_heavy_before_it_is_used() -> None:
+    names = json.loads(python("import json, sys, llm_edge.runtime\nprint(json.dumps(list(sys.modules)))"))
+    assert not {"numpy", "onnxruntime", "tokenizers", "jinja2"} & set(names)
+    names = json.loads(
+        python("import json, sys\nfrom llm_edge.runtime import Model\nprint(json.dumps(list(sys.modules)))")
+    )
+    assert "onnxruntime" in names
+
+
+COMMANDS = {
+    "llm-export": "exporter",
+    "llm-chat": "tui",
+    "llm-bench": "bench",
+    "llm-serve": "server",
+    "llm-finetune": "finetune",
+}
+
+
+@pytest.mark.parametrize("command", [name for name, package in COMMANDS.items() if package in PACKAGES])
+def test_help_loads_nothing_heavy(command: str) -> None:
+    code = f"""
+import json, sys
+from llm_edge.{COMMANDS[command]}.cli import main
+sys.argv = [{command!r}, "--help"]
+try:
+    main()
+except SystemExit as ended:
+    assert ended.code == 0, ended.code
+print(json.dumps(list(sys.modules)))
+"""
+    *text, last = python(code).splitlines()
+    assert any("Usage" in line for line in text)
+    heavy = {"numpy", "onnxruntime", "tokenizers", "jinja2", *TORCH_SIDE, *SCREENS}
+    assert sorted(heavy & set(json.loads(last))) == []
+
+
+def test_telemetry_is_off_before_onnxruntime_starts() -> None:
+    code = "import os, llm_edge.runtime.session\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
+    assert python(code).strip() == "1"
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    importers = {str(p.relative_to(ROOT)) for p in sources if "onnxruntime" in {n.split(".")[0] for n in imports(p)}}
+    # every other importer is reached through the session, which turns it off
+    assert importers <= {"runtime/session.py", "runtime/kv_cache.py"}
