@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,11 @@ from typing import Any
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError
 from llm_edge.runtime.sampler import Sampler, SamplingParams
-from llm_edge.runtime.session import CHUNK, Session
+from llm_edge.runtime.session import CHUNK, Logits, Session
 from llm_edge.runtime.tokenizer import StopStrings, TextStream, Tokenizer
+
+_GENERATION_CONFIG = "generation_config.json"
+_DRAWING_KEYS = ("temperature", "top_k", "top_p", "min_p")
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "…"}` and whatever else the model's chat template knows."""
@@ -122,7 +126,10 @@ class Generation:
 class Model:
     """A model for one conversation at a time.
 
-    Beginning a generation ends an unfinished one before it.
+    Beginning a generation, from whatever thread, ends an unfinished one before it.
+
+    Attributes:
+        default_params: the model's own sampling, from its generation_config.json.
     """
 
     def __init__(self, bundle: Bundle, session: Session, tokenizer: Tokenizer, precision: PrecisionInfo) -> None:
@@ -130,9 +137,13 @@ class Model:
         self.tokenizer = tokenizer
         self.precision = precision
         self._session = session
-        self._generation = bundle.json("generation_config.json")
-        self._end_tokens = frozenset(_token_ids(self._generation.get("eos_token_id")))
+        source = bundle.file(_GENERATION_CONFIG)
+        config = bundle.json(_GENERATION_CONFIG)
+        self.default_params = _own_params(config, source)
+        self._end_tokens = frozenset(_end_tokens(config, source))
         self._running = threading.Event()
+        self._beginning = threading.Lock()
+        self._stepping = threading.Lock()
 
     @classmethod
     def load(
@@ -183,15 +194,6 @@ class Model:
         """Tokens that prompt and answer hold together at most."""
         return self._session.limit
 
-    @property
-    def default_params(self) -> SamplingParams:
-        """The model's own sampling, from its generation_config.json."""
-        known = self._generation
-        if known.get("do_sample") is False:
-            return SamplingParams(temperature=0.0)
-        fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        return SamplingParams(**{key: known[key] for key in fields if known.get(key) is not None})
-
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
         """Answer a conversation in the model's own chat format.
 
@@ -212,7 +214,11 @@ class Model:
             ContextLengthError: the prompt does not fit.
         """
         began = time.perf_counter()
-        tokens = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        tokens = (
+            self.tokenizer.encode(prompt, add_special_tokens=True)
+            if isinstance(prompt, str)
+            else [*map(operator.index, prompt)]
+        )
         return self._begin(tokens, params, began)
 
     def _begin(self, tokens: list[int], params: SamplingParams | None, began: float) -> Generation:
@@ -223,8 +229,10 @@ class Model:
             raise ParameterError(f"the prompt holds ids outside of the vocabulary of {self._session.shape.vocab_size}")
         if len(tokens) >= self._session.limit:
             raise ContextLengthError(len(tokens), self._session.limit)
-        self._running.set()  # ends the generation before this one
-        self._running = cancelled = threading.Event()
+        cancelled = threading.Event()
+        with self._beginning:
+            self._running.set()  # ends the generation before this one
+            self._running = cancelled
         return Generation(self._pieces(tokens, params, began, cancelled), cancelled)
 
     def _pieces(
@@ -243,20 +251,15 @@ class Model:
             timings = Timings(len(prompt), count, first - began if count else 0.0, prefilled - started, last - first)
             return Piece(text, token, reason, timings)
 
-        session.reset()
-        logits = None
-        for start in range(0, len(prompt), CHUNK):
-            if cancelled.is_set():
-                yield end("", None, FinishReason.CANCELLED)
-                return
-            logits = session.step(prompt[start : start + CHUNK])
-        assert logits is not None
-        prefilled = time.perf_counter()
-        while True:
-            if cancelled.is_set():
-                yield end(stops.push(stream.flush())[0] + stops.flush(), None, FinishReason.CANCELLED)
-                return
+        logits = self._step(prompt[:CHUNK], cancelled, fresh=True)
+        for start in range(CHUNK, len(prompt), CHUNK):
+            logits = self._step(prompt[start : start + CHUNK], cancelled)
+        if logits is not None:
+            prefilled = time.perf_counter()
+        while logits is not None:
             token = sampler.sample(logits[-1])
+            if cancelled.is_set():  # perhaps by a generation that has overwritten these logits meanwhile
+                break
             last = time.perf_counter()
             first = first if count else last
             count += 1
@@ -274,13 +277,39 @@ class Model:
                 yield end(text + rest + tail, token, FinishReason.STOP if stopped else FinishReason.LENGTH)
                 return
             yield Piece(text, token)
+            logits = self._step([token], cancelled)
+        yield end(stops.push(stream.flush())[0] + stops.flush(), None, FinishReason.CANCELLED)
+
+    def _step(self, tokens: list[int], cancelled: threading.Event, *, fresh: bool = False) -> Logits | None:
+        """One step, the only one at a time, over an empty cache if `fresh`; None once it is cancelled."""
+        with self._stepping:
             if cancelled.is_set():
-                continue
-            logits = session.step([token])
+                return None
+            if fresh:
+                self._session.reset()
+            return self._session.step(tokens)
 
 
-def _token_ids(value: Any) -> list[int]:
+def _own_params(config: Mapping[str, Any], source: Path) -> SamplingParams:
+    """As transformers reads the file: without `do_sample` the most likely token is taken, whatever else it states.
+
+    Only a file that states how to draw and leaves out `do_sample` is taken at its word.
+    """
+    given = {key: config[key] for key in _DRAWING_KEYS if config.get(key) is not None}
+    if not config.get("do_sample", bool(given)):
+        given = {"temperature": 0.0}
+    for key, name in (("repetition_penalty", "repetition_penalty"), ("max_new_tokens", "max_tokens")):
+        if config.get(key) is not None:
+            given[name] = config[key]
+    try:
+        return SamplingParams(**given)
+    except ParameterError as error:
+        raise BundleError(f"{source}: {error}") from error
+
+
+def _end_tokens(config: Mapping[str, Any], source: Path) -> list[int]:
+    value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise BundleError(f"generation_config.json: eos_token_id is {value!r}, not a token id")
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise BundleError(f"{source}: eos_token_id is {value!r}, not a token id")
     return ids

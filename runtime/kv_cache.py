@@ -56,6 +56,7 @@ class SharedCache:
         heads, head_dim = self._shape
         capacity = max(needed, min(max(2 * self.capacity, _FIRST_CAPACITY), self._limit))
         old, self._values = self._values, []
+        self.capacity = 0  # should memory run out half-way, the next step begins anew
         for index in range(len(self._names)):
             buffer = np.zeros((1, heads, capacity, head_dim), dtype=self._dtype)
             if old:

@@ -78,7 +78,7 @@ class Session:
             raise ParameterError(f"threads is {threads}; 1 to 1024 are possible")
 
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors reach the caller as exceptions
         if threads is not None:
             options.intra_op_num_threads = threads
         if not spinning:
@@ -134,9 +134,14 @@ class Session:
             logits [n, V]. The array is the session's own: the next step with as many logits overwrites it.
 
         Raises:
+            ParameterError: too few or too many tokens, or logits of more positions than there are.
             ContextLengthError: they do not fit into the context any more.
         """
         new, past = len(tokens), self.length
+        if not 1 <= new <= CHUNK:
+            raise ParameterError(f"a step takes 1 to {CHUNK} tokens, not {new}")
+        if not 0 <= num_logits <= new:
+            raise ParameterError(f"num_logits is {num_logits}; a step over {new} tokens has 0 (all) to {new}")
         if past + new > self.limit:
             raise ContextLengthError(past + new, self.limit)
         rows = num_logits or new
@@ -178,7 +183,12 @@ class Session:
         inputs = {node.name: node for node in self._session.get_inputs()}
         wanted = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)}
         outputs = {node.name for node in self._session.get_outputs()}
-        if inputs.keys() != wanted or outputs != {"logits", *(f"present.{name}" for name in names)}:
+        optional = {node.name for node in self._session.get_overridable_initializers()}
+        if (
+            "num_logits_to_keep" not in optional
+            or inputs.keys() != wanted
+            or outputs != {"logits", *(f"present.{name}" for name in names)}
+        ):
             raise BundleError(f"{path}: the graph's inputs and outputs are not those of a decoder with a cache")
         shape = [*self._session.get_outputs()[0].shape]
         if shape[-1] != self.shape.vocab_size:

@@ -10,7 +10,9 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 TEXT = """The quick brown fox jumps over the lazy dog. 0123456789 What is the capital of France? Paris, of course!
-def main():\n    print("hello, world")\nÄpfel, señor, 你好, 🙂 and — dashes. <think> and </think>; a user asked an assistant.
+def main():
+    print("hello, world")
+Äpfel, señor, 你好, 🙂 and — dashes. <think> and </think>; a user asked an assistant.
 """
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

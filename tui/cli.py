@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,10 +67,12 @@ def _chat(
     threads: int | None,
 ) -> None:
     import dataclasses
+    import io
 
     from llm_edge.runtime.errors import BundleError, ParameterError
     from llm_edge.runtime.sampler import SamplingParams
-    from llm_edge.tui.plain import HELP, PlainChat
+    from llm_edge.tui.plain import HINT, PlainChat
+    from llm_edge.tui.terminal import printable
 
     SamplingParams(**changes)  # a wrong parameter is told before a model loads
     if ask is not None and not ask.strip():
@@ -78,16 +81,21 @@ def _chat(
         raise BundleError(f"{bundle} is not there yet: make it with 'llm-export smollm2', or name another bundle")
     from llm_edge.runtime.generate import Model
 
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # bytes that are no text, and text that a locale lacks
+            stream.reconfigure(errors=errors)
     model = Model.load(bundle, precision, provider, threads)
     params = dataclasses.replace(model.default_params, **changes)
     if ask is not None:
         _ask(model, params, system, ask)
         return
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal:
-        print(f"{model.bundle.name}, {model.precision.name}, on {model.provider}. /help lists the commands.\n{HELP}\n")
-    session = PlainChat(model, params, system, sys.stdout, sys.stderr, "> " if terminal else "")
-    session.run(_lines() if terminal else sys.stdin)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print(printable(f"{model.bundle.name}, {model.precision.name}, on {model.provider}. {HINT}\n"))
+    session = PlainChat(model, params, system, sys.stdout, sys.stderr, interactive=interactive)
+    worst = session.run(_lines() if interactive else sys.stdin)
+    if worst and not interactive:
+        raise typer.Exit(worst)
 
 
 def _ask(model: Model, params: SamplingParams, system: str | None, question: str) -> None:
@@ -100,17 +108,23 @@ def _ask(model: Model, params: SamplingParams, system: str | None, question: str
         PlainChat(model, params, system, sys.stdout, notes).answer(question)
 
 
-def _lines() -> Any:
+def _lines() -> Iterator[str]:
     """Lines of a terminal, with the editing keys and the history of readline where it is there."""
     import contextlib
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines at once are one question
     while True:
         try:
-            yield input()
+            yield input("> ")
         except EOFError:
+            print()  # so that the shell begins a line of its own
             return
+        except KeyboardInterrupt:
+            print()
+            raise
 
 
 def main() -> None:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
-from llm_edge.runtime.errors import InputError, ParameterError
+from llm_edge.runtime.errors import ContextLengthError, InputError, LlmEdgeError, ParameterError
 from llm_edge.runtime.generate import FinishReason, Generation, Message, Timings
 from llm_edge.runtime.sampler import SamplingParams
-from llm_edge.tui.terminal import printable
+from llm_edge.tui.terminal import printable, without_echo
 
+HINT = "/help lists the commands, Ctrl-C stops an answer, quit leaves."
 HELP = """\
 /set NAME VALUE   change a parameter, for example: /set temperature 0.3
 /params           show the parameters
 /reset            parameters as they were at the start
 /save FILE        write the conversation to a new file (.json, else Markdown)
 (empty line)      begin a new conversation
-Ctrl-C            stop the answer
-quit              leave"""
+Ctrl-C            stop the answer; between answers, leave
+quit              leave (so does Ctrl-D)"""
 
 
 class ChatModel(Protocol):
@@ -42,7 +44,7 @@ class PlainChat:
         system: system prompt, or None for the template's own.
         output: where answers go.
         notes: where everything else goes.
-        prompt: text shown before each question.
+        interactive: somebody watches: Ctrl-C ends an answer only, and a blank line follows each.
     """
 
     def __init__(
@@ -52,49 +54,72 @@ class PlainChat:
         system: str | None,
         output: TextIO,
         notes: TextIO,
-        prompt: str = "",
+        *,
+        interactive: bool = False,
     ) -> None:
         self._model = model
         self._start_params = self.params = params
         self._system = system
         self._output = output
         self._notes = notes
-        self._prompt = prompt
+        self._interactive = interactive
         self.messages: list[dict[str, str]] = []
         self._begin()
 
-    def run(self, lines: Iterable[str]) -> None:
-        """Take lines until they end or one says `quit`."""
-        self._ask()
+    def run(self, lines: Iterable[str]) -> int:
+        """Take lines until they end or one says `quit`.
+
+        Returns:
+            0, or the highest exit code among the errors that were noted on the way.
+        """
+        worst = 0
         for line in lines:
-            text = line.rstrip("\r\n")
+            text = line.rstrip("\r\n").removeprefix("\ufeff")  # some editors begin a file with this mark
             if text.strip().lower() in ("quit", "exit", "/quit", "/exit"):
-                return
+                break
             try:
                 self._line(text)
-            except InputError as error:
+            except LlmEdgeError as error:
+                worst = max(worst, error.exit_code)
                 self._note(f"error: {error}")
-            self._ask()
+        return worst
 
     def answer(self, text: str) -> FinishReason:
-        """Ask a question and stream its answer; both join the conversation."""
+        """Ask a question and stream its answer; both join the conversation, unless it was cancelled before any text."""
         question = {"role": "user", "content": text}
-        generation = self._model.chat([*self.messages, question], self.params)
+        generation = self._begun([*self.messages, question])
         texts: list[str] = []
         reason, timings = FinishReason.CANCELLED, None
-        with _interrupts(generation):
-            for piece in generation:
-                texts.append(piece.text)
-                self._write(piece.text)
-                if piece.finish_reason is not None:
-                    reason, timings = piece.finish_reason, piece.timings
-        self._write("\n")
-        self.messages += [question, {"role": "assistant", "content": "".join(texts)}]
+        try:
+            with _watched(generation) if self._interactive else contextlib.nullcontext():
+                for piece in generation:
+                    texts.append(piece.text)
+                    self._write(piece.text)
+                    if piece.finish_reason is not None:
+                        reason, timings = piece.finish_reason, piece.timings
+        finally:
+            self._write("\n")  # what follows, be it an error, begins a line of its own
+        answer = "".join(texts)
+        if answer or reason != FinishReason.CANCELLED:
+            self.messages += [question, {"role": "assistant", "content": answer}]
         if timings is not None:
             self._note(figures(reason, timings))
         return reason
 
+    def _begun(self, messages: Sequence[Message]) -> Generation:
+        try:
+            return self._model.chat(messages, self.params)
+        except ContextLengthError as error:
+            if not any(message["role"] == "assistant" for message in messages):
+                raise
+            raise InputError(
+                f"the conversation would have {error.prompt_tokens} tokens, the model's context holds {error.limit}: "
+                "begin a new one with an empty line"
+            ) from error
+
     def _line(self, text: str) -> None:
+        if not _is_text(text):
+            raise InputError("this line is not valid UTF-8: convert it first")
         if not text.strip():
             self._begin()
             self._note("(new conversation)")
@@ -102,14 +127,18 @@ class PlainChat:
             self._command(text)
         else:
             self.answer(text)
+            if self._interactive:
+                self._write("\n")
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
         rest = rest.strip()
         if name == "/set":
-            field, _, value = rest.partition(" ")
-            self.params = with_parameter(self.params, field, value.strip())
-            self._note(f"{field} = {getattr(self.params, field)}")
+            given = re.fullmatch(r"(\w+)[\s=]\s*=?\s*(.+)", rest)
+            if given is None:
+                raise ParameterError("/set needs a name and a value, for example: /set temperature 0.3")
+            self.params = with_parameter(self.params, given[1], given[2])
+            self._note(f"{given[1]} = {getattr(self.params, given[1])}")
         elif name == "/params":
             for parameter in dataclasses.fields(self.params):
                 self._note(f"{parameter.name} = {getattr(self.params, parameter.name)}")
@@ -119,7 +148,7 @@ class PlainChat:
         elif name == "/save":
             if not rest:
                 raise ParameterError("/save needs a file name, for example: /save talk.md")
-            save(Path(rest).expanduser(), self.messages)
+            save(rest, self.messages)
             self._note(f"saved to {rest}")
         elif name == "/help":
             self._note(HELP)
@@ -128,11 +157,6 @@ class PlainChat:
 
     def _begin(self) -> None:
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
-
-    def _ask(self) -> None:
-        if self._prompt:
-            self._output.write(self._prompt)
-            self._output.flush()
 
     def _write(self, text: str) -> None:
         self._output.write(printable(text) if self._output.isatty() else text)
@@ -145,10 +169,12 @@ class PlainChat:
 
 def figures(reason: FinishReason, timings: Timings) -> str:
     """One line on how an answer went."""
-    return (
-        f"({timings.completion_tokens} tokens, {timings.decode_tokens_per_second:.0f} tok/s, "
-        f"first after {timings.time_to_first_token:.2f} s, {reason})"
-    )
+    count, facts = timings.completion_tokens, [str(reason)]
+    if count > 0:
+        facts = [f"first after {timings.time_to_first_token:.2f} s", *facts]
+    if count > 1:
+        facts = [f"{count} tokens", f"{timings.decode_tokens_per_second:.0f} tok/s", *facts]
+    return f"({', '.join(facts)})"
 
 
 def with_parameter(params: SamplingParams, name: str, value: str) -> SamplingParams:
@@ -162,33 +188,51 @@ def with_parameter(params: SamplingParams, name: str, value: str) -> SamplingPar
         raise ParameterError(f"there is no parameter {name!r}; there are {', '.join(names)}")
     try:
         parsed: Any = json.loads(value) if value != "none" else None
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = value
     return dataclasses.replace(params, **{name: parsed})
 
 
-def save(path: Path, messages: Sequence[Message]) -> None:
+def save(name: str, messages: Sequence[Message]) -> None:
     """Write a conversation to a file that does not exist yet.
 
     Raises:
-        InputError: the file is there already, or cannot be written.
+        InputError: there is nothing to write, or the file is there already or cannot be written.
     """
-    if path.suffix == ".json":
+    if all(message["role"] == "system" for message in messages):
+        raise InputError("there is nothing to save yet: ask something first")
+    if name.lower().endswith(".json"):
         text = json.dumps({"messages": list(messages)}, indent=2, ensure_ascii=False) + "\n"
     else:
         text = "\n\n".join(f"**{message['role']}**\n\n{message['content']}" for message in messages) + "\n"
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        _write_new(Path(name).expanduser(), text)
     except FileExistsError as error:
-        raise InputError(f"{path} exists already: choose another name") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another name") from error
+        raise InputError(f"{name} exists already: choose another name") from error
+    except (OSError, ValueError, RuntimeError) as error:  # the last two: what no path can be
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{name} cannot be written ({why}): choose another name") from error
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet, whole or not at all."""
+    file = path.open("x", encoding="utf-8", newline="\n")
+    try:
+        with file:
+            file.write(text)
+    except OSError:
+        path.unlink()
+        raise
+
+
+def _is_text(text: str) -> bool:
+    """Whether this is made of characters; Python reads bytes that are none as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @contextlib.contextmanager
-def _interrupts(generation: Generation) -> Iterator[None]:
-    """Ctrl-C ends the generation instead of the program."""
+def _watched(generation: Generation) -> Iterator[None]:
+    """Ctrl-C ends the generation instead of the program, and keys pressed too early wait for the next line."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         generation.cancel()
@@ -199,6 +243,7 @@ def _interrupts(generation: Generation) -> Iterator[None]:
         yield
         return
     try:
-        yield
+        with without_echo():
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
