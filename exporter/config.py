@@ -47,7 +47,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if not math.isfinite(value) or not low <= value <= high:
+            if not low <= value <= high:  # NaN is not
                 raise CheckpointError(f"{name} is {value}, outside of {low:g} to {high:g}: the config is damaged")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
@@ -111,7 +111,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=_integer(raw, "max_position_embeddings", default=2048),
         rms_norm_eps=_number(raw, "rms_norm_eps", default=1e-6),
         rope_theta=_rope_theta(raw),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
     )
 
 
@@ -150,4 +150,14 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"config.json: {key} is {value!r}, not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} is {value!r}, not true or false")
+    return bool(value)

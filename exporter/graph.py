@@ -96,7 +96,16 @@ def trace(config: ModelConfig, style: GraphStyle) -> ir.Model:
     if style is GraphStyle.FUSED:
         fuse_skip_norms(model)
     common_passes.ClearMetadataAndDocStringPass()(model)
+    _clear_values(model.graph)
     return model
+
+
+def _clear_values(graph: ir.Graph) -> None:
+    """Take the exporter's notes off all values; onnx-ir's pass clears graphs and nodes alone."""
+    made = (value for node in graph for value in node.outputs)
+    for value in itertools.chain(graph.inputs, graph.initializers.values(), made):
+        value.metadata_props.clear()
+        value.doc_string = None
 
 
 @contextlib.contextmanager

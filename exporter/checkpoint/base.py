@@ -146,6 +146,11 @@ def bind_weights(
     with torch.device("meta"):
         expected = {name: tuple(weight.shape) for name, weight in Decoder(config).named_parameters()}
     assert expected.keys() == rows.keys()
+    key_value = config.key_value_size
+    heights = {  # of the parts of packed projections
+        "qkv.weight": (config.query_size, key_value, key_value),
+        "gate_up.weight": (config.intermediate_size, config.intermediate_size),
+    }
     used: set[str] = set()
     for name, parts in rows.items():
         for part in parts:
@@ -155,7 +160,8 @@ def bind_weights(
         found = [shapes[part.name] for part in parts]
         tails = {shape[1:] for shape in found}
         packed = (sum(shape[0] for shape in found), *found[0][1:]) if all(found) else ()
-        if len(tails) != 1 or packed != expected[name]:
+        apart = heights.get(".".join(name.split(".")[-2:])) if len(parts) > 1 else None
+        if len(tails) != 1 or packed != expected[name] or (apart and apart != tuple(shape[0] for shape in found)):
             names = " + ".join(part.name for part in parts)
             raise CheckpointError(
                 f"{where}: {names} has shape {' + '.join(map(str, found))}, the config asks for {expected[name]}"

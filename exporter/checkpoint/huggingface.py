@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -169,7 +168,7 @@ def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     generation = {key: raw[key] for key in _GENERATION_KEYS if raw.get(key) is not None}
     for key in _GENERATION_NUMBERS & generation.keys():
         number = generation[key]
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e12:  # NaN is not
             raise CheckpointError(f"{path}: {key} is {number!r}, not a number")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key not in generation and config.get(key) is not None:

@@ -1,0 +1,529 @@
+"""Hugging Face folders: what transformers saves is read back exactly; what does not fit is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
+
+from llm_edge.exporter.checkpoint.base import Checkpoint
+from llm_edge.exporter.checkpoint.gguf_checkpoint import read_gguf
+from llm_edge.exporter.checkpoint.huggingface import read_folder
+from llm_edge.exporter.config import ModelConfig, config_from_hf
+from llm_edge.exporter.model import Decoder
+from llm_edge.runtime.errors import CheckpointError
+
+GONE = object()
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `tiny_checkpoint` over several files."""
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "sharded", shard_size="150KB")
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+
+
+@pytest.fixture
+def shards(sharded: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return shutil.copytree(sharded, tmp_path / "damaged")
+
+
+def same(ours: Checkpoint, theirs: Checkpoint) -> None:
+    assert ours.config == theirs.config
+    assert ours.weights.keys() == theirs.weights.keys()
+    for name in ours.weights:
+        assert torch.equal(ours.weights[name], theirs.weights[name]), name
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not GONE}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_folder(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    for word in words:
+        assert word in message
+
+
+# ---- what transformers saves
+
+
+def test_every_weight_is_that_of_the_file(tiny_checkpoint: Path) -> None:
+    checkpoint = read_folder(tiny_checkpoint)
+    theirs = load_file(tiny_checkpoint / WEIGHTS)
+    layer = "model.layers.1."
+    parts = {
+        "embed_tokens.weight": ["model.embed_tokens.weight"],
+        "norm.weight": ["model.norm.weight"],
+        "layers.1.attention_norm.weight": [layer + "input_layernorm.weight"],
+        "layers.1.attention.qkv.weight": [f"{layer}self_attn.{part}_proj.weight" for part in "qkv"],
+        "layers.1.attention.output.weight": [layer + "self_attn.o_proj.weight"],
+        "layers.1.mlp_norm.weight": [layer + "post_attention_layernorm.weight"],
+        "layers.1.mlp.gate_up.weight": [layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"],
+        "layers.1.mlp.down.weight": [layer + "mlp.down_proj.weight"],
+    }
+    for name, stacked in parts.items():
+        assert torch.equal(checkpoint.weights[name], torch.cat([theirs[part] for part in stacked])), name
+    assert len(checkpoint.weights) == 2 + 2 * 6
+    assert sum(checkpoint.weights[name].numel() for name in checkpoint.weights) == checkpoint.config.num_parameters
+
+
+def test_config_tokenizer_and_source(tiny_checkpoint: Path) -> None:
+    checkpoint = read_folder(tiny_checkpoint)
+    assert checkpoint.config == ModelConfig(
+        vocab_size=331,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
+    )
+    assets = checkpoint.tokenizer
+    assert assets.chat_template == tiny.CHAT_TEMPLATE
+    assert "chat_template" not in assets.tokenizer_config
+    assert (assets.bos_token_id, assets.eos_token_ids, assets.pad_token_id) == (0, (2,), 2)
+    assert assets.tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    expected = tiny.tokenizer().encode(tiny.TEXT).ids
+    assert tokenizers.Tokenizer.from_str(assets.tokenizer_json).encode(tiny.TEXT).ids == expected
+    assert checkpoint.source.name == tiny_checkpoint.name
+    assert [file.name for file in checkpoint.source.files] == [WEIGHTS]
+    assert checkpoint.source.size == (tiny_checkpoint / WEIGHTS).stat().st_size
+    assert checkpoint.source.weight_types == "F32"
+
+
+def test_shards_are_as_one_file(sharded: Path, tiny_checkpoint: Path) -> None:
+    files = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(files) > 2
+    assert not (sharded / WEIGHTS).exists()
+    checkpoint = read_folder(sharded)
+    same(checkpoint, read_folder(tiny_checkpoint))
+    assert [file.name for file in checkpoint.source.files] == files
+
+
+def test_a_file_of_another_name_is_taken_where_it_is_the_only_one(folder: Path, tiny_checkpoint: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "weights.safetensors")
+    same(read_folder(folder), read_folder(tiny_checkpoint))
+
+
+def test_only_the_files_of_the_index_are_read(shards: Path, tiny_checkpoint: Path) -> None:
+    (shards / "consolidated.safetensors").write_bytes(b"not even safetensors")
+    same(read_folder(shards), read_folder(tiny_checkpoint))
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_half_precision(folder: Path, tiny_checkpoint: Path, dtype: torch.dtype, name: str) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({key: it.to(dtype) for key, it in tensors.items()}))
+    checkpoint, full = read_folder(folder), read_folder(tiny_checkpoint)
+    assert checkpoint.source.weight_types == name
+    for key in full.weights:
+        assert checkpoint.weights[key].dtype == dtype
+        assert torch.equal(checkpoint.weights[key], full.weights[key].to(dtype))
+    decoder = Decoder(checkpoint.config)
+    decoder.load_weights(checkpoint.weights)
+    assert decoder.norm.weight.dtype == torch.float32
+
+
+def test_untied(tmp_path: Path) -> None:
+    folder = tiny.save_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
+    checkpoint = read_folder(folder)
+    assert not checkpoint.config.tie_word_embeddings
+    assert torch.equal(checkpoint.weights["lm_head.weight"], load_file(folder / WEIGHTS)["lm_head.weight"])
+    assert not torch.equal(checkpoint.weights["lm_head.weight"], checkpoint.weights["embed_tokens.weight"])
+
+
+def test_what_changes_nothing_may_be_left_over(folder: Path, tiny_checkpoint: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # of a tied model
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+
+    edit_weights(folder, add)
+    same(read_folder(folder), read_folder(tiny_checkpoint))
+
+
+def test_token_ids_may_stand_in_the_config_alone(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", eos_token_id=[2, 1])
+    checkpoint = read_folder(folder)
+    assert checkpoint.tokenizer.eos_token_ids == (2, 1)
+    assert checkpoint.generation == {"bos_token_id": 0, "eos_token_id": [2, 1], "pad_token_id": 2}
+
+
+def test_generation_defaults_are_kept(folder: Path) -> None:
+    edit_json(folder / "generation_config.json", temperature=0.7, top_p=0.9, do_sample=True, transformers_version="5")
+    generation = read_folder(folder).generation
+    assert {key: generation[key] for key in ("temperature", "top_p", "do_sample")} == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "do_sample": True,
+    }
+    assert "transformers_version" not in generation
+
+
+@pytest.mark.parametrize("place", ["file", "config", "named", "nowhere"])
+def test_places_of_the_chat_template(folder: Path, place: str) -> None:
+    (folder / "chat_template.jinja").unlink()
+    if place == "file":
+        (folder / "chat_template.jinja").write_text("{{ 'new' }}")
+        edit_json(folder / "tokenizer_config.json", chat_template="{{ 'old' }}")
+    elif place == "config":
+        edit_json(folder / "tokenizer_config.json", chat_template="{{ 'new' }}")
+    elif place == "named":
+        named = [{"name": "tool", "template": "{{ 'old' }}"}, {"name": "default", "template": "{{ 'new' }}"}]
+        edit_json(folder / "tokenizer_config.json", chat_template=named)
+    assert read_folder(folder).tokenizer.chat_template == (None if place == "nowhere" else "{{ 'new' }}")
+
+
+# ---- weights that do not fit
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit_weights(folder, lambda tensors: tensors.pop(name))
+    refused(folder, str(folder), name, "missing")
+
+
+def test_a_missing_head(folder: Path) -> None:
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    refused(folder, str(folder), "lm_head.weight", "missing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.2.input_layernorm.weight",
+        "score.weight",
+    ],
+)
+def test_a_tensor_too_many(folder: Path, name: str) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(64)}))
+    refused(folder, str(folder), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.embed_tokens.weight", (330, 64)),
+        ("model.norm.weight", (63,)),
+        ("model.norm.weight", (1, 64)),
+        ("model.norm.weight", ()),
+        ("model.layers.0.self_attn.q_proj.weight", (64, 128)),
+        ("model.layers.0.self_attn.v_proj.weight", (64, 65)),
+        ("model.layers.1.mlp.down_proj.weight", (128, 64)),
+        ("model.layers.1.mlp.up_proj.weight", (0, 64)),
+    ],
+)
+def test_a_tensor_of_another_shape(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    refused(folder, str(folder), name, str(shape))
+
+
+def test_parts_of_a_packed_projection_have_their_own_shapes(folder: Path) -> None:
+    """Query rows given to the key still add up to the packed height, but are not this model."""
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        key, query = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kq")
+        tensors[key], tensors[query] = tensors[query], tensors[key]
+
+    edit_weights(folder, swap)
+    refused(folder, "q_proj.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_a_tensor_of_another_type(folder: Path, dtype: torch.dtype) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64).to(dtype)}))
+    refused(folder, str(folder / WEIGHTS), "model.norm.weight", "supported: BF16, F16, F32")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 400, -1])
+def test_a_file_that_is_cut(folder: Path, keep: int) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:keep])
+    refused(folder, str(folder / WEIGHTS), "damaged")
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    refused(folder, str(folder), "no weights", WEIGHTS)
+
+
+def test_several_files_without_an_index(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    refused(folder, str(folder), "2 .safetensors files", INDEX)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", ""], ids=repr
+)
+def test_an_index_that_names_files_outside(shards: Path, name: str) -> None:
+    shutil.copy(next(shards.glob("*.safetensors")), shards.parent / WEIGHTS)
+    (shards / "sub").mkdir()
+    shutil.copy(shards.parent / WEIGHTS, shards / "sub")
+    names = json.loads((shards / INDEX).read_text())["weight_map"]
+    edit_json(shards / INDEX, weight_map=names | {"model.norm.weight": name})
+    refused(shards, str(shards))
+
+
+def test_an_index_that_names_a_missing_file(shards: Path) -> None:
+    path = sorted(shards.glob("*.safetensors"))[1]
+    path.unlink()
+    refused(shards, str(path), "missing")
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}", "[]", "{", ""])
+def test_an_index_that_is_no_index(shards: Path, content: str) -> None:
+    (shards / INDEX).write_text(content)
+    refused(shards, INDEX)
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    refused(folder, str(folder), name)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", INDEX, "tokenizer.json"]
+)
+def test_a_file_that_is_not_text(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"\xff\xfe\x00")
+    refused(folder, str(folder / name))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model_type": "llama"', "[" * 100_000])
+def test_a_config_that_is_no_object(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    refused(folder, str(folder / "config.json"))
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "model_type"]
+)
+def test_a_missing_key(folder: Path, key: str) -> None:
+    edit_json(folder / "config.json", **{key: GONE})
+    refused(folder, "config.json", key)
+
+
+INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+@pytest.mark.parametrize("key", INTEGERS)
+@pytest.mark.parametrize(
+    "value", ["64", 64.0, True, [64], {"a": 1}, 0, -64, 10**18, 10**400], ids=lambda it: repr(it)[:20]
+)
+def test_a_size_that_is_none(folder: Path, key: str, value: Any) -> None:
+    edit_json(folder / "config.json", **{key: value})
+    refused(folder, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", "1e-5"),
+        ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", True),
+        ("rope_theta", "1e4"),
+        ("rope_theta", 0),
+        ("rope_theta", float("inf")),
+        pytest.param("rope_theta", 10**400, id="rope_theta-of 400 digits"),
+        ("tie_word_embeddings", "false"),
+    ],
+)
+def test_a_number_that_is_none(folder: Path, key: str, value: Any) -> None:
+    edit_json(folder / "config.json", **{key: value}, rope_parameters=GONE)
+    refused(folder, key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["num_attention_heads (4)", "num_key_value_heads (3)"]),
+        ({"hidden_size": 62, "head_dim": GONE}, ["hidden_size (62)", "num_attention_heads (4)"]),
+        ({"head_dim": 33}, ["head_dim is 33"]),
+        ({"model_type": "mistral"}, ["model_type 'mistral'", "'llama'"]),
+        ({"model_type": ["llama"]}, ["model_type"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "'silu'"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, ["rope_parameters", "llama3"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
+        ({"rope_scaling": {"rope_type": "yarn"}}, ["rope_scaling", "yarn"]),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["rope_parameters", "part"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ["rope_theta"]),
+        ({"rope_scaling": 2.0}, ["rope_scaling"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_a_variant_that_this_decoder_is_not(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+    edit_json(folder / "config.json", **changes)
+    refused(folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta"),
+    [
+        ({"rope_theta": 500.0, "rope_parameters": GONE}, 500.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 600.0}}, 600.0),
+        ({"rope_theta": 700.0, "rope_scaling": None, "rope_parameters": GONE}, 700.0),
+        ({"rope_parameters": GONE}, 10_000.0),
+    ],
+    ids=["before transformers 5", "transformers 5", "null", "default"],
+)
+def test_places_of_rope_theta(folder: Path, changes: dict[str, Any], theta: float) -> None:
+    edit_json(folder / "config.json", **changes)
+    assert read_folder(folder).config.rope_theta == theta
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    from transformers import LlamaConfig
+
+    given = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    ours = config_from_hf({"model_type": "llama", "num_attention_heads": 4, **given})
+    theirs = LlamaConfig(num_attention_heads=4, **given)
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("value", [-1, "2", True, [2, "x"], 2.0, [[2]]], ids=repr)
+def test_a_token_id_that_is_none(folder: Path, value: Any) -> None:
+    edit_json(folder / "generation_config.json", eos_token_id=value)
+    refused(folder, "eos_token_id")
+
+
+# ---- the same model as GGUF
+
+
+def write_gguf(checkpoint: Path, path: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """What llama.cpp's converter makes of a LLaMA folder, as float32."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    heads, kv_heads, head_dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+
+    def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+        return weight.reshape(heads, 2, head_dim // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+
+    made = json.loads(tiny.tokenizer().to_str())["model"]
+    tokens = sorted(made["vocab"], key=made["vocab"].__getitem__)
+    padding = [f"[PAD{index}]" for index in range(len(tokens), config["vocab_size"])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens + padding)
+    writer.add_token_types([3] * len(tiny.SPECIAL) + [1] * (len(tokens) - len(tiny.SPECIAL)) + [5] * len(padding))
+    writer.add_token_merges([" ".join(merge) for merge in made["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tiny.CHAT_TEMPLATE)
+
+    names = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, tensor in weights.items():
+        stem, values = name.removesuffix(".weight"), tensor.float().numpy()
+        if stem in outer:
+            writer.add_tensor(f"{outer[stem]}.weight", values)
+            continue
+        _, _, number, kind = stem.split(".", 3)
+        if kind in ("self_attn.q_proj", "self_attn.k_proj"):
+            values = permute(values, heads if kind == "self_attn.q_proj" else kv_heads)
+        writer.add_tensor(f"blk.{number}.{names[kind]}.weight", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_and_safetensors_are_one_model(tmp_path: Path, tied: bool) -> None:
+    folder = tiny.save_checkpoint(tmp_path / "a", tie_word_embeddings=tied, initializer_range=0.15)
+    gguf = read_gguf(write_gguf(folder, tmp_path / "a.gguf", load_file(folder / WEIGHTS)))
+    ours = read_folder(folder)
+    tokens = torch.randint(0, 331, (1, 70), generator=torch.Generator().manual_seed(5))
+    logits = []
+    for checkpoint in (gguf, ours):
+        decoder = Decoder(checkpoint.config)
+        decoder.load_weights(checkpoint.weights)
+        logits.append(decoder(tokens, torch.ones_like(tokens), decoder.empty_past())[0].detach())
+    assert logits[0].std() > 0.5
+    assert torch.equal(*logits)
+    assert gguf.config.rms_norm_eps == pytest.approx(ours.config.rms_norm_eps, rel=1e-6)
+    assert gguf.generation.items() <= ours.generation.items()
+    assert gguf.tokenizer.chat_template == ours.tokenizer.chat_template
+    assert gguf.tokenizer.eos_token_ids == ours.tokenizer.eos_token_ids
+    text = tiny.TEXT + "<|im_start|>user\nHi<|im_end|>"
+    found = [tokenizers.Tokenizer.from_str(it.tokenizer.tokenizer_json).encode(text).ids for it in (gguf, ours)]
+    assert found[0] == found[1]
