@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the library starts
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from llm_edge.runtime import huge_pages
 from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import (
     BundleError,
@@ -49,7 +51,8 @@ class Session:
         share_buffer: past and present may be one buffer.
         provider: `cpu`, `cuda`, or `auto`: CUDA where this onnxruntime has it, else the CPU.
         threads: of onnxruntime inside an operator; None leaves it the physical cores.
-        spinning: idle threads wait busily, which is fastest where one session has the machine to itself.
+        spinning: idle threads wait busily and weights go into large pages of memory: for a session that has the
+            machine to itself.
 
     Attributes:
         length: tokens in the cache.
@@ -81,6 +84,8 @@ class Session:
         options.log_severity_level = 4  # errors reach the caller as exceptions
         if threads is not None:
             options.intra_op_num_threads = threads
+        # Threads take their share of an operator in smaller and smaller blocks; see bench/RESULTS.md.
+        options.add_session_config_entry("session.dynamic_block_base", "16")
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = {
@@ -100,6 +105,9 @@ class Session:
                     "use provider='cpu' or 'auto'"
                 )
             self.provider = "cpu"
+
+        if self.provider == "cpu" and spinning:  # 0.2 s for 150 MB: beside the first steps, not before them
+            threading.Thread(target=huge_pages.gather, name="llm-edge-huge-pages", daemon=True).start()
 
         names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
         dtype = self._cache_type(path, names)
