@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import parse_precisions
+
+# A run in the background may have been begun with Ctrl-C ignored, and the commands under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -555,14 +555,17 @@ def test_an_interrupt_ends_what_nobody_watches(tmp_path: Path, arguments: list[s
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stderr is not None
         process.stdin.write(b"Hi\nHi\n")
-        process.stdin.close()
+        process.stdin.flush()
         assert process.stdout.readline() == b"word\n"
         process.send_signal(signal.SIGINT)
-        assert set(process.stdout.read().split()) <= {b"word"}
-        assert process.wait(PATIENCE) == 130
-        assert process.stderr.read() == b"interrupted\n"
+        try:
+            rest, notes = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+        assert set(rest.split()) <= {b"word"}
+        assert process.returncode == 130
+        assert notes == b"interrupted\n"
 
 
 def test_text_that_the_locale_lacks(tmp_path: Path) -> None:
