@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_edge.runtime.errors import TemplateError
-
-MIB = 1 << 20
+from llm_edge.runtime.safe_io import MIB
 
 MAX_WEIGHT = 16 * MIB  # bytes of any one value
 MAX_DEPTH = 100  # lists within lists
