@@ -1,0 +1,32 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_embedding_example_runs(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = re.search(r"## Embed\n\n((?:    .*\n|\n)+)", README)
+    assert section is not None
+    code = textwrap.dedent(section[1])
+    assert "artifacts/smollm2-135m" in code
+    exec(compile(code.replace("artifacts/smollm2-135m", str(tiny_bundle)), "README.md", "exec"), {})
+    assert re.search(r" (length|stop) [0-9.]+$", capsys.readouterr().out.rstrip())
+
+
+def test_the_options_of_llm_export_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_edge.exporter.cli import app
+
+    with pytest.raises(SystemExit):
+        app(["--help"])
+    shown = capsys.readouterr().out
+    section = README.partition("## Export")[2].partition("## Chat")[0]
+    options = set(re.findall(r"^    (--[a-z-]+)", section, flags=re.MULTILINE))
+    assert options == {"--precision", "--graph", "--no-validate", "--force", "--progress"}
+    assert all(option in shown for option in options)
