@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -60,10 +61,11 @@ class Worker:
         return time.perf_counter() - self._began
 
     def close(self) -> None:
-        """Let the process end."""
+        """Let the process end, or see that it has: what it left unread goes with it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 

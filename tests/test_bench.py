@@ -13,10 +13,11 @@ import pytest
 import tiny
 
 from llm_edge.bench import cli
-from llm_edge.bench.driver import COLUMNS, MIN_CONTEXT, median, median_ratio
+from llm_edge.bench.driver import COLUMNS, MIN_CONTEXT, Worker, median, median_ratio
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import parse_precisions
+from llm_edge.runtime.errors import MachineError
 
 KEYS = {"prefill_128", "prefill_512", "decode_0", "decode_512", "cold_start_s", "peak_mb", "python_share"}
 QUICK = ("--rounds", "1", "--repeats", "1", "--threads", "1")
@@ -101,6 +102,13 @@ def test_another_engine_that_fails_is_told_in_one_line(tiny_bundle: Path, llm_be
         *progress, last = err.splitlines()
         assert last.startswith("error: ")
         assert all(line.startswith("round 1 of 1: ") for line in progress)
+
+
+def test_an_engine_that_ends_while_it_is_asked_is_told_of_and_closed() -> None:
+    worker = Worker(["sleep", "0.2"])
+    with pytest.raises(MachineError, match=r"failed \(exit code 0\)"):
+        worker.ask(tokens=[0] * 100_000)  # more than a pipe holds, so that the end comes in mid-sentence
+    worker.close()
 
 
 @pytest.mark.parametrize("command", ["", " ", "/no/such/engine", "'"])
