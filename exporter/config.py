@@ -1,12 +1,12 @@
-"""The shape of a decoder. Knows nothing of files, weights or tokenizers: readers turn their metadata into this."""
+"""The shape of a decoder. Knows nothing of files, weights or tokenizers: families turn their configs into this."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
 
+from llm_edge.exporter.rope import Rope
 from llm_edge.runtime.errors import CheckpointError
 
 # The bounds are far beyond any published model: what lies outside them is a damaged or hostile file.
@@ -17,45 +17,141 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "num_hidden_layers": (1, 1_024),
     "num_attention_heads": (1, 4_096),
     "num_key_value_heads": (1, 4_096),
-    "head_dim": (2, 4_096),
+    "head_dim": (1, 4_096),
     "max_position_embeddings": (1, 2_097_152),
-    "rms_norm_eps": (0.0, 1.0),
-    "rope_theta": (1.0, 1e12),
+    "norm_eps": (0.0, 1.0),
+    "attention_scale": (1e-6, 1e6),
+    "embedding_scale": (1e-6, 1e6),
 }
+_MOST_ANGLES = 1 << 27  # of all rotary tables together: 1 GiB of cosines and sines
+
+
+class Norm(Enum):
+    """RMS: RMSNorm (arXiv:1910.07467). LAYER: LayerNorm with a bias (arXiv:1607.06450)."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class QKNorm(Enum):
+    """Where queries and keys are normalised: NONE, each HEAD by itself, or all heads together (FULL)."""
+
+    NONE = "none"
+    HEAD = "head"
+    FULL = "full"
+
+
+class Activation(Enum):
+    """Of the feed-forward network; GELU_TANH is GELU's approximation by tanh (arXiv:1606.08415)."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """A LLaMA-style decoder: RMSNorm, rotary positions in half-split form, grouped KV heads, SwiGLU.
+class LayerConfig:
+    """What may differ from layer to layer.
 
-    The names are those of Hugging Face's `config.json`. Raises `CheckpointError` where a value is out of
-    bounds or two of them contradict each other.
+    Attributes:
+        rope: rotary positions, or None for a layer without.
+        window: tokens a position attends to, itself included; None for all before it.
+    """
+
+    rope: Rope | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder. The defaults are a LLaMA: RMSNorm before each block, rotary positions, SwiGLU, no biases.
+
+    Raises `CheckpointError` where a value is out of bounds or two of them contradict each other.
+
+    Attributes:
+        vocab_size: V, rows of the embedding and width of the logits.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the feed-forward network.
+        num_attention_heads: H, query heads.
+        num_key_value_heads: K, key/value heads; divides H.
+        head_dim: D, width of a head.
+        max_position_embeddings: tokens a context holds at most.
+        layers: one entry a layer.
+        norm_eps: epsilon of all norms.
+        tie_word_embeddings: the output head is the embedding.
+        norm: kind of all norms but those of queries and keys, which are RMS.
+        pre_norm: each block's input is normalised.
+        post_norm: each block's output is normalised.
+        parallel_blocks: attention and feed-forward network both read the layer's input, and are added together.
+        learned_positions: a table of positions is added to the embedding.
+        qk_norm: see `QKNorm`; before the rotation.
+        qkv_bias: of the query, key and value projections.
+        output_bias: of attention's output projection.
+        mlp_bias: of all projections of the feed-forward network.
+        gated_mlp: down(activation(gate(x)) * up(x)) instead of down(activation(up(x))).
+        activation: see `Activation`.
+        attention_scale: factor of query · key; None is 1 / sqrt(D).
+        embedding_scale: factor of the embedding, but not of a head tied to it.
     """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
     tie_word_embeddings: bool
+    norm: Norm = Norm.RMS
+    pre_norm: bool = True
+    post_norm: bool = False
+    parallel_blocks: bool = False
+    learned_positions: bool = False
+    qk_norm: QKNorm = QKNorm.NONE
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = True
+    activation: Activation = Activation.SILU
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if not low <= value <= high:  # NaN is not
+            if value is not None and not low <= value <= high:  # NaN is not
                 raise CheckpointError(f"{name} is {value}, outside of {low:g} to {high:g}: the config is damaged")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads}): correct the config"
             )
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim is {self.head_dim}: rotary positions need an even one")
+        for rope in self.ropes:
+            if rope.dim % 2 or not 2 <= rope.dim <= self.head_dim:
+                raise CheckpointError(
+                    f"rotary positions of {rope.dim} dimensions do not fit heads of head_dim {self.head_dim}: "
+                    "an even number of at most as many is needed"
+                )
+        if sum(rope.dim for rope in self.ropes) * self.max_position_embeddings > 2 * _MOST_ANGLES:
+            raise CheckpointError(
+                f"max_position_embeddings is {self.max_position_embeddings}: the tables of rotary positions would be "
+                "larger than 1 GiB; give a smaller context with --max-seq-len"
+            )
+        if any(layer.window is not None and layer.window < 1 for layer in self.layers):
+            raise CheckpointError("sliding_window is below 1: correct the config")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary positions, in the order of their first layers."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
 
     @property
     def query_size(self) -> int:
@@ -64,100 +160,10 @@ class ModelConfig:
 
     @property
     def key_value_size(self) -> int:
-        """Width of all key heads together (and of all value heads), KV * D."""
+        """Width of all key heads together (and of all value heads), K * D."""
         return self.num_key_value_heads * self.head_dim
 
     @property
-    def num_parameters(self) -> int:
-        """Number of weights, a tied output head counted once."""
-        layer = (
-            self.hidden_size * (self.query_size + 2 * self.key_value_size)
-            + self.query_size * self.hidden_size
-            + 3 * self.hidden_size * self.intermediate_size
-            + 2 * self.hidden_size
-        )
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return layer * self.num_hidden_layers + embeddings + self.hidden_size
-
-
-def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face `config.json`, key by key; what would change the result and is not known is refused.
-
-    Raises `CheckpointError` naming the field.
-    """
-    model_type = raw.get("model_type")
-    if model_type != "llama":
-        raise CheckpointError(f"config.json: model_type {model_type!r} is not supported; supported: 'llama'")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
-    for flag in ("attention_bias", "mlp_bias"):
-        if raw.get(flag):
-            raise CheckpointError(f"config.json: {flag} is set; projections with biases are not supported")
-    heads = _integer(raw, "num_attention_heads")
-    hidden = _integer(raw, "hidden_size")
-    if raw.get("head_dim") is None and heads > 0 and hidden % heads:
-        raise CheckpointError(
-            f"config.json: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}) "
-            "and there is no head_dim: correct the config"
-        )
-    return ModelConfig(
-        vocab_size=_integer(raw, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_integer(raw, "intermediate_size"),
-        num_hidden_layers=_integer(raw, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=_integer(raw, "num_key_value_heads", default=heads),
-        head_dim=_integer(raw, "head_dim", default=hidden // max(heads, 1)),
-        max_position_embeddings=_integer(raw, "max_position_embeddings", default=2048),
-        rms_norm_eps=_number(raw, "rms_norm_eps", default=1e-6),
-        rope_theta=_rope_theta(raw),
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-    )
-
-
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """`rope_theta` at the top level, or inside `rope_parameters` as transformers 5 writes it."""
-    theta = _number(raw, "rope_theta", default=10_000.0)
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(field)
-        if rope is None:
-            continue
-        if not isinstance(rope, Mapping):
-            raise CheckpointError(f"config.json: {field} is not an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"config.json: {field} of type {kind!r} is not supported; supported: 'default'")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise CheckpointError(f"config.json: {field} rotates a part of each head only, which is not supported")
-        theta = _number(rope, "rope_theta", default=theta)
-    return theta
-
-
-def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        if default is None:
-            raise CheckpointError(f"config.json: {key} is missing")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"config.json: {key} is {value!r}, not an integer")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
-    value = raw.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a number")
-    try:
-        return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.inf
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} is {value!r}, not true or false")
-    return bool(value)
+    def scale(self) -> float:
+        """Factor of query · key."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale

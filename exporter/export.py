@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import importlib.metadata
-import math
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import onnx_ir as ir
 import tokenizers
-import torch
 
 from llm_edge.exporter.bundle_files import write_json, write_side_files
 from llm_edge.exporter.checkpoint.base import Checkpoint, Source
-from llm_edge.exporter.checkpoint.source import bundle_name, open_checkpoint
-from llm_edge.exporter.graph import GraphStyle, trace
-from llm_edge.exporter.lower import apply_recipe
-from llm_edge.exporter.model import Decoder
+from llm_edge.exporter.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.graph import GraphStyle
+from llm_edge.exporter.model import count_parameters
+from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.prove import WHOLE_GB, Form, OnnxForm, model_shape, prove
 from llm_edge.exporter.recipes import RECIPES, Recipe
-from llm_edge.exporter.validate import MAX_BOUND, MEAN_BOUND, Parity, Quality, Reference, compare, score
-from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ModelShape, manifest_entry
-from llm_edge.runtime.errors import CheckpointError, InputError, MachineError, ParityError
-from llm_edge.runtime.session import Session
+from llm_edge.exporter.torchscript import TorchScriptForm
+from llm_edge.exporter.validate import Parity, Quality
+from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, TORCHSCRIPT, manifest_entry
+from llm_edge.runtime.errors import CheckpointError, InputError, MachineError, ParameterError
 
-Progress = Callable[[str, float | None, str], None]
-"""Told a stage (one of `STAGES`), its share done (None: unknown) and what is at work."""
-
-STAGES = ("reading", "tracing", "quantizing", "validating", "writing")
-
-_FUSED_HEAD = 16  # onnxruntime's GroupQueryAttention rotates heads of a multiple of this size only
-_INLINE_LIMIT = 1024  # bytes; larger tensors go to the data file
+_FUSED_HEAD = 8  # onnxruntime's GroupQueryAttention takes heads of a multiple of this size only
 _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -54,23 +44,41 @@ class PrecisionReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an export made."""
+    """What an export made.
+
+    Attributes:
+        path: the bundle.
+        source: where it came from.
+        parameters: number of weights.
+        style: of its graphs; None for TorchScript.
+        precisions: what it holds.
+        layers: of the model.
+        validated_layers: how many of them were compared with PyTorch; 0 without validation.
+        validation_bytes: memory that comparing all of them takes, about.
+    """
 
     path: Path
     source: Source
     parameters: int
+    style: GraphStyle | None
     precisions: tuple[PrecisionReport, ...]
+    layers: int
+    validated_layers: int
+    validation_bytes: float
 
 
 def export(
     source: str,
     output: Path | None,
     recipes: tuple[Recipe, ...],
-    style: GraphStyle,
+    style: GraphStyle | None,
     *,
     validate: bool,
     force: bool,
     progress: Progress,
+    options: SourceOptions | None = None,
+    file_format: str = ONNX,
+    validation_memory: float = WHOLE_GB * 1e9,
 ) -> Report:
     """Export a checkpoint.
 
@@ -78,10 +86,13 @@ def export(
         source: see `open_checkpoint`.
         output: the bundle's folder; None takes `artifacts/<name>`.
         recipes: the precisions to make.
-        style: see `GraphStyle`.
+        style: see `GraphStyle`; None takes the fused one where the heads allow it.
         validate: compare with the reference and score the validation text.
         force: replace a bundle that is already there, once the new one is complete.
         progress: see `Progress`.
+        options: what the user says beside the source.
+        file_format: `onnx`, or `torchscript` for fp32 as a TorchScript module, which takes no style.
+        validation_memory: bytes that validation may take; of larger models the first layers are compared.
 
     Raises:
         InputError: the source cannot be read, or the output is in the way.
@@ -92,45 +103,64 @@ def export(
     if target.name in ("", ".."):
         target = target.resolve()  # "." and the like: the bundle and its temporary sibling need a name
     _check_target(target, force)
+    if file_format == TORCHSCRIPT and style is not None:
+        raise ParameterError("--graph is about ONNX: leave it out with --format torchscript")
+    script = TorchScriptForm(recipes) if file_format == TORCHSCRIPT else None
     progress("reading", None, source)
-    checkpoint = open_checkpoint(source, lambda text: progress("reading", None, text))
-    if style is GraphStyle.FUSED and checkpoint.config.head_dim % _FUSED_HEAD:
+    options = options if options is not None else SourceOptions()
+    checkpoint = open_checkpoint(source, options, lambda text: progress("reading", None, text))
+    form: Form
+    if script is None:
+        style = _choose_style(source, checkpoint, style)
+        form = OnnxForm(style)
+    else:
+        form = script
+    tokens = _validation_tokens(checkpoint)
+    parameters = count_parameters(checkpoint.config)
+    proof = None
+    with _staging(target, force) as folder:
+        graphs = folder / form.name
+        graphs.mkdir()
+        _make_room(folder, parameters, recipes, validate)
+        form.write(graphs, checkpoint.config, checkpoint.weights, recipes, progress)
+        if validate:
+            proof = prove(graphs, checkpoint, recipes, form, tokens, validation_memory, progress)
+        progress("writing", 0.0, "tokenizer and configs")
+        write_side_files(folder, checkpoint, recipes, style is GraphStyle.FUSED, script is None)
+        report = Report(
+            path=target,
+            source=checkpoint.source,
+            parameters=parameters,
+            style=style,
+            precisions=tuple(
+                PrecisionReport(
+                    recipe,
+                    sum(path.stat().st_size for path in form.files(graphs, recipe)),
+                    proof.parities[recipe.name] if proof else None,
+                    proof.qualities[recipe.name] if proof else None,
+                )
+                for recipe in recipes
+            ),
+            layers=checkpoint.config.num_hidden_layers,
+            validated_layers=proof.layers if proof else 0,
+            validation_bytes=proof.needed if proof else 0.0,
+        )
+        extra = (
+            {name: parity for name, parity in proof.parities.items() if name not in proof.qualities} if proof else {}
+        )
+        _commit_manifest(folder, checkpoint, report, form, extra, progress)
+    progress("writing", 1.0, str(target))
+    return report
+
+
+def _choose_style(source: str, checkpoint: Checkpoint, style: GraphStyle | None) -> GraphStyle:
+    fused = checkpoint.config.head_dim % _FUSED_HEAD == 0
+    if style is GraphStyle.FUSED and not fused:
         raise CheckpointError(
             f"{source}: heads of {checkpoint.config.head_dim}, the fused graph needs a multiple of {_FUSED_HEAD}: "
             "export it with --graph portable"
         )
-    tokens = _validation_tokens(checkpoint)
-    # What is rounded cannot be held to a bound: without fp32 in the bundle, fp32 is made and proven for this alone.
-    proof = (RECIPES["fp32"],) if validate and not any(recipe.lossless for recipe in recipes) else ()
-    with _staging(target, force) as folder:
-        _make_room(folder, checkpoint, (*proof, *recipes))
-        _write_graphs(folder, checkpoint, (*proof, *recipes), style, progress)
-        parities: Mapping[str, Parity] = {}
-        qualities: Mapping[str, Quality] = {}
-        if validate:
-            parities, qualities = _validate(folder, checkpoint, recipes, proof, style, tokens, progress)
-        for recipe in proof:
-            for path in _graph_files(folder, recipe):
-                path.unlink()
-        progress("writing", 0.0, "tokenizer and configs")
-        write_side_files(folder, checkpoint, recipes, style is GraphStyle.FUSED)
-        reports = tuple(
-            PrecisionReport(
-                recipe,
-                sum(path.stat().st_size for path in _graph_files(folder, recipe)),
-                parities.get(recipe.name),
-                qualities.get(recipe.name),
-            )
-            for recipe in recipes
-        )
-        proofs = {recipe.name: parities[recipe.name] for recipe in proof}
-        _commit_manifest(folder, target, checkpoint, style, reports, proofs, progress)
-    progress("writing", 1.0, str(target))
-    return Report(target, checkpoint.source, checkpoint.config.num_parameters, reports)
-
-
-def _graph_files(folder: Path, recipe: Recipe) -> list[Path]:
-    return sorted((folder / "onnx").glob(f"{recipe.stem}.onnx*"))
+    return style if style is not None else GraphStyle.FUSED if fused else GraphStyle.PORTABLE
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -167,7 +197,6 @@ def _staging(target: Path, force: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
-        (folder / "onnx").mkdir()
         yield folder
         for path in folder.rglob("*"):
             _fsync(path)
@@ -202,9 +231,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _make_room(folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> None:
+def _make_room(folder: Path, parameters: int, recipes: tuple[Recipe, ...], validate: bool) -> None:
     """Refuse before the work begins where the disk cannot hold the result."""
-    needed = sum(int(checkpoint.config.num_parameters * recipe.bytes_per_weight) for recipe in recipes)
+    made = recipes if not validate or any(recipe.lossless for recipe in recipes) else (*recipes, RECIPES["fp32"])
+    needed = sum(int(parameters * recipe.bytes_per_weight) for recipe in made)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
@@ -212,112 +242,50 @@ def _make_room(folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...]
         )
 
 
-def _write_graphs(
-    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], style: GraphStyle, progress: Progress
-) -> None:
-    progress("tracing", None, f"{checkpoint.config.num_hidden_layers} layers, {style.value} graph")
-    traced = trace(checkpoint.config, style)
-    for number, recipe in enumerate(recipes):
-        model = traced.clone()
-        apply_recipe(model, checkpoint.config, checkpoint.weights, recipe, style)
-
-        def saved(_: ir.TensorProtocol, info: Any, number: int = number, recipe: Recipe = recipe) -> None:
-            progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), recipe.name)
-
-        ir.save(
-            model,
-            folder / "onnx" / f"{recipe.stem}.onnx",
-            external_data=f"{recipe.stem}.onnx_data",
-            size_threshold_bytes=_INLINE_LIMIT,
-            callback=saved,
-        )
-
-
-def _validate(
-    folder: Path,
-    checkpoint: Checkpoint,
-    recipes: tuple[Recipe, ...],
-    proof: tuple[Recipe, ...],
-    style: GraphStyle,
-    tokens: list[int],
-    progress: Progress,
-) -> tuple[dict[str, Parity], dict[str, Quality]]:
-    """Parity of all, and quality of those that the bundle is to hold (not of those made as proof alone)."""
-    progress("validating", 0.0, "loading")
-    with torch.device("meta"):
-        decoder = Decoder(checkpoint.config).eval()
-    decoder.load_weights(checkpoint.weights)
-    reference = Reference(decoder)
-    parities, qualities = {}, {}
-    total = len(proof) + len(recipes)
-    for number, recipe in enumerate((*proof, *recipes)):
-
-        def scored(share: float, name: str = recipe.name, number: int = number) -> None:
-            progress("validating", (number + 0.2 + 0.8 * share) / total, name)
-
-        progress("validating", number / total, recipe.name)
-        path = folder / "onnx" / f"{recipe.stem}.onnx"
-        share_buffer = style is GraphStyle.FUSED
-        session = Session(path, _shape(checkpoint), share_buffer, provider="cpu", spinning=False)
-        parities[recipe.name] = parity = compare(reference, session, tokens)
-        if not math.isfinite(parity.worst.max):
-            raise ParityError(
-                f"{recipe.name}: logits are not numbers: the weights are damaged, or they overflow. Nothing was written"
-            )
-        if recipe.lossless and not parity.within_bounds:
-            worst = parity.worst
-            raise ParityError(
-                f"{recipe.name}: logits differ from PyTorch by up to {worst.max:.2g}, {worst.mean:.2g} on average; "
-                f"{MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
-            )
-        if recipe in recipes:
-            qualities[recipe.name] = score(reference, session, tokens, scored)
-        del session  # one at a time: memory
-    return parities, qualities
-
-
-def _shape(checkpoint: Checkpoint) -> ModelShape:
-    return ModelShape(**{key: getattr(checkpoint.config, key) for key in ModelShape.__slots__})
-
-
 def _commit_manifest(
     folder: Path,
-    target: Path,
     checkpoint: Checkpoint,
-    style: GraphStyle,
-    reports: tuple[PrecisionReport, ...],
+    report: Report,
+    form: Form,
     proofs: Mapping[str, Parity],
     progress: Progress,
 ) -> None:
-    """Write the manifest, last of all files."""
+    """Write the manifest, last of all files. It holds no time and no path: equal sources make equal bundles."""
     files = {}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     for number, name in enumerate(names):
         progress("writing", number / len(names), name)
         files[name] = manifest_entry(folder / name)
+    chat = {
+        key: asdict(value)
+        for key, value in (("reasoning", checkpoint.reasoning), ("guards", checkpoint.guards))
+        if value is not None
+    }
     write_json(
         folder / MANIFEST,
         {
             "format_version": FORMAT_VERSION,
-            "name": target.name,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "model": {**asdict(_shape(checkpoint)), "parameters": checkpoint.config.num_parameters},
-            "graph": style.value,
+            "name": checkpoint.source.name,
+            "model": {**asdict(model_shape(checkpoint.config)), "parameters": report.parameters},
+            "graph": form.name if report.style is None else report.style.value,
+            **chat,
             "source": asdict(checkpoint.source),
             "tools": {
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in _TOOLS},
             },
             "precisions": {
-                report.recipe.name: {
-                    "model": f"onnx/{report.recipe.stem}.onnx",
-                    "recipe": str(report.recipe),
-                    "share_buffer": style is GraphStyle.FUSED,
-                    "parity": asdict(report.parity) if report.parity else {},
-                    "quality": asdict(report.quality) if report.quality else {},
+                made.recipe.name: {
+                    **({} if form.name == ONNX else {"format": form.name}),
+                    "model": f"{form.name}/{form.file(made.recipe)}",
+                    "recipe": str(made.recipe),
+                    "share_buffer": report.style is GraphStyle.FUSED,
+                    "parity": asdict(made.parity) if made.parity else {},
+                    "quality": asdict(made.quality) if made.quality else {},
                 }
-                for report in reports
+                for made in report.precisions
             },
+            "validation": {"layers": report.validated_layers, "of": report.layers},
             "proof": {name: asdict(parity) for name, parity in proofs.items()},
             "files": files,
         },

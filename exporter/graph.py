@@ -13,19 +13,18 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import onnx.defs
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 from onnxscript import opset23 as op
-from onnxscript import values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llm_edge.exporter.attention_forms import contrib, fused_attention, portable_attention
 from llm_edge.exporter.config import ModelConfig
 from llm_edge.exporter.model import Decoder
 from llm_edge.exporter.passes.last_logits import keep_last_logits
@@ -78,7 +77,9 @@ def trace(config: ModelConfig, style: GraphStyle) -> ir.Model:
                 "past": [(cache_axes, cache_axes)] * config.num_hidden_layers,
             },
             custom_translation_table={
-                torch.ops.llm_edge.cached_attention.default: _ATTENTION[style],
+                torch.ops.llm_edge.cached_attention.default: (
+                    fused_attention if style is GraphStyle.FUSED else portable_attention
+                ),
                 torch.ops.aten.linear.default: _linear,
                 torch.ops.aten.split_with_sizes.default: _split,
             },
@@ -122,95 +123,14 @@ def _quiet() -> Iterator[None]:
         registration.setLevel(level)
 
 
-def _contrib(domain: str, name: str, inputs: int, outputs: int, **attributes: Any) -> values.Op:
-    """An operator of a domain whose schemas onnx does not know, typed just well enough to be called."""
-    kinds = onnx.defs.OpSchema.AttrType
-    parameter = onnx.defs.OpSchema.FormalParameter
-    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    every = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)"]
-    schema = onnx.defs.OpSchema(
-        name,
-        domain,
-        1,
-        inputs=[parameter(f"in{i}", f"T{i}", param_option=optional) for i in range(inputs)],
-        outputs=[parameter(f"out{i}", f"U{i}") for i in range(outputs)],
-        type_constraints=[
-            *((f"T{i}", every, "") for i in range(inputs)),
-            *((f"U{i}", every, "") for i in range(outputs)),
-        ],
-        attributes=[onnx.defs.OpSchema.Attribute(key, getattr(kinds, kind)) for key, kind in attributes.items()],
-    )
-    return values.Op(values.Opset(domain, 1), name, schema)
-
-
-_LINEAR = _contrib(LINEAR_DOMAIN, "Linear", inputs=2, outputs=1)
-_GQA = _contrib(
-    "com.microsoft",
-    "GroupQueryAttention",
-    inputs=9,
-    outputs=3,
-    num_heads="INT",
-    kv_num_heads="INT",
-    do_rotary="INT",
-)
+_LINEAR = contrib(LINEAR_DOMAIN, "Linear", inputs=2, outputs=1)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    assert bias is None
-    return _LINEAR(x, weight)
+    product = _LINEAR(x, weight)
+    return product if bias is None else op.Add(product, bias)
 
 
 def _split(x: Any, split_sizes: list[int], dim: int = 0) -> Any:
     assert len(set(split_sizes)) == 1  # the exporter cannot number the outputs of an uneven Split
     return op.Split(x, axis=dim, num_outputs=len(split_sizes))
-
-
-def _fused_attention(
-    qkv: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any, num_heads: int, num_kv_heads: int
-) -> Any:
-    lengths = op.ReduceSum(mask, op.Constant(value_ints=[1]), keepdims=0)
-    last_slots = op.Cast(op.Sub(lengths, op.Constant(value_int=1)), to=ir.DataType.INT32)
-    total = op.Cast(op.Squeeze(op.Shape(mask, start=1, end=2)), to=ir.DataType.INT32)
-    return _GQA(
-        qkv, None, None, past_key, past_value, last_slots, total, cos, sin,
-        num_heads=num_heads, kv_num_heads=num_kv_heads, do_rotary=1,
-    )  # fmt: skip
-
-
-def _portable_attention(
-    qkv: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any, num_heads: int, num_kv_heads: int
-) -> Any:
-    head_dim = past_key.shape[3]
-    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    axis_0, axis_1, axes_12 = (op.Constant(value_ints=axes) for axes in ([0], [1], [1, 2]))
-    past_length = op.Squeeze(op.Shape(past_key, start=2, end=3))
-    total = op.Squeeze(op.Shape(mask, start=1, end=2))
-    slots = op.Range(zero, total, one)  # [T]
-    new_slots = op.Range(past_length, total, one)  # [S]
-    counted = op.Clip(op.Sub(op.CumSum(mask, one), one), zero)
-    positions = op.Gather(counted, new_slots, axis=1)  # [B, S]
-
-    columns, rows = op.Unsqueeze(slots, axis_0), op.Unsqueeze(new_slots, axis_1)
-    unpadded = op.Unsqueeze(op.Cast(mask, to=ir.DataType.BOOL), axes_12)  # [B, 1, 1, T]
-    visible = op.Or(op.And(op.LessOrEqual(columns, rows), unpadded), op.Equal(columns, rows))  # [B, 1, S, T]
-
-    edges = [
-        0,
-        *(heads * head_dim for heads in (num_heads, num_heads + num_kv_heads, num_heads + 2 * num_kv_heads)),
-    ]
-    query, key, value = (
-        op.Slice(qkv, op.Constant(value_ints=[start]), op.Constant(value_ints=[end]), op.Constant(value_ints=[2]))
-        for start, end in itertools.pairwise(edges)
-    )
-    query = op.RotaryEmbedding(query, cos, sin, positions, num_heads=num_heads)
-    key = op.RotaryEmbedding(key, cos, sin, positions, num_heads=num_kv_heads)
-    attended, present_key, present_value, _ = op.Attention(
-        query, key, value, visible, past_key, past_value, q_num_heads=num_heads, kv_num_heads=num_kv_heads
-    )
-    return attended, present_key, present_value
-
-
-_ATTENTION: dict[GraphStyle, Callable[..., Any]] = {
-    GraphStyle.FUSED: _fused_attention,
-    GraphStyle.PORTABLE: _portable_attention,
-}

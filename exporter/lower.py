@@ -89,7 +89,7 @@ def _embedding(node: ir.Node, editor: Editor, blocks: BlockForm, config: ModelCo
 
 def _fill(model: ir.Model, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     """Give the initializers of the trace their numbers; those that nothing reads any more go."""
-    tables = dict(zip(("cos", "sin"), rotary_tables(config), strict=True))
+    tables = rotary_tables(config)
     for name, value in list(model.graph.initializers.items()):
         if name in tables:
             value.const_value = ir.tensor(tables[name].numpy(), name=name)

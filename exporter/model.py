@@ -6,172 +6,163 @@ V vocabulary. Everything the exporter proves is proven against this module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_edge.exporter.config import ModelConfig
+from llm_edge.exporter.attention import attention, cached_attention, positions_of
+from llm_edge.exporter.config import Activation, LayerConfig, ModelConfig, Norm, QKNorm
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, both [B, K, P, D]; P may be 0."""
 
-
-@torch.library.custom_op("llm_edge::cached_attention", mutates_args=())
-def cached_attention(
-    qkv: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    attention_mask: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotary causal attention over a cache: the one operator with two ONNX forms (see `graph.py`).
-
-    Args:
-        qkv: packed query, key and value projections of the new tokens, [B, S, (H + 2K) * D].
-        past_key: rotated keys so far, [B, K, P, D].
-        past_value: values so far, [B, K, P, D].
-        attention_mask: 1 where a slot of past and new tokens counts, 0 where it is padding, [B, T].
-        cos: cosines of the rotary angles, [max positions, D / 2] (RoFormer, arXiv:2104.09864; half-split form).
-        sin: sines, like `cos`.
-        num_heads: H.
-        num_kv_heads: K.
-
-    Returns:
-        attended values [B, S, H * D], present keys and present values [B, K, T, D].
-    """
-    batch, length, _ = qkv.shape
-    head_dim = past_key.shape[-1]
-    total = past_key.shape[2] + length
-    if attention_mask.shape != (batch, total):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, past and input make {(batch, total)}")
-
-    heads = qkv.view(batch, length, num_heads + 2 * num_kv_heads, head_dim).transpose(1, 2)  # [B, H + 2K, S, D]
-    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -length:]  # [B, S]
-    query, key = (_rotate(x, cos[positions], sin[positions]) for x in (query, key))
-    key = torch.cat([past_key, key], dim=2)  # [B, K, T, D]
-    value = torch.cat([past_value, value], dim=2)
-
-    slots = torch.arange(total, device=qkv.device)
-    new_slots = slots[-length:, None]  # [S, 1]
-    visible = (slots <= new_slots) & attention_mask[:, None, None, :].bool()  # [B, 1, S, T]
-    visible = visible | (slots == new_slots)  # a padding row sees itself, so that its softmax is finite
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
-    return attended.transpose(1, 2).reshape(batch, length, num_heads * head_dim), key, value
+_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Activation.RELU: F.relu,
+}
 
 
-@cached_attention.register_fake
-def _(
-    qkv: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    attention_mask: Tensor,
-    cos: Tensor,  # noqa: ARG001
-    sin: Tensor,  # noqa: ARG001
-    num_heads: int,
-    num_kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, _ = qkv.shape
-    head_dim = past_key.shape[-1]
-    present = (batch, num_kv_heads, attention_mask.shape[1], head_dim)
-    return (
-        qkv.new_empty(batch, length, num_heads * head_dim),
-        past_key.new_empty(present),
-        past_value.new_empty(present),
-    )
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head; x [B, heads, S, D], cos and sin [B, S, D / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, both float32 [max positions, D / 2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
-    return angles.cos(), angles.sin()
+def _norm(config: ModelConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm is Norm.RMS else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
-    """Packed projections around `cached_attention`."""
+    """Packed projections around `cached_attention`.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: of the model.
+        layer: of this layer.
+        standalone: call attention as plain PyTorch instead of as the registered operator.
+    """
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, standalone: bool = False) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.qkv = nn.Linear(config.hidden_size, config.query_size + 2 * config.key_value_size, bias=False)
-        self.output = nn.Linear(config.query_size, config.hidden_size, bias=False)
+        self.config = config
+        self.layer = layer
+        self.attend = attention if standalone else cached_attention
+        width = config.query_size + 2 * config.key_value_size
+        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.output = nn.Linear(config.query_size, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm is not QKNorm.NONE:
+            full = config.qk_norm is QKNorm.FULL
+            sizes = (config.query_size, config.key_value_size) if full else (config.head_dim, config.head_dim)
+            self.query_norm, self.key_norm = (nn.RMSNorm(size, eps=config.norm_eps) for size in sizes)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor, sin: Tensor
+        self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, S, hidden] -> the same shape, and the layer's present keys and values."""
-        attended, key, value = cached_attention(self.qkv(x), *past, mask, cos, sin, self.num_heads, self.num_kv_heads)
-        return self.output(attended), (key, value)
+        query, key, value = self._normalised(self.qkv(x))
+        rope = self.layer.rope
+        attended, *present = self.attend(
+            query,
+            key,
+            value,
+            *past,
+            mask,
+            cos,
+            sin,
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.config.scale,
+            self.layer.window or 0,
+            rope.long_from if rope is not None else 0,
+        )
+        return self.output(attended), (present[0], present[1])
+
+    def _normalised(self, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys and values [B, S, heads * D] with their norms applied; packed in the first where none are."""
+        config = self.config
+        if config.qk_norm is QKNorm.NONE:
+            return packed, None, None
+        end = config.query_size + config.key_value_size
+        query, key = packed[..., : config.query_size], packed[..., config.query_size : end]
+        if config.qk_norm is QKNorm.FULL:
+            query, key = self.query_norm(query), self.key_norm(key)
+        else:
+            heads = (*packed.shape[:-1], -1, config.head_dim)
+            query = self.query_norm(query.reshape(heads)).flatten(-2)
+            key = self.key_norm(key.reshape(heads)).flatten(-2)
+        return query, key, packed[..., end:]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202) with gate and up packed into one projection."""
+    """Gated (SwiGLU and its kin, arXiv:2002.05202; gate and up packed into one projection) or plain."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.width = config.intermediate_size
-        self.gate_up = nn.Linear(config.hidden_size, 2 * self.width, bias=False)
-        self.down = nn.Linear(self.width, config.hidden_size, bias=False)
+        self.gated = config.gated_mlp
+        self.activation = _ACTIVATIONS[config.activation]
+        if self.gated:
+            self.gate_up = nn.Linear(config.hidden_size, 2 * self.width, bias=config.mlp_bias)
+        else:
+            self.up = nn.Linear(config.hidden_size, self.width, bias=config.mlp_bias)
+        self.down = nn.Linear(self.width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, hidden] -> the same shape."""
-        gate, up = torch.split(self.gate_up(x), [self.width, self.width], dim=-1)
-        down: Tensor = self.down(F.silu(gate) * up)
+        if self.gated:
+            gate, up = torch.split(self.gate_up(x), [self.width, self.width], dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(self.up(x))
+        down: Tensor = self.down(inner)
         return down
 
 
 class Layer(nn.Module):
-    """One decoder layer, pre-normalised (RMSNorm, arXiv:1910.07467)."""
+    """One decoder layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, *, standalone: bool = False) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.parallel = config.parallel_blocks
+        self.attention_norm = _norm(config) if config.pre_norm else nn.Identity()
+        self.attention = Attention(config, layer, standalone=standalone)
+        self.attention_post_norm = _norm(config) if config.post_norm else nn.Identity()
+        self.mlp_norm = _norm(config) if config.pre_norm else nn.Identity()
         self.mlp = FeedForward(config)
+        self.mlp_post_norm = _norm(config) if config.post_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor, sin: Tensor
+        self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, S, hidden] -> the same shape, and the layer's present keys and values."""
         attended, present = self.attention(self.attention_norm(x), past, mask, cos, sin)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), present
+        after = x + self.attention_post_norm(attended)
+        inner = self.mlp(self.mlp_norm(x if self.parallel else after))
+        return after + self.mlp_post_norm(inner), present
 
 
 class Decoder(nn.Module):
     """The whole model. Its parameter names are the names of the ONNX initializers.
 
     A tied output head is the embedding itself: `lm_head` then has no weight of its own.
+
+    Args:
+        config: the shape.
+        standalone: call attention as plain PyTorch instead of as the registered operator, so that a trace of this
+            module needs nothing of ours.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, standalone: bool = False) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer, standalone=standalone) for layer in config.layers)
+        self.norm = _norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rotary_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self._set_tables()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: Past, num_logits_to_keep: int = 0
@@ -188,9 +179,16 @@ class Decoder(nn.Module):
             logits [B, n or S, V] and the present keys and values.
         """
         x = self.embed_tokens(input_ids)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
+        if self.config.learned_positions:
+            x = x + self.embed_positions(positions_of(attention_mask, input_ids.shape[1]))
+        ropes = self.config.ropes
         presents: Past = []
-        for layer, layer_past in zip(self.layers, past, strict=True):
-            x, present = layer(x, layer_past, attention_mask, self.cos, self.sin)
+        for layer, layer_config, layer_past in zip(self.layers, self.config.layers, past, strict=True):
+            index = None if layer_config.rope is None else ropes.index(layer_config.rope)
+            tables = (None, None) if index is None else (getattr(self, f"cos_{index}"), getattr(self, f"sin_{index}"))
+            x, present = layer(x, layer_past, attention_mask, *tables)
             presents.append(present)
         x = self.norm(x[:, -num_logits_to_keep:] if num_logits_to_keep else x)
         logits: Tensor = self.lm_head(x)
@@ -204,9 +202,30 @@ class Decoder(nn.Module):
             setattr(self.get_submodule(module), attribute, loaded)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.cos, self.sin = rotary_tables(self.config)
+        self._set_tables()
 
     def empty_past(self, batch_size: int = 1, length: int = 0) -> Past:
         """Zeros in the shape of a cache of `length` tokens, on the device and in the type of the weights."""
         shape = (batch_size, self.config.num_key_value_heads, length, self.config.head_dim)
-        return [(self.norm.weight.new_zeros(shape), self.norm.weight.new_zeros(shape)) for _ in self.layers]
+        like = self.embed_tokens.weight
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
+
+    def _set_tables(self) -> None:
+        for name, table in rotary_tables(self.config).items():
+            self.register_buffer(name, table, persistent=False)
+
+
+def rotary_tables(config: ModelConfig) -> dict[str, Tensor]:
+    """Tables of all rotary positions, `cos_0`, `sin_0` and so on in the order of `config.ropes`; see `Rope.tables`."""
+    tables = {}
+    for index, rope in enumerate(config.ropes):
+        tables[f"cos_{index}"], tables[f"sin_{index}"] = rope.tables(config.max_position_embeddings)
+    return tables
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of weights, a tied output head counted once."""
+    with torch.device("meta"):
+        one = Decoder(dataclasses.replace(config, layers=config.layers[:1]))
+    layer = sum(parameter.numel() for parameter in one.layers.parameters())
+    return sum(parameter.numel() for parameter in one.parameters()) + (config.num_hidden_layers - 1) * layer

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from llm_edge.exporter.recipes import Blocks
 
+_ELEMENTS = 1 << 24  # rounded at a time: 64 MiB as float32
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlocks:
@@ -43,8 +45,21 @@ class QuantizedBlocks:
 def quantize_blocks(weight: Tensor, form: Blocks) -> QuantizedBlocks:
     """Round a weight [N, K] to nearest, block by block; the last block of a row is filled up with zeros.
 
-    The layout is that of onnxruntime's operator documentation (com.microsoft.MatMulNBits).
+    The layout is that of onnxruntime's operator documentation (com.microsoft.MatMulNBits). Rows are rounded a few at a
+    time, so that memory holds little more than the weight in its own type and the result.
     """
+    rows = max(_ELEMENTS // max(weight.shape[1], 1), 1)
+    parts = [_quantize_rows(weight[start : start + rows], form) for start in range(0, len(weight), rows)]
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return QuantizedBlocks(
+        data=np.concatenate([part.data for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        zero_points=np.concatenate(zero_points) if zero_points else None,
+        bits=form.bits,
+    )
+
+
+def _quantize_rows(weight: Tensor, form: Blocks) -> QuantizedBlocks:
     rows, width = weight.shape
     blocks = form.count(width)
     padded = torch.nn.functional.pad(weight.float(), (0, blocks * form.size - width))

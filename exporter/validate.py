@@ -1,21 +1,30 @@
-"""Compares ONNX graphs, run by the runtime, with the reference decoder. Knows nothing of how they were made."""
+"""Compares ONNX graphs, run by the runtime, with the reference decoder. Knows nothing of how they were made.
+
+The reference runs once and its logits wait in a file, so that it and a graph are never in memory together.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llm_edge.exporter.model import Decoder, Past
-from llm_edge.runtime.session import CHUNK, Session
+from llm_edge.runtime.session import CHUNK
 
 MAX_BOUND, MEAN_BOUND = 1e-3, 1e-4
 """What fp32 logits may differ from the reference, at most and on average."""
 
 _KL_ROWS = 64  # positions compared at once: bounds the memory of the logarithms
+_MOST_BYTES = 2 << 30  # of logits on disk; models of large vocabularies are scored on less text
+_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,82 +87,137 @@ class Quality:
     perplexity_reference: float
 
 
-class Reference:
-    """The decoder behind the same door as a `Session`."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._past: Past = decoder.empty_past()
+class Runnable(Protocol):
+    """What is compared: `Session` of the runtime, whichever it is."""
 
     def reset(self) -> None:
         """Start from an empty context."""
-        self._past = self._decoder.empty_past()
 
-    @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """All logits [n, V] of n new tokens."""
-        total = self._past[0][0].shape[2] + len(tokens)
-        mask = torch.ones(1, total, dtype=torch.int64)
-        logits: Tensor
-        logits, self._past = self._decoder(torch.tensor([list(tokens)]), mask, self._past)
-        return logits[0]
+    def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
+        """Run new tokens; 0 gives the logits of all."""
 
 
-def compare(reference: Reference, session: Session, tokens: Sequence[int]) -> Parity:
-    """Run both over the same tokens in three ways; short contexts get shorter runs."""
-    room = min(len(tokens), session.limit)
-    prompt = tokens[: min(CHUNK, room)]
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens, piece by piece from an empty context, and where their logits begin in the file, in rows."""
+
+    pieces: tuple[tuple[int, ...], ...]
+    row: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of all pieces."""
+        return sum(map(len, self.pieces))
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the reference says to the validation text.
+
+    Attributes:
+        path: logits as float32 rows.
+        vocab_size: of a row.
+        prefill: a prompt in one go; the first of `windows`.
+        steps: token by token behind a prompt.
+        chunk: a prompt over a past.
+        windows: the text in windows that each start from an empty context.
+    """
+
+    path: Path
+    vocab_size: int
+    prefill: Run
+    steps: Run
+    chunk: Run
+    windows: tuple[Run, ...]
+
+    def logits(self, row: int, count: int) -> Tensor:
+        """Rows of the file, [count, V]."""
+        offset = 4 * row * self.vocab_size
+        flat = np.fromfile(self.path, dtype="<f4", count=count * self.vocab_size, offset=offset)
+        return torch.from_numpy(flat).view(count, self.vocab_size)
+
+
+def record(decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callable[[float], None]) -> Expected:
+    """Run the reference over the validation text.
+
+    Args:
+        decoder: the reference, with its weights.
+        tokens: the text; it is cut into windows of at most `CHUNK` tokens.
+        path: file for the logits.
+        progress: is told the share that is done.
+    """
+    vocab, context = decoder.config.vocab_size, decoder.config.max_position_embeddings
+    tokens = tokens[: max(_MOST_BYTES // (4 * vocab), 2 * CHUNK)]
+    length = min(CHUNK, context)
+    windows = [tuple(tokens[start : start + length]) for start in range(0, len(tokens), length)]
+    windows = [window for window in windows if len(window) > 1] or [tuple(tokens[:1])]
+    prompt = windows[0]
     half = max(len(prompt) // 2, 1)
-    stepwise = min(16, len(prompt) - half)
-    plans = {
-        "prefill": [prompt],
-        "steps": [prompt[:half], *([token] for token in prompt[half : half + stepwise])],
-        "chunk": [prompt[:half], prompt[half:]] if len(prompt) > half else [prompt],
-    }
+    stepwise = prompt[half : half + min(_STEPS, len(prompt) - half)]
+    plans = [
+        *((window,) for window in windows),
+        (prompt[:half], *((token,) for token in stepwise)),
+        (prompt[:half], prompt[half:]) if len(prompt) > half else (prompt,),
+    ]
+    runs, row, total = [], 0, sum(len(piece) for plan in plans for piece in plan)
+    with path.open("wb") as file, torch.inference_mode():
+        for plan in plans:
+            runs.append(Run(plan, row))
+            past: Past = decoder.empty_past()
+            done = 0
+            for piece in plan:
+                done += len(piece)
+                mask = torch.ones(1, done, dtype=torch.int64)
+                logits, past = decoder(torch.tensor([piece]), mask, past)
+                logits[0].numpy().astype("<f4", copy=False).tofile(file)
+            row += done
+            progress(row / total)
+    *scored, steps, chunk = runs
+    return Expected(path, vocab, scored[0], steps, chunk, tuple(scored))
+
+
+def compare(expected: Expected, session: Runnable) -> Parity:
+    """Run a session over the same tokens in three ways."""
     found = {}
-    for name, pieces in plans.items():
-        reference.reset()
+    for name in ("prefill", "steps", "chunk"):
+        run: Run = getattr(expected, name)
         session.reset()
-        largest, total, count = 0.0, 0.0, 0
-        for piece in pieces:
-            wanted = reference.step(piece)
-            difference = (torch.from_numpy(session.step(piece, num_logits=0)) - wanted).abs()
+        largest, total, row = 0.0, 0.0, run.row
+        for piece in run.pieces:
+            logits = torch.from_numpy(session.step(piece, num_logits=0))
+            difference = (logits - expected.logits(row, len(piece))).abs()
             largest = max(largest, difference.max().item()) if not difference.isnan().any() else float("nan")
-            total, count = total + difference.sum().item(), count + difference.numel()
-        found[name] = Difference(largest, total / count)
+            total, row = total + difference.sum().item(), row + len(piece)
+        found[name] = Difference(largest, total / (run.length * expected.vocab_size))
     return Parity(**found)
 
 
-def score(reference: Reference, session: Session, tokens: Sequence[int], progress: Callable[[float], None]) -> Quality:
-    """Run the text once through the reference and once through a session.
+def score(expected: Expected, session: Runnable, progress: Callable[[float], None]) -> Quality:
+    """Run the text through a session.
 
     Args:
-        reference: what the session is measured against.
+        expected: what the session is measured against.
         session: the graph.
-        tokens: the text; it is cut into windows of at most `CHUNK` tokens.
         progress: is told the share that is done.
     """
-    length = min(CHUNK, session.limit)
-    windows = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    windows = [window for window in windows if len(window) > 1]
-    count = sum(len(window) - 1 for window in windows)
+    count = sum(run.length - 1 for run in expected.windows)
     divergences = torch.zeros(count, dtype=torch.float64)
     same, loss, loss_reference, done = 0, 0.0, 0.0, 0
-    for window in windows:
-        reference.reset()
+    for run in expected.windows:
+        (window,) = run.pieces
         session.reset()
-        wanted = reference.step(window)[:-1]
         found = torch.from_numpy(session.step(window, num_logits=0))[:-1]
-        for start in range(0, len(wanted), _KL_ROWS):
+        for start in range(0, len(found), _KL_ROWS):
             rows = slice(start, start + _KL_ROWS)
             targets = torch.tensor(window[1:][rows])
-            logs, other = wanted[rows].log_softmax(-1), found[rows].log_softmax(-1)
+            other = found[rows].log_softmax(-1)
+            logs = expected.logits(run.row + start, len(targets)).log_softmax(-1)
             divergences[done : done + len(targets)] = (logs.exp() * (logs - other)).sum(-1)
             same += int((logs.argmax(-1) == other.argmax(-1)).sum())
             loss += _loss(other, targets)
             loss_reference += _loss(logs, targets)
             done += len(targets)
-        progress(done / count)
+        progress(done / max(count, 1))
     return Quality(
         tokens=count,
         kl_mean=divergences.mean().item(),

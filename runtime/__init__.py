@@ -15,20 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_edge.runtime.bundle import Bundle as Bundle
+    from llm_edge.runtime.bundle import Guards as Guards
+    from llm_edge.runtime.bundle import ReasoningTokens as ReasoningTokens
     from llm_edge.runtime.generate import FinishReason as FinishReason
     from llm_edge.runtime.generate import Generation as Generation
     from llm_edge.runtime.generate import Model as Model
     from llm_edge.runtime.generate import Piece as Piece
     from llm_edge.runtime.generate import Result as Result
     from llm_edge.runtime.generate import Timings as Timings
+    from llm_edge.runtime.sampler import LogitsProcessor as LogitsProcessor
     from llm_edge.runtime.sampler import SamplingParams as SamplingParams
 
 _HOME = {
     "Bundle": "bundle",
     "FinishReason": "generate",
     "Generation": "generate",
+    "Guards": "bundle",
+    "LogitsProcessor": "sampler",
     "Model": "generate",
     "Piece": "generate",
+    "ReasoningTokens": "bundle",
     "Result": "generate",
     "SamplingParams": "sampler",
     "Timings": "generate",

@@ -18,6 +18,8 @@ from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+ONNX, TORCHSCRIPT = FORMATS = ("onnx", "torchscript")
+MOST_NEWLINES = 2**31 - 1  # as of the parameter `max_newlines`
 
 # Far beyond any published model: what lies above is a damaged manifest, and would be allocated.
 _MOST: Mapping[str, int] = {
@@ -56,7 +58,8 @@ class PrecisionInfo:
 
     Attributes:
         name: as `--precision` takes it.
-        model: path of the `.onnx` file inside the bundle; its weights lie beside it in `<file>_data`.
+        format: of the graph, one of `FORMATS`.
+        model: path of the file inside the bundle; weights of an `.onnx` file lie beside it in `<file>_data`.
         recipe: what is stored how, for people.
         share_buffer: past and present may be one buffer (GroupQueryAttention).
         size: bytes of graph and weights.
@@ -65,6 +68,7 @@ class PrecisionInfo:
     """
 
     name: str
+    format: str
     model: str
     recipe: str
     share_buffer: bool
@@ -73,10 +77,45 @@ class PrecisionInfo:
     quality: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class ReasoningTokens:
+    """The tokens between which a model reasons before it answers.
+
+    Attributes:
+        start: id of the token that opens the reasoning; the prompt's last token, or the model draws it.
+        end: id of the token that closes it; the answer follows.
+    """
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """What keeps a model from its bad habits; defaults of the parameters of the same names in `SamplingParams`.
+
+    Attributes:
+        max_newlines: newline characters in a row at most; None = any number.
+        single_think_end: the end of the reasoning is drawn once.
+    """
+
+    max_newlines: int | None
+    single_think_end: bool
+
+
 class Bundle:
     """A bundle folder that has been opened: the manifest was read and every file is there in its full size.
 
     `verify` compares contents; `Model.load` does so for all it is about to read.
+
+    Attributes:
+        path: the folder.
+        manifest: content of its manifest.json.
+        name: of the bundle.
+        shape: what a caller of the graphs has to know.
+        precisions: by name.
+        reasoning: the tokens around a reasoning; None for models that do not reason.
+        guards: None where the model needs none.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -92,6 +131,8 @@ class Bundle:
         self.precisions: dict[str, PrecisionInfo] = {
             name: self._precision(name, entry) for name, entry in entries.items()
         }
+        self.reasoning = self._reasoning() if "reasoning" in manifest else None
+        self.guards = self._guards() if "guards" in manifest else None
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -166,7 +207,7 @@ class Bundle:
             name
             for info in self.precisions.values()
             if precision is not None and info.name != precision
-            for name in _graph_files(info.model)
+            for name in _graph_files(info.model, info.format)
         }
         for name, entry in self._files.items():
             if name in others:
@@ -184,19 +225,43 @@ class Bundle:
         if not isinstance(entry, dict):
             raise BundleError(f"{self.path / MANIFEST}: precisions.{name} is not an object: export the bundle again")
         model = _field(entry, "model", str)
+        kind = entry.get("format", ONNX)
+        if kind not in FORMATS:
+            raise BundleError(
+                f"{self.path / MANIFEST}: precisions.{name} is of format {kind!r}, this runtime runs "
+                f"{' and '.join(FORMATS)}: export the bundle again"
+            )
         return PrecisionInfo(
             name=name,
+            format=kind,
             model=model,
             recipe=_field(entry, "recipe", str),
             share_buffer=_field(entry, "share_buffer", bool),
-            size=sum(_count(_field(self._files, file, dict), "size", least=0) for file in _graph_files(model)),
+            size=sum(_count(_field(self._files, file, dict), "size", least=0) for file in _graph_files(model, kind)),
             parity=_field(entry, "parity", dict),
             quality=_field(entry, "quality", dict),
         )
 
+    def _reasoning(self) -> ReasoningTokens:
+        entry, most = _field(self.manifest, "reasoning", dict), self.shape.vocab_size - 1
+        tokens = ReasoningTokens(*(_count(entry, key, 0, most, "reasoning.") for key in ReasoningTokens.__slots__))
+        if tokens.start == tokens.end:
+            raise BundleError(f"{self.path / MANIFEST}: reasoning starts and ends with one token: export it again")
+        return tokens
 
-def _graph_files(model: str) -> Iterable[str]:
-    return (model, f"{model}_data")
+    def _guards(self) -> Guards:
+        entry = _field(self.manifest, "guards", dict)
+        newlines = None
+        if entry.get("max_newlines", 0) is not None:  # it has to be there
+            newlines = _count(entry, "max_newlines", 1, MOST_NEWLINES, "guards.")
+        guards = Guards(newlines, _field(entry, "single_think_end", bool))
+        if guards.single_think_end and self.reasoning is None:
+            raise BundleError(f"{self.path / MANIFEST}: guards.single_think_end without 'reasoning': export it again")
+        return guards
+
+
+def _graph_files(model: str, kind: str) -> Iterable[str]:
+    return (model, f"{model}_data") if kind == ONNX else (model,)
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
@@ -220,8 +285,10 @@ def _field(mapping: Mapping[str, Any], key: str, kind: type[T]) -> T:
     return value
 
 
-def _count(mapping: Mapping[str, Any], key: str, least: int = 1, most: int = 1 << 48) -> int:
+def _count(mapping: Mapping[str, Any], key: str, least: int = 1, most: int = 1 << 48, where: str = "") -> int:
     value = _field(mapping, key, int)
     if isinstance(value, bool) or not least <= value <= most:
-        raise BundleError(f"{MANIFEST}: {key} is {value!r}: export the bundle again")
+        raise BundleError(
+            f"{MANIFEST}: {where}{key} is {value!r}, not from {least:,} to {most:,}: export the bundle again"
+        )
     return value

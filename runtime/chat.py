@@ -318,11 +318,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 _SANDBOX = _Sandbox()
-_REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # names of one field; templates read the first two
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first two
 
 
 def plain_messages(messages: object) -> list[dict[str, Any]]:
@@ -334,7 +330,7 @@ def plain_messages(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TemplateError(f"messages[{i}]: an object with a string 'role' was expected")
         plain = {key: item for key, item in plain_data(message, f"messages[{i}]").items() if item is not None}
-        reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+        reasoning = next((plain[key] for key in REASONING_FIELDS if key in plain), None)
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
         result.append(plain)

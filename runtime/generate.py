@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import time
@@ -11,14 +12,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from llm_edge.runtime.bundle import Bundle, PrecisionInfo
-from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError
-from llm_edge.runtime.sampler import Sampler, SamplingParams
-from llm_edge.runtime.session import CHUNK, Logits, Session
-from llm_edge.runtime.tokenizer import StopStrings, TextStream, Tokenizer
+from llm_edge.runtime.bundle import MANIFEST, TORCHSCRIPT, Bundle, PrecisionInfo
+from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, TemplateError
+from llm_edge.runtime.guards import NewlineLimit, Newlines, SingleThinkEnd
+from llm_edge.runtime.reasoning import AnswerStream, apart
+from llm_edge.runtime.sampler import LogitsProcessor, Sampler, SamplingParams
+from llm_edge.runtime.session import CHUNK, AnySession, Logits, open_session
+from llm_edge.runtime.tokenizer import Tokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
 _DRAWING_KEYS = ("temperature", "top_k", "top_p", "min_p")
+_OTHER_KEYS: Mapping[str, str] = {
+    "repetition_penalty": "repetition_penalty",
+    "repetition_window": "repetition_window",
+    "max_new_tokens": "max_tokens",
+}
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "…"}` and whatever else the model's chat template knows."""
@@ -47,6 +55,8 @@ class Timings:
         time_to_first_token: from the call to the first token.
         prefill_seconds: time of the prompt's steps.
         decode_seconds: time from the first token to the last.
+        reasoning_tokens: tokens drawn for the reasoning, those that start and end it included; the rest of
+            `completion_tokens` is the answer.
     """
 
     prompt_tokens: int
@@ -54,6 +64,7 @@ class Timings:
     time_to_first_token: float
     prefill_seconds: float
     decode_seconds: float
+    reasoning_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -75,22 +86,33 @@ class Piece:
         token: the token drawn; None in a last piece that only ends the generation.
         finish_reason: set in the last piece alone, and so are
         timings: the figures of the whole generation.
+        reasoning: the text belongs to the reasoning and not to the answer; see `AnswerStream` for the border.
     """
 
     text: str
     token: int | None
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
+    reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A whole generation: its text, its tokens (an end token included), why it ended and how long it took."""
+    """A whole generation.
+
+    Attributes:
+        text: the answer alone.
+        tokens: all that were drawn, those of the reasoning and an end token included.
+        finish_reason: why it ended.
+        timings: how long it took.
+        reasoning: text of the reasoning; empty for models that do not reason, and where `Bundle.reasoning` is None.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     timings: Timings
+    reasoning: str = ""
 
 
 class Generation:
@@ -112,14 +134,16 @@ class Generation:
 
     def result(self) -> Result:
         """Run to the end and return everything from here on."""
-        texts: list[str] = []
+        answer: list[str] = []
+        reasoning: list[str] = []
         tokens: list[int] = []
         for piece in self._pieces:
-            texts.append(piece.text)
+            (reasoning if piece.reasoning else answer).append(piece.text)
             if piece.token is not None:
                 tokens.append(piece.token)
             if piece.finish_reason is not None and piece.timings is not None:
-                return Result("".join(texts), tuple(tokens), piece.finish_reason, piece.timings)
+                reason, timings = piece.finish_reason, piece.timings
+                return Result("".join(answer), tuple(tokens), reason, timings, "".join(reasoning))
         raise ParameterError("this generation has already been read to its end")
 
 
@@ -129,18 +153,19 @@ class Model:
     Beginning a generation, from whatever thread, ends an unfinished one before it.
 
     Attributes:
-        default_params: the model's own sampling, from its generation_config.json.
+        default_params: the model's own sampling, from its generation_config.json and the guards of its manifest.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, tokenizer: Tokenizer, precision: PrecisionInfo) -> None:
+    def __init__(self, bundle: Bundle, session: AnySession, tokenizer: Tokenizer, precision: PrecisionInfo) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.precision = precision
         self._session = session
         source = bundle.file(_GENERATION_CONFIG)
         config = bundle.json(_GENERATION_CONFIG)
-        self.default_params = _own_params(config, source)
+        self.default_params = _own_params(config, source, bundle)
         self._end_tokens = frozenset(_end_tokens(config, source))
+        self._marks = _marks(bundle, tokenizer)
         self._running = threading.Event()
         self._beginning = threading.Lock()
         self._stepping = threading.Lock()
@@ -161,22 +186,27 @@ class Model:
             path: the folder.
             precision: one that the bundle holds; None takes int8 where there is one.
             provider: `auto`, `cpu` or `cuda`.
-            threads: of onnxruntime inside an operator; None leaves it the physical cores.
-            verify: compare the checksums of all that is loaded.
+            threads: of onnxruntime inside an operator; None leaves it the physical cores. TorchScript: of torch, for
+                the whole process.
+            verify: compare the checksums of all that is loaded. TorchScript is a program, and loaded verified only.
 
         Raises:
             BundleError: the folder is missing, damaged or changed.
+            ParameterError: a TorchScript bundle that shall not be verified.
+            InputError: a TorchScript bundle where torch is missing.
             ProviderError: CUDA was asked for and is not there.
         """
         bundle = Bundle.open(path)
         info = bundle.precision(precision)
+        if info.format == TORCHSCRIPT and not verify:
+            raise ParameterError(f"{bundle.path}: TorchScript is a program: it is loaded with verify=True only")
         if verify:
             bundle.verify(info.name)
         config = bundle.json("tokenizer_config.json")
         tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), config, bundle.chat_template())
         if tokenizer.vocab_size > bundle.shape.vocab_size:
             raise BundleError(f"{bundle.path}: the tokenizer has more tokens than the model: export the bundle again")
-        session = Session(bundle.file(info.model), bundle.shape, info.share_buffer, provider, threads)
+        session = open_session(bundle.file(info.model), bundle.shape, info.format, info.share_buffer, provider, threads)
         return cls(bundle, session, tokenizer, info)
 
     @property
@@ -186,7 +216,7 @@ class Model:
 
     @property
     def run_seconds(self) -> float:
-        """Time spent inside onnxruntime since the model was loaded."""
+        """Time spent inside onnxruntime (or torch) since the model was loaded."""
         return self._session.run_seconds
 
     @property
@@ -194,17 +224,45 @@ class Model:
         """Tokens that prompt and answer hold together at most."""
         return self._session.limit
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
-        """Answer a conversation in the model's own chat format.
-
-        Text inside the messages that spells a special token stays text.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """Answer a conversation in the model's own chat format; see `encode_chat`.
 
         Raises:
-            TemplateError: the model has no chat template, or it refuses these messages.
+            TemplateError: the model has no chat template, or it refuses these messages or variables.
             ContextLengthError: the conversation does not fit.
         """
         began = time.perf_counter()
-        return self._begin(self.tokenizer.encode_chat(messages), params, began)
+        return self._begin(self.encode_chat(messages, template_variables), params, began)
+
+    def encode_chat(
+        self, messages: Sequence[Message], template_variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """The ids of the prompt that a conversation makes.
+
+        Text inside the messages that spells a special token stays text. One thing is read out of it: an assistant
+        message may still hold its reasoning, up to the text of the token that ends it. Where the template does
+        not see that token, for it is special, the reasoning becomes the message's `reasoning_content`, which may
+        also be given so; most templates leave it out of all turns but the last.
+
+        Args:
+            messages: the conversation.
+            template_variables: what the chat template knows beyond the messages, as `enable_thinking` or `tools`.
+
+        Raises:
+            TemplateError: the model has no chat template, or it refuses these messages or variables.
+        """
+        variables = dict(template_variables or {})
+        if not all(isinstance(name, str) and name not in ("messages", "self") for name in variables):
+            raise TemplateError("template_variables: a mapping by name, without 'messages', was expected")
+        if self._marks is not None:
+            messages = apart(messages, *self._marks)
+        return self.tokenizer.encode_chat(messages, **variables)
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
         """Continue a text (plain text: special tokens spelled in it stay text) or a list of token ids.
@@ -239,17 +297,18 @@ class Model:
         self, prompt: list[int], params: SamplingParams, began: float, cancelled: threading.Event
     ) -> Iterator[Piece]:
         session = self._session
-        sampler = Sampler(params, prompt)
-        stream = TextStream(self.tokenizer)
-        stops = StopStrings(params.stop)
         ends = self._end_tokens.union(params.stop_token_ids)
+        sampler = Sampler(params, prompt, self._processors(params, ends))
+        stream = AnswerStream(self.tokenizer, params.stop, self.bundle.reasoning, prompt, self._end_tokens)
         room = min(params.max_tokens, session.limit - len(prompt))
         first = last = prefilled = started = time.perf_counter()
         count = 0
 
         def end(text: str, token: int | None, reason: FinishReason) -> Piece:
-            timings = Timings(len(prompt), count, first - began if count else 0.0, prefilled - started, last - first)
-            return Piece(text, token, reason, timings)
+            to_first = first - began if count else 0.0
+            seconds = to_first, prefilled - started, last - first
+            timings = Timings(len(prompt), count, *seconds, stream.reasoning_tokens)
+            return Piece(text, token, reason, timings, stream.reasoning)
 
         logits = self._step(prompt[:CHUNK], cancelled, fresh=True)
         for start in range(CHUNK, len(prompt), CHUNK):
@@ -264,21 +323,31 @@ class Model:
             first = first if count else last
             count += 1
             if token in ends:
-                text, _ = stops.push(stream.flush())
-                yield end(text + stops.flush(), token, FinishReason.STOP)
+                yield end(stream.flush(), token, FinishReason.STOP)
                 return
-            text, stopped = stops.push(stream.push(token))
-            if stopped:
+            text = stream.push(token)
+            if stream.stopped:
                 yield end(text, token, FinishReason.STOP)
                 return
             if count >= room:
-                rest, stopped = stops.push(stream.flush())
-                tail = "" if stopped else stops.flush()
-                yield end(text + rest + tail, token, FinishReason.STOP if stopped else FinishReason.LENGTH)
+                text += stream.flush()
+                yield end(text, token, FinishReason.STOP if stream.stopped else FinishReason.LENGTH)
                 return
-            yield Piece(text, token)
+            yield Piece(text, token, reasoning=stream.reasoning)
             logits = self._step([token], cancelled)
-        yield end(stops.push(stream.flush())[0] + stops.flush(), None, FinishReason.CANCELLED)
+        yield end(stream.flush(), None, FinishReason.CANCELLED)
+
+    def _processors(self, params: SamplingParams, ends: frozenset[int]) -> list[LogitsProcessor]:
+        made: list[LogitsProcessor] = []
+        if params.max_newlines:
+            made.append(NewlineLimit(self._newlines, params.max_newlines, ends))
+        if params.single_think_end and self.bundle.reasoning is not None:
+            made.append(SingleThinkEnd(self.bundle.reasoning.start, self.bundle.reasoning.end))
+        return made
+
+    @functools.cached_property
+    def _newlines(self) -> Newlines:
+        return Newlines(self.tokenizer.texts_with("\n", range(self._session.shape.vocab_size)))
 
     def _step(self, tokens: list[int], cancelled: threading.Event, *, fresh: bool = False) -> Logits | None:
         """One step, the only one at a time, over an empty cache if `fresh`; None once it is cancelled."""
@@ -290,7 +359,7 @@ class Model:
             return self._session.step(tokens)
 
 
-def _own_params(config: Mapping[str, Any], source: Path) -> SamplingParams:
+def _own_params(config: Mapping[str, Any], source: Path, bundle: Bundle) -> SamplingParams:
     """As transformers reads the file: without `do_sample` the most likely token is taken, whatever else it states.
 
     Only a file that states how to draw and leaves out `do_sample` is taken at its word.
@@ -298,13 +367,25 @@ def _own_params(config: Mapping[str, Any], source: Path) -> SamplingParams:
     given = {key: config[key] for key in _DRAWING_KEYS if config.get(key) is not None}
     if not config.get("do_sample", bool(given)):
         given = {"temperature": 0.0}
-    for key, name in (("repetition_penalty", "repetition_penalty"), ("max_new_tokens", "max_tokens")):
-        if config.get(key) is not None:
-            given[name] = config[key]
+    given |= {name: config[key] for key, name in _OTHER_KEYS.items() if config.get(key) is not None}
+    if bundle.guards is not None:
+        given |= {"max_newlines": bundle.guards.max_newlines or 0, "single_think_end": bundle.guards.single_think_end}
     try:
         return SamplingParams(**given)
     except ParameterError as error:
         raise BundleError(f"{source}: {error}") from error
+
+
+def _marks(bundle: Bundle, tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """How the tokens around a reasoning are written, if templates cannot find them in the text of messages."""
+    if bundle.reasoning is None:
+        return None
+    start, end = tokenizer.token_text(bundle.reasoning.start), tokenizer.token_text(bundle.reasoning.end)
+    if start is None or end is None:
+        raise BundleError(
+            f"{bundle.path / MANIFEST}: tokenizer.json does not have the tokens of 'reasoning': export the bundle again"
+        )
+    return (start, end) if bundle.reasoning.end in tokenizer.special_ids else None
 
 
 def _end_tokens(config: Mapping[str, Any], source: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Keys and values of one conversation, on the provider's device. Knows nothing of tokens or text.
+"""Keys and values of one conversation, on the device where the graph reads them. Knows nothing of tokens or text.
 
 Shapes are [1, K, capacity or tokens, D] for K key/value heads of size D.
 """

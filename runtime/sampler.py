@@ -2,6 +2,7 @@
 
 A draw is a list of small pure functions, in this order (the order of transformers' logits processors):
 
+    processors (see `LogitsProcessor`)                         a row [V] in, it or a new row [V] out
     repetition_penalty -> presence_frequency -> temperature    a row [V] in, a new row [V] out
     keep_top_k -> keep_top_p -> keep_min_p                     a row [N] in, the positions kept out, ascending
     draw                                                       a row [N], a uniform number in, a position out
@@ -17,7 +18,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeGuard, cast
+from typing import Protocol, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,11 @@ class SamplingParams:
 
     Listed in the order in which they act on the logits:
 
+    max_newlines        newline characters, 0 = off. A token that would put more than this many in a row, the
+                        prompt's too, cannot be drawn; tokens without text break a row, and those that end the
+                        text can always be drawn.
+    single_think_end    true or false. The token that ends the reasoning cannot be drawn once it stands behind
+                        the last one that starts it; nothing happens for models without such tokens.
     repetition_penalty  0.01 to 100, 1 = off. Logits of the tokens in the window, each token once: a positive
                         logit is divided by it, a negative one multiplied.
     repetition_window   tokens; how many of the latest, the prompt's too, the repetition penalty looks at.
@@ -55,11 +61,13 @@ class SamplingParams:
     min_p               0 to 1, 0 = off. Keeps tokens at least min_p times as probable as the most probable.
     seed                0 to 2**64 - 1, or None = different every time. A seed and a machine give one text.
 
-    The sampler itself does not act on the rest, whoever drives it does:
+    The first two are `LogitsProcessor`s, which whoever drives the sampler gives to it. It does not act on the
+    rest either:
 
-    max_tokens          tokens, 1 or more.
-    stop                strings that end the text; one string may stand alone.
-    stop_token_ids      token ids that end the text.
+    max_tokens          tokens, 1 or more, those of the reasoning included.
+    stop                strings that end the answer; one string may stand alone. What they spell in a reasoning
+                        does not end it.
+    stop_token_ids      token ids that end the text, the reasoning too.
     """
 
     temperature: float = 1.0
@@ -74,6 +82,8 @@ class SamplingParams:
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    max_newlines: int = 0
+    single_think_end: bool = False
 
     def __post_init__(self) -> None:
         self._within("temperature", 0.0, 100.0)
@@ -85,6 +95,9 @@ class SamplingParams:
         self._within("top_k", 0, 2**31 - 1)
         self._within("repetition_window", -1, 2**31 - 1)
         self._within("max_tokens", 1, 2**31 - 1)
+        self._within("max_newlines", 0, 2**31 - 1)
+        if not isinstance(self.single_think_end, bool):
+            raise _refused("single_think_end", self.single_think_end, "true or false")
         if self.seed is not None:
             self._within("seed", 0, 2**64 - 1)
         if isinstance(self.stop, str):
@@ -200,6 +213,10 @@ def draw(row: Row, uniform: float) -> int:
     return block * BLOCK + _passes(inside, goal - before)
 
 
+def _unless_nothing_is_left(row: Row, processed: Row) -> Row:
+    return row if processed is not row and np.isneginf(processed.max()) else processed
+
+
 def _weights(row: Row, top: np.float32) -> Row:
     """Probabilities up to a factor: exp(row - top)."""
     out: Row = row - top
@@ -245,11 +262,32 @@ class _Counts:
         return self._ids[:used], self._counts[:used]
 
 
-class Sampler:
-    """Draws the tokens of one answer, one after another; `tokens` is the prompt and what was drawn so far."""
+class LogitsProcessor(Protocol):
+    """Something that changes logits before all else, by what stands before the token to be drawn.
 
-    def __init__(self, params: SamplingParams, prompt_tokens: Sequence[int]) -> None:
+    One belongs to one answer, and may keep what it has learned of the tokens: they only grow.
+    """
+
+    def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
+        """Return logits [V], `row` itself or a new one; -inf for what must not be drawn.
+
+        Args:
+            row: logits [V], to be left as they are.
+            tokens: the prompt and what was drawn so far, to be left as they are.
+        """
+
+
+class Sampler:
+    """Draws the tokens of one answer, one after another; `tokens` is the prompt and what was drawn so far.
+
+    A processor that leaves nothing to be drawn is passed over for that token.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt_tokens: Sequence[int], processors: Sequence[LogitsProcessor] = ()
+    ) -> None:
         self.params = params
+        self._processors = tuple(processors)
         self._tokens = [int(token) for token in prompt_tokens]
         if self._tokens and min(self._tokens) < 0:
             raise _refused("prompt_tokens", min(self._tokens), "token ids of 0 or more")
@@ -294,6 +332,8 @@ class Sampler:
             raise _refused("logits", logits.shape, "one row of logits, of shape [V]")
         row, params = logits.astype(np.float32, copy=False), self.params
         greedy = params.temperature < GREEDY_BELOW
+        for process in self._processors:
+            row = _unless_nothing_is_left(row, process(row, self._tokens))
         with np.errstate(all="ignore"):  # what overflows is caught by the check below
             if self._repeats:
                 row = repetition_penalty(row, self._window(), params.repetition_penalty)

@@ -9,18 +9,22 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the library starts
 
+import contextlib
+import functools
+import io
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from llm_edge.runtime import huge_pages
-from llm_edge.runtime.bundle import ModelShape
+from llm_edge.runtime.bundle import TORCHSCRIPT, ModelShape
 from llm_edge.runtime.errors import (
     BundleError,
     ContextLengthError,
@@ -34,12 +38,21 @@ PROVIDERS = ("auto", "cpu", "cuda")
 CHUNK = 512
 """Tokens a step takes at most, so that memory and the time to a cancel stay bounded."""
 
+_EXECUTION: Mapping[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    # TF32 would round the factors of fp32's products to 10 bits (bench/RESULTS.md).
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+}
 _TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
 
+if TYPE_CHECKING:
+    from llm_edge.runtime.torchscript_session import TorchScriptSession
+
 Logits = npt.NDArray[np.float32]
+AnySession: TypeAlias = "Session | TorchScriptSession"
 
 
 class Session:
@@ -49,18 +62,19 @@ class Session:
         path: the `.onnx` file.
         shape: what the graph must look like.
         share_buffer: past and present may be one buffer.
-        provider: `cpu`, `cuda`, or `auto`: CUDA where this onnxruntime has it, else the CPU.
+        provider: `cpu`, `cuda`, or `auto`: CUDA where it works with this graph, else the CPU.
         threads: of onnxruntime inside an operator; None leaves it the physical cores.
         spinning: idle threads wait busily and weights go into large pages of memory: for a session that has the
             machine to itself.
 
     Attributes:
+        provider: `cpu` or `cuda`, whichever it came to be.
         length: tokens in the cache.
         run_seconds: time spent inside onnxruntime so far.
 
     Raises:
         BundleError: the graph does not load or is not of the shape the manifest says.
-        ProviderError: CUDA was asked for and is not there.
+        ProviderError: CUDA was asked for and is not there, or cannot run this graph.
     """
 
     def __init__(
@@ -77,8 +91,7 @@ class Session:
         self.provider = _choose_provider(provider)
         self.length = 0
         self.run_seconds = 0.0
-        if threads is not None and not 1 <= threads <= 1024:
-            raise ParameterError(f"threads is {threads}; 1 to 1024 are possible")
+        check_threads(threads)
 
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors reach the caller as exceptions
@@ -88,43 +101,48 @@ class Session:
         options.add_session_config_entry("session.dynamic_block_base", "16")
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = {
-            "cpu": ["CPUExecutionProvider"],
-            "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-        }
+        if self.provider == "cuda":
+            try:
+                self._start(path, share_buffer, options)
+                self.step([0])  # an operator can be there and refuse what this graph asks of it
+            except (BundleError, MachineError) as error:
+                if provider == "cuda":
+                    raise ProviderError(
+                        f"provider cuda: {path} does not run there ({error}); use provider='cpu' or 'auto'"
+                    ) from error
+                self.provider = "cpu"
+        if self.provider == "cpu":
+            self._start(path, share_buffer, options)
+            if spinning:  # 0.2 s for 150 MB: beside the first steps, not before them
+                threading.Thread(target=huge_pages.gather, name="llm-edge-huge-pages", daemon=True).start()
+        self.length = 0
+        self.run_seconds = 0.0
+
+    def _start(self, path: Path, share_buffer: bool, options: ort.SessionOptions) -> None:
+        """Load the graph on `self.provider`, with an empty cache."""
         try:
-            self._session = ort.InferenceSession(path, options, providers=providers[self.provider])
+            # onnxruntime's own fallback prints on standard output.
+            self._session = ort.InferenceSession(path, options, providers=_EXECUTION[self.provider], enable_fallback=0)
         except MemoryError as error:
             raise MachineError(f"{path}: not enough memory to load it") from error
         except Exception as error:
-            raise BundleError(f"{path}: onnxruntime cannot load it ({_one_line(error)})") from error
-        if self.provider == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
-            if provider == "cuda":
-                raise ProviderError(
-                    "provider cuda: onnxruntime could not start CUDA here (driver, CUDA or cuDNN libraries missing); "
-                    "use provider='cpu' or 'auto'"
-                )
-            self.provider = "cpu"
-
-        if self.provider == "cpu" and spinning:  # 0.2 s for 150 MB: beside the first steps, not before them
-            threading.Thread(target=huge_pages.gather, name="llm-edge-huge-pages", daemon=True).start()
-
+            raise BundleError(f"{path}: onnxruntime cannot load it ({one_line(error)})") from error
         names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
         dtype = self._cache_type(path, names)
+        device = self._device_of(f"past_key_values.{names[0]}")
         heads, head_dim = self.shape.num_key_value_heads, self.shape.head_dim
         self._cache: KVCache = (
-            SharedCache(names, heads, head_dim, dtype, self.provider, self.shape.max_position_embeddings)
+            SharedCache(names, heads, head_dim, dtype, device, self.shape.max_position_embeddings)
             if share_buffer
-            else GrowingCache(names, heads, head_dim, dtype, self.provider)
+            else GrowingCache(names, heads, head_dim, dtype, device)
         )
         self._binding = self._session.io_binding()
-        # Small inputs live in these arrays: bound by address, changed in place.
+        # Small inputs live in these arrays. A GPU gets a copy when one is bound: whatever changes is bound again.
         self._ids = np.zeros(CHUNK, dtype=np.int64)
         self._mask = np.ones(self.shape.max_position_embeddings, dtype=np.int64)
         self._keep = np.zeros((), dtype=np.int64)
         self._logits: Logits = np.zeros((1, self.shape.vocab_size), dtype=np.float32)
         self._bound: tuple[int, int] = (-1, -1)
-        self._bind("num_logits_to_keep", self._keep, [])
 
     @property
     def limit(self) -> int:
@@ -146,31 +164,27 @@ class Session:
             ContextLengthError: they do not fit into the context any more.
         """
         new, past = len(tokens), self.length
-        if not 1 <= new <= CHUNK:
-            raise ParameterError(f"a step takes 1 to {CHUNK} tokens, not {new}")
-        if not 0 <= num_logits <= new:
-            raise ParameterError(f"num_logits is {num_logits}; a step over {new} tokens has 0 (all) to {new}")
-        if past + new > self.limit:
-            raise ContextLengthError(past + new, self.limit)
+        check_step(new, past, num_logits, self.limit)
         rows = num_logits or new
         self._ids[:new] = tokens
         if self._bound != (new, rows):
             self._keep[...] = num_logits
             if rows != len(self._logits):
                 self._logits = np.zeros((rows, self.shape.vocab_size), dtype=np.float32)
-            self._bind("input_ids", self._ids, [1, new])
+            self._bind("num_logits_to_keep", self._keep, [])
             self._bind_logits()
             self._bound = (new, rows)
+        self._bind("input_ids", self._ids, [1, new])
         self._bind("attention_mask", self._mask, [1, past + new])
-        self._cache.bind(self._binding, past, new)
-        began = time.perf_counter()
         try:
+            self._cache.bind(self._binding, past, new)
+            began = time.perf_counter()
             self._session.run_with_iobinding(self._binding)
+            self.run_seconds += time.perf_counter() - began
         except MemoryError as error:
             raise MachineError(f"not enough memory for a step over {new} tokens behind {past}") from error
         except Exception as error:
-            raise MachineError(f"a step over {new} tokens behind {past} failed ({_one_line(error)})") from error
-        self.run_seconds += time.perf_counter() - began
+            raise MachineError(f"a step over {new} tokens behind {past} failed ({one_line(error)})") from error
         self._cache.advance(self._binding)
         self.length = past + new
         return self._logits
@@ -185,6 +199,15 @@ class Session:
     def _bind_logits(self) -> None:
         rows, width = self._logits.shape
         self._binding.bind_output("logits", "cpu", 0, np.float32, [1, rows, width], self._logits.ctypes.data)
+
+    def _device_of(self, name: str) -> str:
+        """Where the graph reads an input; also on a GPU this is the CPU if the operator has no kernel for the type.
+
+        A cache anywhere else would be copied when it is bound, and the steps written in place would be lost.
+        """
+        names = [node.name for node in self._session.get_inputs()]
+        memory = self._session.get_input_memory_infos()[names.index(name)]
+        return "cuda" if memory.name == "Cuda" else "cpu"
 
     def _cache_type(self, path: Path, names: list[str]) -> np.dtype[Any]:
         """Type of the cache; the graph must have the inputs and outputs that the manifest promises."""
@@ -209,18 +232,79 @@ class Session:
         return _TYPES[cache.type]
 
 
-def _choose_provider(provider: str) -> str:
+def open_session(
+    path: Path,
+    shape: ModelShape,
+    file_format: str,
+    share_buffer: bool,
+    provider: str = "auto",
+    threads: int | None = None,
+    *,
+    spinning: bool = True,
+) -> AnySession:
+    """The session for a file of this format, one of `bundle.FORMATS`; see `Session` and `TorchScriptSession`."""
+    if file_format == TORCHSCRIPT:
+        from llm_edge.runtime.torchscript_session import TorchScriptSession
+
+        return TorchScriptSession(path, shape, provider, threads)
+    return Session(path, shape, share_buffer, provider, threads, spinning=spinning)
+
+
+def check_provider(provider: str) -> None:
+    """Refuse what is no provider."""
     if provider not in PROVIDERS:
         raise ParameterError(f"provider is {provider!r}; {', '.join(PROVIDERS)} are possible")
-    available = "CUDAExecutionProvider" in ort.get_available_providers()
-    if provider == "cuda" and not available:
-        raise ProviderError(
-            "provider cuda: this onnxruntime has no CUDA; install the extra llm-edge[gpu] or use provider='cpu'"
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that nobody can mean."""
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ParameterError(f"threads is {threads}; 1 to 1024 are possible")
+
+
+def check_step(new: int, past: int, num_logits: int, limit: int) -> None:
+    """Refuse a step that cannot be made; see `Session.step`."""
+    if not 1 <= new <= CHUNK:
+        raise ParameterError(f"a step takes 1 to {CHUNK} tokens, not {new}")
+    if not 0 <= num_logits <= new:
+        raise ParameterError(f"num_logits is {num_logits}; a step over {new} tokens has 0 (all) to {new}")
+    if past + new > limit:
+        raise ContextLengthError(past + new, limit)
+
+
+def _choose_provider(provider: str) -> str:
+    check_provider(provider)
+    problem = None if provider == "cpu" else _cuda_problem()
+    if provider == "cuda" and problem is not None:
+        raise ProviderError(f"provider cuda: {problem} or use provider='cpu'")
+    return "cpu" if provider == "cpu" or problem is not None else "cuda"
+
+
+@functools.cache
+def _cuda_problem() -> str | None:
+    """What keeps CUDA from starting in this process and what helps, or None."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return (
+            "this onnxruntime has no CUDA; pip uninstall -y onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
-    if provider == "auto":
-        return "cuda" if available else "cpu"
-    return provider
+    said = io.StringIO()
+    ort.set_default_logger_severity(4)  # what goes wrong is told once, as an exception
+    try:
+        with contextlib.redirect_stdout(said):
+            ort.preload_dlls()  # those of CUDA and cuDNN that are Python packages; it prints what it misses
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, dtype=np.float32), "cuda", 0)
+    except Exception as error:  # noqa: BLE001 (onnxruntime has no base class for its errors)
+        text = " ".join(f"{said.getvalue()} {error}".split())
+        known = re.search(r"Failed to load (\S+?): |CUDA failure \d+: ([^;]*[^; ])", text)
+        reason = "no driver, or libraries of another version"
+        if known is not None:
+            reason = known[2] or f"{known[1]} is missing"
+        return f"onnxruntime cannot start it here ({reason[:200]}); mend that"
+    finally:
+        ort.set_default_logger_severity(2)  # the library's own default; it does not tell what was set
+    return None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, in one line that is not too long."""
     return " ".join(str(error).split())[:300]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class Answer:
         refusal: raised instead of beginning.
         failure: raised behind the last piece instead of ending.
         before: called with a piece's number before it is yielded; waits, cancels, or sends a signal.
+        reasoning: texts before the pieces, one a token; they are counted too.
     """
 
     pieces: Sequence[str] = ()
@@ -33,6 +34,7 @@ class Answer:
     refusal: LlmEdgeError | None = None
     failure: LlmEdgeError | None = None
     before: Callable[[int], object] = field(default=lambda _number: None)
+    reasoning: Sequence[str] = ()
 
 
 class FakeModel:
@@ -40,18 +42,27 @@ class FakeModel:
 
     Attributes:
         questions: the messages and parameters of every call so far.
+        template_variables: those of every call so far.
     """
 
     def __init__(self, *answers: Answer | str) -> None:
         self._answers = deque(answers)
         self.questions: list[tuple[list[dict[str, Any]], SamplingParams | None]] = []
+        self.template_variables: list[dict[str, Any]] = []
 
     def enqueue(self, *answers: Answer | str) -> None:
         """Say these next; a string is an answer of one piece a character."""
         self._answers.extend(answers)
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Generation:
         """See `ChatModel`."""
+        self.template_variables.append(dict(template_variables or {}))
         self.questions.append(([dict(message) for message in messages], params))
         said = self._answers.popleft()
         answer = Answer(said) if isinstance(said, str) else said
@@ -65,16 +76,19 @@ class FakeModel:
         count = 0
 
         def end(reason: FinishReason) -> Piece:
-            return Piece("", None, reason, Timings(7, count, 0.25 if count else 0.0, 0.25, max(count - 1, 0) * 0.1))
+            to_first = 0.25 if count else 0.0
+            timings = Timings(7, count, to_first, 0.25, max(count - 1, 0) * 0.1, min(count, len(answer.reasoning)))
+            return Piece("", None, reason, timings)
 
-        for number, text in enumerate(answer.pieces):
+        texts = [*answer.reasoning, *answer.pieces]
+        for number, text in enumerate(texts):
             answer.before(number)
             if cancelled.is_set():
                 yield end(FinishReason.CANCELLED)
                 return
             count += 1
-            yield Piece(text, number)
-        answer.before(len(answer.pieces))
+            yield Piece(text, number, reasoning=number < len(answer.reasoning))
+        answer.before(len(texts))
         if answer.failure is not None:
             raise answer.failure
         yield end(FinishReason.CANCELLED if cancelled.is_set() else answer.reason)

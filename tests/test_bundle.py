@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llm_edge.runtime import Bundle, Model
+from llm_edge.runtime import Bundle, Guards, Model, ReasoningTokens
 from llm_edge.runtime.bundle import MANIFEST, manifest_entry
 from llm_edge.runtime.errors import BundleError, InputError
 
@@ -130,6 +130,38 @@ def test_a_bundle_without_a_chat_template_has_none(bundle: Path) -> None:
     del content["files"]["chat_template.jinja"]
     write(bundle, content)
     assert Bundle.open(bundle).chat_template() is None
+
+
+def test_reasoning_and_guards_are_told(bundle: Path) -> None:
+    content = manifest(bundle)
+    opened = Bundle.open(bundle)
+    assert (opened.reasoning, opened.guards) == (None, None)
+    reasoning = {"start": 7, "end": 8}
+    for newlines, single in ((2, True), (None, False), (2**31 - 1, True)):
+        guards = {"max_newlines": newlines, "single_think_end": single}
+        write(bundle, content | {"reasoning": reasoning, "guards": guards})
+        opened = Bundle.open(bundle)
+        assert (opened.reasoning, opened.guards) == (ReasoningTokens(7, 8), Guards(newlines, single))
+        params = Model.load(bundle, "fp32").default_params
+        assert (params.max_newlines, params.single_think_end) == (newlines or 0, single)
+    write(bundle, content | {"guards": {"max_newlines": 1, "single_think_end": False}})
+    assert Bundle.open(bundle).guards == Guards(1, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reasoning": {"start": 7, "end": 331}}, "reasoning.end is 331, not from 0 to 330"),
+        ({"reasoning": {"start": 7, "end": 7}}, "reasoning starts and ends with one token"),
+        ({"guards": {"max_newlines": 0, "single_think_end": False}}, "guards.max_newlines is 0, not from 1 to"),
+        ({"guards": {"max_newlines": 2, "single_think_end": True}}, "guards.single_think_end without 'reasoning'"),
+    ],
+)
+def test_reasoning_and_guards_that_cannot_be(change: Any, reason: str, bundle: Path) -> None:
+    write(bundle, manifest(bundle) | change)
+    message = refusal(lambda: Bundle.open(bundle))
+    assert MANIFEST in message
+    assert reason in message
 
 
 # ---- damaged files
@@ -281,6 +313,16 @@ WRONG: tuple[tuple[tuple[str, ...], Any], ...] = (
             "x/" * 3000 + "x",
         )
     ),
+    *((("reasoning",), value) for value in (None, [], "think", 7, True, {}, {"start": 7}, {"end": 8}, [7, 8])),
+    *((("reasoning",), {"start": value, "end": 8}) for value in (None, -1, 331, 1 << 80, "7", 7.0, True, [7], 8)),
+    *((("reasoning",), {"start": 7, "end": value}) for value in (None, -1, 331, "<|im_end|>", 8.0, False)),
+    *((("guards",), value) for value in (None, [], 2, {}, {"max_newlines": 2}, {"single_think_end": False})),
+    *(
+        (("guards",), {"max_newlines": value, "single_think_end": False})
+        for value in (0, -1, "2", 2.0, True, [2], 2**31)
+    ),
+    *((("guards",), {"max_newlines": 2, "single_think_end": value}) for value in (None, 0, 1, "no", {})),
+    (("guards",), {"max_newlines": None, "single_think_end": True}),  # of what reasoning?
     *((("precisions",), value) for value in (None, [], {}, "int8", {"int8": None}, {"int8": []}, {"int8": {}})),
     *((("precisions", "int8", "model"), value) for value in (None, 1, "", "x", "../x", "config.json", "onnx")),
     *((("precisions", "int8", "recipe"), value) for value in (None, 8, [])),

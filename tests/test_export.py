@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
+from llm_edge.exporter import write_graphs as graphs_module
 from llm_edge.exporter.checkpoint.huggingface import read_folder
 from llm_edge.exporter.checkpoint.source import bundle_name
-from llm_edge.exporter.export import STAGES, export
+from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle, trace
 from llm_edge.exporter.model import Decoder
+from llm_edge.exporter.progress import STAGES
 from llm_edge.exporter.recipes import RECIPES, parse_precisions
 from llm_edge.exporter.validate import MAX_BOUND, MEAN_BOUND
 from llm_edge.runtime import Bundle, Model, SamplingParams
@@ -105,7 +107,7 @@ def trace_of_tiny(tiny_checkpoint: Path) -> ir.Model:
 @pytest.fixture
 def traced_once(trace_of_tiny: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of `tiny_checkpoint` in this test take a trace that is there already."""
-    monkeypatch.setattr(export_module, "trace", lambda *_: trace_of_tiny.clone())
+    monkeypatch.setattr(graphs_module, "trace", lambda *_: trace_of_tiny.clone())
 
 
 @pytest.fixture
@@ -404,7 +406,7 @@ def a_weight_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph's attention forgets positions."""
-    right = export_module.trace
+    right = graphs_module.trace
 
     def wrong(*arguments: Any) -> ir.Model:
         model = right(*arguments)
@@ -414,7 +416,7 @@ def nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
             node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
         return model
 
-    monkeypatch.setattr(export_module, "trace", wrong)
+    monkeypatch.setattr(graphs_module, "trace", wrong)
 
 
 @pytest.mark.parametrize("defect", [a_weight_is_off, nothing_is_rotated])
@@ -467,9 +469,14 @@ def test_weights_that_are_not_numbers_make_no_bundle(
 SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
-import llm_edge.exporter.export as module
+from llm_edge.exporter import export, prove, write_graphs
 stage = sys.argv.pop()
-step = {"tracing": "trace", "quantizing": "apply_recipe", "validating": "compare", "writing": "write_side_files"}[stage]
+module, step = {
+    "tracing": (write_graphs, "trace"),
+    "quantizing": (write_graphs, "apply_recipe"),
+    "validating": (prove, "compare"),
+    "writing": (export, "write_side_files"),
+}[stage]
 assert hasattr(module, step)
 def wait(*_):
     print("waiting", flush=True)

@@ -355,7 +355,6 @@ def test_what_ends_an_answer(changes: dict[str, Any], expected: tuple[int, ...],
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model": "llama"}, "SentencePiece .* original checkpoint"),
         ({"model": "bert"}, "kind 'bert'"),
         ({"model": None}, r"no tokenizer\.ggml\.model"),
         (

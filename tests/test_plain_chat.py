@@ -54,7 +54,10 @@ class Chat:
         self.model = FakeModel(*answers)
         self.output = Output(terminal)
         self.notes = Output()
-        self.plain = PlainChat(self.model, PARAMS, system, self.output, self.notes, interactive=terminal)
+        self.reasoning = self.output if terminal else Output()
+        self.plain = PlainChat(
+            self.model, PARAMS, system, self.output, self.notes, reasoning=self.reasoning, interactive=terminal
+        )
 
     def lines(self, *lines: str) -> int:
         return self.plain.run(line + "\n" for line in lines)
@@ -217,6 +220,72 @@ def test_notes_never_command_the_terminal() -> None:
     assert len(chat.errors) == 3
 
 
+# Reasoning
+
+
+def thinking(*pieces: str, thoughts: tuple[str, ...] = ("Two", " and two"), **rest: Any) -> Answer:
+    return Answer(pieces or ("It is", " 4."), reasoning=thoughts, **rest)
+
+
+@pytest.fixture(autouse=True)
+def a_terminal_that_can_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def test_reasoning_is_no_part_of_the_conversation(tmp_path: Path) -> None:
+    chat = Chat(thinking(), "Yes.")
+    chat.lines("2+2?", "Sure?", f"/save {tmp_path / 'talk.json'}")
+    assert chat.asked[1] == ["2+2?", "It is 4.", "Sure?"]
+    assert chat.output.getvalue() == "It is 4.\nYes.\n"
+    assert chat.reasoning.getvalue() == "Two and two\n\n"
+    assert "4 tokens, 2 of them reasoning" in chat.notes.getvalue()
+    assert "Two" not in (tmp_path / "talk.json").read_text()
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_reasoning_is_dim_on_a_terminal(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for term, shown in (("xterm", "\x1b[2mTwo\x1b[0m\x1b[2m and[31m{}\x1b[0m"), ("dumb", "Two and[31m{}")):
+        monkeypatch.setenv("TERM", term)
+        chat = Chat(thinking(thoughts=("Two", " and\x1b[31m" + ending)), terminal=True)
+        chat.lines("2+2?")
+        gap = "\n" if ending else "\n\n"
+        assert chat.output.getvalue() == shown.format(ending) + gap + "It is 4.\n\n"
+
+
+def test_reasoning_goes_nowhere_where_there_is_no_place() -> None:
+    chat = Chat(thinking())
+    chat.plain = PlainChat(chat.model, PARAMS, None, chat.output, chat.notes)
+    chat.lines("2+2?")
+    assert chat.output.getvalue() == "It is 4.\n"
+    assert "Two" not in chat.notes.getvalue()
+
+
+def test_reasoning_that_is_all() -> None:
+    for reason in (FinishReason.LENGTH, FinishReason.CANCELLED):
+        chat = Chat(Answer((), reason, reasoning=("Two",)), "Yes.")
+        chat.lines("2+2?", "Sure?")
+        assert chat.reasoning.getvalue() == "Two\n"
+        assert chat.output.getvalue() == "\nYes.\n"
+        assert chat.asked[1] == (["2+2?", "", "Sure?"] if reason == FinishReason.LENGTH else ["Sure?"])
+
+
+def test_reasoning_may_be_hidden() -> None:
+    chat = Chat(thinking(), thinking(), thinking(), "Yes.", terminal=True)
+    chat.lines("/think hide", "2+2?")
+    assert chat.output.getvalue() == "\x1b[2m(thinking)\x1b[0m\n\nIt is 4.\n\n"
+    chat.lines("2+2?", "/think show", "2+2?", "/think hide", "2+2?")
+    assert chat.output.getvalue().count("(thinking)") == 2
+    assert chat.output.getvalue().count("and two") == 1
+
+
+def test_reasoning_may_be_asked_for() -> None:
+    chat = Chat("1", "2", "3")
+    chat.lines("a", "/think off", "b", "/think on", "", "c")
+    assert chat.model.template_variables == [{}, {"enable_thinking": False}, {"enable_thinking": True}]
+    assert chat.lines("/think", "/think harder") == 2
+    assert chat.errors == ["error: /think needs one of: show, hide, on, off"] * 2
+
+
 # Commands
 
 
@@ -237,6 +306,8 @@ def test_notes_never_command_the_terminal() -> None:
         ("/set stop []", "stop", ()),
         ("/set stop_token_ids [1, 2]", "stop_token_ids", (1, 2)),
         ("/set repetition_window -1", "repetition_window", -1),
+        ("/set max_newlines 2", "max_newlines", 2),
+        ("/set single_think_end true", "single_think_end", True),
     ],
 )
 def test_set(line: str, name: str, value: Any) -> None:
@@ -263,6 +334,8 @@ def test_set(line: str, name: str, value: Any) -> None:
         ("/set top_k none", "top_k"),
         ("/set max_tokens 0", "max_tokens"),
         ("/set max_tokens " + "9" * 5000, "max_tokens"),
+        ("/set max_newlines -1", "max_newlines"),
+        ("/set single_think_end 1", "single_think_end"),
         ("/set stop 5", "stop"),
         ("/set stop " + "[" * 100_000, None),
         ("/set", "/set needs a name and a value"),
@@ -318,7 +391,7 @@ def test_help_names_every_command() -> None:
     chat = Chat()
     assert chat.lines("/help") == 0
     assert chat.notes.getvalue() == HELP + "\n"
-    assert all(command in HELP for command in ("/set", "/params", "/reset", "/save", "quit", "Ctrl-C"))
+    assert all(command in HELP for command in ("/set", "/params", "/reset", "/think", "/save", "quit", "Ctrl-C"))
     assert chat.output.getvalue() == ""
 
 
@@ -576,6 +649,20 @@ def test_text_that_the_locale_lacks(tmp_path: Path) -> None:
         assert (done.stdout, done.stderr) == (wanted, b"")
 
 
+def test_only_answers_go_through_a_pipe(tmp_path: Path) -> None:
+    answers = "[Answer(['4'], reasoning=['hm', ' so'])] * 2"
+    asked = subprocess.run(
+        [*faking(tmp_path, answers), "--ask", "Hi"], capture_output=True, timeout=PATIENCE, check=True
+    )
+    assert (asked.stdout, asked.stderr) == (b"4\n", b"")
+    piped = subprocess.run(
+        [*faking(tmp_path, answers), "--plain"], input=b"Hi\nHi\n", capture_output=True, timeout=PATIENCE, check=True
+    )
+    assert piped.stdout == b"4\n4\n"
+    assert piped.stderr.count(b"3 tokens, 2 of them reasoning") == 2
+    assert b"hm" not in piped.stderr
+
+
 # In a terminal
 
 
@@ -749,6 +836,24 @@ def test_ask_in_a_terminal(terminal: Any) -> None:
     assert talk.end() == (0, "Hello.\n(6 tokens, 10 tok/s, first after 0.25 s, stop)\n")
     assert terminal("[Answer(refusal=__import__('llm_edge.runtime.errors').runtime.errors.TemplateError('no'))]",
                     "--ask", "Hi").end() == (2, "error: no\n")  # fmt: skip
+
+
+def test_reasoning_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
+    answers = "[Answer(['It is 4.'], reasoning=['hm', ' so'])]"
+    answer = "hm so\n\nIt is 4.\n(3 tokens, 2 of them reasoning, 10 tok/s, first after 0.25 s, stop)\n"  # TERM=dumb
+    assert terminal(answers, "--ask", "Hi").end() == (0, answer)
+    talk = terminal(answers)
+    talk.expect("> ")
+    talk.send("Hi\r")
+    assert talk.expect("> ") == f"Hi\n{answer}\n> "
+    # The answer into a file: the reasoning shows, and does not join it.
+    command = [*faking(tmp_path, answers), "--ask", "Hi"]
+    shell = Terminal(["/bin/sh", "-c", f"{shlex.join(command)} > {shlex.quote(str(tmp_path / 'answer'))}"])
+    try:
+        assert shell.end() == (0, "hm so\n\n")
+    finally:
+        shell.close()
+    assert (tmp_path / "answer").read_text() == "It is 4.\n"
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")

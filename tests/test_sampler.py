@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -408,6 +409,51 @@ def test_a_negative_prompt_token_is_refused() -> None:
         Sampler(SamplingParams(), [3, -1])
 
 
+# --- processors ---------------------------------------------------------------------------------------------
+
+
+def banning(*ids: int) -> Callable[[Row, Sequence[int]], Row]:
+    def process(row: Row, tokens: Sequence[int]) -> Row:
+        out = row.copy()
+        out[[*ids]] = -np.inf
+        return out
+
+    return process
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(seed=1), SamplingParams(top_p=0.9)])
+def test_what_a_processor_bans_is_not_drawn(params: SamplingParams) -> None:
+    logits = row(9.0, 8.0, 7.0, 1.0)
+    sampler = Sampler(params, [0], [banning(0), banning(2)])
+    assert {sampler.sample(logits) for _ in range(50)} <= {1, 3}
+    assert list(logits) == [9.0, 8.0, 7.0, 1.0]
+
+
+def test_processors_come_before_the_penalties_and_see_all_tokens() -> None:
+    seen: list[list[int]] = []
+
+    def process(logits: Row, tokens: Sequence[int]) -> Row:
+        seen.append(list(tokens))
+        return row(0.0, 0.0, 4.0, 3.9)
+
+    params = SamplingParams(temperature=0, repetition_penalty=2, repetition_window=-1)
+    sampler = Sampler(params, [1], [process])
+    assert [sampler.sample(row(9.0, 0.0, 0.0, 0.0)) for _ in range(3)] == [2, 3, 2]
+    assert seen == [[1], [1, 2], [1, 2, 3]]
+
+
+def test_a_processor_that_bans_everything_is_passed_over() -> None:
+    sampler = Sampler(SamplingParams(temperature=0), [0], [banning(1), banning(0, 2), banning(2)])
+    assert sampler.sample(row(1.0, 9.0, 2.0)) == 0  # the second would leave nothing of what the first left
+    with pytest.raises(LogitsError):
+        Sampler(SamplingParams(temperature=0), [0], [banning(0)]).sample(row(-math.inf, -math.inf))
+
+
+def test_logits_that_are_no_numbers_are_refused_behind_a_processor() -> None:
+    with pytest.raises(LogitsError):
+        Sampler(SamplingParams(), [0], [banning(0)]).sample(row(1.0, math.nan, 2.0))
+
+
 # --- parameters ---------------------------------------------------------------------------------------------
 
 
@@ -434,6 +480,8 @@ def test_a_negative_prompt_token_is_refused() -> None:
             "a list of strings, none of them empty",
         ),
         ("stop_token_ids", [(-1,), (True,), (1.0,), 5, "12", None], "a list of integers of 0 or more"),
+        ("max_newlines", [-1, 2.0, True, "2", None, 2**31], "an integer from 0 to 2147483647"),
+        ("single_think_end", [0, 1, "true", None], "true or false"),
     ],
 )
 def test_values_out_of_range_are_refused_in_one_line(field: str, values: list[object], wanted: str) -> None:
@@ -460,6 +508,8 @@ def test_values_out_of_range_are_refused_in_one_line(field: str, values: list[ob
         ("repetition_window", [-1, 0, 2**31 - 1]),
         ("max_tokens", [1, 2**31 - 1]),
         ("seed", [None, 0, 2**64 - 1]),
+        ("max_newlines", [0, 2**31 - 1]),
+        ("single_think_end", [False, True]),
     ],
 )
 def test_the_ends_of_every_range_are_allowed_and_work(field: str, values: list[Any]) -> None:
@@ -482,4 +532,6 @@ def test_parameters_are_normalised_and_frozen() -> None:
 
 
 def test_the_defaults() -> None:
-    assert dataclasses.astuple(SamplingParams()) == (1.0, 0, 1.0, 0.0, 1.0, 64, 0.0, 0.0, None, 512, (), ())
+    assert dataclasses.astuple(SamplingParams()) == (
+        *(1.0, 0, 1.0, 0.0, 1.0, 64, 0.0, 0.0, None, 512, (), (), 0, False),
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from llm_edge.runtime import session as session_module
 from llm_edge.runtime.bundle import Bundle, ModelShape
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, ProviderError
 from llm_edge.runtime.kv_cache import SharedCache
@@ -209,9 +213,82 @@ def test_the_context_can_be_filled_and_not_overfilled(session: Session) -> None:
 def test_cuda_where_there_is_none(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     graph = bundle.file(bundle.precision("fp32").model)
-    with pytest.raises(ProviderError, match=r"^provider cuda: .*llm-edge\[gpu\].*provider='cpu'$"):
+    with pytest.raises(ProviderError, match=r"^provider cuda: .*onnxruntime-gpu\[cuda,cudnn\].*provider='cpu'$"):
         Session(graph, bundle.shape, True, "cuda")
     assert Session(graph, bundle.shape, True, "auto").provider == "cpu"
+
+
+def test_what_changes_is_bound_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, cuts = tokens(40), [17, 1, 1, 1, 1, 19]
+    expected = logits_of(opened(bundle), ids, cuts)
+    last = expected[-1]
+    bind, copies = ort.IOBinding.bind_input, []
+
+    def bind_copy(self: Any, name: str, device: str, index: int, kind: Any, shape: list[int], pointer: int) -> None:
+        """As for an input that is read on a GPU: what counts is what the array held when it was bound."""
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        copies.append(ctypes.create_string_buffer(ctypes.string_at(pointer, size), size))
+        bind(self, name, device, index, kind, shape, ctypes.addressof(copies[-1]))
+
+    monkeypatch.setattr(ort.IOBinding, "bind_input", bind_copy)
+    session = opened(bundle)
+    np.testing.assert_array_equal(logits_of(session, ids, cuts), expected)
+    session.reset()
+    session.step(ids[:-1])
+    found = session.step(ids[-1:])
+    assert found.shape == (1, expected.shape[1])
+    np.testing.assert_allclose(found[0], last, atol=CLOSE, rtol=0)
+
+
+@pytest.fixture
+def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An onnxruntime that was built with CUDA, on a machine that has none."""
+    session_module._cuda_problem.cache_clear()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    yield
+    session_module._cuda_problem.cache_clear()
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="there is CUDA here")
+def test_cuda_that_cannot_start(
+    tiny_bundle: Path, cuda_on_paper: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    missing = "Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file"
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print(missing))
+    bundle = Bundle.open(tiny_bundle)
+    graph = bundle.file(bundle.precision("fp32").model)
+    with pytest.raises(ProviderError, match=r"^provider cuda: .*\(libcublasLt\.so\.13 is missing\).*provider='cpu'$"):
+        Session(graph, bundle.shape, True, "cuda")
+    fallen_back = Session(graph, bundle.shape, True, "auto")
+    assert fallen_back.provider == "cpu"
+    assert fallen_back.step(tokens(3)).shape == (1, bundle.shape.vocab_size)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_that_cuda_cannot_run(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(ort.InferenceSession):  # type: ignore[misc]
+        def __init__(self, path: Path, options: Any, providers: list[Any], **rest: Any) -> None:
+            super().__init__(path, options, providers=["CPUExecutionProvider"], **rest)
+            self.refuses = len(providers) > 1
+
+        def run_with_iobinding(self, binding: Any, run_options: Any = None) -> None:
+            if self.refuses:
+                raise RuntimeError("Unsupported quantization type.")
+            super().run_with_iobinding(binding, run_options)
+
+    monkeypatch.setattr(session_module, "_cuda_problem", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", Refusing)
+    bundle = Bundle.open(tiny_bundle)
+    graph = bundle.file(bundle.precision("fp32").model)
+    with pytest.raises(
+        ProviderError, match=r"^provider cuda: .*Unsupported quantization type.*provider='cpu' or 'auto'$"
+    ):
+        Session(graph, bundle.shape, True, "cuda")
+    fallen_back = Session(graph, bundle.shape, True, "auto")
+    assert fallen_back.provider == "cpu"
+    assert (fallen_back.length, fallen_back.run_seconds) == (0, 0.0)
+    expected = opened(tiny_bundle).step(tokens(9), 0).copy()
+    np.testing.assert_allclose(fallen_back.step(tokens(9), 0), expected, atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize("provider", ["tpu", "", "CPU", "CPUExecutionProvider"])

@@ -38,9 +38,8 @@ def tokenizer() -> tokenizers.Tokenizer:
 
 def save_checkpoint(folder: Path, *, seed: int = 0, shard_size: str = "50GB", **config: Any) -> Path:
     """Write a random LlamaForCausalLM with its tokenizer as transformers saves them."""
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    made = tokenizer()
     shape: dict[str, Any] = {
         "vocab_size": 331,  # a few rows more than the tokenizer has tokens, as real models do
         "hidden_size": 64,
@@ -60,8 +59,16 @@ def save_checkpoint(folder: Path, *, seed: int = 0, shard_size: str = "50GB", **
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
     model.save_pretrained(folder, max_shard_size=shard_size)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write `tokenizer` with a chat template as transformers saves it."""
+    from transformers import PreTrainedTokenizerFast
+
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer(),
         bos_token=SPECIAL[0],
         eos_token=SPECIAL[2],
         pad_token=SPECIAL[2],
@@ -69,4 +76,3 @@ def save_checkpoint(folder: Path, *, seed: int = 0, shard_size: str = "50GB", **
     )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(folder)
-    return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -92,7 +92,8 @@ def _chat(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print(printable(f"{model.bundle.name}, {model.precision.name}, on {model.provider}. {HINT}\n"))
-    session = PlainChat(model, params, system, sys.stdout, sys.stderr, interactive=interactive)
+    reasoning = sys.stdout if interactive else _watched_errors()
+    session = PlainChat(model, params, system, sys.stdout, sys.stderr, reasoning=reasoning, interactive=interactive)
     worst = session.run(_lines() if interactive else sys.stdin)
     if worst and not interactive:
         raise typer.Exit(worst)
@@ -105,7 +106,12 @@ def _ask(model: Model, params: SamplingParams, system: str | None, question: str
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
         notes = sys.stderr if sys.stdout.isatty() else nowhere
-        PlainChat(model, params, system, sys.stdout, notes).answer(question)
+        PlainChat(model, params, system, sys.stdout, notes, reasoning=_watched_errors()).answer(question)
+
+
+def _watched_errors() -> TextIO | None:
+    """Stderr where somebody sees it: the place for reasoning, where stdout is for answers alone."""
+    return sys.stderr if sys.stderr.isatty() else None
 
 
 def _lines() -> Iterator[str]:

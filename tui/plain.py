@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TextIO
@@ -15,13 +15,15 @@ from typing import Any, Protocol, TextIO
 from llm_edge.runtime.errors import ContextLengthError, InputError, LlmEdgeError, ParameterError
 from llm_edge.runtime.generate import FinishReason, Generation, Message, Timings
 from llm_edge.runtime.sampler import SamplingParams
-from llm_edge.tui.terminal import printable, without_echo
+from llm_edge.tui.terminal import Aside, printable, without_echo
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, quit leaves."
 HELP = """\
 /set NAME VALUE   change a parameter, for example: /set temperature 0.3
 /params           show the parameters
 /reset            parameters as they were at the start
+/think hide|show  whether the reasoning shows, of models that reason before they answer
+/think on|off     ask for reasoning, or for none (only some models heed it)
 /save FILE        write the conversation to a new file (.json, else Markdown)
 (empty line)      begin a new conversation
 Ctrl-C            stop the answer; between answers, leave
@@ -31,7 +33,13 @@ quit              leave (so does Ctrl-D)"""
 class ChatModel(Protocol):
     """What a chat needs of a model; `runtime.Model` is one."""
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Generation:
         """Answer a conversation."""
 
 
@@ -44,6 +52,7 @@ class PlainChat:
         system: system prompt, or None for the template's own.
         output: where answers go.
         notes: where everything else goes.
+        reasoning: where the model's reasoning goes, which is no part of the conversation; None = nowhere.
         interactive: somebody watches: Ctrl-C ends an answer only, and a blank line follows each.
     """
 
@@ -55,6 +64,7 @@ class PlainChat:
         output: TextIO,
         notes: TextIO,
         *,
+        reasoning: TextIO | None = None,
         interactive: bool = False,
     ) -> None:
         self._model = model
@@ -62,6 +72,9 @@ class PlainChat:
         self._system = system
         self._output = output
         self._notes = notes
+        self._reasoning = reasoning
+        self._shows_reasoning = True
+        self._template_variables: dict[str, Any] = {}
         self._interactive = interactive
         self.messages: list[dict[str, str]] = []
         self._begin()
@@ -89,15 +102,21 @@ class PlainChat:
         question = {"role": "user", "content": text}
         generation = self._begun([*self.messages, question])
         texts: list[str] = []
+        aside = Aside(self._reasoning, instead=None if self._shows_reasoning else "(thinking)")
         reason, timings = FinishReason.CANCELLED, None
         try:
             with _watched(generation) if self._interactive else contextlib.nullcontext():
                 for piece in generation:
-                    texts.append(piece.text)
-                    self._write(piece.text)
+                    if piece.reasoning:
+                        aside.write(piece.text)
+                    elif piece.text:
+                        aside.end()
+                        texts.append(piece.text)
+                        self._write(piece.text)
                     if piece.finish_reason is not None:
                         reason, timings = piece.finish_reason, piece.timings
         finally:
+            aside.end(apart=False)
             self._write("\n")  # what follows, be it an error, begins a line of its own
         answer = "".join(texts)
         if answer or reason != FinishReason.CANCELLED:
@@ -108,7 +127,7 @@ class PlainChat:
 
     def _begun(self, messages: Sequence[Message]) -> Generation:
         try:
-            return self._model.chat(messages, self.params)
+            return self._model.chat(messages, self.params, template_variables=self._template_variables)
         except ContextLengthError as error:
             if not any(message["role"] == "assistant" for message in messages):
                 raise
@@ -145,6 +164,8 @@ class PlainChat:
         elif name == "/reset":
             self.params = self._start_params
             self._note("(parameters as at the start)")
+        elif name == "/think":
+            self._think(rest)
         elif name == "/save":
             if not rest:
                 raise ParameterError("/save needs a file name, for example: /save talk.md")
@@ -154,6 +175,16 @@ class PlainChat:
             self._note(HELP)
         else:
             raise ParameterError(f"{name} is not a command; /help lists them")
+
+    def _think(self, word: str) -> None:
+        if word in ("show", "hide"):
+            self._shows_reasoning = word == "show"
+            self._note("(reasoning shows)" if self._shows_reasoning else "(reasoning does not show)")
+        elif word in ("on", "off"):
+            self._template_variables = {"enable_thinking": word == "on"}
+            self._note(f"enable_thinking = {word == 'on'}")
+        else:
+            raise ParameterError("/think needs one of: show, hide, on, off")
 
     def _begin(self) -> None:
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
@@ -173,7 +204,8 @@ def figures(reason: FinishReason, timings: Timings) -> str:
     if count > 0:
         facts = [f"first after {timings.time_to_first_token:.2f} s", *facts]
     if count > 1:
-        facts = [f"{count} tokens", f"{timings.decode_tokens_per_second:.0f} tok/s", *facts]
+        of_them = f", {timings.reasoning_tokens} of them reasoning" if timings.reasoning_tokens else ""
+        facts = [f"{count} tokens{of_them}", f"{timings.decode_tokens_per_second:.0f} tok/s", *facts]
     return f"({', '.join(facts)})"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 # Control characters but line feed and tab (ESC and the C1 range begin terminal commands), the marks that reorder
 # text (Unicode bidirectional controls, which can make it read as something else), and halves of surrogate pairs,
@@ -16,6 +18,48 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u
 def printable(text: str) -> str:
     """The text without anything that a terminal would obey."""
     return _FORBIDDEN.sub("", text)
+
+
+class Aside:
+    """What is said beside the answer, as reasoning: dim on a terminal that can, and set apart by an empty line.
+
+    Args:
+        stream: where it goes; None = nowhere.
+        instead: written once in place of all that is written, if given.
+    """
+
+    def __init__(self, stream: TextIO | None, *, instead: str | None = None) -> None:
+        self._stream = stream
+        self._instead = instead
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        """Write a piece; every piece is dimmed by itself, so that no interruption leaves the terminal dim."""
+        if self._stream is None or not text:
+            return
+        if self._instead is not None:
+            text, self._instead = self._instead, ""
+            if not text:
+                return
+        self._last = text[-1]
+        if self._stream.isatty():
+            text = printable(text)
+            text = f"\x1b[2m{text}\x1b[0m" if _can_dim() else text
+        self._stream.write(text)
+        self._stream.flush()
+
+    def end(self, *, apart: bool = True) -> None:
+        """End its line, if anything was written, and leave an empty one if the answer follows."""
+        if self._stream is not None and self._last:
+            self._stream.write("\n" * ((self._last != "\n") + apart))
+            self._stream.flush()
+            self._last = ""
+
+
+def _can_dim() -> bool:
+    if sys.platform == "win32":
+        return "WT_SESSION" in os.environ  # older consoles would show the commands
+    return os.environ.get("TERM", "dumb") != "dumb"
 
 
 @contextlib.contextmanager

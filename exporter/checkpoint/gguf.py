@@ -15,7 +15,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llm_edge.exporter.checkpoint.gguf_header import GGUFTensor, Header, show
+from llm_edge.exporter.checkpoint.gguf_header import GGUFTensor, Header
+from llm_edge.exporter.show import show
 from llm_edge.runtime.errors import CheckpointError, MachineError
 
 CHUNK_ELEMENTS = 1 << 16  # dequantized at a time: few enough for the cache (2^14 and 2^18 took 1.5 times as long)

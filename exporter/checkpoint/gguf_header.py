@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from llm_edge.exporter.show import show
 from llm_edge.runtime.errors import CheckpointError
 
 MAX_DIMS = 4
@@ -257,10 +258,3 @@ class Header:
 
     def _fail(self, reason: str) -> NoReturn:
         raise CheckpointError(f"{self._path}: {reason}")
-
-
-def show(value: object) -> str:
-    """A value from the file as one short, printable line."""
-    text = value[:80] if isinstance(value, str) else value
-    shown = ascii(text)
-    return shown if len(shown) <= 100 else shown[:97] + "..."

@@ -1,24 +1,25 @@
 """From a GGUF file's metadata to the files of a Hugging Face tokenizer. It knows no model and no tensors.
 
-A GGUF stores the vocabulary, the merges and the kind of every token, but only the *name* of the rule by which
-text is cut before merging (`tokenizer.ggml.pre`). `_PRE_TOKENIZERS` is the table of the names known here.
+Of byte-level BPE a GGUF stores the vocabulary, the merges and the kind of every token, but only the *name* of the
+rule by which text is cut before merging (`tokenizer.ggml.pre`). `_PRE_TOKENIZERS` is the table of the names known
+here. SentencePiece vocabularies are built in `gguf_sentencepiece.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from llm_edge.exporter.checkpoint import gguf_sentencepiece as sentencepiece
 from llm_edge.exporter.checkpoint.base import TokenizerAssets
 from llm_edge.exporter.checkpoint.gguf import GGUFFile
+from llm_edge.exporter.checkpoint.gguf_sentencepiece import CONTROL, UNKNOWN, USER_DEFINED
 from llm_edge.runtime.errors import CheckpointError
 
-# Kinds of tokens (`tokenizer.ggml.token_type`); the others are plain entries of the vocabulary.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 # Control tokens that end a turn, whatever `eos_token_id` says; they count where the template has them.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
@@ -80,34 +81,34 @@ _PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
 
 
 def tokenizer_assets(gguf: GGUFFile) -> TokenizerAssets:
-    """Build the tokenizer that `gguf` describes."""
+    """Build the tokenizer that `gguf` describes.
+
+    Raises:
+        CheckpointError: it is of another kind than byte-level BPE or SentencePiece BPE, or not described whole.
+    """
     model = gguf.meta_str("tokenizer.ggml.model")
-    if model == "llama":
+    if model not in ("gpt2", "llama"):
         _fail(
             gguf,
-            "has a SentencePiece vocabulary (tokenizer.ggml.model is 'llama'), which cannot be read yet: "
-            "give the original checkpoint's folder instead",
+            f"has a tokenizer of the kind {model[:80]!a}; byte-level BPE ('gpt2') and SentencePiece BPE ('llama') "
+            "can be read",
         )
-    if model != "gpt2":
-        _fail(gguf, f"has a tokenizer of the kind {model[:80]!a}; byte-level BPE ('gpt2') can be read")
-    pre = _pre_tokenizer(gguf)
+    pieces = model == "llama"
+    pre = None if pieces else _pre_tokenizer(gguf)
     tokens = gguf.meta_strings("tokenizer.ggml.tokens")
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
         _fail(gguf, f"has the token {twice[:80]!a} twice in its vocabulary: convert the model again")
-    kinds = _kinds(gguf, len(tokens))
-    roles = _roles(gguf, len(tokens))
+    kinds = _kinds(gguf, len(tokens), needed=pieces)
+    roles = _roles(gguf, kinds, sentencepiece.ROLES if pieces else {})
     bos, eos = roles["bos_token"], roles["eos_token"]
-    add_bos = _flag(gguf, "add_bos_token", "bos_token_id", default=pre.add_bos, token=bos)
+    bos_is_usual = pieces if pre is None else pre.add_bos
+    add_bos = _flag(gguf, "add_bos_token", "bos_token_id", default=bos_is_usual, token=bos)
     add_eos = _flag(gguf, "add_eos_token", "eos_token_id", default=False, token=eos)
 
     added = _added_tokens(tokens, kinds, {index for index in roles.values() if index is not None})
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=_merges(gguf, vocab), ignore_merges=pre.ignore_merges))
-    if pre.normalizer is not None:
-        tokenizer.normalizer = pre.normalizer()
-    tokenizer.pre_tokenizer = pre.split()
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = sentencepiece.tokenizer(gguf, vocab, kinds) if pre is None else _byte_level(gguf, vocab, pre)
     before = [(tokens[bos], bos)] if add_bos and bos is not None else []
     after = [(tokens[eos], eos)] if add_eos and eos is not None else []
     if before or after:
@@ -120,7 +121,7 @@ def tokenizer_assets(gguf: GGUFFile) -> TokenizerAssets:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(before),
         "add_eos_token": bool(after),
-        "add_prefix_space": False,
+        "add_prefix_space": pieces and sentencepiece.adds_prefix(gguf),
         "added_tokens_decoder": {str(index): _as_dict(token) for index, token in added.items()},
         **{role: named.get(role) for role in roles},
         "clean_up_tokenization_spaces": False,
@@ -129,7 +130,7 @@ def tokenizer_assets(gguf: GGUFFile) -> TokenizerAssets:
     if context in gguf.metadata:
         config["model_max_length"] = gguf.meta_int(context, minimum=1)
     return TokenizerAssets(
-        tokenizer_json=tokenizer.to_str(pretty=True),
+        tokenizer_json=tokenizer.to_str(pretty=not pieces),
         tokenizer_config=config,
         special_tokens_map=dict(named),
         chat_template=chat_template,
@@ -137,6 +138,15 @@ def tokenizer_assets(gguf: GGUFFile) -> TokenizerAssets:
         eos_token_ids=_eos_ids(gguf, vocab, kinds, eos, chat_template or ""),
         pad_token_id=roles["pad_token"],
     )
+
+
+def _byte_level(gguf: GGUFFile, vocab: dict[str, int], pre: _PreTokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=_merges(gguf, vocab), ignore_merges=pre.ignore_merges))
+    if pre.normalizer is not None:
+        tokenizer.normalizer = pre.normalizer()
+    tokenizer.pre_tokenizer = pre.split()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _pre_tokenizer(gguf: GGUFFile) -> _PreTokenizer:
@@ -154,19 +164,24 @@ def _pre_tokenizer(gguf: GGUFFile) -> _PreTokenizer:
     return found
 
 
-def _kinds(gguf: GGUFFile, n_tokens: int) -> list[int]:
+def _kinds(gguf: GGUFFile, n_tokens: int, *, needed: bool) -> list[int]:
     key = "tokenizer.ggml.token_type"
-    return gguf.meta_ints(key, length=n_tokens) if key in gguf.metadata else [1] * n_tokens
+    return gguf.meta_ints(key, length=n_tokens) if needed or key in gguf.metadata else [1] * n_tokens
 
 
-def _roles(gguf: GGUFFile, n_tokens: int) -> dict[str, int | None]:
+def _roles(gguf: GGUFFile, kinds: list[int], usual: Mapping[str, int]) -> dict[str, int | None]:
+    """Which token has which role; where the file does not say, the `usual` one if that is no ordinary token."""
     keys = {
         "bos_token": "bos_token_id",
         "eos_token": "eos_token_id",
         "unk_token": "unknown_token_id",
         "pad_token": "padding_token_id",
     }
-    return {role: _token_id(gguf, key, n_tokens) for role, key in keys.items()}
+    roles = {role: _token_id(gguf, key, len(kinds)) for role, key in keys.items()}
+    for role, index in usual.items():
+        if roles[role] is None and index < len(kinds) and kinds[index] in (UNKNOWN, CONTROL):
+            roles[role] = index
+    return roles
 
 
 def _token_id(gguf: GGUFFile, key: str, n_tokens: int) -> int | None:
@@ -196,8 +211,8 @@ def _added_tokens(tokens: list[str], kinds: list[int], with_role: set[int]) -> d
     """The tokens that are found in text whole, before it is cut: id -> token, ids ascending."""
     added: dict[int, AddedToken] = {}
     for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        special = kind in (_UNKNOWN, _CONTROL) or index in with_role
-        if token and (special or kind == _USER_DEFINED):
+        special = kind in (UNKNOWN, CONTROL) or index in with_role
+        if token and (special or kind == USER_DEFINED):
             added[index] = AddedToken(token, normalized=False, special=special)
     return added
 
@@ -208,7 +223,7 @@ def _eos_ids(
     ids = [eos, _token_id(gguf, "eot_token_id", len(vocab)), _token_id(gguf, "eom_token_id", len(vocab))]
     for token in _TURN_ENDS:
         index = vocab.get(token)
-        if index is not None and kinds[index] == _CONTROL and token in chat_template:
+        if index is not None and kinds[index] == CONTROL and token in chat_template:
             ids.append(index)
     return tuple(dict.fromkeys(index for index in ids if index is not None))
 

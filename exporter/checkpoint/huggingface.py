@@ -1,45 +1,25 @@
-"""Hugging Face folders: config.json, safetensors (sharded or not), tokenizer.json. Imports nothing a config names."""
+"""Hugging Face folders: config.json, weights (sharded or not), tokenizer.json. Imports nothing a config names."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from llm_edge.exporter.checkpoint.base import (
-    Checkpoint,
-    Part,
-    Source,
-    TokenizerAssets,
-    bind_weights,
-    hash_file,
-)
-from llm_edge.exporter.config import config_from_hf
+from llm_edge.exporter.checkpoint.base import Checkpoint, Source, TokenizerAssets, hash_file
+from llm_edge.exporter.checkpoint.lora import Adapter
+from llm_edge.exporter.checkpoint.tensor_file import TensorFile, TensorInfo, open_tensor_file
+from llm_edge.exporter.checkpoint.weights import bind_weights
+from llm_edge.exporter.config_reader import ConfigReader
+from llm_edge.exporter.families.base import find_family
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text
 
-OUTER: Mapping[str, tuple[Part, ...]] = {
-    "embed_tokens.weight": (Part("model.embed_tokens.weight"),),
-    "norm.weight": (Part("model.norm.weight"),),
-    "lm_head.weight": (Part("lm_head.weight"),),
-}
-LAYER: Mapping[str, tuple[Part, ...]] = {
-    "attention_norm.weight": (Part("input_layernorm.weight"),),
-    "attention.qkv.weight": (
-        Part("self_attn.q_proj.weight"),
-        Part("self_attn.k_proj.weight"),
-        Part("self_attn.v_proj.weight"),
-    ),
-    "attention.output.weight": (Part("self_attn.o_proj.weight"),),
-    "mlp_norm.weight": (Part("post_attention_layernorm.weight"),),
-    "mlp.gate_up.weight": (Part("mlp.gate_proj.weight"), Part("mlp.up_proj.weight")),
-    "mlp.down.weight": (Part("mlp.down_proj.weight"),),
-}
-_FLOATS = {"F32", "F16", "BF16"}
+_TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _TOKENIZER_KEYS = (
     "add_bos_token",
     "add_eos_token",
@@ -74,94 +54,151 @@ _GENERATION_KEYS = (
 _GENERATION_NUMBERS = {"max_length", "max_new_tokens", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"}
 
 
-def read_folder(folder: Path) -> Checkpoint:
-    """Read a Hugging Face folder.
+def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
+    """Read a Hugging Face folder, with a LoRA adapter merged where one is given.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not one of ours.
     """
-    if not (folder / "config.json").exists():
+    return _read(folder / "config.json", _weight_files(folder), folder, folder.resolve().name, adapter)
+
+
+def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: Adapter | None = None) -> Checkpoint:
+    """Read a file of weights in a Hugging Face model's naming.
+
+    Args:
+        path: the weights.
+        config: its `config.json`; None looks beside the weights.
+        tokenizer: folder of its tokenizer, or the `tokenizer.json` itself; None looks beside the config.
+        adapter: see `read_folder`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the architecture is not one of ours.
+    """
+    found = config if config is not None else path.parent / "config.json"
+    if not found.is_file():
         raise CheckpointError(
-            f"{folder} has no config.json: a Hugging Face folder with config.json, *.safetensors and "
-            "tokenizer.json is needed"
+            f"{path}: its tensors are not named as Meta names a Llama's, and there is no {found}: "
+            "give the model's Hugging Face config with --config"
         )
-    raw = read_json(folder / "config.json", error=CheckpointError)
-    config = config_from_hf(raw)
-    files = _weight_files(folder)
+    folder = found.parent if tokenizer is None else tokenizer.parent if tokenizer.is_file() else tokenizer
+    return _read(found, [path], folder, path.stem, adapter)
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    holder: dict[str, Path] = {}
-    types: Counter[str] = Counter()
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in _FLOATS:
-                        raise CheckpointError(
-                            f"{path}: tensor {name} is of type {part.get_dtype()}; "
-                            f"supported: {', '.join(sorted(_FLOATS))}"
-                        )
-                    types[part.get_dtype()] += 1
-                    shapes[name] = tuple(part.get_shape())
-                    holder[name] = path
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged safetensors file ({error}): download it again") from error
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
-    def load(name: str) -> torch.Tensor:
-        with safe_open(holder[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
+def _read(config_file: Path, files: list[Path], tokenizer: Path, name: str, adapter: Adapter | None) -> Checkpoint:
+    content = read_json(config_file, MIB, error=CheckpointError)
+    raw = ConfigReader(content, str(config_file))
+    family = find_family(raw.text("model_type"), str(config_file))
+    try:
+        config = family.config(raw)
+    except CheckpointError as error:  # what the shape itself finds wrong does not know of the file
+        raise CheckpointError(_with_file(str(error), config_file)) from error
+    tensors = _TensorFiles(files)
+    names = family.names(tensors.infos)
+    load: Callable[[str], torch.Tensor] = tensors.load
+    if adapter is not None:
+        load = adapter.wrap(
+            {theirs: info.shape for theirs, info in tensors.infos.items()},
+            load,
+            transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
+            tied_head=config.tie_word_embeddings,
+        )
+    table = family.weights(config, raw)
+    for ours, theirs in names.items():
+        if not re.fullmatch(table.ignored, ours):
+            tensors.check_type(theirs)
     weights = bind_weights(
         config,
-        OUTER,
-        LAYER,
-        "model.layers.{}.",
-        shapes,
-        load,
-        ignored=lambda name: (
-            name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-        ),
-        where=str(folder),
+        table,
+        {ours: tensors.infos[theirs].shape for ours, theirs in names.items()},
+        lambda ours: load(names[ours]),
+        where=str(files[0] if len(files) == 1 else files[0].parent),
     )
-    generation = _generation(folder, raw)
+    generation = read_generation(config_file.parent, content)
+    raw.value("architectures")
     source = Source(
-        name=folder.resolve().name,
-        format="safetensors",
-        files=tuple(hash_file(path) for path in files),
-        weight_types=", ".join(kind for kind, _ in types.most_common()),
+        name=name if adapter is None else f"{name} + {adapter.name}",
+        format=tensors.format,
+        files=(*(hash_file(path) for path in files), *(adapter.files if adapter is not None else ())),
+        weight_types=tensors.types,
     )
-    return Checkpoint(config, weights, _tokenizer(folder, generation), generation, source)
+    return Checkpoint(config, raw.used, weights, read_tokenizer(tokenizer, generation), generation, source)
+
+
+def _with_file(message: str, file: Path) -> str:
+    return message if message.startswith(str(file)) else f"{file}: {message}"
+
+
+class _TensorFiles:
+    """The tensors of one file or of all shards."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._holder: dict[str, TensorFile] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self.format = "safetensors" if paths[0].suffix == ".safetensors" else "PyTorch"
+        for path in paths:
+            file = open_tensor_file(path)
+            for name, info in file.tensors.items():
+                if name in self._holder:
+                    raise CheckpointError(f"{path}: tensor {name} is in {self._holder[name].path.name} too")
+                self._holder[name] = file
+                self.infos[name] = info
+
+    @property
+    def types(self) -> str:
+        """Types of the tensors, the most frequent first."""
+        counts = Counter(_TYPE_NAMES[info.dtype] for info in self.infos.values() if info.dtype in _TYPE_NAMES)
+        return ", ".join(kind for kind, _ in counts.most_common())
+
+    def check_type(self, name: str) -> None:
+        """Refuse a tensor that is not of floats."""
+        dtype = self.infos[name].dtype
+        if dtype not in _TYPE_NAMES:
+            raise CheckpointError(
+                f"{self._holder[name].path}: tensor {name} is of type {str(dtype).removeprefix('torch.')}; "
+                f"supported: {', '.join(sorted(_TYPE_NAMES.values()))}"
+            )
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read a tensor from disk."""
+        return self._holder[name].load(name)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, else `model.safetensors`, else the only one."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = read_json(index, error=CheckpointError).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index}: weight_map is not a table of file names")
-        names = sorted(set(shards.values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index}: weight_map names files outside of the folder")
-        paths = [folder / name for name in names]
+    """The files of a folder's weights: those an index names, else the one of the usual name, else the only one."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.exists():
+            paths = _shards(index)
+        elif whole.exists():
+            paths = [whole]
+        else:
+            continue
+        break
     else:
-        paths = [folder / "model.safetensors"]
-        if not paths[0].exists():
-            paths = sorted(folder.glob("*.safetensors"))
+        paths = sorted(folder.glob("*.safetensors"))
         if len(paths) != 1:
             found = f"{len(paths)} .safetensors files and no model.safetensors.index.json" if paths else "no weights"
-            raise CheckpointError(f"{folder} has {found}: model.safetensors or a sharded set with its index is needed")
+            raise CheckpointError(
+                f"{folder} has {found}: model.safetensors, pytorch_model.bin or a sharded set with its index is needed"
+            )
     for path in paths:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
     return paths
 
 
-def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _shards(index: Path) -> list[Path]:
+    shards = read_json(index, error=CheckpointError).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: weight_map is not a table of file names")
+    names = sorted(set(shards.values()))
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index}: weight_map names files outside of the folder")
+    return [index.parent / name for name in names]
+
+
+def read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Known keys of generation_config.json; token ids may also stand in config.json."""
     path = folder / "generation_config.json"
     raw = read_json(path, error=CheckpointError) if path.exists() else {}
@@ -180,7 +217,8 @@ def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return generation
 
 
-def _tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAssets:
+def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAssets:
+    """A folder's tokenizer.json, what its config says of it, and its chat template."""
     path = folder / "tokenizer.json"
     if not path.exists():
         raise CheckpointError(

@@ -11,15 +11,15 @@ def fuse_skip_norms(model: ir.Model) -> None:
     Requires: norms over the last axis; sums of two [B, S, hidden] tensors.
     Does: replaces each norm, and the sum it reads if the norm comes right behind it, by one node that
         yields both the norm and the sum.
-    Ensures: the same values; norms of anything else stay RMSNormalization.
+    Ensures: the same values; norms of anything else (a projection with its bias, say) stay RMSNormalization.
     """
     graph = model.graph
     for norm in list(graph):
         if norm.op_type != "RMSNormalization" or norm.inputs[0] is None:
             continue
         add = norm.inputs[0].producer()
-        if add is None or add.op_type != "Add":
-            continue
+        if add is None or add.op_type != "Add" or any(x is None or x.is_initializer() for x in add.inputs):
+            continue  # an initializer would be a bias
         epsilon = norm.attributes["epsilon"].as_float()
         normed, total = norm.outputs[0], add.outputs[0]
         fused = ir.Node(

@@ -1,0 +1,124 @@
+"""Peak memory and time of exports by size of the model: `python -m llm_edge.bench.export_memory FOLDER [SIZE …]`.
+
+Makes random sharded bfloat16 checkpoints of LLaMA's shapes (a 7B takes 14 GB of disk, its bundle 5), exports each to
+int4 in a process of its own, and prints one line a size. A checkpoint that is already there is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SIZES = {
+    "1b": (2048, 8192, 16, 32, 8),  # hidden, intermediate, layers, heads, key/value heads
+    "3b": (3072, 8192, 28, 24, 8),
+    "7b": (4096, 11008, 32, 32, 32),
+}
+_VOCAB = 32_000
+_SHARD_BYTES = 2 << 30
+
+
+def make_checkpoint(folder: Path, size: str) -> Path:
+    """Write a random checkpoint of a size, one shard in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    hidden, inner, layers, heads, kv_heads = SIZES[size]
+    target = folder / size
+    if (target / "model.safetensors.index.json").exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    head_dim = hidden // heads
+    shapes = {"model.embed_tokens.weight": (_VOCAB, hidden), "lm_head.weight": (_VOCAB, hidden)}
+    for number in range(layers):
+        prefix = f"model.layers.{number}."
+        for name, rows, width in (
+            ("self_attn.q_proj", heads * head_dim, hidden),
+            ("self_attn.k_proj", kv_heads * head_dim, hidden),
+            ("self_attn.v_proj", kv_heads * head_dim, hidden),
+            ("self_attn.o_proj", hidden, heads * head_dim),
+            ("mlp.gate_proj", inner, hidden),
+            ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):
+            shapes[f"{prefix}{name}.weight"] = (rows, width)
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    index: dict[str, str] = {}
+    held = count = 0
+
+    def write() -> None:
+        nonlocal held, count
+        count += 1
+        name = f"model-{count:05}.safetensors"
+        save_file(shard, target / name)
+        index.update(dict.fromkeys(shard, name))
+        shard.clear()
+        held = 0
+
+    for name, shape in shapes.items():
+        shard[name] = torch.randn(shape, generator=generator, dtype=torch.bfloat16) * shape[1] ** -0.5
+        held += shard[name].nbytes
+        if held >= _SHARD_BYTES:
+            write()
+    norms = ["model.norm", *(f"model.layers.{i}.{n}_layernorm" for i in range(layers) for n in _NORMS)]
+    shard.update({f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms})
+    write()
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config = {
+        "model_type": "llama",
+        "vocab_size": _VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    alphabet = {char: number for number, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(target / "tokenizer.json"))
+    return target
+
+
+_NORMS = ("input", "post_attention")
+
+
+def measure(checkpoint: Path, output: Path) -> tuple[float, float, str]:
+    """Peak memory in bytes and seconds of an export to int4, and what it printed."""
+    program = "from llm_edge.exporter.cli import main; main()"
+    arguments = [str(checkpoint), "-o", str(output), "--precision", "int4", "--force"]
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return usage.ru_maxrss * 1024, time.monotonic() - began, printed
+
+
+def main() -> None:
+    """Entry point."""
+    folder, *sizes = sys.argv[1:]
+    for size in sizes or SIZES:
+        checkpoint = make_checkpoint(Path(folder), size)
+        peak, seconds, printed = measure(checkpoint, Path(folder) / f"{size}-bundle")
+        print(printed, flush=True)
+        print(f"{size}: peak memory {peak / 1e9:.2f} GB, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Proves that the graphs compute what the reference computes, within a bound of memory.
+
+A model that does not fit is cut: its first layers, with the real embedding and head, go the same way from weights to
+graphs as the whole, and are compared in its place. What that leaves unchecked is part of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llm_edge.exporter.checkpoint.base import Checkpoint
+from llm_edge.exporter.config import ModelConfig
+from llm_edge.exporter.graph import GraphStyle
+from llm_edge.exporter.model import Decoder, count_parameters
+from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.recipes import RECIPES, Recipe
+from llm_edge.exporter.validate import (
+    MAX_BOUND,
+    MEAN_BOUND,
+    Expected,
+    Parity,
+    Quality,
+    Runnable,
+    compare,
+    record,
+    score,
+)
+from llm_edge.exporter.write_graphs import graph_files, write_graphs
+from llm_edge.runtime.bundle import ONNX, ModelShape
+from llm_edge.runtime.errors import ParityError
+from llm_edge.runtime.session import CHUNK, Session
+
+WHOLE_GB = 4.5
+"""Memory, in 10^9 bytes, in which a whole model is validated by default."""
+_CUT_GB = 3.4
+_REFERENCE = 0.3  # of validation's time goes into running the reference
+_CUT_TOKENS = 2 * CHUNK  # of text for a model that is cut: its quality tells little
+_BASE_GB = 0.7  # Python, torch and onnxruntime themselves
+_BYTES_PER_WEIGHT = 4.4  # float32, and what packing it for matrix products takes at a time
+
+
+class Form(Protocol):
+    """The format in which a bundle holds its precisions: `OnnxForm`, or `TorchScriptForm` of `torchscript.py`."""
+
+    @property
+    def name(self) -> str:
+        """As the manifest says it, and name of the folder in the bundle."""
+
+    def write(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        recipes: tuple[Recipe, ...],
+        progress: Progress,
+    ) -> None:
+        """Write the files of each recipe."""
+
+    def file(self, recipe: Recipe) -> str:
+        """Name of the file to load."""
+
+    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
+        """All that was written for a recipe."""
+
+    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Runnable:
+        """What was written, at work on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxForm:
+    """Precisions as ONNX graphs of a style; see `Form`."""
+
+    style: GraphStyle
+    name = ONNX
+
+    def write(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        recipes: tuple[Recipe, ...],
+        progress: Progress,
+    ) -> None:
+        """See `write_graphs`."""
+        write_graphs(folder, config, weights, recipes, self.style, progress)
+
+    def file(self, recipe: Recipe) -> str:
+        """Name of the graph; its weights lie beside it."""
+        return f"{recipe.stem}.onnx"
+
+    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
+        """Graph and weights."""
+        return graph_files(folder, recipe)
+
+    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
+        """The graph at work on the CPU."""
+        share_buffer = self.style is GraphStyle.FUSED
+        return Session(folder / self.file(recipe), shape, share_buffer, provider="cpu", spinning=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was compared, and how it came out.
+
+    Attributes:
+        layers: how many of the model's layers were compared, from the first on.
+        parities: by name of the precision, those of fp32 made for this alone too.
+        qualities: by name of the precision; of the cut model where it was cut.
+        needed: memory in bytes that the whole would take.
+    """
+
+    layers: int
+    parities: Mapping[str, Parity]
+    qualities: Mapping[str, Quality]
+    needed: float
+
+    @property
+    def extra(self) -> dict[str, Parity]:
+        """Parities of what the bundle does not hold."""
+        return {name: parity for name, parity in self.parities.items() if name not in self.qualities}
+
+
+def prove(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipes: tuple[Recipe, ...],
+    form: Form,
+    tokens: list[int],
+    memory: float,
+    progress: Progress,
+) -> Proof:
+    """Compare all precisions of a bundle with the reference.
+
+    What is rounded cannot be held to a bound: where fp32 is not among the recipes, it is made and proven for this
+    alone.
+
+    Args:
+        folder: where the bundle's graphs lie; a folder `check` is made beside them, and removed.
+        checkpoint: the source.
+        recipes: the precisions of the bundle.
+        form: of the bundle.
+        tokens: the validation text.
+        memory: bytes that this may take; a larger model is cut.
+        progress: see `Progress`.
+
+    Raises:
+        ParityError: an fp32 graph misses its bound, or logits are not numbers.
+    """
+    config, whole = checkpoint.config, checkpoint.config.num_hidden_layers
+    layers = whole if memory_for(config, whole) <= memory else _fitting(config, min(memory, _CUT_GB * 1e9))
+    cut = dataclasses.replace(config, layers=config.layers[:layers])
+    extra = () if any(recipe.lossless for recipe in recipes) else (RECIPES["fp32"],)
+    made = extra if layers == whole else (*extra, *recipes)
+    check = folder.parent / "check"
+    check.mkdir()
+    if made:
+        form.write(check, cut, checkpoint.weights, made, progress)
+    progress("validating", 0.0, "PyTorch")
+    text = tokens if layers == whole else tokens[:_CUT_TOKENS]
+    expected = _expected(cut, checkpoint, text, check / "logits", progress)
+    parities, qualities = {}, {}
+    compared = (*extra, *recipes)
+    for number, recipe in enumerate(compared):
+
+        def scored(share: float, name: str = recipe.name, number: int = number) -> None:
+            progress("validating", _after((number + 0.2 + 0.8 * share) / len(compared)), name)
+
+        progress("validating", _after(number / len(compared)), recipe.name)
+        session = form.open(check if recipe in made else folder, model_shape(cut), recipe)
+        parities[recipe.name] = parity = compare(expected, session)
+        _judge(recipe, parity)
+        if recipe in recipes:
+            qualities[recipe.name] = score(expected, session, scored)
+        del session  # one at a time: memory
+        if recipe in made:
+            for file in form.files(check, recipe):
+                file.unlink()
+    expected.path.unlink()
+    check.rmdir()
+    return Proof(layers, parities, qualities, memory_for(config, whole))
+
+
+def memory_for(config: ModelConfig, layers: int) -> float:
+    """Bytes that validating a model's first layers takes, about."""
+    cut = dataclasses.replace(config, layers=config.layers[:layers])
+    logits = 3 * 4 * min(CHUNK, config.max_position_embeddings) * config.vocab_size
+    return _BASE_GB * 1e9 + _BYTES_PER_WEIGHT * count_parameters(cut) + logits
+
+
+def model_shape(config: ModelConfig) -> ModelShape:
+    """What a caller of the graph has to know of the model."""
+    return ModelShape(**{key: getattr(config, key) for key in ModelShape.__slots__})
+
+
+def _after(share: float) -> float:
+    """Share of the whole validation, once the reference has run."""
+    return _REFERENCE + (1 - _REFERENCE) * share
+
+
+def _fitting(config: ModelConfig, memory: float) -> int:
+    """Layers that can be validated in so much memory, at least one."""
+    one, two = memory_for(config, 1), memory_for(config, min(2, config.num_hidden_layers))
+    more = int((memory - one) / (two - one)) if memory > one and two > one else 0
+    return min(1 + more, config.num_hidden_layers)
+
+
+def _expected(
+    config: ModelConfig, checkpoint: Checkpoint, tokens: list[int], path: Path, progress: Progress
+) -> Expected:
+    with torch.device("meta"):
+        decoder = Decoder(config).eval()
+    decoder.load_weights(checkpoint.weights)
+    return record(decoder, tokens, path, lambda share: progress("validating", _REFERENCE * share, "PyTorch"))
+
+
+def _judge(recipe: Recipe, parity: Parity) -> None:
+    worst = parity.worst
+    if not math.isfinite(worst.max):
+        raise ParityError(
+            f"{recipe.name}: logits are not numbers: the weights are damaged, or they overflow. Nothing was written"
+        )
+    if recipe.lossless and not parity.within_bounds:
+        raise ParityError(
+            f"{recipe.name}: logits differ from PyTorch by up to {worst.max:.2g}, {worst.mean:.2g} on average; "
+            f"{MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
+        )

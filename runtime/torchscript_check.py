@@ -1,0 +1,125 @@
+"""Reads a TorchScript archive's code before torch does, and lets arithmetic on tensors pass alone.
+
+TorchScript is a small language in Python's syntax. Among its operators are some that read and write files or address
+memory at will; and a class may have methods that run while it is loaded. A decoder needs none of these: whatever is not
+in the tables below is refused. That keeps a file from doing anything but compute, not from computing for very long.
+Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import pickletools
+import zipfile
+from pathlib import Path
+
+from llm_edge.runtime.errors import BundleError
+from llm_edge.runtime.safe_io import MIB
+
+_MOST_CODE = 64 * MIB  # a thousand layers have ten
+_METHODS = {"forward", "empty_past"}
+_FUNCTIONS = {"annotate", "int", "range", "getattr"}
+_PRIMITIVES = {"NumToTensor", "device"}
+_OPERATORS = {
+    *("__and__", "__derive_index", "__or__", "__range_length"),
+    *("add", "append", "arange", "cat", "clamp", "cumsum", "embedding", "eq", "flatten", "floor_divide", "ge", "gelu"),
+    *("gt", "index", "index_select", "layer_norm", "le", "len", "linear", "max", "mul", "neg", "new_zeros", "relu"),
+    *("reshape", "rms_norm", "scaled_dot_product_attention", "silu", "size", "slice", "split_with_sizes", "sub", "to"),
+    *("transpose", "unsqueeze"),
+}
+_NODES = (
+    *(ast.Module, ast.ClassDef, ast.FunctionDef, ast.arguments, ast.arg),
+    *(ast.Assign, ast.AnnAssign, ast.Expr, ast.For, ast.If, ast.Return),
+    *(ast.Attribute, ast.Call, ast.Constant, ast.List, ast.Name, ast.Subscript, ast.Tuple, ast.UnaryOp, ast.keyword),
+    *(ast.Load, ast.Store, ast.USub),
+)
+_STRUCTURE = {"data.pkl", "constants.pkl"}
+_GLOBALS = {
+    "collections OrderedDict",
+    "torch DoubleStorage",
+    "torch FloatStorage",
+    "torch LongStorage",
+    "torch._utils _rebuild_tensor_v2",
+}
+_OTHERS = {"version", "byteorder", ".data/version"}
+
+
+def check_program(path: Path) -> None:
+    """Let a file pass whose code a decoder can have.
+
+    Raises:
+        BundleError: it is no archive as the exporter writes it, or its code does something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if archive.comment or not records or min(record.header_offset for record in records) != 0:
+                raise _refused(path, "is not laid out as the exporter does it")
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise _refused(path, "holds compressed records")
+            # torch finds records whatever their case, and takes any of those that share a name: all are looked at.
+            names = [record.filename.lower().partition("/")[2] for record in records]
+            codes = [
+                record
+                for record, name in zip(records, names, strict=True)
+                if not name.startswith(("data/", "constants/")) and name not in _OTHERS
+            ]
+            if sum(record.file_size for record in codes) > _MOST_CODE:
+                raise _refused(path, f"holds more than {_MOST_CODE // MIB} MiB of code")
+            for record in codes:
+                name = record.filename.partition("/")[2]
+                if name in _STRUCTURE:
+                    _check_structure(path, archive.read(record))
+                elif name.startswith("code/__torch__") and name.endswith(".py"):
+                    _check_code(path, archive.read(record))
+                else:
+                    raise _refused(path, f"holds {name[:100]!r}")
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RecursionError, ValueError) as error:
+        raise BundleError(f"{path}: no TorchScript archive ({error}): export the bundle again") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror or error}): export the bundle again") from error
+
+
+def _check_code(path: Path, code: bytes) -> None:
+    if not code.isascii() or any(sign in code for sign in b"#\\\r\f\v\0"):  # where the two languages might part
+        raise _refused(path, "is not written as torch writes code")
+    try:
+        tree = ast.parse(code.decode("ascii"))
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise _refused(path, "holds code that cannot be read") from error
+    for node in ast.walk(tree):
+        if not isinstance(node, _NODES):
+            raise _refused(path, f"holds code with {type(node).__name__}")
+        if isinstance(node, ast.FunctionDef) and node.name not in _METHODS:
+            raise _refused(path, f"defines {node.name[:100]}")
+        if isinstance(node, ast.Call) and not _is_known(node.func):
+            raise _refused(path, f"calls {ast.unparse(node.func)[:100]}")
+
+
+def _check_structure(path: Path, pickled: bytes) -> None:
+    """Only tensors and modules whose code is in the file: classes built into torch may do anything when restored."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL":
+            name = str(argument)  # of module and class, with a space between
+            built_in = name.replace(" ", ".").startswith("__torch__.torch.classes.")
+            if built_in or not (name in _GLOBALS or name.startswith("__torch__.")):
+                raise _refused(path, f"refers to {name[:100]}")
+        elif opcode.name in ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise _refused(path, "refers to classes in an unusual way")
+
+
+def _is_known(function: ast.expr) -> bool:
+    match function:
+        case ast.Name(id=name):
+            return name in _FUNCTIONS
+        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
+            return name in _OPERATORS
+        case ast.Attribute(value=ast.Attribute(value=ast.Name(id="ops"), attr="prim"), attr=name):
+            return name in _PRIMITIVES
+        case ast.Attribute(attr="forward"):
+            return True
+    return False
+
+
+def _refused(path: Path, what: str) -> BundleError:
+    return BundleError(f"{path}: it {what}, which no exported decoder does: do not trust it, export the bundle again")
