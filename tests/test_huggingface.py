@@ -437,3 +437,11 @@ def test_defaults_are_those_of_transformers() -> None:
 def test_a_token_id_that_is_none(folder: Path, value: Any) -> None:
     edit_json(folder / "generation_config.json", eos_token_id=value)
     refused(folder, "eos_token_id")
+
+
+def test_more_special_tokens_go_by_the_name_that_every_transformers_knows(folder: Path) -> None:
+    """Version 5 writes a list under a name where version 4 wants a table, and reads the old name too."""
+    edit_json(folder / "tokenizer_config.json", extra_special_tokens=["<|im_start|>"], additional_special_tokens=GONE)
+    config = read_folder(folder).tokenizer.tokenizer_config
+    assert config["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in config

@@ -238,6 +238,8 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
         raise CheckpointError(f"{config_path}: chat_template is not a text")
 
     config = {key: raw[key] for key in _TOKENIZER_KEYS if key in raw}
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 5's name for it, 4 wants a table there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     eos = generation.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
