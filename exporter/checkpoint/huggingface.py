@@ -16,6 +16,7 @@ from llm_edge.exporter.checkpoint.tensor_file import TensorFile, TensorInfo, ope
 from llm_edge.exporter.checkpoint.weights import bind_weights
 from llm_edge.exporter.config_reader import ConfigReader
 from llm_edge.exporter.families.base import find_family
+from llm_edge.exporter.show import show
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text
 
@@ -88,6 +89,10 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
 def _read(config_file: Path, files: list[Path], tokenizer: Path, name: str, adapter: Adapter | None) -> Checkpoint:
     content = read_json(config_file, MIB, error=CheckpointError)
     raw = ConfigReader(content, str(config_file))
+    quantization = raw.section("quantization_config")
+    if quantization is not None:
+        method = show(quantization.value("quant_method"))
+        raw.fail(f"quantization_config: weights quantized by {method} are not read: give the model they were made from")
     family = find_family(raw.text("model_type"), str(config_file))
     try:
         config = family.config(raw)
