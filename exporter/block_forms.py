@@ -17,6 +17,7 @@ from torch import Tensor
 from llm_edge.exporter.editor import Array, Editor, name_of, shape_of
 from llm_edge.exporter.quantize import QuantizedBlocks, quantize_blocks
 from llm_edge.exporter.recipes import Blocks
+from llm_edge.runtime.errors import CheckpointError
 
 _INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations rounded to 8 bits, block by block
 
@@ -42,7 +43,10 @@ class _Rounded:
         return self._round(name_of(weight), form)
 
     def _quantize(self, name: str, form: Blocks) -> QuantizedBlocks:
-        return quantize_blocks(self._weights[name], form)
+        try:
+            return quantize_blocks(self._weights[name], form)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
 
 
 class FusedBlocks:

@@ -18,7 +18,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "num_attention_heads": (1, 4_096),
     "num_key_value_heads": (1, 4_096),
     "head_dim": (1, 4_096),
-    "max_position_embeddings": (1, 2_097_152),
+    "max_position_embeddings": (2, 2_097_152),
     "norm_eps": (0.0, 1.0),
     "attention_scale": (1e-6, 1e6),
     "embedding_scale": (1e-6, 1e6),
@@ -135,7 +135,8 @@ class ModelConfig:
                     f"rotary positions of {rope.dim} dimensions do not fit heads of head_dim {self.head_dim}: "
                     "an even number of at most as many is needed"
                 )
-        if sum(rope.dim for rope in self.ropes) * self.max_position_embeddings > 2 * _MOST_ANGLES:
+        widths = (rope.dim // 2 * (2 if rope.long_from else 1) for rope in self.ropes)
+        if sum(widths) * self.max_position_embeddings > _MOST_ANGLES:
             raise CheckpointError(
                 f"max_position_embeddings is {self.max_position_embeddings}: the tables of rotary positions would be "
                 "larger than 1 GiB; give a smaller context with --max-seq-len"

@@ -66,6 +66,16 @@ class ConfigReader:
             self.fail(f"{key} is {show(value)}, too large to be one")
         return value
 
+    def first(self, name: str, alias: str) -> str:
+        """Which of two names of a key the config uses; refused where it gives both, and different ones."""
+        if name in self and alias in self and self.value(name) != self.value(alias):
+            self.fail(f"{name} is {show(self.value(name))} and {alias} {show(self.value(alias))}: they are the same")
+        return alias if alias in self and name not in self else name
+
+    def either(self, name: str, alias: str, default: int) -> int:
+        """A whole number that goes by two names."""
+        return self.integer(self.first(name, alias), default)
+
     def number(self, key: str, default: float | None = None) -> float:
         """A number; without a default it must be there."""
         value = self.value(key)
@@ -118,12 +128,10 @@ class ConfigReader:
         """A whole number or null, which is another thing than a missing key."""
         return self.integer(key) if key in self else None if key in self._raw else default
 
-    def nested(self, *keys: str) -> bool:
-        """Whether an object inside objects is there."""
-        value: Any = self._raw
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return isinstance(value, Mapping)
+    @property
+    def nests(self) -> bool:
+        """Whether some key holds an object."""
+        return any(isinstance(value, Mapping) for value in self._raw.values())
 
     def choice(self, key: str, choices: Mapping[str, Any], default: str) -> Any:
         """What a name stands for."""
@@ -180,51 +188,80 @@ def read_rope(
     config: ConfigReader,
     head_dim: int,
     theta: float = 10_000.0,
+    *,
+    theta_key: str = "rope_theta",
+    share_key: str | None = None,
     share: float = 1.0,
     layer_type: str | None = None,
     aliases: Mapping[str, str] | None = None,
+    original: int | None = None,
 ) -> Rope:
     """Rotary positions as transformers 5 writes them (`rope_parameters`) or 4 did (`rope_theta`, `rope_scaling`).
+
+    What transformers reads in one family and passes over in another is refused in the other: nobody meant it so.
 
     Args:
         config: the whole config.
         head_dim: D.
         theta: the family's default.
-        share: the family's default share of a head that is rotated.
-        layer_type: which of the nested `rope_parameters` to take, in configs that nest them.
+        theta_key: where the config itself may give it.
+        share_key: where the config itself may give the share of a head that is rotated; None for a family whose heads
+            are rotated whole.
+        share: the family's default share.
+        layer_type: which of the nested `rope_parameters` to take, in a family that nests them.
         aliases: further names of scalings, for example `su` for `longrope`.
+        original: the family's default for `original_max_position_embeddings`, where it has one.
     """
-    theta = config.number("rope_theta", theta)
-    share = config.number("partial_rotary_factor", share)
+    theta = config.number(theta_key, theta)
+    share = config.number(share_key, share) if share_key is not None else share
+    if "rope_parameters" in config and "rope_scaling" in config:
+        config.fail("rope_parameters and rope_scaling are both given: keep one of them")
     field = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
     section = config.section(field)
-    if section is not None and layer_type is not None and layer_type in section:
+    if section is not None and field == "rope_parameters" and layer_type is not None:
         section = section.section(layer_type)
+        if section is None:
+            config.fail(f"rope_parameters has no {layer_type}: this family has one entry for each type of layer")
+    elif section is not None and section.nests:
+        section.fail("is nested by type of layer, which this family is not")
     if section is not None:
         theta = section.number("rope_theta", theta)
         share = section.number("partial_rotary_factor", share)
     if not 0 < share <= 1:  # NaN is not
         config.fail(f"partial_rotary_factor is {share}; above 0 and up to 1 is possible")
+    if share_key is None and (share != 1 or config.number("partial_rotary_factor", 1.0) != 1):
+        config.fail("partial_rotary_factor is set, which is not supported in this family")
     if not 1 <= theta <= 1e12:
-        config.fail(f"rope_theta is {theta}, outside of 1 to 1e12")
+        config.fail(f"{theta_key} is {theta}, outside of 1 to 1e12")
     dim = int(head_dim * share)
     if section is None:
         return Rope(theta, dim)
     kind = section.text("rope_type", section.text("type", "default"))
     kind = (aliases or {}).get(kind, kind)
-    return Rope(theta, dim, _scaling(kind, config, section, dim, theta, field))
+    return Rope(theta, dim, _scaling(kind, config, section, dim, theta, field, original))
 
 
 def _scaling(
-    kind: str, config: ConfigReader, section: ConfigReader, dim: int, theta: float, field: str
+    kind: str, config: ConfigReader, section: ConfigReader, dim: int, theta: float, field: str, default: int | None
 ) -> RopeScaling | None:
+    if kind == "default":
+        return None
     length = config.integer("max_position_embeddings", 2048)
-    original = config.integer(
-        "original_max_position_embeddings", section.integer("original_max_position_embeddings", length)
-    )
+    original = section.integer("original_max_position_embeddings", length)
+    if "original_max_position_embeddings" in config or default is not None:
+        outside = config.integer("original_max_position_embeddings", default)
+        if original not in (outside, length):
+            section.fail(f"original_max_position_embeddings is {original}, but {outside} in the config itself")
+        original = outside
     if original < 2:
         section.fail(f"original_max_position_embeddings is {original}; at least 2 is needed")
     stretch = length / original
+
+    def bounded(key: str, default: float) -> float:
+        value = section.number(key, default)
+        if not 1e-3 <= value <= 1e6:
+            section.fail(f"{key} is {value}; 0.001 to 1000000 are possible")
+        return value
 
     def divisors(key: str) -> tuple[float, ...]:
         value = section.value(key)
@@ -235,8 +272,6 @@ def _scaling(
             section.fail(f"{key} is not a list of {dim // 2} positive numbers")
         return tuple(map(float, value))
 
-    if kind == "default":
-        return None
     if kind == "linear":
         return LinearScaling(section.factor("factor"))
     if kind == "llama3":
@@ -248,15 +283,15 @@ def _scaling(
         if theta <= 1:
             section.fail("rope_theta of 1 cannot be scaled by yarn")
         factor = section.factor("factor", stretch)
-        scales = section.number("mscale", 0), section.number("mscale_all_dim", 0)
         amplitude = yarn_amplitude(factor)
-        if all(scales):
+        if section.number("mscale", 0) and section.number("mscale_all_dim", 0):
+            scales = bounded("mscale", 1), bounded("mscale_all_dim", 1)
             amplitude = yarn_amplitude(factor, scales[0]) / yarn_amplitude(factor, scales[1])
         return YarnScaling(
             factor,
             original,
-            section.factor("beta_fast", 32),
-            section.factor("beta_slow", 1),
+            bounded("beta_fast", 32),
+            bounded("beta_slow", 1),
             section.factor("attention_factor", amplitude),
             section.flag("truncate", True),
         )

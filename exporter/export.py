@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib.metadata
-import os
 import platform
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +18,11 @@ from llm_edge.exporter.model import count_parameters
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.prove import WHOLE_GB, Form, OnnxForm, model_shape, prove
 from llm_edge.exporter.recipes import RECIPES, Recipe
+from llm_edge.exporter.staging import check_target, make_room, staging
 from llm_edge.exporter.torchscript import TorchScriptForm
 from llm_edge.exporter.validate import Parity, Quality
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, TORCHSCRIPT, manifest_entry
-from llm_edge.runtime.errors import CheckpointError, InputError, MachineError, ParameterError
+from llm_edge.runtime.errors import CheckpointError, ParameterError
 
 _FUSED_HEAD = 8  # onnxruntime's GroupQueryAttention takes heads of a multiple of this size only
 _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -102,7 +98,7 @@ def export(
     target = output if output is not None else Path("artifacts") / bundle_name(source)
     if target.name in ("", ".."):
         target = target.resolve()  # "." and the like: the bundle and its temporary sibling need a name
-    _check_target(target, force)
+    check_target(target, force)
     if file_format == TORCHSCRIPT and style is not None:
         raise ParameterError("--graph is about ONNX: leave it out with --format torchscript")
     script = TorchScriptForm(recipes) if file_format == TORCHSCRIPT else None
@@ -118,10 +114,10 @@ def export(
     tokens = _validation_tokens(checkpoint)
     parameters = count_parameters(checkpoint.config)
     proof = None
-    with _staging(target, force) as folder:
+    with staging(target, force) as folder:
         graphs = folder / form.name
         graphs.mkdir()
-        _make_room(folder, parameters, recipes, validate)
+        make_room(folder, _bytes_needed(parameters, recipes, validate))
         form.write(graphs, checkpoint.config, checkpoint.weights, recipes, progress)
         if validate:
             proof = prove(graphs, checkpoint, recipes, form, tokens, validation_memory, progress)
@@ -163,17 +159,6 @@ def _choose_style(source: str, checkpoint: Checkpoint, style: GraphStyle | None)
     return style if style is not None else GraphStyle.FUSED if fused else GraphStyle.PORTABLE
 
 
-def _check_target(target: Path, force: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise InputError(f"{target} exists and is not a folder: choose another one with -o")
-    if not target.exists():
-        return
-    if not force:
-        raise InputError(f"{target} exists: choose another folder with -o, or replace it with --force")
-    if any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise InputError(f"{target} holds something that is no bundle, --force does not replace that: choose another")
-
-
 def _validation_tokens(checkpoint: Checkpoint) -> list[int]:
     """The validation text in the model's own tokens; proves on the way that tokenizer and weights belong together."""
     try:
@@ -187,59 +172,16 @@ def _validation_tokens(checkpoint: Checkpoint) -> list[int]:
             "tokenizer and weights do not belong together"
         )
     text = (Path(__file__).parent / "data" / "validation.txt").read_text(encoding="utf-8")
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    tokens = list(tokenizer.encode(text, add_special_tokens=False).ids)
+    if len(tokens) < 2:
+        raise CheckpointError("tokenizer.json makes nothing of an English text: replace it by the model's own")
+    return tokens
 
 
-@contextlib.contextmanager
-def _staging(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling folder that becomes the target when the block ends well, and vanishes when not."""
-    folder = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        for path in folder.rglob("*"):
-            _fsync(path)
-        _fsync(folder)
-        if force and target.exists():
-            old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
-            target.rename(old)
-            try:
-                folder.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            folder.rename(target)
-        _fsync(target.parent)
-    except MemoryError as error:
-        raise MachineError(f"not enough memory to export to {target}") from error
-    except OSError as error:
-        where = error.filename if error.filename is not None and error.errno != errno.ENOSPC else target.parent
-        why = error.strerror or f"{error}; is the disk full?"  # a short write has a text alone
-        raise MachineError(f"{where}: cannot write the bundle ({why}); nothing was left") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_room(folder: Path, parameters: int, recipes: tuple[Recipe, ...], validate: bool) -> None:
-    """Refuse before the work begins where the disk cannot hold the result."""
+def _bytes_needed(parameters: int, recipes: tuple[Recipe, ...], validate: bool) -> int:
+    """About how much disk the graphs take, the one of the proof included."""
     made = recipes if not validate or any(recipe.lossless for recipe in recipes) else (*recipes, RECIPES["fp32"])
-    needed = sum(int(parameters * recipe.bytes_per_weight) for recipe in made)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise MachineError(
-            f"{folder.parent}: the bundle needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: make room"
-        )
+    return sum(int(parameters * recipe.bytes_per_weight) for recipe in made)
 
 
 def _commit_manifest(

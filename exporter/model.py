@@ -45,6 +45,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.window = layer.window if layer.window and layer.window < config.max_position_embeddings else 0
         self.attend = attention if standalone else cached_attention
         width = config.query_size + 2 * config.key_value_size
         self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
@@ -71,7 +72,7 @@ class Attention(nn.Module):
             self.config.num_attention_heads,
             self.config.num_key_value_heads,
             self.config.scale,
-            self.layer.window or 0,
+            self.window,
             rope.long_from if rope is not None else 0,
         )
         return self.output(attended), (present[0], present[1])

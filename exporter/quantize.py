@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.exporter.recipes import Blocks
+from llm_edge.runtime.errors import CheckpointError
 
 _ELEMENTS = 1 << 24  # rounded at a time: 64 MiB as float32
 
@@ -62,6 +63,8 @@ def quantize_blocks(weight: Tensor, form: Blocks) -> QuantizedBlocks:
 def _quantize_rows(weight: Tensor, form: Blocks) -> QuantizedBlocks:
     rows, width = weight.shape
     blocks = form.count(width)
+    if not weight.isfinite().all():
+        raise CheckpointError("a weight holds numbers that are none (NaN, infinity): the checkpoint is damaged")
     padded = torch.nn.functional.pad(weight.float(), (0, blocks * form.size - width))
     grouped = padded.view(rows, blocks, form.size)
     middle, levels = 2 ** (form.bits - 1), 2**form.bits - 1

@@ -1,9 +1,9 @@
 """Writes a decoder as TorchScript, which plain `torch.jit.load` runs. Knows no checkpoint's format and no bundle.
 
 The decoder is traced on the meta device, so that no weight is there yet. Lengths, batch and past stay symbolic in a
-trace, devices do not: those are made those of the inputs afterwards. `torch.jit.save` cannot be told to take weights
-one at a time, and notes source files and line numbers with the code. Hence it writes a skeleton, whose weights take no
-memory as long as nobody touches them, and the archive is put together from that: code as it is, notes left out,
+trace, devices do not: those are made those of the inputs afterwards. torch cannot be told to save weights one at a
+time, notes source files and line numbers with the code, and aborts the process where the disk is full. Hence it saves
+a skeleton without weights, into memory, and the archive is put together from that: code as it is, notes left out,
 weights read and written one by one. Equal sources make equal files.
 """
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +130,26 @@ class TorchScriptForm:
 
 
 def write_torchscript(path: Path, config: ModelConfig, weights: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write a decoder; beside it, for a while, a skeleton as large as the file itself.
-
-    Memory: one weight at a time. Disk: the file, not both at once.
+    """Write a decoder, with one weight at a time in memory.
 
     Args:
         path: of the file.
         config: the shape.
         weights: under the names of `Decoder`; read when they are written.
         progress: see `Progress`.
+
+    Raises:
+        OSError: the file cannot be written; what there is of it stays.
     """
     progress("tracing", None, f"{config.num_hidden_layers} layers, TorchScript")
-    skeleton = path.with_name(f"{path.name}.skeleton")
     with _quiet():
         _script(dataclasses.replace(config, layers=config.layers[:1]))  # takes the names that are not numbered
-        module = _script(config)
-        names = _tag(module, config)
-        torch.jit.save(module, skeleton)
-    small, tagged = _records(skeleton)
-    skeleton.unlink()
+        small, names = _skeleton(_script(config), config)
     tables = rotary_tables(config)
     with zipfile.ZipFile(path, "w") as archive:
-        for number, (record, tag) in enumerate(tagged.items()):
-            name = names[tag]
+        for number, (record, name) in enumerate(names.items()):
             _add(archive, record, tables[name] if name in tables else weights[name])
-            progress("quantizing", (number + 1) / len(tagged), "fp32")
+            progress("quantizing", (number + 1) / len(names), "fp32")
         for record, content in small.items():
             archive.writestr(zipfile.ZipInfo(f"{_ROOT}/{record}"), content)
 
@@ -198,48 +195,68 @@ def _follow_device(graph: Any) -> None:
         node.destroy()
 
 
-def _tag(module: torch.jit.ScriptModule, config: ModelConfig) -> list[str]:
-    """Give every weight and table memory of its own whose first number is its place in the list returned.
+def _skeleton(module: torch.jit.ScriptModule, config: ModelConfig) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Of the archive: code and structure by record, and by record of a weight or table its name.
 
-    Memory is not touched beyond that first page. Weights that share memory, the tied head's, share it still.
+    The module is saved twice, never with weights: with tensors of one number each, which says which record is whose,
+    and with tensors of their right shape on the meta device, which then are said to be on the CPU.
     """
-    names: list[str] = []
-    made: dict[str, Tensor] = {}
+    names = _replace(module, config, lambda shape, number: torch.full((1,), float(number)).expand(shape))
+    tags, _ = _records(module)
+    _replace(module, config, lambda shape, _: torch.empty(shape, device="meta"))
+    _, small = _records(module)
+    structure = small["data.pkl"].replace(_pickled("meta"), _pickled("cpu"))
+    return small | {"data.pkl": structure}, {record: names[tag] for record, tag in tags.items()}
+
+
+def _replace(
+    module: torch.jit.ScriptModule, config: ModelConfig, make: Callable[[torch.Size, int], Tensor]
+) -> list[str]:
+    """Replace every weight and table by what `make` makes of its shape and its place in the list returned.
+
+    Weights that share memory, the tied head's, share it still.
+    """
+    numbers: dict[str, int] = {}
+    made: list[Tensor] = []
     owners = dict(module.named_modules())
-    for path, meta in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+    for path, old in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
         name = path.removeprefix("body.decoder.")
         if name == "lm_head.weight" and config.tie_word_embeddings:
             name = "embed_tokens.weight"
-        if name not in made:
-            made[name] = torch.empty(meta.shape, dtype=torch.float32)
-            made[name].view(-1)[0] = len(names)
-            names.append(name)
+        if name not in numbers:
+            numbers[name] = len(made)
+            made.append(make(old.shape, len(made)))
         owner, _, attribute = path.rpartition(".")
-        setattr(owners[owner], attribute, made[name])
-    return names
+        setattr(owners[owner], attribute, made[numbers[name]])
+    return [*numbers]
 
 
-def _records(skeleton: Path) -> tuple[dict[str, bytes], dict[str, int]]:
-    """Of an archive: code and structure by name, and the tags of its tensors by name.
+def _pickled(text: str) -> bytes:
+    """As a pickle spells a string: the opcode BINUNICODE, the length, UTF-8."""
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def _records(module: torch.jit.ScriptModule) -> tuple[dict[str, int], dict[str, bytes]]:
+    """Of a module as it is saved: the first number of each tensor (0 on the meta device), and all else, by record.
 
     Classes get new numbers, counted in this file alone: torch counts them in the whole process.
     """
+    tags: dict[str, int] = {}
     small: dict[str, bytes] = {}
-    tagged: dict[str, int] = {}
     numbers: dict[bytes, int] = {}
 
     def numbered(text: bytes) -> bytes:
         return re.sub(rb"(?<=___torch_mangle_)\d+", lambda found: b"%d" % _number(numbers, found[0]), text)
 
-    with zipfile.ZipFile(skeleton) as archive:
+    with zipfile.ZipFile(io.BytesIO(module.save_to_buffer())) as archive:
         for info in archive.infolist():
             name = info.filename.partition("/")[2]
             if name.startswith("data/"):
-                with archive.open(info) as file:
-                    tagged[name] = int(torch.frombuffer(bytearray(file.read(4)), dtype=torch.float32).item())
+                content = archive.read(info)
+                tags[name] = int(struct.unpack("<f", content)[0]) if content else 0
             elif not name.endswith((".debug_pkl", "/serialization_id")):
                 small[numbered(name.encode()).decode()] = numbered(archive.read(info))
-    return small, tagged
+    return tags, small
 
 
 def _number(numbers: dict[bytes, int], name: bytes) -> int:

@@ -25,6 +25,7 @@ MAX_BOUND, MEAN_BOUND = 1e-3, 1e-4
 _KL_ROWS = 64  # positions compared at once: bounds the memory of the logarithms
 _MOST_BYTES = 2 << 30  # of logits on disk; models of large vocabularies are scored on less text
 _STEPS = 16
+_MOST_WINDOWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def record(decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callab
     vocab, context = decoder.config.vocab_size, decoder.config.max_position_embeddings
     tokens = tokens[: max(_MOST_BYTES // (4 * vocab), 2 * CHUNK)]
     length = min(CHUNK, context)
-    windows = [tuple(tokens[start : start + length]) for start in range(0, len(tokens), length)]
+    windows = [tuple(tokens[start : start + length]) for start in range(0, len(tokens), length)][:_MOST_WINDOWS]
     windows = [window for window in windows if len(window) > 1] or [tuple(tokens[:1])]
     prompt = windows[0]
     half = max(len(prompt) // 2, 1)

@@ -22,12 +22,15 @@ _NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path that c
 def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code, as `errors` lists them.
 
-    0 done, 2 bad usage or input, 3 the machine failed, 130 interrupted (SIGTERM counts as Ctrl-C, so that a command
-    cleans up), 141 the reader of its output has gone. An error on purpose, a full disk or memory and Ctrl-C become one
-    line on stderr; anything else is a defect of ours and keeps its traceback.
+    0 done, 2 bad usage or input, 3 the machine failed, 130 interrupted (SIGTERM and SIGHUP count as Ctrl-C, so that a
+    command cleans up), 141 the reader of its output has gone. An error on purpose, a full disk or memory and Ctrl-C
+    become one line on stderr; anything else is a defect of ours and keeps its traceback.
     """
     with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, signal.default_int_handler)
     try:
         command()
         sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end

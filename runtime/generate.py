@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import reprlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -234,6 +235,7 @@ class Model:
         """Answer a conversation in the model's own chat format; see `encode_chat`.
 
         Raises:
+            ParameterError: `template_variables` is no mapping.
             TemplateError: the model has no chat template, or it refuses these messages or variables.
             ContextLengthError: the conversation does not fit.
         """
@@ -255,8 +257,11 @@ class Model:
             template_variables: what the chat template knows beyond the messages, as `enable_thinking` or `tools`.
 
         Raises:
+            ParameterError: `template_variables` is no mapping.
             TemplateError: the model has no chat template, or it refuses these messages or variables.
         """
+        if not isinstance(template_variables, Mapping | None):
+            raise ParameterError(f"template_variables is {reprlib.repr(template_variables)}: give a mapping by name")
         variables = dict(template_variables or {})
         if not all(isinstance(name, str) and name not in ("messages", "self") for name in variables):
             raise TemplateError("template_variables: a mapping by name, without 'messages', was expected")

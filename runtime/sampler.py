@@ -42,9 +42,9 @@ class SamplingParams:
 
     Listed in the order in which they act on the logits:
 
-    max_newlines        newline characters, 0 = off. A token that would put more than this many in a row, the
-                        prompt's too, cannot be drawn; tokens without text break a row, and those that end the
-                        text can always be drawn.
+    max_newlines        newline characters, 0 = off, and so is None, which becomes 0. A token that would put more
+                        than this many in a row, the prompt's too, cannot be drawn; tokens without text break a
+                        row, and those that end the text can always be drawn.
     single_think_end    true or false. The token that ends the reasoning cannot be drawn once it stands behind
                         the last one that starts it; nothing happens for models without such tokens.
     repetition_penalty  0.01 to 100, 1 = off. Logits of the tokens in the window, each token once: a positive
@@ -82,7 +82,7 @@ class SamplingParams:
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    max_newlines: int = 0
+    max_newlines: int | None = 0
     single_think_end: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +95,8 @@ class SamplingParams:
         self._within("top_k", 0, 2**31 - 1)
         self._within("repetition_window", -1, 2**31 - 1)
         self._within("max_tokens", 1, 2**31 - 1)
+        if self.max_newlines is None:
+            object.__setattr__(self, "max_newlines", 0)
         self._within("max_newlines", 0, 2**31 - 1)
         if not isinstance(self.single_think_end, bool):
             raise _refused("single_think_end", self.single_think_end, "true or false")

@@ -258,8 +258,8 @@ def check_provider(provider: str) -> None:
 
 def check_threads(threads: int | None) -> None:
     """Refuse a number of threads that nobody can mean."""
-    if threads is not None and not 1 <= threads <= 1024:
-        raise ParameterError(f"threads is {threads}; 1 to 1024 are possible")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+        raise ParameterError(f"threads is {threads!r}; 1 to 1024 are possible")
 
 
 def check_step(new: int, past: int, num_logits: int, limit: int) -> None:

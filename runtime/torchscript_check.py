@@ -16,7 +16,7 @@ from pathlib import Path
 from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.safe_io import MIB
 
-_MOST_CODE = 64 * MIB  # a thousand layers have ten
+_MOST_CODE = MIB  # eighty layers have less; to parse it takes up to a thousand times as much memory
 _METHODS = {"forward", "empty_past"}
 _FUNCTIONS = {"annotate", "int", "range", "getattr"}
 _PRIMITIVES = {"NumToTensor", "device"}

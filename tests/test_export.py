@@ -33,7 +33,7 @@ from llm_edge.exporter.progress import STAGES
 from llm_edge.exporter.recipes import RECIPES, parse_precisions
 from llm_edge.exporter.validate import MAX_BOUND, MEAN_BOUND
 from llm_edge.runtime import Bundle, Model, SamplingParams
-from llm_edge.runtime.errors import ParityError
+from llm_edge.runtime.errors import CheckpointError, ParityError
 from llm_edge.runtime.session import CHUNK
 from llm_edge.runtime.tokenizer import Tokenizer
 
@@ -442,22 +442,35 @@ def test_a_graph_that_is_wrong_makes_no_bundle(
         assert {path.name for path in tmp_path.iterdir()} == {"old"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "validate", "words"),
+    [
+        ("fp32", True, "fp32: logits are not numbers"),
+        ("int8", True, r"layers\.0\.mlp\.down\.weight: .*NaN"),
+        ("int4", False, r"layers\.0\.mlp\.down\.weight: .*NaN"),
+    ],
+)
 def test_weights_that_are_not_numbers_make_no_bundle(
-    precision: str, tiny_checkpoint: Path, tmp_path: Path, short_text: None, traced_once: None
+    precision: str,
+    validate: bool,
+    words: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    short_text: None,
+    traced_once: None,
 ) -> None:
     """Both sides yield NaN then, which no comparison finds larger than its bound."""
     source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
     weights = load_file(source / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(weights, source / "model.safetensors")
-    with pytest.raises(ParityError, match="fp32: logits are not numbers"):
+    with pytest.raises((ParityError, CheckpointError), match=words):
         export(
             str(source),
             tmp_path / "bundle",
             parse_precisions(precision),
             GraphStyle.FUSED,
-            validate=True,
+            validate=validate,
             force=False,
             progress=lambda *_: None,
         )

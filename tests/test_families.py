@@ -18,6 +18,7 @@ from torch import Tensor
 from llm_edge.exporter.bundle_files import hf_config
 from llm_edge.exporter.checkpoint.base import Checkpoint
 from llm_edge.exporter.checkpoint.huggingface import read_folder
+from llm_edge.exporter.checkpoint.weights import bind_weights
 from llm_edge.exporter.config import LayerConfig, ModelConfig, Norm
 from llm_edge.exporter.config_reader import ConfigReader
 from llm_edge.exporter.families.table import FAMILIES
@@ -105,6 +106,49 @@ def our_logits(made: Decoder, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
         logits, past = made(ids[:, start - length : start], mask, past)
         found.append(logits[0])
     return torch.cat(found)
+
+
+def test_mistral_with_layers_of_two_kinds() -> None:
+    """transformers takes such a config for the family Ministral, whose only difference this is."""
+    from transformers import MinistralConfig, MinistralForCausalLM
+
+    config = {
+        **BARE,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "head_dim": 32,
+    }
+    torch.manual_seed(0)
+    theirs = MinistralForCausalLM(MinistralConfig(**config, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.mul_(8 if weight.ndim == 2 else 1)
+    state = theirs.state_dict()
+    raw = ConfigReader(config)
+    family = FAMILIES["mistral"]
+    shape = family.config(raw)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    ours = Decoder(shape).eval()
+    ours.load_weights(bind_weights(shape, family.weights(shape, raw), shapes, lambda name: state[name], "state"))
+    ids = torch.arange(60)[None] % 331
+    with torch.inference_mode():
+        assert (our_logits(ours, ids, (60,)) - theirs(ids).logits[0]).abs().max() < BOUND
+
+
+@pytest.mark.parametrize("window", [256, 2**32 + 4])
+def test_a_window_that_the_context_cannot_fill_is_none(
+    window: int, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    """2^32 + 4 would be 4 to an operator that counts in 32 bits."""
+    checkpoint = case("mistral").checkpoint
+    config, weights = without(checkpoint.config, window=window), checkpoint.weights
+    write_graphs(tmp_path, config, weights, (RECIPES["fp32"],), GraphStyle.FUSED, lambda *_: None)
+    session = Session(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
+    unlimited = decoder(dataclasses.replace(checkpoint, config=without(checkpoint.config, window=None)))
+    ids = case("mistral").ids
+    wanted = our_logits(unlimited, ids, (LENGTH,))
+    assert np.abs(session.step(ids[0].tolist(), num_logits=0) - wanted.numpy()).max() < BOUND
 
 
 def test_every_family_has_a_case() -> None:
@@ -249,7 +293,7 @@ def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]
         assert torch.equal(made(found.ids).logits, found.theirs(found.ids).logits)
 
 
-def test_no_window_that_the_context_cannot_fill() -> None:
+def test_a_window_of_nothing_is_refused() -> None:
     layer = LayerConfig(window=0)
     with pytest.raises(CheckpointError, match="sliding_window"):
         ModelConfig(
@@ -293,9 +337,23 @@ def test_no_window_that_the_context_cannot_fill() -> None:
         ("granite", {"embedding_multiplier": float("inf")}, "embedding_scale is inf"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is set"),
         ("gpt2", {"activation_function": "mish"}, "'mish' is not supported"),
-        ("gpt_neo", {"attention_types": [[["global"], 3]]}, "attention_types"),
-        ("gpt_neo", {"attention_types": [[["global"], 10**12]]}, "attention_types"),
-        ("gpt_neo", {"attention_types": {"a": 1}}, "attention_types"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": [[["global"], 3]]}, "attention_types"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": [[["global"], 10**12]]}, "attention_types"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": {"a": 1}}, "attention_types"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": [[["local"] * 4000, 4000]]}, "attention_types"),
+        ("gpt_neo", {"attention_layers": ["local", "near"]}, "attention_types"),
+        ("gpt_neo", {"num_attention_heads": 2}, "they are the same"),
+        ("gpt2", {"num_attention_heads": 2}, "they are the same"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is set"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "both given"),
+        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "nested by type of layer"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": None}}, "no sliding_attention"),
+        ("llama, yarn", {"rope_parameters": {"beta_fast": 1e308}}, "beta_fast is 1e+308"),
+        ("llama, yarn", {"rope_parameters": {"mscale": 1.0, "mscale_all_dim": -1e-9}}, "mscale_all_dim is -1e-09"),
+        ("phi3, longrope on a part of each head", {"original_max_position_embeddings": None}, "but 4096 in the config"),
+        ("llama", {"is_causal": False}, "is_causal is False"),
+        ("llama", {"max_position_embeddings": 1}, "max_position_embeddings is 1"),
         ("gpt_neo", {"num_layers": 10**9}, "num_layers is 1000000000"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.1}}, "rotary positions of 3 dimensions"),

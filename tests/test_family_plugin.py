@@ -24,8 +24,7 @@ from transformers import CohereConfig, CohereForCausalLM, OPTConfig, OPTForCausa
 from llm_edge.exporter import cli
 from llm_edge.exporter.bundle_files import hf_config
 from llm_edge.exporter.checkpoint.huggingface import read_folder
-from llm_edge.exporter.checkpoint.meta import half_split
-from llm_edge.exporter.checkpoint.weights import Part, WeightTable, bind_weights
+from llm_edge.exporter.checkpoint.weights import Part, WeightTable, bind_weights, half_split
 from llm_edge.exporter.config import LayerConfig, ModelConfig, Norm, QKNorm
 from llm_edge.exporter.config_reader import ConfigReader, read_rope
 from llm_edge.exporter.families.base import Family, find_family

@@ -21,14 +21,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_edge.exporter.checkpoint.base import Checkpoint
 from llm_edge.exporter.checkpoint.meta import StateDictOptions, read_state_dict
+from llm_edge.exporter.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.model import Decoder
 from llm_edge.exporter.recipes import parse_precisions
-from llm_edge.exporter.rope import Llama3Scaling
+from llm_edge.exporter.rope import Llama3Scaling, YarnScaling
 from llm_edge.runtime import Model, SamplingParams
 from llm_edge.runtime.bundle import Guards, ReasoningTokens
-from llm_edge.runtime.errors import CheckpointError, TemplateError
+from llm_edge.runtime.errors import CheckpointError, ParameterError, TemplateError
 from llm_edge.runtime.reasoning import apart
 from llm_edge.runtime.tokenizer import Tokenizer
 
@@ -38,6 +39,10 @@ Rewrite = Callable[..., Path]
 
 def read(path: Path, **options: Any) -> Checkpoint:
     return read_state_dict(path, StateDictOptions(**options))
+
+
+def opened(path: Path, **options: Any) -> Checkpoint:
+    return open_checkpoint(str(path), SourceOptions(StateDictOptions(**options)), lambda _: None)
 
 
 def decoder(checkpoint: Checkpoint) -> Decoder:
@@ -249,9 +254,151 @@ def test_a_hugging_face_config(family: Saved, bare: Path) -> None:
         read(bare)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("left_out", ["factor", "original_max_position_embeddings", "nothing"])
+def test_a_shorter_context_changes_no_frequency(left_out: str, bare: Path) -> None:
+    params = {"dim": 64, "n_heads": 4, "rope_theta": 50000.0, "max_seq_len": 64}
+    scaling = {key: value for key, value in YARN.items() if key != left_out}
+    (bare.parent / "params.json").write_text(json.dumps({**params, "rope_scaling": scaling}))
+    whole, short = opened(bare), opened(bare, max_seq_len=32)
+    assert (whole.config.max_position_embeddings, short.config.max_position_embeddings) == (64, 32)
+    assert short.config.ropes == whole.config.ropes
+    (rope,) = short.config.ropes
+    assert isinstance(rope.scaling, YarnScaling)
+    assert rope.scaling.factor == 4.0
+    assert rope.scaling.original_length == (64 if left_out.startswith("original") else 16)
+    tokens = some_tokens(1, 32)
+    assert torch.equal(logits(decoder(short), tokens), logits(decoder(whole), tokens))
+    with pytest.raises(ParameterError, match=r"--max-seq-len is 65; the model's own 64 is the most"):
+        opened(bare, max_seq_len=65)
+
+
+def test_a_context_that_no_file_states(bare: Path) -> None:
+    params = {"dim": 64, "n_heads": 4, "rope_theta": 50000.0}
+    for length in (32, 4096):  # more than the default too
+        checkpoint = opened(bare, n_heads=4, rope_theta=50_000.0, max_seq_len=length)
+        assert checkpoint.config.max_position_embeddings == length
+        assert checkpoint.tokenizer.tokenizer_config["model_max_length"] == length
+    file = bare.parent / "params.json"
+    file.write_text(json.dumps({**params, "rope_scaling": YARN}))
+    assert opened(bare, max_seq_len=32).config.ropes == opened(bare).config.ropes
+    for key in ("factor", "original_max_position_embeddings"):  # would derive from the flag
+        file.write_text(json.dumps({**params, "rope_scaling": {k: v for k, v in YARN.items() if k != key}}))
+        with pytest.raises(CheckpointError, match=rf"params.json: neither {key} .* nor max_seq_len.*is stated"):
+            opened(bare, max_seq_len=32)
+
+
+def test_scalings_that_would_be_passed_over(bare: Path) -> None:
+    file = bare.parent / "params.json"
+    llama3 = {"rope_type": "llama3", "factor": 8.0}
+    for keys, message in (
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"full_attention": YARN}}, "rope_parameters: no rope_type, or nested"),
+        ({"rope_parameters": {"rope_type": "default", "full_attention": YARN}}, "rope_parameters: no rope_type, or"),
+        ({"rope_parameters": {"rope_type": None, "factor": 8.0}}, "rope_parameters: no rope_type, or nested"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling: no rope_type, or nested"),
+        ({"use_scaled_rope": True, "rope_scaling": llama3}, "use_scaled_rope and rope_scaling are given together"),
+        ({"use_scaled_rope": True, "rope_parameters": llama3}, "use_scaled_rope and rope_parameters are given"),
+        ({"rope_parameters": YARN, "rope_scaling": YARN}, "rope_parameters and rope_scaling are given together"),
+        ({"rope_parameters": {}, "rope_scaling": YARN}, "rope_parameters and rope_scaling are given together"),
+        ({"rope_high_freq_factor": 2.0}, "rope_high_freq_factor is set without use_scaled_rope"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 50000.0, but 1000000.0 in the section"),
+    ):
+        file.write_text(json.dumps({"dim": 64, "n_heads": 4, "rope_theta": 50000.0, "max_seq_len": 64, **keys}))
+        with pytest.raises(CheckpointError) as caught:
+            read(bare)
+        assert message in str(caught.value)
+        assert str(file) in str(caught.value)
+
+
+def test_the_context_of_pre_training_beside_the_scaling(bare: Path) -> None:
+    """As transformers reads it: its Llama has the same frequencies and amplitude."""
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 512}
+    section = {"rope_type": "yarn", "factor": 32.0, "rope_theta": 50000.0}
+    content = {**shape, "model_type": "llama", "rope_parameters": section, "original_max_position_embeddings": 16}
+    (bare.parent / "config.json").write_text(json.dumps(content))
+    (rope,) = read(bare).config.ropes
+    assert isinstance(rope.scaling, YarnScaling)
+    assert rope.scaling.original_length == 16
+    theirs = LlamaForCausalLM(LlamaConfig.from_pretrained(bare.parent)).model.rotary_emb
+    cosines, sines = theirs(torch.zeros(1), torch.arange(512)[None])
+    ours = rope.tables(512)
+    torch.testing.assert_close(ours[0], cosines[0, :, :8], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[1], sines[0, :, :8], rtol=0, atol=1e-4)
+
+
+UNKNOWN = {
+    "attention_scale": 0.5,
+    "embedding_multiplier": 12,
+    "is_causal": False,
+    "n_experts": 8,
+    "rope_scale": 2.0,
+    "softcap": 30.0,
+}
+OTHERWISE = {
+    "act_fn": "gelu",
+    "attn_logit_softcapping": 50.0,
+    "norm_type": "layernorm",
+    "pos_encoding": "alibi",
+    "qk_norm": True,
+    "window": 128,
+}
+
+
+@pytest.mark.parametrize("key", [*UNKNOWN, *OTHERWISE])
+def test_keys_that_may_mean_another_model_are_refused(
+    key: str, family: Saved, bare: Path, refused: Callable[..., str]
+) -> None:
+    value = {**UNKNOWN, **OTHERWISE}[key]
+    message = refused(model={**asdict(family.model.shape), key: value})
+    why = "remove what does not change" if key in UNKNOWN else "not supported"
+    assert "refused.yaml: model: " in message
+    assert key in message
+    assert why in message
+    (bare.parent / "params.json").write_text(json.dumps({"n_heads": 4, "rope_theta": 5e4, key: value}))
+    with pytest.raises(CheckpointError, match=rf"params\.json: .*{key}.*{why}"):
+        read(bare)
+
+
+def test_many_unknown_keys_make_one_short_line(refused: Callable[..., str]) -> None:
+    message = refused(model={"n_heads": 4, **{f"{index}{'x' * 500}": 1 for index in range(50)}})
+    assert "and 47 more" in message
+    assert len(message) < 1000
+
+
+def test_keys_that_change_nothing_are_left_alone(family: Saved, bare: Path, tmp_path: Path) -> None:
+    harmless = {
+        "dropout": 0.1,
+        "init_std": 0.02,
+        "dtype": "bfloat16",
+        "use_cache": True,
+        "gradient_checkpointing": True,
+        "name": "family-505m",
+        "max_batch_size": 32,
+        "norm_type": "RMSNorm",
+        "activation": "SwiGLU",
+        "bias": False,
+        "qk_norm": False,
+        "sliding_window": None,
+        "attention_scale": None,
+        "tie_embeddings": False,
+    }
+    path = tmp_path / "harmless.yaml"
+    original.write_config(path, family.model.shape, model={**asdict(family.model.shape), **harmless})
+    agree(family, read(family.path, config=path, tokenizer=family.folder / "tokenizer"))
+    (bare.parent / "params.json").write_text(
+        json.dumps({"n_heads": 4, "rope_theta": 5e4, "multiple_of": 256, "ffn_dim_multiplier": 1.3, **harmless})
+    )
+    agree(family, read(bare))
+
+
 def test_flags_alone_are_enough_and_win_over_a_file(family: Saved, bare: Path) -> None:
     agree(family, read(bare, n_heads=4, rope_theta=50_000.0))
-    checkpoint = read(family.path, rope_theta=123.0, max_seq_len=64, norm_eps=1e-3)
+    checkpoint = opened(family.path, rope_theta=123.0, max_seq_len=64, norm_eps=1e-3)
     assert (checkpoint.config.max_position_embeddings, checkpoint.config.norm_eps) == (64, 1e-3)
     assert checkpoint.hf_config["rope_theta"] == 123.0
     assert read(family.path, n_heads=8, n_kv_heads=4).config.head_dim == 8
@@ -502,6 +649,15 @@ def test_tokenizers_that_cannot_be_used(family: Saved, bare: Path) -> None:
     attempt("no such file or folder", tokenizer=bare.parent / "nothing")
     (bare.parent / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     attempt("it has no vocabulary", **options)
+    for added in ([1], {"a": 1}, None, 5):
+        entries = [{"id": 0, "content": added}]
+        spec = {"added_tokens": entries, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+        (bare.parent / "tokenizer.json").write_text(json.dumps(spec))
+        attempt("an entry of added_tokens has no text", **options)
+    for entry in ([[1], 0], [{}, 0], [None, 0], [], "a", 5):
+        spec = {"model": {"type": "Unigram", "vocab": [["a", 0], entry]}}
+        (bare.parent / "tokenizer.json").write_text(json.dumps(spec))
+        attempt("an entry of its vocabulary is no token", **options)
 
 
 def test_plain_checkpoints_keep_what_their_tokenizer_says(family: Saved, bare: Path, tmp_path: Path) -> None:

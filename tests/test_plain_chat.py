@@ -269,6 +269,30 @@ def test_reasoning_that_is_all() -> None:
         assert chat.asked[1] == (["2+2?", "", "Sure?"] if reason == FinishReason.LENGTH else ["Sure?"])
 
 
+def test_an_answer_that_is_all_reasoning_says_so() -> None:
+    for limit, terminal, remedy in (
+        (2, False, "raise --max-tokens"),
+        (2, True, "raise them with /set max_tokens"),
+        (100, False, "the model's context holds no more"),
+    ):
+        chat = Chat(Answer((), FinishReason.LENGTH, reasoning=("Two", " and two")), terminal=terminal)
+        params = dataclasses.replace(PARAMS, max_tokens=limit)
+        chat.plain = PlainChat(chat.model, params, None, chat.output, chat.notes, interactive=terminal)
+        assert chat.lines("2+2?") == 0
+        assert chat.notes.getvalue().splitlines()[1:] == [f"the answer's 2 tokens all went into reasoning: {remedy}"]
+
+
+def test_other_answers_do_not_say_so() -> None:
+    chat = Chat(
+        thinking(reason=FinishReason.LENGTH),
+        Answer((), FinishReason.STOP, reasoning=("Two",)),
+        Answer((), FinishReason.CANCELLED, reasoning=("Two",)),
+        Answer((), FinishReason.LENGTH),
+    )
+    chat.lines("a", "b", "c", "d")
+    assert "went into" not in chat.notes.getvalue()
+
+
 def test_reasoning_may_be_hidden() -> None:
     chat = Chat(thinking(), thinking(), thinking(), "Yes.", terminal=True)
     chat.lines("/think hide", "2+2?")
@@ -307,6 +331,7 @@ def test_reasoning_may_be_asked_for() -> None:
         ("/set stop_token_ids [1, 2]", "stop_token_ids", (1, 2)),
         ("/set repetition_window -1", "repetition_window", -1),
         ("/set max_newlines 2", "max_newlines", 2),
+        ("/set max_newlines none", "max_newlines", 0),
         ("/set single_think_end true", "single_think_end", True),
     ],
 )
@@ -571,7 +596,7 @@ import itertools, sys, time
 from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 from fakes import Answer, FakeModel
-from llm_edge.runtime.generate import Model
+from llm_edge.runtime.generate import FinishReason, Model
 from llm_edge.runtime.sampler import SamplingParams
 
 {body}
@@ -661,6 +686,44 @@ def test_only_answers_go_through_a_pipe(tmp_path: Path) -> None:
     assert piped.stdout == b"4\n4\n"
     assert piped.stderr.count(b"3 tokens, 2 of them reasoning") == 2
     assert b"hm" not in piped.stderr
+
+
+def test_reasoning_that_takes_all_tokens_is_told_beside_a_pipe(tmp_path: Path) -> None:
+    command = faking(tmp_path, "[Answer([], FinishReason.LENGTH, reasoning=['hm', ' so'])]")
+    line = b"the answer's 2 tokens all went into reasoning: raise --max-tokens\n"
+    asked = subprocess.run(
+        [*command, "--max-tokens", "2", "--ask", "Hi"], capture_output=True, timeout=PATIENCE, check=True
+    )
+    assert (asked.stdout, asked.stderr) == (b"\n", line)
+    piped = subprocess.run(
+        [*command, "--max-tokens", "2", "--plain"], input=b"Hi\n", capture_output=True, timeout=PATIENCE, check=True
+    )
+    assert piped.stdout == b"\n"
+    assert piped.stderr.endswith(b", length)\n" + line)
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code", "out", "error"),
+    [
+        ("<&-", "--plain", 0, b"", b""),
+        ("<&-", "--ask Hi", 0, b"4\n", b""),
+        ("<&- 2>&-", "--ask Hi", 0, b"4\n", b""),
+        ("2>&-", "--plain", 0, b"4\n", b""),
+        ("2>&-", "--ask ''", 2, b"", b""),
+        ("2>&-", "--top-k x", 2, b"", b""),
+        (">&-", "--ask Hi", 2, b"", b"error: stdout is closed, so an answer has nowhere to go: open it, or "),
+        (">&-", "--plain", 2, b"", b"error: stdout is closed, so an answer has nowhere to go: open it, or "),
+        ("<&- >&- 2>&-", "--ask Hi", 2, b"", b""),
+    ],
+)
+def test_streams_that_are_closed(
+    tmp_path: Path, closed: str, arguments: str, code: int, out: bytes, error: bytes
+) -> None:
+    command = f"{shlex.join(faking(tmp_path, '[Answer([str(4)])]'))} {arguments} {closed}"
+    done = subprocess.run(["sh", "-c", command], input=b"Hi\n", capture_output=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (code, out)
+    assert done.stderr.startswith(error)
+    assert done.stderr.count(b"\n") == bool(error)
 
 
 # In a terminal

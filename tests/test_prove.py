@@ -115,7 +115,11 @@ def sums(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("options", [(), ("--graph", "portable"), ("--format", "torchscript")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--no-validate", "--graph", "portable"), ("--no-validate", "--format", "torchscript")],
+    ids=" ".join,
+)
 def test_a_source_makes_the_same_bundle_wherever_and_whenever(
     options: tuple[str, ...],
     checkpoint: Path,

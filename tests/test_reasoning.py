@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_edge.runtime import FinishReason, Model, Result, SamplingParams
 from llm_edge.runtime.bundle import MANIFEST, ReasoningTokens, manifest_entry
-from llm_edge.runtime.errors import BundleError, TemplateError
+from llm_edge.runtime.errors import BundleError, ParameterError, TemplateError
 from llm_edge.runtime.guards import NewlineLimit, Newlines, SingleThinkEnd
 from llm_edge.runtime.reasoning import AnswerStream, apart, opens_reasoning
 from llm_edge.runtime.tokenizer import Tokenizer
@@ -390,9 +390,23 @@ def test_template_variables(tiny_bundle: Path, tmp_path: Path) -> None:
         with pytest.raises(TemplateError) as caught:
             model.chat(QUESTION, GREEDY, template_variables=wrong)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+    for odd in ("x", "", 5, ["ab"], [("enable_thinking", False)]):
+        with pytest.raises(ParameterError, match=r"template_variables is .*: give a mapping by name"):
+            model.chat(QUESTION, GREEDY, template_variables=odd)  # type: ignore[arg-type]
+
+
+def test_threads_that_are_no_number(tiny_bundle: Path) -> None:
+    for wrong in ("2", 1.0, True):
+        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; 1 to 1024 are possible"):
+            Model.load(tiny_bundle, "fp32", "cpu", wrong)  # type: ignore[arg-type]
 
 
 # Guards
+
+
+def test_no_limit_of_newlines_is_one_of_0() -> None:
+    assert SamplingParams(max_newlines=None) == SamplingParams(max_newlines=0)
+    assert SamplingParams(max_newlines=None).max_newlines == 0
 
 
 class NoisySession(FakeSession):

@@ -12,6 +12,7 @@ import families
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file
 
 from llm_edge.exporter.checkpoint.meta import StateDictOptions
 from llm_edge.exporter.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
@@ -130,3 +131,42 @@ def test_the_tokens_of_a_reasoning_are_found(folder: Path, special: bool) -> Non
 @pytest.mark.parametrize("texts", [(), ("<think>",), ("</think>",)])
 def test_a_model_that_does_not_reason(folder: Path, texts: tuple[str, ...]) -> None:
     assert opened(with_tokens(folder, *texts)).reasoning is None
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a LoRA adapter: give its base model, with --adapter"):
+        opened(tmp_path)
+
+
+def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "loop").symlink_to("loop")
+    for source in ("models/nowhere", "models/loop"):
+        with pytest.raises(CheckpointError, match="no such file or folder"):
+            opened(source)
+    with pytest.raises(CheckpointError, match="--adapter models/nowhere: no such folder"):
+        opened(tiny_checkpoint, adapter="models/nowhere")
+
+
+def test_a_state_dict_beside_a_config_is_taken(folder: Path, tiny_checkpoint: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "weights.pt")
+    (folder / "model.safetensors").unlink()
+    ours, theirs = opened(folder).weights, opened(tiny_checkpoint).weights
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_shard_alone_is_no_checkpoint(folder: Path) -> None:
+    shard = (folder / "model.safetensors").rename(folder / "model-00003-of-00011.safetensors")
+    with pytest.raises(CheckpointError, match="is shard 3 of 11: give the folder"):
+        opened(shard)
+
+
+def test_a_model_within_a_module_is_told_of(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"net.tok_embeddings.weight": torch.zeros(2, 2)}}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"net\.tok_embeddings\.weight.*state_dict of the model itself"):
+        opened(tmp_path / "last.ckpt")

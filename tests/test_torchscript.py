@@ -187,7 +187,7 @@ def test_equal_sources_make_equal_files(written: dict[str, Written], tmp_path: P
         again = tmp_path / "model.pt"
         write_torchscript(again, case.checkpoint.config, case.checkpoint.weights, silent)
         assert again.read_bytes() == case.path.read_bytes()
-        assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]  # the skeleton is gone
+        assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]  # and nothing beside it
 
 
 def test_other_processes_make_the_same_file(written: dict[str, Written], tmp_path: Path) -> None:
@@ -366,6 +366,26 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(MachineError, match="No space left on device"):
         exported(source_of(written["gpt2"]), tmp_path / "made")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_disk_that_fills_up_anywhere_leaves_nothing(written: dict[str, Written], tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; torch's own writer would abort the process."""
+    case = written["gpt2"]
+    code = """
+import resource, sys
+from llm_edge.exporter.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+main()
+"""
+    size = case.path.stat().st_size
+    for limit in (1_000, size // 2, size - 100):
+        command = [sys.executable, "-c", code, str(limit), source_of(case), "-o", tmp_path / "made"]
+        command += ["--format", "torchscript", "--progress", "none"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert (done.returncode, done.stdout) == (3, ""), done.stderr
+        assert "cannot write the bundle (File too large); nothing was left" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(
@@ -581,8 +601,9 @@ def test_providers_and_threads(bundle: Path) -> None:
     finally:
         torch.set_num_threads(before)
     assert session.provider == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(ParameterError, match="threads is 0"):
-        Model.load(bundle, threads=0)
+    for wrong in (0, "2", 1.0, True):
+        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; 1 to 1024 are possible"):
+            Model.load(bundle, threads=wrong)  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="provider is 'tpu'"):
         Model.load(bundle, provider="tpu")
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,11 +70,13 @@ def _chat(
     import dataclasses
     import io
 
-    from llm_edge.runtime.errors import BundleError, ParameterError
+    from llm_edge.runtime.errors import BundleError, InputError, ParameterError
     from llm_edge.runtime.sampler import SamplingParams
     from llm_edge.tui.plain import HINT, PlainChat
     from llm_edge.tui.terminal import printable
 
+    if sys.stdout is None:
+        raise InputError("stdout is closed, so an answer has nowhere to go: open it, or send it to a file")
     SamplingParams(**changes)  # a wrong parameter is told before a model loads
     if ask is not None and not ask.strip():
         raise ParameterError("--ask is empty: give a question")
@@ -100,13 +103,10 @@ def _chat(
 
 
 def _ask(model: Model, params: SamplingParams, system: str | None, question: str) -> None:
-    import os
-
     from llm_edge.tui.plain import PlainChat
 
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
-        notes = sys.stderr if sys.stdout.isatty() else nowhere
-        PlainChat(model, params, system, sys.stdout, notes, reasoning=_watched_errors()).answer(question)
+    reasoning, watched = _watched_errors(), sys.stdout.isatty()
+    PlainChat(model, params, system, sys.stdout, sys.stderr, reasoning=reasoning, with_figures=watched).answer(question)
 
 
 def _watched_errors() -> TextIO | None:
@@ -135,4 +135,8 @@ def _lines() -> Iterator[str]:
 
 def main() -> None:
     """Entry point of `llm-chat`."""
+    if sys.stdin is None:  # as Python has it where it was closed before the start
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 (for the life of the process)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     app()

@@ -54,6 +54,7 @@ class PlainChat:
         notes: where everything else goes.
         reasoning: where the model's reasoning goes, which is no part of the conversation; None = nowhere.
         interactive: somebody watches: Ctrl-C ends an answer only, and a blank line follows each.
+        with_figures: a line on how it went follows each answer.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class PlainChat:
         *,
         reasoning: TextIO | None = None,
         interactive: bool = False,
+        with_figures: bool = True,
     ) -> None:
         self._model = model
         self._start_params = self.params = params
@@ -76,6 +78,7 @@ class PlainChat:
         self._shows_reasoning = True
         self._template_variables: dict[str, Any] = {}
         self._interactive = interactive
+        self._with_figures = with_figures
         self.messages: list[dict[str, str]] = []
         self._begin()
 
@@ -122,8 +125,20 @@ class PlainChat:
         if answer or reason != FinishReason.CANCELLED:
             self.messages += [question, {"role": "assistant", "content": answer}]
         if timings is not None:
-            self._note(figures(reason, timings))
+            if self._with_figures:
+                self._note(figures(reason, timings))
+            if reason == FinishReason.LENGTH and not answer and timings.reasoning_tokens > 0:
+                self._note(self._all_reasoning(timings.completion_tokens))
         return reason
+
+    def _all_reasoning(self, count: int) -> str:
+        """Why an answer is empty, and what helps."""
+        remedy = "raise --max-tokens"
+        if count < self.params.max_tokens:
+            remedy = "the model's context holds no more"
+        elif self._interactive:
+            remedy = "raise them with /set max_tokens"
+        return f"the answer's {count} tokens all went into reasoning: {remedy}"
 
     def _begun(self, messages: Sequence[Message]) -> Generation:
         try:

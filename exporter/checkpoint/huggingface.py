@@ -12,6 +12,7 @@ import torch
 
 from llm_edge.exporter.checkpoint.base import Checkpoint, Source, TokenizerAssets, hash_file
 from llm_edge.exporter.checkpoint.lora import Adapter
+from llm_edge.exporter.checkpoint.tensor_bytes import TYPE_NAMES
 from llm_edge.exporter.checkpoint.tensor_file import TensorFile, TensorInfo, open_tensor_file
 from llm_edge.exporter.checkpoint.weights import bind_weights
 from llm_edge.exporter.config_reader import ConfigReader
@@ -20,7 +21,6 @@ from llm_edge.exporter.show import show
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text
 
-_TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _TOKENIZER_KEYS = (
     "add_bos_token",
     "add_eos_token",
@@ -76,6 +76,9 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not one of ours.
     """
+    shard = re.search(r"-(\d+)-of-(\d+)\.", path.name)
+    if shard:
+        raise CheckpointError(f"{path} is shard {int(shard[1])} of {int(shard[2])}: give the folder they all lie in")
     found = config if config is not None else path.parent / "config.json"
     if not found.is_file():
         raise CheckpointError(
@@ -89,6 +92,7 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
 def _read(config_file: Path, files: list[Path], tokenizer: Path, name: str, adapter: Adapter | None) -> Checkpoint:
     content = read_json(config_file, MIB, error=CheckpointError)
     raw = ConfigReader(content, str(config_file))
+    raw.only("is_causal", True)
     quantization = raw.section("quantization_config")
     if quantization is not None:
         method = show(quantization.value("quant_method"))
@@ -152,16 +156,16 @@ class _TensorFiles:
     @property
     def types(self) -> str:
         """Types of the tensors, the most frequent first."""
-        counts = Counter(_TYPE_NAMES[info.dtype] for info in self.infos.values() if info.dtype in _TYPE_NAMES)
+        counts = Counter(TYPE_NAMES[info.dtype] for info in self.infos.values() if info.dtype in TYPE_NAMES)
         return ", ".join(kind for kind, _ in counts.most_common())
 
     def check_type(self, name: str) -> None:
         """Refuse a tensor that is not of floats."""
         dtype = self.infos[name].dtype
-        if dtype not in _TYPE_NAMES:
+        if dtype not in TYPE_NAMES:
             raise CheckpointError(
                 f"{self._holder[name].path}: tensor {name} is of type {str(dtype).removeprefix('torch.')}; "
-                f"supported: {', '.join(sorted(_TYPE_NAMES.values()))}"
+                f"supported: {', '.join(sorted(TYPE_NAMES.values()))}"
             )
 
     def load(self, name: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 from llm_edge.exporter.checkpoint.base import Checkpoint, Source, hash_file
 from llm_edge.exporter.checkpoint.meta_config import Settings, Stated, StateDictOptions
 from llm_edge.exporter.checkpoint.meta_text import read_text_side
+from llm_edge.exporter.checkpoint.tensor_bytes import TYPE_NAMES
 from llm_edge.exporter.checkpoint.tensor_file import TensorFile, open_tensor_file
 from llm_edge.exporter.checkpoint.weights import Part, WeightTable, bind_weights, half_split
 from llm_edge.exporter.config_reader import ConfigReader
@@ -44,7 +45,6 @@ _OUTER: Mapping[str, tuple[Part, ...]] = {
 _IGNORED = r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|inv_freq|causal_mask|mask|cache_k|cache_v)"
 _LAYER = re.compile(r"layers\.(\d{1,6})\.")
 _SHARD = re.compile(r"consolidated\.\d+\.(pth|pt|safetensors)")
-_TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
@@ -73,8 +73,8 @@ def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
         file.load,
         str(path),
     )
-    text = read_text_side(path, settings, config.max_position_embeddings)
-    types = Counter(_TYPE_NAMES[info.dtype] for info in file.tensors.values() if info.dtype in _TYPE_NAMES)
+    text = read_text_side(path, settings, options.max_seq_len or config.max_position_embeddings)
+    types = Counter(TYPE_NAMES[info.dtype] for info in file.tensors.values() if info.dtype in TYPE_NAMES)
     source = Source(
         name=path.resolve().parent.name if _SHARD.fullmatch(path.name) else path.stem,
         format="safetensors" if path.suffix == ".safetensors" else "PyTorch",
@@ -168,11 +168,11 @@ def _llama_config(file: TensorFile, settings: Settings) -> dict[str, Any]:
         "num_key_value_heads": key_rows // head_dim,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": _within(settings.integer("max_seq_len"), 1, 2_097_152, DEFAULT_CONTEXT),
+        "max_position_embeddings": _within(settings.context(), 2, 2_097_152, DEFAULT_CONTEXT),
         "rms_norm_eps": _within(settings.number("norm_eps"), 0.0, 1.0, DEFAULT_NORM_EPS),
         "rope_theta": _within(theta, 1.0, 1e12, theta.value),
         "tie_word_embeddings": _tied(file, settings),
-        **({"rope_scaling": settings.rope_scaling} if settings.rope_scaling else {}),
+        **settings.rope,
     }
 
 

@@ -9,7 +9,7 @@ Three kinds of file are read, and told apart by their keys, not by their names:
     config.json   of a Hugging Face llama: hidden_size, num_attention_heads and so on
 
 `multiple_of` and `ffn_dim_multiplier` only say how Meta's code computes the width of the feed-forward network, which
-the weights show themselves.
+the weights show themselves. What else a file may say, and what is refused, is in `meta_keys.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+from llm_edge.exporter.checkpoint.meta_keys import KEYS, SCALED_ROPE, check_keys
 from llm_edge.exporter.checkpoint.yaml_file import read_yaml
 from llm_edge.exporter.config_reader import ConfigReader
 from llm_edge.exporter.show import show
@@ -35,24 +36,9 @@ _FLAGS: Mapping[str, str] = {  # name of a setting -> its flag
     "n_kv_heads": "--n-kv-heads",
     "rope_theta": "--rope-theta",
     "norm_eps": "--norm-eps",
-    "max_seq_len": "--max-seq-len",
 }
-_KEYS: Mapping[str, tuple[str, ...]] = {  # name of a setting -> its keys in files
-    "dim": ("dim", "hidden_size"),
-    "ffn_dim": ("ffn_dim", "hidden_dim", "intermediate_size"),
-    "n_layers": ("n_layers", "num_hidden_layers"),
-    "n_heads": ("n_heads", "num_attention_heads"),
-    "n_kv_heads": ("n_kv_heads", "num_key_value_heads"),
-    "head_dim": ("head_dim",),
-    "vocab_size": ("vocab_size",),
-    "max_seq_len": ("max_seq_len", "max_position_embeddings"),
-    "norm_eps": ("norm_eps", "rms_norm_eps"),
-    "rope_theta": ("rope_theta",),
-}
-# What leaves no trace in the weights and is not computed here.
-_REFUSED = ("sliding_window", "moe", "num_experts", "quantization", "attention_bias", "mlp_bias")
-_ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "swish": "silu", "swiglu": "silu"}
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_ORIGINAL = "original_max_position_embeddings"
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +53,8 @@ class StateDictOptions:
         n_kv_heads: K, key/value heads.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of the norms.
-        max_seq_len: tokens a context holds at most.
+        max_seq_len: tokens a context holds at most. No part of the model's own config where the file states one:
+            scalings of the rotary positions derive from that; `source.open_checkpoint` shortens it afterwards.
     """
 
     config: Path | None = None
@@ -101,7 +88,7 @@ class Settings:
         tokens: its section of control tokens, or None.
         generation: its section of sampling, or None.
         tokenizer: the tokenizer the user gives, or None.
-        rope_scaling: scaling of the rotary positions as in a Hugging Face config; empty where there is none.
+        rope: keys of a Hugging Face config that scale the rotary positions; empty where nothing does.
     """
 
     def __init__(self, options: StateDictOptions, path: Path | None) -> None:
@@ -111,13 +98,11 @@ class Settings:
         self.content: Mapping[str, Any] = {} if path is None else _content(path)
         root = ConfigReader(self.content, str(path))
         self.paths, self.tokens, self.generation = map(root.section, ("paths", "tokens", "generation"))
-        self._model = root.section("model") or root
-        self._model.refuse(*_REFUSED)
-        self._model.only("model_type", "llama")
-        self._model.only("partial_rotary_factor", 1)
-        for key in ("hidden_act", "activation"):
-            self._model.choice(key, _ACTIVATIONS, "silu")
-        self.rope_scaling = self._rope_scaling()
+        section = root.section("model")
+        self._model = root if section is None else section
+        check_keys(self._model, self.content if section is None else self.content["model"])
+        self._rope_section = self._find_rope_section()
+        self.rope = self._scaled_rope() or self._sections_rope()
 
     @classmethod
     def of(cls, options: StateDictOptions, checkpoint: Path) -> Settings:
@@ -133,7 +118,7 @@ class Settings:
         return cls(options, path)
 
     def integer(self, name: str) -> Stated[int] | None:
-        """A whole number of `_KEYS`."""
+        """A whole number of `KEYS`."""
         given = self._flag(name)
         if given is not None:
             return given
@@ -141,53 +126,103 @@ class Settings:
         return None if key is None else Stated(self._model.integer(key), f"{self._model.where}: {key}")
 
     def number(self, name: str) -> Stated[float] | None:
-        """A number of `_KEYS`."""
+        """A number of `KEYS`."""
         given = self._flag(name)
         if given is not None:
             return given
         key, reader = self._key(name), self._model
-        if key is None and name == "rope_theta" and "rope_parameters" in reader:
-            reader, key = reader.section("rope_parameters") or reader, name
-        return None if key is None or key not in reader else Stated(reader.number(key), f"{reader.where}: {key}")
+        if name == "rope_theta" and self._rope_section is not None and name in self._rope_section:
+            inner = self._rope_section.number(name)
+            if key is not None and reader.number(key) != inner:
+                reader.fail(f"rope_theta is {reader.number(key)}, but {inner} in the section of its scaling")
+            key, reader = name, self._rope_section
+        return None if key is None else Stated(reader.number(key), f"{reader.where}: {key}")
+
+    def context(self) -> Stated[int] | None:
+        """Tokens a context of the model holds: what the file states, else what the flag does.
+
+        Scalings of the rotary positions derive from it what they leave out, so a flag that shortens the context must
+        not come in between; nor is it taken for the model's own where a scaling would derive from it.
+        """
+        stated = self.integer("max_seq_len")
+        scaling = self.rope.get("rope_scaling")
+        if stated is not None:
+            return stated
+        if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "linear":
+            missing = [key for key in ("factor", _ORIGINAL) if key not in {**self.rope, **scaling}]
+            if missing:
+                self._model.fail(
+                    f"neither {missing[0]} of the rotary scaling nor max_seq_len, which it derives from, is stated: "
+                    "add one of them"
+                )
+        length = self._options.max_seq_len
+        return None if length is None else Stated(length, "--max-seq-len")
 
     def tied(self) -> Stated[bool] | None:
-        """Whether the head is said to be the embedding; only Hugging Face's files speak of it."""
-        key = "tie_word_embeddings"
-        return Stated(self._model.flag(key), f"{self._model.where}: {key}") if key in self._model else None
+        """Whether the head is said to be the embedding."""
+        key = self._key("tied")
+        return None if key is None else Stated(self._model.flag(key), f"{self._model.where}: {key}")
 
     def needs(self, name: str, checkpoint: Path, why: str) -> NoReturn:
         """Refuse a checkpoint for which nobody states a setting."""
-        silent = f" and {self.path} does not state {_KEYS[name][0]}" if self.path is not None else ""
+        silent = f" and {self.path} does not state {KEYS[name][0]}" if self.path is not None else ""
         raise CheckpointError(f"{checkpoint}: {why}{silent}: give --config FILE or {_FLAGS[name]} N")
 
     def _flag(self, name: str) -> Stated[Any] | None:
-        value = getattr(self._options, name, None)
+        value = getattr(self._options, name) if name in _FLAGS else None
         return None if value is None else Stated(value, _FLAGS[name])
 
     def _key(self, name: str) -> str | None:
-        return next((key for key in _KEYS[name] if key in self._model), None)
+        return next((key for key in KEYS[name] if key in self._model), None)
 
-    def _rope_scaling(self) -> Mapping[str, Any]:
+    def _find_rope_section(self) -> ConfigReader | None:
+        """`rope_parameters` as transformers 5 writes them, or `rope_scaling` as 4 did."""
+        model = self._model
+        keys = "use_scaled_rope", "rope_parameters", "rope_scaling"
+        given = [key for key in keys if model.value(key) not in (None, False)]
+        if len(given) > 1:
+            model.fail(f"{' and '.join(given)} are given together: keep one of them")
+        section = model.section("rope_parameters") or model.section("rope_scaling")
+        if section is not None:
+            section.only("partial_rotary_factor", 1)
+        return section
+
+    def _scaled_rope(self) -> Mapping[str, Any]:
         """Meta's `use_scaled_rope` is llama3's scaling; a file may state its factors, the others are Meta's defaults.
 
         Llama 3.2's small models were trained with a factor of 32, which their params.json does not say.
         """
         model = self._model
-        if model.flag("use_scaled_rope"):
-            return {
-                "rope_type": "llama3",
-                **_LLAMA3,
-                "factor": model.factor("rope_scaling_factor", _LLAMA3["factor"]),
-                "high_freq_factor": model.factor("rope_high_freq_factor", _LLAMA3["high_freq_factor"]),
-            }
-        if model.value("rope_scaling_factor") is not None:
-            model.fail("rope_scaling_factor is set without use_scaled_rope")
-        section = model.section("rope_parameters") or model.section("rope_scaling")
-        if section is None or section.text("rope_type", section.text("type", "default")) == "default":
+        if not model.flag("use_scaled_rope"):
+            for key in SCALED_ROPE:
+                if key in model:
+                    model.fail(f"{key} is set without use_scaled_rope")
             return {}
-        section.only("partial_rotary_factor", 1)
-        found = model.value("rope_parameters") or model.value("rope_scaling")
-        return {key: value for key, value in found.items() if key != "rope_theta"}
+        scaling = {
+            "rope_type": "llama3",
+            **_LLAMA3,
+            "factor": model.factor("rope_scaling_factor", _LLAMA3["factor"]),
+            "high_freq_factor": model.factor("rope_high_freq_factor", _LLAMA3["high_freq_factor"]),
+            _ORIGINAL: model.integer(_ORIGINAL, 8192),
+        }
+        return {"rope_scaling": scaling}
+
+    def _sections_rope(self) -> Mapping[str, Any]:
+        """The scaling of `rope_parameters` or `rope_scaling`, and the context of pre-training beside it."""
+        section = self._rope_section
+        if section is None:
+            return {}
+        content = self._model.value("rope_parameters") or self._model.value("rope_scaling") or {}
+        content = {key: value for key, value in content.items() if value is not None}
+        untyped = not {"rope_type", "type"} & content.keys()
+        if section.nests or (untyped and not content.keys() <= {"rope_theta", "partial_rotary_factor"}):
+            section.fail(
+                "no rope_type, or nested by type of layer: give one section for all layers, with its rope_type"
+            )
+        if untyped or section.text("rope_type", section.text("type", "")) == "default":
+            return {}
+        original = {_ORIGINAL: self._model.integer(_ORIGINAL)} if _ORIGINAL in self._model else {}
+        return {"rope_scaling": {key: value for key, value in content.items() if key != "rope_theta"}, **original}
 
 
 def _content(path: Path) -> dict[str, Any]:

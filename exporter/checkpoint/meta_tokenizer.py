@@ -55,11 +55,15 @@ class Vocabulary:
         if not isinstance(model, Mapping) or not isinstance(tokens, Mapping | list) or not isinstance(added, list):
             self._fail("not a tokenizer that can be used: it has no vocabulary")
         if isinstance(tokens, list):  # Unigram: [text, score]
-            tokens = {entry[0]: index for index, entry in enumerate(tokens) if isinstance(entry, list) and entry}
+            if not all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in tokens):
+                self._fail("not a tokenizer that can be used: an entry of its vocabulary is no token with a score")
+            tokens = {entry[0]: index for index, entry in enumerate(tokens)}
         if not all(isinstance(entry, Mapping) and _is_id(entry.get("id")) for entry in added):
             self._fail("not a tokenizer that can be used: an entry of added_tokens has no id")
+        if not all(isinstance(entry.get("content"), str) for entry in added):
+            self._fail("not a tokenizer that can be used: an entry of added_tokens has no text for its content")
         self._added: dict[int, Mapping[str, Any]] = {entry["id"]: entry for entry in added}
-        self._ids = {**tokens, **{entry.get("content"): index for index, entry in self._added.items()}}
+        self._ids = {**tokens, **{entry["content"]: index for index, entry in self._added.items()}}
         if not all(isinstance(text, str) and _is_id(index) for text, index in self._ids.items()):
             self._fail("not a tokenizer that can be used: an entry of its vocabulary is no token with an id")
         self._texts: dict[int, str] = {index: text for text, index in self._ids.items()}

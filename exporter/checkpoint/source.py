@@ -46,7 +46,7 @@ def bundle_name(source: str) -> str:
     """Folder name of a source's bundle where the user gives none."""
     if source == SMOLLM2:
         return _SMOLLM2_NAME
-    if not Path(source).exists() and is_hub_id(source):
+    if _is_id(source):
         return source.split("/")[1].split("@")[0]
     path = Path(source).resolve()
     if path.name.startswith("consolidated."):  # what Meta calls all of its models
@@ -84,7 +84,7 @@ def _open(source: str, options: SourceOptions, progress: Callable[[str], None]) 
             source=dataclasses.replace(checkpoint.source, name="SmolLM2-135M-Instruct"),
         )
     path = Path(source)
-    if not path.exists() and is_hub_id(source):
+    if _is_id(source):
         checkpoint = _open_folder(fetch_checkpoint(source, progress), options, progress)
         name = source if options.adapter is None else f"{source} + {options.adapter}"
         return dataclasses.replace(checkpoint, source=dataclasses.replace(checkpoint.source, name=name))
@@ -105,6 +105,13 @@ def _open(source: str, options: SourceOptions, progress: Callable[[str], None]) 
     return _open_file(path, options, progress)
 
 
+def _is_id(text: str) -> bool:
+    """Whether a text names something on the Hub: it has the form, and nothing here that it could lead to."""
+    path = Path(text)
+    here = path.exists() or path.is_symlink() or (path.parent != Path() and path.parent.exists())
+    return is_hub_id(text) and not here
+
+
 def _shortened(checkpoint: Checkpoint, limit: int | None) -> Checkpoint:
     """The same model with a smaller context: smaller tables of positions, a smaller cache."""
     config = checkpoint.config
@@ -119,10 +126,14 @@ def _shortened(checkpoint: Checkpoint, limit: int | None) -> Checkpoint:
 
 def _open_folder(folder: Path, options: SourceOptions, progress: Callable[[str], None]) -> Checkpoint:
     """A Hugging Face folder, or one that holds a single state dict and what belongs to it."""
-    if (folder / "config.json").exists() and not (folder / "params.json").exists():
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} is a LoRA adapter: give its base model, with --adapter {folder}")
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in _STATE_DICT_SUFFIXES and path.is_file()]
+    bare = len(found) == 1 and found[0].suffix != ".safetensors" and found[0].name != "pytorch_model.bin"
+    if (folder / "config.json").exists() and not (folder / "params.json").exists() and not bare:
         _refuse_state_dict_options(str(folder), options)
         return read_folder(folder, _adapter(options, progress))
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in _STATE_DICT_SUFFIXES and path.is_file()]
     if len(found) == 1:
         return _open_file(found[0], options, progress)
     if found:
@@ -143,14 +154,21 @@ def _open_file(path: Path, options: SourceOptions, progress: Callable[[str], Non
         if options.adapter is not None:
             raise ParameterError("--adapter: adapters are trained on Hugging Face folders: give the base model's")
         return read_state_dict(path, options.state_dict)
+    inner = next((name for name in file.tensors if name.endswith(f".{_META_EMBEDDING}")), None)
+    if inner is not None:
+        raise CheckpointError(
+            f"{path}: its tensors lie within another module ({inner}): save the state_dict of the model itself"
+        )
     return read_file(path, options.state_dict.config, options.state_dict.tokenizer, _adapter(options, progress))
 
 
 def _adapter(options: SourceOptions, progress: Callable[[str], None]) -> Adapter | None:
     if options.adapter is None:
         return None
-    if not Path(options.adapter).exists() and is_hub_id(options.adapter):
+    if _is_id(options.adapter):
         return open_adapter(fetch_adapter(options.adapter, progress), name=options.adapter)
+    if not Path(options.adapter).is_dir():
+        raise CheckpointError(f"--adapter {options.adapter}: no such folder")
     return open_adapter(Path(options.adapter))
 
 

@@ -26,6 +26,8 @@ from llm_edge.runtime.errors import CheckpointError, MachineError
 MAX_DIMS = 16  # real weights have 1 to 4
 MAX_ELEMENTS = 1 << 48
 MAX_NAME = 1 << 12
+TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+"""Types that weights may have, and what people call them."""
 LOADABLE = frozenset(
     {
         torch.float32,

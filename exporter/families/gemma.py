@@ -34,8 +34,10 @@ def _config(raw: ConfigReader) -> ModelConfig:
     )
     everywhere = read_rope(raw, given["head_dim"], theta=1_000_000.0, layer_type="full_attention")
     nearby = (
-        read_rope(raw, given["head_dim"], theta=10_000.0, layer_type="sliding_attention")
-        if raw.nested("rope_parameters", "sliding_attention")
+        read_rope(
+            raw, given["head_dim"], theta=10_000.0, theta_key="rope_local_base_freq", layer_type="sliding_attention"
+        )
+        if "rope_parameters" in raw
         else Rope(raw.factor("rope_local_base_freq", 10_000.0), given["head_dim"])
     )
     count, window = raw.count("num_hidden_layers"), raw.integer("sliding_window", 4096)

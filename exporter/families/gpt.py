@@ -31,11 +31,11 @@ def _shape(raw: ConfigReader, heads: int, hidden: int, inner: int, epsilon: str)
 
 def _gpt2(raw: ConfigReader) -> ModelConfig:
     raw.refuse("scale_attn_by_inverse_layer_idx", "add_cross_attention")
-    heads, hidden = raw.integer("n_head", 12), raw.integer("n_embd", 768)
+    heads, hidden = raw.either("n_head", "num_attention_heads", 12), raw.either("n_embd", "hidden_size", 768)
     return ModelConfig(
         **_shape(raw, heads, hidden, raw.integer("n_inner", 4 * hidden), "layer_norm_epsilon"),
-        max_position_embeddings=raw.integer("n_positions", 1024),
-        layers=(LayerConfig(),) * raw.count("n_layer", 12),
+        max_position_embeddings=raw.either("n_positions", "max_position_embeddings", 1024),
+        layers=(LayerConfig(),) * raw.count(raw.first("n_layer", "num_hidden_layers"), 12),
         tie_word_embeddings=raw.flag("tie_word_embeddings", True),
         learned_positions=True,
         qkv_bias=True,
@@ -45,8 +45,8 @@ def _gpt2(raw: ConfigReader) -> ModelConfig:
 
 
 def _gpt_neo(raw: ConfigReader) -> ModelConfig:
-    heads, hidden = raw.integer("num_heads", 16), raw.integer("hidden_size", 2048)
-    count, window = raw.count("num_layers", 24), raw.integer("window_size", 256)
+    heads, hidden = raw.either("num_heads", "num_attention_heads", 16), raw.integer("hidden_size", 2048)
+    count, window = raw.count(raw.first("num_layers", "num_hidden_layers"), 24), raw.integer("window_size", 256)
     kinds = _attention_kinds(raw, count)
     return ModelConfig(
         **_shape(raw, heads, hidden, raw.integer("intermediate_size", 4 * hidden), "layer_norm_epsilon"),
@@ -60,20 +60,19 @@ def _gpt_neo(raw: ConfigReader) -> ModelConfig:
 
 
 def _attention_kinds(raw: ConfigReader, count: int) -> list[str]:
-    """`[[["global", "local"], 12]]`: patterns, and how often each is repeated."""
-    types = raw.value("attention_types") or [[["global", "local"], 12]]
-    kinds: list[str] = []
+    """`[[["global", "local"], 12]]`: patterns, and how often each is repeated; or one name a layer."""
+    named = raw.entries("attention_layers", count)
+    types: Any = [[named, 1]] if named is not None else raw.value("attention_types") or [[["global", "local"], 12]]
+    kinds: list[Any] = []
     right = isinstance(types, list)
     for entry in types if right else ():
         match entry:
-            case [[*pattern], int(times)] if 0 <= times <= count and set(map(str, pattern)) <= {"global", "local"}:
+            case [[*pattern], int(times)] if 0 <= times * len(pattern) <= count - len(kinds):
                 kinds += pattern * times
             case _:
                 right = False
-        if len(kinds) > count:
-            right = False
-        if not right:
-            break
+                break
+    right = right and all(kind in ("global", "local") for kind in kinds)
     if not right or len(kinds) != count:
         raw.fail(f"attention_types does not give each of {count} layers 'global' or 'local'")
     return kinds
@@ -83,11 +82,11 @@ def _gpt_neox(raw: ConfigReader) -> ModelConfig:
     heads, hidden = raw.integer("num_attention_heads", 64), raw.integer("hidden_size", 6144)
     given = _shape(raw, heads, hidden, raw.integer("intermediate_size", 24_576), "layer_norm_eps")
     bias = raw.flag("attention_bias", True)
-    theta, share = raw.factor("rotary_emb_base", 10_000.0), raw.factor("rotary_pct", 0.25)
+    rope = read_rope(raw, given["head_dim"], theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25)
     return ModelConfig(
         **{**given, "output_bias": bias},
         max_position_embeddings=raw.integer("max_position_embeddings", 2048),
-        layers=same_layers(raw, LayerConfig(read_rope(raw, given["head_dim"], theta=theta, share=share))),
+        layers=same_layers(raw, LayerConfig(rope)),
         tie_word_embeddings=raw.flag("tie_word_embeddings"),
         parallel_blocks=raw.flag("use_parallel_residual", True),
         qkv_bias=bias,

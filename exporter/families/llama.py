@@ -20,6 +20,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
 }
+_PHI3_ORIGINAL = 4096
 _SU = {"su": "longrope", "yarn": "longrope"}  # what early phi3 configs call it
 
 
@@ -55,7 +56,7 @@ def windows(raw: ConfigReader, default: int | None) -> list[int | None]:
     known = {"full_attention": False, "sliding_attention": True}
     if not all(isinstance(kind, str) and kind in known for kind in kinds):
         raw.fail("layer_types has entries other than 'full_attention' and 'sliding_attention'")
-    window = raw.nullable("sliding_window", None)
+    window = raw.nullable("sliding_window", default)
     if window is None and "sliding_attention" in kinds:
         raw.fail("layer_types has sliding_attention, but there is no sliding_window")
     return [window if known[kind] else None for kind in kinds]
@@ -100,8 +101,9 @@ def _llama(raw: ConfigReader) -> ModelConfig:
 
 def _mistral(raw: ConfigReader) -> ModelConfig:
     given = shape(raw, num_key_value_heads=raw.integer("num_key_value_heads", 8))
-    window = raw.nullable("sliding_window", 4096)
-    return ModelConfig(**given, layers=same_layers(raw, LayerConfig(read_rope(raw, given["head_dim"]), window)))
+    rope = read_rope(raw, given["head_dim"])
+    found = windows(raw, raw.nullable("sliding_window", 4096))
+    return ModelConfig(**given, layers=tuple(LayerConfig(rope, window) for window in found))
 
 
 def _qwen(raw: ConfigReader, **switches: Any) -> ModelConfig:
@@ -147,7 +149,7 @@ def _smollm3(raw: ConfigReader) -> ModelConfig:
 
 def _phi3(raw: ConfigReader) -> ModelConfig:
     given = shape(raw, norm_eps=raw.number("rms_norm_eps", 1e-5))
-    rope = read_rope(raw, given["head_dim"], aliases=_SU)
+    rope = read_rope(raw, given["head_dim"], share_key="partial_rotary_factor", aliases=_SU, original=_PHI3_ORIGINAL)
     window = raw.nullable("sliding_window", None)
     return ModelConfig(**given, layers=same_layers(raw, LayerConfig(rope, window)))
 
