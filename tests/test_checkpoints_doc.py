@@ -392,8 +392,10 @@ def test_what_all_families_refuse() -> None:
                 family.config(ConfigReader({**config, key: "mish"}))
         if "rope_parameters" in config:
             dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+            nests = any(isinstance(value, dict) for value in config["rope_parameters"].values())
+            rope = dict.fromkeys(config["rope_parameters"], dynamic) if nests else dynamic
             with pytest.raises(CheckpointError, match="'dynamic' is not supported; supported: default, linear, llama3"):
-                family.config(ConfigReader({**config, "rope_parameters": dynamic}))
+                family.config(ConfigReader({**config, "rope_parameters": rope}))
 
 
 @pytest.mark.parametrize("model_type", [name for row in tables("Families")[1] for name in spans(row[0])])
