@@ -69,10 +69,10 @@ def test_an_absurd_config_is_refused_at_once(name: str, tiny_checkpoint: Path, t
     (folder / "config.json").write_text(json.dumps({**config, **ABSURD[name]}))
     seconds = []
     for _ in range(3):  # the quickest tells of the work, the others of the machine
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(CheckpointError) as refusal:
             read_folder(folder)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     message = str(refusal.value)
     assert "\n" not in message
     assert len(message) < 600

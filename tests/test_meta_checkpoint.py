@@ -514,10 +514,10 @@ def test_absurd_configs_are_refused_at_once(name: str, family: Saved, tmp_path: 
     path.write_text(ABSURD[name])
     times = []
     for _ in range(3):  # the machine may be busy for one of them
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(CheckpointError) as caught:
             read(family.path, config=path)
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     assert min(times) < 0.05
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
@@ -536,10 +536,10 @@ def test_absurd_json_configs_are_refused_at_once(family: Saved, tmp_path: Path) 
     ):
         path = tmp_path / "absurd.json"
         path.write_text(text)
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(CheckpointError, match=r"absurd\.json"):
             read(family.path, config=path)
-        assert time.perf_counter() - began < 0.2
+        assert time.process_time() - began < 0.2
 
 
 def test_numbers_of_yaml_as_people_write_them(family: Saved, tmp_path: Path) -> None:
