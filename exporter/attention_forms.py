@@ -78,9 +78,8 @@ def fused_attention(
         query = _rotated(query, cos, sin, positions, num_heads, head_dim)
         key = _rotated(key, cos, sin, positions, num_kv_heads, head_dim)
     tables = (cos, sin) if inside else ()
-    attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": int(inside)}
-    if scale != head_dim**-0.5:
-        attributes["scale"] = scale
+    attributes = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": int(inside)}
+    attributes |= _scale(scale, head_dim)
     if window:
         attributes["local_window_size"] = window
     return _GQA(query, key, value, past_key, past_value, last_slots, total, *tables, **attributes)
@@ -117,13 +116,16 @@ def portable_attention(
         positions = _positions(query, mask, cos, long_from)
         query = _rotated(query, cos, sin, positions, num_heads, head_dim)
         key = _rotated(key, cos, sin, positions, num_kv_heads, head_dim)
-    attributes: dict[str, Any] = {"q_num_heads": num_heads, "kv_num_heads": num_kv_heads}
-    if scale != head_dim**-0.5:
-        attributes["scale"] = scale
+    attributes = {"q_num_heads": num_heads, "kv_num_heads": num_kv_heads, **_scale(scale, head_dim)}
     attended, present_key, present_value, _ = op.Attention(
         query, key, value, visible, past_key, past_value, **attributes
     )
     return attended, present_key, present_value
+
+
+def _scale(scale: float, head_dim: int) -> dict[str, Any]:
+    """The attribute, where it is not what both operators take by themselves."""
+    return {} if scale == head_dim**-0.5 else {"scale": scale}
 
 
 def _unpacked(query: Any, key: Any, value: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:

@@ -13,10 +13,11 @@ import tokenizers
 from llm_edge.exporter.bundle_files import write_json, write_side_files
 from llm_edge.exporter.checkpoint.base import Checkpoint, Source
 from llm_edge.exporter.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.forms import Form, OnnxForm
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.model import count_parameters
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.prove import WHOLE_GB, Form, OnnxForm, model_shape, prove
+from llm_edge.exporter.prove import WHOLE_GB, model_shape, prove
 from llm_edge.exporter.recipes import RECIPES, Recipe
 from llm_edge.exporter.staging import check_target, make_room, staging
 from llm_edge.exporter.torchscript import TorchScriptForm
@@ -141,10 +142,7 @@ def export(
             validated_layers=proof.layers if proof else 0,
             validation_bytes=proof.needed if proof else 0.0,
         )
-        extra = (
-            {name: parity for name, parity in proof.parities.items() if name not in proof.qualities} if proof else {}
-        )
-        _commit_manifest(folder, checkpoint, report, form, extra, progress)
+        _commit_manifest(folder, checkpoint, report, form, proof.extra if proof else {}, progress)
     progress("writing", 1.0, str(target))
     return report
 

@@ -11,14 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from llm_edge.exporter.checkpoint.base import Checkpoint
 from llm_edge.exporter.config import ModelConfig
-from llm_edge.exporter.graph import GraphStyle
+from llm_edge.exporter.forms import Form
 from llm_edge.exporter.model import Decoder, count_parameters
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.recipes import RECIPES, Recipe
@@ -28,15 +26,13 @@ from llm_edge.exporter.validate import (
     Expected,
     Parity,
     Quality,
-    Runnable,
     compare,
     record,
     score,
 )
-from llm_edge.exporter.write_graphs import graph_files, write_graphs
-from llm_edge.runtime.bundle import ONNX, ModelShape
+from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import ParityError
-from llm_edge.runtime.session import CHUNK, Session
+from llm_edge.runtime.session import CHUNK
 
 WHOLE_GB = 4.5
 """Memory, in 10^9 bytes, in which a whole model is validated by default."""
@@ -45,65 +41,6 @@ _REFERENCE = 0.3  # of validation's time goes into running the reference
 _CUT_TOKENS = 2 * CHUNK  # of text for a model that is cut: its quality tells little
 _BASE_GB = 0.7  # Python, torch and onnxruntime themselves
 _BYTES_PER_WEIGHT = 4.4  # float32, and what packing it for matrix products takes at a time
-
-
-class Form(Protocol):
-    """The format in which a bundle holds its precisions: `OnnxForm`, or `TorchScriptForm` of `torchscript.py`."""
-
-    @property
-    def name(self) -> str:
-        """As the manifest says it, and name of the folder in the bundle."""
-
-    def write(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        recipes: tuple[Recipe, ...],
-        progress: Progress,
-    ) -> None:
-        """Write the files of each recipe."""
-
-    def file(self, recipe: Recipe) -> str:
-        """Name of the file to load."""
-
-    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """All that was written for a recipe."""
-
-    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Runnable:
-        """What was written, at work on the CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class OnnxForm:
-    """Precisions as ONNX graphs of a style; see `Form`."""
-
-    style: GraphStyle
-    name = ONNX
-
-    def write(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        recipes: tuple[Recipe, ...],
-        progress: Progress,
-    ) -> None:
-        """See `write_graphs`."""
-        write_graphs(folder, config, weights, recipes, self.style, progress)
-
-    def file(self, recipe: Recipe) -> str:
-        """Name of the graph; its weights lie beside it."""
-        return f"{recipe.stem}.onnx"
-
-    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """Graph and weights."""
-        return graph_files(folder, recipe)
-
-    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
-        """The graph at work on the CPU."""
-        share_buffer = self.style is GraphStyle.FUSED
-        return Session(folder / self.file(recipe), shape, share_buffer, provider="cpu", spinning=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class _Body(nn.Module):
 
 
 class TorchScriptForm:
-    """Precisions as TorchScript; see `prove.Form`."""
+    """Precisions as TorchScript; see `forms.Form`."""
 
     name = TORCHSCRIPT
 

@@ -8,13 +8,12 @@ from llm_edge.exporter.checkpoint.weights import Part, WeightTable
 from llm_edge.exporter.config import LayerConfig, ModelConfig, QKNorm
 from llm_edge.exporter.config_reader import ConfigReader, read_rope
 from llm_edge.exporter.families.base import Family
-from llm_edge.exporter.families.llama import ACTIVATIONS, hf_weights, shape, windows
+from llm_edge.exporter.families.llama import ACTIVATIONS, attention_biases, hf_weights, shape, windows
 from llm_edge.exporter.rope import Rope
 
 
 def _config(raw: ConfigReader) -> ModelConfig:
     raw.refuse("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
-    bias = raw.flag("attention_bias")
     scalar = raw.number("query_pre_attn_scalar", 256)
     if not 0 < scalar < 1e12:
         raw.fail(f"query_pre_attn_scalar is {scalar}, not a positive number")
@@ -27,8 +26,7 @@ def _config(raw: ConfigReader) -> ModelConfig:
         activation=raw.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
         post_norm=True,
         qk_norm=QKNorm.HEAD,
-        qkv_bias=bias,
-        output_bias=bias,
+        **attention_biases(raw),
         attention_scale=scalar**-0.5,
         embedding_scale=float(max(raw.integer("hidden_size"), 0)) ** 0.5,
     )

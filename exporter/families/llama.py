@@ -42,6 +42,12 @@ def shape(raw: ConfigReader, **switches: Any) -> dict[str, Any]:
     }
 
 
+def attention_biases(raw: ConfigReader) -> dict[str, bool]:
+    """What the one key `attention_bias` stands for in most families."""
+    bias = raw.flag("attention_bias")
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
 def same_layers(raw: ConfigReader, layer: LayerConfig) -> tuple[LayerConfig, ...]:
     """As many equal layers as the config asks for."""
     return (layer,) * raw.count("num_hidden_layers")
@@ -94,8 +100,7 @@ def times(factor: float) -> Callable[[Tensor], Tensor] | None:
 
 
 def _llama(raw: ConfigReader) -> ModelConfig:
-    bias = raw.flag("attention_bias")
-    given = shape(raw, qkv_bias=bias, output_bias=bias, mlp_bias=raw.flag("mlp_bias"))
+    given = shape(raw, **attention_biases(raw), mlp_bias=raw.flag("mlp_bias"))
     return ModelConfig(**given, layers=same_layers(raw, LayerConfig(read_rope(raw, given["head_dim"]))))
 
 
@@ -119,17 +124,13 @@ def _qwen(raw: ConfigReader, **switches: Any) -> ModelConfig:
 
 
 def _qwen3(raw: ConfigReader) -> ModelConfig:
-    bias = raw.flag("attention_bias")
-    head_dim = raw.integer("head_dim", 128)
-    return _qwen(raw, qk_norm=QKNorm.HEAD, qkv_bias=bias, output_bias=bias, head_dim=head_dim)
+    return _qwen(raw, qk_norm=QKNorm.HEAD, **attention_biases(raw), head_dim=raw.integer("head_dim", 128))
 
 
 def _smollm3(raw: ConfigReader) -> ModelConfig:
-    bias = raw.flag("attention_bias")
     given = shape(
         raw,
-        qkv_bias=bias,
-        output_bias=bias,
+        **attention_biases(raw),
         mlp_bias=raw.flag("mlp_bias"),
         num_key_value_heads=raw.integer("num_key_value_heads", 4),
         tie_word_embeddings=raw.flag("tie_word_embeddings", True),
@@ -155,25 +156,21 @@ def _phi3(raw: ConfigReader) -> ModelConfig:
 
 
 def _olmo2(raw: ConfigReader) -> ModelConfig:
-    bias = raw.flag("attention_bias")
     given = shape(
         raw,
         norm_eps=raw.number("rms_norm_eps", 1e-5),
         pre_norm=False,
         post_norm=True,
         qk_norm=QKNorm.FULL,
-        qkv_bias=bias,
-        output_bias=bias,
+        **attention_biases(raw),
     )
     return ModelConfig(**given, layers=same_layers(raw, LayerConfig(read_rope(raw, given["head_dim"]))))
 
 
 def _granite(raw: ConfigReader) -> ModelConfig:
-    bias = raw.flag("attention_bias")
     given = shape(
         raw,
-        qkv_bias=bias,
-        output_bias=bias,
+        **attention_biases(raw),
         mlp_bias=raw.flag("mlp_bias"),
         attention_scale=raw.number("attention_multiplier", 1.0),
         embedding_scale=raw.number("embedding_multiplier", 1.0),
