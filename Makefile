@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check bench compat clean
+.PHONY: setup demo test lint types check bench bench-peers compat clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ check: lint types test
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)
+
+bench-peers: setup $(BUNDLE)/manifest.json
+	$(BIN)/python -m llm_edge.bench.peers.run $(BUNDLE) --markdown .peers/results.md
 
 compat: setup $(BUNDLE)/manifest.json
 	$(BIN)/python compat/run.py $(BUNDLE)

@@ -13,7 +13,13 @@ from llm_edge.exporter.recipes import Recipe
 _GENAI_MAX_LENGTH = 4096  # genai may allocate the cache for this many tokens up front
 
 # What transformers.js calls the graphs. Told nothing, it looks for model.onnx, which a bundle without fp32 lacks.
-_TRANSFORMERS_JS_DTYPES = {"model": "fp32", "model_fp16": "fp16", "model_quantized": "q8", "model_q4": "q4"}
+_TRANSFORMERS_JS_DTYPES = {
+    "model": "fp32",
+    "model_fp16": "fp16",
+    "model_quantized": "q8",
+    "model_int8": "int8",
+    "model_q4": "q4",
+}
 
 
 def write_side_files(
@@ -24,7 +30,7 @@ def write_side_files(
     config = hf_config(checkpoint)
     if onnx:
         config["transformers.js_config"] = {
-            "dtype": _TRANSFORMERS_JS_DTYPES[preferred(recipes).stem],
+            "dtype": _TRANSFORMERS_JS_DTYPES.get(preferred(recipes).stem, "fp32"),
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
         }
         write_json(folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), share_buffer))
@@ -49,8 +55,12 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
-    """The precision that consumers get who take one graph only: int8 where it is there, else the first."""
-    return next((recipe for recipe in recipes if recipe.name == "int8"), recipes[0])
+    """The precision that consumers get who take one graph only: int8 where it is there, else the first.
+
+    Those consumers want a cache of floating-point numbers, so one of int8 is what they get only where all are.
+    """
+    usual = [recipe for recipe in recipes if not recipe.cache_bits] or recipes
+    return next((recipe for recipe in usual if recipe.name == "int8"), usual[0])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

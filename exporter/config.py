@@ -93,6 +93,7 @@ class ModelConfig:
         activation: see `Activation`.
         attention_scale: factor of query · key; None is 1 / sqrt(D).
         embedding_scale: factor of the embedding, but not of a head tied to it.
+        head_mix: a square matrix stands between the last norm and the head; families leave it out (`rotate.py`).
     """
 
     vocab_size: int
@@ -118,6 +119,7 @@ class ModelConfig:
     activation: Activation = Activation.SILU
     attention_scale: float | None = None
     embedding_scale: float = 1.0
+    head_mix: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():

@@ -32,6 +32,11 @@ class Editor:
         array = np.array(numbers, dtype=np.int64)
         return self.initializer(name, ir.DataType.INT64, array.shape, lambda: array)
 
+    def scalar(self, name: str, number: float) -> ir.Value:
+        """A float32 scalar, made once a name."""
+        array = np.array(number, dtype=np.float32)
+        return self.initializer(name, ir.DataType.FLOAT, array.shape, lambda: array)
+
     def initializer(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.Value:
         """A tensor whose numbers `make` yields when they are written, made once a name."""
         value = self.graph.initializers.get(name)
@@ -41,15 +46,21 @@ class Editor:
             self.graph.register_initializer(value)
         return value
 
-    def replace(self, node: ir.Node, replacement: list[ir.Node]) -> None:
-        """Put nodes in another's place; the last one takes over its output, name and all."""
-        old, new = node.outputs[0], replacement[-1].outputs[0]
-        new.type, new.shape = old.type, old.shape
+    def replace(self, node: ir.Node, replacement: list[ir.Node], results: list[ir.Value] | None = None) -> None:
+        """Put nodes in another's place; their results take over its outputs, names and all.
+
+        Args:
+            node: what goes.
+            replacement: what comes, in order.
+            results: one value for each output of `node`; None takes the output of the last node that comes.
+        """
         self.graph.insert_before(node, replacement)
-        if old in self.graph.outputs:
-            new.name = old.name
-            self.graph.outputs[list(self.graph.outputs).index(old)] = new
-        ir.convenience.replace_all_uses_with(old, new)
+        for old, new in zip(node.outputs, results or [replacement[-1].outputs[0]], strict=True):
+            new.type, new.shape = old.type, old.shape
+            if old in self.graph.outputs:
+                new.name = old.name
+                self.graph.outputs[list(self.graph.outputs).index(old)] = new
+            ir.convenience.replace_all_uses_with(old, new)
         self.graph.remove(node, safe=True)
 
 

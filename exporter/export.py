@@ -11,14 +11,18 @@ from pathlib import Path
 import tokenizers
 
 from llm_edge.exporter.bundle_files import write_json, write_side_files
+from llm_edge.exporter.calibrate import Choice
 from llm_edge.exporter.checkpoint.base import Checkpoint, Source
 from llm_edge.exporter.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.explain_graph import explained
 from llm_edge.exporter.forms import Form, OnnxForm
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.model import count_parameters
+from llm_edge.exporter.passes.int8_cache import check_cache
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.prove import WHOLE_GB, model_shape, prove
+from llm_edge.exporter.prove import WHOLE_GB, Texts, model_shape, prove
 from llm_edge.exporter.recipes import RECIPES, Recipe
+from llm_edge.exporter.recipes import Source as SourceFormat
 from llm_edge.exporter.staging import check_target, make_room, staging
 from llm_edge.exporter.torchscript import TorchScriptForm
 from llm_edge.exporter.validate import Parity, Quality
@@ -31,12 +35,21 @@ _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True, slots=True)
 class PrecisionReport:
-    """What came out for a precision; `size` in bytes of graph and weights; no figures without validation."""
+    """What came out for a precision.
+
+    Attributes:
+        recipe: the precision.
+        size: bytes of graph and weights.
+        parity: None without validation.
+        quality: None without validation.
+        choices: how each projection came out that calibration rounded, by module path.
+    """
 
     recipe: Recipe
     size: int
     parity: Parity | None
     quality: Quality | None
+    choices: Mapping[str, Choice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +119,25 @@ def export(
     progress("reading", None, source)
     options = options if options is not None else SourceOptions()
     checkpoint = open_checkpoint(source, options, lambda text: progress("reading", None, text))
+    _check_blocks(source, checkpoint, recipes)
     form: Form
     if script is None:
         style = _choose_style(source, checkpoint, style)
+        for recipe in recipes:
+            check_cache(recipe, style)
         form = OnnxForm(style)
     else:
         form = script
-    tokens = _validation_tokens(checkpoint)
+    texts = _texts(checkpoint)
     parameters = count_parameters(checkpoint.config)
     proof = None
     with staging(target, force) as folder:
         graphs = folder / form.name
         graphs.mkdir()
         make_room(folder, _bytes_needed(parameters, recipes, validate))
-        form.write(graphs, checkpoint.config, checkpoint.weights, recipes, progress)
+        roundings = form.write(graphs, checkpoint.config, checkpoint.weights, recipes, texts.calibration, progress)
         if validate:
-            proof = prove(graphs, checkpoint, recipes, form, tokens, validation_memory, progress)
+            proof = prove(graphs, checkpoint, recipes, form, texts, validation_memory, progress)
         progress("writing", 0.0, "tokenizer and configs")
         write_side_files(folder, checkpoint, recipes, style is GraphStyle.FUSED, script is None)
         report = Report(
@@ -135,6 +151,7 @@ def export(
                     sum(path.stat().st_size for path in form.files(graphs, recipe)),
                     proof.parities[recipe.name] if proof else None,
                     proof.qualities[recipe.name] if proof else None,
+                    roundings[recipe.name].choices if recipe.name in roundings else {},
                 )
                 for recipe in recipes
             ),
@@ -147,6 +164,18 @@ def export(
     return report
 
 
+def _check_blocks(source: str, checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> None:
+    """See that there are blocks where a recipe keeps the source's own."""
+    weights = checkpoint.weights
+    held = any(weights.block_kind(name) is not None for name in weights if name.startswith("layers."))
+    for recipe in recipes:
+        if isinstance(recipe.projections, SourceFormat) and not held:
+            raise CheckpointError(
+                f"{source} holds weights as {checkpoint.source.weight_types}; --precision {recipe.name} keeps those "
+                "of a GGUF in Q4_0, Q4_1 or Q8_0: choose int8 or int4"
+            )
+
+
 def _choose_style(source: str, checkpoint: Checkpoint, style: GraphStyle | None) -> GraphStyle:
     fused = checkpoint.config.head_dim % _FUSED_HEAD == 0
     if style is GraphStyle.FUSED and not fused:
@@ -157,8 +186,8 @@ def _choose_style(source: str, checkpoint: Checkpoint, style: GraphStyle | None)
     return style if style is not None else GraphStyle.FUSED if fused else GraphStyle.PORTABLE
 
 
-def _validation_tokens(checkpoint: Checkpoint) -> list[int]:
-    """The validation text in the model's own tokens; proves on the way that tokenizer and weights belong together."""
+def _texts(checkpoint: Checkpoint) -> Texts:
+    """Both texts in the model's own tokens; proves on the way that tokenizer and weights belong together."""
     try:
         tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer.tokenizer_json)
     except Exception as error:
@@ -169,17 +198,21 @@ def _validation_tokens(checkpoint: Checkpoint) -> list[int]:
             f"the tokenizer has a token {largest}, the model's vocabulary {checkpoint.config.vocab_size} tokens: "
             "tokenizer and weights do not belong together"
         )
-    text = (Path(__file__).parent / "data" / "validation.txt").read_text(encoding="utf-8")
-    tokens = list(tokenizer.encode(text, add_special_tokens=False).ids)
-    if len(tokens) < 2:
-        raise CheckpointError("tokenizer.json makes nothing of an English text: replace it by the model's own")
-    return tokens
+    texts = []
+    for name in ("validation.txt", "calibration.txt"):
+        text = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
+        tokens = list(tokenizer.encode(text, add_special_tokens=False).ids)
+        if len(tokens) < 2:
+            raise CheckpointError("tokenizer.json makes nothing of an English text: replace it by the model's own")
+        texts.append(tokens)
+    return Texts(*texts)
 
 
 def _bytes_needed(parameters: int, recipes: tuple[Recipe, ...], validate: bool) -> int:
     """About how much disk the graphs take, the one of the proof included."""
     made = recipes if not validate or any(recipe.lossless for recipe in recipes) else (*recipes, RECIPES["fp32"])
-    return sum(int(parameters * recipe.bytes_per_weight) for recipe in made)
+    rounded = [recipe for recipe in recipes if recipe.calibrated]  # waits on disk until it is written
+    return sum(int(parameters * recipe.bytes_per_weight) for recipe in (*made, *rounded))
 
 
 def _commit_manifest(
@@ -222,6 +255,11 @@ def _commit_manifest(
                     "share_buffer": report.style is GraphStyle.FUSED,
                     "parity": asdict(made.parity) if made.parity else {},
                     "quality": asdict(made.quality) if made.quality else {},
+                    **(
+                        explained(folder / ONNX / form.file(made.recipe), made.size, made.choices)
+                        if form.name == ONNX
+                        else {}
+                    ),
                 }
                 for made in report.precisions
             },

@@ -5,13 +5,14 @@ Knows nothing of checkpoints or of proofs. `torchscript.py` holds the other one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from llm_edge.exporter.calibrate import Rounding
 from llm_edge.exporter.config import ModelConfig
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.progress import Progress
@@ -35,9 +36,10 @@ class Form(Protocol):
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         recipes: tuple[Recipe, ...],
+        text: Sequence[int],
         progress: Progress,
-    ) -> None:
-        """Write the files of each recipe."""
+    ) -> dict[str, Rounding]:
+        """Write the files of each recipe; `text` is for calibration, whose findings come back by name of the recipe."""
 
     def file(self, recipe: Recipe) -> str:
         """Name of the file to load."""
@@ -62,10 +64,11 @@ class OnnxForm:
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         recipes: tuple[Recipe, ...],
+        text: Sequence[int],
         progress: Progress,
-    ) -> None:
+    ) -> dict[str, Rounding]:
         """See `write_graphs`."""
-        write_graphs(folder, config, weights, recipes, self.style, progress)
+        return write_graphs(folder, config, weights, recipes, self.style, text, progress)
 
     def file(self, recipe: Recipe) -> str:
         """Name of the graph; its weights lie beside it."""

@@ -160,6 +160,8 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer, standalone=standalone) for layer in config.layers)
         self.norm = _norm(config)
+        if config.head_mix:
+            self.head_mix = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -192,6 +194,8 @@ class Decoder(nn.Module):
             x, present = layer(x, layer_past, attention_mask, *tables)
             presents.append(present)
         x = self.norm(x[:, -num_logits_to_keep:] if num_logits_to_keep else x)
+        if self.config.head_mix:
+            x = self.head_mix(x)
         logits: Tensor = self.lm_head(x)
         return logits, presents
 

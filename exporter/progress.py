@@ -7,4 +7,4 @@ from collections.abc import Callable
 Progress = Callable[[str, float | None, str], None]
 """Told a stage (one of `STAGES`), its share done (None: unknown) and what is at work."""
 
-STAGES = ("reading", "tracing", "quantizing", "validating", "writing")
+STAGES = ("reading", "calibrating", "tracing", "quantizing", "validating", "writing")

@@ -20,12 +20,15 @@ from llm_edge.exporter.forms import Form
 from llm_edge.exporter.model import Decoder, count_parameters
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.recipes import RECIPES, Recipe
+from llm_edge.exporter.rotate import RotatedWeights, rotated_config
 from llm_edge.exporter.validate import (
     MAX_BOUND,
     MEAN_BOUND,
     Expected,
     Parity,
     Quality,
+    Reference,
+    Runnable,
     compare,
     record,
     score,
@@ -36,6 +39,8 @@ from llm_edge.runtime.session import CHUNK
 
 WHOLE_GB = 4.5
 """Memory, in 10^9 bytes, in which a whole model is validated by default."""
+ROTATED = "rotated"
+"""Name under which the rotated model's parity with the reference is told."""
 _CUT_GB = 3.4
 _REFERENCE = 0.3  # of validation's time goes into running the reference
 _CUT_TOKENS = 2 * CHUNK  # of text for a model that is cut: its quality tells little
@@ -44,12 +49,20 @@ _BYTES_PER_WEIGHT = 4.4  # float32, and what packing it for matrix products take
 
 
 @dataclass(frozen=True, slots=True)
+class Texts:
+    """Tokens of the two texts that come with this package; they share no passage."""
+
+    validation: list[int]
+    calibration: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
     """What was compared, and how it came out.
 
     Attributes:
         layers: how many of the model's layers were compared, from the first on.
-        parities: by name of the precision, those of fp32 made for this alone too.
+        parities: by name of the precision, those of fp32 made for this alone and of the rotated model too.
         qualities: by name of the precision; of the cut model where it was cut.
         needed: memory in bytes that the whole would take.
     """
@@ -70,7 +83,7 @@ def prove(
     checkpoint: Checkpoint,
     recipes: tuple[Recipe, ...],
     form: Form,
-    tokens: list[int],
+    texts: Texts,
     memory: float,
     progress: Progress,
 ) -> Proof:
@@ -84,7 +97,7 @@ def prove(
         checkpoint: the source.
         recipes: the precisions of the bundle.
         form: of the bundle.
-        tokens: the validation text.
+        texts: for validation, and for calibration of what is made here.
         memory: bytes that this may take; a larger model is cut.
         progress: see `Progress`.
 
@@ -99,11 +112,15 @@ def prove(
     check = folder.parent / "check"
     check.mkdir()
     if made:
-        form.write(check, cut, checkpoint.weights, made, progress)
+        form.write(check, cut, checkpoint.weights, made, texts.calibration, progress)
     progress("validating", 0.0, "PyTorch")
-    text = tokens if layers == whole else tokens[:_CUT_TOKENS]
+    text = texts.validation if layers == whole else texts.validation[:_CUT_TOKENS]
     expected = _expected(cut, checkpoint, text, check / "logits", progress)
     parities, qualities = {}, {}
+    if any(recipe.calibrated for recipe in recipes):
+        progress("validating", _REFERENCE, ROTATED)
+        parities[ROTATED] = compare(expected, _rotated(cut, checkpoint))
+        _judge(ROTATED, parities[ROTATED], exact=True)
     compared = (*extra, *recipes)
     for number, recipe in enumerate(compared):
 
@@ -113,7 +130,7 @@ def prove(
         progress("validating", _after(number / len(compared)), recipe.name)
         session = form.open(check if recipe in made else folder, model_shape(cut), recipe)
         parities[recipe.name] = parity = compare(expected, session)
-        _judge(recipe, parity)
+        _judge(recipe.name, parity, exact=recipe.lossless)
         if recipe in recipes:
             qualities[recipe.name] = score(expected, session, scored)
         del session  # one at a time: memory
@@ -158,14 +175,22 @@ def _expected(
     return record(decoder, tokens, path, lambda share: progress("validating", _REFERENCE * share, "PyTorch"))
 
 
-def _judge(recipe: Recipe, parity: Parity) -> None:
+def _rotated(config: ModelConfig, checkpoint: Checkpoint) -> Runnable:
+    """The reference with the weights that calibrated precisions start from."""
+    with torch.device("meta"):
+        decoder = Decoder(rotated_config(config)).eval()
+    decoder.load_weights(RotatedWeights(config, checkpoint.weights))
+    return Reference(decoder)
+
+
+def _judge(name: str, parity: Parity, *, exact: bool) -> None:
     worst = parity.worst
     if not math.isfinite(worst.max):
         raise ParityError(
-            f"{recipe.name}: logits are not numbers: the weights are damaged, or they overflow. Nothing was written"
+            f"{name}: logits are not numbers: the weights are damaged, or they overflow. Nothing was written"
         )
-    if recipe.lossless and not parity.within_bounds:
+    if exact and not parity.within_bounds:
         raise ParityError(
-            f"{recipe.name}: logits differ from PyTorch by up to {worst.max:.2g}, {worst.mean:.2g} on average; "
+            f"{name}: logits differ from PyTorch by up to {worst.max:.2g}, {worst.mean:.2g} on average; "
             f"{MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
         )

@@ -16,13 +16,14 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llm_edge.exporter.calibrate import Rounding
 from llm_edge.exporter.config import ModelConfig
 from llm_edge.exporter.model import Decoder, rotary_tables
 from llm_edge.exporter.progress import Progress
@@ -110,11 +111,13 @@ class TorchScriptForm:
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         recipes: tuple[Recipe, ...],
+        text: Sequence[int],  # noqa: ARG002 (nothing is rounded)
         progress: Progress,
-    ) -> None:
+    ) -> dict[str, Rounding]:
         """Write the file of each recipe."""
         for recipe in recipes:
             write_torchscript(folder / self.file(recipe), config, weights, progress)
+        return {}
 
     def file(self, recipe: Recipe) -> str:
         """Name of what `torch.jit.load` takes."""

@@ -98,6 +98,26 @@ class Runnable(Protocol):
         """Run new tokens; 0 gives the logits of all."""
 
 
+class Reference:
+    """A decoder in PyTorch as something to compare; see `Runnable`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._past = decoder.empty_past()
+
+    def reset(self) -> None:
+        """See `Runnable`."""
+        self._past = self._decoder.empty_past()
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
+        """See `Runnable`."""
+        mask = torch.ones(1, self._past[0][0].shape[2] + len(tokens), dtype=torch.int64)
+        logits, self._past = self._decoder(torch.tensor([list(tokens)]), mask, self._past, num_logits)
+        found: npt.NDArray[np.float32] = logits[0].numpy()
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Tokens, piece by piece from an empty context, and where their logits begin in the file, in rows."""

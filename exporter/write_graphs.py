@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor
 
+from llm_edge.exporter.calibrate import Rounding, calibrate
 from llm_edge.exporter.config import ModelConfig
 from llm_edge.exporter.graph import GraphStyle, trace
 from llm_edge.exporter.lower import apply_recipe
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.recipes import Recipe
+from llm_edge.exporter.rotate import RotatedWeights, rotated_config
 
 _INLINE_LIMIT = 1024  # bytes; larger tensors go to the data file
 
@@ -24,25 +27,51 @@ def write_graphs(
     weights: Mapping[str, Tensor],
     recipes: tuple[Recipe, ...],
     style: GraphStyle,
+    text: Sequence[int],
     progress: Progress,
-) -> None:
-    """Write `<stem>.onnx` and `<stem>.onnx_data` for each recipe; weights are read, rounded and written one by one."""
-    progress("tracing", None, f"{config.num_hidden_layers} layers, {style.value} graph")
-    traced = trace(config, style)
-    for number, recipe in enumerate(recipes):
-        model = traced.clone()
-        apply_recipe(model, config, weights, recipe, style)
+) -> dict[str, Rounding]:
+    """Write `<stem>.onnx` and `<stem>.onnx_data` for each recipe; weights are read, rounded and written one by one.
 
-        def saved(_: ir.TensorProtocol, info: Any, number: int = number, recipe: Recipe = recipe) -> None:
-            progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), recipe.name)
+    Args:
+        folder: where they go.
+        config: the shape of the model.
+        weights: of the model.
+        recipes: the precisions.
+        style: of the graphs.
+        text: tokens of the calibration text.
+        progress: see `Progress`.
 
-        ir.save(
-            model,
-            folder / f"{recipe.stem}.onnx",
-            external_data=f"{recipe.stem}.onnx_data",
-            size_threshold_bytes=_INLINE_LIMIT,
-            callback=saved,
-        )
+    Returns:
+        what calibration found, by name of the recipe.
+    """
+    calibrated = [recipe for recipe in recipes if recipe.calibrated]
+    turned = rotated_config(config), RotatedWeights(config, weights)
+    roundings: dict[str, Rounding] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as rounded:
+        if calibrated:
+            roundings = calibrate(
+                *turned, calibrated, text, Path(rounded), lambda share, what: progress("calibrating", share, what)
+            )
+        traces: dict[ModelConfig, ir.Model] = {}
+        for shape in dict.fromkeys(turned[0] if recipe.calibrated else config for recipe in recipes):
+            progress("tracing", None, f"{config.num_hidden_layers} layers, {style.value} graph")
+            traces[shape] = trace(shape, style)
+        for number, recipe in enumerate(recipes):
+            shape, numbers = turned if recipe.calibrated else (config, weights)
+            model = traces[shape].clone()
+            apply_recipe(model, shape, numbers, recipe, style, roundings.get(recipe.name))
+
+            def saved(_: ir.TensorProtocol, info: Any, number: int = number, recipe: Recipe = recipe) -> None:
+                progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), recipe.name)
+
+            ir.save(
+                model,
+                folder / f"{recipe.stem}.onnx",
+                external_data=f"{recipe.stem}.onnx_data",
+                size_threshold_bytes=_INLINE_LIMIT,
+                callback=saved,
+            )
+    return roundings
 
 
 def graph_files(folder: Path, recipe: Recipe) -> list[Path]:

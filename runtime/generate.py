@@ -18,7 +18,7 @@ from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterEr
 from llm_edge.runtime.guards import NewlineLimit, Newlines, SingleThinkEnd
 from llm_edge.runtime.reasoning import AnswerStream, apart
 from llm_edge.runtime.sampler import LogitsProcessor, Sampler, SamplingParams
-from llm_edge.runtime.session import CHUNK, AnySession, Logits, open_session
+from llm_edge.runtime.session import PREFILL, AnySession, Logits, open_session
 from llm_edge.runtime.tokenizer import Tokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -315,9 +315,9 @@ class Model:
             timings = Timings(len(prompt), count, *seconds, stream.reasoning_tokens)
             return Piece(text, token, reason, timings, stream.reasoning)
 
-        logits = self._step(prompt[:CHUNK], cancelled, fresh=True)
-        for start in range(CHUNK, len(prompt), CHUNK):
-            logits = self._step(prompt[start : start + CHUNK], cancelled)
+        logits = self._step(prompt[:PREFILL], cancelled, fresh=True)
+        for start in range(PREFILL, len(prompt), PREFILL):
+            logits = self._step(prompt[start : start + PREFILL], cancelled)
         if logits is not None:
             prefilled = time.perf_counter()
         while logits is not None:

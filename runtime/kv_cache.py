@@ -5,9 +5,12 @@ Shapes are [1, K, capacity or tokens, D] for K key/value heads of size D.
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 _FIRST_CAPACITY = 256
@@ -44,25 +47,26 @@ class SharedCache:
         """See `KVCache`."""
         if past + new <= self.capacity:
             return
-        self._grow(past, past + new)
-        for name, value in zip(self._names, self._values, strict=True):
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
+        self._grow(binding, past, past + new)
 
     def advance(self, binding: Any) -> None:
         """See `KVCache`: the step wrote in place."""
 
-    def _grow(self, used: int, needed: int) -> None:
+    def _grow(self, binding: Any, used: int, needed: int) -> None:
+        """Bind larger buffers; each takes its old one's place at once, so that not all are there twice."""
         heads, head_dim = self._shape
         capacity = max(needed, min(max(2 * self.capacity, _FIRST_CAPACITY), self._limit))
         old, self._values = self._values, []
         self.capacity = 0  # should memory run out half-way, the next step begins anew
-        for index in range(len(self._names)):
-            buffer = np.zeros((1, heads, capacity, head_dim), dtype=self._dtype)
+        for index, name in enumerate(self._names):
+            buffer = _zeros((1, heads, capacity, head_dim), self._dtype)
             if old:
                 buffer[:, :, :used] = old[index].numpy()[:, :, :used]
-                old[index] = None  # so that old and new buffers are never all there at once
-            self._values.append(ort.OrtValue.ortvalue_from_numpy(buffer, self._device, 0))
+                old[index] = None
+            value = ort.OrtValue.ortvalue_from_numpy(buffer, self._device, 0)
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+            self._values.append(value)
         self.capacity = capacity
 
 
@@ -85,3 +89,8 @@ class GrowingCache:
     def advance(self, binding: Any) -> None:
         """See `KVCache`."""
         self._values = binding.get_outputs()[-len(self._names) :]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Zeros in pages of their own: they take memory once they are written to, and give it back when they go."""
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).reshape(shape)

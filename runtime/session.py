@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the library starts
+# Its tiled attention over several tokens is slower than the plain one; see bench/RESULTS.md.
+os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 import contextlib
 import functools
@@ -23,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from llm_edge.runtime import huge_pages
+from llm_edge.runtime import huge_pages, mapped_files
 from llm_edge.runtime.bundle import TORCHSCRIPT, ModelShape
 from llm_edge.runtime.errors import (
     BundleError,
@@ -37,6 +39,8 @@ from llm_edge.runtime.kv_cache import GrowingCache, KVCache, SharedCache
 PROVIDERS = ("auto", "cpu", "cuda")
 CHUNK = 512
 """Tokens a step takes at most, so that memory and the time to a cancel stay bounded."""
+PREFILL = 256
+"""Tokens of a prompt a step: what they make stays in the processor's caches; see bench/RESULTS.md."""
 
 _EXECUTION: Mapping[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -46,6 +50,7 @@ _EXECUTION: Mapping[str, list[Any]] = {
 _TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(int8)": np.dtype(np.int8),  # the graph holds the scales
 }
 
 if TYPE_CHECKING:
@@ -95,6 +100,7 @@ class Session:
 
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors reach the caller as exceptions
+        options.enable_mem_pattern = False  # steps differ in length: patterns would pile up
         if threads is not None:
             options.intra_op_num_threads = threads
         # Threads take their share of an operator in smaller and smaller blocks; see bench/RESULTS.md.
@@ -113,6 +119,7 @@ class Session:
                 self.provider = "cpu"
         if self.provider == "cpu":
             self._start(path, share_buffer, options)
+            mapped_files.release(path.with_name(f"{path.name}_data"))
             if spinning:  # 0.2 s for 150 MB: beside the first steps, not before them
                 threading.Thread(target=huge_pages.gather, name="llm-edge-huge-pages", daemon=True).start()
         self.length = 0
@@ -122,7 +129,14 @@ class Session:
         """Load the graph on `self.provider`, with an empty cache."""
         try:
             # onnxruntime's own fallback prints on standard output.
-            self._session = ort.InferenceSession(path, options, providers=_EXECUTION[self.provider], enable_fallback=0)
+            self._session = ort.InferenceSession(
+                path,
+                options,
+                providers=_EXECUTION[self.provider],
+                enable_fallback=0,
+                # It would copy a shared embedding; the fused graphs have nothing else to fold.
+                disabled_optimizers=["ConstantFolding"] if share_buffer else [],
+            )
         except MemoryError as error:
             raise MachineError(f"{path}: not enough memory to load it") from error
         except Exception as error:

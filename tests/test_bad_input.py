@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -29,8 +30,9 @@ from llm_edge.exporter import cli as export_cli
 from llm_edge.exporter import export as export_module
 from llm_edge.exporter import write_graphs as graphs_module
 from llm_edge.exporter.checkpoint.source import SourceOptions, open_checkpoint
-from llm_edge.exporter.graph import GraphStyle, trace
+from llm_edge.exporter.graph import trace
 from llm_edge.exporter.progress import STAGES
+from llm_edge.exporter.recipes import RECIPES
 from llm_edge.runtime.bundle import manifest_entry
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.tui import cli as chat_cli
@@ -69,14 +71,14 @@ def llm_export(command: Callable[..., Done]) -> Callable[..., Done]:
 
 
 @pytest.fixture(scope="module")
-def trace_of_tiny(tiny_checkpoint: Path) -> ir.Model:
-    return trace(open_checkpoint(str(tiny_checkpoint), SourceOptions(), lambda _: None).config, GraphStyle.FUSED)
+def kept_trace() -> Callable[..., ir.Model]:
+    return functools.cache(trace)
 
 
 @pytest.fixture
-def traced_once(trace_of_tiny: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports of `tiny_checkpoint` in this test take a trace that is there already; it is what takes long."""
-    monkeypatch.setattr(graphs_module, "trace", lambda *_: trace_of_tiny.clone())
+def traced_once(kept_trace: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of one shape in this file share a trace."""
+    monkeypatch.setattr(graphs_module, "trace", kept_trace)
 
 
 def script(name: str, *arguments: object, cwd: Path | None = None) -> Done:
@@ -592,7 +594,7 @@ def test_precisions_that_are_not_known_are_refused(
     precision: str, tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., Done]
 ) -> None:
     done = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", precision)
-    refused(done, "--precision", "fp32, int8, int4")
+    refused(done, "--precision", ", ".join(RECIPES))
     assert names(tmp_path) == set()
 
 

@@ -470,7 +470,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
     right, tokens, more, heads, above, other, base = map(int, said.groups())
     file, checkpoint = GGUFFile(smollm2_file), read_gguf(smollm2_file)
     assert checkpoint.config.num_attention_heads == heads
-    ids = torch.tensor([export_module._validation_tokens(checkpoint)[:tokens]])
+    ids = torch.tensor([export_module._texts(checkpoint).validation[:tokens]])
     load = functools.cache(file.load)
 
     def perplexity(heads: int, theta: float) -> float:
@@ -505,8 +505,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validate on a little of the text."""
-    whole = export_module._validation_tokens
-    monkeypatch.setattr(export_module, "_validation_tokens", lambda checkpoint: whole(checkpoint)[:200])
+    tiny.shorten_texts(monkeypatch, 200)
 
 
 def test_weights_are_held_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

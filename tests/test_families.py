@@ -143,7 +143,7 @@ def test_a_window_that_the_context_cannot_fill_is_none(
     """2^32 + 4 would be 4 to an operator that counts in 32 bits."""
     checkpoint = case("mistral").checkpoint
     config, weights = without(checkpoint.config, window=window), checkpoint.weights
-    write_graphs(tmp_path, config, weights, (RECIPES["fp32"],), GraphStyle.FUSED, lambda *_: None)
+    write_graphs(tmp_path, config, weights, (RECIPES["fp32"],), GraphStyle.FUSED, [], lambda *_: None)
     session = Session(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
     unlimited = decoder(dataclasses.replace(checkpoint, config=without(checkpoint.config, window=None)))
     ids = case("mistral").ids
@@ -171,7 +171,7 @@ def test_the_reference_agrees_with_transformers(
 def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callable[[str], Case], tmp_path: Path) -> None:
     found, graph = case(name), GraphStyle(style)
     config = found.checkpoint.config
-    write_graphs(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), graph, lambda *_: None)
+    write_graphs(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), graph, [], lambda *_: None)
     session = Session(
         tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
     )

@@ -18,7 +18,7 @@ from tiny import CHAT_TEMPLATE
 from llm_edge.runtime import Bundle, FinishReason, Generation, Model, Piece, Result, SamplingParams
 from llm_edge.runtime.bundle import MANIFEST, manifest_entry
 from llm_edge.runtime.errors import BundleError, ContextLengthError, InputError, ParameterError, TemplateError
-from llm_edge.runtime.session import CHUNK
+from llm_edge.runtime.session import PREFILL
 
 PROMPT = "The quick brown fox"
 # The penalty is for variety: a small random model would only repeat its prompt's last token.
@@ -415,13 +415,13 @@ def test_cancel_before_the_first_token(saying: Callable[..., Model]) -> None:
 
 
 def test_cancel_between_the_chunks_of_a_long_prompt(saying: Callable[..., Model]) -> None:
-    model = saying([70], max_position_embeddings=5 * CHUNK)
-    generation = model.generate([70] * (4 * CHUNK), GREEDY)
+    model = saying([70], max_position_embeddings=5 * PREFILL)
+    generation = model.generate([70] * (4 * PREFILL), GREEDY)
     session = model._session
     session.before_step = lambda number: generation.cancel() if number == 1 else None  # type: ignore[attr-defined]
     result = generation.result()
     assert (result.tokens, result.finish_reason) == ((), FinishReason.CANCELLED)
-    assert session.steps == [CHUNK, CHUNK]  # type: ignore[attr-defined]
+    assert session.steps == [PREFILL, PREFILL]  # type: ignore[attr-defined]
     assert model.generate(PROMPT, GREEDY).result().finish_reason == FinishReason.LENGTH
 
 
@@ -429,15 +429,15 @@ def test_cancel_between_the_chunks_of_a_long_prompt(saying: Callable[..., Model]
     ("length", "steps"),
     [
         (1, [1]),
-        (CHUNK - 1, [CHUNK - 1]),
-        (CHUNK, [CHUNK]),
-        (CHUNK + 1, [CHUNK, 1]),
-        (2 * CHUNK, [CHUNK, CHUNK]),
-        (2 * CHUNK + 10, [CHUNK, CHUNK, 10]),
+        (PREFILL - 1, [PREFILL - 1]),
+        (PREFILL, [PREFILL]),
+        (PREFILL + 1, [PREFILL, 1]),
+        (2 * PREFILL, [PREFILL, PREFILL]),
+        (2 * PREFILL + 10, [PREFILL, PREFILL, 10]),
     ],
 )
 def test_a_long_prompt_goes_in_chunks(saying: Callable[..., Model], length: int, steps: list[int]) -> None:
-    model = saying([70], max_position_embeddings=5 * CHUNK)
+    model = saying([70], max_position_embeddings=5 * PREFILL)
     result = model.generate([70] * length, dataclasses.replace(GREEDY, max_tokens=3)).result()
     assert model._session.steps == [*steps, 1, 1]  # type: ignore[attr-defined]
     assert (result.timings.prompt_tokens, len(result.tokens)) == (length, 3)

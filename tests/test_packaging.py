@@ -86,7 +86,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path, tree: Path) 
     assert {name for name in found - wanted if not name.endswith(".md")} == set()
     for folder in FOLDERS:
         assert f"llm_edge/{folder}/py.typed" in found
-    assert "llm_edge/exporter/data/validation.txt" in found
+    assert {f"llm_edge/exporter/data/{name}.txt" for name in ("calibration", "validation")} <= found
     assert "llm_edge/__init__.py" not in found  # a namespace package
     others = {name for name in contents(wheel) - found if not name.startswith("info/")}
     assert others == set()  # no tests, no docs, no top-level `runtime` that collides with another distribution
@@ -127,7 +127,8 @@ def test_the_source_distribution_can_be_built_and_read(dist: Path, tree: Path) -
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("pyproject.toml", "LICENSE", "README.md", "exporter/data/validation.txt", "runtime/py.typed"):
+    texts = ("exporter/data/calibration.txt", "exporter/data/validation.txt")
+    for name in ("pyproject.toml", "LICENSE", "README.md", *texts, "runtime/py.typed"):
         assert name in names
     sources = {str(path.relative_to(tree)) for folder in FOLDERS for path in (tree / folder).rglob("*.py")}
     assert sources <= names

@@ -19,11 +19,11 @@ from typing import Any
 import families
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from llm_edge.exporter import cli, torchscript
-from llm_edge.exporter import export as export_module
 from llm_edge.exporter.checkpoint.huggingface import read_folder
 from llm_edge.exporter.config import Activation
 from llm_edge.exporter.export import Report, export
@@ -246,8 +246,7 @@ def test_archives_beyond_four_gigabytes_are_read_by_torch(
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validate on a little of the text."""
-    whole = export_module._validation_tokens
-    monkeypatch.setattr(export_module, "_validation_tokens", lambda checkpoint: whole(checkpoint)[:200])
+    tiny.shorten_texts(monkeypatch, 200)
 
 
 def exported(source: Path, target: Path, precision: str = "fp32", **options: Any) -> Report:
@@ -260,9 +259,8 @@ def exported(source: Path, target: Path, precision: str = "fp32", **options: Any
 def bundle(written: dict[str, Written], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of smollm3, three layers, validated; not to be written to."""
     target = tmp_path_factory.mktemp("bundle") / "made"
-    whole = export_module._validation_tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "_validation_tokens", lambda checkpoint: whole(checkpoint)[:200])
+        tiny.shorten_texts(patch, 200)
         exported(source_of(written["smollm3"]), target)
     return target
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from llm_edge.exporter import export as export_module
+from llm_edge.exporter.checkpoint.base import Checkpoint
+from llm_edge.exporter.prove import Texts
 
 TEXT = """The quick brown fox jumps over the lazy dog. 0123456789 What is the capital of France? Paris, of course!
 def main():
@@ -76,3 +81,14 @@ def save_tokenizer(folder: Path) -> None:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(folder)
+
+
+def shorten_texts(patch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Exports validate and calibrate on the first tokens of each text: all of them take most of a small export."""
+    whole = export_module._texts
+
+    def shortened(checkpoint: Checkpoint) -> Texts:
+        texts = whole(checkpoint)
+        return Texts(texts.validation[:tokens], texts.calibration[:tokens])
+
+    patch.setattr(export_module, "_texts", shortened)

@@ -15,11 +15,21 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from llm_edge.exporter.checkpoint.blocks import SOURCE_BLOCK, BlockKind, SourceBlocks
 from llm_edge.exporter.checkpoint.gguf_header import GGUFTensor, Header
 from llm_edge.exporter.show import show
 from llm_edge.runtime.errors import CheckpointError, MachineError
 
 CHUNK_ELEMENTS = 1 << 16  # dequantized at a time: few enough for the cache (2^14 and 2^18 took 1.5 times as long)
+
+# Blocks whose numbers other runtimes take as they are, by ggml's block_q4_0, block_q4_1 and block_q8_0 (ggml-common.h):
+# d is the scale and m the least weight; the low halves of q are the first 16 weights, the high halves the others.
+_Q4 = ("q", "u1", (SOURCE_BLOCK // 2,))
+_BLOCKS = {
+    GGMLQuantizationType.Q4_0: (BlockKind(4, offsets=False), np.dtype([("d", "<f2"), _Q4])),
+    GGMLQuantizationType.Q4_1: (BlockKind(4, offsets=True), np.dtype([("d", "<f2"), ("m", "<f2"), _Q4])),
+    GGMLQuantizationType.Q8_0: (BlockKind(8, offsets=False), np.dtype([("d", "<f2"), ("q", "u1", (SOURCE_BLOCK,))])),
+}
 
 
 class GGUFFile:
@@ -79,8 +89,35 @@ class GGUFFile:
                 return torch.from_numpy(stored.view("<f4").copy()).view(tensor.shape)
             return torch.from_numpy(self._dequantized(tensor, stored)).view(tensor.shape)
         except MemoryError as e:
-            size = 4 * tensor.n_elements / 2**20
-            raise MachineError(f"{self.path}: no memory for tensor {show(name)} ({size:.0f} MiB)") from e
+            raise self._no_memory(tensor, 4) from e
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        """See `BlockReader`."""
+        tensor = self.tensor(name)
+        kind, _ = _BLOCKS.get(tensor.ggml_type, (None, None))
+        return kind if len(tensor.shape) == 2 else None
+
+    def blocks(self, name: str) -> SourceBlocks:
+        """See `BlockReader`; offsets are the sum of m and 8 d, rounded to float32."""
+        tensor = self.tensor(name)
+        kind, layout = _BLOCKS[tensor.ggml_type]
+        stored = self.raw(name).view(layout).reshape(tensor.shape[0], -1)  # [N, K / 32]
+        try:
+            scales = stored["d"].astype(np.float32)
+            whole = stored["q"]
+            # Of 8 bits, from numbers with a sign to those whose zero is 128
+            levels = np.concatenate([whole & 15, whole >> 4], axis=-1) if kind.bits == 4 else whole ^ 128
+            offsets = None
+            if kind.offsets:
+                with np.errstate(all="ignore"):
+                    offsets = torch.from_numpy(stored["m"].astype(np.float32) + 8 * scales)
+            return SourceBlocks(torch.from_numpy(levels).view(tensor.shape), torch.from_numpy(scales), offsets)
+        except MemoryError as e:
+            raise self._no_memory(tensor, 1) from e
+
+    def _no_memory(self, tensor: GGUFTensor, bytes_per_weight: int) -> MachineError:
+        size = bytes_per_weight * tensor.n_elements / 2**20
+        return MachineError(f"{self.path}: no memory for tensor {show(tensor.name)} ({size:.0f} MiB)")
 
     def _dequantized(self, tensor: GGUFTensor, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         block, block_bytes = GGML_QUANT_SIZES[tensor.ggml_type]

@@ -114,6 +114,7 @@ def read_gguf(path: Path) -> Checkpoint:
         {name: tensor.shape for name, tensor in file.tensors.items()},
         file.load,
         where=str(path),
+        reader=file,
     )
     tokenizer = tokenizer_assets(file)
     tokens = len(file.meta_strings("tokenizer.ggml.tokens"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm_edge.exporter.checkpoint.blocks import BlockKind, BlockReader, SourceBlocks
 from llm_edge.exporter.config import ModelConfig
 from llm_edge.exporter.model import Decoder
 from llm_edge.runtime.errors import CheckpointError
@@ -47,9 +48,12 @@ class Weights(Mapping[str, Tensor]):
     (quantized sources come as float32).
     """
 
-    def __init__(self, rows: Mapping[str, tuple[Part, ...]], load: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, rows: Mapping[str, tuple[Part, ...]], load: Callable[[str], Tensor], reader: BlockReader | None = None
+    ) -> None:
         self._rows = rows
         self._load = load
+        self._reader = reader
 
     def __getitem__(self, name: str) -> Tensor:
         parts = []
@@ -57,6 +61,22 @@ class Weights(Mapping[str, Tensor]):
             tensor = self._load(part.name)
             parts.append(part.convert(tensor) if part.convert else tensor)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        """What the source's blocks of a weight hold; None unless all of its parts lie in blocks of one kind."""
+        if self._reader is None:
+            return None
+        kinds = {self._reader.block_kind(part.name) for part in self._rows[name]}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def blocks(self, name: str) -> SourceBlocks:
+        """A weight that has a kind, as its source rounded it."""
+        assert self._reader is not None
+        parts = []
+        for part in self._rows[name]:
+            blocks = self._reader.blocks(part.name)
+            parts.append(blocks.moved(part.convert) if part.convert else blocks)
+        return parts[0] if len(parts) == 1 else SourceBlocks.stacked(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -71,6 +91,7 @@ def bind_weights(
     shapes: Mapping[str, tuple[int, ...]],
     load: Callable[[str], Tensor],
     where: str,
+    reader: BlockReader | None = None,
 ) -> Weights:
     """Join a family's weight table with a file and check every shape before anything is read.
 
@@ -80,6 +101,7 @@ def bind_weights(
         shapes: every tensor of the source.
         load: reads one tensor of the source.
         where: the file, for messages.
+        reader: of a source that holds blocks; the table's conversions then do nothing but move rows.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or not one this decoder knows.
@@ -100,7 +122,7 @@ def bind_weights(
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         name = ascii(strange[0])[1:-1][:200]
         raise CheckpointError(f"{where}: tensor {name}{more} has no place in this decoder: not a known variant")
-    return Weights(rows, load)
+    return Weights(rows, load, reader)
 
 
 def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -1,0 +1,88 @@
+"""`worker.py` for llama.cpp: `python llamacpp_worker.py FILE.gguf THREADS [no-flash]`, run beside llama-cpp-python.
+
+Calls the C interface; of the package only its ctypes declarations are imported, so that neither its Python classes nor
+numpy count as llama.cpp's memory and start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+CONTEXT = 1024  # its cache is allocated whole
+BATCH = 512
+
+
+def main() -> None:
+    """Load the file and answer."""
+    from serving import private_stdout, serve  # type: ignore[import-not-found]
+
+    path, threads = sys.argv[1], int(sys.argv[2])
+    replies = private_stdout()
+    lib = declarations()
+    quiet = lib.llama_log_callback(lambda *_: None)
+    lib.llama_log_set(quiet, None)
+    lib.llama_backend_init()
+
+    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, BATCH
+    params.n_threads = params.n_threads_batch = threads
+    params.no_perf = True
+    if sys.argv[3:] == ["no-flash"]:
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = lib.llama_init_from_model(model, params) if model else None
+    if not context:
+        sys.exit(f"error: llama.cpp cannot load {path}")
+    memory, vocab = lib.llama_get_memory(context), lib.llama_model_get_vocab(model)
+    width = lib.llama_vocab_n_tokens(vocab)
+    greedy = lib.llama_sampler_init_greedy()
+
+    def decode(batch: Any) -> None:
+        if (status := lib.llama_decode(context, batch)) != 0:
+            sys.exit(f"error: llama_decode returned {status}")
+
+    def generate(tokens: list[int], count: int) -> list[float]:
+        lib.llama_memory_clear(memory, False)
+        new, times = (ctypes.c_int32 * len(tokens))(*tokens), []
+        while True:
+            decode(lib.llama_batch_get_one(new, len(new)))
+            token = lib.llama_sampler_sample(greedy, context, -1)
+            times.append(perf_counter())
+            if len(times) == count or lib.llama_vocab_is_eog(vocab, token):
+                return times
+            new = (ctypes.c_int32 * 1)(token)
+
+    def logits(tokens: list[int]) -> Any:
+        lib.llama_memory_clear(memory, False)
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        decode(batch)
+        lib.llama_batch_free(batch)
+        rows = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * (len(tokens) * width)))
+        return memoryview(rows.contents).cast("B")
+
+    serve(generate, logits, replies)
+
+
+def declarations() -> Any:
+    """Module `llama_cpp.llama_cpp` without what its package would import beside it."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        sys.exit("error: llama-cpp-python is not installed here")
+    package = types.ModuleType("llama_cpp")
+    package.__path__ = [str(Path(spec.origin).parent)]
+    sys.modules["llama_cpp"] = package
+    return importlib.import_module("llama_cpp.llama_cpp")
+
+
+if __name__ == "__main__":
+    main()

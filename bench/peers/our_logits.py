@@ -1,0 +1,32 @@
+"""Logits of a precision of a bundle: `python -m llm_edge.bench.peers.our_logits BUNDLE PRECISION THREADS`.
+
+Speaks the lines of `serving.py`, but times nothing: our speed is measured by `bench/worker.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    from llm_edge.runtime.bundle import Bundle
+    from llm_edge.runtime.session import open_session
+
+    bundle = Bundle.open(sys.argv[1])
+    info = bundle.precision(sys.argv[2])
+    session = open_session(
+        bundle.file(info.model), bundle.shape, info.format, info.share_buffer, "cpu", int(sys.argv[3])
+    )
+    for line in sys.stdin:
+        request = json.loads(line)
+        session.reset()
+        logits = session.step(request["logits"], num_logits=0)
+        Path(request["to"]).write_bytes(logits.astype("<f4", copy=False).tobytes())
+        print(json.dumps({"rows": len(logits)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""`python -m llm_edge.bench.peers.run`: other engines and a bundle, with the same weights, measured in turn.
+
+Knows the order of things; how an engine is made and measured stands beside this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_edge.runtime.command import run
+
+if TYPE_CHECKING:
+    from llm_edge.bench.peers.engines import Contender, Source
+    from llm_edge.bench.peers.fidelity import Fidelity
+    from llm_edge.runtime.bundle import Bundle
+
+HERE = Path(__file__).resolve().parent
+TEXT = HERE.parents[1] / "exporter" / "data" / "validation.txt"
+TOKENS, WINDOW = 2048, 512
+_QUIET = 0.2  # CPUs that others may use
+_MOST_CHARACTERS = 64 * TOKENS  # of a text; no tokenizer puts more into a token, on average
+_EXPORT = "from llm_edge.exporter.cli import main; main()"
+_SMOLLM2 = "from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf; print(smollm2_gguf())"
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def peers(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder made by llm-export.")],
+    source: Annotated[
+        Path | None, typer.Option(help="GGUF that the bundle was made of. Default: SmolLM2's, from the cache.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Comma-separated: ours, llama.cpp, genai, openvino, or engine/precision.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Fresh processes of each; medians are shown.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Measurements in each process, in turn.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of each engine.")] = 2,
+    without_amx: Annotated[bool, typer.Option("--without-amx", help="Refuse AMX to all, as laptops do.")] = False,
+    text: Annotated[Path | None, typer.Option(help="Text for KL. Default: the shipped validation text.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for environments and converted models.")] = Path(".peers"),
+    markdown: Annotated[Path | None, typer.Option(help="File for a block that suits bench/RESULTS.md.")] = None,
+) -> None:
+    """Measure llama.cpp, onnxruntime-genai, OpenVINO GenAI and a bundle in turn: speed, memory, size, KL against fp32.
+
+    Prints two tables, and one JSON object as the last line. The first run installs the peers, which takes minutes.
+    """
+    raise typer.Exit(
+        run(lambda: _peers(bundle, source, only, rounds, repeats, threads, without_amx, text, work, markdown))
+    )
+
+
+def _peers(
+    path: Path,
+    gguf: Path | None,
+    only: str | None,
+    rounds: int,
+    repeats: int,
+    threads: int,
+    without_amx: bool,
+    text: Path | None,
+    work: Path,
+    markdown_file: Path | None,
+) -> None:
+    from llm_edge.bench.cli import machine
+    from llm_edge.bench.driver import MIN_CONTEXT, measure
+    from llm_edge.bench.peers import report as tables
+    from llm_edge.bench.peers import without_amx as amx
+    from llm_edge.bench.peers.engines import choose, make
+    from llm_edge.bench.peers.environments import ENVIRONMENTS
+    from llm_edge.bench.peers.machine import busy_cpus, has_amx
+    from llm_edge.runtime.bundle import Bundle
+    from llm_edge.runtime.errors import InputError
+
+    bundle = Bundle.open(path)
+    names = choose(only, list(bundle.precisions))
+    if bundle.shape.max_position_embeddings < MIN_CONTEXT:
+        raise InputError(f"{path}: its context of {bundle.shape.max_position_embeddings} is shorter than {MIN_CONTEXT}")
+    if without_amx and (reason := amx.problem()) is not None:
+        raise InputError(f"--without-amx: {reason}")
+    tokens = _tokens(bundle, text or TEXT)
+    peers_asked = [peer for peer in ENVIRONMENTS if any(name.startswith(f"{peer}/") for name in names)]
+    weights = _source(gguf, bundle) if peers_asked or "fp32" not in bundle.precisions else None
+    bundle.verify()
+    work = work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+
+    prefix = (sys.executable, "-I", "-S", str(HERE / "without_amx.py")) if without_amx else ()
+    contenders = [contender.behind(prefix) for contender in make(names, bundle, weights, work, threads, _say)]
+    reference = _reference(bundle, weights, work, threads)
+    sizes = {contender.name: contender.size for contender in contenders}
+    busy = busy_cpus()
+    if busy is not None and busy > _QUIET:
+        _say(f"warning: others keep {busy:.1f} CPUs busy; engines whose threads wait for each other suffer most")
+    figures = measure({each.name: each.speed for each in contenders}, tokens, rounds, repeats, _say)
+    fidelities = _fidelities(contenders, reference, tokens, bundle.shape.vocab_size, work)
+    report: dict[str, Any] = {
+        "bundle": bundle.name,
+        "machine": machine(),
+        "amx": not without_amx if has_amx() else None,
+        "busy_cpus": busy,
+        "threads": threads,
+        "rounds": rounds,
+        "repeats": repeats,
+        "text": (text or TEXT).name,
+        "positions": min(len(tokens), TOKENS),
+        "versions": {peer: ENVIRONMENTS[peer].version for peer in peers_asked},
+        "engines": tables.summarise(sizes, figures, fidelities),
+        "ratios": tables.ratios(sizes, figures),
+    }
+    _print_table(tables.engine_table(report["engines"]))
+    if report["ratios"]:
+        print()
+        _print_table(tables.ratio_table(report["ratios"]))
+    if markdown_file is not None:
+        markdown_file.write_text(tables.markdown(report), encoding="utf-8")
+    print(json.dumps(report))
+
+
+def _tokens(bundle: Bundle, path: Path) -> list[int]:
+    """Tokens of a text, enough to measure with."""
+    from llm_edge.runtime.errors import InputError
+    from llm_edge.runtime.safe_io import MIB, read_text
+    from llm_edge.runtime.tokenizer import Tokenizer
+
+    text = read_text(path, 16 * MIB, error=InputError)[:_MOST_CHARACTERS]
+    tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), bundle.json("tokenizer_config.json"), None)
+    tokens = tokenizer.encode(text)
+    if len(tokens) < WINDOW:
+        raise InputError(f"--text: {path} has {len(tokens)} tokens, {WINDOW} are needed: give a longer text")
+    return tokens
+
+
+def _source(path: Path | None, bundle: Bundle) -> Source:
+    """The GGUF, which has to be the one that the bundle was made of."""
+    from llm_edge.bench.peers.engines import Source
+    from llm_edge.runtime.errors import InputError, MachineError
+
+    if path is None:
+        done = subprocess.run([sys.executable, "-c", _SMOLLM2], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise MachineError("SmolLM2's GGUF cannot be fetched: run llm-export smollm2 once, or give one by --source")
+        path = Path(done.stdout.strip())
+    if not path.is_file():
+        raise InputError(f"--source: {path} is no file: give the GGUF that the bundle was made of")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    made_of = bundle.manifest.get("source")
+    files = made_of.get("files") if isinstance(made_of, dict) else None
+    if not isinstance(files, list) or not any(entry.get("sha256") == digest for entry in files if type(entry) is dict):
+        raise InputError(f"{bundle.path} was not made of {path}: give the GGUF it was made of by --source")
+    return Source(path.resolve(), digest[:12], bundle.path.resolve())
+
+
+def _reference(bundle: Bundle, source: Source | None, work: Path, threads: int) -> Sequence[str]:
+    """Command of a worker that yields fp32's logits: of the bundle, or of one made for this and proven on the way."""
+    from llm_edge.bench.peers.engines import our_logits
+    from llm_edge.bench.peers.environments import call
+
+    path = bundle.path
+    if "fp32" not in bundle.precisions:
+        assert source is not None
+        path = work / "fp32" / source.key
+        if not path.exists():
+            _say("exporting fp32 to compare with")
+            path.parent.mkdir(exist_ok=True)
+            command = [sys.executable, "-c", _EXPORT, str(source.gguf), "--precision", "fp32", "-o", str(path)]
+            call(command, path.parent / "export.log", "llm-export")
+    return our_logits(path, "fp32", threads)
+
+
+def _fidelities(
+    contenders: Sequence[Contender], reference: Sequence[str], tokens: Sequence[int], vocab_size: int, work: Path
+) -> dict[str, Fidelity]:
+    """How far each is from fp32, each in a process of its own."""
+    from llm_edge.bench.peers.fidelity import compare, windows
+
+    text = windows(tokens, TOKENS, WINDOW)
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="logits-", dir=work) as folder:
+        expected = _logits(reference, text, Path(folder), "fp32")
+        for contender in contenders:
+            _say(f"comparing {contender.name} with fp32")
+            files = _logits(contender.logits, text, Path(folder), "other")
+            found[contender.name] = compare(expected, files, vocab_size)
+    return found
+
+
+def _logits(command: Sequence[str], text: Sequence[Sequence[int]], folder: Path, stem: str) -> list[Path]:
+    """Files of a worker's logits, one a window."""
+    from llm_edge.bench.driver import Worker
+
+    files = [folder / f"{stem}-{number}" for number in range(len(text))]
+    worker = Worker(command)
+    try:
+        for window, file in zip(text, files, strict=True):
+            worker.ask(logits=window, to=str(file))
+    finally:
+        worker.close()
+    return files
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title, *body = rows
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(title):
+        table.add_column(name, justify="right" if number else "left")
+    for cells in body:
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Orthogonal matrices that spread every number over all places: Hadamard's where the size has one.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SEED = 505
+_ROWS = 1024  # turned at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """An orthogonal matrix Q [n, n] as signs and the Kronecker product of two small orthogonal matrices.
+
+    Two small products take the place of a large one: `n * (a + b)` steps a row instead of `n * n`.
+
+    Attributes:
+        signs: float32 [n], each 1 or -1.
+        left: float32 [a, a].
+        right: float32 [b, b]; n = a * b.
+    """
+
+    signs: Tensor
+    left: Tensor
+    right: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x Q` along the last axis, as float32; a few rows at a time, since `x` may be a whole embedding."""
+        flat = x.reshape(-1, x.shape[-1])
+        turned = torch.empty(flat.shape)
+        for start in range(0, len(flat), _ROWS):
+            rows = flat[start : start + _ROWS].float() * self.signs
+            split = rows.reshape(-1, len(self.left), len(self.right))
+            turned[start : start + _ROWS] = (self.left.T @ split @ self.right).reshape(rows.shape)
+        return turned.reshape(x.shape)
+
+    def matrix(self) -> Tensor:
+        """Q itself, [n, n]."""
+        return self.apply(torch.eye(len(self.signs)))
+
+
+def rotation(size: int) -> Rotation:
+    """A rotation of `size`, always the same one.
+
+    As much of it as there is a Hadamard matrix for is one, so that all its numbers are equally large; what is left,
+    an odd factor, is a random orthogonal matrix.
+    """
+    generator = torch.Generator().manual_seed(_SEED + size)
+    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
+    left, right = _factors(size)
+    return Rotation(signs, _orthogonal(left, generator), _orthogonal(right, generator))
+
+
+def hadamard_block(width: int, most: int) -> Tensor:
+    """The largest orthonormal Hadamard matrix of at most `most` columns whose size divides `width`; float32 [n, n]."""
+    size = max(n for n in range(1, min(most, width) + 1) if width % n == 0 and _has_hadamard(n))
+    return (_hadamard(size) / math.sqrt(size)).float()
+
+
+def _factors(size: int) -> tuple[int, int]:
+    """Two factors, near each other, that both have a Hadamard matrix; else a power of two and the rest."""
+    known = [n for n in range(1, size + 1) if size % n == 0 and _has_hadamard(n) and _has_hadamard(size // n)]
+    if known:
+        left = min(known, key=lambda n: abs(n - size // n))
+        return left, size // left
+    power = size & -size
+    return size // power, power
+
+
+def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    if _has_hadamard(size):
+        return (_hadamard(size) / math.sqrt(size)).float()
+    normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    orthogonal: Tensor = torch.linalg.qr(normal).Q
+    return orthogonal.float()
+
+
+def _has_hadamard(size: int) -> bool:
+    return size in (1, 2) or (size % 2 == 0 and _has_hadamard(size // 2)) or _paley(size) is not None
+
+
+def _hadamard(size: int) -> Tensor:
+    """A Hadamard matrix by Sylvester's doubling or Paley's constructions (https://doi.org/10.1002/sapm1933121311)."""
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    found = _paley(size)
+    if found is not None:
+        return found
+    half = _hadamard(size // 2)
+    return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
+
+
+def _paley(size: int) -> Tensor | None:
+    """Of order p + 1 for a prime p = 3 mod 4, or 2 (p + 1) for a prime p = 1 mod 4; None for other sizes."""
+    if size % 4 == 0 and _is_prime(size - 1):
+        return _bordered(size - 1, -1.0) + torch.eye(size, dtype=torch.float64)
+    if size % 4 == 0 and _is_prime(size // 2 - 1) and (size // 2 - 1) % 4 == 1:
+        symmetric = _bordered(size // 2 - 1, 1.0)
+        signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        zeros = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        return torch.kron(symmetric, signs) + torch.kron(torch.eye(size // 2, dtype=torch.float64), zeros)
+    return None
+
+
+def _bordered(prime: int, border: float) -> Tensor:
+    """Jacobsthal's matrix of quadratic residues with a border of ones, whose left side has the sign `border`."""
+    residues = torch.full((prime,), -1.0, dtype=torch.float64)
+    residues[torch.arange(1, prime) ** 2 % prime] = 1.0
+    residues[0] = 0.0
+    index = torch.arange(prime)
+    whole = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
+    whole[0, 1:] = 1.0
+    whole[1:, 0] = border
+    whole[1:, 1:] = residues[(index[:, None] - index) % prime]
+    return whole
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % factor for factor in range(2, math.isqrt(number) + 1))
