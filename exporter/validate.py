@@ -241,7 +241,7 @@ def score(expected: Expected, session: Runnable, progress: Callable[[float], Non
         progress(done / max(count, 1))
     return Quality(
         tokens=count,
-        kl_mean=divergences.mean().item(),
+        kl_mean=max(divergences.mean().item(), 0.0),  # rounding alone can leave it below
         kl_p999=divergences.quantile(0.999).item(),
         top1=same / count,
         perplexity=math.exp(loss / count),
