@@ -110,14 +110,13 @@ class _Lowering:
         assert isinstance(found, QuantizedInteger)
         return found
 
-    def _format_of(self, module: str, width: int) -> Format:
+    def _format_of(self, module: str) -> Format:
         if self._rounding is not None and module in self._rounding.choices:
             return self._rounding.choices[module].form
-        form = self._recipe.format_of(module)
-        return form.fitting(width) if isinstance(form, Blocks) else form
+        return self._recipe.format_of(module)
 
     def _settled(self, form: Format, weight: ir.Value) -> Format:
-        """The format of a weight, now that it is known whether its source holds blocks to keep."""
+        """The format as it suits a weight: what its source and its width allow."""
         if isinstance(form, Source) and self._source.kind(weight) is None:
             form = form.otherwise
         return form.fitting(shape_of(weight)[1]) if isinstance(form, Blocks) else form
@@ -129,7 +128,7 @@ class _Lowering:
         assert weight is not None
         assert node.name is not None
         path = node.name.removesuffix("/Linear")
-        form = self._settled(self._format_of(path.strip("/").replace("/", "."), shape_of(weight)[1]), weight)
+        form = self._settled(self._format_of(path.strip("/").replace("/", ".")), weight)
         if isinstance(form, Dense):
             if name_of(weight) == EMBEDDING:
                 self._editor.replace(node, _tied(x, weight, path, self._editor))
@@ -154,7 +153,7 @@ class _Lowering:
         assert weight is not None
         assert ids is not None
         width = self._config.hidden_size
-        form = self._format_of(HEAD, width) if self._config.tie_word_embeddings else self._recipe.embedding
+        form = self._format_of(HEAD) if self._config.tie_word_embeddings else self._recipe.embedding
         form = self._settled(form, weight)
         if isinstance(form, Blocks) and width % form.size == 0:
             self._editor.replace(node, self._blocks.gather(weight, ids, form, "/embed_tokens"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 
+from llm_edge.exporter import cli
 from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
@@ -46,6 +49,24 @@ def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory)
     """SmolLM2 exported to fp32, with validation (about half a minute); not to be written to."""
     assert smollm2_file.is_file()
     return _export("smollm2", tmp_path_factory.mktemp("bundle") / "smollm2-135m", GraphStyle.FUSED, "fp32")
+
+
+@pytest.fixture
+def llm_export(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process; gives exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-export", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, captured.out, captured.err
+
+    return run
 
 
 def _export(source: str, output: Path, style: GraphStyle, precisions: str = "fp32,int8,int4") -> Path:

@@ -29,22 +29,6 @@ PROJECTIONS = {f"layers.{layer}.{name}" for layer in range(2) for name in ROLES}
 PRECISIONS = "fp32,int8,int8-exact,int4"
 
 
-@pytest.fixture
-def llm_export(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command in this process; gives exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def short_texts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

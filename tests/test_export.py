@@ -22,7 +22,6 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
 from llm_edge.exporter import write_graphs as graphs_module
 from llm_edge.exporter.checkpoint.source import bundle_name
@@ -79,24 +78,6 @@ def read(path: Path) -> Any:
 
 def answer(bundle: Path, precision: str) -> tuple[int, ...]:
     return Model.load(bundle, precision).chat(MESSAGES, GREEDY).result().tokens
-
-
-@pytest.fixture
-def llm_export(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process; gives exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ import tiny
 import torch
 from transformers import CohereConfig, CohereForCausalLM, OPTConfig, OPTForCausalLM
 
-from llm_edge.exporter import cli
 from llm_edge.exporter.bundle_files import hf_config
 from llm_edge.exporter.checkpoint.huggingface import read_folder
 from llm_edge.exporter.checkpoint.weights import Part, WeightTable, bind_weights, half_split
@@ -125,24 +124,6 @@ def bundle(site: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 def ids() -> list[int]:
     found: list[int] = torch.randint(331, (LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
     return found
-
-
-@pytest.fixture
-def llm_export(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process; gives exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @torch.inference_mode()

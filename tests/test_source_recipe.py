@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from gguf.quants import quantize
 from onnx import numpy_helper
 from test_gguf_families import save_folder, write_gguf
 
-from llm_edge.exporter import cli
 from llm_edge.exporter.checkpoint.gguf_checkpoint import read_gguf
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
@@ -242,23 +240,9 @@ def test_what_is_stored_otherwise_is_dense(tmp_path: Path, monkeypatch: pytest.M
 # ---- the command
 
 
-@pytest.fixture
-def llm_export(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process; gives exit code, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shorten_texts(monkeypatch, 200)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize("case", ["folder", "F16", "Q5_0", "Q5_0 and a head of Q8_0"])
