@@ -6,7 +6,13 @@ import { basename, dirname } from 'node:path';
 import { AutoModelForCausalLM, AutoTokenizer, env } from '@huggingface/transformers';
 
 // How transformers.js calls the files; from its README, "Using quantized models (dtypes)".
-const DTYPES = { 'model.onnx': 'fp32', 'model_fp16.onnx': 'fp16', 'model_quantized.onnx': 'q8', 'model_q4.onnx': 'q4' };
+const DTYPES = {
+    'model.onnx': 'fp32',
+    'model_fp16.onnx': 'fp16',
+    'model_quantized.onnx': 'q8',
+    'model_int8.onnx': 'int8',
+    'model_q4.onnx': 'q4',
+};
 
 const job = JSON.parse(readFileSync(0, 'utf8'));
 const read = (path) => JSON.parse(readFileSync(path, 'utf8'));

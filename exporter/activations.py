@@ -31,7 +31,7 @@ class QuantizedInteger:
         scales: float32 [N].
         activation_scale: a step of the (lowest) 8 bits of an activation.
         smooth: float32 [K], what channels are divided by beside their norm; None where activations are not spread.
-        mixing: float32 [b, b], what blocks of channels are multiplied by; None where there is nothing to mix.
+        spread: see `Integer`.
         terms: of 8 bits each.
     """
 
@@ -39,7 +39,7 @@ class QuantizedInteger:
     scales: npt.NDArray[np.float32]
     activation_scale: float
     smooth: npt.NDArray[np.float32] | None
-    mixing: npt.NDArray[np.float32] | None
+    spread: int
     terms: int
 
 
@@ -52,17 +52,17 @@ def quantize_integer(weight: Tensor, form: Integer, hessian: Tensor, inputs: Ten
         hessian: float32 [K, K], of the projection's inputs.
         inputs: float32 [rows, K], some of them.
     """
-    smooth = mixing = None
+    smooth = None
+    mixing = _mixing(weight.shape[1], form.spread)
     if form.spread:
         power = hessian.diagonal().clamp(min=0).sqrt()
         smooth = power.clamp(min=power.mean() * 1e-4 + 1e-12) ** _SMOOTHING
         smooth = smooth / smooth.mean()
         weight = weight * smooth
         hessian = hessian / (smooth[:, None] * smooth)
-        if form.spread > 1:
-            mixing = hadamard_block(weight.shape[1], form.spread)
-            weight = _mixed(weight, mixing)
-            hessian = _mixed(_mixed(hessian, mixing).T, mixing)
+    if mixing is not None:
+        weight = _mixed(weight, mixing)
+        hessian = _mixed(_mixed(hessian, mixing).T, mixing)
     ready, _ = _prepared(inputs, smooth, mixing)
     data, scales = quantize_channels(weight, hessian)
     return QuantizedInteger(
@@ -70,7 +70,7 @@ def quantize_integer(weight: Tensor, form: Integer, hessian: Tensor, inputs: Ten
         scales=scales,
         activation_scale=_step(ready, form.terms),
         smooth=None if smooth is None else smooth.numpy(),
-        mixing=None if mixing is None else mixing.numpy(),
+        spread=form.spread,
         terms=form.terms,
     )
 
@@ -78,8 +78,7 @@ def quantize_integer(weight: Tensor, form: Integer, hessian: Tensor, inputs: Ten
 def product(inputs: Tensor, quantized: QuantizedInteger) -> Tensor:
     """What the graph computes for inputs [rows, K]: float32 [rows, N]."""
     smooth = None if quantized.smooth is None else torch.from_numpy(quantized.smooth)
-    mixing = None if quantized.mixing is None else torch.from_numpy(quantized.mixing)
-    ready, norms = _prepared(inputs, smooth, mixing)
+    ready, norms = _prepared(inputs, smooth, _mixing(inputs.shape[1], quantized.spread))
     weight = torch.from_numpy(quantized.data).float() * torch.from_numpy(quantized.scales)[:, None]
     return _rounded(ready, quantized.activation_scale, quantized.terms) @ weight.T * norms
 
@@ -91,6 +90,11 @@ def _prepared(inputs: Tensor, smooth: Tensor | None, mixing: Tensor | None) -> t
     norms = (inputs.square().mean(-1, keepdim=True) + EPSILON).sqrt()
     ready = inputs / norms / smooth
     return ready if mixing is None else _mixed(ready, mixing), norms
+
+
+def _mixing(width: int, spread: int) -> Tensor | None:
+    """What blocks of channels are multiplied by, [b, b]; None where they are not mixed."""
+    return hadamard_block(width, spread) if spread > 1 else None
 
 
 def _mixed(x: Tensor, mixing: Tensor) -> Tensor:

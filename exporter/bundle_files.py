@@ -12,7 +12,8 @@ from llm_edge.exporter.recipes import Recipe
 
 _GENAI_MAX_LENGTH = 4096  # genai may allocate the cache for this many tokens up front
 
-# What transformers.js calls the graphs. Told nothing, it looks for model.onnx, which a bundle without fp32 lacks.
+# What transformers.js calls the graphs; it has no name for the others. Told nothing, it looks for model.onnx, which a
+# bundle without fp32 lacks.
 _TRANSFORMERS_JS_DTYPES = {
     "model": "fp32",
     "model_fp16": "fp16",
@@ -29,8 +30,9 @@ def write_side_files(
     tokenizer = checkpoint.tokenizer
     config = hf_config(checkpoint)
     if onnx:
+        stems = [recipe.stem for recipe in (preferred(recipes), *recipes) if recipe.stem in _TRANSFORMERS_JS_DTYPES]
         config["transformers.js_config"] = {
-            "dtype": _TRANSFORMERS_JS_DTYPES.get(preferred(recipes).stem, "fp32"),
+            **({"dtype": _TRANSFORMERS_JS_DTYPES[stems[0]]} if stems else {}),
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
         }
         write_json(folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), share_buffer))
@@ -45,6 +47,12 @@ def write_side_files(
     write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
 
 
+def runtimes(recipe: Recipe) -> list[str]:
+    """Other people's runtimes that take a precision; `make compat` is the proof."""
+    named = recipe.stem in _TRANSFORMERS_JS_DTYPES
+    return ["onnxruntime-genai", "optimum", *(["transformers.js"] if named else [])]
+
+
 def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The model's `config.json` for transformers; token ids that are not known are null, lest a default stand in."""
     return {
@@ -55,12 +63,8 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
-    """The precision that consumers get who take one graph only: int8 where it is there, else the first.
-
-    Those consumers want a cache of floating-point numbers, so one of int8 is what they get only where all are.
-    """
-    usual = [recipe for recipe in recipes if not recipe.cache_bits] or recipes
-    return next((recipe for recipe in usual if recipe.name == "int8"), usual[0])
+    """The precision that consumers get who take one graph only: int8 where it is there, else the first."""
+    return next((recipe for recipe in recipes if recipe.name == "int8"), recipes[0])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

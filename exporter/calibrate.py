@@ -188,8 +188,8 @@ def observe(
     length = min(WINDOW, config.max_position_embeddings)
     enough = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _FEWEST), TOKENS)
     count = max(min(len(tokens), enough) // length, 1)
-    windows = [torch.tensor([tokens[index * length : (index + 1) * length]]) for index in range(count)]
-    states = [_embedded(config, weights, window) for window in windows]
+    windows = torch.tensor(tokens[: count * length]).reshape(count, -1)
+    states = list(_embedded(config, weights, windows)[:, None])
     tables = rotary_tables(config)
     kept = max(_ROWS // count, 1)
     for number in range(config.num_hidden_layers):
@@ -248,10 +248,10 @@ def _run(layer: Layer, config: ModelConfig, number: int, state: Tensor, tables: 
     return _Given(output, present, inputs)
 
 
-def _embedded(config: ModelConfig, weights: RotatedWeights, window: Tensor) -> Tensor:
-    """What the first layer is given for tokens [1, S], as `model.Decoder` makes it."""
-    state = weights.embedded(window) * config.embedding_scale
-    return state + weights["embed_positions.weight"][: window.shape[1]] if config.learned_positions else state
+def _embedded(config: ModelConfig, weights: RotatedWeights, tokens: Tensor) -> Tensor:
+    """What the first layer is given for tokens [B, S], as `model.Decoder` makes it."""
+    state = weights.embedded(tokens) * config.embedding_scale
+    return state + weights["embed_positions.weight"][: tokens.shape[1]] if config.learned_positions else state
 
 
 def _layer(config: ModelConfig, weights: RotatedWeights, number: int) -> Layer:

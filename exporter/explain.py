@@ -15,6 +15,7 @@ HEAD = "lm_head"
 _OTHER = ("norms", "tables", "graph")
 _LONGEST = 120  # characters of a name or format in a manifest
 _MOST = 1e100  # of an error or divergence
+_MOST_SHOWN = 32  # precisions, and roles; ours are fewer than ten
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +66,20 @@ class Explained:
 
 
 def explain(bundle: Bundle, names: Sequence[str] | None = None) -> list[Explained]:
-    """What the precisions of a bundle are made of; `names` are some of them, None takes all.
+    """What the precisions of a bundle are made of; `names` are some of them, each told once, None takes all.
 
     Raises:
         BundleError: a name is not in the bundle, or the manifest does not say, or not what can be.
     """
-    return [_explained(bundle, bundle.precision(name).name) for name in (bundle.precisions if names is None else names)]
+    asked = dict.fromkeys(bundle.precisions if names is None else names)
+    if len(asked) > _MOST_SHOWN:
+        raise BundleError(f"{bundle.path / MANIFEST}: {len(asked)} precisions, no more than {_MOST_SHOWN} can be shown")
+    return [_explained(bundle, bundle.precision(name).name) for name in asked]
 
 
 def _explained(bundle: Bundle, name: str) -> Explained:
+    if not _is_name(name):
+        raise BundleError(f"{bundle.path / MANIFEST}: a precision's name that is none ({name[:_LONGEST]!r})")
     entry = bundle.manifest["precisions"][name]
     where = f"{bundle.path / MANIFEST}: precisions.{name}"
     projections, other = entry.get("projections"), entry.get("other")
@@ -99,7 +105,10 @@ def _explained(bundle: Bundle, name: str) -> Explained:
     divergence = bundle.precisions[name].quality.get("kl_mean")
     if divergence is not None and not _is_number(divergence):
         raise BundleError(f"{where}.quality.kl_mean is {divergence!r}, not a number: export the bundle again")
-    return Explained(name, bundle.precisions[name].size, layers, outside, rest, divergence)
+    explained = Explained(name, bundle.precisions[name].size, layers, outside, rest, divergence)
+    if len(explained.roles) > _MOST_SHOWN:
+        raise BundleError(f"{where}.projections: more than {_MOST_SHOWN} kinds of them in the layers: export it again")
+    return explained
 
 
 def _stored(given: Any, where: str) -> Stored:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import tokenizers
 
-from llm_edge.exporter.bundle_files import write_json, write_side_files
+from llm_edge.exporter.bundle_files import runtimes, write_json, write_side_files
 from llm_edge.exporter.calibrate import Choice
 from llm_edge.exporter.checkpoint.base import Checkpoint, Source
 from llm_edge.exporter.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.checkpoint.weights import Weights
 from llm_edge.exporter.explain_graph import explained
 from llm_edge.exporter.forms import Form, OnnxForm
 from llm_edge.exporter.graph import GraphStyle
@@ -134,7 +135,7 @@ def export(
     with staging(target, force) as folder:
         graphs = folder / form.name
         graphs.mkdir()
-        make_room(folder, _bytes_needed(parameters, recipes, validate))
+        make_room(folder, _bytes_needed(parameters, recipes, validate, checkpoint.weights))
         roundings = form.write(graphs, checkpoint.config, checkpoint.weights, recipes, texts.calibration, progress)
         if validate:
             proof = prove(graphs, checkpoint, recipes, form, texts, validation_memory, progress)
@@ -208,11 +209,21 @@ def _texts(checkpoint: Checkpoint) -> Texts:
     return Texts(*texts)
 
 
-def _bytes_needed(parameters: int, recipes: tuple[Recipe, ...], validate: bool) -> int:
+def _bytes_needed(parameters: int, recipes: tuple[Recipe, ...], validate: bool, weights: Weights) -> int:
     """About how much disk the graphs take, the one of the proof included."""
     made = recipes if not validate or any(recipe.lossless for recipe in recipes) else (*recipes, RECIPES["fp32"])
     rounded = [recipe for recipe in recipes if recipe.calibrated]  # waits on disk until it is written
-    return sum(int(parameters * recipe.bytes_per_weight) for recipe in (*made, *rounded))
+    return sum(int(parameters * _bytes_per_weight(recipe, weights)) for recipe in (*made, *rounded))
+
+
+def _bytes_per_weight(recipe: Recipe, weights: Weights) -> float:
+    """About how much disk a weight takes; of a recipe that keeps the source's blocks, by how many weights have some."""
+    form = recipe.projections
+    if not isinstance(form, SourceFormat):
+        return recipe.bytes_per_weight
+    names = [name for name in weights if name.startswith("layers.") and name.endswith(".weight") and "norm" not in name]
+    held = sum(weights.block_kind(name) is not None for name in names) / len(names)
+    return held * form.bytes_per_weight + (1 - held) * form.otherwise.bytes_per_weight
 
 
 def _commit_manifest(
@@ -255,6 +266,7 @@ def _commit_manifest(
                     "share_buffer": report.style is GraphStyle.FUSED,
                     "parity": asdict(made.parity) if made.parity else {},
                     "quality": asdict(made.quality) if made.quality else {},
+                    **({"runtimes": runtimes(made.recipe)} if form.name == ONNX else {}),
                     **(
                         explained(folder / ONNX / form.file(made.recipe), made.size, made.choices)
                         if form.name == ONNX

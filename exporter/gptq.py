@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DAMPING = 0.01  # of the mean of the diagonal, added to it: the inverse stays stable
+_DAMPING = (0.01, 0.1, 1.0, 10.0)  # of the mean of the diagonal, added to it until the inverse is stable
 _BLOCK = 128  # columns whose errors reach the columns behind them in one product
 
 
@@ -17,7 +17,7 @@ def compensated(weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, 
 
     Args:
         weight: float32 [N, K].
-        hessian: float32 [K, K], sum or mean of the outer products of the inputs that the weight sees; overwritten.
+        hessian: float32 [K, K], sum or mean of the outer products of the inputs that the weight sees.
         scales: float32 [N, G], of a group of `size` columns each; a weight is `scale * (level - zero)`.
         zeros: float32 [N, G], whole numbers.
         size: columns a group.
@@ -53,11 +53,19 @@ def compensated(weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, 
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse; columns that no input ever touched count as independent."""
+    """Upper Cholesky factor of the inverse; columns that no input ever touched count as independent.
+
+    Where float32 finds no factor whatever is added, all columns do: each weight then goes to its nearest level.
+    """
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
-    diagonal += _DAMPING * diagonal.mean()
-    lower = torch.linalg.cholesky(hessian)
-    inverse = torch.cholesky_inverse(lower)
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
+    mean = diagonal.mean()
+    for damping in _DAMPING:
+        diagonal += damping * mean
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and upper.isfinite().all():
+                return upper
+    return torch.eye(len(hessian))

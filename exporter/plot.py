@@ -30,15 +30,16 @@ _STYLE: Any = {
 }
 _DATES: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _EXACT = 1e-7  # mean KL up to which a precision counts as exact
+_TITLE = 120  # characters of it that are shown
 _HEIGHT = 350  # points that the right half's axes are high, about
-_LABEL = 14 / _HEIGHT
+_LINE = 14 / _HEIGHT  # of a label
 
 
 def draw(found: Sequence[Explained], title: str, path: Path) -> None:
     """Write the picture of some precisions of a model; its suffix, .png, .svg or .pdf, says as what."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(13, 6), layout="constrained")
-        figure.suptitle(title, parse_math=False)
+        figure.suptitle("".join(c if c.isprintable() else " " for c in title[:_TITLE]), parse_math=False)
         halves: Any = figure.subfigures(1, 2, width_ratios=(8, 5))
         _draw_errors([explained for explained in found if explained.measured], halves[0])
         _draw_sizes(found, halves[1].subplots())
@@ -109,20 +110,23 @@ def _draw_sizes(found: Sequence[Explained], axes: Axes) -> None:
         point = (size, low if exact else divergence)
         axes.plot(*point, "v" if exact else "o", color="#333333", markersize=7)
         height = axes.transAxes.inverted().transform(axes.transData.transform(point))[1]
-        above = max(height, above + _LABEL)  # no label on another
-        label = f"{explained.name}, {size:,.3g} MB" + (f", KL {max(divergence, 0):.0e}" if exact else "")
+        above = max(height, above + _LINE)  # no label on another
+        label = _label(explained) + (f", KL {max(divergence, 0):.0e}" if exact else "")
         side, shift = ("left", 9) if size < widest / 2 else ("right", -9)
         place = (shift, (above - height) * _HEIGHT)
         axes.annotate(label, point, xytext=place, textcoords="offset points", ha=side, va="center", parse_math=False)
-    unknown = [
-        f"{explained.name}, {explained.size / 1e6:,.3g} MB" for explained in found if explained.divergence is None
-    ]
+    unknown = [_label(explained) for explained in found if explained.divergence is None]
     if unknown:
         text = "Not validated, so nothing is known of their fidelity:\n" + "\n".join(unknown)
         box = {"facecolor": "white", "edgecolor": "none"}
         axes.text(
             0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", bbox=box, zorder=0.9, parse_math=False
         )
+
+
+def _label(explained: Explained) -> str:
+    size = explained.size / 1e6
+    return f"{explained.name}, {f'{size:,.0f}' if size >= 100 else f'{size:.3g}'} MB"
 
 
 def _colours(count: int) -> list[str]:

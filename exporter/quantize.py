@@ -77,7 +77,7 @@ def quantize_channels(weight: Tensor, hessian: Tensor) -> tuple[npt.NDArray[np.i
     weight, hessian = _finite(weight).float(), _seen(hessian)
     width = weight.shape[1]
     scales, zeros = _fitted(weight[:, None], Blocks(8, width, symmetric=True), hessian.diagonal()[None])
-    levels = compensated(weight, hessian.clone(), scales, zeros, width, 255)
+    levels = compensated(weight, hessian, scales, zeros, width, 255)
     signed = (levels - 128).clamp(-127, 127).to(torch.int8)  # the integer kernels take 8 bits with a sign
     return signed.numpy(), scales[:, 0].numpy()
 
@@ -111,7 +111,7 @@ def _quantize_rows(weight: Tensor, form: Blocks) -> QuantizedBlocks:
 def _compensated_blocks(weight: Tensor, form: Blocks, hessian: Tensor) -> QuantizedBlocks:
     importance = _grouped(hessian.diagonal()[None], form)[0]
     scales, zeros = _fitted(_grouped(weight, form), form, importance)
-    levels = compensated(weight, hessian.clone(), scales, zeros, form.size, 2**form.bits - 1)
+    levels = compensated(weight, hessian, scales, zeros, form.size, 2**form.bits - 1)
     padding = form.count(weight.shape[1]) * form.size - weight.shape[1]
     if padding:
         levels = torch.cat([levels, zeros[:, -1:].expand(-1, padding)], 1)
@@ -126,7 +126,7 @@ def _scaled(grouped: Tensor, form: Blocks, share: float) -> tuple[Tensor, Tensor
         return scales, torch.full_like(scales, middle)
     low, high = grouped.amin(-1).clamp(max=0) * share, grouped.amax(-1).clamp(min=0) * share
     scales = (high - low) / most
-    return scales, (-low / scales.where(scales > 0, 1.0)).round()
+    return scales, (-low / scales.where(scales > 0, 1.0)).round().clamp(max=most)
 
 
 def _levels(grouped: Tensor, scales: Tensor, zeros: Tensor, form: Blocks) -> Tensor:

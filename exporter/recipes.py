@@ -74,7 +74,8 @@ class Integer:
 
     Attributes:
         spread: activations are divided by their root mean square, token by token, and mixed by a Hadamard matrix in
-            blocks of about this many before they are rounded: for inputs with outliers. 0 leaves them as they are.
+            blocks of about this many before they are rounded: for inputs with outliers. 1 divides without mixing, 0
+            leaves them as they are.
         terms: 1, or 2 for activations of 16 bits as the sum of two 8-bit ones.
     """
 

@@ -37,7 +37,10 @@ class RotatedWeights(Mapping[str, Tensor]):
         self._weights = weights
         self._heads = rotation(config.head_dim)
         self._residual: Rotation | None = rotation(config.hidden_size) if turns_residual(config) else None
-        self._names = [*weights, *([HEAD_MIX] if rotated_config(config).head_mix else [])]
+        self._names = dict.fromkeys([*weights, *([HEAD_MIX] if rotated_config(config).head_mix else [])])
+
+    def __contains__(self, name: object) -> bool:  # without making the weight
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -17,6 +17,7 @@ from pathlib import Path
 from llm_edge.runtime.bundle import MANIFEST
 from llm_edge.runtime.errors import InputError, MachineError
 
+_NO_MEMORY = "DefaultCPUAllocator"  # in torch's RuntimeError
 _INPUT_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -72,7 +73,9 @@ def staging(target: Path, force: bool) -> Iterator[Path]:
         _fsync(folder)
         _move(folder, target, force)
         _fsync(target.parent)
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _NO_MEMORY not in str(error):
+            raise
         raise MachineError(f"not enough memory to export to {target}") from error
     except OSError as error:
         where = error.filename if error.filename is not None and error.errno != errno.ENOSPC else target.parent

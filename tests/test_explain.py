@@ -394,6 +394,13 @@ def test_a_manifest_with_damaged_entries(key: str, value: Any, copied: Path, llm
     refused(llm_export(copied, "--explain"), "manifest.json", "int4")
 
 
+def test_a_precision_with_a_name_that_is_none(copied: Path, llm_export: Run) -> None:
+    manifest = read(copied)
+    manifest["precisions"]["\x1b[2J"] = manifest["precisions"].pop("int4")
+    write(copied, manifest)
+    refused(llm_export(copied, "--explain"), "manifest.json", "name")
+
+
 def test_a_manifest_that_is_none(copied: Path, llm_export: Run) -> None:
     (copied / "manifest.json").write_text("{", encoding="utf-8")
     refused(llm_export(copied, "--explain"), "manifest.json", "not JSON")

@@ -269,11 +269,22 @@ def test_one_precision_makes_its_files_only_and_other_readers_take_it(
     assert entry.keys() == {"int4"}
     assert (entry["int4"]["parity"], entry["int4"]["quality"]) == ({}, {})
     config = read(out / "config.json")["transformers.js_config"]
-    assert config["use_external_data_format"].keys() == {"model_q4.onnx"}
+    assert (config["dtype"], config["use_external_data_format"].keys()) == ("q4", {"model_q4.onnx"})
+    assert entry["int4"]["runtimes"] == ["onnxruntime-genai", "optimum", "transformers.js"]
     assert read(out / "genai_config.json")["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
     assert Model.load(out).precision.name == "int4"
     assert answer(out, "int4")
     assert files(tiny_checkpoint) == before
+
+
+def test_a_precision_that_transformers_js_has_no_name_for(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, _ = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "int4-mixed", "--no-validate")
+    assert code == 0
+    assert "dtype" not in read(tmp_path / "bundle" / "config.json")["transformers.js_config"]
+    entry = read(tmp_path / "bundle" / "manifest.json")["precisions"]["int4-mixed"]
+    assert entry["runtimes"] == ["onnxruntime-genai", "optimum"]
 
 
 def test_the_default_folder_is_named_after_the_source(

@@ -127,6 +127,16 @@ def test_blocks_keep_their_scales_in_the_order_of_importance() -> None:
 # ---- odd weights, odd inputs
 
 
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e18])
+def test_second_moments_without_an_inverse_leave_the_nearest_levels(scale: float) -> None:
+    """One direction alone, so small or large that float32 finds no factor: no error ends the export."""
+    weight = numbers(4, 64, seed=11)
+    hessian = torch.full((64, 64), scale)
+    found = quantize_blocks(weight, FORMS[0], hessian).dequantized(64)
+    assert (found - weight).abs().max() < weight.abs().max() / 4
+    assert torch.equal(hessian, torch.full((64, 64), scale))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_inputs_that_are_always_zero(form: Blocks) -> None:
     inputs, weight = correlated(96), numbers(12, 96, seed=3)

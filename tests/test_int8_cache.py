@@ -196,11 +196,10 @@ def test_standard_operators_have_no_such_cache(
     [
         ("int8-kv8,int8", "int8"),
         ("int4,int8-kv8", "int4"),
-        ("fp16,int8-kv8", "fp16"),
         ("int8-kv8", "int8-kv8"),
     ],
 )
-def test_other_runtimes_are_given_a_float_cache_where_there_is_one(precisions: str, taken: str) -> None:
+def test_other_runtimes_are_given_int8_where_it_is_there_and_else_the_first(precisions: str, taken: str) -> None:
     assert preferred(parse_precisions(precisions)).name == taken
 
 

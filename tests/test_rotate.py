@@ -148,9 +148,20 @@ def test_parallel_blocks_and_learned_positions_behind_rms_norms(parallel: bool, 
     assert (logits(rotated_config(config), RotatedWeights(config, weights)) - wanted).abs().max() < BOUND
 
 
+def test_names_are_told_without_making_a_weight(tmp_path: Path) -> None:
+    class Unread(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            raise AssertionError(name)
+
+    made = checkpoint(next(iter(families.CASES)), tmp_path)
+    turned = RotatedWeights(made.config, Unread(dict.fromkeys(made.weights, torch.zeros(1))))
+    assert "layers.0.attention.qkv.weight" in turned
+    assert "layers.0.attention.qkv.bias" not in turned
+
+
 def test_outliers_shrink(tmp_path: Path) -> None:
     """A channel of the stream, of a norm and of the values that towers over the others is spread over all."""
-    found = checkpoint("llama", tmp_path)
+    found = checkpoint(next(iter(families.CASES)), tmp_path)
     weights = {name: found.weights[name].float() for name in found.weights}
     weights["embed_tokens.weight"][:, 7] *= 60
     weights["layers.0.attention_norm.weight"][7] = 60

@@ -78,6 +78,9 @@ class Weights(Mapping[str, Tensor]):
             parts.append(blocks.moved(part.convert) if part.convert else blocks)
         return parts[0] if len(parts) == 1 else SourceBlocks.stacked(parts)
 
+    def __contains__(self, name: object) -> bool:  # without reading the weight
+        return name in self._rows
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 

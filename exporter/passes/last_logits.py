@@ -11,8 +11,9 @@ INPUT_NAME = "num_logits_to_keep"
 def keep_last_logits(model: ir.Model) -> None:
     """Add the optional input `num_logits_to_keep`.
 
-    Requires: the last norm's output [B, S, hidden] feeds the output head alone.
-    Does: slices the positions before that norm to the last n; n = 0 keeps all.
+    Requires: one node feeds the output head, and nothing else: the last norm [B, S, hidden] or, in a rotated model with
+        a tied head, the product behind it.
+    Does: slices the positions before that node to the last n; n = 0 keeps all.
     Ensures: callers that do not know the input get all logits, since it is an initializer that may be
         overridden (ONNX IR version 4 on), not a required input.
     """
