@@ -8,6 +8,7 @@
     │   ├── ParameterError                    a sampling or load parameter out of its range
     │   ├── ContextLengthError                a prompt longer than the model's context
     │   └── ProviderError                     an execution provider that was asked for is not there
+    ├── BusyError                   exit 1    an engine has too many requests waiting
     ├── LogitsError                 exit 1    a step yielded logits that are not numbers
     ├── ParityError                 exit 1    an exported graph does not compute what the reference computes
     └── MachineError                exit 3    the machine failed us: disk, memory
@@ -73,3 +74,11 @@ class MachineError(LlmEdgeError):
 
 class ProviderError(InputError):
     """An execution provider that was asked for is not available here."""
+
+
+class BusyError(LlmEdgeError):
+    """An engine has as many requests waiting as it takes; `waiting` counts them. Try again later."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again later")
+        self.waiting = waiting

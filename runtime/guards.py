@@ -1,4 +1,4 @@
-"""Logits processors against bad habits: endless newlines, a reasoning that ends twice. They see ids and no text."""
+"""Logits processors against bad habits: endless newlines, a reasoning that ends twice or late. They see ids."""
 
 from __future__ import annotations
 
@@ -74,6 +74,36 @@ class SingleThinkEnd:
                 self._ended = token == self._end
         self._looked_at = len(tokens)
         return _without(row, np.array([self._end])) if self._ended and self._end < row.size else row
+
+
+class ThinkBudget:
+    """Lets nothing but the token `end` be drawn where a reasoning has had its tokens.
+
+    Args:
+        start: id of the token that starts a reasoning.
+        end: id of the token that ends it.
+        budget: how many tokens are drawn for reasoning, all of an answer's together, without those two.
+        inside: the prompt ends within a reasoning. What stands there is not counted.
+    """
+
+    def __init__(self, start: int, end: int, budget: int, *, inside: bool) -> None:
+        self._start, self._end, self._left, self._inside = start, end, budget, inside
+        self._looked_at: int | None = None
+
+    def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
+        """See `LogitsProcessor`."""
+        drawn = tokens[self._looked_at :] if self._looked_at is not None else ()
+        self._looked_at = len(tokens)
+        for token in drawn:
+            if token in (self._start, self._end):
+                self._inside = token == self._start
+            elif self._inside:
+                self._left -= 1
+        if not self._inside or self._left > 0 or self._end >= row.size:
+            return row
+        out = np.full_like(row, -np.inf)
+        out[self._end] = row[self._end]
+        return out
 
 
 def _without(row: Row, ids: Ids) -> Row:

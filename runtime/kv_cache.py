@@ -25,6 +25,9 @@ class KVCache(Protocol):
     def advance(self, binding: Any) -> None:
         """Keep what the step made."""
 
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first ones."""
+
 
 class SharedCache:
     """One buffer a tensor that is past and present at once: nothing is copied from step to step.
@@ -51,6 +54,9 @@ class SharedCache:
 
     def advance(self, binding: Any) -> None:
         """See `KVCache`: the step wrote in place."""
+
+    def rewind(self, length: int) -> None:
+        """See `KVCache`: what is forgotten is overwritten."""
 
     def _grow(self, binding: Any, used: int, needed: int) -> None:
         """Bind larger buffers; each takes its old one's place at once, so that not all are there twice."""
@@ -89,6 +95,14 @@ class GrowingCache:
     def advance(self, binding: Any) -> None:
         """See `KVCache`."""
         self._values = binding.get_outputs()[-len(self._names) :]
+
+    def rewind(self, length: int) -> None:
+        """See `KVCache`; what stays is copied, but all or nothing."""
+        if not length or not self._values or length == self._values[0].shape()[2]:
+            return
+        for index, value in enumerate(self._values):
+            kept = np.ascontiguousarray(value.numpy()[:, :, :length])
+            self._values[index] = ort.OrtValue.ortvalue_from_numpy(kept, self._device, 0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

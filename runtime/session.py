@@ -76,6 +76,9 @@ class Session:
         provider: `cpu` or `cuda`, whichever it came to be.
         length: tokens in the cache.
         run_seconds: time spent inside onnxruntime so far.
+        graph: onnxruntime's session.
+        cache_names: of the cache's tensors, without `past_key_values.` and `present.`.
+        cache_dtype: their type.
 
     Raises:
         BundleError: the graph does not load or is not of the shape the manifest says.
@@ -129,7 +132,7 @@ class Session:
         """Load the graph on `self.provider`, with an empty cache."""
         try:
             # onnxruntime's own fallback prints on standard output.
-            self._session = ort.InferenceSession(
+            self.graph = ort.InferenceSession(
                 path,
                 options,
                 providers=_EXECUTION[self.provider],
@@ -143,6 +146,7 @@ class Session:
             raise BundleError(f"{path}: onnxruntime cannot load it ({one_line(error)})") from error
         names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
         dtype = self._cache_type(path, names)
+        self.cache_names, self.cache_dtype = names, dtype
         device = self._device_of(f"past_key_values.{names[0]}")
         heads, head_dim = self.shape.num_key_value_heads, self.shape.head_dim
         self._cache: KVCache = (
@@ -150,7 +154,7 @@ class Session:
             if share_buffer
             else GrowingCache(names, heads, head_dim, dtype, device)
         )
-        self._binding = self._session.io_binding()
+        self._binding = self.graph.io_binding()
         # Small inputs live in these arrays. A GPU gets a copy when one is bound: whatever changes is bound again.
         self._ids = np.zeros(CHUNK, dtype=np.int64)
         self._mask = np.ones(self.shape.max_position_embeddings, dtype=np.int64)
@@ -193,7 +197,7 @@ class Session:
         try:
             self._cache.bind(self._binding, past, new)
             began = time.perf_counter()
-            self._session.run_with_iobinding(self._binding)
+            self.graph.run_with_iobinding(self._binding)
             self.run_seconds += time.perf_counter() - began
         except MemoryError as error:
             raise MachineError(f"not enough memory for a step over {new} tokens behind {past}") from error
@@ -203,9 +207,24 @@ class Session:
         self.length = past + new
         return self._logits
 
+    @staticmethod
+    def run_options() -> Any:
+        """onnxruntime's own for a step, with which another thread can end it."""
+        return ort.RunOptions()
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether `rewind` costs nothing."""
+        return isinstance(self._cache, SharedCache)
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first ones; buffers stay."""
+        self._cache.rewind(length)
+        self.length = length
+
     def reset(self) -> None:
         """Forget the conversation; buffers stay."""
-        self.length = 0
+        self.rewind(0)
 
     def _bind(self, name: str, array: npt.NDArray[Any], shape: list[int]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
@@ -219,23 +238,23 @@ class Session:
 
         A cache anywhere else would be copied when it is bound, and the steps written in place would be lost.
         """
-        names = [node.name for node in self._session.get_inputs()]
-        memory = self._session.get_input_memory_infos()[names.index(name)]
+        names = [node.name for node in self.graph.get_inputs()]
+        memory = self.graph.get_input_memory_infos()[names.index(name)]
         return "cuda" if memory.name == "Cuda" else "cpu"
 
     def _cache_type(self, path: Path, names: list[str]) -> np.dtype[Any]:
         """Type of the cache; the graph must have the inputs and outputs that the manifest promises."""
-        inputs = {node.name: node for node in self._session.get_inputs()}
+        inputs = {node.name: node for node in self.graph.get_inputs()}
         wanted = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)}
-        outputs = {node.name for node in self._session.get_outputs()}
-        optional = {node.name for node in self._session.get_overridable_initializers()}
+        outputs = {node.name for node in self.graph.get_outputs()}
+        optional = {node.name for node in self.graph.get_overridable_initializers()}
         if (
             "num_logits_to_keep" not in optional
             or inputs.keys() != wanted
             or outputs != {"logits", *(f"present.{name}" for name in names)}
         ):
             raise BundleError(f"{path}: the graph's inputs and outputs are not those of a decoder with a cache")
-        shape = [*self._session.get_outputs()[0].shape]
+        shape = [*self.graph.get_outputs()[0].shape]
         if shape[-1] != self.shape.vocab_size:
             raise BundleError(f"{path}: the graph's vocabulary is {shape[-1]}, not {self.shape.vocab_size}")
         cache = inputs[f"past_key_values.{names[0]}"]

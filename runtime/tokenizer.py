@@ -93,6 +93,10 @@ class Tokenizer:
         text: str | None = self._backend.id_to_token(number)
         return text
 
+    def to_json(self) -> str:
+        """Text of a tokenizer.json that spells out what this one does."""
+        return str(self._backend.to_str())
+
     def texts_with(self, char: str, ids: range) -> dict[int, str]:
         """Return, of the tokens whose text has a character, the ids and texts; special tokens have no text.
 

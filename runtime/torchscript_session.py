@@ -93,9 +93,17 @@ class TorchScriptSession:
         self._past, self.length = presents, past + new
         return logits
 
+    rewinds = False
+    """See `Session.rewinds`."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first ones."""
+        parts = [(key[:, :, :length], value[:, :, :length]) for key, value in self._past]
+        self._past, self.length = parts if length else self._empty, length
+
     def reset(self) -> None:
         """Forget the conversation."""
-        self._past, self.length = self._empty, 0
+        self.rewind(0)
 
     def _run(self, ids: Any, num_logits: int) -> tuple[Logits, Any]:
         """Logits [n, V] of ids [1, S] and the present keys and values."""

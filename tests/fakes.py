@@ -104,6 +104,7 @@ class FakeSession:
 
     provider = "cpu"
     run_seconds = 0.0
+    rewinds = False
 
     def __init__(self, tokens: Sequence[int], shape: ModelShape) -> None:
         self.shape = shape
@@ -127,6 +128,9 @@ class FakeSession:
         logits = np.zeros((1, self.shape.vocab_size), dtype=np.float32)
         logits[0, self._tokens[self._drawn % len(self._tokens)]] = 1.0
         return logits
+
+    def rewind(self, length: int) -> None:
+        self.length = length
 
     def reset(self) -> None:
         self.length = self._drawn = 0

@@ -162,12 +162,26 @@ def test_the_worst_error_counts() -> None:
     assert chat.lines("Hi", "Hi") == 3
 
 
-def test_a_full_context_says_how_to_go_on() -> None:
-    chat = Chat("Hello.", Answer(refusal=ContextLengthError(1030, 1024)))
-    assert chat.lines("Hi", "More") == 2
-    (error,) = chat.errors
-    assert error.startswith("error: the conversation would have 1030 tokens, the model's context holds 1024: ")
-    assert error.endswith("begin a new one with an empty line")
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_full_context_lets_the_oldest_turns_go_and_says_so(system: str | None) -> None:
+    full = Answer(refusal=ContextLengthError(1030, 1024))
+    chat = Chat("Hello.", "Fine.", full, full, "Yes.", full, "No.", system=system)
+    assert chat.lines("Hi", "How are you?", "More?", "And more?") == 0
+    start = [] if system is None else [system]
+    assert chat.asked[3:5] == [[*start, "How are you?", "Fine.", "More?"], [*start, "More?"]]
+    assert chat.asked[-1] == [*start, "And more?"]
+    assert [line for line in chat.notes.getvalue().splitlines() if "oldest" in line] == [
+        "(the oldest 2 turns were left out: the model's context holds 1024 tokens)",
+        "(the oldest turn was left out: the model's context holds 1024 tokens)",
+    ]
+
+
+def test_a_question_that_never_fits_loses_nothing() -> None:
+    full = Answer(refusal=ContextLengthError(9030, 1024))
+    chat = Chat("Hello.", full, full, "Fine.")
+    assert chat.lines("Hi", "x " * 9000, "How are you?") == 2
+    assert chat.asked[-1] == ["Hi", "Hello.", "How are you?"]
+    assert chat.errors == [f"error: {ContextLengthError(9030, 1024)}"]
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])

@@ -18,9 +18,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from llm_edge.runtime import sampler as module
-from llm_edge.runtime.errors import LlmEdgeError, ParameterError
-from llm_edge.runtime.sampler import LogitsError, Row, Sampler, SamplingParams
+from llm_edge.runtime import transforms as module
+from llm_edge.runtime.errors import LlmEdgeError, LogitsError, ParameterError
+from llm_edge.runtime.sampler import Row, Sampler, SamplingParams
 
 
 def row(*values: float) -> Row:
@@ -482,6 +482,29 @@ def test_logits_that_are_no_numbers_are_refused_behind_a_processor() -> None:
         ("stop_token_ids", [(-1,), (True,), (1.0,), 5, "12", None], "a list of integers of 0 or more"),
         ("max_newlines", [-1, 2.0, True, "2", 2**31], "an integer from 0 to 2147483647"),
         ("single_think_end", [0, 1, "true", None], "true or false"),
+        (
+            "logit_bias",
+            [
+                *({1: 100.1}, {-1: 1}, {"x": 1}, {"9" * 5000: 1}, {"٣": 1}, {1: math.nan}, {1: True}, {True: 1}),
+                *({1.0: 1}, {1: "1"}, 5, None, "12", [1, 2], [(1, 2, 3)], [([], 1)], [None]),
+            ],
+            "a mapping of token ids of 0 or more to numbers from -100.0 to 100.0",
+        ),
+        ("banned_tokens", [(-1,), (True,), (1.0,), 5, "12", None], "a list of integers of 0 or more"),
+        ("min_tokens", [-1, 1.0, True, None], "an integer from 0 to 2147483647"),
+        ("no_repeat_ngram", [-1, 65, 2.0, False], "an integer from 0 to 64"),
+        ("dry_multiplier", [-0.1, 101, math.inf, None], "a number from 0.0 to 100.0"),
+        ("dry_base", [0.99, 10.1, math.nan, "2"], "a number from 1.0 to 10.0"),
+        ("dry_allowed_length", [0, 65, 2.5, True], "an integer from 1 to 64"),
+        ("dry_range", [-2, 1.5, None], "an integer from -1 to 2147483647"),
+        ("dry_breakers", ["", ("a", ""), (1,), None], "a list of strings, none of them empty"),
+        ("mirostat_tau", [-1, 101, math.nan, None], "a number from 0.0 to 100.0"),
+        ("mirostat_eta", [-0.1, 1.1, math.inf], "a number from 0.0 to 1.0"),
+        ("top_n_sigma", [-0.1, 100.1, math.nan, "1"], "a number from 0.0 to 100.0"),
+        ("typical_p", [-0.1, 1.1, math.nan, True], "a number from 0.0 to 1.0"),
+        ("xtc_probability", [-0.1, 1.1, None], "a number from 0.0 to 1.0"),
+        ("xtc_threshold", [-0.1, 1.1, [0.1]], "a number from 0.0 to 1.0"),
+        ("logprobs", [-1, 21, 1.0, True, "5"], "an integer from 0 to 20"),
     ],
 )
 def test_values_out_of_range_are_refused_in_one_line(field: str, values: list[object], wanted: str) -> None:
@@ -510,6 +533,19 @@ def test_values_out_of_range_are_refused_in_one_line(field: str, values: list[ob
         ("seed", [None, 0, 2**64 - 1]),
         ("max_newlines", [0, 2**31 - 1]),
         ("single_think_end", [False, True]),
+        ("min_tokens", [0, 2**31 - 1]),
+        ("no_repeat_ngram", [0, 1, 64]),
+        ("dry_multiplier", [0, 100]),
+        ("dry_base", [1, 10]),
+        ("dry_allowed_length", [1, 64]),
+        ("dry_range", [-1, 0, 2**31 - 1]),
+        ("mirostat_tau", [0, 100]),
+        ("mirostat_eta", [0, 1]),
+        ("top_n_sigma", [0, 100]),
+        ("typical_p", [0, 1]),
+        ("xtc_probability", [0, 1]),
+        ("xtc_threshold", [0, 1]),
+        ("logprobs", [None, 0, 20]),
     ],
 )
 def test_the_ends_of_every_range_are_allowed_and_work(field: str, values: list[Any]) -> None:
@@ -534,4 +570,5 @@ def test_parameters_are_normalised_and_frozen() -> None:
 def test_the_defaults() -> None:
     assert dataclasses.astuple(SamplingParams()) == (
         *(1.0, 0, 1.0, 0.0, 1.0, 64, 0.0, 0.0, None, 512, (), (), 0, False),
+        *((), (), 0, 0, 0.0, 1.75, 2, -1, ("\n", ":", '"', "*"), 0.0, 0.1, 0.0, 1.0, 0.0, 0.1, None, None, None),
     )

@@ -103,7 +103,7 @@ class PlainChat:
     def answer(self, text: str) -> FinishReason:
         """Ask a question and stream its answer; both join the conversation, unless it was cancelled before any text."""
         question = {"role": "user", "content": text}
-        generation = self._begun([*self.messages, question])
+        generation = self._begun(question)
         texts: list[str] = []
         aside = Aside(self._reasoning, instead=None if self._shows_reasoning else "(thinking)")
         reason, timings = FinishReason.CANCELLED, None
@@ -140,16 +140,23 @@ class PlainChat:
             remedy = "raise them with /set max_tokens"
         return f"the answer's {count} tokens all went into reasoning: {remedy}"
 
-    def _begun(self, messages: Sequence[Message]) -> Generation:
-        try:
-            return self._model.chat(messages, self.params, template_variables=self._template_variables)
-        except ContextLengthError as error:
-            if not any(message["role"] == "assistant" for message in messages):
-                raise
-            raise InputError(
-                f"the conversation would have {error.prompt_tokens} tokens, the model's context holds {error.limit}: "
-                "begin a new one with an empty line"
-            ) from error
+    def _begun(self, question: Message) -> Generation:
+        """Begin an answer; where the context does not hold the conversation, its oldest turns go, and it says so."""
+        opening, turns, dropped = self._opening(), self.messages[len(self._opening()) :], 0
+        while True:
+            try:
+                messages = [*opening, *turns, question]
+                generation = self._model.chat(messages, self.params, template_variables=self._template_variables)
+            except ContextLengthError as error:
+                if not turns:
+                    raise
+                turns, dropped, limit = turns[2:], dropped + 1, error.limit
+            else:
+                if dropped:
+                    self.messages = [*opening, *turns]
+                    gone = "turn was" if dropped == 1 else f"{dropped} turns were"
+                    self._note(f"(the oldest {gone} left out: the model's context holds {limit} tokens)")
+                return generation
 
     def _line(self, text: str) -> None:
         if not _is_text(text):
@@ -202,7 +209,10 @@ class PlainChat:
             raise ParameterError("/think needs one of: show, hide, on, off")
 
     def _begin(self) -> None:
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        self.messages = self._opening()
+
+    def _opening(self) -> list[dict[str, str]]:
+        return [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def _write(self, text: str) -> None:
         self._output.write(printable(text) if self._output.isatty() else text)

@@ -1,0 +1,207 @@
+"""`python -m llm_edge.bench.engine BUNDLE [--precision P] [PART …]`: what an engine gives, as ratios within one run.
+
+Parts: streams (tokens a second of 1 to 16 answers at once), turn (first token of a second turn), guesses (with and
+without, on prompts that are copied and on prose), stall (a long prompt among running answers), part (the share of
+Python), sampling (a draw against a step), texts (how often guesses change a text).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm_edge.bench.copying import COPYING, PROSE
+from llm_edge.runtime.answer import Result
+from llm_edge.runtime.engine import Engine
+from llm_edge.runtime.sampler import Sampler
+from llm_edge.runtime.sampling_params import SamplingParams
+
+WIDTHS = (1, 2, 4, 8, 16)
+TOKENS = 64
+ROUNDS = 5
+_NEVER = SamplingParams(temperature=0.0, max_tokens=TOKENS, min_tokens=TOKENS)
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": text}]
+
+
+def streams(engine: Engine) -> None:
+    """Tokens a second of all answers together, once their prompts are computed."""
+    prompt = engine.tokenizer.encode(" ".join(PROSE * 4))[:100]
+    rates: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    for number in range(ROUNDS):
+        for width in WIDTHS:
+            prompts = [[*prompt[number + index :], *prompt[: number + index]] for index in range(width)]
+            for each in prompts:
+                engine.generate(each, SamplingParams(temperature=0.0, max_tokens=1)).result()
+            began = time.perf_counter()
+            answers = [engine.generate(each, _NEVER) for each in prompts]
+            results = [answer.result() for answer in answers]
+            first = min(result.timings.time_to_first_token for result in results)
+            tokens = sum(len(result.tokens) - 1 for result in results)
+            rates[width].append(tokens / (time.perf_counter() - began - first))
+    one = statistics.median(rates[1])
+    for width in WIDTHS:
+        rate = statistics.median(rates[width])
+        print(f"streams {width:2}: {rate:6.0f} tok/s, {rate / one:.2f} x one")
+
+
+def turn(engine: Engine) -> None:
+    """Time to the first token of a second turn, against computing all of it afresh."""
+    text = " ".join(f"Item {number} is described in chapter {number * 7 % 50}." for number in range(115))
+    ratios, lengths = [], []
+    for number in range(ROUNDS):
+        messages = [*chat(f"Round {number}. {text}")]
+        first = engine.chat(messages, _NEVER).result()
+        messages += [{"role": "assistant", "content": first.text}, *chat("And what comes next?")]
+        again = engine.chat(messages, _NEVER).result()
+        fresh = engine.chat([*chat(f"Other {number}. {text}"), *messages[1:]], _NEVER).result()
+        lengths.append(again.timings.prompt_tokens)
+        ratios.append(again.timings.time_to_first_token / fresh.timings.time_to_first_token)
+        computed = again.timings.prompt_tokens - again.timings.cached_tokens
+    print(f"turn two: {lengths[-1]} tokens, {computed} of them computed, {statistics.median(ratios):.1%} of the time")
+
+
+def guesses(engine: Engine) -> None:
+    """Speed of decoding with guesses against without, greedy."""
+    for name, prompts in (("copying", COPYING), ("prose", PROSE)):
+        ratios = []
+        for text in prompts:
+            rates: dict[bool, list[float]] = {True: [], False: []}
+            accepted = guessed = 0
+            for _ in range(3):
+                for guess in (True, False):
+                    engine.guess = guess
+                    result = engine.chat(chat(text), SamplingParams(temperature=0.0, max_tokens=200)).result()
+                    rates[guess].append(result.timings.decode_tokens_per_second)
+                    accepted += result.timings.accepted_tokens
+                    guessed += result.timings.guessed_tokens
+            ratio = statistics.median(rates[True]) / statistics.median(rates[False])
+            ratios.append(ratio)
+            print(f"  {text[:40]!r}: {ratio:.2f} x, {accepted}/{guessed} guesses right, {len(result.tokens)} tokens")
+        print(f"guesses, {name}: median {statistics.median(ratios):.2f} x, least {min(ratios):.2f} x")
+    engine.guess = True
+
+
+def stall(engine: Engine) -> None:
+    """Gaps between the tokens of 4 answers, before and while a prompt of 2,000 tokens comes."""
+    gaps: list[tuple[float, float]] = []
+    params = SamplingParams(temperature=0.0, max_tokens=400, min_tokens=400)
+
+    def read(answer: Any) -> None:
+        last = None
+        for _ in answer:
+            now = time.perf_counter()
+            if last is not None:
+                gaps.append((now, now - last))
+            last = now
+
+    answers = [engine.chat(chat(text), params) for text in PROSE[:4]]
+    readers = [threading.Thread(target=read, args=(answer,)) for answer in answers]
+    for reader in readers:
+        reader.start()
+    time.sleep(1.5)
+    vocabulary = np.random.default_rng(int(time.time())).integers(300, 20_000, 2000).tolist()
+    began = time.perf_counter()
+    engine.generate(vocabulary, SamplingParams(temperature=0.0, max_tokens=1)).result()
+    ended = time.perf_counter()
+    for answer, reader in zip(answers, readers, strict=True):
+        answer.cancel()
+        reader.join()
+    usual = statistics.median(gap for when, gap in gaps if when < began)
+    during = sorted(gap for when, gap in gaps if began <= when <= ended)
+    middle, late = statistics.median(during), during[int(0.95 * len(during))]
+    print(
+        f"stall: gap {usual * 1e3:.1f} ms alone; while 2,000 tokens are computed ({ended - began:.1f} s) median "
+        f"{middle / usual:.2f} x, 95 % {late / usual:.2f} x, most {during[-1] / usual:.2f} x"
+    )
+
+
+def part(engine: Engine) -> None:
+    """Share of a decode step that is not onnxruntime's."""
+    shares = []
+    for _ in range(ROUNDS):
+        engine.chat(chat(PROSE[0]), SamplingParams(temperature=0.0, max_tokens=1)).result()
+        before = engine.run_seconds
+        result = engine.chat(chat(PROSE[0]), _NEVER).result()
+        whole = result.timings.time_to_first_token + result.timings.decode_seconds
+        shares.append(1 - (engine.run_seconds - before) / whole)
+    print(f"Python's share of one answer: {statistics.median(shares):.1%}")
+
+
+def sampling(engine: Engine) -> None:
+    """A draw against a decode step."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(0, 3, (50, 50_000)).astype(np.float32)
+    result = engine.chat(chat(PROSE[1]), _NEVER).result()
+    step = result.timings.decode_seconds / (len(result.tokens) - 1)
+    usual: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 1}
+    more = {"min_p": 0.02, "typical_p": 0.97, "top_n_sigma": 3.0, "xtc_probability": 0.1, "dry_multiplier": 0.8}
+    more |= {"presence_penalty": 0.1, "frequency_penalty": 0.1, "no_repeat_ngram": 4, "min_tokens": 1}
+    for name, params in (("usual", usual), ("everything", {**usual, **more})):
+        sampler = Sampler(SamplingParams(**params), list(range(100)))
+        took = []
+        for row in rows:
+            began = time.perf_counter()
+            sampler.sample(row)
+            took.append(time.perf_counter() - began)
+        middle = statistics.median(took)
+        print(f"sampling, {name}: {middle * 1e6:.0f} us, {middle / step:.1%} of a step of {step * 1e3:.1f} ms")
+
+
+def texts(engine: Engine) -> None:
+    """How often a text with guesses is not the one without, and how near the two tokens were where they part."""
+    params = SamplingParams(temperature=0.0, max_tokens=200, logprobs=20)
+
+    def run(guess: bool) -> list[Result]:
+        engine.guess = guess
+        return [engine.chat(chat(text), params).result() for text in (*COPYING, *PROSE)]
+
+    with_guesses, without = run(True), run(False)
+    engine.guess = True
+    gaps, tokens = [], 0
+    for one, other in zip(with_guesses, without, strict=True):
+        pairs = list(zip(one.tokens, other.tokens, strict=False))
+        place = next((index for index, pair in enumerate(pairs) if pair[0] != pair[1]), len(pairs))
+        tokens += place
+        if place < len(pairs):
+            known = dict(other.logprobs[place].top)
+            gaps.append(other.logprobs[place].logprob - known.get(one.tokens[place], -np.inf))
+    print(
+        f"texts: {len(gaps)} of {len(without)} greedy texts part, once in {tokens / max(len(gaps), 1):.0f} tokens, "
+        f"where the other token was less probable by exp({statistics.median(gaps) if gaps else 0:.2f}), exp("
+        f"{max(gaps, default=0):.2f}) at most"
+    )
+
+
+PARTS: dict[str, Callable[[Engine], None]] = {
+    each.__name__: each for each in (streams, turn, guesses, stall, part, sampling, texts)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("bundle")
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not known; known: {', '.join(PARTS)}")
+    with Engine.load(options.bundle, options.precision, options.threads, active=16, kept=16) as engine:
+        for name in options.parts:
+            PARTS[name](engine)
+
+
+if __name__ == "__main__":
+    main()

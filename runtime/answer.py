@@ -1,0 +1,296 @@
+"""One answer on its way: which tokens to compute next, and what their logits make of it.
+
+A `Lane` is driven by whoever holds the cache, `Model` or `Engine`: it asks `pending` for tokens, computes them behind
+`computed` others, and gives the logits to `take`. Knows no session, thread or chat template.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_edge.runtime.constraint import ConstraintProcessor
+from llm_edge.runtime.logprobs import TokenLogprob, log_probabilities
+from llm_edge.runtime.lookup import MOST, PromptLookup
+from llm_edge.runtime.reasoning import AnswerStream
+from llm_edge.runtime.sampler import Sampler
+from llm_edge.runtime.session import Logits
+
+STEP = 16
+"""Prompts are cut at multiples of this many tokens, so that no cut shows in the result; see docs/decisions.md."""
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended.
+
+    STOP: the model ended its answer, or a stop string or stop token came.
+    LENGTH: `max_tokens` or the context was used up.
+    CANCELLED: the caller asked for it, or began another generation on the same model.
+    """
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """How long a generation took, in seconds and tokens.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens drawn, an end token included.
+        time_to_first_token: from the call to the first token.
+        prefill_seconds: time of the prompt's steps.
+        decode_seconds: time from the first token to the last.
+        reasoning_tokens: tokens drawn for the reasoning, those that start and end it included; the rest of
+            `completion_tokens` is the answer.
+        cached_tokens: tokens of the prompt that an earlier answer had computed.
+        guessed_tokens: tokens computed on the guess that they come next.
+        accepted_tokens: those of them that came.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float
+    prefill_seconds: float
+    decode_seconds: float
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens computed per second; 0 where nothing was computed."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens behind the first one per second; 0 for fewer than two tokens."""
+        return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of a generation.
+
+    Attributes:
+        text: what became readable, maybe nothing (half a character, the possible start of a stop string).
+        token: the token drawn; None in a last piece that only ends the generation.
+        finish_reason: set in the last piece alone, and so are
+        timings: the figures of the whole generation.
+        reasoning: the text belongs to the reasoning and not to the answer; see `AnswerStream` for the border.
+        logprob: of the token and the most probable ones, where `SamplingParams.logprobs` asks for it.
+    """
+
+    text: str
+    token: int | None
+    finish_reason: FinishReason | None = None
+    timings: Timings | None = None
+    reasoning: bool = False
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole generation.
+
+    Attributes:
+        text: the answer alone.
+        tokens: all that were drawn, those of the reasoning and an end token included.
+        finish_reason: why it ended.
+        timings: how long it took.
+        reasoning: text of the reasoning; empty for models that do not reason, and where `Bundle.reasoning` is None.
+        logprobs: of each token, where `SamplingParams.logprobs` asks for them.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+    reasoning: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+def gather(pieces: Iterator[Piece]) -> Result | None:
+    """The result that the remaining pieces make; None if there are none."""
+    answer: list[str] = []
+    reasoning: list[str] = []
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    for piece in pieces:
+        (reasoning if piece.reasoning else answer).append(piece.text)
+        if piece.token is not None:
+            tokens.append(piece.token)
+        if piece.logprob is not None:
+            logprobs.append(piece.logprob)
+        if piece.finish_reason is not None and piece.timings is not None:
+            reason, timings = piece.finish_reason, piece.timings
+            return Result("".join(answer), tuple(tokens), reason, timings, "".join(reasoning), tuple(logprobs))
+    return None
+
+
+class Lane:
+    """One answer on its way.
+
+    Args:
+        prompt: its tokens, at least one.
+        sampler: for this answer alone, and so are
+        stream: of its text, and
+        guesses: of its tokens; None for none.
+        ends: tokens that end it.
+        room: tokens to draw at most.
+        began: when the caller asked, by `time.perf_counter`.
+        constraint: what the answer's form is held to.
+
+    Attributes:
+        tokens: the prompt and all that was drawn.
+        computed: how many of them the cache holds.
+        done: the last piece has been made.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        stream: AnswerStream,
+        ends: frozenset[int],
+        room: int,
+        began: float,
+        guesses: PromptLookup | None = None,
+        constraint: ConstraintProcessor | None = None,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.computed = 0
+        self.done = False
+        self._prompt_length = len(prompt)
+        self._sampler = sampler
+        self._stream = stream
+        self._ends = ends
+        self._room = room
+        self._guesses = guesses
+        self._constraint = constraint
+        self._asked: list[int] = []
+        self._began = began
+        self._started = self._prefilled = self._first = self._last = began
+        self._cached = self._guessed = self._accepted = 0
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return self._prompt_length
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the prompt is still being computed."""
+        return self.computed < self._prompt_length
+
+    def reuse(self, length: int) -> int:
+        """Say how many of the prompt's tokens the cache could hold already; returns how many it shall hold.
+
+        The last tokens are computed anyway: their logits are wanted, and cuts lie at multiples of `STEP` only.
+        """
+        self.computed = self._cached = max(min(length, self._prompt_length - 2) // STEP * STEP, 0)
+        return self.computed
+
+    def pending(self, most: int) -> list[int]:
+        """Tokens to compute now: of the prompt about `most`, then the last one drawn and guesses behind it.
+
+        Logits are wanted of the last one of a prompt's tokens, and of all others.
+        """
+        if self._started == self._began:
+            self._started = time.perf_counter()
+        if self.prefilling:
+            end = self.computed + max(most // STEP, 1) * STEP
+            if end >= self._prompt_length - 1:  # a single last token would take another way through the kernels
+                end = self._prompt_length
+            self._asked = self.tokens[self.computed : end]
+        else:
+            self._asked = [self.tokens[-1], *self._guess(self._room - self._drawn - 1)]
+        return self._asked
+
+    def take(self, logits: Logits) -> Iterator[Piece]:
+        """Draw tokens from the logits [n, V] of what was `pending`: the next one, and one behind each right guess.
+
+        To be read to its end before the next step. Those of a step that leaves some of the prompt are not looked at.
+
+        Raises:
+            LogitsError: they are no numbers.
+            ParameterError: the constraint came to nothing.
+        """
+        asked, self._asked = self._asked, []
+        if self.prefilling:
+            self.computed += len(asked)
+            if self.prefilling:
+                return
+            self._prefilled = time.perf_counter()
+            yield self._draw(logits[-1])
+            return
+        draft = asked[1:]
+        for index, row in enumerate(logits):
+            yield self._draw(row)
+            if self.done or index == len(draft) or self.tokens[-1] != draft[index]:
+                break
+        self.computed += 1 + index
+        self._guessed += len(draft)
+        self._accepted += index
+        if self._guesses is not None:
+            self._guesses.tell(len(draft), index, len(self.tokens))
+
+    def end(self, reason: FinishReason) -> Piece:
+        """The last piece, where no token ends the answer."""
+        return self._end(self._stream.flush(), None, reason)
+
+    @property
+    def _drawn(self) -> int:
+        return len(self.tokens) - self._prompt_length
+
+    def _guess(self, most: int) -> list[int]:
+        if self._guesses is None or most < 1:
+            return []
+        forced = self._constraint.guesses(min(most, MOST)) if self._constraint is not None else []
+        return forced or self._guesses.guess(self.tokens, most)
+
+    def _draw(self, row: NDArray[np.float32]) -> Piece:
+        token = self._sampler.sample(row)
+        top = self._sampler.params.logprobs
+        logprob = None if top is None else log_probabilities(row, token, top)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        self._last = time.perf_counter()
+        if not self._drawn:
+            self._first = self._last
+        self.tokens.append(token)
+        if token in self._ends:
+            return self._end(self._stream.flush(), token, FinishReason.STOP, logprob)
+        text = self._stream.push(token)
+        if self._stream.stopped:
+            return self._end(text, token, FinishReason.STOP, logprob)
+        whole = self._constraint is not None and self._constraint.finished
+        if whole or self._drawn >= self._room:
+            text += self._stream.flush()
+            stopped = whole or self._stream.stopped
+            return self._end(text, token, FinishReason.STOP if stopped else FinishReason.LENGTH, logprob)
+        return Piece(text, token, reasoning=self._stream.reasoning, logprob=logprob)
+
+    def _end(self, text: str, token: int | None, reason: FinishReason, logprob: TokenLogprob | None = None) -> Piece:
+        self.done = True
+        timings = Timings(
+            prompt_tokens=self._prompt_length,
+            completion_tokens=self._drawn,
+            time_to_first_token=self._first - self._began if self._drawn else 0.0,
+            prefill_seconds=self._prefilled - self._started if self._prefilled > self._started else 0.0,
+            decode_seconds=self._last - self._first if self._drawn else 0.0,
+            reasoning_tokens=self._stream.reasoning_tokens,
+            cached_tokens=self._cached,
+            guessed_tokens=self._guessed,
+            accepted_tokens=self._accepted,
+        )
+        return Piece(text, token, reason, timings, self._stream.reasoning, logprob)

@@ -1,0 +1,123 @@
+"""Keys and values of a text in a file: numpy's npz, uncompressed. Wherever the file comes from, it is believed nothing.
+
+identity   the graph that computed them; they are of no use to another
+tokens     int64 [T]
+0 … n-1    keys and values, layer by layer, [K, T, D] each
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import stat
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_edge.runtime.bundle import Bundle, PrecisionInfo
+from llm_edge.runtime.errors import InputError, MachineError
+
+Array = npt.NDArray[Any]
+_HEADER = 4096  # bytes of an array's own header at most
+
+
+def identity(bundle: Bundle, precision: PrecisionInfo) -> str:
+    """What tells this graph and its weights from all others."""
+    files = {name: entry for name, entry in bundle.manifest["files"].items() if name.startswith(precision.model)}
+    return hashlib.sha256(repr(sorted((name, entry["sha256"]) for name, entry in files.items())).encode()).hexdigest()
+
+
+def save(path: Path, whose: str, tokens: Sequence[int], values: Sequence[Array]) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        with partial.open("wb") as file:
+            arrays: dict[str, Any] = {str(index): value for index, value in enumerate(values)}
+            np.savez(file, identity=np.array(whose), tokens=np.array(tokens, dtype=np.int64), **arrays)
+        partial.replace(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise MachineError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            partial.unlink()
+
+
+def load(
+    path: Path, whose: str, count: int, heads: int, width: int, limit: int, dtype: np.dtype[Any]
+) -> tuple[list[int], list[Array]]:
+    """Read what `save` wrote: tokens, and keys and values [K, T, D].
+
+    Raises:
+        InputError: the file is missing, damaged, or of another graph.
+    """
+    most = max(heads * limit * width * dtype.itemsize, limit * 8) + _HEADER
+    try:
+        with _Bounded(path, count) as file, zipfile.ZipFile(file) as archive:
+            file.most = most
+            if str(_array(archive, "identity", (), np.dtype("<U64"))) != whose:
+                raise InputError(f"{path}: computed by another bundle or precision: compute it again with this one")
+            ids = np.dtype(np.int64)
+            length = (archive.getinfo("tokens.npy").file_size - len(_header((1,), ids))) // ids.itemsize
+            if not 0 < length <= limit:
+                raise ValueError("tokens")
+            tokens: list[int] = _array(archive, "tokens", (length,), ids).tolist()
+            shape = (heads, len(tokens), width)
+            return tokens, [_array(archive, str(index), shape, dtype) for index in range(count)]
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # whatever zipfile raises for what is no archive
+        raise InputError(f"{path}: not a cache of this model, or damaged: compute it again") from error
+
+
+class _Bounded(io.FileIO):
+    """A regular file of which no more than `most` bytes are read at once, whatever sizes it states.
+
+    zipfile reads the list of the parts whole, at first; that of `count` arrays is not long.
+    """
+
+    def __init__(self, path: Path, count: int) -> None:
+        super().__init__(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):  # a pipe would be waited for
+            self.close()
+            raise OSError("not a regular file")
+        self.most = 2**16 + 128 * (count + 32)  # the end may be looked for in the last 64 KiB
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """See `io.RawIOBase.read`."""
+        data = super().read(self.most + 1 if size is None or size < 0 else min(size, self.most + 1)) or b""
+        if len(data) > self.most:
+            raise ValueError("more than a cache holds")
+        return data
+
+
+def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array, whose header has to be the one that numpy writes: none is parsed."""
+    info = archive.getinfo(f"{name}.npy")
+    header = _header(shape, dtype)
+    size = len(header) + math.prod(shape) * dtype.itemsize
+    if info.compress_type != zipfile.ZIP_STORED or not info.file_size == info.compress_size == size:
+        raise ValueError(name)
+    data = archive.read(info)
+    if not data.startswith(header):
+        raise ValueError(name)
+    return np.frombuffer(data, dtype=dtype, offset=len(header)).reshape(shape)
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    file = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()

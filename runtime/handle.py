@@ -1,0 +1,107 @@
+"""What a caller holds of an answer that is made elsewhere, by an engine's thread. Knows no model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import TracebackType
+
+from llm_edge.runtime.answer import Piece, Result, gather
+from llm_edge.runtime.errors import ParameterError
+
+
+class Answer:
+    """An answer on its way from an `Engine`, for one reader: a thread that iterates it, or a task (`async for`).
+
+    It grows whether it is read or not. Leaving `with answer:` cancels what is not finished; so does the end of a task
+    that waits for it.
+
+    Attributes:
+        cancelled: somebody asked for its end.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._items: deque[Piece | Exception] = deque()
+        self._lock = threading.Lock()
+        self._wake: Callable[[], object] | None = None
+        self._read = False  # to its end
+
+    def cancel(self) -> None:
+        """End it with `FinishReason.CANCELLED`, within one step; from any thread."""
+        self.cancelled = True
+
+    def put(self, item: Piece | Exception) -> None:
+        """For the engine: one piece more, or what went wrong instead of the rest."""
+        with self._lock:
+            self._items.append(item)
+            wake, self._wake = self._wake, None
+        if wake is not None:
+            try:
+                wake()
+            except RuntimeError:  # the reader's event loop is closed
+                self.cancelled = True
+
+    def result(self) -> Result:
+        """Wait for the end and return everything from here on."""
+        result = gather(iter(self))
+        if result is None:
+            raise ParameterError("this answer has already been read to its end")
+        return result
+
+    async def aresult(self) -> Result:
+        """As `result`, for a task."""
+        result = gather(iter([piece async for piece in self]))
+        if result is None:
+            raise ParameterError("this answer has already been read to its end")
+        return result
+
+    def __iter__(self) -> Iterator[Piece]:
+        while not self._read:
+            ready = threading.Event()
+            item = self._next(ready.set)
+            if item is None:
+                ready.wait()
+            else:
+                yield self._opened(item)
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        loop = asyncio.get_running_loop()
+        while not self._read:
+            ready = asyncio.Event()
+            item = self._next(lambda ready=ready: loop.call_soon_threadsafe(ready.set))  # type: ignore[misc]
+            if item is not None:
+                yield self._opened(item)
+                await asyncio.sleep(0)  # others of the loop get their turn, whoever cancels this among them
+                continue
+            try:
+                await ready.wait()
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._read:
+            self.cancel()
+
+    def _next(self, wake: Callable[[], object]) -> Piece | Exception | None:
+        """The next item; if there is none, `wake` is called once there is."""
+        with self._lock:
+            if self._items:
+                return self._items.popleft()
+            self._wake = wake
+            return None
+
+    def _opened(self, item: Piece | Exception) -> Piece:
+        if isinstance(item, Exception):
+            self._read = True
+            raise item
+        self._read = item.finish_reason is not None
+        return item

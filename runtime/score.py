@@ -1,0 +1,56 @@
+"""How probable a model finds a text. Knows no session: whoever holds one computes the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm_edge.runtime.errors import LogitsError, ParameterError
+from llm_edge.runtime.session import PREFILL, Logits
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Of a text.
+
+    Attributes:
+        tokens: of the text.
+        logprobs: natural logarithms of the probabilities of all tokens but the first, each after those before it.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """Logarithm of the probability of the text after its first token."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability."""
+        return math.exp(min(-self.total / len(self.logprobs), 700.0))
+
+
+def scored(tokens: Sequence[int], step: Callable[[Sequence[int]], Logits]) -> Score:
+    """Score a text; `step` computes the logits [n, V] of the next n tokens.
+
+    Raises:
+        ParameterError: fewer than two tokens.
+        LogitsError: logits are no numbers.
+    """
+    if len(tokens) < 2:
+        raise ParameterError("the text has fewer than two tokens: there is nothing to score")
+    found: list[float] = []
+    for start in range(0, len(tokens) - 1, PREFILL):
+        following = np.array(tokens[start + 1 : start + PREFILL + 1])
+        logits = step(tokens[start : start + len(following)]).astype(np.float64)  # [n, V]
+        logits -= logits.max(axis=1, keepdims=True)
+        chosen = logits[np.arange(len(following)), following]
+        found += (chosen - np.log(np.exp(logits).sum(axis=1))).tolist()
+    if not all(map(math.isfinite, found)):
+        raise LogitsError("the logits of this text are no numbers: export the bundle again in a wider type")
+    return Score(tuple(tokens), tuple(found))
