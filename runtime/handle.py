@@ -74,10 +74,8 @@ class Answer:
             item = self._next(lambda ready=ready: loop.call_soon_threadsafe(ready.set))  # type: ignore[misc]
             if item is not None:
                 yield self._opened(item)
-                await asyncio.sleep(0)  # others of the loop get their turn, whoever cancels this among them
-                continue
-            try:
-                await ready.wait()
+            try:  # also behind an item: others of the loop get their turn, whoever cancels this among them
+                await (asyncio.sleep(0) if item is not None else ready.wait())
             except asyncio.CancelledError:
                 self.cancel()
                 raise
