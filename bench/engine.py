@@ -19,11 +19,12 @@ import numpy as np
 from llm_edge.bench.copying import COPYING, PROSE
 from llm_edge.runtime.answer import Result
 from llm_edge.runtime.engine import Engine
+from llm_edge.runtime.handle import Answer
 from llm_edge.runtime.sampler import Sampler
 from llm_edge.runtime.sampling_params import SamplingParams
 
 WIDTHS = (1, 2, 4, 8, 16)
-TOKENS = 64
+TOKENS = 96
 ROUNDS = 5
 _NEVER = SamplingParams(temperature=0.0, max_tokens=TOKENS, min_tokens=TOKENS)
 
@@ -34,24 +35,37 @@ def chat(text: str) -> list[dict[str, str]]:
 
 
 def streams(engine: Engine) -> None:
-    """Tokens a second of all answers together, once their prompts are computed."""
+    """Tokens a second of all answers together while all of them are on their way."""
     prompt = engine.tokenizer.encode(" ".join(PROSE * 4))[:100]
-    rates: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    rates: dict[tuple[int, bool], list[float]] = {(width, guess): [] for width in WIDTHS for guess in (False, True)}
     for number in range(ROUNDS):
-        for width in WIDTHS:
+        for width, engine.guess in rates:
             prompts = [[*prompt[number + index :], *prompt[: number + index]] for index in range(width)]
             for each in prompts:
                 engine.generate(each, SamplingParams(temperature=0.0, max_tokens=1)).result()
-            began = time.perf_counter()
-            answers = [engine.generate(each, _NEVER) for each in prompts]
-            results = [answer.result() for answer in answers]
-            first = min(result.timings.time_to_first_token for result in results)
-            tokens = sum(len(result.tokens) - 1 for result in results)
-            rates[width].append(tokens / (time.perf_counter() - began - first))
-    one = statistics.median(rates[1])
-    for width in WIDTHS:
-        rate = statistics.median(rates[width])
-        print(f"streams {width:2}: {rate:6.0f} tok/s, {rate / one:.2f} x one")
+            rates[width, engine.guess].append(together(engine, prompts))
+    for guess in (False, True):
+        one = statistics.median(rates[1, guess])
+        for width in WIDTHS:
+            rate = statistics.median(rates[width, guess])
+            print(f"streams {width:2}, {'with' if guess else 'no'} guesses: {rate:6.0f} tok/s, {rate / one:.2f} x one")
+
+
+def together(engine: Engine, prompts: Sequence[list[int]]) -> float:
+    """Tokens a second from when the last answer has begun until the first one ends."""
+    times: list[list[float]] = [[] for _ in prompts]
+
+    def read(answer: Answer, when: list[float]) -> None:
+        when += [time.perf_counter() for _ in answer]
+
+    answers = [engine.generate(each, _NEVER) for each in prompts]
+    readers = [threading.Thread(target=read, args=pair) for pair in zip(answers, times, strict=True)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    begin, end = max(when[0] for when in times), min(when[-1] for when in times)
+    return sum(begin < moment <= end for when in times for moment in when) / (end - begin)
 
 
 def turn(engine: Engine) -> None:
@@ -92,11 +106,12 @@ def guesses(engine: Engine) -> None:
 
 
 def stall(engine: Engine) -> None:
-    """Gaps between the tokens of 4 answers, before and while a prompt of 2,000 tokens comes."""
+    """Gaps between the tokens of 4 answers, before and while a prompt of 2,000 tokens comes, without guesses."""
+    engine.guess = False
     gaps: list[tuple[float, float]] = []
     params = SamplingParams(temperature=0.0, max_tokens=400, min_tokens=400)
 
-    def read(answer: Any) -> None:
+    def read(answer: Answer) -> None:
         last = None
         for _ in answer:
             now = time.perf_counter()
@@ -116,6 +131,7 @@ def stall(engine: Engine) -> None:
     for answer, reader in zip(answers, readers, strict=True):
         answer.cancel()
         reader.join()
+    engine.guess = True
     usual = statistics.median(gap for when, gap in gaps if when < began)
     during = sorted(gap for when, gap in gaps if began <= when <= ended)
     middle, late = statistics.median(during), during[int(0.95 * len(during))]
@@ -198,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.parts if name not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]!r} is not known; known: {', '.join(PARTS)}")
-    with Engine.load(options.bundle, options.precision, options.threads, active=16, kept=16) as engine:
+    with Engine.load(options.bundle, options.precision, options.threads, active=16, kept=16, guess=True) as engine:
         for name in options.parts:
             PARTS[name](engine)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llm_edge.runtime.bundle import Guards as Guards
     from llm_edge.runtime.bundle import ReasoningTokens as ReasoningTokens
     from llm_edge.runtime.constraint import Constraint as Constraint
-    from llm_edge.runtime.engine import Counters as Counters
+    from llm_edge.runtime.counters import Counters as Counters
     from llm_edge.runtime.engine import Engine as Engine
     from llm_edge.runtime.errors import BusyError as BusyError
     from llm_edge.runtime.errors import ContextLengthError as ContextLengthError
@@ -42,7 +42,7 @@ _HOME = {
     "BusyError": "errors",
     "Constraint": "constraint",
     "ContextLengthError": "errors",
-    "Counters": "engine",
+    "Counters": "counters",
     "Engine": "engine",
     "FinishReason": "answer",
     "Generation": "generate",

@@ -7,7 +7,7 @@ A `Lane` is driven by whoever holds the cache, `Model` or `Engine`: it asks `pen
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_edge.runtime.constraint import ConstraintProcessor
+from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.lookup import MOST, PromptLookup
 from llm_edge.runtime.reasoning import AnswerStream
@@ -119,8 +120,12 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-def gather(pieces: Iterator[Piece]) -> Result | None:
-    """The result that the remaining pieces make; None if there are none."""
+def gather(pieces: Iterable[Piece]) -> Result:
+    """The result that the remaining pieces make.
+
+    Raises:
+        ParameterError: there are none.
+    """
     answer: list[str] = []
     reasoning: list[str] = []
     tokens: list[int] = []
@@ -134,7 +139,7 @@ def gather(pieces: Iterator[Piece]) -> Result | None:
         if piece.finish_reason is not None and piece.timings is not None:
             reason, timings = piece.finish_reason, piece.timings
             return Result("".join(answer), tuple(tokens), reason, timings, "".join(reasoning), tuple(logprobs))
-    return None
+    raise ParameterError("this answer has already been read to its end")
 
 
 class Lane:
@@ -181,11 +186,6 @@ class Lane:
         self._began = began
         self._started = self._prefilled = self._first = self._last = began
         self._cached = self._guessed = self._accepted = 0
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt."""
-        return self._prompt_length
 
     @property
     def prefilling(self) -> bool:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from llm_edge.runtime.answer import FinishReason, Lane, Piece, Result, Timings, gather
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
-from llm_edge.runtime.errors import ParameterError
+from llm_edge.runtime.front import Front
 from llm_edge.runtime.prefixes import common_prefix
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.score import Score, scored
 from llm_edge.runtime.session import PREFILL, AnySession, open_session
-from llm_edge.runtime.text_side import Message, TextSide, open_bundle
+from llm_edge.runtime.text_side import Message, open_bundle
 from llm_edge.runtime.tokenizer import Tokenizer
 
 __all__ = ["FinishReason", "Generation", "Message", "Model", "Piece", "Result", "Timings"]
@@ -40,33 +38,21 @@ class Generation:
 
     def result(self) -> Result:
         """Run to the end and return everything from here on."""
-        result = gather(self._pieces)
-        if result is None:
-            raise ParameterError("this generation has already been read to its end")
-        return result
+        return gather(self._pieces)
 
 
-class Model:
+class Model(Front[Generation]):
     """A model for one conversation at a time.
 
     Beginning a generation, from whatever thread, ends an unfinished one before it. What both prompts begin with is not
     computed again.
 
     Attributes:
-        bundle: what was loaded, and
-        tokenizer: its own, and
-        precision: which of its graphs.
-        default_params: the model's own sampling, from its generation_config.json and the guards of its manifest.
         guess: tokens may be guessed and verified several a step (`runtime/lookup.py`); may be set.
     """
 
     def __init__(self, bundle: Bundle, session: AnySession, tokenizer: Tokenizer, precision: PrecisionInfo) -> None:
-        self.bundle = bundle
-        self.tokenizer = tokenizer
-        self.precision = precision
-        self._text = TextSide(bundle, tokenizer)
-        self.default_params = self._text.default_params
-        self.encode_chat = self._text.encode_chat
+        super().__init__(bundle, tokenizer, precision, session.limit)
         self.guess = True
         self._session = session
         self._lane: Lane | None = None  # whose tokens the cache holds
@@ -113,38 +99,6 @@ class Model:
     def run_seconds(self) -> float:
         """Time spent inside onnxruntime (or torch) since the model was loaded."""
         return self._session.run_seconds
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that prompt and answer hold together at most."""
-        return self._session.limit
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
-        *,
-        template_variables: Mapping[str, Any] | None = None,
-    ) -> Generation:
-        """Answer a conversation in the model's own chat format; see `TextSide.encode_chat`.
-
-        Raises:
-            ParameterError: `template_variables` is no mapping, or the constraint cannot be used.
-            TemplateError: the model has no chat template, or it refuses these messages or variables.
-            ContextLengthError: the conversation does not fit.
-        """
-        began = time.perf_counter()
-        return self._begin(self.encode_chat(messages, template_variables), params, began)
-
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
-        """Continue a text (plain text: special tokens spelled in it stay text) or a list of token ids.
-
-        Raises:
-            ParameterError: the prompt is empty or holds ids outside of the vocabulary, or a constraint cannot be used.
-            ContextLengthError: the prompt does not fit.
-        """
-        began = time.perf_counter()
-        return self._begin(self._text.encode_prompt(prompt), params, began)
 
     def forget(self) -> None:
         """Let go what earlier prompts computed; ends an unfinished generation."""

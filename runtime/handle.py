@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 
 from llm_edge.runtime.answer import Piece, Result, gather
-from llm_edge.runtime.errors import ParameterError
 
 
 class Answer:
@@ -46,17 +45,11 @@ class Answer:
 
     def result(self) -> Result:
         """Wait for the end and return everything from here on."""
-        result = gather(iter(self))
-        if result is None:
-            raise ParameterError("this answer has already been read to its end")
-        return result
+        return gather(self)
 
     async def aresult(self) -> Result:
         """As `result`, for a task."""
-        result = gather(iter([piece async for piece in self]))
-        if result is None:
-            raise ParameterError("this answer has already been read to its end")
-        return result
+        return gather([piece async for piece in self])
 
     def __iter__(self) -> Iterator[Piece]:
         while not self._read:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+_TOGETHER = 64  # ids compared at once
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """How many tokens two texts, both of one type of sequence, begin with alike."""
     length = min(len(one), len(other))
-    unequal = np.flatnonzero(np.array(one[:length], dtype=np.int64) != np.array(other[:length], dtype=np.int64))
-    return int(unequal[0]) if len(unequal) else length
+    for start in range(0, length, _TOGETHER):
+        end = min(start + _TOGETHER, length)
+        if one[start:end] != other[start:end]:
+            return next(index for index in range(start, end) if one[index] != other[index])
+    return length

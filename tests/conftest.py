@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import parse_precisions
+from llm_edge.runtime.engine import Engine
 
 # A run in the background may have been begun with Ctrl-C ignored, and the commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,13 +54,11 @@ def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def llm_export(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process; gives exit code, stdout and stderr."""
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line of `llm-export` in this process; gives exit code, stdout and stderr."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-export", *map(str, arguments)])
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", list(words))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -67,6 +67,26 @@ def llm_export(
         return ended.value.code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def llm_export(command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `llm-export` with these arguments; gives exit code, stdout and stderr."""
+    return lambda *arguments: command("llm-export", *map(str, arguments))
+
+
+@pytest.fixture
+def load_engine(tiny_bundle: Path) -> Iterator[Callable[..., Engine]]:
+    """Loads engines of a tiny model that guess as `Model` does; they are closed behind the test."""
+    loaded: list[Engine] = []
+
+    def load(precision: str = "fp32", **options: Any) -> Engine:
+        loaded.append(Engine.load(tiny_bundle, precision, 1, **{"guess": True, **options}))
+        return loaded[-1]
+
+    yield load
+    for engine in loaded:
+        engine.close()
 
 
 def _export(source: str, output: Path, style: GraphStyle, precisions: str = "fp32,int8,int4") -> Path:

@@ -32,20 +32,6 @@ DRAWN = SamplingParams(temperature=1.0, max_tokens=30, seed=1)
 Load = Callable[..., Engine]
 
 
-@pytest.fixture
-def load(tiny_bundle: Path) -> Iterator[Load]:
-    """Loads engines that are closed behind the test."""
-    loaded: list[Engine] = []
-
-    def make(precision: str = "fp32", **options: Any) -> Engine:
-        loaded.append(Engine.load(tiny_bundle, precision, 1, **options))
-        return loaded[-1]
-
-    yield make
-    for engine in loaded:
-        engine.close()
-
-
 @pytest.fixture(scope="module")
 def reader(tiny_bundle: Path) -> Iterator[Engine]:
     with Engine.load(tiny_bundle, "fp32", 1) as engine:
@@ -89,49 +75,50 @@ def written(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.s
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_a_prompt_goes_on_where_it_was_computed(load: Load, tmp_path: Path, precision: str) -> None:
-    first, path = load(precision), tmp_path / "system.npz"
+def test_a_prompt_goes_on_where_it_was_computed(load_engine: Load, tmp_path: Path, precision: str) -> None:
+    first, path = load_engine(precision), tmp_path / "system.npz"
     first.generate(SYSTEM, GREEDY).result()
     length = first.save_cache(path, SYSTEM)
     assert length == len(first.tokenizer.encode(SYSTEM))
-    second = load(precision)
+    second = load_engine(precision)
     assert second.load_cache(path) == length
     assert second.counters().kept_tokens == length
     for params in (GREEDY, DRAWN):
         for prompt in (SYSTEM, SYSTEM + "What is the capital of France?"):
-            found, fresh = second.generate(prompt, params).result(), load(precision).generate(prompt, params).result()
+            found = second.generate(prompt, params).result()
+            fresh = load_engine(precision).generate(prompt, params).result()
             assert said(found) == said(fresh)
             assert found.timings.cached_tokens >= (length - 2) // 16 * 16 > fresh.timings.cached_tokens == 0
 
 
-def test_a_conversation_goes_on(load: Load, tmp_path: Path) -> None:
-    engine, path = load(), tmp_path / "turn.npz"
+def test_a_conversation_goes_on(load_engine: Load, tmp_path: Path) -> None:
+    engine, path = load_engine(), tmp_path / "turn.npz"
     messages = [{"role": "user", "content": SYSTEM}]
     answer = engine.chat(messages, DRAWN).result()
     whole = [*engine.encode_chat(messages), *answer.tokens]
     assert engine.save_cache(path, whole) == len(whole) - 1  # the last token drawn was not computed
     assert engine.save_cache(path, str(path)) <= 1
     engine.save_cache(path, whole)
-    other = load()
+    other = load_engine()
     assert other.load_cache(path) == len(whole) - 1
     messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "And?"}]
     assert other.chat(messages, GREEDY).result().tokens == engine.chat(messages, GREEDY).result().tokens
 
 
-def test_what_is_not_computed_is_not_written(load: Load, tmp_path: Path) -> None:
-    assert load().save_cache(tmp_path / "none.npz", SYSTEM) == 0
+def test_what_is_not_computed_is_not_written(load_engine: Load, tmp_path: Path) -> None:
+    assert load_engine().save_cache(tmp_path / "none.npz", SYSTEM) == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_is_read_while_others_are_answered(load: Load, saved: Path) -> None:
-    engine = load(active=2, kept=1)
+def test_a_cache_is_read_while_others_are_answered(load_engine: Load, saved: Path) -> None:
+    engine = load_engine(active=2, kept=1)
     long = replace(GREEDY, max_tokens=300)
-    wanted = [said(load().generate(prompt, long).result()) for prompt in ("What is", "Paris")]
+    wanted = [said(load_engine().generate(prompt, long).result()) for prompt in ("What is", "Paris")]
     answers = [engine.generate(prompt, long) for prompt in ("What is", "Paris")]
     for _ in range(20):
         assert engine.load_cache(saved) > 50
     assert [said(answer.result()) for answer in answers] == wanted
-    little = load(cache_bytes=1000)
+    little = load_engine(cache_bytes=1000)
     little.load_cache(saved)
     assert little.counters().kept_tokens == 0
 
@@ -139,9 +126,9 @@ def test_a_cache_is_read_while_others_are_answered(load: Load, saved: Path) -> N
 # Bad files
 
 
-def test_another_precision_is_refused(load: Load, saved: Path) -> None:
+def test_another_precision_is_refused(load_engine: Load, saved: Path) -> None:
     for precision in ("int8", "int4"):
-        assert "another bundle or precision" in refused(load(precision), saved)
+        assert "another bundle or precision" in refused(load_engine(precision), saved)
 
 
 def test_another_bundle_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -342,8 +329,8 @@ def test_more_parts_than_a_cache_has(reader: Engine, saved: Path, tmp_path: Path
 
 
 @pytest.fixture
-def writer(load: Load) -> Engine:
-    engine = load()
+def writer(load_engine: Load) -> Engine:
+    engine = load_engine()
     engine.generate(SYSTEM, GREEDY).result()
     return engine
 

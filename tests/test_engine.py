@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,6 @@ def precision(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path, precision: str) -> Model:
     return Model.load(tiny_bundle, precision, "cpu", 1)
-
-
-@pytest.fixture
-def load(tiny_bundle: Path) -> Iterator[Load]:
-    """Loads engines that are closed behind the test."""
-    loaded: list[Engine] = []
-
-    def make(precision: str = "fp32", **options: Any) -> Engine:
-        loaded.append(Engine.load(tiny_bundle, precision, 1, **options))
-        return loaded[-1]
-
-    yield make
-    for engine in loaded:
-        engine.close()
 
 
 @pytest.fixture
@@ -115,10 +101,10 @@ async def all_of(answers: Sequence[Answer]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("params", WAYS, ids=["greedy", "copying", "drawn", "peaked"])
-def test_answers_are_those_of_a_model(load: Load, model: Model, precision: str, params: SamplingParams) -> None:
+def test_answers_are_those_of_a_model(load_engine: Load, model: Model, precision: str, params: SamplingParams) -> None:
     wanted = alone(model, PROMPTS, params)
     assert len({text for text, *_ in wanted}) > 4
-    engine = load(precision)
+    engine = load_engine(precision)
     assert [said(engine.generate(prompt, params).result()) for prompt in PROMPTS] == wanted
     together = [engine.generate(prompt, params) for prompt in PROMPTS]
     assert [said(answer.result()) for answer in together] == wanted
@@ -134,14 +120,14 @@ def test_answers_are_those_of_a_model(load: Load, model: Model, precision: str, 
     assert counters.decode_steps < counters.completion_tokens
 
 
-def test_more_callers_than_rows_come_and_go(load: Load, model: Model, precision: str) -> None:
+def test_more_callers_than_rows_come_and_go(load_engine: Load, model: Model, precision: str) -> None:
     order = random.Random(0)
     asked = [
         (order.choice(PROMPTS), replace(order.choice(WAYS), max_tokens=order.randrange(1, 40), seed=order.randrange(9)))
         for _ in range(60)
     ]
     wanted = [said(model.generate(*each).result()) for each in asked]
-    engine = load(precision, active=4, kept=2)
+    engine = load_engine(precision, active=4, kept=2)
     answers = []
     for each in asked:
         answers.append(engine.generate(*each))
@@ -149,8 +135,8 @@ def test_more_callers_than_rows_come_and_go(load: Load, model: Model, precision:
     assert [said(answer.result()) for answer in answers] == wanted
 
 
-def test_pieces_arrive_while_the_answer_is_made(load: Load, slow: None) -> None:
-    answer = load().generate(PROMPTS[0], replace(GREEDY, max_tokens=200))
+def test_pieces_arrive_while_the_answer_is_made(load_engine: Load, slow: None) -> None:
+    answer = load_engine().generate(PROMPTS[0], replace(GREEDY, max_tokens=200))
     began = time.perf_counter()
     pieces = iter(answer)
     assert next(pieces).token is not None
@@ -173,13 +159,13 @@ def conversations(ask: Callable[[int, list[dict[str, str]]], Result], caller: in
     return replies
 
 
-def test_callers_with_secrets_get_the_replies_that_they_get_alone(load: Load, precision: str) -> None:
+def test_callers_with_secrets_get_the_replies_that_they_get_alone(load_engine: Load, precision: str) -> None:
     wanted = []
     for caller in range(8):
-        single = load(precision)  # each has nobody beside it or before it
+        single = load_engine(precision)  # each has nobody beside it or before it
         wanted.append(conversations(lambda _, m, e=single: e.chat(m, WAYS[0]).result(), caller, 3))  # type: ignore[misc]
     assert len({str(replies) for replies in wanted}) == 8
-    engine = load(precision)
+    engine = load_engine(precision)
 
     def ask(caller: int, messages: list[dict[str, str]]) -> Result:
         return engine.chat(messages, WAYS[0]).result()
@@ -191,11 +177,11 @@ def test_callers_with_secrets_get_the_replies_that_they_get_alone(load: Load, pr
 
 @pytest.mark.parametrize("params", [DRAWN, PEAKED], ids=["drawn", "peaked"])
 def test_a_seed_gives_one_text_however_it_is_made(
-    load: Load, model: Model, precision: str, params: SamplingParams
+    load_engine: Load, model: Model, precision: str, params: SamplingParams
 ) -> None:
     prompt = PROMPTS[5]
     wanted = said(model.generate(prompt, params).result())
-    engine = load(precision)
+    engine = load_engine(precision)
     found = [said(engine.generate(prompt, params).result())]  # nothing is cached
     found += [said(engine.generate(prompt, params).result()) for _ in range(5)]  # all is
     found += [streamed(engine.generate(prompt, params)) for _ in range(4)]
@@ -204,17 +190,17 @@ def test_a_seed_gives_one_text_however_it_is_made(
     found += asyncio.run(all_of([engine.generate(prompt, params) for _ in range(3)]))
     for other in others:
         other.result()
-    fresh = load(precision)
+    fresh = load_engine(precision)
     fresh.generate(SYSTEM + "What?", DRAWN).result()
     reusing = fresh.generate(prompt, params).result()
     assert reusing.timings.cached_tokens > 0
-    found += [said(reusing), said(load(precision, guess=precision == "int8").generate(prompt, params).result())]
+    found += [said(reusing), said(load_engine(precision, guess=precision == "int8").generate(prompt, params).result())]
     assert len(found) == 20
     assert set(found) == {wanted}
 
 
-def test_several_answers_share_their_prompt(load: Load, model: Model, precision: str) -> None:
-    engine = load(precision)
+def test_several_answers_share_their_prompt(load_engine: Load, model: Model, precision: str) -> None:
+    engine = load_engine(precision)
     prompt = PROMPTS[4]
     results = [answer.result() for answer in engine.answers(prompt, replace(DRAWN, seed=2**64 - 2), 3)]
     seeds = (2**64 - 2, 2**64 - 1, 0)
@@ -228,65 +214,65 @@ def test_several_answers_share_their_prompt(load: Load, model: Model, precision:
 
 
 @pytest.mark.parametrize("count", [0, 129, True, 1.5])
-def test_counts_that_nobody_can_mean(load: Load, count: Any) -> None:
+def test_counts_that_nobody_can_mean(load_engine: Load, count: Any) -> None:
     with pytest.raises(ParameterError, match=r"^count is .*; 1 to 128 are possible$"):
-        load().answers("Hi", DRAWN, count)
+        load_engine().answers("Hi", DRAWN, count)
 
 
 # What was computed before
 
 
-def test_the_next_turn_computes_what_is_new(load: Load) -> None:
-    engine = load()
+def test_the_next_turn_computes_what_is_new(load_engine: Load) -> None:
+    engine = load_engine()
     messages = [{"role": "user", "content": SYSTEM * 3}]
     first = engine.chat(messages, replace(DRAWN, max_tokens=20)).result()
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And then?"}]
     again = engine.chat(messages, GREEDY).result()
     before = first.timings.prompt_tokens
     assert before // 16 * 16 <= again.timings.cached_tokens < again.timings.prompt_tokens
-    fresh = load().chat(messages, GREEDY).result()
+    fresh = load_engine().chat(messages, GREEDY).result()
     assert fresh.timings.cached_tokens == 0
     assert said(again) == said(fresh)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"], scope="function")
-def test_an_edit_computes_what_stands_behind_it(load: Load, precision: str) -> None:
+def test_an_edit_computes_what_stands_behind_it(load_engine: Load, precision: str) -> None:
     messages = [
         {"role": "user", "content": SYSTEM},
         {"role": "assistant", "content": "Paris, of course!"},
         {"role": "user", "content": "hello, world " * 10},
     ]
     edited = [messages[0], {"role": "assistant", "content": "No idea."}, messages[2]]
-    engine = load(precision)
+    engine = load_engine(precision)
     engine.chat(messages, GREEDY).result()
     found = engine.chat(edited, GREEDY).result()
     one, other = engine.encode_chat(messages), engine.encode_chat(edited)
     common = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     assert found.timings.cached_tokens == common // 16 * 16 > 0
-    assert said(found) == said(load(precision).chat(edited, GREEDY).result())
+    assert said(found) == said(load_engine(precision).chat(edited, GREEDY).result())
     restored = engine.chat(messages, GREEDY).result()
-    assert said(restored) == said(load(precision).chat(messages, GREEDY).result())
+    assert said(restored) == said(load_engine(precision).chat(messages, GREEDY).result())
 
 
-def test_what_is_kept_has_a_limit(load: Load, model: Model, precision: str) -> None:
+def test_what_is_kept_has_a_limit(load_engine: Load, model: Model, precision: str) -> None:
     wanted = alone(model, PROMPTS, GREEDY)
     budget = 200 << 10
-    engine = load(precision, cache_bytes=budget)
+    engine = load_engine(precision, cache_bytes=budget)
     for _ in range(2):
         answers = [engine.generate(prompt, GREEDY) for prompt in PROMPTS]
         assert [said(answer.result()) for answer in answers] == wanted
         counters = engine.counters()
         assert 0 < counters.kept_bytes <= budget
         assert counters.evictions > 0
-    nothing = load(precision, cache_bytes=0)
+    nothing = load_engine(precision, cache_bytes=0)
     for prompt, each in zip(PROMPTS * 2, wanted * 2, strict=True):
         result = nothing.generate(prompt, GREEDY).result()
         assert (said(result), result.timings.cached_tokens) == (each, 0)
     assert nothing.counters().kept_tokens == 0
 
 
-def test_more_conversations_than_rows(load: Load, model: Model, precision: str) -> None:
-    engine = load(precision, active=1, kept=2)
+def test_more_conversations_than_rows(load_engine: Load, model: Model, precision: str) -> None:
+    engine = load_engine(precision, active=1, kept=2)
     distinct = [f"{number} {text}" for number, text in enumerate(PROMPTS)]
     wanted = alone(model, distinct, GREEDY)
     for _ in range(2):
@@ -299,8 +285,8 @@ def test_more_conversations_than_rows(load: Load, model: Model, precision: str) 
 # Ends
 
 
-def test_cancelling_takes_effect_within_a_step_and_frees_the_row(load: Load, slow: None) -> None:
-    engine = load(active=1)
+def test_cancelling_takes_effect_within_a_step_and_frees_the_row(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=1)
     wanted = said(engine.generate(PROMPTS[1], GREEDY).result())
     running, waiting = engine.generate(PROMPTS[0], LONG), engine.generate(PROMPTS[1], GREEDY)
     pieces = iter(running)
@@ -323,8 +309,8 @@ def test_cancelling_takes_effect_within_a_step_and_frees_the_row(load: Load, slo
     assert engine.counters().cancelled == 5
 
 
-def test_a_cancelled_task_ends_its_answer(load: Load, slow: None) -> None:
-    engine = load(active=1)
+def test_a_cancelled_task_ends_its_answer(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=1)
     wanted = said(engine.generate(PROMPTS[1], GREEDY).result())
 
     async def main() -> tuple[Any, ...]:
@@ -348,8 +334,8 @@ def test_a_cancelled_task_ends_its_answer(load: Load, slow: None) -> None:
     assert counters.completion_tokens < 500
 
 
-def test_a_full_queue_refuses(load: Load, slow: None) -> None:
-    engine = load(active=1, waiting=2)
+def test_a_full_queue_refuses(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=1, waiting=2)
     running = engine.generate(PROMPTS[0], LONG)
     next(iter(running))
     waiting = [engine.generate(PROMPTS[1], GREEDY) for _ in range(2)]
@@ -368,8 +354,8 @@ def test_a_full_queue_refuses(load: Load, slow: None) -> None:
     assert (counters.refused, counters.requests) == (3, 4)
 
 
-def test_closing_ends_everything(load: Load, slow: None) -> None:
-    engine = load(active=2)
+def test_closing_ends_everything(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=2)
     answers = [engine.generate(prompt, LONG) for prompt in PROMPTS]
     next(iter(answers[0]))
     engine.close()

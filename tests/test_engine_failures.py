@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,20 +49,6 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def load(tiny_bundle: Path) -> Iterator[Load]:
-    """Loads engines that are closed behind the test."""
-    loaded: list[Engine] = []
-
-    def make(precision: str = "fp32", **options: Any) -> Engine:
-        loaded.append(Engine.load(tiny_bundle, precision, 1, **options))
-        return loaded[-1]
-
-    yield make
-    for engine in loaded:
-        engine.close()
-
-
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Model:
     return Model.load(tiny_bundle, "fp32", "cpu", 1)
@@ -94,22 +80,22 @@ def fails_among_others(engine: Engine, model: Model, kind: type[LlmEdgeError], *
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_constraint_that_comes_to_nothing(load: Load, tiny_bundle: Path, precision: str) -> None:
+def test_a_constraint_that_comes_to_nothing(load_engine: Load, tiny_bundle: Path, precision: str) -> None:
     grammar = 'start: "go " c\nc: ' + " | ".join(f'"x{n}"' for n in range(2500))  # too many for the lexer
     params = replace(DRAWN, constraint=Constraint.lark(grammar))
-    engine, model = load(precision), Model.load(tiny_bundle, precision, "cpu", 1)
+    engine, model = load_engine(precision), Model.load(tiny_bundle, precision, "cpu", 1)
     said = fails_among_others(engine, model, ParameterError, prompt="go x", params=params)
     assert said.startswith("constraint (lark): the answer cannot go on")
 
 
-def test_a_constraint_that_is_none_is_refused_at_once(load: Load) -> None:
-    engine = load()
+def test_a_constraint_that_is_none_is_refused_at_once(load_engine: Load) -> None:
+    engine = load_engine()
     with pytest.raises(ParameterError, match=r"^constraint \(regex\): [^\n]+$"):
         engine.generate("Hi", replace(DRAWN, constraint=Constraint.regex("(")))
     assert engine.counters().requests == 0
 
 
-def test_a_step_that_fails(load: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails(load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Batch.extend
 
     def extend(self: Batch, row: int, tokens: Sequence[int], num_logits: int = 1) -> Any:
@@ -118,10 +104,10 @@ def test_a_step_that_fails(load: Load, model: Model, monkeypatch: pytest.MonkeyP
         return whole(self, row, tokens, num_logits)
 
     monkeypatch.setattr(Batch, "extend", extend)
-    assert "memory" in fails_among_others(load(), model, MachineError, prompt=[5, 6, MARK], params=GREEDY)
+    assert "memory" in fails_among_others(load_engine(), model, MachineError, prompt=[5, 6, MARK], params=GREEDY)
 
 
-def test_logits_that_are_no_numbers(load: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_no_numbers(load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Batch.decode
 
     def decode(self: Batch, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Any:
@@ -130,13 +116,13 @@ def test_logits_that_are_no_numbers(load: Load, model: Model, monkeypatch: pytes
         return logits
 
     monkeypatch.setattr(Batch, "decode", decode)
-    failed = fails_among_others(load(), model, LogitsError, prompt=[MARK] * 100, params=GREEDY)
+    failed = fails_among_others(load_engine(), model, LogitsError, prompt=[MARK] * 100, params=GREEDY)
     assert "nan" in failed
 
 
 @pytest.mark.parametrize("method", ["extend", "decode"])
-def test_what_nobody_expects_is_an_error_too(load: Load, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    engine = load()
+def test_what_nobody_expects_is_an_error_too(load_engine: Load, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    engine = load_engine()
     wanted = said(engine.generate(PROMPTS[0], GREEDY).result())
     with monkeypatch.context() as patch:
         patch.setattr(Batch, method, lambda *_: [][1])
@@ -149,8 +135,8 @@ def test_what_nobody_expects_is_an_error_too(load: Load, monkeypatch: pytest.Mon
     assert said(engine.generate(PROMPTS[0], GREEDY).result()) == wanted
 
 
-def test_a_shared_step_that_fails_ends_those_it_was_for(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = load(active=2)
+def test_a_shared_step_that_fails_ends_those_it_was_for(load_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(active=2)
     wanted = said(engine.generate(PROMPTS[0], GREEDY).result())
     whole, broken = Batch.decode, threading.Event()
 
@@ -215,10 +201,10 @@ def test_a_stuck_step_is_ended(tiny_bundle: Path, model: Model) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_constrained_answers_in_a_batch(load: Load, precision: str) -> None:
+def test_constrained_answers_in_a_batch(load_engine: Load, precision: str) -> None:
     rule = Constraint.json_schema(SCHEMA)
     params = SamplingParams(temperature=1.5, max_tokens=200, constraint=rule)
-    engine, texts = load(precision), set()
+    engine, texts = load_engine(precision), set()
     wanted = {}
     for seed in range(40):
         wanted[seed] = said(engine.generate("The capital", replace(params, seed=seed)).result())
@@ -237,13 +223,13 @@ def test_constrained_answers_in_a_batch(load: Load, precision: str) -> None:
     assert len(texts) == 40
     assert plain.result().finish_reason is FinishReason.LENGTH
     if precision == "fp32":
-        without = load(guess=False)
+        without = load_engine(guess=False)
         for seed in range(10):
             assert said(without.generate("The capital", replace(params, seed=seed)).result()) == wanted[seed]
 
 
-def test_an_answer_that_is_chosen(load: Load) -> None:
-    engine = load()
+def test_an_answer_that_is_chosen(load_engine: Load) -> None:
+    engine = load_engine()
     params = SamplingParams(temperature=1, constraint=Constraint.choice(["fox", "dog"]))
     answers = engine.answers("The quick brown", replace(params, seed=0), 30)
     assert Counter(answer.result().text for answer in answers).keys() == {"fox", "dog"}
@@ -252,8 +238,8 @@ def test_an_answer_that_is_chosen(load: Load) -> None:
 # Probabilities
 
 
-def test_probabilities_of_what_was_drawn(load: Load, model: Model) -> None:
-    engine = load()
+def test_probabilities_of_what_was_drawn(load_engine: Load, model: Model) -> None:
+    engine = load_engine()
     beside = [engine.generate(prompt, DRAWN) for prompt in PROMPTS]
     for params in (replace(DRAWN, logprobs=3), replace(GREEDY, logprobs=1), replace(COPYING, logprobs=0)):
         prompt = engine.tokenizer.encode(PROMPTS[1] * 3)
@@ -277,8 +263,8 @@ def test_probabilities_of_what_was_drawn(load: Load, model: Model) -> None:
 # What cannot be
 
 
-def test_the_context_has_an_end(load: Load) -> None:
-    engine = load()
+def test_the_context_has_an_end(load_engine: Load) -> None:
+    engine = load_engine()
     with pytest.raises(ContextLengthError, match=r"1024 tokens.* holds 1024") as refused:
         engine.generate([5] * 1024)
     assert (refused.value.prompt_tokens, refused.value.limit) == (1024, 1024) == (1024, engine.context_length)
@@ -312,6 +298,6 @@ def test_a_portable_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> 
         {"step_seconds": float("nan")},
     ],
 )
-def test_sizes_that_nobody_can_mean(load: Load, options: dict[str, Any]) -> None:
+def test_sizes_that_nobody_can_mean(load_engine: Load, options: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=rf"^{next(iter(options))} is .* are possible$"):
-        load(**options)
+        load_engine(**options)

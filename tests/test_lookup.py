@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,6 @@ PASSAGE = (
     "def area(width, height):\n    if width < 0 or height < 0:\n        raise ValueError('a side is negative')\n"
     "    return width * height\n\n\ndef volume(width, height, depth):\n    return area(width, height) * depth\n"
 )
-
-
-@pytest.fixture
-def load(tiny_bundle: Path) -> Iterator[Callable[..., Engine]]:
-    """Loads engines that are closed behind the test."""
-    loaded: list[Engine] = []
-
-    def make(precision: str = "fp32", **options: Any) -> Engine:
-        loaded.append(Engine.load(tiny_bundle, precision, 1, **options))
-        return loaded[-1]
-
-    yield make
-    for engine in loaded:
-        engine.close()
 
 
 def said(result: Result) -> tuple[Any, ...]:
@@ -141,12 +127,12 @@ def test_guesses_depend_on_the_text_alone() -> None:
 # Texts and probabilities
 
 
-def test_guesses_change_no_text(load: Callable[..., Engine]) -> None:
+def test_guesses_change_no_text(load_engine: Callable[..., Engine]) -> None:
     """Drawn with the same seeds, texts are the same in fp32, cold ones that repeat themselves and hot ones."""
     prompts = ["lazy dog. " * 6, "a user asked an assistant, " * 5, "0123456789" * 4]
     sides = {}
     for guess in (True, False):
-        engine = load(guess=guess, active=16, waiting=1000)
+        engine = load_engine(guess=guess, active=16, waiting=1000)
         params = [replace(DRAWN, temperature=temperature, logprobs=0) for temperature in (1.0, 0.03, 0.02)]
         answers = [engine.answers(prompt, each, 40) for prompt in prompts for each in params]
         sides[guess] = [answer.result() for several in answers for answer in several]
@@ -163,12 +149,12 @@ def test_guesses_change_no_text(load: Callable[..., Engine]) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("guess", [True, False])
 def test_guesses_leave_probabilities_as_they_are(
-    load: Callable[..., Engine], tiny_bundle: Path, precision: str, guess: bool
+    load_engine: Callable[..., Engine], tiny_bundle: Path, precision: str, guess: bool
 ) -> None:
     """Of 1,500 seeds, the first tokens come as often as the model's own logits say (Pearson's chi-squared test)."""
     prompt, count = [200] * 24, 1500
     params = SamplingParams(temperature=0.1, max_tokens=4)
-    engine = load(precision, active=32, waiting=1000, guess=guess)
+    engine = load_engine(precision, active=32, waiting=1000, guess=guess)
     drawn = Counter[tuple[int, ...]]()
     for seed in range(0, count, 100):
         drawn.update(answer.result().tokens for answer in engine.answers(prompt, replace(params, seed=seed), 100))
