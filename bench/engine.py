@@ -2,22 +2,26 @@
 
 Parts: streams (tokens a second of 1 to 16 answers at once), turn (first token of a second turn), guesses (with and
 without, on prompts that are copied and on prose), stall (a long prompt among running answers), part (the share of
-Python), sampling (a draw against a step), texts (how often guesses change a text).
+Python), sampling (a draw against a step), texts (how often guesses change a text), drift (memory after 10,000
+requests; a small model will do).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_edge.bench.copying import COPYING, PROSE
 from llm_edge.runtime.answer import Result
+from llm_edge.runtime.command import run
 from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.handle import Answer
 from llm_edge.runtime.sampler import Sampler
@@ -198,8 +202,24 @@ def texts(engine: Engine) -> None:
     )
 
 
+def drift(engine: Engine, requests: int = 10_000) -> None:
+    """Memory, threads and open files after many requests, against those after the first 500."""
+    begun = (0.0, 0, 0)
+    for number in range(requests):
+        prompt = f"Request {number % 700}: {PROSE[number % len(PROSE)]}"
+        engine.generate(prompt, SamplingParams(temperature=1.0, max_tokens=2, seed=number)).result()
+        if number + 1 in (500, requests):
+            memory = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()  # exact, unlike status
+            resident = next(int(line.split()[1]) / 1e3 for line in memory if line.startswith("Rss:"))
+            now = resident, threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+            if number + 1 == requests:
+                print(f"drift: {begun} -> {now} (MB, threads, descriptors) after 500 and {requests}: ", end="")
+                print(f"{now[0] / begun[0] - 1:+.2%} of memory")
+            begun = now
+
+
 PARTS: dict[str, Callable[[Engine], None]] = {
-    each.__name__: each for each in (streams, turn, guesses, stall, part, sampling, texts)
+    each.__name__: each for each in (streams, turn, guesses, stall, part, sampling, texts, drift)
 }
 
 
@@ -214,9 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.parts if name not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]!r} is not known; known: {', '.join(PARTS)}")
-    with Engine.load(options.bundle, options.precision, options.threads, active=16, kept=16, guess=True) as engine:
-        for name in options.parts:
-            PARTS[name](engine)
+
+    def measure() -> None:
+        with Engine.load(options.bundle, options.precision, options.threads, active=16, kept=16, guess=True) as engine:
+            for name in options.parts:
+                PARTS[name](engine)
+
+    sys.exit(run(measure))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from calling import call
 
 from llm_edge.exporter import cli
 from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf
@@ -54,25 +54,9 @@ def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command line of `llm-export` in this process; gives exit code, stdout and stderr."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", list(words))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def llm_export(command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+def llm_export(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs `llm-export` with these arguments; gives exit code, stdout and stderr."""
-    return lambda *arguments: command("llm-export", *map(str, arguments))
+    return lambda *arguments: call(cli.main, capsys, "llm-export", *arguments)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from calling import call
 
 from llm_edge.bench import cli
 from llm_edge.bench.driver import COLUMNS, MIN_CONTEXT, Worker, median, median_ratio
@@ -26,19 +27,9 @@ Bench = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def llm_bench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
+def llm_bench(capfd: pytest.CaptureFixture[str]) -> Bench:
     """Runs the command; gives exit code, stdout and stderr, those of its workers too."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-bench", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out, captured.err
-
-    return run
+    return lambda *arguments: call(cli.main, capfd, "llm-bench", *arguments)
 
 
 def check_figures(figures: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calling import call
 
 from llm_edge.bench.driver import COLUMNS, Figures, Worker
 from llm_edge.bench.peers import fidelity, machine, report, run
@@ -29,19 +30,9 @@ Peers = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def bench_peers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Peers:
+def bench_peers(capfd: pytest.CaptureFixture[str]) -> Peers:
     """Runs the command; gives exit code, stdout and stderr, those of its workers too."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bench-peers", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run.main()
-        captured = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out, captured.err
-
-    return call
+    return lambda *arguments: call(run.main, capfd, "bench-peers", *arguments)
 
 
 def figures(scale: float) -> Figures:

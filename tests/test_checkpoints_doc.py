@@ -26,6 +26,7 @@ import original
 import pytest
 import tiny
 import torch
+from calling import call
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 from test_family_plugin import install, opt
@@ -86,10 +87,10 @@ COMMANDS = [spans(row[1])[0] for row in tables("Sources")[0]]
 
 
 @pytest.fixture
-def run(command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command in this process and in an empty folder, as it is written; gives exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    return lambda line: command(*shlex.split(line))
+    return lambda line: call(cli.main, capsys, *shlex.split(line))
 
 
 def quick(line: str, *more: str) -> str:
