@@ -18,8 +18,11 @@ from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import parse_precisions
 from llm_edge.runtime.engine import Engine
 
-# A run in the background may have been begun with Ctrl-C ignored, and the commands under test would inherit that.
+# A run in the background may have been begun with Ctrl-C or a closing terminal ignored, and the commands under test
+# would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
