@@ -22,7 +22,7 @@ from llm_edge.runtime.reasoning import AnswerStream
 from llm_edge.runtime.sampler import Sampler
 from llm_edge.runtime.session import Logits
 
-STEP = 16
+STEP = 8
 """Prompts are cut at multiples of this many tokens, so that no cut shows in the result; see docs/decisions.md."""
 
 

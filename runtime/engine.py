@@ -235,11 +235,14 @@ class Engine(Front[Answer]):
 
     def _admit(self) -> None:
         """Let those who wait sit down, first come first served."""
-        with self._changed:
-            while self._waiting and len(self._scheduler.active) < self._most_active:
-                if not self._scheduler.admit(self._waiting[0]):
-                    return
+        while self._waiting and len(self._scheduler.active) < self._most_active:
+            request = self._waiting[0]
+            if not self._scheduler.seat(request):
+                return
+            with self._changed:
                 self._waiting.popleft()
+                if request.row >= 0:
+                    self._scheduler.active.append(request)
 
     def _forget(self, which: Callable[[Request], bool]) -> None:
         """End some of those who wait."""

@@ -20,9 +20,8 @@ from llm_edge.runtime.prefixes import common_prefix
 from llm_edge.runtime.rows import Rows, spans
 from llm_edge.runtime.session import PREFILL, Logits, one_line
 
-_GAP = 4  # rows computed for nothing rather than one step more
-_SHARE = 1.5  # a piece of a prompt takes at most about so many times a step of the others
-_WORTH_WAITING = 4 * STEP  # tokens that another prompt is about to compute
+_LEAST, _MOST = 1.0, 1.4  # steps of the others that a piece of a prompt is to take meanwhile
+_WORTH_WAITING = 8 * STEP  # tokens that another prompt is about to compute
 
 
 @dataclass(slots=True, eq=False)
@@ -56,10 +55,15 @@ class Scheduler:
         self._counters = counters
         self._watched = watched
         self._turn = 0
-        self._decode_step = self._prefill_token = 0.0  # seconds, of late
+        self._decode_step = 0.0  # seconds, of late
+        self._piece = 2 * STEP  # tokens of a prompt that are computed at once while others wait
 
-    def admit(self, request: Request) -> bool:
-        """Let an answer sit down; False where it better waits, for a prompt that begins alike is being computed."""
+    def seat(self, request: Request) -> bool:
+        """Find an answer its row; False where it better waits, for a prompt that begins alike is being computed.
+
+        It is for the caller to make it one of the `active` ones, if it has a row then: one that nothing can be done for
+        has been told so.
+        """
         tokens = request.lane.tokens
         source, length = self._rows.longest(tokens)
         prompts = [each.lane.tokens for each in self.active if each.lane.prefilling]
@@ -71,7 +75,6 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 (the others' answers go on, whatever it is)
             self._refuse(request, error)
             return True
-        self.active.append(request)
         self._counters.prompt_tokens += len(tokens)
         self._counters.cached_tokens += length
         return True
@@ -95,23 +98,19 @@ class Scheduler:
             return
         self._turn += 1
         request = prompts[self._turn % len(prompts)]
+        others = len(prompts) < len(self.active)
         began = time.perf_counter()
-        asked = self._asked(request, self._piece(len(prompts) < len(self.active)))
+        asked = self._asked(request, self._piece if others else PREFILL)
         if not asked:
             return
         self._extend(request, asked, 1)
         took = time.perf_counter() - began
         self._counters.prefill_steps += 1
         self._counters.prefill_seconds += took
-        self._prefill_token = _mean(self._prefill_token, took / len(asked))
-
-    def _piece(self, others: bool) -> int:
-        """Tokens of a prompt to compute at once: few, where others wait for their next token meanwhile."""
-        if not others:
-            return PREFILL
-        if not self._prefill_token:
-            return STEP
-        return max(STEP, min(int(_SHARE * self._decode_step / self._prefill_token), PREFILL))
+        if others and took < _LEAST * self._decode_step:
+            self._piece = min(self._piece + STEP, PREFILL)
+        elif others and took > _MOST * self._decode_step:
+            self._piece = max(self._piece - STEP, STEP)
 
     def _decode(self) -> None:
         """The next token of every answer; several of those that guess."""
@@ -125,7 +124,7 @@ class Scheduler:
                 steps += 1
             elif asked:
                 single[request.row] = request
-        for span in spans(list(single), _GAP):
+        for span in spans(list(single)):
             steps += 1
             self._decode_span(span, single)
         if steps:

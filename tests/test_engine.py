@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llm_edge.runtime import FinishReason, Model, Result, SamplingParams
+from llm_edge.runtime.answer import STEP
 from llm_edge.runtime.batch import Batch
 from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.errors import BusyError, MachineError, ParameterError
@@ -208,7 +209,7 @@ def test_several_answers_share_their_prompt(load_engine: Load, model: Model, pre
         said(model.generate(prompt, replace(DRAWN, seed=seed)).result()) for seed in seeds
     ]
     length = results[0].timings.prompt_tokens
-    assert [each.timings.cached_tokens for each in results] == [0, *[(length - 2) // 16 * 16] * 2]
+    assert [each.timings.cached_tokens for each in results] == [0, *[(length - 2) // STEP * STEP] * 2]
     unseeded = engine.answers(prompt, replace(DRAWN, seed=None), 3)
     assert len({answer.result().text for answer in unseeded}) == 3
 
@@ -229,7 +230,7 @@ def test_the_next_turn_computes_what_is_new(load_engine: Load) -> None:
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And then?"}]
     again = engine.chat(messages, GREEDY).result()
     before = first.timings.prompt_tokens
-    assert before // 16 * 16 <= again.timings.cached_tokens < again.timings.prompt_tokens
+    assert before // STEP * STEP <= again.timings.cached_tokens < again.timings.prompt_tokens
     fresh = load_engine().chat(messages, GREEDY).result()
     assert fresh.timings.cached_tokens == 0
     assert said(again) == said(fresh)
@@ -248,7 +249,7 @@ def test_an_edit_computes_what_stands_behind_it(load_engine: Load, precision: st
     found = engine.chat(edited, GREEDY).result()
     one, other = engine.encode_chat(messages), engine.encode_chat(edited)
     common = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    assert found.timings.cached_tokens == common // 16 * 16 > 0
+    assert found.timings.cached_tokens == common // STEP * STEP > 0
     assert said(found) == said(load_engine(precision).chat(edited, GREEDY).result())
     restored = engine.chat(messages, GREEDY).result()
     assert said(restored) == said(load_engine(precision).chat(messages, GREEDY).result())
@@ -279,7 +280,7 @@ def test_more_conversations_than_rows(load_engine: Load, model: Model, precision
         assert [said(engine.generate(prompt, GREEDY).result()) for prompt in distinct] == wanted
     assert engine.counters().evictions >= 2 * len(distinct) - 3
     last = engine.generate(distinct[-1], GREEDY).result()  # the latest are there
-    assert last.timings.cached_tokens == (last.timings.prompt_tokens - 2) // 16 * 16
+    assert last.timings.cached_tokens == (last.timings.prompt_tokens - 2) // STEP * STEP
 
 
 # Ends
