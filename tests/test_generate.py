@@ -84,6 +84,7 @@ def test_a_result_is_all_of_its_pieces(model: Model) -> None:
 
 def test_figures_of_a_generation(model: Model) -> None:
     prompt = model.tokenizer.encode(PROMPT)
+    model.forget()  # what earlier tests computed of it
     result = model.generate(PROMPT, GREEDY).result()
     timings = result.timings
     assert timings.prompt_tokens == len(prompt) > 1
@@ -92,6 +93,15 @@ def test_figures_of_a_generation(model: Model) -> None:
     assert timings.decode_seconds > 0
     assert timings.prefill_tokens_per_second == pytest.approx(len(prompt) / timings.prefill_seconds)
     assert timings.decode_tokens_per_second == pytest.approx(39 / timings.decode_seconds)
+
+
+def test_a_prompt_that_begins_alike_is_not_computed_again(model: Model) -> None:
+    model.forget()
+    first, again = (model.generate(PROMPT, GREEDY).result() for _ in range(2))
+    assert (first.timings.cached_tokens, again.timings.cached_tokens) == (0, (first.timings.prompt_tokens - 2) // 8 * 8)
+    assert again.tokens == first.tokens
+    rate = (again.timings.prompt_tokens - again.timings.cached_tokens) / again.timings.prefill_seconds
+    assert again.timings.prefill_tokens_per_second == pytest.approx(rate)
 
 
 def test_a_rate_needs_two_tokens(model: Model) -> None:
