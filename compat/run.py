@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(consumers: Sequence[Consumer], path: Path, tokens: int) -> list[Outcome]:
     """Run every consumer over every precision; the bundle must be the same file for file before and after."""
     from llm_edge.runtime import Model, SamplingParams
-    from llm_edge.runtime.bundle import MANIFEST, Bundle
+    from llm_edge.runtime.bundle import Bundle
 
     bundle = Bundle.open(path)
     bundle.verify()
@@ -142,7 +142,7 @@ def compare(consumers: Sequence[Consumer], path: Path, tokens: int) -> list[Outc
         prompts = make_prompts(model.tokenizer)
         ours = [model.generate(prompt.ids, greedy).result().tokens for prompt in prompts]
         del model
-        takers = bundle.json(MANIFEST)["precisions"][info.name].get("runtimes", CONSUMERS)
+        takers = bundle.manifest["precisions"][info.name].get("runtimes", CONSUMERS)
         for consumer in consumers:
             if consumer.name not in takers:
                 outcomes.append(
