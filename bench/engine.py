@@ -30,7 +30,13 @@ from llm_edge.runtime.sampling_params import SamplingParams
 WIDTHS = (1, 2, 4, 8, 16)
 TOKENS = 96
 ROUNDS = 5
-_NEVER = SamplingParams(temperature=0.0, max_tokens=TOKENS, min_tokens=TOKENS)
+
+
+def _exactly(count: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count)
+
+
+_NEVER = _exactly(TOKENS)
 
 
 def chat(text: str) -> list[dict[str, str]]:
@@ -55,14 +61,14 @@ def streams(engine: Engine) -> None:
             print(f"streams {width:2}, {'with' if guess else 'no'} guesses: {rate:6.0f} tok/s, {rate / one:.2f} x one")
 
 
-def together(engine: Engine, prompts: Sequence[list[int]]) -> float:
+def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) -> float:
     """Tokens a second from when the last answer has begun until the first one ends."""
     times: list[list[float]] = [[] for _ in prompts]
 
     def read(answer: Answer, when: list[float]) -> None:
         when += [time.perf_counter() for _ in answer]
 
-    answers = [engine.generate(each, _NEVER) for each in prompts]
+    answers = [engine.generate(each, _exactly(count)) for each in prompts]
     readers = [threading.Thread(target=read, args=pair) for pair in zip(answers, times, strict=True)]
     for reader in readers:
         reader.start()

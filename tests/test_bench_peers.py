@@ -185,6 +185,15 @@ def test_a_bundle_alone_is_measured(tiny_bundle: Path, bench_peers: Peers, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block.md", "text.txt"]  # no logits are left
 
 
+def test_our_rows_are_counted_together(tiny_bundle: Path) -> None:
+    worker = Worker([sys.executable, "-m", "llm_edge.bench.peers.engine_worker", str(tiny_bundle), "int8", "1"])
+    try:
+        one, four = (worker.ask(rows=[[5, 6, 7 + row] for row in range(width)], count=30)["rate"] for width in (1, 4))
+    finally:
+        worker.close()
+    assert min(one, four) > 0
+
+
 def test_our_logits_are_the_sessions(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle, target = Bundle.open(tiny_bundle), tmp_path / "logits"
     worker = Worker([sys.executable, "-m", "llm_edge.bench.peers.our_logits", str(tiny_bundle), "int8", "1"])

@@ -1,4 +1,4 @@
-"""`worker.py` for llama.cpp: `python llamacpp_worker.py FILE.gguf THREADS [no-flash]`, run beside llama-cpp-python.
+"""`worker.py` for llama.cpp: `python llamacpp_worker.py FILE.gguf THREADS [no-flash|rows]`, beside llama-cpp-python.
 
 Calls the C interface; of the package only its ctypes declarations are imported, so that neither its Python classes nor
 numpy count as llama.cpp's memory and start.
@@ -16,6 +16,7 @@ from typing import Any
 
 CONTEXT = 1024  # its cache is allocated whole
 BATCH = 512
+ROWS = 16  # conversations at once, where they are asked for
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def main() -> None:
     params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, BATCH
     params.n_threads = params.n_threads_batch = threads
     params.no_perf = True
+    if sys.argv[3:] == ["rows"]:
+        params.n_ctx, params.n_seq_max = ROWS * CONTEXT, ROWS
     if sys.argv[3:] == ["no-flash"]:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = lib.llama_init_from_model(model, params) if model else None
@@ -70,7 +73,33 @@ def main() -> None:
         rows = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * (len(tokens) * width)))
         return memoryview(rows.contents).cast("B")
 
-    serve(generate, logits, replies)
+    def rows(prompts: list[list[int]], count: int) -> float:
+        """As llama-batched-bench does it: a step for all, with logits of all, and nothing drawn from them."""
+        lib.llama_memory_clear(memory, False)
+        batch = lib.llama_batch_init(BATCH, 0, 1)
+        for row, prompt in enumerate(prompts):
+            fill(batch, [(token, place, row) for place, token in enumerate(prompt)])
+            decode(batch)
+        lib.llama_synchronize(context)
+        began = perf_counter()
+        for number in range(count):
+            fill(batch, [(prompt[number % len(prompt)], len(prompt) + number, i) for i, prompt in enumerate(prompts)])
+            decode(batch)
+            lib.llama_synchronize(context)
+        took = perf_counter() - began
+        lib.llama_batch_free(batch)
+        return count * len(prompts) / took
+
+    serve(generate, logits, replies, rows)
+
+
+def fill(batch: Any, entries: list[tuple[int, int, int]]) -> None:
+    """Tokens with place and conversation; logits of the last of each conversation."""
+    batch.n_tokens = len(entries)
+    for i, (token, place, row) in enumerate(entries):
+        last = i + 1 == len(entries) or entries[i + 1][2] != row
+        batch.token[i], batch.pos[i], batch.logits[i] = token, place, last
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
 
 
 def declarations() -> Any:

@@ -88,9 +88,9 @@ def _peers(
         raise InputError(f"{path}: its context of {bundle.shape.max_position_embeddings} is shorter than {MIN_CONTEXT}")
     if without_amx and (reason := amx.problem()) is not None:
         raise InputError(f"--without-amx: {reason}")
-    tokens = _tokens(bundle, text or TEXT)
+    tokens = tokens_of(bundle, text or TEXT)
     peers_asked = [peer for peer in ENVIRONMENTS if any(name.startswith(f"{peer}/") for name in names)]
-    weights = _source(gguf, bundle) if peers_asked or "fp32" not in bundle.precisions else None
+    weights = source_of(gguf, bundle) if peers_asked or "fp32" not in bundle.precisions else None
     bundle.verify()
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _peers(
     print(json.dumps(report))
 
 
-def _tokens(bundle: Bundle, path: Path) -> list[int]:
+def tokens_of(bundle: Bundle, path: Path) -> list[int]:
     """Tokens of a text, enough to measure with."""
     from llm_edge.runtime.errors import InputError
     from llm_edge.runtime.safe_io import MIB, read_text
@@ -141,7 +141,7 @@ def _tokens(bundle: Bundle, path: Path) -> list[int]:
     return tokens
 
 
-def _source(path: Path | None, bundle: Bundle) -> Source:
+def source_of(path: Path | None, bundle: Bundle) -> Source:
     """The GGUF, which has to be the one that the bundle was made of."""
     from llm_edge.bench.peers.engines import Source
     from llm_edge.runtime.errors import InputError, MachineError

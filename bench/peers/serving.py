@@ -1,7 +1,8 @@
-"""The requests of `bench/worker.py`, and one for logits, for the workers beside this file. Knows no engine.
+"""The requests of `bench/worker.py`, for logits and for many rows, for the workers beside this file. Knows no engine.
 
     {"tokens": [...], "count": n}      ->  {"first": s, "rest": s, "count": n}
     {"logits": [...], "to": "FILE"}    ->  {"rows": n}
+    {"rows": [[...], ...], "count": n} ->  {"rate": tokens per second}
     {"peak": true}                     ->  {"peak_mb": x}
 
 Logits are those of all positions of a window that starts from an empty context: raw little-endian float32, [rows, V].
@@ -20,9 +21,10 @@ from typing import Any, TextIO
 
 Generate = Callable[[list[int], int], Sequence[float]]
 Logits = Callable[[list[int]], Any]
+Rows = Callable[[list[list[int]], int], float]
 
 
-def serve(generate: Generate, logits: Logits, replies: TextIO) -> None:
+def serve(generate: Generate, logits: Logits, replies: TextIO, rows: Rows | None = None) -> None:
     """Answer until standard input ends.
 
     Args:
@@ -30,6 +32,8 @@ def serve(generate: Generate, logits: Logits, replies: TextIO) -> None:
             there. What it keeps of an earlier request must not make a later one faster.
         logits: takes a window of tokens; returns a buffer of float32, [rows, V].
         replies: where answers go; see `private_stdout`.
+        rows: takes prompts and how many tokens to make behind each of them, all at once; returns tokens a second of
+            all of them together, without their prompts.
     """
 
     def answer(request: dict[str, Any]) -> dict[str, float]:
@@ -40,6 +44,8 @@ def serve(generate: Generate, logits: Logits, replies: TextIO) -> None:
             with open(request["to"], "wb") as file:  # noqa: PTH123 - pathlib would count as the engine's cold start
                 file.write(logits(request["logits"]))
             return {"rows": len(request["logits"])}
+        if "rows" in request and rows is not None:
+            return {"rate": rows(request["rows"], request["count"])}
         start = time.perf_counter()
         times = generate(request["tokens"], request["count"])
         return {"first": times[0] - start, "rest": times[-1] - times[0], "count": len(times)}
