@@ -76,6 +76,10 @@ def export(
             help="fused: fastest in onnxruntime. portable: standard ONNX operators only. auto: fused where it can be."
         ),
     ] = Graph.AUTO,
+    hidden_states: Annotated[
+        bool,
+        typer.Option("--hidden-states", help="Let the graphs also yield hidden states, which Model.embed pools."),
+    ] = False,
     adapter: Annotated[
         str | None, typer.Option(help="Folder or Hugging Face id of a PEFT LoRA adapter to merge into the weights.")
     ] = None,
@@ -145,6 +149,7 @@ def export(
             file_format,
             precision,
             graph,
+            hidden_states,
             bare,
             adapter,
             validate,
@@ -163,6 +168,7 @@ def _export(
     file_format: FileFormat,
     precision: str | None,
     graph: Graph,
+    hidden_states: bool,
     bare: Mapping[str, Any],
     adapter: str | None,
     validate: bool,
@@ -202,6 +208,7 @@ def _export(
             options=SourceOptions(StateDictOptions(**bare), adapter),
             file_format=file_format.value,
             validation_memory=validation_memory * 1e9,
+            hidden_states=hidden_states,
         )
     seconds = time.monotonic() - started
     if tell is not None:

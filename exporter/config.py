@@ -22,6 +22,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "norm_eps": (0.0, 1.0),
     "attention_scale": (1e-6, 1e6),
     "embedding_scale": (1e-6, 1e6),
+    "hidden_scale": (1e-6, 1e6),
 }
 _MOST_ANGLES = 1 << 27  # of all rotary tables together: 1 GiB of cosines and sines
 
@@ -93,6 +94,8 @@ class ModelConfig:
         activation: see `Activation`.
         attention_scale: factor of query · key; None is 1 / sqrt(D).
         embedding_scale: factor of the embedding, but not of a head tied to it.
+        hidden_scale: the model's hidden states divided by what the last norm yields: families that fold a factor of
+            the logits into that norm say here what undoes it.
         head_mix: a square matrix stands between the last norm and the head; families leave it out (`rotate.py`).
     """
 
@@ -119,6 +122,7 @@ class ModelConfig:
     activation: Activation = Activation.SILU
     attention_scale: float | None = None
     embedding_scale: float = 1.0
+    hidden_scale: float = 1.0
     head_mix: bool = False
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from llm_edge.exporter.recipes import Source as SourceFormat
 from llm_edge.exporter.staging import check_target, make_room, staging
 from llm_edge.exporter.torchscript import TorchScriptForm
 from llm_edge.exporter.validate import Parity, Quality
-from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, TORCHSCRIPT, manifest_entry
+from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, TORCHSCRIPT, ReasoningTags, manifest_entry
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 
 _FUSED_HEAD = 8  # onnxruntime's GroupQueryAttention takes heads of a multiple of this size only
@@ -90,6 +90,7 @@ def export(
     options: SourceOptions | None = None,
     file_format: str = ONNX,
     validation_memory: float = WHOLE_GB * 1e9,
+    hidden_states: bool = False,
 ) -> Report:
     """Export a checkpoint.
 
@@ -104,6 +105,7 @@ def export(
         options: what the user says beside the source.
         file_format: `onnx`, or `torchscript` for fp32 as a TorchScript module, which takes no style.
         validation_memory: bytes that validation may take; of larger models the first layers are compared.
+        hidden_states: the graphs have those as an output, too; ONNX alone.
 
     Raises:
         InputError: the source cannot be read, or the output is in the way.
@@ -116,6 +118,8 @@ def export(
     check_target(target, force)
     if file_format == TORCHSCRIPT and style is not None:
         raise ParameterError("--graph is about ONNX: leave it out with --format torchscript")
+    if file_format == TORCHSCRIPT and hidden_states:
+        raise ParameterError("--hidden-states is about ONNX: leave it out with --format torchscript")
     script = TorchScriptForm(recipes) if file_format == TORCHSCRIPT else None
     progress("reading", None, source)
     options = options if options is not None else SourceOptions()
@@ -126,7 +130,7 @@ def export(
         style = _choose_style(source, checkpoint, style)
         for recipe in recipes:
             check_cache(recipe, style)
-        form = OnnxForm(style)
+        form = OnnxForm(style, checkpoint.config.hidden_size if hidden_states else None)
     else:
         form = script
     texts = _texts(checkpoint)
@@ -240,9 +244,10 @@ def _commit_manifest(
     for number, name in enumerate(names):
         progress("writing", number / len(names), name)
         files[name] = manifest_entry(folder / name)
+    marks = "reasoning_tags" if isinstance(checkpoint.reasoning, ReasoningTags) else "reasoning"
     chat = {
         key: asdict(value)
-        for key, value in (("reasoning", checkpoint.reasoning), ("guards", checkpoint.guards))
+        for key, value in ((marks, checkpoint.reasoning), ("guards", checkpoint.guards))
         if value is not None
     }
     write_json(
@@ -264,7 +269,8 @@ def _commit_manifest(
                     "model": f"{form.name}/{form.file(made.recipe)}",
                     "recipe": str(made.recipe),
                     "share_buffer": report.style is GraphStyle.FUSED,
-                    "parity": asdict(made.parity) if made.parity else {},
+                    **({"hidden_size": form.hidden_size} if form.hidden_size is not None else {}),
+                    "parity": made.parity.told if made.parity else {},
                     "quality": asdict(made.quality) if made.quality else {},
                     **({"runtimes": runtimes(made.recipe)} if form.name == ONNX else {}),
                     **(
@@ -276,7 +282,7 @@ def _commit_manifest(
                 for made in report.precisions
             },
             "validation": {"layers": report.validated_layers, "of": report.layers},
-            "proof": {name: asdict(parity) for name, parity in proofs.items()},
+            "proof": {name: parity.told for name, parity in proofs.items()},
             "files": files,
         },
     )

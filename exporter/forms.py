@@ -30,6 +30,10 @@ class Form(Protocol):
     def name(self) -> str:
         """As the manifest says it, and name of the folder in the bundle."""
 
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the hidden states that the files offer beside the logits; None where they offer none."""
+
     def write(
         self,
         folder: Path,
@@ -56,6 +60,7 @@ class OnnxForm:
     """Precisions as ONNX graphs of a style; see `Form`."""
 
     style: GraphStyle
+    hidden_size: int | None = None
     name = ONNX
 
     def write(
@@ -68,7 +73,8 @@ class OnnxForm:
         progress: Progress,
     ) -> dict[str, Rounding]:
         """See `write_graphs`."""
-        return write_graphs(folder, config, weights, recipes, self.style, text, progress)
+        hidden_states = self.hidden_size is not None
+        return write_graphs(folder, config, weights, recipes, self.style, text, progress, hidden_states=hidden_states)
 
     def file(self, recipe: Recipe) -> str:
         """Name of the graph; its weights lie beside it."""
@@ -81,4 +87,5 @@ class OnnxForm:
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
         """The graph at work on the CPU."""
         share_buffer = self.style is GraphStyle.FUSED
-        return Session(folder / self.file(recipe), shape, share_buffer, provider="cpu", spinning=False)
+        path = folder / self.file(recipe)
+        return Session(path, shape, share_buffer, provider="cpu", spinning=False, hidden_size=self.hidden_size)

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llm_edge.exporter.attention_forms import contrib, fused_attention, portable_attention
 from llm_edge.exporter.config import ModelConfig
 from llm_edge.exporter.model import Decoder
+from llm_edge.exporter.passes.hidden_states import offer_hidden_states
 from llm_edge.exporter.passes.last_logits import keep_last_logits
 from llm_edge.exporter.passes.names import name_by_module
 from llm_edge.exporter.passes.skip_norms import fuse_skip_norms
@@ -48,12 +49,13 @@ class GraphStyle(Enum):
     PORTABLE = "portable"
 
 
-def trace(config: ModelConfig, style: GraphStyle) -> ir.Model:
+def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False) -> ir.Model:
     """Trace the decoder.
 
     Inputs: input_ids [batch_size, sequence_length] and attention_mask [batch_size, total_sequence_length] (int64),
     past_key_values.N.key|value [batch_size, KV, past_sequence_length, D], and the optional
-    num_logits_to_keep (int64 scalar with default 0: all positions). Outputs: logits, present.N.key|value.
+    num_logits_to_keep (int64 scalar with default 0: all positions). Outputs: logits, present.N.key|value, and
+    where they are asked for `hidden_states`; see `offer_hidden_states`.
     """
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         decoder = Decoder(config).eval()
@@ -93,6 +95,8 @@ def trace(config: ModelConfig, style: GraphStyle) -> ir.Model:
     name_by_module(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
+    if hidden_states:
+        offer_hidden_states(model, config.hidden_scale)
     keep_last_logits(model)
     if style is GraphStyle.FUSED:
         fuse_skip_norms(model)

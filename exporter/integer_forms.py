@@ -183,7 +183,8 @@ class PortableIntegers:
         norm = None
         if form.spread:
             square = write.op("ReduceMean", write.op("Mul", x, x, label="Square"), self._editor.constant("last", [-1]))
-            norm = write.op("Sqrt", write.op("Add", square, self._editor.scalar("epsilon", EPSILON)))
+            above = write.op("Add", square, self._editor.scalar("epsilon", EPSILON), label="Epsilon")  # Add is the bias
+            norm = write.op("Sqrt", above)
             x = write.op("Mul", write.op("Div", x, norm), write.inverse_smooth(), label="Smooth")
         if form.spread > 1:
             x = write.mixed(x)

@@ -30,12 +30,13 @@ from llm_edge.exporter.validate import (
     Reference,
     Runnable,
     compare,
+    compare_hidden_states,
     record,
     score,
 )
 from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import ParityError
-from llm_edge.runtime.session import CHUNK
+from llm_edge.runtime.session import CHUNK, Session
 
 WHOLE_GB = 4.5
 """Memory, in 10^9 bytes, in which a whole model is validated by default."""
@@ -129,7 +130,10 @@ def prove(
 
         progress("validating", _after(number / len(compared)), recipe.name)
         session = form.open(check if recipe in made else folder, model_shape(cut), recipe)
-        parities[recipe.name] = parity = compare(expected, session)
+        parity = compare(expected, session)
+        if form.hidden_size is not None and isinstance(session, Session):
+            parity = dataclasses.replace(parity, hidden_states=compare_hidden_states(expected, session))
+        parities[recipe.name] = parity
         _judge(recipe.name, parity, exact=recipe.lossless)
         if recipe in recipes:
             qualities[recipe.name] = score(expected, session, scored)
@@ -193,4 +197,10 @@ def _judge(name: str, parity: Parity, *, exact: bool) -> None:
         raise ParityError(
             f"{name}: logits differ from PyTorch by up to {worst.max:.2g}, {worst.mean:.2g} on average; "
             f"{MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
+        )
+    hidden = parity.hidden_states
+    if hidden is not None and (exact or not math.isfinite(hidden.max)) and not hidden.within_bounds:
+        raise ParityError(
+            f"{name}: hidden states differ from PyTorch by up to {hidden.max:.2g} of their length, {hidden.mean:.2g} "
+            f"on average; {MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
         )

@@ -96,6 +96,7 @@ class TorchScriptForm:
     """Precisions as TorchScript; see `forms.Form`."""
 
     name = TORCHSCRIPT
+    hidden_size = None
 
     def __init__(self, recipes: tuple[Recipe, ...]) -> None:
         lossy = [recipe.name for recipe in recipes if not recipe.lossless]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.exporter.model import Decoder, Past
-from llm_edge.runtime.session import CHUNK
+from llm_edge.runtime.session import CHUNK, Session
 
 MAX_BOUND, MEAN_BOUND = 1e-3, 1e-4
 """What fp32 logits may differ from the reference, at most and on average."""
@@ -49,20 +49,28 @@ class Parity:
         prefill: a prompt in one go.
         steps: token by token behind a prompt.
         chunk: a prompt over a past.
+        hidden_states: of a prompt, position by position the length of the difference relative to that of the
+            reference's; None where the graph has none.
     """
 
     prefill: Difference
     steps: Difference
     chunk: Difference
+    hidden_states: Difference | None = None
 
     @property
     def within_bounds(self) -> bool:
-        """Whether an fp32 graph may differ so much, in each of the three."""
+        """Whether logits of an fp32 graph may differ so much, in each of the three."""
         return all(part.within_bounds for part in (self.prefill, self.steps, self.chunk))
 
     @property
+    def told(self) -> dict[str, Any]:
+        """As the manifest tells it."""
+        return {name: figures for name, figures in asdict(self).items() if figures is not None}
+
+    @property
     def worst(self) -> Difference:
-        """The largest of each figure; NaN where one is."""
+        """The largest of each figure of logits; NaN where one is."""
         parts = torch.tensor([(part.max, part.mean) for part in (self.prefill, self.steps, self.chunk)])
         return Difference(*parts.amax(0).tolist())
 
@@ -142,6 +150,7 @@ class Expected:
         steps: token by token behind a prompt.
         chunk: a prompt over a past.
         windows: the text in windows that each start from an empty context.
+        hidden_states: of `prefill`, [tokens, hidden].
     """
 
     path: Path
@@ -150,6 +159,7 @@ class Expected:
     steps: Run
     chunk: Run
     windows: tuple[Run, ...]
+    hidden_states: Tensor
 
     def logits(self, row: int, count: int) -> Tensor:
         """Rows of the file, [count, V]."""
@@ -181,6 +191,8 @@ def record(decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callab
         (prompt[:half], prompt[half:]) if len(prompt) > half else (prompt,),
     ]
     runs, row, total = [], 0, sum(len(piece) for plan in plans for piece in plan)
+    hidden: list[Tensor] = []
+    hook = decoder.norm.register_forward_hook(lambda _module, _inputs, made: hidden.append(made[0]))
     with path.open("wb") as file, torch.inference_mode():
         for plan in plans:
             runs.append(Run(plan, row))
@@ -190,11 +202,13 @@ def record(decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callab
                 done += len(piece)
                 mask = torch.ones(1, done, dtype=torch.int64)
                 logits, past = decoder(torch.tensor([piece]), mask, past)
+                hook.remove()  # the first piece is all of `prefill`
                 logits[0].numpy().astype("<f4", copy=False).tofile(file)
             row += done
             progress(row / total)
     *scored, steps, chunk = runs
-    return Expected(path, vocab, scored[0], steps, chunk, tuple(scored))
+    states = hidden[0] * decoder.config.hidden_scale
+    return Expected(path, vocab, scored[0], steps, chunk, tuple(scored), states)
 
 
 def compare(expected: Expected, session: Runnable) -> Parity:
@@ -211,6 +225,15 @@ def compare(expected: Expected, session: Runnable) -> Parity:
             total, row = total + difference.sum().item(), row + len(piece)
         found[name] = Difference(largest, total / (run.length * expected.vocab_size))
     return Parity(**found)
+
+
+def compare_hidden_states(expected: Expected, session: Session) -> Difference:
+    """Run a graph over the same prompt for its hidden states; see `Parity`."""
+    (prompt,) = expected.prefill.pieces
+    session.reset()
+    difference = torch.from_numpy(session.hidden_states(prompt)) - expected.hidden_states
+    relative = difference.norm(dim=-1) / expected.hidden_states.norm(dim=-1)
+    return Difference(relative.max().item(), relative.mean().item())
 
 
 def score(expected: Expected, session: Runnable, progress: Callable[[float], None]) -> Quality:

@@ -13,10 +13,12 @@ from torch import Tensor
 from llm_edge.exporter.calibrate import Rounding, calibrate
 from llm_edge.exporter.config import ModelConfig
 from llm_edge.exporter.graph import GraphStyle, trace
+from llm_edge.exporter.hadamard import rotation
 from llm_edge.exporter.lower import apply_recipe
+from llm_edge.exporter.passes.hidden_states import undo_rotation
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.recipes import Recipe
-from llm_edge.exporter.rotate import RotatedWeights, rotated_config
+from llm_edge.exporter.rotate import RotatedWeights, rotated_config, turns_residual
 
 _INLINE_LIMIT = 1024  # bytes; larger tensors go to the data file
 
@@ -29,6 +31,8 @@ def write_graphs(
     style: GraphStyle,
     text: Sequence[int],
     progress: Progress,
+    *,
+    hidden_states: bool = False,
 ) -> dict[str, Rounding]:
     """Write `<stem>.onnx` and `<stem>.onnx_data` for each recipe; weights are read, rounded and written one by one.
 
@@ -40,6 +44,7 @@ def write_graphs(
         style: of the graphs.
         text: tokens of the calibration text.
         progress: see `Progress`.
+        hidden_states: the graphs have them as an output; see `offer_hidden_states`.
 
     Returns:
         what calibration found, by name of the recipe.
@@ -55,10 +60,12 @@ def write_graphs(
         traces: dict[ModelConfig, ir.Model] = {}
         for shape in dict.fromkeys(turned[0] if recipe.calibrated else config for recipe in recipes):
             progress("tracing", None, f"{config.num_hidden_layers} layers, {style.value} graph")
-            traces[shape] = trace(shape, style)
+            traces[shape] = trace(shape, style, hidden_states=hidden_states)
         for number, recipe in enumerate(recipes):
             shape, numbers = turned if recipe.calibrated else (config, weights)
             model = traces[shape].clone()
+            if hidden_states and recipe.calibrated and turns_residual(config):
+                undo_rotation(model, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
             apply_recipe(model, shape, numbers, recipe, style, roundings.get(recipe.name))
 
             def saved(_: ir.TensorProtocol, info: Any, number: int = number, recipe: Recipe = recipe) -> None:

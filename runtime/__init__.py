@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llm_edge.runtime.answer import Timings as Timings
     from llm_edge.runtime.bundle import Bundle as Bundle
     from llm_edge.runtime.bundle import Guards as Guards
+    from llm_edge.runtime.bundle import ReasoningTags as ReasoningTags
     from llm_edge.runtime.bundle import ReasoningTokens as ReasoningTokens
     from llm_edge.runtime.constraint import Constraint as Constraint
     from llm_edge.runtime.counters import Counters as Counters
@@ -51,6 +52,7 @@ _HOME = {
     "Model": "generate",
     "PRESETS": "presets",
     "Piece": "answer",
+    "ReasoningTags": "bundle",
     "ReasoningTokens": "bundle",
     "Result": "answer",
     "SamplingParams": "sampling_params",

@@ -7,7 +7,7 @@ A `Lane` is driven by whoever holds the cache, `Model` or `Engine`: it asks `pen
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from llm_edge.runtime.constraint import ConstraintProcessor
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.logprobs import TokenLogprob, log_probabilities
-from llm_edge.runtime.lookup import MOST, PromptLookup
-from llm_edge.runtime.reasoning import AnswerStream
+from llm_edge.runtime.lookup import MOST, Guesses
+from llm_edge.runtime.reasoning import AnswerStream, Passage, joined
 from llm_edge.runtime.sampler import Sampler
+from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.session import Logits
 
 STEP = 8
@@ -84,7 +85,8 @@ class Piece:
 
     Attributes:
         text: what became readable, maybe nothing (half a character, the possible start of a stop string).
-        token: the token drawn; None in a last piece that only ends the generation.
+        token: the token drawn; None in a last piece that only ends the generation, and in one before a token that
+            has text of the reasoning and of the answer.
         finish_reason: set in the last piece alone, and so are
         timings: the figures of the whole generation.
         reasoning: the text belongs to the reasoning and not to the answer; see `AnswerStream` for the border.
@@ -142,16 +144,36 @@ def gather(pieces: Iterable[Piece]) -> Result:
     raise ParameterError("this answer has already been read to its end")
 
 
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How the next tokens of an answer are drawn.
+
+    Attributes:
+        sampler: for this answer alone.
+        stops: strings that end it, and
+        ends: tokens that do.
+        room: tokens to draw at most, those that are drawn already among them.
+    """
+
+    sampler: Sampler
+    stops: tuple[str, ...]
+    ends: frozenset[int]
+    room: int
+
+
+Make = Callable[[SamplingParams, Sequence[int]], Making]
+"""From parameters, and the tokens that were drawn already."""
+
+
 class Lane:
     """One answer on its way.
 
     Args:
         prompt: its tokens, at least one.
-        sampler: for this answer alone, and so are
+        params: how to draw, and
+        make: what that takes.
         stream: of its text, and
         guesses: of its tokens; None for none.
-        ends: tokens that end it.
-        room: tokens to draw at most.
         began: when the caller asked, by `time.perf_counter`.
         constraint: what the answer's form is held to.
 
@@ -164,22 +186,21 @@ class Lane:
     def __init__(
         self,
         prompt: Sequence[int],
-        sampler: Sampler,
+        params: SamplingParams,
+        make: Make,
         stream: AnswerStream,
-        ends: frozenset[int],
-        room: int,
         began: float,
-        guesses: PromptLookup | None = None,
+        guesses: Guesses | None = None,
         constraint: ConstraintProcessor | None = None,
     ) -> None:
         self.tokens = list(prompt)
         self.computed = 0
         self.done = False
         self._prompt_length = len(prompt)
-        self._sampler = sampler
+        self._make = make
+        self._making = make(params, ())
+        self._wanted: SamplingParams | None = None  # other parameters, from the next step on
         self._stream = stream
-        self._ends = ends
-        self._room = room
         self._guesses = guesses
         self._constraint = constraint
         self._asked: list[int] = []
@@ -191,6 +212,10 @@ class Lane:
     def prefilling(self) -> bool:
         """Whether the prompt is still being computed."""
         return self.computed < self._prompt_length
+
+    def adjust(self, params: SamplingParams) -> None:
+        """Draw by other parameters from the next step on; from any thread. The constraint stays what it was."""
+        self._wanted = params
 
     def reuse(self, length: int) -> int:
         """Say how many of the prompt's tokens the cache could hold already; returns how many it shall hold.
@@ -207,13 +232,14 @@ class Lane:
         """
         if self._started == self._began:
             self._started = time.perf_counter()
+        self._adjust()
         if self.prefilling:
             end = self.computed + max(most // STEP, 1) * STEP
             if end >= self._prompt_length - 1:  # a single last token would take another way through the kernels
                 end = self._prompt_length
             self._asked = self.tokens[self.computed : end]
         else:
-            self._asked = [self.tokens[-1], *self._guess(self._room - self._drawn - 1)]
+            self._asked = [self.tokens[-1], *self._guess(self._making.room - self._drawn - 1)]
         return self._asked
 
     def take(self, logits: Logits) -> Iterator[Piece]:
@@ -231,22 +257,29 @@ class Lane:
             if self.prefilling:
                 return
             self._prefilled = time.perf_counter()
-            yield self._draw(logits[-1])
+            yield from self._draw(logits[-1])
             return
         draft = asked[1:]
+        self._guessed += len(draft)
+        before = self._accepted
         for index, row in enumerate(logits):
-            yield self._draw(row)
+            self._accepted = before + index
+            yield from self._draw(row)
             if self.done or index == len(draft) or self.tokens[-1] != draft[index]:
                 break
         self.computed += 1 + index
-        self._guessed += len(draft)
-        self._accepted += index
         if self._guesses is not None:
             self._guesses.tell(len(draft), index, len(self.tokens))
 
     def end(self, reason: FinishReason) -> Piece:
         """The last piece, where no token ends the answer."""
-        return self._end(self._stream.flush(), None, reason)
+        return self._end([self._stream.flush()], None, reason)[-1]
+
+    def _adjust(self) -> None:
+        wanted, self._wanted = self._wanted, None
+        if wanted is not None:
+            self._making = self._make(wanted, self.tokens[self._prompt_length :])
+            self._stream.change_stops(self._making.stops)
 
     @property
     def _drawn(self) -> int:
@@ -258,29 +291,30 @@ class Lane:
         forced = self._constraint.guesses(min(most, MOST)) if self._constraint is not None else []
         return forced or self._guesses.guess(self.tokens, most)
 
-    def _draw(self, row: NDArray[np.float32]) -> Piece:
-        token = self._sampler.sample(row)
-        top = self._sampler.params.logprobs
+    def _draw(self, row: NDArray[np.float32]) -> list[Piece]:
+        token = self._making.sampler.sample(row)
+        top = self._making.sampler.params.logprobs
         logprob = None if top is None else log_probabilities(row, token, top)
+        passages = [self._stream.flush()] if token in self._making.ends else self._stream.push(token)
         if self._constraint is not None:
             self._constraint.accept(token)
         self._last = time.perf_counter()
         if not self._drawn:
             self._first = self._last
         self.tokens.append(token)
-        if token in self._ends:
-            return self._end(self._stream.flush(), token, FinishReason.STOP, logprob)
-        text = self._stream.push(token)
-        if self._stream.stopped:
-            return self._end(text, token, FinishReason.STOP, logprob)
+        if token in self._making.ends or self._stream.stopped:
+            return self._end(passages, token, FinishReason.STOP, logprob)
         whole = self._constraint is not None and self._constraint.finished
-        if whole or self._drawn >= self._room:
-            text += self._stream.flush()
+        if whole or self._drawn >= self._making.room:
+            passages = joined([*passages, self._stream.flush()])
             stopped = whole or self._stream.stopped
-            return self._end(text, token, FinishReason.STOP if stopped else FinishReason.LENGTH, logprob)
-        return Piece(text, token, reasoning=self._stream.reasoning, logprob=logprob)
+            return self._end(passages, token, FinishReason.STOP if stopped else FinishReason.LENGTH, logprob)
+        *before, last = passages
+        return [*_aside(before), Piece(last.text, token, reasoning=last.reasoning, logprob=logprob)]
 
-    def _end(self, text: str, token: int | None, reason: FinishReason, logprob: TokenLogprob | None = None) -> Piece:
+    def _end(
+        self, passages: list[Passage], token: int | None, reason: FinishReason, logprob: TokenLogprob | None = None
+    ) -> list[Piece]:
         self.done = True
         timings = Timings(
             prompt_tokens=self._prompt_length,
@@ -293,4 +327,10 @@ class Lane:
             guessed_tokens=self._guessed,
             accepted_tokens=self._accepted,
         )
-        return Piece(text, token, reason, timings, self._stream.reasoning, logprob)
+        *before, last = passages
+        return [*_aside(before), Piece(last.text, token, reason, timings, last.reasoning, logprob)]
+
+
+def _aside(passages: Iterable[Passage]) -> list[Piece]:
+    """What a token ends before the passage that it is told with."""
+    return [Piece(text, None, reasoning=reasoning) for text, reasoning in passages]

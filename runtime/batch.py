@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_edge.runtime.errors import MachineError
-from llm_edge.runtime.session import Logits, Session, check_step, one_line
+from llm_edge.runtime.session import NUM_HIDDEN_STATES, Logits, Session, check_step, one_line
 
 _RESERVED = 2**36  # bytes of addresses at most to begin with; rows double from there
 _FEWEST = 256  # tokens a row holds to begin with
@@ -43,6 +43,7 @@ class Batch:
 
     def __init__(self, session: Session, rows: int) -> None:
         self._graph = session.graph
+        self._has_hidden_states = session.has_hidden_states
         self._shape = session.shape
         self.dtype = session.cache_dtype
         self._names = session.cache_names
@@ -52,6 +53,7 @@ class Batch:
         self.run_seconds = 0.0
         self._bindings: dict[tuple[int, int], Any] = {}
         self._keep = np.zeros((), dtype=np.int64)
+        self._one = np.ones((), dtype=np.int64)
         self._ones = np.ones((1, self.limit), dtype=np.int64)
         self._options = session.run_options()
         possible = _RESERVED // (self.token_bytes * rows)
@@ -172,6 +174,8 @@ class Batch:
         if len(self._bindings) >= _BINDINGS:
             self._bindings.clear()
         binding = self._graph.io_binding()
+        if self._has_hidden_states:  # computed, asked for or not
+            binding.bind_input(NUM_HIDDEN_STATES, "cpu", 0, np.int64, [], self._one.ctypes.data)
         for name, buffer in zip(self._names, self._buffers, strict=True):
             part = buffer[first : first + rows]
             where = ("cpu", 0, self.dtype.type, part.shape, part.ctypes.data)

@@ -7,6 +7,7 @@ everybody reads it through `Bundle.open`.
 from __future__ import annotations
 
 import hashlib
+import reprlib
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ONNX, TORCHSCRIPT = FORMATS = ("onnx", "torchscript")
+_SHORTEST_TAG, _LONGEST_TAG = 3, 64  # characters; what may become a tag is held back
 MOST_NEWLINES = 2**31 - 1  # as of the parameter `max_newlines`
 
 # Far beyond any published model: what lies above is a damaged manifest, and would be allocated.
@@ -29,6 +31,7 @@ _MOST: Mapping[str, int] = {
     "head_dim": 4_096,
     "max_position_embeddings": 16_777_216,
 }
+_MOST_HIDDEN = 65_536
 
 T = TypeVar("T")
 
@@ -65,6 +68,7 @@ class PrecisionInfo:
         size: bytes of graph and weights.
         parity: figures of the comparison with the reference.
         quality: figures of the comparison with fp32; empty for fp32 itself.
+        hidden_size: H, width of the graph's output `hidden_states`; None where it has none.
     """
 
     name: str
@@ -75,6 +79,7 @@ class PrecisionInfo:
     size: int
     parity: Mapping[str, Any]
     quality: Mapping[str, Any]
+    hidden_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,19 @@ class ReasoningTokens:
 
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningTags:
+    """The texts between which a model reasons, where they are no tokens of their own.
+
+    Attributes:
+        start: what opens the reasoning; the prompt's last text, or the model writes it.
+        end: what closes it; the answer follows.
+    """
+
+    start: str
+    end: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +132,7 @@ class Bundle:
         name: of the bundle.
         shape: what a caller of the graphs has to know.
         precisions: by name.
-        reasoning: the tokens around a reasoning; None for models that do not reason.
+        reasoning: the tokens or texts around a reasoning; None for models that do not reason.
         guards: None where the model needs none.
     """
 
@@ -131,7 +149,11 @@ class Bundle:
         self.precisions: dict[str, PrecisionInfo] = {
             name: self._precision(name, entry) for name, entry in entries.items()
         }
-        self.reasoning = self._reasoning() if "reasoning" in manifest else None
+        self.reasoning: ReasoningTokens | ReasoningTags | None = None
+        if "reasoning" in manifest:
+            self.reasoning = self._reasoning()
+        if "reasoning_tags" in manifest:
+            self.reasoning = self._reasoning_tags()
         self.guards = self._guards() if "guards" in manifest else None
 
     @classmethod
@@ -231,6 +253,14 @@ class Bundle:
                 f"{self.path / MANIFEST}: precisions.{name} is of format {kind!r}, this runtime runs "
                 f"{' and '.join(FORMATS)}: export the bundle again"
             )
+        hidden_size = None
+        if "hidden_size" in entry:
+            hidden_size = _count(entry, "hidden_size", most=_MOST_HIDDEN, where=f"precisions.{name}.")
+            if kind != ONNX:
+                raise BundleError(
+                    f"{self.path / MANIFEST}: precisions.{name} has a hidden_size, which {kind} does not offer: "
+                    "export the bundle again"
+                )
         return PrecisionInfo(
             name=name,
             format=kind,
@@ -240,6 +270,7 @@ class Bundle:
             size=sum(_count(_field(self._files, file, dict), "size", least=0) for file in _graph_files(model, kind)),
             parity=_field(entry, "parity", dict),
             quality=_field(entry, "quality", dict),
+            hidden_size=hidden_size,
         )
 
     def _reasoning(self) -> ReasoningTokens:
@@ -248,6 +279,21 @@ class Bundle:
         if tokens.start == tokens.end:
             raise BundleError(f"{self.path / MANIFEST}: reasoning starts and ends with one token: export it again")
         return tokens
+
+    def _reasoning_tags(self) -> ReasoningTags:
+        if self.reasoning is not None:
+            raise BundleError(f"{self.path / MANIFEST}: 'reasoning' and 'reasoning_tags', of which one is enough")
+        entry = _field(self.manifest, "reasoning_tags", dict)
+        tags = ReasoningTags(*(_field(entry, key, str) for key in ReasoningTags.__slots__))
+        for key, tag in (("start", tags.start), ("end", tags.end)):
+            if not _SHORTEST_TAG <= len(tag) <= _LONGEST_TAG or not tag.isprintable() or tag != tag.strip():
+                raise BundleError(
+                    f"{self.path / MANIFEST}: reasoning_tags.{key} is {reprlib.repr(tag)}, not {_SHORTEST_TAG} to "
+                    f"{_LONGEST_TAG} printable characters without white space around: export the bundle again"
+                )
+        if tags.start in tags.end or tags.end in tags.start:
+            raise BundleError(f"{self.path / MANIFEST}: one of reasoning_tags is within the other: export it again")
+        return tags
 
     def _guards(self) -> Guards:
         entry = _field(self.manifest, "guards", dict)

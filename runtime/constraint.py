@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,24 @@ class Constraint:
         # One regular expression is one lexeme, of any size; the options as so many lexemes would be too many soon.
         return Constraint("choice", f"(?:{'|'.join(map(_literal, options))})")
 
+    def check(self) -> None:
+        """Find out, without a model, whether answers can be held to this; takes 1 ms to some seconds.
+
+        Raises:
+            ParameterError: they cannot, and why.
+        """
+        from llguidance import LLTokenizer
+
+        _compiled_apart(LLTokenizer("byte"), self)
+
+
+class Reasoning(Protocol):
+    """Whether the next token belongs to a reasoning, after all tokens that were accepted so far and the next one."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether it does."""
+
 
 class ConstraintProcessor:
     """The `LogitsProcessor` of one answer; `Constraints.start` makes it. Its place is before all others.
@@ -129,11 +147,13 @@ class ConstraintProcessor:
         afresh: Callable[[], LLMatcher],
         ends: frozenset[int],
         never: NDArray[np.intp],
-        begin_after: int | None,
-        opener: int | None,
+        reasoning: Reasoning | None,
+        opener: Sequence[int],
     ) -> None:
         self._kind, self._matcher, self._ends, self._never = kind, matcher, ends, never
-        self._begin_after, self._opener = begin_after, opener
+        self._reasoning, self._opener = reasoning, list(opener)  # what is left of it, as long as it can be drawn
+        self._inside = reasoning is not None and reasoning.inside
+        self._opens = False  # what was taken is the opener's beginning, and nothing else
         self._afresh: Callable[[], LLMatcher] | None = afresh
         self._seen: int | None = None
         self._taken: list[int] = []
@@ -150,7 +170,7 @@ class ConstraintProcessor:
             self._seen = len(tokens)
         for token in tokens[self._seen :]:
             self.accept(token)
-        if self._waiting:
+        if self._inside:
             return row
         mask = self._matcher.compute_bitmask()
         while self._matcher.is_error():  # the mask is that of a normal end then
@@ -159,8 +179,10 @@ class ConstraintProcessor:
         bits = np.frombuffer(mask, np.uint8)
         allowed = np.unpackbits(bits, count=row.size, bitorder="little").view(np.bool_)  # [V], padded with False
         allowed[self._never[self._never < row.size]] = False
-        if self._opener is not None:
-            allowed[self._opener] = True
+        if self._opens:
+            allowed[:] = False
+        if self._opener:
+            allowed[self._opener[0]] = True
         out = np.full_like(row, -np.inf)
         np.copyto(out, row, where=allowed)
         if np.isneginf(out.max()):
@@ -171,14 +193,16 @@ class ConstraintProcessor:
         """Take a token that was drawn; the raised errors are those of a call."""
         if self._seen is not None:
             self._seen += 1
-        if self._opener is not None:
-            opened, self._opener = token == self._opener, None
-            if opened:
-                return
-            self._begin_after = None
-        if self._begin_after is not None:
-            if token == self._begin_after:
-                self._begin_after = None
+        was, self._inside = self._inside, self._reasoning is not None and self._reasoning.inside
+        if self._inside or was:
+            if self._taken:  # it was the beginning of the opener
+                self._matcher.reset()
+            self._opener, self._opens = [], False
+            self._taken.clear()
+            return
+        self._opener = self._opener[1:] if self._opener[:1] == [token] else []
+        if self._opener and (self._opens or not self._matcher.validate_tokens([token])):
+            self._opens = True
         elif token in self._ends:
             self._ended = True
         else:
@@ -189,22 +213,19 @@ class ConstraintProcessor:
     @property
     def finished(self) -> bool:
         """Whether nothing can follow what was taken but an end token, or that has come."""
-        return self._ended or (self._begin_after is None and self._matcher.is_stopped())
+        opening = self._inside or (self._opener and self._taken)
+        return self._ended or (not opening and self._matcher.is_stopped())
 
     def guesses(self, limit: int) -> list[int]:
         """At most `limit` tokens that spell what has to come next, if anything has to; they change nothing.
 
         The model may spell it in other tokens, so these are guesses to be verified.
         """
-        if self.finished or self._begin_after is not None:
+        if self.finished or self._inside or self._opener:
             return []
         tokens: list[int] = self._matcher.compute_ff_tokens()[:limit]
         cut = next((i for i, token in enumerate(tokens) if token in self._ends or token in self._never), len(tokens))
         return tokens[:cut]
-
-    @property
-    def _waiting(self) -> bool:
-        return self._begin_after is not None and self._opener is None
 
     def _recover(self) -> None:
         """Go on with a matcher of one's own, once, if that helps.
@@ -242,7 +263,7 @@ class Constraints:
         self._building, self._looking = threading.Lock(), threading.Lock()
 
     def start(
-        self, constraint: Constraint, begin_after: int | None = None, opener: int | None = None
+        self, constraint: Constraint, reasoning: Reasoning | None = None, opener: Sequence[int] = ()
     ) -> ConstraintProcessor:
         """Make what holds one answer to a constraint.
 
@@ -252,10 +273,9 @@ class Constraints:
 
         Args:
             constraint: what the answer has to be.
-            begin_after: a token behind which the answer begins, that which ends a reasoning; up to there everything
-                can be drawn. None = the answer begins at once.
-            opener: the token that starts a reasoning, where the prompt did not. It can be drawn as the first, and
-                is what `begin_after` is waited for then; else the answer begins at once.
+            reasoning: says whether the answer is within one, of which everything is allowed; None = it never is.
+            opener: the tokens that start a reasoning, where the prompt did not. They can be drawn as the first; else
+                the answer begins at once.
 
         Raises:
             ParameterError: the constraint, or the tokenizer for any constraint, cannot be used.
@@ -271,7 +291,7 @@ class Constraints:
                 self._compiled.popitem(last=False)
             own = matcher.deep_copy()
         afresh = functools.partial(self._afresh, constraint)
-        return ConstraintProcessor(constraint.kind, own, afresh, self._ends, self._never, begin_after, opener)
+        return ConstraintProcessor(constraint.kind, own, afresh, self._ends, self._never, reasoning, opener)
 
     def _afresh(self, constraint: Constraint) -> LLMatcher:
         with self._looking:

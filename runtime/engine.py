@@ -20,6 +20,7 @@ from llm_edge.runtime.answer import FinishReason
 from llm_edge.runtime.batch import Batch
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.counters import Counters
+from llm_edge.runtime.draft import Draft, guesses_of
 from llm_edge.runtime.errors import BundleError, BusyError, InputError, MachineError, ParameterError
 from llm_edge.runtime.front import Front
 from llm_edge.runtime.handle import Answer
@@ -47,6 +48,7 @@ class Engine(Front[Answer]):
         guess: tokens may be guessed and verified several a step (`runtime/lookup.py`), each answer in steps of its
             own; None for where one answer is made at a time: a step for many gives more than guesses do.
         step_seconds: a step that takes longer is ended, and its answers fail with MachineError; None for any time.
+        draft: a smaller model that guesses, where one answer is made at a time (`active=1`), without `step_seconds`.
 
     Attributes:
         guess: for the requests to come; may be set.
@@ -68,14 +70,18 @@ class Engine(Front[Answer]):
         cache_bytes: int = 1 << 30,
         guess: bool | None = None,
         step_seconds: float | None = None,
+        draft: Draft | None = None,
     ) -> None:
         for name, value, least in (("active", active, 1), ("kept", kept, 1), ("waiting", waiting, 0)):
             if type(value) is not int or not least <= value <= 1024:
                 raise ParameterError(f"{name} is {value!r}; {least} to 1024 are possible")
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise ParameterError(f"cache_bytes is {cache_bytes!r}; 0 and more are possible")
+        if draft is not None and (active != 1 or step_seconds is not None):
+            raise ParameterError("draft: it guesses for an engine of active=1 and without step_seconds, or for a Model")
         super().__init__(bundle, tokenizer, precision, session.limit)
         self.guess = active == 1 if guess is None else guess
+        self._draft = draft
         self._most_active, self._most_waiting = active, waiting
         self._counters = Counters()
         self._batch = Batch(session, active + kept)
@@ -97,6 +103,8 @@ class Engine(Front[Answer]):
         threads: int | None = None,
         *,
         verify: bool = True,
+        draft: str | Path | None = None,
+        draft_precision: str | None = None,
         **options: Any,
     ) -> Engine:
         """Load a bundle; `options` are those of `Engine`, the others those of `Model.load`.
@@ -109,13 +117,16 @@ class Engine(Front[Answer]):
             raise BundleError(
                 f"{bundle.path}: an engine needs a fused ONNX graph: export with --graph fused, or use runtime.Model"
             )
-        session = Session(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", threads)
-        return cls(bundle, session, tokenizer, info, **options)
+        guesser = Draft.load(draft, draft_precision, bundle, info, tokenizer, "cpu", threads, verify=verify)
+        in_turns = guesser is not None
+        graph, width = bundle.file(info.model), info.hidden_size
+        session = Session(graph, bundle.shape, True, "cpu", threads, in_turns=in_turns, hidden_size=width)
+        return cls(bundle, session, tokenizer, info, draft=guesser, **options)
 
     @property
     def run_seconds(self) -> float:
         """Time spent inside onnxruntime."""
-        return self._batch.run_seconds
+        return self._batch.run_seconds + (self._draft.run_seconds if self._draft is not None else 0.0)
 
     def answers(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, count: int = 1
@@ -138,7 +149,8 @@ class Engine(Front[Answer]):
         requests = []
         for number in range(count):
             own = given if given.seed is None else replace(given, seed=(given.seed + number) % 2**64)
-            requests.append(Request(self._text.lane(tokens, own, self.context_length, began, guess=self.guess)))
+            guesses = guesses_of(self._draft) if self.guess else None
+            requests.append(Request(self._text.lane(tokens, own, self.context_length, began, guesses)))
         with self._changed:
             if self._closed:
                 raise MachineError("the engine is closed")

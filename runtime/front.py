@@ -41,6 +41,8 @@ class Front(abc.ABC, Generic[Reply]):
         params: SamplingParams | None = None,
         *,
         template_variables: Mapping[str, Any] | None = None,
+        begin: str = "",
+        thought: str = "",
     ) -> Reply:
         """Answer a conversation in the model's own chat format; see `TextSide.encode_chat`.
 
@@ -48,6 +50,8 @@ class Front(abc.ABC, Generic[Reply]):
             messages: the conversation.
             params: None for `default_params`.
             template_variables: what the chat template knows beyond the messages, as `enable_thinking` or `tools`.
+            begin: what the answer begins with already; what comes continues it, and so it does
+            thought: what its reasoning begins with; all of it, where there is a `begin`.
 
         Raises:
             ParameterError: `template_variables` is no mapping, or the constraint cannot be used.
@@ -56,7 +60,10 @@ class Front(abc.ABC, Generic[Reply]):
             BusyError: (`Engine`) too many requests are waiting.
         """
         began = time.perf_counter()
-        return self._begin(self.encode_chat(messages, template_variables), params, began)
+        tokens = self.encode_chat(messages, template_variables)
+        if begin or thought:
+            tokens = self._text.continued(tokens, begin, thought)
+        return self._begin(tokens, params, began)
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Reply:
         """Continue a text (plain text: special tokens spelled in it stay text) or a list of token ids.

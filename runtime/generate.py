@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llm_edge.runtime.answer import FinishReason, Lane, Piece, Result, Timings, gather
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
+from llm_edge.runtime.draft import Draft, guesses_of
+from llm_edge.runtime.embed import check_pooling, pooled
+from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.front import Front
 from llm_edge.runtime.prefixes import common_prefix
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.score import Score, scored
-from llm_edge.runtime.session import PREFILL, AnySession, open_session
+from llm_edge.runtime.session import PREFILL, AnySession, HiddenStates, Session, open_session
 from llm_edge.runtime.text_side import Message, open_bundle
 from llm_edge.runtime.tokenizer import Tokenizer
 
@@ -22,12 +25,19 @@ __all__ = ["FinishReason", "Generation", "Message", "Model", "Piece", "Result", 
 class Generation:
     """An answer on its way: iterate it for `Piece`s, or ask for the `result`.
 
-    `cancel` may be called from any thread; the generation ends within one step.
+    `cancel` may be called from any thread; the generation ends within one step. So may `adjust`: it gives parameters
+    by which the tokens from the next step on are drawn. The constraint stays what it was.
     """
 
-    def __init__(self, pieces: Iterator[Piece], cancelled: threading.Event) -> None:
+    def __init__(
+        self,
+        pieces: Iterator[Piece],
+        cancelled: threading.Event,
+        adjust: Callable[[SamplingParams], None] = lambda _: None,
+    ) -> None:
         self._pieces = pieces
         self._cancelled = cancelled
+        self.adjust = adjust
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
@@ -48,13 +58,21 @@ class Model(Front[Generation]):
     computed again.
 
     Attributes:
-        guess: tokens may be guessed and verified several a step (`runtime/lookup.py`); may be set.
+        guess: tokens may be guessed and verified several a step (`runtime/lookup.py`, `runtime/draft.py`); may be set.
     """
 
-    def __init__(self, bundle: Bundle, session: AnySession, tokenizer: Tokenizer, precision: PrecisionInfo) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: AnySession,
+        tokenizer: Tokenizer,
+        precision: PrecisionInfo,
+        draft: Draft | None = None,
+    ) -> None:
         super().__init__(bundle, tokenizer, precision, session.limit)
         self.guess = True
         self._session = session
+        self._draft = draft
         self._lane: Lane | None = None  # whose tokens the cache holds
         self._running = threading.Event()
         self._beginning = threading.Lock()
@@ -69,6 +87,8 @@ class Model(Front[Generation]):
         threads: int | None = None,
         *,
         verify: bool = True,
+        draft: str | Path | None = None,
+        draft_precision: str | None = None,
     ) -> Model:
         """Load a bundle.
 
@@ -79,16 +99,28 @@ class Model(Front[Generation]):
             threads: of onnxruntime inside an operator; None leaves it the physical cores. TorchScript: of torch, for
                 the whole process.
             verify: compare the checksums of all that is loaded. TorchScript is a program, and loaded verified only.
+            draft: folder of a smaller bundle of the same vocabulary, which guesses tokens; see `Draft`.
+            draft_precision: of that bundle; None as above.
 
         Raises:
-            BundleError: the folder is missing, damaged or changed.
-            ParameterError: a TorchScript bundle that shall not be verified.
+            BundleError: a folder is missing, damaged or changed.
+            ParameterError: a TorchScript bundle that shall not be verified, or a draft that cannot guess for this one.
             InputError: a TorchScript bundle where torch is missing.
             ProviderError: CUDA was asked for and is not there.
         """
         bundle, info, tokenizer = open_bundle(path, precision, verify=verify)
-        session = open_session(bundle.file(info.model), bundle.shape, info.format, info.share_buffer, provider, threads)
-        return cls(bundle, session, tokenizer, info)
+        guesser = Draft.load(draft, draft_precision, bundle, info, tokenizer, provider, threads, verify=verify)
+        session = open_session(
+            bundle.file(info.model),
+            bundle.shape,
+            info.format,
+            info.share_buffer,
+            provider,
+            threads,
+            in_turns=guesser is not None,
+            hidden_size=info.hidden_size,
+        )
+        return cls(bundle, session, tokenizer, info, guesser)
 
     @property
     def provider(self) -> str:
@@ -98,13 +130,15 @@ class Model(Front[Generation]):
     @property
     def run_seconds(self) -> float:
         """Time spent inside onnxruntime (or torch) since the model was loaded."""
-        return self._session.run_seconds
+        return self._session.run_seconds + (self._draft.run_seconds if self._draft is not None else 0.0)
 
     def forget(self) -> None:
         """Let go what earlier prompts computed; ends an unfinished generation."""
         self._replace(threading.Event())
         with self._stepping:
             self._lane = None
+            if self._draft is not None:
+                self._draft.forget()
 
     def score(self, text: str | Sequence[int]) -> Score:
         """Log-probabilities that the model gives a text's tokens; ends an unfinished generation.
@@ -120,14 +154,44 @@ class Model(Front[Generation]):
             self._session.rewind(0)
             return scored(tokens, lambda part: self._session.step(part, num_logits=0))
 
+    def embed(self, text: str | Sequence[int], pooling: str = "mean", *, normalize: bool = False) -> HiddenStates:
+        """A text as a vector, from its tokens' hidden states behind the last norm; ends an unfinished generation.
+
+        Args:
+            text: plain text, or token ids.
+            pooling: `mean` of all tokens, the `last` one's, or `none`.
+            normalize: divide by the Euclidean length.
+
+        Returns:
+            float32 [H]; [tokens, H] without pooling.
+
+        Raises:
+            ParameterError: a pooling that is none; the text is empty, or holds ids outside of the vocabulary.
+            ContextLengthError: it does not fit.
+            BundleError: this precision was exported without hidden states.
+        """
+        check_pooling(pooling)
+        session = self._session
+        if self.precision.hidden_size is None or not isinstance(session, Session):
+            raise BundleError(
+                f"{self.bundle.path}: {self.precision.name} offers no hidden states: "
+                "export it again, as ONNX, with llm-export --hidden-states"
+            )
+        tokens = self._text.encode_prompt(text)
+        self._text.check(tokens, self.context_length + 1)
+        self.forget()
+        with self._stepping:
+            session.rewind(0)
+            return pooled(tokens, session.hidden_states, pooling, normalize=normalize)
+
     def _begin(self, tokens: list[int], params: SamplingParams | None, began: float) -> Generation:
         self._text.check(tokens, self.context_length)
         params = params if params is not None else self.default_params
-        guess = self.guess and self._session.rewinds
-        lane = self._text.lane(tokens, params, self.context_length, began, guess=guess)
+        guesses = guesses_of(self._draft) if self.guess and self._session.rewinds else None
+        lane = self._text.lane(tokens, params, self.context_length, began, guesses)
         cancelled = threading.Event()
         self._replace(cancelled)
-        return Generation(self._pieces(lane, cancelled), cancelled)
+        return Generation(self._pieces(lane, cancelled), cancelled, lane.adjust)
 
     def _replace(self, cancelled: threading.Event) -> None:
         """End the generation that runs now; `cancelled` will end the next one."""

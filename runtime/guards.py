@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from llm_edge.runtime.borders import Borders
 from llm_edge.runtime.sampler import Ids, Row
 
 _NEWLINES = re.compile("\n+")
@@ -56,59 +57,74 @@ class NewlineLimit:
         """See `LogitsProcessor`."""
         room = self._most - self._newlines.before(tokens, self._most)
         banned = self._ids[self._always | ((self._leading > room) & (self._leading > 0))]
-        return _without(row, banned[banned < row.size])
+        return _without(row, banned)
 
 
 class SingleThinkEnd:
-    """Bans the token `end` where it stands in the context already, and no `start` behind it."""
+    """Bans what would write the end of a reasoning where it stands in the context already, and no start behind it.
 
-    def __init__(self, start: int, end: int) -> None:
-        self._start, self._end = start, end
-        self._looked_at = 0
-        self._ended = False
+    Args:
+        borders: of the answer; they have taken all tokens that were drawn, before each call.
+    """
 
-    def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
+    def __init__(self, borders: Borders) -> None:
+        self._borders = borders
+        borders.ending()  # looks through the vocabulary here, and not while others wait for a step
+
+    def __call__(self, row: Row, tokens: Sequence[int]) -> Row:  # noqa: ARG002 (a name of the protocol)
         """See `LogitsProcessor`."""
-        for token in tokens[self._looked_at :]:
-            if token in (self._start, self._end):
-                self._ended = token == self._end
-        self._looked_at = len(tokens)
-        return _without(row, np.array([self._end])) if self._ended and self._end < row.size else row
+        return _without(row, self._borders.ending()[0]) if self._borders.ended else row
+
+
+class TidyThinkEnd:
+    """Bans tokens that would end a reasoning and begin the answer at once, of whose form nothing can be said then.
+
+    Args:
+        borders: as of `SingleThinkEnd`.
+    """
+
+    def __init__(self, borders: Borders) -> None:
+        self._borders = borders
+        borders.ending()  # looks through the vocabulary here, and not while others wait for a step
+
+    def __call__(self, row: Row, tokens: Sequence[int]) -> Row:  # noqa: ARG002 (a name of the protocol)
+        """See `LogitsProcessor`."""
+        return _without(row, self._borders.ending()[1]) if self._borders.inside else row
 
 
 class ThinkBudget:
-    """Lets nothing but the token `end` be drawn where a reasoning has had its tokens.
+    """Lets nothing be drawn but the tokens that end a reasoning, one after another, where it has had its tokens.
 
     Args:
-        start: id of the token that starts a reasoning.
-        end: id of the token that ends it.
-        budget: how many tokens are drawn for reasoning, all of an answer's together, without those two.
-        inside: the prompt ends within a reasoning. What stands there is not counted.
+        borders: as of `SingleThinkEnd`. What stands in the prompt is not counted.
+        closing: ids of the tokens that write the end.
+        budget: how many tokens are drawn for reasoning, all of an answer's together, without those of its marks.
     """
 
-    def __init__(self, start: int, end: int, budget: int, *, inside: bool) -> None:
-        self._start, self._end, self._left, self._inside = start, end, budget, inside
-        self._looked_at: int | None = None
+    def __init__(self, borders: Borders, closing: Sequence[int], budget: int) -> None:
+        self._borders, self._closing, self._budget = borders, list(closing), budget
 
     def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
         """See `LogitsProcessor`."""
-        drawn = tokens[self._looked_at :] if self._looked_at is not None else ()
-        self._looked_at = len(tokens)
-        for token in drawn:
-            if token in (self._start, self._end):
-                self._inside = token == self._start
-            elif self._inside:
-                self._left -= 1
-        if not self._inside or self._left > 0 or self._end >= row.size:
+        spent = self._borders.spent
+        if not self._borders.inside or spent < self._budget:
+            return row
+        token = self._closing[self._begun(tokens, spent)]
+        if token >= row.size:
             return row
         out = np.full_like(row, -np.inf)
-        out[self._end] = row[self._end]
+        out[token] = 0 if np.isneginf(row[token]) else row[token]  # other guards may have banned it
         return out
+
+    def _begun(self, tokens: Sequence[int], spent: int) -> int:
+        """How many of the closing tokens were drawn last, by this or by chance."""
+        most = min(len(self._closing) - 1, spent)
+        return next((n for n in range(most, 0, -1) if list(tokens[-n:]) == self._closing[:n]), 0)
 
 
 def _without(row: Row, ids: Ids) -> Row:
     if ids.size == 0:
         return row
     out = row.copy()
-    out[ids] = -np.inf
+    out[ids[ids < row.size]] = -np.inf
     return out

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 
 from llm_edge.runtime.answer import Piece, Result, gather
+from llm_edge.runtime.sampling_params import SamplingParams
 
 
 class Answer:
@@ -17,12 +18,18 @@ class Answer:
     It grows whether it is read or not. Leaving `with answer:` cancels what is not finished; so does the end of a task
     that waits for it.
 
+    Args:
+        adjust: takes other parameters.
+
     Attributes:
         cancelled: somebody asked for its end.
+        adjust: gives parameters by which the tokens from the next step on are drawn; from any thread. The constraint
+            stays what it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adjust: Callable[[SamplingParams], None] = lambda _: None) -> None:
         self.cancelled = False
+        self.adjust = adjust
         self._items: deque[Piece | Exception] = deque()
         self._lock = threading.Lock()
         self._wake: Callable[[], object] | None = None

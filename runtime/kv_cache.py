@@ -28,6 +28,9 @@ class KVCache(Protocol):
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first ones."""
 
+    def unbound(self) -> None:
+        """The binding has lost its outputs: bind them again."""
+
 
 class SharedCache:
     """One buffer a tensor that is past and present at once: nothing is copied from step to step.
@@ -44,19 +47,27 @@ class SharedCache:
         self._device = device
         self._limit = limit
         self._values: list[Any] = []
+        self._bound = True
         self.capacity = 0
 
     def bind(self, binding: Any, past: int, new: int) -> None:
         """See `KVCache`."""
-        if past + new <= self.capacity:
-            return
-        self._grow(binding, past, past + new)
+        if past + new > self.capacity:
+            self._grow(binding, past, past + new)
+        elif not self._bound:
+            for name, value in zip(self._names, self._values, strict=True):
+                binding.bind_ortvalue_output(f"present.{name}", value)
+        self._bound = True
 
     def advance(self, binding: Any) -> None:
         """See `KVCache`: the step wrote in place."""
 
     def rewind(self, length: int) -> None:
         """See `KVCache`: what is forgotten is overwritten."""
+
+    def unbound(self) -> None:
+        """See `KVCache`."""
+        self._bound = False
 
     def _grow(self, binding: Any, used: int, needed: int) -> None:
         """Bind larger buffers; each takes its old one's place at once, so that not all are there twice."""
@@ -103,6 +114,9 @@ class GrowingCache:
         for index, value in enumerate(self._values):
             kept = np.ascontiguousarray(value.numpy()[:, :, :length])
             self._values[index] = ort.OrtValue.ortvalue_from_numpy(kept, self._device, 0)
+
+    def unbound(self) -> None:
+        """See `KVCache`: every step binds all."""
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

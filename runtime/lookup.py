@@ -8,12 +8,23 @@ what became of earlier guesses alone, never on time or load.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 MOST = 15
 """Tokens a guess holds at most."""
 _SIZES = (5, 3)  # tokens that must agree, the longer ones tried first
 _FIRST = 4  # tokens of the first guess
 _PATIENCE = 64  # tokens drawn in vain make guessing rest at most
+
+
+class Guesses(Protocol):
+    """The guesses of one answer, wherever they come from."""
+
+    def guess(self, tokens: list[int], most: int) -> list[int]:
+        """What may follow `tokens`, at most so many; none for nothing. `tokens` only grows from call to call."""
+
+    def tell(self, length: int, right: int, drawn: int) -> None:
+        """Of a guess of `length` tokens the first `right` ones came; `drawn` tokens stand in the text now."""
 
 
 class PromptLookup:

@@ -1,111 +1,106 @@
-"""Reasoning and answer, told apart while they are drawn, and in conversations. Knows no model, session or sampler.
+"""Reasoning and answer as a reader sees them: while they are drawn, and in conversations. Knows no model or sampler.
 
-A reasoning model draws its reasoning between two tokens (`ReasoningTokens`; `<think>` and `</think>` in many
-vocabularies) and then its answer. The first of them is drawn too, or the prompt ends with it.
+A reasoning model draws its reasoning between two marks (`<think>` and `</think>` in many vocabularies, a token or
+several each) and then its answer. The first of them is drawn too, or the prompt ends with it. Where they are is told
+by `Borders`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from llm_edge.runtime.bundle import ReasoningTokens
+from llm_edge.runtime.borders import Borders
 from llm_edge.runtime.chat import REASONING_FIELDS
-from llm_edge.runtime.tokenizer import StopStrings, TextStream, Tokenizer
+from llm_edge.runtime.tokenizer import StopStrings
+
+
+class Passage(NamedTuple):
+    """Text of one side, and whether that is the reasoning."""
+
+    text: str
+    reasoning: bool
 
 
 class AnswerStream:
     """Turns the tokens of an answer into text, reasoning and answer apart.
 
-    What `push` and `flush` return belongs to one side, and `reasoning` says to which. The texts of a side add up
-    to `Tokenizer.decode` of its tokens from one border to the next, but for three things:
+    The texts of a side add up to `Tokenizer.decode` of its tokens from one border to the next, but for three things:
 
-    - The two tokens themselves have no text, also where tokenizer.json does not call them special. A second start
-      within a reasoning, and a second end within an answer, do nothing at all.
-    - Blank lines directly behind either token are left out, and a side of white space alone is empty. Models put
+    - The marks have no text, also where tokenizer.json does not call their tokens special. A second start within a
+      reasoning, and a second end within an answer, do nothing at all; `TagBorders` tells when marks that are texts
+      are just that.
+    - Blank lines directly behind either mark are left out, and a side of white space alone is empty. Models put
       them there to set the sides apart, which is no longer needed: they would stand at the top of every answer,
       and a stop string of two newlines would end it before it began. White space at the start of a line with
       text stays: it may be the indentation of code.
     - Stop strings end the answer alone, as hosted OpenAI-compatible services have it and vLLM since its pull
       request 14550. A reasoning often quotes what the answer is to end with.
 
-    Text that waited for the rest of a character or of a stop string is returned at a border, so none of it can
-    turn up on the other side.
+    Text that waited for the rest of a character, of a mark or of a stop string is returned at a border, so none of it
+    can turn up on the other side.
 
     Args:
-        tokenizer: of the model.
+        borders: of the answer; `push` hands its tokens on to them.
         stops: strings that end the answer.
-        tokens: the two tokens; None = all is answer.
-        prompt: what stands before; the first token is reasoning if `opens_reasoning(…)`.
-        turns: ids that end a turn.
-
-    Attributes:
-        inside: the next token belongs to the reasoning, unless it is one of the two.
-        reasoning: the text that was returned last belongs to the reasoning.
-        reasoning_tokens: how many tokens were reasoning, the two included; a second end is not.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stops: Iterable[str],
-        tokens: ReasoningTokens | None,
-        prompt: Sequence[int],
-        turns: Iterable[int] = (),
-    ) -> None:
-        self._text = TextStream(tokenizer)
+    def __init__(self, borders: Borders, stops: Iterable[str]) -> None:
+        self._borders = borders
         self._stops = StopStrings(stops)
-        self._tokens = tokens
-        borders = (tokens.start, tokens.end) if tokens is not None else ()
-        self.inside = tokens is not None and opens_reasoning(prompt, tokens, tokenizer.special_ids.union(turns))
-        self._blank: str | None = "" if prompt and prompt[-1] in borders else None  # None: behind the blank lines
-        self.reasoning = self.inside
-        self.reasoning_tokens = 0
+        self._inside = borders.inside
+        self._blank: str | None = "" if borders.bordered else None  # None: behind the blank lines
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string has come."""
         return self._stops.stopped
 
-    def push(self, token: int) -> str:
-        """Take a token; return the text that is certain now, which may be none."""
-        self.reasoning = self.inside
-        if self._tokens is not None and token in (self._tokens.start, self._tokens.end):
-            starts = token == self._tokens.start
-            self.reasoning_tokens += self.inside or starts
-            return self._cross() if starts != self.inside else ""
-        self.reasoning_tokens += self.inside
-        return self._shown(self._text.push(token))
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many tokens were reasoning; see `Borders.count`."""
+        return self._borders.count
 
-    def flush(self) -> str:
+    def change_stops(self, stops: Iterable[str]) -> None:
+        """Other strings end the answer from here on."""
+        self._stops.change(stops)
+
+    def push(self, token: int) -> list[Passage]:
+        """Take a token; return the text that is certain now: mostly one passage, which may be empty."""
+        first, *others = self._borders.push(token)
+        passages = [self._passage(first)]
+        for text in others:
+            passages.append(Passage(self._stops.flush(), self._inside))
+            if self.stopped:
+                break
+            self._inside, self._blank = not self._inside, ""
+            passages.append(self._passage(text))
+        return joined(passages)
+
+    def flush(self) -> Passage:
         """Return what was held back, for no more text of this side will come."""
-        text = self._shown(self._text.flush()) + self._stops.flush()
-        if text:
-            self.reasoning = self.inside
-        return text
+        text, reasoning = self._passage(self._borders.flush())
+        return Passage(text + self._stops.flush(), reasoning)
 
-    def _cross(self) -> str:
-        text = self.flush()
-        self.inside, self._blank = not self.inside, ""
-        return text
-
-    def _shown(self, text: str) -> str:
+    def _passage(self, text: str) -> Passage:
         if self._blank is not None:
             whole = self._blank + text
             text = without_blank_lines(whole)
             self._blank = None if text else whole[whole.rfind("\n") + 1 :]
-        return text if self.inside else self._stops.push(text)[0]
+        return Passage(text if self._inside else self._stops.push(text)[0], self._inside)
 
 
-def opens_reasoning(prompt: Sequence[int], tokens: ReasoningTokens, closing: Iterable[int] = ()) -> bool:
-    """Whether the last start token has no end token behind it, and none of `closing`.
-
-    Those are special tokens and what ends a turn: a start token before them is somebody's text. (`<think>` is no
-    special token in many vocabularies, so whoever types it gets it.)
-    """
-    borders = {*closing, tokens.end} - {tokens.start}
-    last = next((token for token in reversed(prompt) if token == tokens.start or token in borders), None)
-    return last == tokens.start
+def joined(passages: Iterable[Passage]) -> list[Passage]:
+    """Passages without empty ones, and neighbours of one side as one; at least one, so it may be empty."""
+    found: list[Passage] = []
+    for passage in passages:
+        if not found:
+            found.append(passage)
+        elif passage.text and (passage.reasoning == found[-1].reasoning or not found[-1].text):
+            found[-1] = Passage(found[-1].text + passage.text, passage.reasoning)
+        elif passage.text:
+            found.append(passage)
+    return found
 
 
 def without_blank_lines(text: str) -> str:

@@ -52,6 +52,7 @@ class Sampler:
         processors: see `LogitsProcessor`.
         end_tokens: ids that end the text, for `min_tokens`.
         dry_breakers: ids of the tokens with one of the parameter's strings in their text.
+        generated: tokens of the answer that another sampler drew.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Sampler:
         *,
         end_tokens: Collection[int] = frozenset(),
         dry_breakers: Collection[int] = frozenset(),
+        generated: Iterable[int] = (),
     ) -> None:
         self.params = params
         self._processors = tuple(processors)
@@ -89,6 +91,8 @@ class Sampler:
         # XTC has numbers of its own, so that it changes no draw where it excludes nothing.
         self._xtc_random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=(1,))))
         self._xtc_uniform = self._xtc_random.random()  # for the next token
+        for token in generated:
+            self._add(token)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -115,10 +119,13 @@ class Sampler:
             off = transforms.surprise(row, position) - self.params.mirostat_tau
             self._most_surprise -= self.params.mirostat_eta * off
         self._xtc_uniform = self._xtc_random.random()  # one a token, too
+        self._add(token)
+        return token
+
+    def _add(self, token: int) -> None:
         self._tokens.append(token)
         for history in self._histories:
             history.add(token)
-        return token
 
     def survivors(self, logits: Row) -> tuple[Ids | None, Row]:
         """What the next draw chooses from: token ids, ascending (None = all V), and their new logits."""

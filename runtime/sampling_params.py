@@ -23,8 +23,8 @@ class SamplingParams:
     max_newlines        newline characters, 0 = off, and so is None, which becomes 0. A token that would put more
                         than this many in a row, the prompt's too, cannot be drawn; tokens without text break a
                         row, and those that end the text can always be drawn.
-    single_think_end    true or false. The token that ends the reasoning cannot be drawn once it stands behind
-                        the last one that starts it; nothing happens for models without such tokens.
+    single_think_end    true or false. What ends the reasoning, a token or a text, cannot be completed once it stands
+                        behind the last one that starts it; nothing happens for models that have neither.
     logit_bias          token id -> -100 to 100, as a mapping (its ids may be texts, as JSON's are) or as pairs,
                         kept as pairs in the order of ids. Added to the logit; -100 is nearly a ban, 100 nearly
                         forces. Ids the model has no logit for do nothing, here and in what follows.
@@ -76,7 +76,8 @@ class SamplingParams:
     stop_token_ids      token ids that end the text, the reasoning too.
     constraint          a `Constraint` that the answer keeps to: JSON, a schema, an expression, a grammar, a choice;
                         the reasoning does not. None = off.
-    reasoning_budget    tokens of a reasoning at most, 0 or more; then only what ends it can be drawn. None = off.
+    reasoning_budget    tokens of a reasoning at most, 0 or more; then only the tokens that end it can be drawn, one
+                        after another. None = off.
     logprobs            0 to 20, or None = off. Reports the log-probability of every token drawn, and so many of
                         the most probable ones, in the model's own distribution: before any of the above.
     """

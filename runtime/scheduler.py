@@ -29,8 +29,11 @@ class Request:
     """An answer, from its prompt to its end; `row` is where it sits, once it does."""
 
     lane: Lane
-    answer: Answer = field(default_factory=Answer)
+    answer: Answer = field(init=False)
     row: int = -1
+
+    def __post_init__(self) -> None:
+        self.answer = Answer(self.lane.adjust)
 
 
 class Scheduler:

@@ -47,6 +47,8 @@ _EXECUTION: Mapping[str, list[Any]] = {
     # TF32 would round the factors of fp32's products to 10 bits (bench/RESULTS.md).
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
 }
+HIDDEN_STATES = "hidden_states"
+NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
 _TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from llm_edge.runtime.torchscript_session import TorchScriptSession
 
 Logits = npt.NDArray[np.float32]
+HiddenStates = npt.NDArray[np.float32]
 AnySession: TypeAlias = "Session | TorchScriptSession"
 
 
@@ -71,6 +74,8 @@ class Session:
         threads: of onnxruntime inside an operator; None leaves it the physical cores.
         spinning: idle threads wait busily and weights go into large pages of memory: for a session that has the
             machine to itself.
+        in_turns: another session makes steps between this one's, so idle threads wait busily during a step alone.
+        hidden_size: H, width of the hidden states that the manifest promises; None where it promises none.
 
     Attributes:
         provider: `cpu` or `cuda`, whichever it came to be.
@@ -79,6 +84,7 @@ class Session:
         graph: onnxruntime's session.
         cache_names: of the cache's tensors, without `past_key_values.` and `present.`.
         cache_dtype: their type.
+        has_hidden_states: the graph computes hidden states in every step, of as many positions as it is told to.
 
     Raises:
         BundleError: the graph does not load or is not of the shape the manifest says.
@@ -94,8 +100,11 @@ class Session:
         threads: int | None = None,
         *,
         spinning: bool = True,
+        in_turns: bool = False,
+        hidden_size: int | None = None,
     ) -> None:
         self.shape = shape
+        self._hidden_size = hidden_size
         self.provider = _choose_provider(provider)
         self.length = 0
         self.run_seconds = 0.0
@@ -110,6 +119,8 @@ class Session:
         options.add_session_config_entry("session.dynamic_block_base", "16")
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if in_turns:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.provider == "cuda":
             try:
                 self._start(path, share_buffer, options)
@@ -159,8 +170,10 @@ class Session:
         self._ids = np.zeros(CHUNK, dtype=np.int64)
         self._mask = np.ones(self.shape.max_position_embeddings, dtype=np.int64)
         self._keep = np.zeros((), dtype=np.int64)
+        self._keep_hidden = np.zeros((), dtype=np.int64)
         self._logits: Logits = np.zeros((1, self.shape.vocab_size), dtype=np.float32)
         self._bound: tuple[int, int] = (-1, -1)
+        self._fetched = ""
 
     @property
     def limit(self) -> int:
@@ -181,10 +194,10 @@ class Session:
             ParameterError: too few or too many tokens, or logits of more positions than there are.
             ContextLengthError: they do not fit into the context any more.
         """
-        new, past = len(tokens), self.length
-        check_step(new, past, num_logits, self.limit)
+        new = len(tokens)
+        check_step(new, self.length, num_logits, self.limit)
+        self._fetch("logits")
         rows = num_logits or new
-        self._ids[:new] = tokens
         if self._bound != (new, rows):
             self._keep[...] = num_logits
             if rows != len(self._logits):
@@ -192,6 +205,52 @@ class Session:
             self._bind("num_logits_to_keep", self._keep, [])
             self._bind_logits()
             self._bound = (new, rows)
+        self._run(tokens)
+        return self._logits
+
+    def hidden_states(self, tokens: Sequence[int] | npt.NDArray[np.int64], num_states: int = 0) -> HiddenStates:
+        """Run new tokens as `step` does, for what the last norm yields: transformers' `last_hidden_state`.
+
+        Args:
+            tokens: 1 to `CHUNK` token ids.
+            num_states: hidden states of the last n of them; 0 gives all.
+
+        Returns:
+            hidden states [n, H].
+
+        Raises:
+            BundleError: the manifest promises none.
+            ParameterError, ContextLengthError: as `step`.
+        """
+        if self._hidden_size is None:
+            raise BundleError("the graph offers no hidden states: export it again with llm-export --hidden-states")
+        new = len(tokens)
+        check_step(new, self.length, num_states, self.limit)
+        self._fetch(HIDDEN_STATES)
+        self._keep_hidden[...] = num_states
+        self._bind(NUM_HIDDEN_STATES, self._keep_hidden, [])
+        states: HiddenStates = np.empty((num_states or new, self._hidden_size), dtype=np.float32)
+        self._binding.bind_output(HIDDEN_STATES, "cpu", 0, np.float32, [1, *states.shape], states.ctypes.data)
+        self._run(tokens)
+        return states
+
+    def _fetch(self, output: str) -> None:
+        """Bind for steps that yield this one; the other is computed all the same, so of a single position."""
+        if self._fetched == output:
+            return
+        self._binding.clear_binding_outputs()
+        self._cache.unbound()
+        self._bound = (-1, -1)
+        self._keep[...] = self._keep_hidden[...] = 1
+        self._bind("num_logits_to_keep", self._keep, [])
+        if self.has_hidden_states:
+            self._bind(NUM_HIDDEN_STATES, self._keep_hidden, [])
+        self._fetched = output
+
+    def _run(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """A step; everything but tokens and cache is bound."""
+        new, past = len(tokens), self.length
+        self._ids[:new] = tokens
         self._bind("input_ids", self._ids, [1, new])
         self._bind("attention_mask", self._mask, [1, past + new])
         try:
@@ -205,7 +264,6 @@ class Session:
             raise MachineError(f"a step over {new} tokens behind {past} failed ({one_line(error)})") from error
         self._cache.advance(self._binding)
         self.length = past + new
-        return self._logits
 
     @staticmethod
     def run_options() -> Any:
@@ -248,17 +306,25 @@ class Session:
         """Type of the cache; the graph must have the inputs and outputs that the manifest promises."""
         inputs = {node.name: node for node in self.graph.get_inputs()}
         wanted = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)}
-        outputs = {node.name for node in self.graph.get_outputs()}
+        outputs = {node.name: node for node in self.graph.get_outputs()}
         optional = {node.name for node in self.graph.get_overridable_initializers()}
+        hidden = outputs.pop(HIDDEN_STATES, None)
+        self.has_hidden_states = hidden is not None
         if (
-            "num_logits_to_keep" not in optional
+            not optional >= {"num_logits_to_keep", *([NUM_HIDDEN_STATES] if self.has_hidden_states else [])}
             or inputs.keys() != wanted
-            or outputs != {"logits", *(f"present.{name}" for name in names)}
+            or outputs.keys() != {"logits", *(f"present.{name}" for name in names)}
         ):
             raise BundleError(f"{path}: the graph's inputs and outputs are not those of a decoder with a cache")
         shape = [*self.graph.get_outputs()[0].shape]
         if shape[-1] != self.shape.vocab_size:
             raise BundleError(f"{path}: the graph's vocabulary is {shape[-1]}, not {self.shape.vocab_size}")
+        promised = self._hidden_size
+        if promised and (hidden is None or (hidden.type, hidden.shape[-1]) != ("tensor(float)", promised)):
+            raise BundleError(
+                f"{path}: the graph has no hidden states of {promised}, the manifest says otherwise: "
+                "export the bundle again"
+            )
         cache = inputs[f"past_key_values.{names[0]}"]
         if cache.type not in _TYPES:
             raise BundleError(f"{path}: a cache of type {cache.type} is not supported")
@@ -276,13 +342,17 @@ def open_session(
     threads: int | None = None,
     *,
     spinning: bool = True,
+    in_turns: bool = False,
+    hidden_size: int | None = None,
 ) -> AnySession:
     """The session for a file of this format, one of `bundle.FORMATS`; see `Session` and `TorchScriptSession`."""
     if file_format == TORCHSCRIPT:
         from llm_edge.runtime.torchscript_session import TorchScriptSession
 
         return TorchScriptSession(path, shape, provider, threads)
-    return Session(path, shape, share_buffer, provider, threads, spinning=spinning)
+    return Session(
+        path, shape, share_buffer, provider, threads, spinning=spinning, in_turns=in_turns, hidden_size=hidden_size
+    )
 
 
 def check_provider(provider: str) -> None:

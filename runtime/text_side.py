@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_edge.runtime.answer import Lane
+from llm_edge.runtime.answer import Lane, Making
+from llm_edge.runtime.borders import Borders, Marks, borders_of
 from llm_edge.runtime.bundle import MANIFEST, TORCHSCRIPT, Bundle, PrecisionInfo
-from llm_edge.runtime.constraint import Constraints
+from llm_edge.runtime.constraint import ConstraintProcessor, Constraints
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, TemplateError
-from llm_edge.runtime.guards import NewlineLimit, Newlines, SingleThinkEnd, ThinkBudget
-from llm_edge.runtime.lookup import PromptLookup
+from llm_edge.runtime.guards import NewlineLimit, Newlines, SingleThinkEnd, ThinkBudget, TidyThinkEnd
+from llm_edge.runtime.lookup import Guesses
 from llm_edge.runtime.reasoning import AnswerStream, apart
 from llm_edge.runtime.sampler import LogitsProcessor, Sampler, SamplingParams
 from llm_edge.runtime.tokenizer import Tokenizer
@@ -71,8 +72,8 @@ class TextSide:
         variables = dict(template_variables or {})
         if not all(isinstance(name, str) and name not in ("messages", "self") for name in variables):
             raise TemplateError("template_variables: a mapping by name, without 'messages', was expected")
-        if self._marks is not None:
-            messages = apart(messages, *self._marks)
+        if self._marks is not None and self.tokenizer.special_ids.intersection(self._marks.closing):
+            messages = apart(messages, self._marks.start, self._marks.end)
         return self.tokenizer.encode_chat(messages, **variables)
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
@@ -80,6 +81,18 @@ class TextSide:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special_tokens=True)
         return [*map(operator.index, prompt)]
+
+    def continued(self, prompt: Sequence[int], begin: str, thought: str) -> list[int]:
+        """The ids of a prompt and of an answer's beginning, of its reasoning and of the answer proper."""
+        tokens, marks = list(prompt), self._marks
+        if marks is not None:
+            inside = borders_of(marks, self.tokenizer, prompt, self.end_tokens).inside
+            if thought:
+                opening = [] if inside else [*marks.opening, *self.tokenizer.encode("\n")]
+                tokens += [*opening, *self.tokenizer.encode(thought)]
+            if begin and (inside or thought):
+                tokens += [*self.tokenizer.encode("\n"), *marks.closing, *self.tokenizer.encode("\n\n")]
+        return tokens + self.tokenizer.encode(begin)
 
     def check(self, tokens: Sequence[int], limit: int) -> None:
         """Refuse a prompt that no answer can follow.
@@ -96,32 +109,47 @@ class TextSide:
         if len(tokens) >= limit:
             raise ContextLengthError(len(tokens), limit)
 
-    def lane(self, tokens: Sequence[int], params: SamplingParams, limit: int, began: float, *, guess: bool) -> Lane:
+    def lane(
+        self, tokens: Sequence[int], params: SamplingParams, limit: int, began: float, guesses: Guesses | None
+    ) -> Lane:
         """The makings of one answer to a prompt that was checked; `limit` is the context's.
 
         Raises:
             ParameterError: the constraint cannot be used, or the parameters ask for what the model lacks.
         """
-        ends = self.end_tokens.union(params.stop_token_ids)
-        reasoning = self.bundle.reasoning
-        stream = AnswerStream(self.tokenizer, params.stop, reasoning, tokens, self.end_tokens)
-        made: list[LogitsProcessor] = []
+        marks = self._marks
+        borders = borders_of(marks, self.tokenizer, tokens, self.end_tokens)
         constraint = None
         if params.constraint is not None:
-            after, opener = (reasoning.end, reasoning.start) if reasoning is not None else (None, None)
-            constraint = self._constraints.start(params.constraint, after, None if stream.inside else opener)
+            opener = marks.opening if marks is not None and not borders.inside else ()
+            constraint = self._constraints.start(params.constraint, borders, opener)
+        make = functools.partial(self._making, tokens, limit, borders, constraint)
+        return Lane(tokens, params, make, AnswerStream(borders, params.stop), began, guesses, constraint)
+
+    def _making(
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        borders: Borders,
+        constraint: ConstraintProcessor | None,
+        params: SamplingParams,
+        drawn: Sequence[int],
+    ) -> Making:
+        ends, marks = self.end_tokens.union(params.stop_token_ids), self._marks
+        made: list[LogitsProcessor] = []
+        if constraint is not None:
             made.append(constraint)
+            if marks is not None and marks.tags:
+                made.append(TidyThinkEnd(borders))
         if params.max_newlines:
             made.append(NewlineLimit(self._newlines, params.max_newlines, ends))
-        if params.single_think_end and reasoning is not None:
-            made.append(SingleThinkEnd(reasoning.start, reasoning.end))
-        if params.reasoning_budget is not None and reasoning is not None:
-            budget = params.reasoning_budget
-            made.append(ThinkBudget(reasoning.start, reasoning.end, budget, inside=stream.inside))
+        if params.single_think_end and marks is not None:
+            made.append(SingleThinkEnd(borders))
+        if params.reasoning_budget is not None and marks is not None:
+            made.append(ThinkBudget(borders, marks.closing, params.reasoning_budget))
         breakers = self._breakers(params.dry_breakers) if params.dry_multiplier else frozenset[int]()
-        sampler = Sampler(params, tokens, made, end_tokens=ends, dry_breakers=breakers)
-        room = min(params.max_tokens, limit - len(tokens))
-        return Lane(tokens, sampler, stream, ends, room, began, PromptLookup() if guess else None, constraint)
+        sampler = Sampler(params, prompt, made, end_tokens=ends, dry_breakers=breakers, generated=drawn)
+        return Making(sampler, params.stop, ends, min(params.max_tokens, limit - len(prompt)))
 
     @functools.cached_property
     def _newlines(self) -> Newlines:
@@ -129,8 +157,8 @@ class TextSide:
 
     @functools.cached_property
     def _constraints(self) -> Constraints:
-        reasoning = self.bundle.reasoning
-        never = (reasoning.start, reasoning.end) if reasoning is not None else ()
+        marks = self._marks
+        never = marks.opening + marks.closing if marks is not None and not marks.tags else ()
         return Constraints(self.tokenizer.to_json(), self.bundle.shape.vocab_size, self.end_tokens, never)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - as long-lived as the text side itself
@@ -172,16 +200,11 @@ def _own_params(config: Mapping[str, Any], source: Path, bundle: Bundle) -> Samp
         raise BundleError(f"{source}: {error}") from error
 
 
-def _marks(bundle: Bundle, tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """How the tokens around a reasoning are written, if templates cannot find them in the text of messages."""
-    if bundle.reasoning is None:
-        return None
-    start, end = tokenizer.token_text(bundle.reasoning.start), tokenizer.token_text(bundle.reasoning.end)
-    if start is None or end is None:
-        raise BundleError(
-            f"{bundle.path / MANIFEST}: tokenizer.json does not have the tokens of 'reasoning': export the bundle again"
-        )
-    return (start, end) if bundle.reasoning.end in tokenizer.special_ids else None
+def _marks(bundle: Bundle, tokenizer: Tokenizer) -> Marks | None:
+    try:
+        return Marks(bundle.reasoning, tokenizer) if bundle.reasoning is not None else None
+    except BundleError as error:
+        raise BundleError(f"{bundle.path / MANIFEST}: {error}") from error
 
 
 def _end_tokens(config: Mapping[str, Any], source: Path) -> list[int]:

@@ -324,12 +324,12 @@ class TextStream:
     """Turns token ids into text one by one; what it has returned is never taken back.
 
     For byte-level tokenizers the pieces add up to `Tokenizer.decode` of all ids, whatever they are; for those
-    with a byte fallback they do if the bytes are valid text.
+    with a byte fallback they do if the bytes are valid text. Special tokens but those `shown` have no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: Iterable[int] = ()) -> None:
         self._decode: Callable[[list[int]], str] = functools.partial(tokenizer.decode, skip_special=False)
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._skipped = tokenizer.special_ids.difference(shown) if skip_special else frozenset()
         self._window: list[int] = []  # the last ids that were returned in full, as context, and those after them
         self._context = 0  # how many they are
         self._returned = 0  # how much of the window's text was returned
@@ -367,9 +367,13 @@ class StopStrings:
     """Ends a text at the first of some strings to be complete in it, however the text is cut into pieces."""
 
     def __init__(self, stops: Iterable[str]) -> None:
-        self._stops = tuple(dict.fromkeys(filter(None, stops)))
         self._held = ""
         self.stopped = False
+        self.change(stops)
+
+    def change(self, stops: Iterable[str]) -> None:
+        """Look for other strings from here on, in what is held back too."""
+        self._stops = tuple(dict.fromkeys(filter(None, stops)))
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take a piece; return what can be shown now, and whether the text has ended."""
@@ -380,7 +384,7 @@ class StopStrings:
         if found:
             self._held, self.stopped = "", True
             return text[: min(found)[1]], True
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        held = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False
 
@@ -390,6 +394,6 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How much of a text's end is the start of a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -268,6 +269,13 @@ def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_end(small: Constr
 # ---- reasoning before the answer
 
 
+@dataclass
+class Thinking:
+    """Stands in for the borders of an answer."""
+
+    inside: bool
+
+
 def test_the_mask_waits_for_the_end_of_the_reasoning() -> None:
     start, end = 318, 319
     waiting = Constraints(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
@@ -275,13 +283,16 @@ def test_the_mask_waits_for_the_end_of_the_reasoning() -> None:
     rule = Constraint.regex("(?s:.)+")
     everything = set(range(331))
     for prompt in ([start], [end], [7, start, 9]):  # what the prompt holds ends nothing
-        processor = waiting.start(rule, begin_after=end)
+        thinking = Thinking(True)
+        processor = waiting.start(rule, thinking)
         tokens = list(prompt)
         for token in (9, 2, 0, 330, start):
             assert allowed(processor, tokens) == everything
             assert not processor.finished
             assert processor.guesses(5) == []
             tokens.append(token)
+        assert allowed(processor, tokens) == everything
+        thinking.inside = False
         assert not {start, end, 2, 0} & allowed(processor, [*tokens, end])
         assert {2, a} <= allowed(processor, [*tokens, end, a])
 
@@ -291,11 +302,13 @@ def test_a_model_may_open_its_reasoning_or_answer_at_once() -> None:
     waiting = Constraints(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
     (a,) = tiny.tokenizer().encode("a").ids
     for first, rest in ((start, set(range(331))), (a, {2})):
-        processor = waiting.start(Constraint.choice(["a"]), begin_after=end, opener=start)
+        thinking = Thinking(False)
+        processor = waiting.start(Constraint.choice(["a"]), thinking, [start])
         assert allowed(processor, [1]) == {a, start}
+        thinking.inside = first == start
         assert allowed(processor, [1, first]) == rest
         assert processor.finished == (first == a)
-    assert allowed(waiting.start(Constraint.choice(["a"]), begin_after=end, opener=start), [start]) == {a, start}
+    assert allowed(waiting.start(Constraint.choice(["a"]), Thinking(False), [start]), [start]) == {a, start}
 
 
 # ---- speculation

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from llm_edge.exporter.export import export
+from llm_edge.exporter.recipes import RECIPES
 from llm_edge.runtime import PRESETS, Engine, SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +47,16 @@ def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def states_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> Path:
+    """The guide's bundle with hidden states, beside its other one."""
+    folder = tiny_bundle.with_name(f"{tiny_bundle.name}-states")
+    options: dict[str, Any] = {"validate": False, "force": False, "hidden_states": True}
+    export(str(tiny_checkpoint), folder, (RECIPES["fp32"],), None, progress=lambda *_: None, **options)
+    return folder
+
+
+@pytest.mark.usefixtures("states_bundle")
 def test_the_guide_runs_from_top_to_bottom(tiny_bundle: Path, where: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(BLOCKS) == DOCUMENT.count("```") / 2  # nothing is left out
     names = run_blocks(BLOCKS, tiny_bundle, {"__name__": "guide"})
@@ -52,6 +64,7 @@ def test_the_guide_runs_from_top_to_bottom(tiny_bundle: Path, where: Path, capsy
     assert names["found"].finish_reason == "stop"
     assert set(json.loads(names["found"].text)) == {"city", "year"}
     assert len(names["result"].logprobs) == len(names["result"].tokens)
+    assert names["vectors"].shape == (2, 64)
     assert names["saved"] > 64
     assert names["saved"] - 64 < names["answer"].timings.cached_tokens <= names["saved"]
     assert names["counters"].cached_tokens > 0

@@ -20,7 +20,7 @@ from llm_edge.exporter.bundle_files import preferred
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import RECIPES, parse_precisions
-from llm_edge.runtime import kv_cache
+from llm_edge.runtime import Engine, Model, Result, SamplingParams, kv_cache
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.session import Session
@@ -211,3 +211,29 @@ def test_bundle_and_recipe_say_what_it_is(bundle: Bundle) -> None:
     assert genai["model"]["decoder"]["filename"] == f"onnx/{RECIPES['int8'].stem}.onnx"
     assert bundle.precision().name == "int8"
     assert not RECIPES["int8-kv8"].lossless
+
+
+def test_an_engine_over_it_answers_as_a_model_does(bundle: Bundle) -> None:
+    """Alone and eight at once, probabilities and all, with a prefix that was kept and guesses that were right."""
+    prompts = [tokens(40 + 3 * seed, seed) for seed in range(6)]
+    prompts += [prompts[0] + prompts[1], prompts[2][:9] * 8]
+    for params in (
+        SamplingParams(temperature=0, max_tokens=24, logprobs=0),
+        SamplingParams(temperature=1, seed=3, max_tokens=24, logprobs=0),
+    ):
+        model = Model.load(bundle.path, "int8-kv8", "cpu", 1)
+        wanted = []
+        for prompt in prompts:
+            model.forget()
+            wanted.append(made(model.generate(prompt, params).result()))
+        with Engine.load(bundle.path, "int8-kv8", 1, guess=True) as engine:
+            alone = [made(engine.generate(prompt, params).result()) for prompt in prompts]
+            answers = [engine.generate(prompt, params) for prompt in prompts]
+            together = [made(answer.result()) for answer in answers]
+            assert engine.counters().cached_tokens > 0
+        assert alone == wanted
+        assert together == wanted
+
+
+def made(result: Result) -> tuple[Any, ...]:
+    return result.text, result.tokens, result.finish_reason, result.logprobs

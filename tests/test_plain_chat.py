@@ -615,7 +615,7 @@ from llm_edge.runtime.sampler import SamplingParams
 
 {body}
 
-def load(*_arguments):
+def load(*_arguments, **_named):
     loading()
     fake = FakeModel(*answers)
     fake.bundle = fake.precision = SimpleNamespace(name="fake")
@@ -657,7 +657,7 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("arguments", [["--plain"], ["--ask", "Hi"]])
+@pytest.mark.parametrize("arguments", [["--plain"], ["--ask", "Hi", "--no-stdin"]])
 def test_an_interrupt_ends_what_nobody_watches(tmp_path: Path, arguments: list[str]) -> None:
     with subprocess.Popen(
         [*faking(tmp_path, ENDLESS), *arguments],

@@ -23,10 +23,11 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from llm_edge.runtime import FinishReason, Model, Result, SamplingParams
+from llm_edge.runtime.borders import Marks, borders_of, opens_reasoning
 from llm_edge.runtime.bundle import MANIFEST, ReasoningTokens, manifest_entry
 from llm_edge.runtime.errors import BundleError, ParameterError, TemplateError
 from llm_edge.runtime.guards import NewlineLimit, Newlines, SingleThinkEnd
-from llm_edge.runtime.reasoning import AnswerStream, apart, opens_reasoning
+from llm_edge.runtime.reasoning import AnswerStream, apart
 from llm_edge.runtime.tokenizer import Tokenizer
 
 START, END, LACKING = 320, 321, 325  # behind the tokens of tests/tiny.py; the last has a logit and no text
@@ -272,10 +273,11 @@ def test_the_prompt_may_open_and_close_it() -> None:
 def test_a_long_run_of_blank_lines_costs_little(saying: Saying) -> None:
     model = saying([0])
     (newline,) = model.tokenizer.encode("\n")
-    stream = AnswerStream(model.tokenizer, (), ReasoningTokens(START, END), [START])
+    marks = Marks(ReasoningTokens(START, END), model.tokenizer)
+    stream = AnswerStream(borders_of(marks, model.tokenizer, [START]), ())
     began = time.process_time()
-    assert not any(stream.push(newline) for _ in range(20_000))
-    assert stream.flush() == ""
+    assert not any(text for _ in range(20_000) for text, _ in stream.push(newline))
+    assert stream.flush().text == ""
     assert time.process_time() - began < 3
 
 
@@ -496,13 +498,14 @@ def test_a_reasoning_ends_once(whole: dict[bool, Model]) -> None:
         assert ends <= kept.count(END) <= ends + starts
 
 
-def test_a_new_reasoning_may_end_again() -> None:
-    guard, logits = SingleThinkEnd(7, 8), np.zeros(9, np.float32)
-    tokens: list[int] = []
+def test_a_new_reasoning_may_end_again(saying: Saying) -> None:
+    tokenizer, logits = saying([0]).tokenizer, np.zeros(331, np.float32)
+    borders = borders_of(Marks(ReasoningTokens(START, END), tokenizer), tokenizer)
+    guard = SingleThinkEnd(borders)
     free = []
-    for token in (5, 8, 8, 7, 5, 8, 5):
-        tokens.append(token)
-        free.append(bool(np.isfinite(guard(logits, tokens)[8])))
+    for token in (5, END, END, START, 5, END, 5):
+        borders.push(token)
+        free.append(bool(np.isfinite(guard(logits, [])[END])))
     assert free == [True, False, False, True, True, False, False]
     assert not logits.any()
 

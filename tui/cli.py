@@ -15,6 +15,8 @@ from llm_edge.runtime.command import run
 if TYPE_CHECKING:
     from llm_edge.runtime.generate import Model
     from llm_edge.runtime.sampler import SamplingParams
+    from llm_edge.tui.kept import Kept
+    from llm_edge.tui.store import Store
 
 DEFAULT_BUNDLE = Path("artifacts/smollm2-135m")
 
@@ -24,12 +26,20 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def chat(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder made by llm-export.")] = DEFAULT_BUNDLE,
-    ask: Annotated[str | None, typer.Option(help="Answer this once on stdout, and leave.")] = None,
+    ask: Annotated[
+        str | None, typer.Option(help="Answer this once on stdout, and leave; what is piped in is its context.")
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Chat line by line; also through a pipe.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Keep what --ask or --plain say among the chat's.")] = False,
+    stdin: Annotated[
+        bool | None,
+        typer.Option(help="With --ask: wait for standard input, or leave it alone. Default: as it looks."),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(help="One that the bundle holds: fp32, int8, int4. Default: int8 where it is there."),
     ] = None,
+    draft: Annotated[Path | None, typer.Option(help="Bundle of a smaller model of the family: it guesses.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 always takes the most likely token.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = None,
@@ -54,14 +64,18 @@ def chat(
         "stop": tuple(stop) if stop else None,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    raise typer.Exit(run(lambda: _chat(bundle, ask, plain, precision, system, changes, provider, threads)))
+    words = (bundle, ask, plain, save, stdin, precision, draft, system, changes, provider, threads)
+    raise typer.Exit(run(lambda: _chat(*words)))
 
 
 def _chat(
     bundle: Path,
     ask: str | None,
     plain: bool,  # noqa: ARG001 (the only chat there is so far)
+    save: bool,
+    stdin: bool | None,
     precision: str | None,
+    draft: Path | None,
     system: str | None,
     changes: dict[str, Any],
     provider: str,
@@ -73,6 +87,7 @@ def _chat(
     from llm_edge.runtime.errors import BundleError, InputError, ParameterError
     from llm_edge.runtime.sampler import SamplingParams
     from llm_edge.tui.plain import HINT, PlainChat
+    from llm_edge.tui.standard_input import StandardInput
     from llm_edge.tui.terminal import printable
 
     if sys.stdout is None:
@@ -80,6 +95,8 @@ def _chat(
     SamplingParams(**changes)  # a wrong parameter is told before a model loads
     if ask is not None and not ask.strip():
         raise ParameterError("--ask is empty: give a question")
+    if ask is None and stdin is not None:
+        raise ParameterError("--stdin and --no-stdin go with --ask: give a question, or leave them out")
     if bundle == DEFAULT_BUNDLE and not bundle.exists():
         raise BundleError(f"{bundle} is not there yet: make it with 'llm-export smollm2', or name another bundle")
     from llm_edge.runtime.generate import Model
@@ -87,26 +104,76 @@ def _chat(
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # bytes that are no text, and text that a locale lacks
             stream.reconfigure(errors=errors)
-    model = Model.load(bundle, precision, provider, threads)
+    store = _store() if save else None
+    given = StandardInput(sys.stdin, stdin) if ask is not None else None
+    model = Model.load(bundle, precision, provider, threads, draft=draft)
     params = dataclasses.replace(model.default_params, **changes)
-    if ask is not None:
-        _ask(model, params, system, ask)
+    kept = _kept(store, model, system) if store is not None else None
+    if ask is not None and given is not None:
+        _ask(model, params, system, ask, given.text(_note), kept)
         return
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print(printable(f"{model.bundle.name}, {model.precision.name}, on {model.provider}. {HINT}\n"))
     reasoning = sys.stdout if interactive else _watched_errors()
-    session = PlainChat(model, params, system, sys.stdout, sys.stderr, reasoning=reasoning, interactive=interactive)
+    session = PlainChat(
+        model, params, system, sys.stdout, sys.stderr, reasoning=reasoning, interactive=interactive, kept=kept
+    )
     worst = session.run(_lines() if interactive else sys.stdin)
+    if kept is not None and kept.error is not None:
+        worst = max(worst, kept.error.exit_code)
     if worst and not interactive:
         raise typer.Exit(worst)
 
 
-def _ask(model: Model, params: SamplingParams, system: str | None, question: str) -> None:
+def _ask(
+    model: Model, params: SamplingParams, system: str | None, question: str, context: str | None, kept: Kept | None
+) -> None:
+    from llm_edge.runtime.errors import ContextLengthError
     from llm_edge.tui.plain import PlainChat
+    from llm_edge.tui.standard_input import too_long, with_context
 
-    reasoning, watched = _watched_errors(), sys.stdout.isatty()
-    PlainChat(model, params, system, sys.stdout, sys.stderr, reasoning=reasoning, with_figures=watched).answer(question)
+    chat = PlainChat(
+        model,
+        params,
+        system,
+        sys.stdout,
+        sys.stderr,
+        reasoning=_watched_errors(),
+        with_figures=sys.stdout.isatty(),
+        kept=kept,
+    )
+    try:
+        chat.answer(question if context is None else with_context(context, question), about=question)
+    except ContextLengthError as error:
+        if context is None:
+            raise
+        raise too_long(context, error.prompt_tokens, error.limit) from error
+    if kept is not None and kept.error is not None:
+        raise typer.Exit(kept.error.exit_code)
+
+
+def _store() -> Store:
+    """Where the chat keeps its conversations."""
+    from llm_edge.runtime.errors import InputError
+
+    try:
+        from llm_edge.tui.store import Store, default_path
+    except ImportError as e:
+        raise InputError(f"--save needs {e.name}: pip install 'llm-edge[tui]'") from e
+    return Store(default_path())
+
+
+def _kept(store: Store, model: Model, system: str | None) -> Kept:
+    from llm_edge.tui.kept import Kept
+
+    return Kept(store, model.bundle.name, model.precision.name, model.default_params, system or "", _note)
+
+
+def _note(text: str) -> None:
+    from llm_edge.tui.terminal import printable
+
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _watched_errors() -> TextIO | None:

@@ -10,12 +10,16 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from llm_edge.runtime.errors import ContextLengthError, InputError, LlmEdgeError, ParameterError
+from llm_edge.runtime.errors import InputError, LlmEdgeError, ParameterError
 from llm_edge.runtime.generate import FinishReason, Generation, Message, Timings
 from llm_edge.runtime.sampler import SamplingParams
+from llm_edge.tui.room import begin_with_room, dropped_note
 from llm_edge.tui.terminal import Aside, printable, without_echo
+
+if TYPE_CHECKING:
+    from llm_edge.tui.kept import Kept
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, quit leaves."
 HELP = """\
@@ -55,6 +59,7 @@ class PlainChat:
         reasoning: where the model's reasoning goes, which is no part of the conversation; None = nowhere.
         interactive: somebody watches: Ctrl-C ends an answer only, and a blank line follows each.
         with_figures: a line on how it went follows each answer.
+        kept: where the conversations are kept, if they are.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class PlainChat:
         reasoning: TextIO | None = None,
         interactive: bool = False,
         with_figures: bool = True,
+        kept: Kept | None = None,
     ) -> None:
         self._model = model
         self._start_params = self.params = params
@@ -79,6 +85,7 @@ class PlainChat:
         self._template_variables: dict[str, Any] = {}
         self._interactive = interactive
         self._with_figures = with_figures
+        self._kept = kept
         self.messages: list[dict[str, str]] = []
         self._begin()
 
@@ -100,16 +107,23 @@ class PlainChat:
                 self._note(f"error: {error}")
         return worst
 
-    def answer(self, text: str) -> FinishReason:
-        """Ask a question and stream its answer; both join the conversation, unless it was cancelled before any text."""
+    def answer(self, text: str, about: str = "") -> FinishReason:
+        """Ask a question and stream its answer; both join the conversation, unless it was cancelled before any text.
+
+        `about` is what a kept conversation is named by, where that is not the text itself.
+        """
         question = {"role": "user", "content": text}
         generation = self._begun(question)
+        if self._kept is not None:
+            self._kept.asked(text, self.params, about or text)
         texts: list[str] = []
         aside = Aside(self._reasoning, instead=None if self._shows_reasoning else "(thinking)")
-        reason, timings = FinishReason.CANCELLED, None
+        reason, timings, failed = FinishReason.CANCELLED, None, False
         try:
             with _watched(generation) if self._interactive else contextlib.nullcontext():
                 for piece in generation:
+                    if self._kept is not None:
+                        self._kept.take(piece)
                     if piece.reasoning:
                         aside.write(piece.text)
                     elif piece.text:
@@ -118,11 +132,17 @@ class PlainChat:
                         self._write(piece.text)
                     if piece.finish_reason is not None:
                         reason, timings = piece.finish_reason, piece.timings
+        except LlmEdgeError:
+            failed = True
+            raise
         finally:
+            answer = "".join(texts)
+            joins = bool(answer) or reason != FinishReason.CANCELLED
             aside.end(apart=False)
             self._write("\n")  # what follows, be it an error, begins a line of its own
-        answer = "".join(texts)
-        if answer or reason != FinishReason.CANCELLED:
+            if self._kept is not None:
+                self._kept.ended(reason, timings, joins=joins and not failed)
+        if joins:
             self.messages += [question, {"role": "assistant", "content": answer}]
         if timings is not None:
             if self._with_figures:
@@ -142,21 +162,17 @@ class PlainChat:
 
     def _begun(self, question: Message) -> Generation:
         """Begin an answer; where the context does not hold the conversation, its oldest turns go, and it says so."""
-        opening, turns, dropped = self._opening(), self.messages[len(self._opening()) :], 0
-        while True:
-            try:
-                messages = [*opening, *turns, question]
-                generation = self._model.chat(messages, self.params, template_variables=self._template_variables)
-            except ContextLengthError as error:
-                if not turns:
-                    raise
-                turns, dropped, limit = turns[2:], dropped + 1, error.limit
-            else:
-                if dropped:
-                    self.messages = [*opening, *turns]
-                    gone = "turn was" if dropped == 1 else f"{dropped} turns were"
-                    self._note(f"(the oldest {gone} left out: the model's context holds {limit} tokens)")
-                return generation
+        opening = self._opening()
+        turns = self.messages[len(opening) :]
+
+        def begin(messages: list[Message]) -> Generation:
+            return self._model.chat(messages, self.params, template_variables=self._template_variables)
+
+        generation, kept, limit = begin_with_room(begin, opening, turns, question)
+        if limit:
+            self.messages = [*opening, *turns[len(turns) - len(kept) :]]
+            self._note(f"({dropped_note((len(turns) - len(kept)) // 2, limit)})")
+        return generation
 
     def _line(self, text: str) -> None:
         if not _is_text(text):
@@ -210,6 +226,8 @@ class PlainChat:
 
     def _begin(self) -> None:
         self.messages = self._opening()
+        if self._kept is not None:
+            self._kept.begin()
 
     def _opening(self) -> list[dict[str, str]]:
         return [] if self._system is None else [{"role": "system", "content": self._system}]

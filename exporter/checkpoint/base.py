@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_edge.exporter.checkpoint.weights import Weights
 from llm_edge.exporter.config import ModelConfig
-from llm_edge.runtime.bundle import Guards, ReasoningTokens
+from llm_edge.runtime.bundle import Guards, ReasoningTags, ReasoningTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Checkpoint:
         tokenizer: its files.
         generation: defaults, keys of Hugging Face's `generation_config.json`.
         source: where it came from.
-        reasoning: the tokens around its reasoning, where it has them.
+        reasoning: the tokens or texts around its reasoning, where it has them.
         guards: what keeps its answers from going wrong, where it needs that.
     """
 
@@ -81,7 +81,7 @@ class Checkpoint:
     tokenizer: TokenizerAssets
     generation: Mapping[str, Any]
     source: Source
-    reasoning: ReasoningTokens | None = None
+    reasoning: ReasoningTokens | ReasoningTags | None = None
     guards: Guards | None = None
 
 

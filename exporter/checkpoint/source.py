@@ -69,7 +69,7 @@ def open_checkpoint(source: str, options: SourceOptions, progress: Callable[[str
     """
     checkpoint = _shortened(_open(source, options, progress), options.state_dict.max_seq_len)
     if checkpoint.reasoning is None:
-        reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json)
+        reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json, checkpoint.tokenizer.chat_template)
         checkpoint = dataclasses.replace(checkpoint, reasoning=reasoning)
     return checkpoint
 

@@ -174,6 +174,7 @@ def _granite(raw: ConfigReader) -> ModelConfig:
         mlp_bias=raw.flag("mlp_bias"),
         attention_scale=raw.number("attention_multiplier", 1.0),
         embedding_scale=raw.number("embedding_multiplier", 1.0),
+        hidden_scale=raw.factor("logits_scaling", 1.0),
     )
     return ModelConfig(**given, layers=same_layers(raw, LayerConfig(read_rope(raw, given["head_dim"]))))
 

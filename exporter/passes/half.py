@@ -12,16 +12,17 @@ from llm_edge.exporter.editor import Array, Editor, lazy_tensor, name_of, shape_
 from llm_edge.runtime.errors import CheckpointError
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-_LOGITS = "logits"
+_WIDE = ("logits", "hidden_states")
 
 
 def to_half(model: ir.Model) -> None:
     """Compute in float16, from the embedding to the head.
 
-    Requires: float32 is the graph's only floating-point type; its first output is the logits.
+    Requires: float32 is the graph's only floating-point type.
     Does: turns every float32 tensor, the cache among them, into float16; weights are rounded one at a time when the
         graph is saved.
-    Ensures: logits are float32 as in every other graph. A weight that float16 cannot hold raises CheckpointError.
+    Ensures: logits and hidden states are float32 as in every other graph. A weight that float16 cannot hold raises
+        CheckpointError.
     """
     graph = model.graph
     for node in graph:
@@ -42,19 +43,22 @@ def to_half(model: ir.Model) -> None:
     for value in itertools.chain(graph.inputs, graph.initializers.values(), made):
         if value.dtype is _FLOAT:
             value.dtype = _HALF
-    _widen_logits(model)
+    for index, value in enumerate(graph.outputs):
+        if value.name in _WIDE:
+            _widen(model, index)
 
 
-def _widen_logits(model: ir.Model) -> None:
-    """Cast the logits back to float32."""
+def _widen(model: ir.Model, index: int) -> None:
+    """Cast an output back to float32."""
     graph = model.graph
-    narrow = graph.outputs[0]
-    narrow.name = f"{_LOGITS}_float16"
-    cast = Editor(model).node("Cast", [narrow], f"/{_LOGITS}/Cast", to=int(_FLOAT))
+    narrow = graph.outputs[index]
+    name = name_of(narrow)
+    narrow.name = f"{name}_float16"
+    cast = Editor(model).node("Cast", [narrow], f"/{name}/Cast", to=int(_FLOAT))
     wide = cast.outputs[0]
-    wide.name, wide.type, wide.shape = _LOGITS, ir.TensorType(_FLOAT), narrow.shape
+    wide.name, wide.type, wide.shape = name, ir.TensorType(_FLOAT), narrow.shape
     graph.append(cast)
-    graph.outputs[0] = wide
+    graph.outputs[index] = wide
 
 
 def _rounded(name: str, tensor: ir.TensorProtocol) -> Array:

@@ -24,29 +24,39 @@ def keep_last_logits(model: ir.Model) -> None:
         raise ValueError("the graph does not end in norm and output head")
     hidden = norm.inputs[0]
 
-    keep = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    keep.const_value = ir.tensor(np.array(0, dtype=np.int64), name=INPUT_NAME)
-    graph.inputs.append(keep)
-    graph.register_initializer(keep)
-
-    def constant(name: str, numbers: list[int]) -> ir.Value:
-        value = ir.Value(name=f"/{INPUT_NAME}/{name}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
-        value.const_value = ir.tensor(np.array(numbers, dtype=np.int64), name=value.name)
-        graph.register_initializer(value)
-        return value
-
-    negative = ir.node("Neg", [keep], name=f"/{INPUT_NAME}/Neg")
-    start = ir.node("Reshape", [negative.outputs[0], constant("one", [1])], name=f"/{INPUT_NAME}/Reshape")
-    slice_ = ir.node(
-        "Slice",
-        [hidden, start.outputs[0], constant("end", [np.iinfo(np.int64).max]), constant("axis", [1])],
-        name=f"/{INPUT_NAME}/Slice",
-    )
-    for node in (negative, start, slice_):
-        node.outputs[0].name = f"{node.name}/output_0"
-    graph.insert_before(norm, [negative, start, slice_])
-    norm.replace_input_with(0, slice_.outputs[0])
+    nodes, last = last_positions(graph, hidden, INPUT_NAME)
+    graph.insert_before(norm, nodes)
+    norm.replace_input_with(0, last)
     kept = ir.SymbolicDim("num_logits")
     for value in (norm.outputs[0], head.outputs[0]) if head is not None else ():
         if value.shape is not None:
             value.shape = ir.Shape([value.shape[0], kept, value.shape[2]])
+
+
+def last_positions(graph: ir.Graph, value: ir.Value, input_name: str) -> tuple[list[ir.Node], ir.Value]:
+    """Nodes, not in the graph yet, that yield the last n positions of `value` [B, S, …]; n = 0 keeps all.
+
+    n is a new optional input of the graph, an initializer that may be overridden.
+    """
+    keep = ir.Value(name=input_name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    keep.const_value = ir.tensor(np.array(0, dtype=np.int64), name=input_name)
+    graph.inputs.append(keep)
+    graph.register_initializer(keep)
+
+    def constant(name: str, numbers: list[int]) -> ir.Value:
+        made = ir.Value(name=f"/{input_name}/{name}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+        made.const_value = ir.tensor(np.array(numbers, dtype=np.int64), name=made.name)
+        graph.register_initializer(made)
+        return made
+
+    negative = ir.node("Neg", [keep], name=f"/{input_name}/Neg")
+    start = ir.node("Reshape", [negative.outputs[0], constant("one", [1])], name=f"/{input_name}/Reshape")
+    slice_ = ir.node(
+        "Slice",
+        [value, start.outputs[0], constant("end", [np.iinfo(np.int64).max]), constant("axis", [1])],
+        name=f"/{input_name}/Slice",
+    )
+    nodes = [negative, start, slice_]
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}/output_0"
+    return nodes, slice_.outputs[0]

@@ -1,0 +1,72 @@
+"""`python -m llm_edge.bench.draft BUNDLE DRAFT`: what a draft gives, as ratios of decoding speeds within one run.
+
+Prose and copied texts, greedy and drawn, with the draft against no guesses at all and against prompt lookup alone. All
+take turns answer by answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llm_edge.bench.copying import COPYING, PROSE
+from llm_edge.runtime.command import run
+from llm_edge.runtime.generate import Model
+from llm_edge.runtime.sampling_params import SamplingParams
+
+WAYS = {"greedy": SamplingParams(temperature=0), "drawn": SamplingParams(temperature=0.7, top_p=0.95, seed=1)}
+
+
+def measure(plain: Model, drafted: Model, prompts: Sequence[str], params: SamplingParams, rounds: int) -> list[float]:
+    """Over some prompts, medians of: speed against no guesses, against lookup, and the share of guesses that came."""
+    found = []
+    for text in prompts:
+        rates: dict[str, list[float]] = {"none": [], "lookup": [], "draft": []}
+        for _ in range(rounds):
+            for name, rate in rates.items():
+                model = drafted if name == "draft" else plain
+                model.guess = name != "none"
+                timings = model.chat([{"role": "user", "content": text}], params).result().timings
+                rate.append(timings.decode_tokens_per_second)
+        none, lookup, draft = (statistics.median(rate) for rate in rates.values())
+        right = timings.accepted_tokens / max(timings.guessed_tokens, 1)
+        found.append((draft / max(none, 1e-9), draft / max(lookup, 1e-9), right))
+    return [statistics.median(each) for each in zip(*found, strict=True)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("bundle")
+    parser.add_argument("draft")
+    parser.add_argument("--precision")
+    parser.add_argument("--draft-precision")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--tokens", type=int, default=100, help="of an answer at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    if options.tokens < 2 or options.rounds < 1:
+        parser.error("--tokens from 2 on and --rounds from 1 on are possible")
+
+    def compare() -> None:
+        given = (options.bundle, options.precision, "cpu", options.threads)
+        plain = Model.load(*given)
+        drafted = Model.load(*given, draft=options.draft, draft_precision=options.draft_precision)
+        for kind, prompts in (("prose", PROSE), ("copying", COPYING)):
+            for name, params in WAYS.items():
+                exact = replace(params, max_tokens=options.tokens)
+                against_none, against_lookup, right = measure(plain, drafted, prompts, exact, options.rounds)
+                print(
+                    f"{kind}, {name}: {against_none:.2f} x without guesses, {against_lookup:.2f} x with lookup alone, "
+                    f"{right:.0%} of the guessed tokens came",
+                    flush=True,
+                )
+
+    sys.exit(run(compare))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A text as a vector, from the hidden states of its tokens. Knows no session: whoever holds one computes those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llm_edge.runtime.errors import LogitsError, ParameterError
+from llm_edge.runtime.session import PREFILL, HiddenStates
+
+POOLINGS = ("mean", "last", "none")
+
+
+def check_pooling(pooling: str) -> None:
+    """Refuse what is no pooling."""
+    if pooling not in POOLINGS:
+        raise ParameterError(f"pooling is {pooling!r}; {', '.join(POOLINGS)} are possible")
+
+
+def pooled(
+    tokens: Sequence[int], step: Callable[[Sequence[int], int], HiddenStates], pooling: str, *, normalize: bool
+) -> HiddenStates:
+    """Hidden states of a text, made one.
+
+    Args:
+        tokens: of the text, at least one.
+        step: computes the hidden states [n, H] of the last n of the next tokens; 0 gives all.
+        pooling: `mean` of all positions, the `last` one's, or `none`.
+        normalize: divide by the Euclidean length.
+
+    Returns:
+        float32 [H], or [tokens, H] without pooling.
+
+    Raises:
+        LogitsError: hidden states are no numbers.
+    """
+    check_pooling(pooling)
+    found: list[HiddenStates] = []
+    total = np.zeros(1)
+    for start in range(0, len(tokens), PREFILL):
+        states = step(tokens[start : start + PREFILL], 1 if pooling == "last" else 0)
+        if pooling == "mean":
+            total = total + states.sum(axis=0, dtype=np.float64)
+        else:
+            found = [states] if pooling == "last" else [*found, states]
+    result = total / len(tokens) if pooling == "mean" else np.concatenate(found).astype(np.float64)
+    if not np.isfinite(result).all():
+        raise LogitsError("the hidden states of this text are no numbers: export the bundle again in a wider type")
+    if pooling == "last":
+        result = result[0]
+    if normalize:
+        length = np.linalg.norm(result, axis=-1, keepdims=True)
+        result = result / np.where(length, length, 1)
+    return result.astype(np.float32)

@@ -1,0 +1,107 @@
+"""Parameters that change while an answer comes, and answers that continue what they begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_reasoning import bundle_of
+
+from llm_edge.runtime import FinishReason, Model, SamplingParams
+from llm_edge.runtime.engine import Engine
+
+GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=-1, max_tokens=40)
+QUESTION = [{"role": "user", "content": "The quick brown fox"}]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    found = Model.load(tiny_bundle, "fp32", "cpu", 1)
+    found.guess = False
+    return found
+
+
+def tokens(model: Model, params: SamplingParams, prompt: list[int]) -> list[int]:
+    return list(model.generate(prompt, params).result().tokens)
+
+
+def test_the_tokens_to_come_are_drawn_by_the_new_parameters(model: Model) -> None:
+    prompt = model.encode_chat(QUESTION)
+    whole = tokens(model, GREEDY, prompt)
+    plain = replace(GREEDY, repetition_penalty=1.0)
+    generation = model.generate(prompt, GREEDY)
+    found = []
+    for piece in generation:
+        found += [piece.token] if piece.token is not None else []
+        if len(found) == 10:
+            generation.adjust(plain)
+    assert found[:10] == whole[:10]
+    assert found[10:] == tokens(model, replace(plain, max_tokens=30), [*prompt, *whole[:10]])
+    assert found != whole
+
+
+def test_penalties_go_on_counting(model: Model) -> None:
+    """What was drawn before still counts as generated: a ban on repetitions holds across the change."""
+    prompt = model.encode_chat(QUESTION)
+    params = SamplingParams(temperature=0, max_tokens=30)
+    generation = model.generate(prompt, params)
+    found = []
+    for piece in generation:
+        found += [piece.token] if piece.token is not None else []
+        if len(found) == 10:
+            generation.adjust(replace(params, logit_bias=dict.fromkeys(set(found), -100.0), presence_penalty=2.0))
+    assert not set(found[:10]) & set(found[10:])
+
+
+def test_limits_stops_and_logprobs_change_too(model: Model) -> None:
+    prompt = model.encode_chat(QUESTION)
+    whole = model.generate(prompt, GREEDY).result()
+    shorter = model.generate(prompt, GREEDY)
+    pieces = []
+    for piece in shorter:
+        pieces.append(piece)
+        if len(pieces) == 5:
+            shorter.adjust(replace(GREEDY, max_tokens=12, logprobs=2))
+    assert pieces[-1].finish_reason == FinishReason.LENGTH
+    assert sum(piece.token is not None for piece in pieces) == 12
+    assert [piece.logprob is not None for piece in pieces] == [False] * 5 + [True] * 7
+    stop = whole.text[-8:-5]
+    stopped = model.generate(prompt, GREEDY)
+    text = ""
+    for index, piece in enumerate(stopped):
+        text += piece.text
+        if index == 2:
+            stopped.adjust(replace(GREEDY, stop=(stop,)))
+    assert text == whole.text[: whole.text.index(stop)]
+
+
+def test_an_engines_answers_change_alone(model: Model, load_engine: Callable[..., Engine]) -> None:
+    engine = load_engine("fp32", active=2)
+    prompt = model.encode_chat(QUESTION)
+    long = replace(GREEDY, max_tokens=200)
+    alone = tokens(model, long, prompt)
+    other, changed = engine.generate(prompt, long), engine.generate(prompt, long)
+    for index, _ in enumerate(changed):
+        if index == 3:
+            changed.adjust(replace(long, max_tokens=10))
+    assert list(other.result().tokens) == alone
+
+
+def test_an_answer_continues_what_it_begins_with(model: Model) -> None:
+    prompt = [*model.encode_chat(QUESTION), *model.tokenizer.encode("It jumps")]
+    rest = model.chat(QUESTION, GREEDY, begin="It jumps").result()
+    assert rest.tokens == model.generate(prompt, GREEDY).result().tokens
+    assert rest.tokens != model.chat(QUESTION, GREEDY).result().tokens
+
+
+def test_a_reasoning_goes_on_too(tiny_bundle: Path, tmp_path: Path) -> None:
+    reasoner = Model.load(bundle_of(tiny_bundle, tmp_path / "r", special=True), "fp32", "cpu", 1)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    thinking = reasoner.chat(QUESTION, params, thought="I think").result()
+    assert thinking.reasoning
+    assert not thinking.text
+    answering = reasoner.chat(QUESTION, params, thought="I think", begin="So").result()
+    assert answering.text
+    assert not answering.reasoning

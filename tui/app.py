@@ -1,0 +1,394 @@
+"""The terminal chat: what is on the screen, and which key does what. What is done stands in `session.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from textual import work
+from textual.app import App, ComposeResult, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import Footer, HelpPanel, Static, TextArea
+from textual.worker import get_current_worker
+
+from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.runtime.sampling_params import SamplingParams
+from llm_edge.tui import message_actions
+from llm_edge.tui.chat_view import ChatView
+from llm_edge.tui.composer import Composer
+from llm_edge.tui.controls import Controls, Turned, turn
+from llm_edge.tui.conversation import Message
+from llm_edge.tui.history_panel import HistoryPanel
+from llm_edge.tui.instruments import Instruments
+from llm_edge.tui.knobs import Knobs
+from llm_edge.tui.message_view import MessageView
+from llm_edge.tui.presets import Presets
+from llm_edge.tui.responder import Responder
+from llm_edge.tui.screens.compare import show_compare
+from llm_edge.tui.screens.models import show_models
+from llm_edge.tui.screens.questions import show_questions
+from llm_edge.tui.screens.tokens import show_tokens
+from llm_edge.tui.session import ChatSession
+from llm_edge.tui.settings import Settings
+from llm_edge.tui.store import Store
+from llm_edge.tui.terminal import printable
+from llm_edge.tui.themes import HIGH_CONTRAST, code_theme
+
+_FASTEST, _SLOWEST = 1 / 20, 1 / 4  # seconds between two looks at an answer that grows
+_SHARE = 0.03  # of the time may go into drawing it
+_SAMPLES = 0.5  # seconds between two points of the speed's picture
+_NARROW = 110  # columns below which panels lie over the conversation
+
+
+class ChatApp(App[None]):
+    """See the module.
+
+    Args:
+        store: of conversations.
+        load: gives who answers; called on a thread, for it may take its time.
+        settings: of the person; None = those in the usual place.
+
+    Attributes:
+        session: the chat.
+        editing: the message that the composer's text will take the place of.
+    """
+
+    TITLE = "llm-edge"
+    CSS_PATH = "app.tcss"
+    HORIZONTAL_BREAKPOINTS = [(0, "narrow"), (_NARROW, "wide")]  # noqa: RUF012 (Textual's)
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("f1", "help", "Help"),
+        Binding("f2,ctrl+t", "history", "Conversations", key_display="F2"),
+        Binding("f3,ctrl+o", "controls", "Parameters", key_display="F3"),
+        Binding("f4,ctrl+l", "models", "Models", key_display="F4"),
+        Binding("f5", "questions", "Questions"),
+        Binding("f6", "tokens", "Token view", show=False, priority=True),
+        Binding("f7", "compare", "Compare", show=False, priority=True),
+        Binding("ctrl+n", "new", "New"),
+        Binding("ctrl+r", "regenerate", "Again"),
+        Binding("ctrl+g", "go_on", "Go on"),
+        Binding("escape", "stop", "Stop", show=False),
+        Binding("ctrl+c", "copy_or_stop", "Copy, or stop", show=False, priority=True),
+        Binding("shift+tab", "messages", "To the messages", show=False, priority=True),
+    ]
+
+    def __init__(self, store: Store, load: Callable[[], Responder], settings: Settings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or Settings()
+        self.session = ChatSession(store, Knobs(SamplingParams()))
+        self.editing: Message | None = None
+        self._load = load
+        self._loading = True
+        self._waiting: str | None = None  # a question from before there was somebody to answer it
+        self._ticks: Timer | None = None
+        self._next_look = 0.0
+
+    # ---- the screen
+
+    def compose(self) -> ComposeResult:
+        """Title, conversation and panels, composer, instruments."""
+        yield Static("llm-edge", id="title", markup=False)
+        with Horizontal(id="middle"):
+            yield HistoryPanel(self.session)
+            with Vertical(id="talk"):
+                yield ChatView()
+                yield Composer()
+            yield Controls(self.session.knobs, Presets(self.settings))
+        yield Instruments()
+        yield Footer(compact=True)
+
+    async def on_mount(self) -> None:
+        """Show what there is, and load the model beside."""
+        self.register_theme(HIGH_CONTRAST)
+        self.theme_changed_signal.subscribe(self, self._use_theme)
+        self.home.query_one(Composer).focus()
+        await self.show()
+        self.load_responder(self._load)
+        self._ticks = self.set_interval(_FASTEST, self._look, pause=True)
+        self.set_interval(_SAMPLES, self._sample)
+
+    @property
+    def home(self) -> Screen[Any]:
+        """The screen with the conversation, also while another one lies over it."""
+        return self.screen_stack[0]
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of the conversation do nothing while another screen lies over it."""
+        ours = f"action_{action}" in type(self).__dict__ and action != "help"
+        return False if ours and len(self.screen_stack) > 1 else super().check_action(action, parameters)
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """What the palette offers."""
+        for binding in self.BINDINGS:
+            if isinstance(binding, Binding) and binding.action not in ("stop", "copy_or_stop"):
+                yield SystemCommand(
+                    binding.description, "", lambda action=binding.action: self.call_later(self.run_action, action)
+                )
+        yield from super().get_system_commands(screen)
+
+    async def show(self) -> None:
+        """All of the conversation, as it is now."""
+        session = self.session
+        await self.home.query_one(ChatView).show(session.conversation)
+        title = session.conversation.title or "New conversation"
+        who = f"{session.responder.name} · {session.responder.detail}" if session.responder else "no model"
+        self.home.query_one("#title", Static).update(printable(f"{title}  —  {who}"))
+        for view in self.home.query_one(ChatView).views:
+            view.set_live(view.message is session.answering)
+        self.home.query_one(HistoryPanel).refresh_list()
+        self._show_state()
+
+    def _show_state(self) -> None:
+        instruments, responder = self.home.query_one(Instruments), self.session.responder
+        instruments.context(self.session.used(), 0, responder.context_length if responder else None)
+        if self.session.answering is None:
+            instruments.say("loading the model …" if self._loading else "ready" if responder else "no model: F4")
+
+    def say(self, text: str, severity: str = "information") -> None:
+        """Say something in a corner of the screen."""
+        self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
+
+    def _use_theme(self, _: object) -> None:
+        self.home.query_one(ChatView).use_code_theme(code_theme(self.current_theme))
+
+    # ---- who answers
+
+    @work(thread=True, exclusive=True, group="load")
+    def load_responder(self, load: Callable[[], Responder]) -> None:
+        """Let somebody else answer, once they are there; until then it is who it was."""
+        self._loading, worker = True, get_current_worker()
+        try:
+            responder = load()
+        except LlmEdgeError as error:
+            if not worker.is_cancelled:
+                self.call_from_thread(self._failed_to_load, error)
+            return
+        if worker.is_cancelled:  # somebody else was chosen meanwhile
+            responder.close()
+        else:
+            self.call_from_thread(self.call_later, self._loaded, responder)
+
+    def _failed_to_load(self, error: LlmEdgeError) -> None:
+        self._loading = False
+        self._show_state()
+        if self.session.responder is None and len(self.screen_stack) == 1:
+            show_models(self, str(error))
+        else:
+            self.say(str(error), "error")
+
+    async def _loaded(self, responder: Responder) -> None:
+        self._loading = False
+        before = self.session.responder
+        self.session.use(responder)
+        if before is not None and before is not responder:
+            before.close()
+        self.home.query_one(Controls).use(self.session.knobs, responder.name)
+        await self.show()
+        if self._waiting is not None:
+            question, self._waiting = self._waiting, None
+            await self.ask(question)
+
+    # ---- an answer that grows
+
+    def _look(self) -> None:
+        """Show what has come of an answer; looks more rarely where showing takes long."""
+        now = time.perf_counter()
+        if not self.home.query(ChatView):
+            return  # the application is about to end
+        if now < self._next_look or (news := self.session.poll()) is None:
+            return
+        view = self.home.query_one(ChatView).view(news.message)
+        if view is not None:
+            view.live = not news.ended
+            view.changed()
+        if news.ended:
+            self._ended(news.message)
+        self._show_state()
+        took = time.perf_counter() - now
+        self._next_look = now + min(max(took / _SHARE, _FASTEST), _SLOWEST)
+
+    def _ended(self, message: Message) -> None:
+        if self._ticks is not None:
+            self._ticks.pause()
+        if "error" in message.figures:
+            self.say(str(message.figures["error"]), "error")
+
+    def _sample(self) -> None:
+        if not self.home.query(Instruments):
+            return  # the application is about to end
+        rate = self.session.sample_rate()
+        if self.session.answering is not None or any(self.session.rates):
+            instruments = self.home.query_one(Instruments)
+            instruments.speed(list(self.session.rates))
+            if self.session.answering is not None and rate:
+                instruments.say(f"{rate:.0f} tok/s · Esc stops")
+
+    async def answering(self, begin: Callable[[ChatSession], Message]) -> bool:
+        """Begin an answer and show it; False where that was refused, which is told."""
+        try:
+            begin(self.session)
+        except LlmEdgeError as error:
+            self.say(str(error), "warning")
+            return False
+        await self.show()
+        self.home.query_one(Instruments).say("reading the prompt …")
+        self._next_look = 0.0
+        if self._ticks is not None:
+            self._ticks.resume()
+        return True
+
+    # ---- what a person does
+
+    async def on_composer_sent(self, event: Composer.Sent) -> None:
+        """A question, or another wording of one; nothing is a new conversation."""
+        if not event.text.strip():
+            await self.action_new()
+        elif self.editing is not None:
+            message, text = self.editing, event.text
+            self.edit(None)
+            if not await self.answering(lambda session: session.edit(message, text)):
+                self.home.query_one(Composer).write(text)
+        elif self.session.responder is None and self._loading:
+            self._waiting = event.text
+            self.say("The model is still loading; this is asked as soon as it is there.")
+        else:
+            await self.ask(event.text)
+
+    async def ask(self, text: str) -> None:
+        """Ask; a question that is refused returns to where it was written."""
+        if not await self.answering(lambda session: session.ask(text)):
+            self.home.query_one(Composer).write(text)
+
+    def edit(self, message: Message | None) -> None:
+        """Let the composer's text take the place of a message, or (None) be a question of its own again."""
+        self.editing = message
+        composer = self.home.query_one(Composer)
+        composer.border_title = "another wording · Esc leaves it as it was" if message is not None else ""
+        if message is not None:
+            composer.write(message.content)
+
+    async def on_composer_undo(self) -> None:
+        """There is nothing written to undo: the new conversation, then."""
+        if self.session.undo_new():
+            await self.show()
+        else:
+            self.say("There is nothing to undo.")
+
+    async def on_message_view_asked(self, event: MessageView.Asked) -> None:
+        """Something is to be done with a message."""
+        await message_actions.do(self, event.view, event.what)
+
+    async def action_new(self) -> None:
+        """A new conversation."""
+        if self.session.conversation.messages:
+            self.session.new()
+            self.say("A new conversation. Ctrl-Z returns to the one before.")
+        self.edit(None)
+        await self.show()
+        self.home.query_one(Composer).focus()
+
+    async def action_regenerate(self) -> None:
+        """Another answer to the last question."""
+        if path := self.session.conversation.path():
+            await self.answering(lambda session: session.regenerate(path[-1]))
+
+    async def action_go_on(self) -> None:
+        """More of the last answer."""
+        if path := self.session.conversation.path():
+            await self.answering(lambda session: session.go_on(path[-1]))
+
+    def action_stop(self) -> None:
+        """Stop the answer; with none on its way, write the next question."""
+        if self.session.answering is not None:
+            self.session.stop()
+            return
+        if self.editing is not None:
+            self.edit(None)
+            self.home.query_one(Composer).load_text("")
+        self.home.query_one(Composer).focus()
+
+    def action_copy_or_stop(self) -> None:
+        """Copy what is marked, as terminals do; with nothing marked, stop the answer."""
+        focused = self.screen.focused
+        marked = self.screen.get_selected_text()
+        if not marked and isinstance(focused, TextArea):
+            marked = focused.selected_text
+        if marked:
+            self.copy_to_clipboard(marked)
+        elif self.session.answering is not None:
+            self.session.stop()
+        else:
+            self.say("Ctrl-Q leaves.")
+
+    def action_messages(self) -> None:
+        """To the last message, from where one is writing; else to what comes before."""
+        views = self.home.query_one(ChatView).views
+        if isinstance(self.screen.focused, Composer) and views:
+            views[-1].focus()
+        else:
+            self.screen.focus_previous()
+
+    def action_help(self) -> None:
+        """Show all keys, or hide them."""
+        if self.screen.query(HelpPanel):
+            self.action_hide_help_panel()
+        else:
+            self.action_show_help_panel()
+
+    def action_history(self) -> None:
+        """Show the conversations that are kept, or hide them."""
+        if self.home.has_class("narrow"):
+            self.home.query_one(Controls).remove_class("open")
+        self.home.query_one(HistoryPanel).toggle()
+
+    async def on_history_panel_moved(self, event: HistoryPanel.Moved) -> None:
+        """Another conversation, or another title of this one."""
+        if event.opened:
+            self.edit(None)
+        await self.show()
+        self.home.query_one(Controls).show()
+
+    def on_history_panel_closed(self) -> None:
+        """On with what was being written."""
+        self.home.query_one(Composer).focus()
+
+    def action_controls(self) -> None:
+        """Show the parameters, or hide them."""
+        controls = self.home.query_one(Controls)
+        controls.toggle_class("open")
+        if controls.has_class("open"):
+            if self.home.has_class("narrow"):
+                self.home.query_one(HistoryPanel).remove_class("open")
+            self.home.query_one("#value-temperature").focus()
+        else:
+            self.home.query_one(Composer).focus()
+
+    def action_models(self) -> None:
+        """Choose who answers."""
+        show_models(self)
+
+    def action_questions(self) -> None:
+        """Offer questions that are ready-made."""
+        show_questions(self)
+
+    def action_tokens(self) -> None:
+        """Show how probable the tokens of an answer were."""
+        if self.screen is self.home:
+            show_tokens(self)
+
+    def action_compare(self) -> None:
+        """Ask one question twice: two models, or one with two settings."""
+        if self.screen is self.home:
+            show_compare(self)
+
+    def on_turned(self, event: Turned) -> None:
+        """A parameter was turned."""
+        turn(event, self.home.query_one(Controls), self.session.turn)
+
+    def on_unmount(self) -> None:
+        """Keep what came of an answer."""
+        self.session.close()

@@ -1,0 +1,60 @@
+"""What can be chosen to answer, and who answers then. Knows no widgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_edge.runtime.errors import InputError
+from llm_edge.tui import bundles, endpoint
+from llm_edge.tui.endpoint import Endpoint, EndpointResponder
+from llm_edge.tui.responder import LocalResponder, Responder
+from llm_edge.tui.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class BundleChoice:
+    """A bundle on this machine, in a precision; None takes the bundle's preferred one."""
+
+    path: Path
+    precision: str | None = None
+    provider: str = "auto"
+    threads: int | None = None
+
+
+Choice = BundleChoice | Endpoint
+
+
+def open_responder(choice: Choice) -> Responder:
+    """Load what was chosen; takes its time.
+
+    Raises:
+        LlmEdgeError: it cannot be loaded, or reached.
+    """
+    if isinstance(choice, Endpoint):
+        return EndpointResponder(choice)
+    if choice.path == bundles.DEFAULT and not choice.path.exists():
+        raise InputError(f"{choice.path} is not there yet: make it with 'llm-export smollm2', or choose another")
+    return LocalResponder(choice.path, choice.precision, choice.provider, choice.threads)
+
+
+def remember(choice: Choice, settings: Settings) -> None:
+    """Offer it again the next time.
+
+    Raises:
+        MachineError: that cannot be kept.
+    """
+    if isinstance(choice, Endpoint):
+        endpoint.used(settings, choice)
+    else:
+        bundles.used(settings, choice.path)
+
+
+def is_of(choice: Choice, responder: Responder | None) -> bool:
+    """Whether this is who answers now."""
+    if isinstance(choice, Endpoint):
+        return isinstance(responder, EndpointResponder) and responder.endpoint == choice
+    if not isinstance(responder, LocalResponder):
+        return False
+    same = responder.path.absolute() == choice.path.absolute()
+    return same and choice.precision in (None, responder.detail)

@@ -1,0 +1,230 @@
+"""The SQLite file of conversations: how it is made, checked, opened and shared. Knows nothing of how it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
+
+VERSION = 1
+PATIENCE = 5.0  # seconds to wait while another program writes
+_APPLICATION = 0x4C4C4D45  # tells our files from other SQLite files: "LLME"
+
+_SCHEMA = """
+CREATE TABLE conversations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    title TEXT NOT NULL,
+    pinned INTEGER NOT NULL,
+    created REAL NOT NULL,
+    updated REAL NOT NULL,
+    system TEXT NOT NULL,
+    leaf INTEGER,
+    deleted REAL,
+    foreign_id TEXT UNIQUE
+);
+CREATE TABLE messages (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
+    parent INTEGER,
+    role TEXT NOT NULL,
+    content TEXT NOT NULL,
+    reasoning TEXT NOT NULL,
+    created REAL NOT NULL,
+    model TEXT NOT NULL,
+    params TEXT NOT NULL,
+    figures TEXT NOT NULL,
+    finished INTEGER NOT NULL,
+    foreign_id TEXT
+);
+CREATE INDEX messages_of ON messages (conversation);
+CREATE INDEX unfinished_messages ON messages (id) WHERE NOT finished;
+CREATE VIEW finished_messages AS SELECT id, content, reasoning FROM messages WHERE finished;
+"""
+
+_INDEX = """
+DROP TABLE IF EXISTS message_index;
+CREATE VIRTUAL TABLE message_index USING fts5(
+    content, reasoning, content='finished_messages', content_rowid='id', tokenize='trigram');
+INSERT INTO message_index (message_index) VALUES ('rebuild');
+CREATE TRIGGER index_added AFTER INSERT ON messages WHEN new.finished BEGIN
+    INSERT INTO message_index (rowid, content, reasoning) VALUES (new.id, new.content, new.reasoning);
+END;
+CREATE TRIGGER index_removed AFTER DELETE ON messages WHEN old.finished BEGIN
+    INSERT INTO message_index (message_index, rowid, content, reasoning)
+        VALUES ('delete', old.id, old.content, old.reasoning);
+END;
+CREATE TRIGGER index_changed AFTER UPDATE OF content, reasoning, finished ON messages BEGIN
+    INSERT INTO message_index (message_index, rowid, content, reasoning)
+        SELECT 'delete', old.id, old.content, old.reasoning WHERE old.finished;
+    INSERT INTO message_index (rowid, content, reasoning)
+        SELECT new.id, new.content, new.reasoning WHERE new.finished;
+END;
+"""
+_TRIGGERS = ("index_added", "index_changed", "index_removed")
+
+
+class Database:
+    """A connection that any thread may use, to a file that other programs may use at once.
+
+    Attributes:
+        indexed: whether the full text of finished messages is in the table `message_index`.
+
+    Args:
+        path: the file; it and its folder are made if they are not there.
+
+    Raises:
+        InputError: the file is damaged, something else, or of a newer program; it is left as it is.
+        MachineError: the file cannot be made or read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.indexed = False
+        self._lock = threading.RLock()
+        _make_place(path)
+        with self.use():
+            self._connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+        try:
+            with self.use():
+                self._open()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection; what was written stays."""
+        with self._lock:
+            self._connection.close()
+
+    def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
+        """One statement; to be called, and its rows fetched, within `use` or `change`."""
+        return self._connection.execute(sql, values)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """One thread at a time; SQLite's errors become MachineError, or InputError where the file is damaged."""
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as e:
+                raise _told(self.path, e) from e
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """A transaction that writes, whole or not at all; otherwise like `use`."""
+        with self.use():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _open(self) -> None:
+        connection = self._connection
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        connection.create_function("holds", 3, _holds, deterministic=True)
+        for pragma in ("foreign_keys = ON", "secure_delete = ON", "synchronous = NORMAL"):
+            connection.execute(f"PRAGMA {pragma}")
+        self._check()
+        _to_wal(connection)
+        with self.change():
+            self._check()  # again: another program may have been quicker
+            if self._pragma("user_version") == 0:
+                self._run(_SCHEMA)
+                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+            self.indexed = _has_trigrams(connection)
+            there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")}
+            # Where this Python cannot keep up the index that another one made, it goes stale, and is made anew by
+            # the next that can.
+            if not self.indexed or not there.issuperset(_TRIGGERS):
+                self._run("".join(f"DROP TRIGGER IF EXISTS {name};" for name in _TRIGGERS))
+                if self.indexed:
+                    self._run(_INDEX)
+
+    def _check(self) -> None:
+        version = self._pragma("user_version")
+        empty = self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
+        if not (empty and version == 0) and self._pragma("application_id") != _APPLICATION:
+            raise InputError(f"{self.path}: a database of another program: name another folder with LLM_EDGE_DATA")
+        if version > VERSION:
+            raise InputError(
+                f"{self.path}: written by a newer llm-edge (format {version}, this one knows {VERSION}):"
+                " update llm-edge, or name another folder with LLM_EDGE_DATA"
+            )
+
+    def _pragma(self, name: str) -> int:
+        value = self._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        return int(value)
+
+    def _run(self, script: str) -> None:
+        """Statements one after the other, within the transaction, which `executescript` would end."""
+        statement = ""
+        for part in script.split(";")[:-1]:
+            statement += part + ";"
+            if sqlite3.complete_statement(statement):
+                self._connection.execute(statement)
+                statement = ""
+
+
+def _make_place(path: Path) -> None:
+    """Make the file, readable by its user alone, and its folder."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            path.touch(mode=0o600)
+    except OSError as e:
+        why = f"{path}: cannot be made ({e.strerror}): name a folder that can be written with LLM_EDGE_DATA"
+        raise MachineError(why) from e
+    except ValueError as e:  # a NUL in the name
+        raise InputError(f"{path!r}: no path ({e}): name another") from e
+    if not path.is_file():
+        raise InputError(f"{path}: not a file: name another")
+
+
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """Readers and a writer at once from now on. Where two programs ask for it at once, SQLite does not wait itself."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _has_trigrams(connection: sqlite3.Connection) -> bool:
+    """Whether this SQLite has FTS5 with its trigram tokenizer (since 3.34)."""
+    try:
+        connection.execute("CREATE VIRTUAL TABLE temp.trial USING fts5(text, tokenize='trigram')")
+        connection.execute("DROP TABLE temp.trial")
+    except sqlite3.OperationalError:
+        return False
+    return True
+
+
+def _told(path: Path, error: sqlite3.Error) -> LlmEdgeError:
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return InputError(f"{path}: damaged, or no database ({error}): move it away to begin a new one")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return MachineError(f"{path}: another program keeps it to itself: close that one, or try again")
+    return MachineError(f"{path}: {error}: see that the disk has room and the file can be written")
+
+
+def _holds(words: str, first: object, second: object) -> bool:
+    """Whether one of two texts, or both together, hold all words, which are casefolded lines. For SQL."""
+    text = f"{first}\n{second}".casefold()
+    return all(word in text for word in words.split("\n"))

@@ -1,0 +1,83 @@
+"""How a kept conversation looks in a list. Knows no store, and of the screen only what a line is made of."""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+from collections.abc import Sequence
+from datetime import date
+
+from textual.content import Content
+
+from llm_edge.tui.conversation import one_line, snippet
+from llm_edge.tui.store import Summary
+from llm_edge.tui.terminal import printable
+
+WIDTH = 37  # columns of a line of what a search found
+_LONGEST_NAME = 60  # characters of a file's name
+
+
+def group_of(summary: Summary, now: float) -> str:
+    """Under which heading it stands, by the calendar of this machine; times are unix seconds."""
+    if summary.pinned:
+        return "Pinned"
+    days = _day(now) - _day(summary.updated)
+    return "Today" if days <= 0 else "Yesterday" if days == 1 else "Earlier"
+
+
+def heading(text: str) -> Content:
+    """A line above a group."""
+    return Content.styled(printable(text), "bold $text-muted")
+
+
+def prompt(summary: Summary, now: float, *, shown: bool) -> Content:
+    """Two lines: its title, and when and by whom it was held. `shown`: it is the conversation of now."""
+    title = Content.styled(_title(summary), "bold $text-accent" if shown else "")
+    count = "1 message" if summary.count == 1 else f"{summary.count} messages"
+    facts = [_when(summary.updated, now), count, printable(one_line(summary.model))]
+    return Content("\n").join([title, Content.styled("  " + " · ".join(filter(None, facts)), "dim")])
+
+
+def found_prompt(summary: Summary, words: Sequence[str], now: float) -> Content:
+    """Its title, and up to two lines around the words where they were found."""
+    mark = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)), re.IGNORECASE)
+    lines = [_marked(_title(summary), mark)]
+    if summary.snippet:
+        text = snippet(printable(summary.snippet).replace("\n", " "), words, 2 * WIDTH - 2)
+        lines += Content(text).wrap(WIDTH)[:2]
+        lines[1:] = [_marked(line.plain.strip(), mark, "dim") for line in lines[1:]]
+    else:
+        lines.append(Content.styled("  " + _when(summary.updated, now), "dim"))
+    return Content("\n").join(lines)
+
+
+def file_name(title: str) -> str:
+    """A name for a conversation's file that every system takes."""
+    plain = unicodedata.normalize("NFC", printable(title))
+    words = re.sub(r"[^\w.]+", "-", plain).strip("-._")[:_LONGEST_NAME].strip("-._")
+    return f"{words or 'conversation'}.md"
+
+
+def _title(summary: Summary) -> str:
+    return one_line(printable(summary.title)) or "(no title)"
+
+
+def _marked(text: str, mark: re.Pattern[str], style: str = "") -> Content:
+    content = Content.styled(text, style) if style else Content(text)
+    for match in mark.finditer(text):
+        content = content.stylize("bold $text-accent not dim", match.start(), match.end())
+    return content
+
+
+def _when(moment: float, now: float) -> str:
+    there, here = time.localtime(moment), time.localtime(now)
+    days = _day(now) - _day(moment)
+    if days <= 1:
+        return time.strftime("%H:%M", there)
+    return time.strftime("%d %b" if there.tm_year == here.tm_year else "%d %b %Y", there)
+
+
+def _day(moment: float) -> int:
+    """The day's number in the calendar of this machine."""
+    return date.fromtimestamp(moment).toordinal()

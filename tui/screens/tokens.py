@@ -1,0 +1,256 @@
+"""The tokens of an answer: how probable each was, what else could have come, and what the parameters leave of that.
+
+Knows no model: it reads the records that an answer left, see `SamplingParams.logprobs`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.cells import cell_len, set_cell_size
+from rich.style import Style
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container, Grid, VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Footer, Static
+
+from llm_edge.runtime.errors import LlmEdgeError, ParameterError
+from llm_edge.runtime.logprobs import TokenLogprob
+from llm_edge.tui.controls import Controls, KnobLine, Turned
+from llm_edge.tui.conversation import ASSISTANT, Message
+from llm_edge.tui.cuts import Candidate, candidates
+from llm_edge.tui.knobs import BY_NAME, Knobs
+from llm_edge.tui.message_view import MessageView
+from llm_edge.tui.terminal import printable
+from llm_edge.tui.token_text import TokenText, visible
+
+if TYPE_CHECKING:
+    from llm_edge.tui.app import ChatApp
+
+KEPT = 10  # runners-up that are kept from here on where none were
+_LOOK = 0.25  # seconds between two looks at an answer that grows
+_TURNED_HERE = ("temperature", "top_k", "top_p", "min_p")
+_NAME, _BAR = 16, 14  # columns
+
+_NO_RECORD = """\
+This answer has no record of its tokens.
+
+A record is kept while an answer is made, if 'Token view' among the parameters (F3) is a number: so many runners-up \
+of each token are kept until the program ends.
+
+Press r to turn it on and have the answer made again, beside this one."""
+
+
+class TokensScreen(ModalScreen[bool]):
+    """See the module; dismissed with whether the answer is to be made again with a record.
+
+    Args:
+        message: the answer.
+        records: of its tokens; may grow.
+        text_of: gives what a token says.
+        knobs: the parameters of now.
+        turn: turns them; see `ChatSession.turn`.
+        why_not: why there is nothing to be seen, if that has another reason than that there are no records.
+    """
+
+    DEFAULT_CSS = """
+    TokensScreen { layout: vertical; background: $background; }
+    TokensScreen #tokens-title { height: 1; padding: 0 1; background: $panel; text-style: bold;
+        text-wrap: nowrap; text-overflow: ellipsis; }
+    TokensScreen #tokens-none { padding: 2 4; }
+    TokensScreen #tokens { layout: vertical; height: 1fr; }
+    TokensScreen TokenText { padding: 0 1; }
+    TokensScreen #token-side { height: 12; padding: 0 1; border-top: solid $panel-lighten-2; }
+    TokensScreen #token-knobs { grid-size: 2; grid-gutter: 0 2; height: 2; margin: 0 0 1 0; }
+    TokensScreen #token-knobs .knob-title { width: 13; }
+    TokensScreen #runners-up { height: 1fr; scrollbar-size-vertical: 1; }
+    TokensScreen.wide #tokens { layout: horizontal; }
+    TokensScreen.wide #token-side { height: 1fr; width: 64; border-top: none; border-left: solid $panel-lighten-2; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("r", "record", "Make it again with a record"),
+        Binding("escape,f6,q", "close", "Close", key_display="esc"),
+        Binding("ctrl+c", "app.copy_or_stop", "Copy", show=False, priority=True),
+        Binding("ctrl+q", "app.quit", "Quit", show=False, priority=True),
+    ]
+
+    def __init__(
+        self,
+        message: Message,
+        records: Sequence[TokenLogprob],
+        text_of: Callable[[int], str],
+        knobs: Knobs,
+        turn: Callable[[Callable[[Knobs], None]], None],
+        why_not: str = "",
+    ) -> None:
+        super().__init__()
+        self._message, self._records, self._text_of = message, records, text_of
+        self._knobs, self._turn, self._why_not = knobs, turn, why_not
+        self._texts: list[str] = []
+        self._known: dict[int, str] = {}
+
+    def compose(self) -> ComposeResult:
+        """The text, what else could have come, and what has a say in that."""
+        yield Static("", id="tokens-title", markup=False)
+        if self._why_not or not self._records:
+            yield Static(printable(self._why_not or _NO_RECORD), id="tokens-none", markup=False)
+        else:
+            with Container(id="tokens"):
+                yield TokenText()
+                with Container(id="token-side"):
+                    with Grid(id="token-knobs"):
+                        for name in _TURNED_HERE:
+                            yield KnobLine(BY_NAME[name], printable(self._knobs.text(name)))
+                    with VerticalScroll(id="runners-up", can_focus=False):
+                        yield Static("", id="runners-up-text", markup=False)
+        yield Footer(compact=True, show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Begin at the first token."""
+        title = f"Tokens of what {self._message.model or 'the model'} said"
+        if self._why_not or not self._records:
+            self.query_one("#tokens-title", Static).update(printable(title))
+            return
+        self._grow()
+        for line in self.query(KnobLine):
+            line.show(self._knobs)
+        self.query_one(TokenText).focus()
+        self._show_candidates()
+        self.set_interval(_LOOK, self._grow)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 (Textual's)
+        """An answer with a record need not be made again for one."""
+        return action != "record" or (not self._records and not self._why_not)
+
+    def _grow(self) -> None:
+        records = self._records
+        if len(records) == len(self._texts):
+            return
+        self._texts += [self._text(record.token) for record in records[len(self._texts) :]]
+        self.query_one(TokenText).put(self._texts, [record.logprob for record in records])
+        mean = sum(record.logprob for record in records) / len(records)
+        title = f"Tokens of what {self._message.model or 'the model'} said · {len(records)} · "
+        title += f"perplexity {math.exp(min(-mean, 99)):.3g} · the darker the shade, the less probable"
+        self.query_one("#tokens-title", Static).update(printable(title))
+
+    def _text(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._text_of(token)
+        return self._known[token]
+
+    # ---- what else could have come
+
+    def on_token_text_moved(self) -> None:
+        """Another token."""
+        self._show_candidates()
+
+    def on_turned(self, event: Turned) -> None:
+        """A parameter was turned: from now on the chat has it so, too."""
+        event.stop()
+        try:
+            self._turn(event.change)
+        except ParameterError as error:
+            self.notify(printable(str(error)), severity="warning", markup=False)
+        for line in self.query(KnobLine):
+            line.show(self._knobs)
+        self._show_candidates()
+
+    def _show_candidates(self) -> None:
+        record = self._records[self.query_one(TokenText).cursor]
+        found = candidates(record, self._knobs.params)
+        text = Text(no_wrap=True)
+        text.append(f"{'token':<{_NAME}} {'':<{_BAR}} {'model':>7} {'drawn':>9}\n", Style(dim=True))
+        if not found:
+            text.append(f"{_cells(visible(self._text(record.token)), _NAME)} ", Style(bold=True))
+            text.append(f"{_bar(math.exp(min(record.logprob, 0)))} {_percent(math.exp(min(record.logprob, 0)))}\n\n")
+            text.append("No runners-up were kept: turn 'Token view' (F3) up to see them.", Style(dim=True))
+        for each in found:
+            self._append(text, each)
+        if any(each.token is None for each in found):
+            text.append("What happens to all others is an estimate.\n", Style(dim=True))
+        self.query_one("#runners-up-text", Static).update(text)
+        self.query_one("#runners-up").scroll_home(animate=False)
+
+    def _append(self, text: Text, each: Candidate) -> None:
+        variables = self.app.theme_variables
+        name = "all others" if each.token is None else visible(self._text(each.token))
+        colour = variables["accent"] if each.drawn else variables["primary"]
+        style = Style(dim=bool(each.cut) or each.token is None, bold=each.drawn, strike=bool(each.cut))
+        shown = _cells(name, _NAME).rstrip()
+        text.append(shown, style)
+        text.append(" " * (_NAME + 1 - cell_len(shown)))
+        text.append(_bar(each.before), Style(dim=True) if each.cut else Style.parse(colour))
+        text.append(f" {_percent(each.before)} ", Style(dim=bool(each.cut)))
+        if each.cut:
+            title = "greedy" if each.cut == "greedy" else BY_NAME[each.cut].title
+            text.append(f"  cut by {title}", Style.parse(variables["warning"]))
+        else:
+            text.append(f"→ {_percent(each.after)}")
+        text.append("  ◂ came\n" if each.drawn else "\n", Style(bold=True))
+
+    # ---- leave
+
+    def action_close(self) -> None:
+        """Back to the chat."""
+        self.dismiss(False)
+
+    def action_record(self) -> None:
+        """Have the answer made again, with a record."""
+        self.dismiss(True)
+
+
+def show_tokens(app: ChatApp, message: Message | None = None) -> None:
+    """Open the view of an answer's tokens; of None, of the answer that has the focus, or else of the last one."""
+    session = app.session
+    if message is None:
+        focused = app.home.focused
+        message = focused.message if isinstance(focused, MessageView) else None
+    if message is None or message.role != ASSISTANT:
+        answers = [each for each in session.conversation.path() if each.role == ASSISTANT]
+        if not answers:
+            app.say("There is no answer yet whose tokens could be looked at.")
+            return
+        message = answers[-1]
+    answer, responder = message, session.responder
+    records = session.records.get(answer.id, [])
+    why_not = ""
+    if responder is None or (records and responder.name != answer.model):
+        why_not = (
+            f"{answer.model} said this. Let it answer again (F4) to look at its tokens: only it knows what they say."
+        )
+
+    async def done(again: bool | None) -> None:
+        app.home.query_one(Controls).show()
+        if again:
+            try:
+                session.turn(lambda knobs: knobs.set("logprobs", KEPT))
+            except LlmEdgeError as error:
+                app.say(str(error), "warning")
+                return
+            app.home.query_one(Controls).show()
+            await app.answering(lambda session: session.regenerate(answer))
+
+    text_of = responder.token_text if responder is not None else str
+    app.push_screen(TokensScreen(answer, records, text_of, session.knobs, session.turn, why_not), done)
+
+
+def _percent(chance: float) -> str:
+    shown = 100 * chance
+    return f"{shown:6.2f}%" if shown >= 0.005 or not chance else "<0.01%".rjust(7)
+
+
+def _bar(chance: float) -> str:
+    """A bar of eighths."""
+    eighths = round(min(max(chance, 0.0), 1.0) * _BAR * 8)
+    full, part = divmod(eighths, 8)
+    return ("█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")).ljust(_BAR)
+
+
+def _cells(text: str, width: int) -> str:
+    if cell_len(text) > width:
+        text = set_cell_size(text, width - 1) + "…"
+    return set_cell_size(text, width)

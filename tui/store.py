@@ -1,0 +1,437 @@
+"""Conversations in one SQLite file, which several programs may use at once. Knows nothing of models or screens.
+
+What is written is there when the program is killed the next moment: every change is a short transaction of its own, and
+the file is in SQLite's WAL mode. Only a machine that loses its power may lose the last moments, never more.
+
+The full text of finished messages is indexed by its trigrams (SQLite's FTS5), so that any part of a word is found, and
+Chinese and Japanese, which have no spaces, too. Words of one or two characters, messages that are not finished, and all
+messages where SQLite lacks the index are looked through one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import platformdirs
+
+from llm_edge.runtime.errors import InputError
+from llm_edge.tui.conversation import (
+    ROLES,
+    USER,
+    Conversation,
+    Message,
+    one_line,
+    snippet,
+    title_of,
+    without_surrogates,
+)
+from llm_edge.tui.database import Database
+
+LEAF: Final = -1  # as a parent: the last message that is shown
+KEPT_DAYS = 30  # how long a deleted conversation can be restored
+_MOST_WORDS = 32  # of a search; what is pasted there may be long
+_LONGEST_WORD = 100  # characters
+
+_SUMMARY = """
+SELECT c.id, c.title, c.pinned, c.updated,
+    (SELECT COUNT(*) FROM messages m WHERE m.conversation = c.id),
+    (SELECT m.model FROM messages m WHERE m.conversation = c.id AND m.model <> '' ORDER BY m.id DESC LIMIT 1)
+"""
+_RECENT = f"""
+{_SUMMARY} FROM conversations c WHERE c.deleted IS NULL
+ORDER BY c.pinned DESC, c.updated DESC, c.id DESC LIMIT :limit OFFSET :offset
+"""
+_LOOK_IN_INDEX = """
+    SELECT rowid AS id FROM message_index WHERE message_index MATCH :match
+    UNION ALL SELECT id FROM messages WHERE NOT finished
+"""
+_LOOK_IN_ALL = "SELECT id FROM messages"
+_SEARCH = """
+WITH hits AS (
+    SELECT m.conversation, MAX(m.id) AS message FROM ({candidates}) f JOIN messages m ON m.id = f.id
+    WHERE m.finished AND :rest = '' OR holds(CASE WHEN m.finished THEN :rest ELSE :words END, m.content, m.reasoning)
+    GROUP BY m.conversation)
+{summary}, hits.message, holds(:words, c.title, '') AS in_title
+FROM conversations c LEFT JOIN hits ON hits.conversation = c.id
+WHERE c.deleted IS NULL AND (hits.message IS NOT NULL OR in_title)
+ORDER BY in_title DESC, c.updated DESC, c.id DESC LIMIT :limit
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A conversation in a list: `count` messages, the last `model` that answered, where a search found it."""
+
+    id: int
+    title: str
+    pinned: bool
+    updated: float
+    count: int
+    model: str
+    snippet: str = ""
+
+
+def default_path() -> Path:
+    """Where conversations are kept: the folder that LLM_EDGE_DATA names, or the user's data folder."""
+    folder = os.environ.get("LLM_EDGE_DATA", "")
+    try:
+        data = Path(folder).expanduser() if folder else platformdirs.user_data_path("llm-edge", appauthor=False)
+    except RuntimeError as e:  # a ~ of nobody
+        raise InputError(f"LLM_EDGE_DATA: {folder}: {e}: name a folder") from e
+    return data / "conversations.sqlite3"
+
+
+class Store:
+    """The conversations in a file, which is made if it is not there. May be used from any thread.
+
+    Every method raises MachineError where the disk fails or another program keeps the file to itself, and InputError
+    where the file is damaged.
+
+    Args:
+        path: the file; its folder is made as well.
+
+    Raises:
+        InputError: the file is damaged, something else, or of a newer program; it is left as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database = Database(path)
+        try:
+            with self._database.change():
+                self._database.execute(
+                    "DELETE FROM conversations WHERE deleted < ?", (time.time() - KEPT_DAYS * 86_400,)
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was written stays."""
+        self._database.close()
+
+    def new(self, title: str = "", system: str = "") -> Conversation:
+        """A conversation without messages; it is stored with its first."""
+        now = time.time()
+        title = one_line(without_surrogates(title))
+        return Conversation(title=title, system=without_surrogates(system), created=now, updated=now)
+
+    def load(self, number: int) -> Conversation:
+        """A conversation with all its messages.
+
+        Raises:
+            InputError: there is none with this id, or it was deleted.
+        """
+        with self._database.use():
+            row = self._database.execute(
+                "SELECT title, pinned, created, updated, system, leaf FROM conversations"
+                " WHERE id = ? AND deleted IS NULL",
+                (number,),
+            ).fetchone()
+            if row is None:
+                raise InputError(f"there is no conversation {number}: it may have been deleted")
+            rows = self._database.execute(
+                "SELECT id, parent, role, content, reasoning, created, model, params, figures, finished"
+                " FROM messages WHERE conversation = ? ORDER BY id",
+                (number,),
+            ).fetchall()
+        title, pinned, created, updated, system, leaf = row
+        conversation = Conversation(number, str(title), bool(pinned), created, updated, str(system))
+        try:
+            for message in rows:
+                conversation.attach(_message(message))
+        except (RecursionError, TypeError, ValueError) as e:
+            raise InputError(f"{self.path}: damaged ({e}): move it away to begin a new one") from e
+        conversation.leaf = leaf if leaf in conversation.messages else max(conversation.messages, default=None)
+        return conversation
+
+    def add(
+        self,
+        conversation: Conversation,
+        role: str,
+        content: str = "",
+        *,
+        parent: int | None = LEAF,
+        model: str = "",
+        params: Mapping[str, Any] | None = None,
+        finished: bool | None = None,
+    ) -> Message:
+        """Add a message, which becomes the last that is shown. The first one stores the conversation.
+
+        Args:
+            conversation: where it goes; a deleted one is restored by this.
+            role: "user" or "assistant".
+            content: the text so far.
+            parent: the message it follows, by id; None = it begins the conversation anew, as a branch.
+            model: who answers.
+            params: what the answer is made with.
+            finished: default: True for "user", False for "assistant", until `update` says otherwise.
+
+        Raises:
+            InputError: the conversation was deleted for good meanwhile.
+            ValueError: nobody has this role, or the parent is not in the conversation.
+        """
+        parent = conversation.leaf if parent == LEAF else parent
+        if role not in ROLES or (parent is not None and parent not in conversation.messages):
+            raise ValueError(f"a message of {role!r} after message {parent} does not fit this conversation")
+        message = Message(
+            id=0,
+            parent=parent,
+            role=role,
+            content=without_surrogates(content),
+            created=time.time(),
+            model=without_surrogates(model),
+            params=dict(params or {}),
+            finished=role == USER if finished is None else finished,
+        )
+        title = conversation.title or (title_of(message.content) if role == USER else "")
+        with self._database.change():
+            number = conversation.id or self._insert(conversation)
+            changed = self._database.execute(
+                "UPDATE conversations SET title = CASE title WHEN '' THEN ? ELSE title END, updated = ?, deleted = NULL"
+                " WHERE id = ?",
+                (title, message.created, number),
+            )
+            if changed.rowcount == 0:
+                raise InputError(f"conversation {number} was deleted for good: begin a new one")
+            message.id = self._insert_message(number, message)
+            self._database.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (message.id, number))
+            query = "SELECT title FROM conversations WHERE id = ?"  # it may have been renamed elsewhere
+            title = str(self._database.execute(query, (number,)).fetchone()[0])
+        conversation.id, conversation.title, conversation.updated = number, title, message.created
+        conversation.attach(message)
+        conversation.leaf = message.id
+        return message
+
+    def update(self, message: Message) -> None:
+        """Write what a message holds now; cheap enough for a few times a second while an answer grows.
+
+        Raises:
+            InputError: the message was deleted for good meanwhile.
+        """
+        texts = [without_surrogates(text) for text in (message.content, message.reasoning, message.model)]
+        with self._database.change():
+            changed = self._database.execute(
+                "UPDATE messages SET content = ?, reasoning = ?, model = ?, params = ?, figures = ?, finished = ?"
+                " WHERE id = ?",
+                (*texts, json.dumps(message.params), json.dumps(message.figures), message.finished, message.id),
+            )
+            if changed.rowcount == 0:
+                raise InputError(f"message {message.id} was deleted for good: begin a new conversation")
+            self._database.execute(
+                "UPDATE conversations SET updated = ? WHERE id = (SELECT conversation FROM messages WHERE id = ?)",
+                (time.time(), message.id),
+            )
+
+    def select(self, conversation: Conversation, number: int) -> None:
+        """Show the branch with this message, down to the most recent message that follows it."""
+        conversation.select(number)
+        self._set(conversation.id, "leaf", conversation.leaf)
+
+    def set_leaf(self, conversation: Conversation, leaf: int | None) -> None:
+        """Show the path that ends at this message, or, until it is loaded again, nothing."""
+        if leaf is not None and leaf not in conversation.messages:
+            raise ValueError(f"message {leaf} is not in this conversation")
+        conversation.leaf = leaf
+        self._set(conversation.id, "leaf", leaf)
+
+    def set_title(self, conversation: Conversation | int, title: str) -> None:
+        """Rename a conversation, which may be given by its id."""
+        title = one_line(without_surrogates(title))
+        if isinstance(conversation, Conversation):
+            conversation.title = title
+        self._set(_id(conversation), "title", title)
+
+    def pin(self, conversation: Conversation | int, pinned: bool = True) -> None:
+        """Let a conversation, which may be given by its id, stand first among all, or no longer."""
+        if isinstance(conversation, Conversation):
+            conversation.pinned = pinned
+        self._set(_id(conversation), "pinned", pinned)
+
+    def set_system(self, conversation: Conversation, system: str) -> None:
+        """Change the system prompt; "" = the template's own."""
+        conversation.system = without_surrogates(system)
+        self._set(conversation.id, "system", conversation.system)
+
+    def delete(self, number: int) -> None:
+        """Delete a conversation; `restore` brings it back for KEPT_DAYS days."""
+        self._set(number, "deleted", time.time())
+
+    def restore(self, number: int) -> None:
+        """Bring a deleted conversation back.
+
+        Raises:
+            InputError: it is gone for good.
+        """
+        with self._database.change():
+            if not self._database.execute("UPDATE conversations SET deleted = NULL WHERE id = ?", (number,)).rowcount:
+                raise InputError(f"conversation {number} cannot be restored: it was deleted for good")
+
+    def purge(self) -> int:
+        """Delete for good whatever was deleted, and leave no trace of it in the file; returns how many went."""
+        with self._database.change():
+            gone = self._database.execute("DELETE FROM conversations WHERE deleted IS NOT NULL").rowcount
+            if gone and self._database.indexed:
+                self._database.execute("INSERT INTO message_index (message_index) VALUES ('rebuild')")
+        with self._database.use():
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return gone
+
+    def recent(self, limit: int = 50, offset: int = 0) -> list[Summary]:
+        """Conversations, pinned ones first, then the last used."""
+        with self._database.use():
+            rows = self._database.execute(_RECENT, {"limit": limit, "offset": offset}).fetchall()
+        return [_summary(row) for row in rows]
+
+    def search(self, text: str, limit: int = 50) -> list[Summary]:
+        """Conversations whose title, or one of whose messages, holds all these words, in part or in whole.
+
+        Upper and lower case are the same. Those with the words in the title come first, then the last used. Nothing
+        but white space finds everything.
+        """
+        text = without_surrogates(text).replace("\0", " ")
+        words = [word[:_LONGEST_WORD] for word in text.split(maxsplit=_MOST_WORDS)[:_MOST_WORDS]]
+        if not words:
+            return self.recent(limit)
+        long = [word for word in words if len(word) > 2] if self._database.indexed else []
+        values = {
+            "match": " AND ".join('"' + word.replace('"', '""') + '"' for word in long),
+            "words": "\n".join(words).casefold(),
+            "rest": "\n".join(word for word in words if word not in long).casefold(),
+            "limit": limit,
+        }
+        sql = _SEARCH.format(candidates=_LOOK_IN_INDEX if long else _LOOK_IN_ALL, summary=_SUMMARY)
+        with self._database.use():
+            rows = self._database.execute(sql, values).fetchall()
+            return [_summary(row, self._snippet(row[6], words)) for row in rows]
+
+    def questions(self, limit: int = 200, longest: int = 4000) -> list[str]:
+        """The latest questions that were asked here, imported ones not among them, the last one last.
+
+        Those of more than `longest` characters, which hold something pasted, are left out.
+        """
+        query = (
+            "SELECT m.content FROM messages m CROSS JOIN conversations c ON c.id = m.conversation WHERE m.role = ?"
+            " AND m.foreign_id IS NULL AND c.foreign_id IS NULL AND c.deleted IS NULL AND LENGTH(m.content) <= ?"
+            " ORDER BY m.id DESC LIMIT ?"
+        )
+        with self._database.use():
+            rows = self._database.execute(query, (USER, longest, limit)).fetchall()
+        return [str(content) for (content,) in reversed(rows)]
+
+    def adopt(
+        self, conversation: Conversation, foreign_id: str = "", foreign_ids: Mapping[int, str] | None = None
+    ) -> bool:
+        """Store a conversation that was made elsewhere, under new ids, which the given one does not learn.
+
+        One that is here already, by its foreign id, gets only the messages that it lacks; if it was deleted here, it
+        stays so.
+
+        Args:
+            conversation: with messages.
+            foreign_id: what it is called where it comes from; "" = it is taken for new.
+            foreign_ids: the same for its messages, by id.
+
+        Returns:
+            Whether anything was stored.
+        """
+        names, numbers, added = foreign_ids or {}, dict[int | None, int | None]({None: None}), False
+        with self._database.change():
+            found = self._database.execute(
+                "SELECT id, deleted, (SELECT foreign_id FROM messages WHERE id = leaf) FROM conversations"
+                " WHERE foreign_id = ?",
+                (foreign_id,),
+            ).fetchone()
+            here, deleted, shown = found or (None, None, "")
+            if deleted is not None or not conversation.messages:
+                return False
+            known: dict[str, int] = {}
+            if here is not None:
+                query = "SELECT foreign_id, id FROM messages WHERE conversation = ? AND foreign_id IS NOT NULL"
+                known = dict(self._database.execute(query, (here,)))
+            number = here or self._insert(conversation, foreign_id or None)
+            for old in sorted(conversation.messages):
+                message, name = conversation.messages[old], names.get(old)
+                if name in known:
+                    numbers[old] = known[name]
+                else:
+                    numbers[old] = self._insert_message(number, message, numbers[message.parent], name)
+                    added = True
+            if added and shown is not None:  # else its user has gone on here, and stays where they are
+                self._database.execute(
+                    "UPDATE conversations SET leaf = ?, updated = ? WHERE id = ?",
+                    (numbers[conversation.leaf], conversation.updated, number),
+                )
+        return added
+
+    def _set(self, number: int, column: str, value: object) -> None:
+        if number == 0:  # not stored yet
+            return
+        with self._database.change():
+            sql = f"UPDATE conversations SET {column} = ? WHERE id = ?"  # noqa: S608 (our own word)
+            if not self._database.execute(sql, (value, number)).rowcount:
+                raise InputError(f"there is no conversation {number}: it was deleted for good")
+
+    def _insert(self, conversation: Conversation, foreign_id: str | None = None) -> int:
+        c = conversation
+        values = (c.title, c.pinned, c.created, c.updated, c.system, foreign_id)
+        cursor = self._database.execute(
+            "INSERT INTO conversations (title, pinned, created, updated, system, foreign_id) VALUES (?, ?, ?, ?, ?, ?)",
+            values,
+        )
+        return cursor.lastrowid or 0
+
+    def _insert_message(
+        self, conversation: int, message: Message, parent: int | None = LEAF, foreign_id: str | None = None
+    ) -> int:
+        m = message
+        parent = m.parent if parent == LEAF else parent
+        values = (conversation, parent, m.role, m.content, m.reasoning, m.created, m.model)
+        cursor = self._database.execute(
+            "INSERT INTO messages (conversation, parent, role, content, reasoning, created, model, params, figures,"
+            " finished, foreign_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, json.dumps(m.params), json.dumps(m.figures), m.finished, foreign_id),
+        )
+        return cursor.lastrowid or 0
+
+    def _snippet(self, message: int | None, words: list[str]) -> str:
+        if message is None:
+            return ""
+        query = "SELECT content, reasoning FROM messages WHERE id = ?"
+        content, reasoning = self._database.execute(query, (message,)).fetchone()
+        in_content = any(word.casefold() in content.casefold() for word in words)
+        return snippet(content if in_content else reasoning, words)
+
+
+def _id(conversation: Conversation | int) -> int:
+    return conversation.id if isinstance(conversation, Conversation) else conversation
+
+
+def _message(row: tuple[Any, ...]) -> Message:
+    number, parent, role, content, reasoning, created, model, params, figures, finished = row
+    if not all(isinstance(text, str) for text in (content, reasoning, model)):
+        raise TypeError(f"message {number} is no text")
+    values = json.loads(params), json.loads(figures)
+    if not all(isinstance(value, dict) for value in values):
+        raise TypeError(f"the parameters or figures of message {number} are no object")
+    return Message(number, parent, role, content, reasoning, float(created), model, *values, bool(finished))
+
+
+def _summary(row: tuple[Any, ...], found: str = "") -> Summary:
+    number, title, pinned, updated, count, model = row[:6]
+    return Summary(number, str(title), bool(pinned), updated, count, str(model or ""), found)
