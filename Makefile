@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check bench bench-peers compat clean
+.PHONY: setup demo test lint types check pictures bench bench-peers compat clean
 
 setup: $(STAMP)
 
@@ -29,7 +29,7 @@ demo: setup $(BUNDLE)/manifest.json
 	@echo "Open the chat with:  $(BIN)/llm-chat"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -39,6 +39,9 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+pictures: setup $(BUNDLE)/manifest.json
+	$(BIN)/python -m llm_edge.tui.pictures $(BUNDLE) docs/pictures
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)

@@ -121,7 +121,7 @@ def chat(bundle: Path, precision: str, keys: bool) -> tuple[float, list[float], 
 
 def figures(data: Path) -> float | None:
     """Tokens a second of the answer, once it is complete; read from the store."""
-    with contextlib.closing(sqlite3.connect(next(data.glob("*.db")))) as store:
+    with contextlib.closing(sqlite3.connect(data / "conversations.sqlite3")) as store:
         rows = store.execute("SELECT figures FROM messages WHERE role = 'assistant' AND finished").fetchall()
     return float(json.loads(rows[0][0])["tokens_per_second"]) if rows else None
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,9 @@ from llm_edge.runtime.lookup import MOST, Guesses
 from llm_edge.runtime.reasoning import AnswerStream, Passage, joined
 from llm_edge.runtime.sampler import Sampler
 from llm_edge.runtime.sampling_params import SamplingParams
-from llm_edge.runtime.session import Logits
+
+if TYPE_CHECKING:
+    from llm_edge.runtime.session import Logits  # onnxruntime, which who only shows answers does not need
 
 STEP = 8
 """Prompts are cut at multiples of this many tokens, so that no cut shows in the result; see docs/decisions.md."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 from calling import call
+from filelock import FileLock
 
 from llm_edge.exporter import cli
 from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf
@@ -28,19 +30,21 @@ if hasattr(signal, "SIGHUP"):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer model as a Hugging Face folder."""
-    return tiny.save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return _once(tmp_path_factory, "checkpoint", lambda folder: tiny.save_checkpoint(folder / "tiny"))
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_checkpoint` exported to all precisions; not to be written to."""
-    return _export(str(tiny_checkpoint), tmp_path_factory.mktemp("bundle") / "tiny", GraphStyle.FUSED)
+    source = str(tiny_checkpoint)
+    return _once(tmp_path_factory, "fused", lambda folder: _export(source, folder / "tiny", GraphStyle.FUSED))
 
 
 @pytest.fixture(scope="session")
 def tiny_portable_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_checkpoint` exported with standard operators only; not to be written to."""
-    return _export(str(tiny_checkpoint), tmp_path_factory.mktemp("portable") / "tiny", GraphStyle.PORTABLE)
+    source = str(tiny_checkpoint)
+    return _once(tmp_path_factory, "portable", lambda folder: _export(source, folder / "tiny", GraphStyle.PORTABLE))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +57,11 @@ def smollm2_file() -> Path:
 def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 exported to fp32, with validation (about half a minute); not to be written to."""
     assert smollm2_file.is_file()
-    return _export("smollm2", tmp_path_factory.mktemp("bundle") / "smollm2-135m", GraphStyle.FUSED, "fp32")
+
+    def make(folder: Path) -> Path:
+        return _export("smollm2", folder / "smollm2-135m", GraphStyle.FUSED, "fp32")
+
+    return _once(tmp_path_factory, "smollm2", make)
 
 
 @pytest.fixture
@@ -74,6 +82,19 @@ def load_engine(tiny_bundle: Path) -> Iterator[Callable[..., Engine]]:
     yield load
     for engine in loaded:
         engine.close()
+
+
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make` makes in a folder, made by one of the processes that run the tests, for all of them."""
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (factory.getbasetemp().parent if several else factory.getbasetemp()) / f"shared-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(f"partial-{name}")
+            partial.mkdir(exist_ok=True)
+            make(partial)
+            partial.rename(folder)
+    return next(folder.iterdir())
 
 
 def _export(source: str, output: Path, style: GraphStyle, precisions: str = "fp32,int8,int4") -> Path:

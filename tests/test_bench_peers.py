@@ -233,7 +233,7 @@ def test_an_engine_is_served(tmp_path: Path) -> None:
         assert worker.ask(tokens=[1], count=1)["rest"] == 0
         assert worker.ask(logits=[5, 5, 5], to=str(tmp_path / "x")) == {"rows": 3}
         assert (tmp_path / "x").read_bytes() == b"\0\1\2"
-        assert 1 < worker.ask(peak=True)["peak_mb"] < 1000
+        assert worker.ask(peak=True)["peak_mb"] > 1  # no bound above: a child's peak begins with its parent's
     finally:
         worker.close()
 

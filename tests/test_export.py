@@ -399,8 +399,8 @@ def nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph's attention forgets positions."""
     right = graphs_module.trace
 
-    def wrong(*arguments: Any) -> ir.Model:
-        model = right(*arguments)
+    def wrong(*arguments: Any, **options: Any) -> ir.Model:
+        model = right(*arguments, **options)
         nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
         assert len(nodes) == 2
         for node in nodes:
@@ -482,7 +482,7 @@ module, step = {
     "writing": (export, "write_side_files"),
 }[stage]
 assert hasattr(module, step)
-def wait(*_):
+def wait(*_, **__):
     print("waiting", flush=True)
     time.sleep(300)
 setattr(module, step, wait)

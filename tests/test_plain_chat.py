@@ -939,7 +939,7 @@ def test_the_screen(tmp_path: Path) -> None:
     readline = pytest.importorskip("readline")
     if "libedit" in (readline.__doc__ or ""):
         pytest.skip("this Python edits lines with libedit, which does not know pasted text")
-    command = shlex.join([*faking(tmp_path, "['Hello.', 'Fine.', 'Oh!']")])
+    command = shlex.join([*faking(tmp_path, "['Hello.', 'Fine.', 'Oh!']"), "--plain"])
     pasted = tmp_path / "pasted.txt"
     pasted.write_text("def f():\n    pass")
     tmux = ["tmux", "-L", f"llm-edge-{os.getpid()}", "-f", os.devnull]

@@ -49,7 +49,7 @@ def test_an_answer_streams_and_stays(tmp_path: Path, size: tuple[int, int]) -> N
 def test_reasoning_is_live_and_folds_away(tmp_path: Path) -> None:
     async def scene() -> None:
         said = Said("The answer.", reasoning="\n".join(f"thought {number}" for number in range(12)))
-        async with app_with(tmp_path, said, pause=0.03) as (app, pilot, _):
+        async with app_with(tmp_path, said, pause=0.15) as (app, pilot, _):
             await ask(pilot, "Why?", wait=False)
             await until(pilot, lambda: "thought 8" in shown(views(app)[-1]))
             assert "thinking" in shown(views(app)[-1])

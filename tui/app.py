@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-from textual import work
+from textual import on, work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
+from textual.theme import Theme
 from textual.timer import Timer
-from textual.widgets import Footer, HelpPanel, Static, TextArea
+from textual.widgets import Footer, Static, TextArea
 from textual.worker import get_current_worker
 
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.tui import message_actions
 from llm_edge.tui.chat_view import ChatView
+from llm_edge.tui.commands import commands
 from llm_edge.tui.composer import Composer
 from llm_edge.tui.controls import Controls, Turned, turn
 from llm_edge.tui.conversation import Message
@@ -27,20 +31,22 @@ from llm_edge.tui.instruments import Instruments
 from llm_edge.tui.knobs import Knobs
 from llm_edge.tui.message_view import MessageView
 from llm_edge.tui.presets import Presets
-from llm_edge.tui.responder import Responder
+from llm_edge.tui.responder import Responder, tokens_of_question
 from llm_edge.tui.screens.compare import show_compare
+from llm_edge.tui.screens.help import show_help
 from llm_edge.tui.screens.models import show_models
 from llm_edge.tui.screens.questions import show_questions
 from llm_edge.tui.screens.tokens import show_tokens
 from llm_edge.tui.session import ChatSession
-from llm_edge.tui.settings import Settings
+from llm_edge.tui.settings import THEME, Settings
 from llm_edge.tui.store import Store
 from llm_edge.tui.terminal import printable
-from llm_edge.tui.themes import HIGH_CONTRAST, code_theme
+from llm_edge.tui.themes import begin_theme, code_theme
 
 _FASTEST, _SLOWEST = 1 / 20, 1 / 4  # seconds between two looks at an answer that grows
 _SHARE = 0.03  # of the time may go into drawing it
 _SAMPLES = 0.5  # seconds between two points of the speed's picture
+_PATIENCE = 0.3  # seconds without a key before what is written is counted
 _NARROW = 110  # columns below which panels lie over the conversation
 
 
@@ -51,10 +57,13 @@ class ChatApp(App[None]):
         store: of conversations.
         load: gives who answers; called on a thread, for it may take its time.
         settings: of the person; None = those in the usual place.
+        changed: what is not the first model's own of the parameters; see `Knobs`.
 
     Attributes:
         session: the chat.
         editing: the message that the composer's text will take the place of.
+        history, chat, composer, controls, instruments: the parts of the screen.
+        sampling: draws the speed's picture, once there is a screen.
     """
 
     TITLE = "llm-edge"
@@ -62,7 +71,7 @@ class ChatApp(App[None]):
     HORIZONTAL_BREAKPOINTS = [(0, "narrow"), (_NARROW, "wide")]  # noqa: RUF012 (Textual's)
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "help", "Help"),
-        Binding("f2,ctrl+t", "history", "Conversations", key_display="F2"),
+        Binding("f2,ctrl+t", "history", "Chats", key_display="F2"),
         Binding("f3,ctrl+o", "controls", "Parameters", key_display="F3"),
         Binding("f4,ctrl+l", "models", "Models", key_display="F4"),
         Binding("f5", "questions", "Questions"),
@@ -76,40 +85,63 @@ class ChatApp(App[None]):
         Binding("shift+tab", "messages", "To the messages", show=False, priority=True),
     ]
 
-    def __init__(self, store: Store, load: Callable[[], Responder], settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        load: Callable[[], Responder],
+        settings: Settings | None = None,
+        changed: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.settings = settings or Settings()
         self.session = ChatSession(store, Knobs(SamplingParams()))
         self.editing: Message | None = None
+        self.history = HistoryPanel(self.session)
+        self.chat = ChatView()
+        self.composer = Composer()
+        self.controls = Controls(self.session.knobs, Presets(self.settings))
+        self.instruments = Instruments()
+        self._heading = Static("llm-edge", id="title", markup=False)
         self._load = load
+        self._changed = dict(changed or {})
         self._loading = True
         self._waiting: str | None = None  # a question from before there was somebody to answer it
         self._ticks: Timer | None = None
-        self._next_look = 0.0
+        self.sampling: Timer | None = None
+        self._next_look = self._spent = 0.0
+        self._written = 0  # tokens of what stands in the composer
 
     # ---- the screen
 
     def compose(self) -> ComposeResult:
         """Title, conversation and panels, composer, instruments."""
-        yield Static("llm-edge", id="title", markup=False)
+        yield self._heading
         with Horizontal(id="middle"):
-            yield HistoryPanel(self.session)
+            yield self.history
             with Vertical(id="talk"):
-                yield ChatView()
-                yield Composer()
-            yield Controls(self.session.knobs, Presets(self.settings))
-        yield Instruments()
+                yield self.chat
+                yield self.composer
+            yield self.controls
+        yield self.instruments
         yield Footer(compact=True)
 
     async def on_mount(self) -> None:
         """Show what there is, and load the model beside."""
-        self.register_theme(HIGH_CONTRAST)
+        if trouble := begin_theme(self, self.settings):
+            self.say(trouble, "warning")
+        self.chat.use_code_theme(code_theme(self.current_theme))
         self.theme_changed_signal.subscribe(self, self._use_theme)
-        self.home.query_one(Composer).focus()
+        self.composer.focus()
+        try:
+            self.composer.remember(self.session.store.questions())
+        except LlmEdgeError as error:
+            self.say(str(error), "error")
         await self.show()
+        if self.settings.trouble:
+            self.say(self.settings.trouble, "warning")
         self.load_responder(self._load)
         self._ticks = self.set_interval(_FASTEST, self._look, pause=True)
-        self.set_interval(_SAMPLES, self._sample)
+        self.sampling = self.set_interval(_SAMPLES, self._sample)
 
     @property
     def home(self) -> Screen[Any]:
@@ -118,33 +150,33 @@ class ChatApp(App[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys of the conversation do nothing while another screen lies over it."""
-        ours = f"action_{action}" in type(self).__dict__ and action != "help"
+        ours = f"action_{action}" in type(self).__dict__ and action not in ("help", "copy_or_stop")
         return False if ours and len(self.screen_stack) > 1 else super().check_action(action, parameters)
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """What the palette offers."""
-        for binding in self.BINDINGS:
-            if isinstance(binding, Binding) and binding.action not in ("stop", "copy_or_stop"):
-                yield SystemCommand(
-                    binding.description, "", lambda action=binding.action: self.call_later(self.run_action, action)
-                )
-        yield from super().get_system_commands(screen)
+        return commands(self, screen)
+
+    def get_key_display(self, binding: Binding) -> str:
+        """Function keys as they stand on the keyboard."""
+        shown = super().get_key_display(binding)
+        return shown.upper() if shown[0] == "f" and shown[1:].isdigit() else shown
 
     async def show(self) -> None:
         """All of the conversation, as it is now."""
         session = self.session
-        await self.home.query_one(ChatView).show(session.conversation)
+        await self.chat.show(session.conversation)
         title = session.conversation.title or "New conversation"
         who = f"{session.responder.name} · {session.responder.detail}" if session.responder else "no model"
-        self.home.query_one("#title", Static).update(printable(f"{title}  —  {who}"))
-        for view in self.home.query_one(ChatView).views:
+        self._heading.update(printable(f"{title}  —  {who}"))
+        for view in self.chat.views:
             view.set_live(view.message is session.answering)
-        self.home.query_one(HistoryPanel).refresh_list()
+        self.history.refresh_list()
         self._show_state()
 
     def _show_state(self) -> None:
-        instruments, responder = self.home.query_one(Instruments), self.session.responder
-        instruments.context(self.session.used(), 0, responder.context_length if responder else None)
+        instruments, responder = self.instruments, self.session.responder
+        instruments.context(self.session.used(), self._written, responder.context_length if responder else None)
         if self.session.answering is None:
             instruments.say("loading the model …" if self._loading else "ready" if responder else "no model: F4")
 
@@ -152,8 +184,16 @@ class ChatApp(App[None]):
         """Say something in a corner of the screen."""
         self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
 
-    def _use_theme(self, _: object) -> None:
-        self.home.query_one(ChatView).use_code_theme(code_theme(self.current_theme))
+    def _use_theme(self, theme: Theme) -> None:
+        self.chat.use_code_theme(code_theme(theme))
+        self._keep_theme(theme.name)
+
+    @work(thread=True, group="theme")
+    def _keep_theme(self, name: str) -> None:
+        try:
+            self.settings.change(THEME, lambda _: name)
+        except LlmEdgeError as error:
+            self.call_from_thread(self.say, str(error), "warning")
 
     # ---- who answers
 
@@ -184,9 +224,15 @@ class ChatApp(App[None]):
         self._loading = False
         before = self.session.responder
         self.session.use(responder)
+        changed, self._changed = self._changed, {}
+        try:
+            for name, value in changed.items():
+                self.session.knobs.set(name, value)
+        except LlmEdgeError as error:
+            self.say(str(error), "error")
         if before is not None and before is not responder:
             before.close()
-        self.home.query_one(Controls).use(self.session.knobs, responder.name)
+        self.controls.use(self.session.knobs, responder.name)
         await self.show()
         if self._waiting is not None:
             question, self._waiting = self._waiting, None
@@ -195,21 +241,19 @@ class ChatApp(App[None]):
     # ---- an answer that grows
 
     def _look(self) -> None:
-        """Show what has come of an answer; looks more rarely where showing takes long."""
-        now = time.perf_counter()
-        if not self.home.query(ChatView):
-            return  # the application is about to end
-        if now < self._next_look or (news := self.session.poll()) is None:
+        """Show what has come of an answer; looks more rarely where the screen takes long, here and in drawing it."""
+        now, spent = time.perf_counter(), time.thread_time()
+        if now < self._next_look or not self.chat.is_attached or (news := self.session.poll()) is None:
             return
-        view = self.home.query_one(ChatView).view(news.message)
+        view = self.chat.view(news.message)
         if view is not None:
             view.live = not news.ended
             view.changed()
         if news.ended:
             self._ended(news.message)
-        self._show_state()
-        took = time.perf_counter() - now
-        self._next_look = now + min(max(took / _SHARE, _FASTEST), _SLOWEST)
+            self._show_state()
+        cost, self._spent = spent - self._spent, spent  # of the look before, and of all that was done since
+        self._next_look = now + min(max(cost / _SHARE, _FASTEST), _SLOWEST)
 
     def _ended(self, message: Message) -> None:
         if self._ticks is not None:
@@ -218,14 +262,13 @@ class ChatApp(App[None]):
             self.say(str(message.figures["error"]), "error")
 
     def _sample(self) -> None:
-        if not self.home.query(Instruments):
-            return  # the application is about to end
         rate = self.session.sample_rate()
-        if self.session.answering is not None or any(self.session.rates):
-            instruments = self.home.query_one(Instruments)
-            instruments.speed(list(self.session.rates))
-            if self.session.answering is not None and rate:
-                instruments.say(f"{rate:.0f} tok/s · Esc stops")
+        if not self.instruments.is_attached or not (self.session.answering or any(self.session.rates)):
+            return
+        self.instruments.speed(list(self.session.rates))
+        self._show_state()
+        if self.session.answering is not None and rate:
+            self.instruments.say(f"{rate:.0f} tok/s · Esc stops")
 
     async def answering(self, begin: Callable[[ChatSession], Message]) -> bool:
         """Begin an answer and show it; False where that was refused, which is told."""
@@ -235,8 +278,8 @@ class ChatApp(App[None]):
             self.say(str(error), "warning")
             return False
         await self.show()
-        self.home.query_one(Instruments).say("reading the prompt …")
-        self._next_look = 0.0
+        self.instruments.say("reading the prompt …")
+        self._next_look, self._spent = 0.0, time.thread_time()
         if self._ticks is not None:
             self._ticks.resume()
         return True
@@ -251,7 +294,7 @@ class ChatApp(App[None]):
             message, text = self.editing, event.text
             self.edit(None)
             if not await self.answering(lambda session: session.edit(message, text)):
-                self.home.query_one(Composer).write(text)
+                self.composer.write(text)
         elif self.session.responder is None and self._loading:
             self._waiting = event.text
             self.say("The model is still loading; this is asked as soon as it is there.")
@@ -261,15 +304,30 @@ class ChatApp(App[None]):
     async def ask(self, text: str) -> None:
         """Ask; a question that is refused returns to where it was written."""
         if not await self.answering(lambda session: session.ask(text)):
-            self.home.query_one(Composer).write(text)
+            self.composer.write(text)
 
     def edit(self, message: Message | None) -> None:
         """Let the composer's text take the place of a message, or (None) be a question of its own again."""
         self.editing = message
-        composer = self.home.query_one(Composer)
+        composer = self.composer
         composer.border_title = "another wording · Esc leaves it as it was" if message is not None else ""
         if message is not None:
             composer.write(message.content)
+
+    @on(TextArea.Changed, "#composer")
+    @work(exclusive=True, group="count")
+    async def _count_written(self) -> None:
+        """How much of the context a question will take, once nobody has typed for a moment."""
+        await asyncio.sleep(_PATIENCE)
+        first = not self.session.conversation.messages
+        count = functools.partial(tokens_of_question, self.session.responder, self.composer.text, first=first)
+        self._written = await asyncio.to_thread(count)
+        if self.instruments.is_attached:
+            self._show_state()
+
+    def on_composer_scrolled(self, event: Composer.Scrolled) -> None:
+        """By pages."""
+        (self.chat.scroll_page_up if event.pages < 0 else self.chat.scroll_page_down)()
 
     async def on_composer_undo(self) -> None:
         """There is nothing written to undo: the new conversation, then."""
@@ -289,7 +347,7 @@ class ChatApp(App[None]):
             self.say("A new conversation. Ctrl-Z returns to the one before.")
         self.edit(None)
         await self.show()
-        self.home.query_one(Composer).focus()
+        self.composer.focus()
 
     async def action_regenerate(self) -> None:
         """Another answer to the last question."""
@@ -308,16 +366,12 @@ class ChatApp(App[None]):
             return
         if self.editing is not None:
             self.edit(None)
-            self.home.query_one(Composer).load_text("")
-        self.home.query_one(Composer).focus()
+            self.composer.load_text("")
+        self.composer.focus()
 
     def action_copy_or_stop(self) -> None:
         """Copy what is marked, as terminals do; with nothing marked, stop the answer."""
-        focused = self.screen.focused
-        marked = self.screen.get_selected_text()
-        if not marked and isinstance(focused, TextArea):
-            marked = focused.selected_text
-        if marked:
+        if marked := message_actions.marked(self.screen):
             self.copy_to_clipboard(marked)
         elif self.session.answering is not None:
             self.session.stop()
@@ -326,46 +380,43 @@ class ChatApp(App[None]):
 
     def action_messages(self) -> None:
         """To the last message, from where one is writing; else to what comes before."""
-        views = self.home.query_one(ChatView).views
+        views = self.chat.views
         if isinstance(self.screen.focused, Composer) and views:
             views[-1].focus()
         else:
             self.screen.focus_previous()
 
     def action_help(self) -> None:
-        """Show all keys, or hide them."""
-        if self.screen.query(HelpPanel):
-            self.action_hide_help_panel()
-        else:
-            self.action_show_help_panel()
+        """Show all keys."""
+        show_help(self)
 
     def action_history(self) -> None:
         """Show the conversations that are kept, or hide them."""
         if self.home.has_class("narrow"):
-            self.home.query_one(Controls).remove_class("open")
-        self.home.query_one(HistoryPanel).toggle()
+            self.controls.remove_class("open")
+        self.history.toggle()
 
     async def on_history_panel_moved(self, event: HistoryPanel.Moved) -> None:
         """Another conversation, or another title of this one."""
         if event.opened:
             self.edit(None)
         await self.show()
-        self.home.query_one(Controls).show()
+        self.controls.show()
 
     def on_history_panel_closed(self) -> None:
         """On with what was being written."""
-        self.home.query_one(Composer).focus()
+        self.composer.focus()
 
     def action_controls(self) -> None:
         """Show the parameters, or hide them."""
-        controls = self.home.query_one(Controls)
+        controls = self.controls
         controls.toggle_class("open")
         if controls.has_class("open"):
             if self.home.has_class("narrow"):
-                self.home.query_one(HistoryPanel).remove_class("open")
+                self.history.remove_class("open")
             self.home.query_one("#value-temperature").focus()
         else:
-            self.home.query_one(Composer).focus()
+            self.composer.focus()
 
     def action_models(self) -> None:
         """Choose who answers."""
@@ -387,7 +438,7 @@ class ChatApp(App[None]):
 
     def on_turned(self, event: Turned) -> None:
         """A parameter was turned."""
-        turn(event, self.home.query_one(Controls), self.session.turn)
+        turn(event, self.controls, self.session.turn)
 
     def on_unmount(self) -> None:
         """Keep what came of an answer."""

@@ -1,7 +1,14 @@
-"""The conversation on the screen: a scroll of messages that follows what is written, unless somebody scrolls up."""
+"""The conversation on the screen: a scroll of messages that follows what is written, unless somebody scrolls up.
+
+Of a long conversation the last messages have a view at first. Those before get theirs when one scrolls up to them, so
+that opening it, and every layout of the screen, costs what a short one costs.
+"""
 
 from __future__ import annotations
 
+from typing import Final
+
+from textual import work
 from textual.containers import VerticalScroll
 from textual.widgets import Static
 
@@ -9,19 +16,28 @@ from llm_edge.tui.conversation import Conversation, Message
 from llm_edge.tui.message_view import MessageView
 
 EMPTY = "A new conversation.\n\nF5 has questions to begin with, F3 the model's parameters, F1 all keys."
+AT_ONCE: Final = 40  # messages that get a view together
 
 
 class ChatView(VerticalScroll, can_focus=False):
-    """Views of the messages of a conversation's path."""
+    """Views of the messages of a conversation's path, at least of the last ones."""
 
     def __init__(self) -> None:
         super().__init__(id="chat")
         self._code_theme = "monokai"
+        self._conversation = Conversation()
+        self._earlier: list[Message] = []  # that have no view yet
+        self._growing = False  # some of them are getting theirs
 
     @property
     def views(self) -> list[MessageView]:
         """Those on the screen, in order."""
         return [child for child in self.children if isinstance(child, MessageView)]
+
+    @property
+    def earlier(self) -> int:
+        """How many messages before those on the screen have no view yet."""
+        return len(self._earlier)
 
     def view(self, message: Message) -> MessageView | None:
         """The view of a message."""
@@ -31,25 +47,67 @@ class ChatView(VerticalScroll, can_focus=False):
         """Show the path of a conversation; views of messages that stay, stay."""
         path = conversation.path()
         views = self.views
+        first = _place(path, views[0].message) if views else None
+        if first is None:
+            first = max(len(path) - AT_ONCE, 0)
         same = 0
-        while same < min(len(path), len(views)) and views[same].message is path[same]:
+        while same < min(len(path) - first, len(views)) and views[same].message is path[first + same]:
             same += 1
+        self._conversation, self._earlier = conversation, path[:first]
         with self.app.batch_update():
             if views[same:]:
                 await self.remove_children(views[same:])
             await self.remove_children(Static)
-            new = [MessageView(message, code_theme=self._code_theme) for message in path[same:]]
+            new = self._made(path[first + same :])
             if new:
                 await self.mount_all(new)
             elif not path:
                 await self.mount(Static(EMPTY, id="empty", markup=False))
-            for view in self.views:
-                siblings = conversation.siblings(view.message.id)
-                view.branch = siblings.index(view.message.id) + 1, len(siblings)
+            self._show_branches(self.views)
         self.anchor()
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        """Whoever comes near the first view will want those before it."""
+        super().watch_scroll_y(old_value, new_value)
+        if self._earlier and not self._growing and new_value < self.size.height:
+            self._growing = True
+            self._show_earlier()
+
+    @work
+    async def _show_earlier(self) -> None:
+        """Give more of the earlier messages their views; what is seen stays where it is."""
+        await self.stop_animation("scroll_y")
+        views = self.views
+        if not self._earlier or not views:
+            self._growing = False
+            return
+        earlier, self._earlier = self._earlier[-AT_ONCE:], self._earlier[:-AT_ONCE]
+        new = self._made(earlier)
+        self._show_branches(new)
+        below = self.virtual_size.height - self.scroll_y  # lines from the first that is seen to the end
+
+        def stay() -> None:
+            self.scroll_to(y=self.virtual_size.height - below, animate=False)
+            self._growing = False
+
+        with self.app.batch_update():
+            await self.mount_all(new, before=views[0])
+            self.call_after_refresh(stay)
+
+    def _made(self, messages: list[Message]) -> list[MessageView]:
+        return [MessageView(message, code_theme=self._code_theme) for message in messages]
+
+    def _show_branches(self, views: list[MessageView]) -> None:
+        for view in views:
+            siblings = self._conversation.siblings(view.message.id)
+            view.branch = siblings.index(view.message.id) + 1, len(siblings)
 
     def use_code_theme(self, name: str) -> None:
         """A style of Pygments, for code in all messages."""
         self._code_theme = name
         for view in self.views:
             view.use_code_theme(name)
+
+
+def _place(path: list[Message], message: Message) -> int | None:
+    return next((place for place, each in enumerate(path) if each is message), None)

@@ -14,12 +14,13 @@ from llm_edge.tui.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class BundleChoice:
-    """A bundle on this machine, in a precision; None takes the bundle's preferred one."""
+    """A bundle on this machine, in a precision; None takes the bundle's preferred one. `draft`: see `Model.load`."""
 
     path: Path
     precision: str | None = None
     provider: str = "auto"
     threads: int | None = None
+    draft: Path | None = None
 
 
 Choice = BundleChoice | Endpoint
@@ -34,8 +35,8 @@ def open_responder(choice: Choice) -> Responder:
     if isinstance(choice, Endpoint):
         return EndpointResponder(choice)
     if choice.path == bundles.DEFAULT and not choice.path.exists():
-        raise InputError(f"{choice.path} is not there yet: make it with 'llm-export smollm2', or choose another")
-    return LocalResponder(choice.path, choice.precision, choice.provider, choice.threads)
+        raise InputError(f"{choice.path} is not there yet: make it here, or choose another model")
+    return LocalResponder(choice.path, choice.precision, choice.provider, choice.threads, choice.draft)
 
 
 def remember(choice: Choice, settings: Settings) -> None:
@@ -48,6 +49,13 @@ def remember(choice: Choice, settings: Settings) -> None:
         endpoint.used(settings, choice)
     else:
         bundles.used(settings, choice.path)
+
+
+def called(choice: Choice) -> str:
+    """A choice in a few words."""
+    if isinstance(choice, Endpoint):
+        return f"{choice.model} at {choice.host}"
+    return f"{choice.path.name}, {choice.precision}" if choice.precision else choice.path.name
 
 
 def is_of(choice: Choice, responder: Responder | None) -> bool:

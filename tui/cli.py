@@ -49,10 +49,14 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(help="Length of an answer at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Offer the chat in a browser, on this machine.")] = False,
+    host: Annotated[str, typer.Option(help="With --serve: the address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="With --serve: the port.")] = 8020,
+    fake: Annotated[bool, typer.Option("--fake", help="Look around: a script answers, no model is needed.")] = False,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of an operator. Default: physical cores.")] = None,
 ) -> None:
-    """Chat with a bundle. Parameters that are not given are the model's own."""
+    """Chat with a bundle, in the terminal or in a browser, or ask it once. What is not given is the model's own."""
     given = {
         "temperature": temperature,
         "top_k": top_k,
@@ -64,8 +68,55 @@ def chat(
         "stop": tuple(stop) if stop else None,
     }
     changes = {name: value for name, value in given.items() if value is not None}
+    whole = ask is None and not plain
+    if (serve or fake) and not whole:
+        raise typer.Exit(run(lambda: _refuse("--serve and --fake are of the whole chat: leave out --ask and --plain")))
+    if whole and (serve or fake or _on_screen()):
+        choice = None if fake else (bundle, precision, provider, threads, draft)
+        raise typer.Exit(run(lambda: _application(choice, changes, system, (host, port) if serve else None)))
     words = (bundle, ask, plain, save, stdin, precision, draft, system, changes, provider, threads)
     raise typer.Exit(run(lambda: _chat(*words)))
+
+
+def _refuse(why: str) -> None:
+    from llm_edge.runtime.errors import ParameterError
+
+    raise ParameterError(why)
+
+
+def _on_screen() -> bool:
+    """Whether there is a screen for the application, and what it needs."""
+    import importlib.util
+
+    # The application draws on stderr; what textual-serve starts has a browser's page, whatever its streams are.
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    whole = all(stream is not None and stream.isatty() for stream in streams) and os.environ.get("TERM") != "dumb"
+    return (whole or "TEXTUAL_DRIVER" in os.environ) and importlib.util.find_spec("textual") is not None
+
+
+def _application(
+    choice: tuple[Path, str | None, str, int | None, Path | None] | None,
+    changes: dict[str, Any],
+    system: str | None,
+    where: tuple[str, int] | None,
+) -> None:
+    from llm_edge.runtime.errors import InputError
+    from llm_edge.runtime.sampling_params import SamplingParams
+
+    SamplingParams(**changes)  # a wrong parameter is told before the screen is taken
+    if choice is not None and choice[0] != DEFAULT_BUNDLE and not choice[0].exists():
+        raise InputError(f"{choice[0]}: no such folder; make a bundle with llm-export, or name another")
+    try:
+        from llm_edge.tui import start
+        from llm_edge.tui.choice import BundleChoice
+    except ImportError as e:
+        raise InputError(f"the chat on a whole screen needs {e.name}: pip install 'llm-edge[tui]', or --plain") from e
+    if where is None and not _on_screen():
+        raise InputError("--fake fills a terminal, which this is not: open it in one, or add --serve")
+    if where is not None:
+        start.serve([word for word in sys.argv[1:] if word != "--serve"], *where)
+    else:
+        raise typer.Exit(start.chat(BundleChoice(*choice) if choice is not None else None, changes, system))
 
 
 def _chat(

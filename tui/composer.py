@@ -12,6 +12,7 @@ from textual.widgets import TextArea
 
 from llm_edge.tui.terminal import printable
 
+_PAGES = {"pageup": -1, "pagedown": 1}
 _NEWLINE = ("ctrl+j", "shift+enter", "alt+enter")
 
 
@@ -32,6 +33,13 @@ class Composer(TextArea):
 
     class Undo(Event):
         """Something is to be undone, and nothing is written."""
+
+    class Scrolled(Event):
+        """The conversation is to be scrolled by so many pages: nothing here is out of sight."""
+
+        def __init__(self, pages: int) -> None:
+            super().__init__()
+            self.pages = pages
 
     def __init__(self) -> None:
         super().__init__(
@@ -83,6 +91,8 @@ class Composer(TextArea):
             self._walk(-1)
         elif event.key == "down" and row == self.document.line_count - 1 and self._place < len(self._history):
             self._walk(1)
+        elif event.key in _PAGES and self.wrapped_document.height <= self.size.height:
+            self.post_message(self.Scrolled(_PAGES[event.key]))
         else:
             return  # Textual calls the base class's handler next
         event.stop()

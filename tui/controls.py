@@ -99,8 +99,7 @@ class Number(Input):
             self.action_turn(-1)
 
     def _on_paste(self, event: events.Paste) -> None:
-        event.text = printable(event.text)
-        super()._on_paste(event)
+        event.text = printable(event.text)  # Textual calls the one of Input behind this one
 
 
 class Text(TextArea):
@@ -160,8 +159,7 @@ class Text(TextArea):
             self.post_message(self.Refused(self._knob, event.error) if event.error else typed(self._knob, event.text))
 
     async def _on_paste(self, event: events.Paste) -> None:
-        event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))
-        await super()._on_paste(event)
+        event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))  # Textual goes on from there
 
 
 class Turn(Static):
@@ -202,8 +200,7 @@ class Name(Input):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "screen.focus_previous", "Cancel")]
 
     def _on_paste(self, event: events.Paste) -> None:
-        event.text = printable(event.text)
-        super()._on_paste(event)
+        event.text = printable(event.text)  # Textual calls the one of Input behind this one
 
 
 class Controls(VerticalScroll, can_focus=False):
@@ -218,6 +215,7 @@ class Controls(VerticalScroll, can_focus=False):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+z", "reset", "Model's own", show=False),
         Binding("ctrl+s", "save", "Save preset", show=False),
+        Binding("escape", "app.controls", "Close"),
     ]
 
     def __init__(self, knobs: Knobs, presets: Presets | None = None, model: str = "") -> None:
@@ -374,9 +372,11 @@ def turn(event: Turned, controls: Controls, session_turn: Callable[[Callable[[Kn
         session_turn(event.change)
     except ParameterError as error:
         controls.refuse(event.knob, error)
+        if event.knob is None:
+            controls.show()  # the preset that was chosen is not in force
     else:
         controls.refuse(event.knob, None)
-    controls.show()
+        controls.show()
 
 
 def _title(knob: Knob) -> Static:

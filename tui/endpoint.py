@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import os
 import urllib.parse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from llm_edge.runtime.errors import InputError
+from llm_edge.runtime.errors import ContextLengthError, InputError
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.text_side import Message
 from llm_edge.tui import endpoint_body, endpoint_key
@@ -23,7 +24,7 @@ from llm_edge.tui.settings import Section, Settings
 
 if TYPE_CHECKING:
     from llm_edge.tui.endpoint_reply import EndpointReply
-    from llm_edge.tui.endpoint_wire import Wire
+    from llm_edge.tui.endpoint_wire import OnSocket, Wire
 
 MOST_MODELS = 2_000
 _MOST_KEPT = 20
@@ -171,7 +172,7 @@ def list_models(url: str, key: str, *, patience: float = 10.0) -> list[str]:
 
 
 class EndpointResponder:
-    """A model of an endpoint; see `Responder`.
+    """A model of an endpoint; see `Responder`. Its replies cannot be adjusted once they come.
 
     Args:
         endpoint: which.
@@ -181,12 +182,15 @@ class EndpointResponder:
         InputError: the endpoint cannot be reached, refuses the key, or lists models but not this one.
     """
 
+    adjusts = False
+
     def __init__(self, endpoint: Endpoint, *, patience: float = 120.0) -> None:
         self.endpoint = endpoint
         self.name = endpoint.model
         self.detail = endpoint.host
         self.context_length: int | None = None
         self.default_params = _DEFAULTS
+        self._density = 0.0  # tokens a character, once a prompt was too long
         self._patience = patience
         self._ids: dict[str, int] = {}
         self._texts: list[str] = []
@@ -196,6 +200,9 @@ class EndpointResponder:
         except BaseException:
             self._wire.close()
             raise
+        if self.context_length is not None:
+            longest = max(min(_DEFAULTS.max_tokens, self.context_length // 2), 1)
+            self.default_params = replace(_DEFAULTS, max_tokens=longest)
 
     def answer(
         self,
@@ -211,15 +218,31 @@ class EndpointResponder:
         Raises:
             InputError: there is something to be continued, and the endpoint is known not to do that, or the
                 parameters ask for what no endpoint does.
+            ContextLengthError: by what an earlier refusal said, the conversation is too long.
         """
         from llm_edge.tui.endpoint_reply import EndpointReply
 
         body = endpoint_body.body(self.name, messages, params)
+        characters = sum(len(each["content"]) for each in body["messages"])
+        tokens = math.ceil(characters * self._density)
+        if self.context_length is not None and tokens > self.context_length:
+            raise ContextLengthError(tokens, self.context_length)
         if variables:
             body["extra_body"]["chat_template_kwargs"] = dict(variables)
         if begin:
             endpoint_body.let_continue(body, begin, self.endpoint.url, self._owner)
-        return EndpointReply(partial(self._wire.stream, body), params, begin, self._id, self._patience)
+        stream = partial(self._stream, body, characters)
+        return EndpointReply(stream, params, begin, self._id, self._patience)
+
+    def _stream(self, body: Mapping[str, Any], characters: int, on_socket: OnSocket) -> Iterator[Any]:
+        """The chunks of an answer; learns from a refusal how long a conversation may be."""
+        try:
+            yield from self._wire.stream(body, on_socket)
+        except ContextLengthError as error:
+            self.context_length = error.limit
+            self._density = max(error.prompt_tokens / max(characters, 1), self._density)
+            remedy = "ask again (Ctrl-R), and the oldest turns are left out"
+            raise InputError(f"{str(error).removesuffix(': shorten the prompt')}: {remedy}") from None
 
     def count(self, messages: Sequence[Message]) -> None:  # noqa: ARG002 (nobody here knows its tokens)
         """See `Responder`."""

@@ -6,6 +6,7 @@ Loading this module takes over a second, so it is imported on threads alone. Kno
 from __future__ import annotations
 
 import json
+import re
 import socket
 import ssl
 import threading
@@ -16,15 +17,18 @@ from typing import Any
 import httpx2
 import openai
 
-from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
+from llm_edge.runtime.errors import ContextLengthError, InputError, LlmEdgeError, MachineError
 from llm_edge.tui.conversation import one_line
 from llm_edge.tui.terminal import printable
 
 MOST_BYTES = 64 << 20  # of one response
 MOST_EVENT = 4 << 20  # bytes without an empty line
 _HEADERS = ("accept", "connection", "content-length", "content-type", "host", "user-agent")
+_LOOK_UP = 10.0  # seconds: somebody waits for this, and it takes no model
 _LONGEST = 300  # characters of a server's own words
 _UNREADABLE = (ValueError, RecursionError, TypeError, AttributeError, KeyError)  # what nonsense makes of the client
+_LIMIT = re.compile(r"maximum context length is (\d{1,9}) tokens")
+_PROMPT = re.compile(r"(?:resulted in|you requested|at least|contains) (\d{1,9}) (?:input )?tokens")
 OnSocket = Callable[[socket.socket], None]
 
 
@@ -68,7 +72,7 @@ class Wire:
             InputError, MachineError: it cannot be reached, or refuses the key.
         """
         try:
-            listed = self._client.get("/models", cast_to=object)
+            listed = self._client.get("/models", cast_to=object, options={"timeout": min(self._patience, _LOOK_UP)})
         except (openai.NotFoundError, openai.APIResponseValidationError):
             return []
         except openai.APIStatusError as error:
@@ -136,7 +140,7 @@ class Wire:
         if reason is not None:
             return reason
         if isinstance(error, openai.APITimeoutError):
-            return MachineError(f"{self._host} has been silent for {self._patience:g} seconds: try again")
+            return MachineError(f"{self._host} was silent for too long: try again, or see whether it is overloaded")
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         if isinstance(error, openai.APIConnectionError | httpx2.HTTPError | OSError):
@@ -147,6 +151,8 @@ class Wire:
 
     def _refusal(self, error: openai.APIStatusError) -> LlmEdgeError:
         status, words = error.status_code, self._words(error)
+        if status in (400, 413, 422) and (counts := _overflow(error)):
+            return ContextLengthError(*counts)
         if status in (401, 403):
             with_key = "refuses the key" if self._key else "wants a key"
             return InputError(f"{self._host} {with_key} ({status}): {words}")
@@ -208,6 +214,22 @@ def _refused_field(body: Mapping[str, Any], complaint: str) -> str | None:
         if name in body and name in complaint and body[name] == idle.get(name, body[name]):
             return name
     return None
+
+
+def _overflow(error: openai.APIError) -> tuple[int, int] | None:
+    """Tokens of the prompt and of the context, where an endpoint says that the one is longer than the other.
+
+    llama.cpp has them as fields, OpenAI and vLLM in a sentence; a prompt that is not counted is one too long.
+    """
+    body = error.body if isinstance(error.body, dict) else {}
+    limit, prompt = body.get("n_ctx"), body.get("n_prompt_tokens")
+    if found := _LIMIT.search(error.message[:2000]):
+        limit = int(found[1])
+        counted = _PROMPT.search(error.message[:2000])
+        prompt = int(counted[1]) if counted else None
+    if type(limit) is not int or limit < 1:
+        return None
+    return (prompt if type(prompt) is int and prompt > limit else limit + 1), limit
 
 
 def _without(body: dict[str, Any], name: str) -> None:

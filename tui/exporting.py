@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from llm_edge.runtime.errors import MachineError
 from llm_edge.tui.conversation import one_line
 from llm_edge.tui.terminal import printable
 
-SMOLLM2 = "smollm2"
+_SMOLLM2 = "smollm2"
 PRECISIONS = ("int8", "int4", "fp32", "int8-exact", "int4-mixed", "int8-kv8", "fp16", "source")
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")
 OPTIONS: Mapping[str, str] = {
@@ -54,12 +55,14 @@ class Wish:
         precisions: some of `PRECISIONS`; none = what `llm-export` takes by itself.
         options: some of `OPTIONS`, with what was typed for each.
         force: replace what is there.
+        validate: compare with PyTorch, and measure how close it is.
     """
 
     source: str
     precisions: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
+    validate: bool = True
 
     def arguments(self) -> list[str]:
         """Of `llm-export`."""
@@ -69,7 +72,15 @@ class Wish:
         given += [f"--{name}={value.strip()}" for name, value in self.options.items() if value.strip()]
         if self.force:
             given.append("--force")
+        if not self.validate:
+            given.append("--no-validate")
         return [*given, "--", os.path.expanduser(self.source)]  # noqa: PTH111 (it may be an id, and no path)
+
+
+SMOLLM2_SOON = Wish(_SMOLLM2, ("int8",), force=True, validate=False)
+"""The quickest way to a model that answers well."""
+SMOLLM2_INT8 = Wish(_SMOLLM2, ("int8",), force=True)
+"""The same, with its proof, which takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,7 @@ class Export:
         self._said: deque[str] = deque(maxlen=_TAIL)
         self._path: Path | None = None
         self._cancelled = False
+        self._began = time.monotonic()
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._watch, daemon=True, args=(stream, take))
@@ -123,9 +135,9 @@ class Export:
             return list(self._stages.values())
 
     @property
-    def running(self) -> bool:
-        """Whether it is still at work."""
-        return self._process.poll() is None or any(thread.is_alive() for thread in self._threads)
+    def seconds(self) -> float:
+        """How long it has been at work."""
+        return time.monotonic() - self._began
 
     @property
     def cancelled(self) -> bool:

@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from llm_edge.runtime.logprobs import TokenLogprob
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.text_side import Message
 
+_STEP = 0.02  # seconds that a token takes in the figures, at least: they shall be the same every time
 _TOKEN = re.compile(r"\s*\S+|\s+")
 ANSWER = """\
 I am a script, not a model: whatever you ask, this is what I say.
@@ -72,7 +72,6 @@ class FakeReply:
         self.params = params
 
     def __iter__(self) -> Iterator[Piece]:
-        began = first = time.perf_counter()
         count = thought = 0
         sides = [(text, True) for text in _TOKEN.findall(self._said.reasoning)]
         sides += [(text, False) for text in _TOKEN.findall(self._said.text)]
@@ -84,16 +83,14 @@ class FakeReply:
             if count >= self.params.max_tokens:
                 reason = FinishReason.LENGTH
                 break
-            if not count:
-                first = time.perf_counter()
             count += 1
             thought += reasoning
             token = self._ids.setdefault(text, len(self._ids))
             yield Piece(text, token, reasoning=reasoning, logprob=self._logprob(token))
         if self._said.failure is not None:
             raise self._said.failure
-        now = time.perf_counter()
-        timings = Timings(self._prompt, count, first - began, first - began, now - first, thought)
+        each = max(self._pause, _STEP)
+        timings = Timings(self._prompt, count, each, each, max(count - 1, 0) * each, thought)
         yield Piece("", None, reason, timings)
 
     def _logprob(self, token: int) -> TokenLogprob | None:
@@ -118,6 +115,8 @@ class FakeResponder:
         asked: messages, parameters and beginning of every call so far.
         replies: all of them so far.
     """
+
+    adjusts = True
 
     def __init__(
         self,
@@ -160,6 +159,8 @@ class FakeResponder:
             raise ContextLengthError(prompt, self.context_length)
         self.asked.append(([dict(message) for message in messages], params, begin))
         said = self._next.popleft() if self._next else next(self._said)
+        if begin:  # what was thought and said is not said twice
+            said = replace(said, reasoning="", text=said.text.removeprefix(begin))
         room = min(params.max_tokens, self.context_length - prompt)
         reply = FakeReply(said, replace(params, max_tokens=room), prompt, self.pause, self._ids)
         self.replies.append(reply)

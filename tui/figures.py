@@ -46,8 +46,8 @@ def figures_line(figures: Mapping[str, Any], params: Mapping[str, Any] | None = 
         reason = str(figures["finish_reason"])
         parts.append(_ENDS.get(reason, reason))  # type: ignore[call-overload]
     lines = [" · ".join(parts)] if parts else []
-    if params:
-        lines.append(f"with {told(params)}")
+    if shown := told({name: value for name, value in (params or {}).items() if name != "logprobs"}):
+        lines.append(f"with {shown}")
     changes = figures.get("changes") or []
     if changes:
         shown = ", ".join(f"{title_of(str(each['name']))} {each['value']} from token {each['at']}" for each in changes)

@@ -1,4 +1,4 @@
-"""How a kept conversation looks in a list. Knows no store, and of the screen only what a line is made of."""
+"""The list of kept conversations: how each looks, and which keys it takes. Knows nothing of what they do."""
 
 from __future__ import annotations
 
@@ -7,15 +7,80 @@ import time
 import unicodedata
 from collections.abc import Sequence
 from datetime import date
+from typing import ClassVar
 
+from textual import events
+from textual.binding import Binding, BindingType
 from textual.content import Content
+from textual.message import Message as Event
+from textual.widgets import OptionList
 
 from llm_edge.tui.conversation import one_line, snippet
 from llm_edge.tui.store import Summary
 from llm_edge.tui.terminal import printable
 
 WIDTH = 37  # columns of a line of what a search found
+_NEAR = 30  # lines before the end of what was fetched, from where on more is
 _LONGEST_NAME = 60  # characters of a file's name
+
+
+class Conversations(OptionList):
+    """The list; what is to be done with the conversation it stands on, the panel does."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "select", "Open"),
+        Binding("r,f2", "panel('rename')", "Rename", key_display="r"),
+        Binding("p", "panel('pin')", "Pin"),
+        Binding("d,delete", "panel('delete')", "Delete", key_display="d"),
+        Binding("u,ctrl+z", "panel('undo')", "Undo", key_display="u"),
+        Binding("e", "panel('export')", "Export"),
+        Binding("i", "panel('import')", "Import"),
+        Binding("slash,ctrl+f", "panel('search')", "Search", key_display="/"),
+    ]
+
+    class NearEnd(Event):
+        """What is beyond the end may soon be looked at."""
+
+    class Wished(Event):
+        """Something is to be done with the conversation that the list stands on."""
+
+        def __init__(self, what: str) -> None:
+            super().__init__()
+            self.what = what
+
+    def action_panel(self, what: str) -> None:
+        """Pass a wish on."""
+        self.post_message(self.Wished(what))
+
+    def action_cursor_up(self) -> None:
+        """Above the first one is the search."""
+        if self.highlighted is None or all(option.disabled for option in self.options[: self.highlighted]):
+            self.post_message(self.Wished("search"))
+        else:
+            super().action_cursor_up()
+
+    def action_cursor_down(self) -> None:
+        """The last one is the last."""
+        if self.highlighted is None or self.highlighted < self.option_count - 1:
+            super().action_cursor_down()
+
+    async def _on_click(self, event: events.Click) -> None:
+        """The right button only goes there; Textual's own way, which opens, follows else."""
+        place = event.style.meta.get("option")
+        if event.button == 3 and isinstance(place, int):
+            event.prevent_default()
+            self.focus()
+            self.highlighted = place
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        """Tell in time."""
+        super().watch_scroll_y(old_value, new_value)
+        self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Tell where the end is near."""
+        if self.max_scroll_y - self.scroll_y < _NEAR:
+            self.post_message(self.NearEnd())
 
 
 def group_of(summary: Summary, now: float) -> str:

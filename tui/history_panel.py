@@ -22,70 +22,14 @@ from textual.worker import get_current_worker
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.conversation import one_line
 from llm_edge.tui.history_files import export, import_conversations
-from llm_edge.tui.history_list import found_prompt, group_of, heading, prompt
+from llm_edge.tui.history_list import Conversations, found_prompt, group_of, heading, prompt
 from llm_edge.tui.screens.ask_text import AskText, Line
 from llm_edge.tui.session import ChatSession
 from llm_edge.tui.store import Store, Summary
 from llm_edge.tui.terminal import printable
 
 PAGE = 100  # conversations that are fetched at once
-_NEAR = 30  # lines before the end of what was fetched, from where on more is
 _PATIENCE = 0.12  # seconds without a key before a search begins
-
-
-class Conversations(OptionList):
-    """The list; what is to be done with the conversation it stands on, the panel does."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "select", "Open"),
-        Binding("r,f2", "panel('rename')", "Rename", key_display="r"),
-        Binding("p", "panel('pin')", "Pin"),
-        Binding("d,delete", "panel('delete')", "Delete", key_display="d"),
-        Binding("u,ctrl+z", "panel('undo')", "Undo", key_display="u"),
-        Binding("e", "panel('export')", "Export"),
-        Binding("i", "panel('import')", "Import"),
-        Binding("slash,ctrl+f", "panel('search')", "Search", key_display="/"),
-    ]
-
-    class NearEnd(Event):
-        """What is beyond the end may soon be looked at."""
-
-    class Wished(Event):
-        """Something is to be done with the conversation that the list stands on."""
-
-        def __init__(self, what: str) -> None:
-            super().__init__()
-            self.what = what
-
-    def action_panel(self, what: str) -> None:
-        """Pass a wish on."""
-        self.post_message(self.Wished(what))
-
-    def action_cursor_up(self) -> None:
-        """Above the first one is the search."""
-        if self.highlighted is None or all(option.disabled for option in self.options[: self.highlighted]):
-            self.post_message(self.Wished("search"))
-        else:
-            super().action_cursor_up()
-
-    def action_cursor_down(self) -> None:
-        """The last one is the last."""
-        if self.highlighted is None or self.highlighted < self.option_count - 1:
-            super().action_cursor_down()
-
-    async def _on_click(self, event: events.Click) -> None:
-        """The right button only goes there; Textual's own way, which opens, follows else."""
-        place = event.style.meta.get("option")
-        if event.button == 3 and isinstance(place, int):
-            event.prevent_default()
-            self.focus()
-            self.highlighted = place
-
-    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
-        """Tell in time."""
-        super().watch_scroll_y(old_value, new_value)
-        if self.max_scroll_y - new_value < _NEAR:
-            self.post_message(self.NearEnd())
 
 
 class HistoryPanel(Vertical):
@@ -148,7 +92,7 @@ class HistoryPanel(Vertical):
         with Horizontal(id="history-title"):
             yield Static("Conversations", markup=False)
             yield _button("✕", "close", "Close this panel")
-        yield Line(placeholder="Search all messages", id="history-search", compact=True)
+        yield Line(placeholder="Search all messages; ↓ to the list", id="history-search", compact=True)
         yield Conversations(markup=False)
         yield Static("", id="history-note", markup=False)
         with Horizontal(id="history-buttons"):
@@ -166,7 +110,9 @@ class HistoryPanel(Vertical):
     # ---- shown and hidden
 
     def toggle(self) -> None:
-        """Show it, or hide it."""
+        """Show it, or hide it; nothing where another screen lies above."""
+        if not self.screen.is_current:
+            return
         if self.has_class("open"):
             self.action_close()
             return
@@ -198,7 +144,8 @@ class HistoryPanel(Vertical):
             else:
                 found = self._reader.recent(wanted + 1 - begin, begin)
         except LlmEdgeError as error:
-            self.app.call_from_thread(self._say, str(error), "error")
+            if not worker.is_cancelled:
+                self.app.call_from_thread(self._say, str(error), "error")
         else:
             if not worker.is_cancelled:
                 count = wanted - begin
@@ -228,8 +175,9 @@ class HistoryPanel(Vertical):
                 if conversations.options[conversations.highlighted].disabled:
                     conversations.action_cursor_down()
         self._stand_on = None
+        conversations.call_after_refresh(conversations.look_ahead)
         found = self._found or event.text.strip()
-        self._note("Nothing is kept yet. i imports." if not found else "" if self._found else "Nothing found.")
+        self._note("Nothing is kept yet. ↓, then i, imports." if not found else "" if self._found else "Nothing found.")
 
     def _options(self, text: str, summaries: list[Summary]) -> list[Option]:
         """Lines for these, which stand below those that are there."""

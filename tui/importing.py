@@ -77,11 +77,12 @@ def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {name: figures[name] for name in _TEXTS if isinstance(figures.get(name), str)}
     changes = figures.get("changes")
     if isinstance(changes, list):
-        kept["changes"] = [
+        known = [
             {"at": each["at"], "name": each["name"], "value": str(each.get("value", ""))}
             for each in changes[:_MOST_CHANGES]
             if isinstance(each, dict) and _is_number(each.get("at")) and isinstance(each.get("name"), str)
         ]
+        kept |= {"changes": known} if known else {}
     return kept
 
 

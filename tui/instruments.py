@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.style import Style
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Horizontal
@@ -11,6 +10,7 @@ from textual.widget import Widget
 from textual.widgets import Sparkline, Static
 
 from llm_edge.tui.terminal import printable
+from llm_edge.tui.themes import coloured
 
 
 class ContextGauge(Widget):
@@ -24,15 +24,15 @@ class ContextGauge(Widget):
         """The bar, and its numbers."""
         if not self.limit:
             return Text("context: not known", style="dim")
-        width = max(min(self.size.width - 30, 24), 8)
         left = max(self.limit - self.history - self.prompt, 0)
+        shown = f" {self.history:,}" + (f" + {self.prompt:,}" if self.prompt else "") + f" used, {left:,} left"
+        width = max(min(self.size.width - max(len(shown), 34), 24), 4)
         taken = min(-(-width * self.history // self.limit), width)
         written = min(-(-width * self.prompt // self.limit), width - taken)
         variables = self.app.theme_variables
-        text = Text("█" * taken, style=Style.parse(variables["primary"]))
-        text.append("█" * written, style=Style.parse(variables["accent"]))
+        text = Text("█" * taken, style=coloured(variables, "primary"))
+        text.append("█" * written, style=coloured(variables, "accent"))
         text.append("░" * (width - taken - written), style="dim")
-        shown = f" {self.history:,}" + (f" + {self.prompt:,}" if self.prompt else "") + f", {left:,} left"
         return text.append(shown)
 
 
@@ -41,22 +41,28 @@ class Instruments(Horizontal):
 
     def __init__(self) -> None:
         super().__init__(id="instruments")
+        self._gauge = ContextGauge(id="gauge")
+        self._speed = Sparkline([0.0, 0.0], id="speed")
+        self._state = Static("", id="state", markup=False)
+        self._said = ""
 
     def compose(self) -> ComposeResult:
         """Its three parts."""
-        yield ContextGauge(id="gauge")
-        yield Sparkline([0.0], id="speed")
-        yield Static("", id="state", markup=False)
+        yield self._gauge
+        yield self._speed
+        yield self._state
 
     def say(self, text: str) -> None:
         """A word on what goes on."""
-        self.query_one("#state", Static).update(printable(text))
+        if text != self._said:
+            self._said = text
+            self._state.update(printable(text), layout=False)
 
     def speed(self, rates: list[float]) -> None:
         """Tokens per second of late."""
-        self.query_one("#speed", Sparkline).data = rates
+        if rates != self._speed.data:
+            self._speed.data = rates
 
     def context(self, history: int, prompt: int, limit: int | None) -> None:
         """Tokens of the conversation, of the question being written, and of the context."""
-        gauge = self.query_one("#gauge", ContextGauge)
-        gauge.history, gauge.prompt, gauge.limit = history, prompt, limit or 0
+        self._gauge.history, self._gauge.prompt, self._gauge.limit = history, prompt, limit or 0

@@ -12,15 +12,29 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
+from pygments.styles import get_style_by_name
+from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
 from rich.segment import Segment
+from rich.style import Style
 from rich.syntax import Syntax
 from rich.text import Text
+from rich.theme import Theme
 
 from llm_edge.tui.terminal import printable
 
-_CONSOLE = Console(color_system="truecolor", force_terminal=True, width=80, legacy_windows=False)
+# Colours that can be read on a ground; on a dark one, rich's others can.
+_ON_DARK = {"markdown.block_quote": Style(color="#d0a8e8")}
+_ON_LIGHT = {
+    "markdown.link": Style(color="#0b4fb3"),
+    "markdown.link_url": Style(color="#0b4fb3", underline=True),
+    "markdown.block_quote": Style(color="#6b2d7c"),
+    "markdown.table.header": Style(color="#00586b", bold=True),
+    "markdown.table.border": Style(color="#00586b"),
+    "markdown.item.number": Style(color="#00586b"),
+    "markdown.hr": Style(color="#555555"),
+}
 
 Line = list[Segment]
 """Segments of one line, without a line end."""
@@ -120,8 +134,10 @@ class MarkdownLines:
         shown = printable(text).expandtabs(4)
         spans = (len(token.content) for token in tokens if token.type == "inline")
         if len(text) > _LONGEST or max(spans, default=0) > _LONGEST_SPAN:
-            return _lines(Text(shown), self._width)
-        return _trimmed(_lines(_Blocks(shown, code_theme=self.code_theme, hyperlinks=False), self._width))
+            return _lines(Text(shown), self._width, self.code_theme)
+        return _trimmed(
+            _lines(_Blocks(shown, code_theme=self.code_theme, hyperlinks=False), self._width, self.code_theme)
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,12 +146,25 @@ def _code(code: str, language: str, theme: str, width: int) -> list[Line]:
     lexer = language or "text"
     if max(map(len, code.split("\n"))) > _LONGEST_LINE:
         lexer = "text"
-    return _lines(Syntax(code, lexer, theme=theme, word_wrap=True, padding=(0, 1), tab_size=4), width)
+    return _lines(Syntax(code, lexer, theme=theme, word_wrap=True, padding=(0, 1), tab_size=4), width, theme)
 
 
-def _lines(whole: RenderableType, width: int) -> list[Line]:
-    options = _CONSOLE.options.update(width=max(width, 8), height=None)
-    lines = _CONSOLE.render_lines(whole, options, pad=False, new_lines=False)
+@functools.cache
+def _console(code_theme: str) -> Console:
+    """Draws Markdown; code within a line stands on the same ground as blocks of it."""
+    ground = get_style_by_name(code_theme).background_color
+    light = sum(Color.parse(ground).get_truecolor()) > 3 * 128
+    styles = {
+        **(_ON_LIGHT if light else _ON_DARK),
+        "markdown.code": Style(bold=True, color="#202020" if light else "cyan", bgcolor=ground),
+    }
+    return Console(color_system="truecolor", force_terminal=True, width=80, legacy_windows=False, theme=Theme(styles))
+
+
+def _lines(whole: RenderableType, width: int, code_theme: str) -> list[Line]:
+    console = _console(code_theme)
+    options = console.options.update(width=max(width, 8), height=None)
+    lines = console.render_lines(whole, options, pad=False, new_lines=False)
     return [[Segment(printable(each.text), each.style) for each in line] for line in lines]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from textual.screen import Screen
+from textual.widgets import TextArea
 
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.chat_view import ChatView
@@ -68,3 +71,11 @@ async def _walk(app: ChatApp, view: MessageView, step: int) -> None:
     shown = app.home.query_one(ChatView).view(session.conversation.messages[siblings[place]])
     if shown is not None:
         shown.focus()
+
+
+def marked(screen: Screen[Any]) -> str | None:
+    """What is marked on a screen, with the mouse or where one writes."""
+    text = screen.get_selected_text()
+    if not text and isinstance(screen.focused, TextArea):
+        text = screen.focused.selected_text
+    return text

@@ -31,6 +31,11 @@ class Questions:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
+    @property
+    def trouble(self) -> str:
+        """A line on what cannot be used of what is kept; "" where all can."""
+        return self._settings.trouble
+
     def all(self) -> list[str]:
         """In the order in which they are offered."""
         return self._settings.get(SECTION)

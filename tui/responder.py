@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llm_edge.runtime.answer import Piece
+from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.text_side import Message
+
+_COUNTED = 50_000  # characters
 
 
 class Reply(Protocol):
@@ -32,12 +35,14 @@ class Responder(Protocol):
         detail: its precision, or where it is.
         context_length: tokens that prompt and answer hold together; None where nobody says.
         default_params: the model's own.
+        adjusts: whether its replies can be adjusted while they come.
     """
 
     name: str
     detail: str
     context_length: int | None
     default_params: SamplingParams
+    adjusts: bool
 
     def answer(
         self,
@@ -68,13 +73,42 @@ class Responder(Protocol):
         """Let everything go."""
 
 
+def tokens_of_question(responder: Responder | None, text: str, *, first: bool) -> int:
+    """Tokens that a question will take of the context, as far as that can be told; a long one's are estimated.
+
+    Args:
+        responder: counts; None = nobody.
+        text: the question.
+        first: whether it begins a conversation: what a template says before the first question counts too.
+    """
+    if responder is None or not text.strip():
+        return 0
+    share = max(len(text) / _COUNTED, 1.0)
+    try:
+        count = responder.count([{"role": "user", "content": text[:_COUNTED]}]) or 0
+        if count and not first:
+            count -= responder.count([{"role": "user", "content": ""}]) or 0
+    except LlmEdgeError:  # it will be told once it is asked
+        return 0
+    return round(count * share)
+
+
 class LocalResponder:
     """A bundle on this machine; see `Responder`."""
 
-    def __init__(self, bundle: Path, precision: str | None, provider: str = "auto", threads: int | None = None) -> None:
+    adjusts = True
+
+    def __init__(
+        self,
+        bundle: Path,
+        precision: str | None,
+        provider: str = "auto",
+        threads: int | None = None,
+        draft: Path | None = None,
+    ) -> None:
         from llm_edge.runtime.generate import Model  # takes its time, which a thread beside the screen has
 
-        self._model = Model.load(bundle, precision, provider, threads)
+        self._model = Model.load(bundle, precision, provider, threads, draft=draft)
         self.path = self._model.bundle.path
         self.name = self._model.bundle.name
         self.detail = self._model.precision.name

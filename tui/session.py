@@ -5,6 +5,7 @@ Knows no widgets. A screen calls `poll` when it has time, and shows what is in t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -144,7 +145,7 @@ class ChatSession:
         """
         before = dict(self.knobs.changed)
         change(self.knobs)
-        if self._feed is None or self._message is None or before == self.knobs.changed:
+        if self._feed is None or self._message is None or before == self.knobs.changed or not self._who().adjusts:
             return
         self._feed.adjust(self.knobs.params)
         changes = self._message.figures.setdefault("changes", [])
@@ -163,10 +164,11 @@ class ChatSession:
     def undo_new(self) -> bool:
         """Return to the conversation that `new` left; False where there is none."""
         self._leave()
-        if not self._before:
-            return False
-        self._go_to(self.store.load(self._before.pop()))
-        return True
+        while self._before:
+            with contextlib.suppress(InputError):  # another program deleted it
+                self._go_to(self.store.load(self._before.pop()))
+                return True
+        return False
 
     def open(self, number: int) -> None:
         """Go to a conversation of the store; the system prompt it was held with is that of now."""

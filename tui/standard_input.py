@@ -21,7 +21,7 @@ from typing import TextIO
 from llm_edge.runtime.errors import InputError
 from llm_edge.runtime.safe_io import MIB
 
-LARGEST = 4 * MIB
+LARGEST = 2 * MIB  # beyond any context that a computer of one person fills, and within what a chat template may handle
 PATIENCE = 3.0  # seconds
 _CHUNK = 64 * 1024
 _LOOK = 0.2  # seconds between two looks, so that Ctrl-C is heard on every system

@@ -325,7 +325,7 @@ class Store:
 
         Those of more than `longest` characters, which hold something pasted, are left out.
         """
-        query = (
+        query = (  # CROSS: messages are gone through, from the last one on, until there are enough
             "SELECT m.content FROM messages m CROSS JOIN conversations c ON c.id = m.conversation WHERE m.role = ?"
             " AND m.foreign_id IS NULL AND c.foreign_id IS NULL AND c.deleted IS NULL AND LENGTH(m.content) <= ?"
             " ORDER BY m.id DESC LIMIT ?"

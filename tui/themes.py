@@ -1,8 +1,16 @@
-"""A theme of high contrast, and the colours of code that suit a theme."""
+"""A theme of high contrast, what is drawn in a theme's colours, and the colours of code that suit it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from rich.style import Style
+from textual.app import App
+from textual.color import Color
 from textual.theme import Theme
+
+from llm_edge.tui.settings import THEME, Settings
 
 HIGH_CONTRAST = Theme(
     name="high-contrast",
@@ -22,7 +30,7 @@ HIGH_CONTRAST = Theme(
     variables={"text-muted": "#e0e0e0", "footer-key-foreground": "#ffff00", "input-selection-background": "#0050ff"},
 )
 
-_CODE = {"gruvbox": "gruvbox-dark", "nord": "nord", "dracula": "dracula", "solarized-light": "solarized-light"}
+_CODE = {"gruvbox": "gruvbox-dark", "nord": "nord", "dracula": "dracula"}
 
 
 def code_theme(theme: Theme) -> str:
@@ -30,3 +38,19 @@ def code_theme(theme: Theme) -> str:
     if theme.name == HIGH_CONTRAST.name:
         return "github-dark"
     return _CODE.get(theme.name, "monokai" if theme.dark else "tango")
+
+
+def coloured(variables: Mapping[str, str], name: str) -> Style:
+    """A style of one of a theme's colours, which may be one of the terminal's own as `ansi_blue`."""
+    return Style(color=Color.parse(variables[name]).rich_color)
+
+
+def begin_theme(app: App[Any], settings: Settings) -> str:
+    """Use the theme that was chosen the last time, if one was; returns what is wrong with it, or nothing."""
+    app.register_theme(HIGH_CONTRAST)
+    chosen = settings.get(THEME)
+    if chosen in app.available_themes:
+        app.theme = chosen
+    elif chosen:
+        return f"{settings.path}: there is no theme {chosen!r}: choose one (Ctrl-P, Theme)"
+    return ""

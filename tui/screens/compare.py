@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, ClassVar
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal
 from textual.screen import ModalScreen
 from textual.widgets import Button, Footer, Static
 
 from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.runtime.presets import DECIDED
 from llm_edge.tui.choice import is_of
+from llm_edge.tui.compare_column import NAMES, Column
 from llm_edge.tui.composer import Composer
 from llm_edge.tui.controls import Controls, Turned, turn
 from llm_edge.tui.conversation import Message
-from llm_edge.tui.knobs import Knobs, told
+from llm_edge.tui.knobs import Knobs
 from llm_edge.tui.message_view import MessageView
-from llm_edge.tui.presets import MODELS_OWN, Presets
+from llm_edge.tui.presets import Presets
 from llm_edge.tui.responder import Responder
 from llm_edge.tui.screens.models import ModelsScreen, loading
 from llm_edge.tui.screens.tokens import TokensScreen
@@ -35,7 +37,7 @@ Loader = Callable[[], Responder]
 """Gives who answers; takes its time."""
 
 _LOOK = 1 / 12  # seconds between two looks at what grows
-_NAMES = ("left", "right")
+_TO_COMPARE = ("greedy", "balanced")  # presets; one of them differs from whatever a model's own way is
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,62 +46,6 @@ class Kept:
 
     question: str
     sides: tuple[Side, ...]
-
-
-class Column(Vertical):
-    """One side: who, how, what.
-
-    Args:
-        number: 0 or 1.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(id=_NAMES[number], classes="side")
-        self._number = number
-
-    def compose(self) -> ComposeResult:
-        """From above."""
-        yield Static("", classes="side-who", markup=False)
-        yield Static("", classes="side-how", markup=False)
-        yield VerticalScroll(Static("", classes="side-none", markup=False), classes="side-answer", can_focus=False)
-        with Horizontal(classes="side-buttons"):
-            yield Button(f"Keep this ({self._number + 1})", id=f"keep-{self._number}", compact=True, disabled=True)
-            yield Static("", classes="side-state", markup=False)
-
-    def show(self, side: Side) -> None:
-        """Who answers, and how."""
-        self.query_one(".side-who", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
-        how = told(side.session.knobs.changed) or MODELS_OWN
-        self.query_one(".side-how", Static).update(printable(how))
-
-    async def begin(self, side: Side) -> None:
-        """A question was asked."""
-        scroll = self.query_one(VerticalScroll)
-        await scroll.remove_children()
-        if side.answer is not None:
-            view = MessageView(side.answer)
-            view.live = True
-            await scroll.mount(view)
-            scroll.anchor()
-        self.state(side)
-
-    def look(self, side: Side) -> None:
-        """The answer has grown."""
-        for view in self.query(MessageView):
-            view.live = side.session.answering is not None
-            view.changed()
-        self.state(side)
-
-    def state(self, side: Side) -> None:
-        """A word on what goes on."""
-        answer, text = side.answer, ""
-        if side.waiting:
-            text = "waits for the other one"
-        elif side.session.answering is not None:
-            text = f"{side.session.rates[-1]:.0f} tok/s" if side.session.rates[-1] else "answers …"
-        self.query_one(".side-state", Static).update(text)
-        there = answer is not None and bool(answer.content) and not side.busy
-        self.query_one(Button).disabled = not there
 
 
 class CompareScreen(ModalScreen[Kept | None]):
@@ -137,6 +83,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         Binding("f8", "in_turn", "One by one"),
         Binding("escape", "leave", "Stop, close", key_display="esc"),
         Binding("f7", "close", "Close", show=False, priority=True),
+        Binding("f1", "app.help", "Help", show=False),
         Binding("ctrl+c", "app.copy_or_stop", "Copy", show=False, priority=True),
         Binding("ctrl+q", "app.quit", "Quit", show=False, priority=True),
     ]
@@ -151,16 +98,14 @@ class CompareScreen(ModalScreen[Kept | None]):
         choose: Callable[[], Awaitable[Loader | None]] | None = None,
     ) -> None:
         super().__init__()
-        left, right = (Knobs(responder.default_params, knobs.changed) for _ in range(2))
-        if right.changed:
-            right.load({name: value for name, value in right.changed.items() if name == "system"})
-        if right.changed == left.changed:
-            right.load({**right.changed, **right.drawing("greedy")})
+        left = Knobs(responder.default_params, knobs.changed)
+        right = _other_settings(left)
         self._chat = responder
         self._presets, self._question, self._choose = presets, question, choose
         self._comparison = Comparison(Side(responder, left), Side(responder, right), history)
         self._asked = ""
         self._turning = 1
+        self._given_up = False
 
     @property
     def sides(self) -> list[Side]:
@@ -187,7 +132,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         self.set_interval(0.5, self._sample)
 
     def _columns(self) -> list[Column]:
-        return [self.query_one(f"#{name}", Column) for name in _NAMES]
+        return [self.query_one(f"#{name}", Column) for name in NAMES]
 
     def _show(self) -> None:
         for column, side in zip(self._columns(), self.sides, strict=True):
@@ -221,7 +166,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         event.stop()
 
     async def _look(self) -> None:
-        if not self._comparison.busy:
+        if self._given_up or not self._comparison.busy or len(self.query(Column)) < len(NAMES):
             return
         before = [side.answer for side in self.sides]
         news = self._comparison.poll()
@@ -252,7 +197,7 @@ class CompareScreen(ModalScreen[Kept | None]):
             return
         self._turning = number
         controls.use(side.session.knobs, side.responder.name)
-        controls.query_one(".panel-title", Static).update(f"Parameters, {_NAMES[number]}")
+        controls.query_one(".panel-title", Static).update(f"Parameters, {NAMES[number]}")
         controls.add_class("open")
         self.query_one("#value-temperature").focus()
 
@@ -356,12 +301,29 @@ class CompareScreen(ModalScreen[Kept | None]):
             if other is not chat:
                 other.close()
 
+        self._given_up = True  # from here on the thread looks after them
         comparison.stop()
         threading.Thread(target=close, name="llm-chat-compared", daemon=True).start()
         self.dismiss(kept)
 
+    def on_unmount(self) -> None:
+        """The application ends."""
+        if not self._given_up:
+            self._comparison.stop()
+
     def _say(self, text: str, severity: str = "warning") -> None:
         self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
+
+
+def _other_settings(knobs: Knobs) -> Knobs:
+    """Something to compare with: the model's own way to draw, or where that is what it is, another one."""
+    kept = {name: value for name, value in knobs.changed.items() if name not in DECIDED}
+    other = Knobs(knobs.defaults, kept)
+    for preset in _TO_COMPARE:
+        if other.changed != knobs.changed:
+            break
+        other.load(knobs.drawing(preset))
+    return other
 
 
 def show_compare(app: ChatApp) -> None:

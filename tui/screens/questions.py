@@ -62,8 +62,7 @@ class Wording(TextArea):
         event.prevent_default()
 
     async def _on_paste(self, event: events.Paste) -> None:
-        event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))
-        await super()._on_paste(event)
+        event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))  # Textual goes on from there
 
 
 class QuestionsScreen(ModalScreen[Chosen | None]):
@@ -118,6 +117,7 @@ class QuestionsScreen(ModalScreen[Chosen | None]):
         """Choose at once."""
         self._close_wording()
         self._show(0)
+        self._say(self._questions.trouble)
 
     @property
     def _list(self) -> OptionList:

@@ -26,6 +26,7 @@ from llm_edge.tui.cuts import Candidate, candidates
 from llm_edge.tui.knobs import BY_NAME, Knobs
 from llm_edge.tui.message_view import MessageView
 from llm_edge.tui.terminal import printable
+from llm_edge.tui.themes import coloured
 from llm_edge.tui.token_text import TokenText, visible
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class TokensScreen(ModalScreen[bool]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "record", "Make it again with a record"),
         Binding("escape,f6,q", "close", "Close", key_display="esc"),
+        Binding("f1", "app.help", "Help", show=False),
         Binding("ctrl+c", "app.copy_or_stop", "Copy", show=False, priority=True),
         Binding("ctrl+q", "app.quit", "Quit", show=False, priority=True),
     ]
@@ -128,7 +130,7 @@ class TokensScreen(ModalScreen[bool]):
 
     def _grow(self) -> None:
         records = self._records
-        if len(records) == len(self._texts):
+        if len(records) == len(self._texts) or not self.query(TokenText):
             return
         self._texts += [self._text(record.token) for record in records[len(self._texts) :]]
         self.query_one(TokenText).put(self._texts, [record.logprob for record in records])
@@ -178,16 +180,16 @@ class TokensScreen(ModalScreen[bool]):
     def _append(self, text: Text, each: Candidate) -> None:
         variables = self.app.theme_variables
         name = "all others" if each.token is None else visible(self._text(each.token))
-        colour = variables["accent"] if each.drawn else variables["primary"]
+        colour = coloured(variables, "accent" if each.drawn else "primary")
         style = Style(dim=bool(each.cut) or each.token is None, bold=each.drawn, strike=bool(each.cut))
         shown = _cells(name, _NAME).rstrip()
         text.append(shown, style)
         text.append(" " * (_NAME + 1 - cell_len(shown)))
-        text.append(_bar(each.before), Style(dim=True) if each.cut else Style.parse(colour))
+        text.append(_bar(each.before), Style(dim=True) if each.cut else colour)
         text.append(f" {_percent(each.before)} ", Style(dim=bool(each.cut)))
         if each.cut:
             title = "greedy" if each.cut == "greedy" else BY_NAME[each.cut].title
-            text.append(f"  cut by {title}", Style.parse(variables["warning"]))
+            text.append(f"  cut by {title}", coloured(variables, "warning"))
         else:
             text.append(f"→ {_percent(each.after)}")
         text.append("  ◂ came\n" if each.drawn else "\n", Style(bold=True))

@@ -1,0 +1,65 @@
+"""Starts the application in this terminal, or in a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_edge.runtime.errors import InputError, MachineError
+from llm_edge.tui.app import ChatApp
+from llm_edge.tui.choice import BundleChoice, open_responder, remember
+from llm_edge.tui.fake import FakeResponder
+from llm_edge.tui.knobs import BY_NAME
+from llm_edge.tui.responder import Responder
+from llm_edge.tui.settings import Settings
+from llm_edge.tui.store import Store, default_path
+
+
+def chat(choice: BundleChoice | None, changes: Mapping[str, Any], system: str | None) -> int:
+    """Open the application; returns its exit code.
+
+    Args:
+        choice: who answers; None = a script.
+        changes: parameters that are not the model's own.
+        system: the system prompt.
+    """
+    changed = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
+    if system:
+        changed["system"] = system
+    store, settings = Store(default_path()), Settings()
+    load = functools.partial(_open, choice, settings) if choice is not None else lambda: FakeResponder(pause=0.02)
+    try:
+        app = ChatApp(store, load, settings, {name: changed[name] for name in changed if name in BY_NAME})
+        app.run()
+    finally:
+        store.close()
+    return app.return_code or 0
+
+
+def _open(choice: BundleChoice, settings: Settings) -> Responder:
+    """Load a bundle, which the picker offers from then on."""
+    responder = open_responder(choice)
+    with contextlib.suppress(MachineError):  # settings that cannot be written are told when one writes some
+        remember(choice, settings)
+    return responder
+
+
+def serve(arguments: Sequence[str], host: str, port: int) -> None:
+    """Offer the application to browsers, one process a visitor.
+
+    Args:
+        arguments: of `llm-chat` for each visitor.
+        host, port: where.
+
+    Raises:
+        InputError: textual-serve is not installed, or nobody can listen there.
+    """
+    try:
+        from llm_edge.tui import browser
+    except ImportError as e:
+        raise InputError(f"--serve needs {e.name}: pip install 'llm-edge[tui]'") from e
+    browser.serve(shlex.join([sys.executable, "-m", "llm_edge.tui", *arguments]), host, port)
