@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 PATIENCE = 60  # seconds until a test that waits for a program gives up
-_SEQUENCE = re.compile(r"\x1b(?:\[[0-9;?>]*[a-zA-Z$]+|\][^\x07]*\x07)")
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-9;?>]*\$?[a-zA-Z]|\][^\x07]*\x07)")
 
 
 def free_port() -> int:
@@ -94,13 +94,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     server.end()
 
 
-async def shown(socket: aiohttp.ClientWebSocketResponse, wanted: str) -> None:
-    """Wait until the application has written a text; how it is coloured and placed is left out."""
+async def shown(socket: aiohttp.ClientWebSocketResponse, wanted: str) -> str:
+    """What the application writes until it has written this; how that is coloured and placed is left out."""
     written = ""
-    while wanted not in _SEQUENCE.sub("", written):
+    while wanted not in (plain := _SEQUENCE.sub("", written)):
         message = await socket.receive()
         assert message.type in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT), (message, written)
         written += message.data.decode() if message.type == aiohttp.WSMsgType.BINARY else ""
+    return plain
 
 
 def test_a_visit(served: Served) -> None:
@@ -116,8 +117,7 @@ def test_a_visit(served: Served) -> None:
         async with client.ws_connect(f"{url}/ws?width=100&height=30", headers={"Origin": url}) as visit:
             await shown(visit, "script · fake")
             await visit.send_str(json.dumps(["stdin", "Hello\r"]))
-            await shown(visit, "I am a script, not a model")
-            await shown(visit, "complete")
+            assert "I am a script, not a model" in await shown(visit, " · complete")
             await visit.send_str(json.dumps(["stdin", "\x11"]))  # Ctrl-Q
             while (await visit.receive()).type not in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED):
                 pass
@@ -156,7 +156,7 @@ def test_pages_of_other_sites_do_not_reach_it(served: Served, headers: dict[str,
 
 def test_a_bundle_is_shown_and_the_end_ends_the_visits(tiny_bundle: Path, tmp_path: Path) -> None:
     """Where it is open to the network, which is told; ended while somebody is there."""
-    server = Served(tmp_path, "--host", "0.0.0.0", str(tiny_bundle), "--precision", "fp32")  # noqa: S104 (the point)
+    server = Served(tmp_path, "--host", "0.0.0.0", str(tiny_bundle), "--precision", "fp32")
 
     async def scene(client: aiohttp.ClientSession, url: str) -> None:
         async with client.ws_connect(f"{url}/ws") as visit:

@@ -6,6 +6,7 @@ that opening it, and every layout of the screen, costs what a short one costs.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from textual import work
@@ -17,6 +18,7 @@ from llm_edge.tui.message_view import MessageView
 
 EMPTY = "A new conversation.\n\nF5 has questions to begin with, F3 the model's parameters, F1 all keys."
 AT_ONCE: Final = 40  # messages that get a view together
+_LAYOUTS, _MOMENT = 100, 0.01  # looks at whether they are laid out, and seconds between two
 
 
 class ChatView(VerticalScroll, can_focus=False):
@@ -84,15 +86,15 @@ class ChatView(VerticalScroll, can_focus=False):
         earlier, self._earlier = self._earlier[-AT_ONCE:], self._earlier[:-AT_ONCE]
         new = self._made(earlier)
         self._show_branches(new)
-        below = self.virtual_size.height - self.scroll_y  # lines from the first that is seen to the end
-
-        def stay() -> None:
-            self.scroll_to(y=self.virtual_size.height - below, animate=False)
-            self._growing = False
-
-        with self.app.batch_update():
-            await self.mount_all(new, before=views[0])
-            self.call_after_refresh(stay)
+        before, seen = self.virtual_size.height, self.scroll_y
+        await self.mount_all(new, before=views[0])
+        for _ in range(_LAYOUTS):  # until they have their places
+            if self.virtual_size.height != before:
+                break
+            await asyncio.sleep(_MOMENT)
+        await self.stop_animation("scroll_y", complete=False)  # it was on its way to what stands elsewhere now
+        self.scroll_to(y=seen + self.virtual_size.height - before, animate=False, immediate=True)
+        self._growing = False
 
     def _made(self, messages: list[Message]) -> list[MessageView]:
         return [MessageView(message, code_theme=self._code_theme) for message in messages]

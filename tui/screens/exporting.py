@@ -45,6 +45,15 @@ class Checkpoints(DirectoryTree):
         return Text(one_line(printable(str(label))) or "?")
 
 
+class Tick(Checkbox):
+    """A checkbox that can be told from one that is not ticked without colours."""
+
+    @property
+    def BUTTON_INNER(self) -> str:  # type: ignore[override]  # noqa: N802 (Textual's)
+        """What stands in it."""
+        return "X" if self.value else " "
+
+
 class ExportScreen(ModalScreen[BundleChoice | None]):
     """See the module; dismissed with the bundle that was made.
 
@@ -106,12 +115,12 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
                 yield Static("Precisions (int8 is fast and close; the export measures how close)", classes="label")
                 with ItemGrid(min_column_width=16, regular=True):
                     for name in PRECISIONS:
-                        yield Checkbox(name, name == _USUAL, id=f"precision-{name}", compact=True)
+                        yield Tick(name, name == _USUAL, id=f"precision-{name}", compact=True)
                 for name, hint in OPTIONS.items():
                     with Horizontal(classes="option", id=f"option-{name}"):
                         yield Static(name, markup=False)
                         yield Input(placeholder=hint, compact=True)
-                yield Checkbox("replace the bundle that is there", id="force", compact=True)
+                yield Tick("replace the bundle that is there", id="force", compact=True)
                 with Horizontal(id="buttons"):
                     yield Button("Export", id="export", variant="primary", compact=True)
                     yield Button("Cancel", id="cancel", compact=True)
