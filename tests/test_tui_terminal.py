@@ -1,0 +1,196 @@
+"""The chat in a real terminal, tmux's, with SmolLM2: what a person sees, and what is left when it has gone.
+
+Scenes are few and long, for each loads the model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
+
+PATIENCE = 90  # seconds until a test that waits for a screen gives up
+READY = "ready"
+ANSWERED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first after [\d.]+ s · fp32 · complete")
+STOPPED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first after [\d.]+ s · fp32 · stopped")
+LONG = "Write a very long story about a fox and a river."
+
+
+class Screen:
+    """A shell in tmux, 80 by 24, in which the chat runs; its folder holds all that the chat keeps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tmux = ["tmux", "-L", f"llm-edge-{os.getpid()}-{folder.name}", "-f", os.devnull]
+        kept = {"LLM_EDGE_DATA": str(folder / "data"), "LLM_EDGE_CONFIG": str(folder / "config")}
+        variables = [word for name, value in kept.items() for word in ("-e", f"{name}={value}")]
+        shell = "env LC_ALL=C.UTF-8 sh"
+        self.run("new-session", "-d", "-x", "80", "-y", "24", *variables, "-c", str(folder), shell)
+        self.type("PS1='shell> '")
+
+    def run(self, *arguments: str) -> str:
+        done = subprocess.run([*self._tmux, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=True)
+        return done.stdout
+
+    def shown(self) -> str:
+        """All lines, without the blanks at their ends."""
+        return self.run("capture-pane", "-p").rstrip("\n")
+
+    def until(self, wanted: str | re.Pattern[str] | Callable[[str], object]) -> str:
+        """The screen once it shows a text, or is what is wanted."""
+        holds = (
+            (lambda shown: wanted in shown)
+            if isinstance(wanted, str)
+            else (wanted.search if isinstance(wanted, re.Pattern) else wanted)
+        )
+        deadline = time.monotonic() + PATIENCE
+        while not holds(shown := self.shown()):
+            assert time.monotonic() < deadline, f"{wanted} does not come:\n{shown}"
+            time.sleep(0.05)
+        return shown
+
+    def keys(self, *keys: str) -> None:
+        self.run("send-keys", *keys)
+
+    def type(self, text: str) -> None:
+        """Type a line, and Enter."""
+        self.run("send-keys", "-l", text)
+        self.keys("Enter")
+
+    def chat(self, *arguments: str) -> None:
+        """Begin the chat; the shell then says how it left."""
+        # The shell's own number becomes the chat's, so that it can be killed.
+        self.type(f"clear; sh -c 'echo $$ > process; exec \"$@\"' - {self.command(*arguments)}; echo left with $?")
+
+    def command(self, *arguments: str) -> str:
+        """The chat, for a shell."""
+        return shlex.join([sys.executable, "-m", "llm_edge.tui", *arguments])
+
+    def ask(self, question: str) -> None:
+        """Write a question, which shows, and send it."""
+        self.run("send-keys", "-l", question)
+        self.until(lambda shown: question in shown.partition("╭")[2])
+        self.keys("Enter")
+
+    def close(self) -> None:
+        self.run("kill-server")
+
+
+@pytest.fixture
+def screen(tmp_path: Path) -> Iterator[Screen]:
+    made = Screen(tmp_path)
+    yield made
+    made.close()
+
+
+def growing(question: str) -> Callable[[str], object]:
+    """Whether an answer to a question has some words, and is on its way."""
+    return lambda shown: "Esc stops" in shown and len(_answer(shown, question).split()) > 8
+
+
+def _answer(shown: str, question: str) -> str:
+    _, _, answer = shown.partition(f"▌ {question}")[2].partition("▌ SmolLM2-135M-Instruct")
+    return answer.partition("╭")[0].replace("▌", "")
+
+
+def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
+    """Asked, answered, stopped, turned, asked again, left."""
+    screen.chat(str(smollm2_bundle), "--precision", "fp32", "--temperature", "0", "--max-tokens", "4000")
+    shown = screen.until(READY)
+    assert shown.startswith(" New conversation  —  SmolLM2-135M-Instruct · fp32\n")
+    screen.ask("What is the capital of France?")
+    shown = screen.until(ANSWERED)
+    assert "The capital of France is Paris." in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+    screen.ask(LONG)
+    early = len(_answer(screen.until(growing(LONG)), LONG))
+    screen.until(lambda shown: len(_answer(shown, LONG)) > early + 40)  # it streams
+    screen.keys("F3")
+    screen.until("Temperature     ◂ 0 ")
+    screen.keys("Up")
+    screen.until("Temperature     ◂ 0.05")
+    screen.keys("F3", "Escape")
+    shown = screen.until(STOPPED)
+    assert re.search(r"changed meanwhile: temperature 0\.05 from token \d+", " ".join(shown.split()), re.IGNORECASE)
+
+    screen.keys("C-r")
+    screen.until("2 of 2")
+    screen.until(lambda shown: "Esc stops" in shown)
+    screen.keys("Escape")
+    screen.until(lambda shown: "2 of 2" in shown and STOPPED.search(shown))
+    screen.keys("F2")
+    screen.until("Search all messages")
+    screen.keys("Escape")
+    screen.until(lambda shown: "Search all messages" not in shown)
+
+    screen.keys("C-q")
+    shown = screen.until("left with 0")
+    assert shown.splitlines()[-2:] == ["left with 0", "shell>"]
+    assert "SmolLM2" not in shown  # the chat's screen has gone, and what was there before is back
+    screen.type("stty -a | tr ' ;' '\\n\\n' | grep -x -e echo -e icanon")
+    screen.until("icanon\necho\nshell>")  # keys show again, and lines are the terminal's
+    assert screen.run("display-message", "-p", "#{mouse_any_flag} #{alternate_on} #{cursor_flag}") == "0 0 1\n"
+
+
+def test_killed_in_mid_answer(screen: Screen, smollm2_bundle: Path) -> None:
+    """What had come of it is there, and can be gone on with."""
+    arguments = (str(smollm2_bundle), "--precision", "fp32", "--temperature", "0", "--max-tokens", "4000")
+    screen.chat(*arguments)
+    screen.until(READY)
+    screen.ask(LONG)
+    seen = _answer(screen.until(growing(LONG)), LONG).split()[:6]
+    screen.until(lambda shown: len(_answer(shown, LONG).split()) > 40)  # it was written down meanwhile
+    os.kill(int((screen.folder / "process").read_text()), signal.SIGKILL)
+    screen.until("left with 137")
+    screen.run("send-keys", "-l", "stty sane; reset")
+    screen.keys("C-j")  # nobody makes a line end of Enter, as the terminal was left
+    screen.until(lambda shown: "fox" not in shown)
+    screen.run("resize-window", "-x", "200", "-y", "60")
+    screen.chat(*arguments)
+    screen.until(READY)
+    screen.keys("F2")
+    screen.until(lambda shown: LONG[:20] in shown.partition("Search all messages")[2])
+    screen.keys("Down", "Enter")
+    shown = screen.until("unfinished")
+    answer = " ".join(_answer(shown, LONG).split())
+    assert " ".join(seen) in answer
+    screen.keys("Escape", "C-g")
+    screen.until(lambda shown: "unfinished" not in shown and "Esc stops" in shown)
+    os.kill(int((screen.folder / "process").read_text()), signal.SIGTERM)  # as a machine that shuts down
+    screen.until("left with 130")
+
+
+def test_no_bundle_yet(screen: Screen) -> None:
+    """The picker offers to make one; a folder that is named and is not there is told before the screen is taken."""
+    screen.chat()
+    shown = screen.until("Make SmolLM2-135M now")
+    assert "artifacts/smollm2-135m is not there yet" in shown
+    screen.keys("Escape")
+    screen.until("no model: F4")
+    screen.keys("C-q")
+    screen.until("left with 0")
+    screen.chat("nowhere")
+    shown = screen.until("left with 2")
+    assert "error: nowhere: no such folder" in shown
+
+
+def test_lines_where_there_is_no_screen(screen: Screen, tiny_bundle: Path) -> None:
+    """A terminal that cannot place text, and one where the chat would draw into a file."""
+    chat = screen.command(str(tiny_bundle), "--max-tokens", "3")
+    for number, (before, behind) in enumerate((("TERM=dumb", ""), ("", "2> errors"))):
+        screen.type(f"clear; echo {number}$((1 + 1))begins; {before} {chat} {behind}; echo {number}$((1 + 1))ended")
+        screen.until(lambda shown, number=number: f"{number}2begins" in shown and "/help lists the commands" in shown)
+        screen.type("quit")
+        assert "quit\n" in screen.until(f"{number}2ended")
