@@ -84,7 +84,7 @@ class Screen:
         self.keys("Enter")
 
     def close(self) -> None:
-        self.run("kill-server")
+        subprocess.run([*self._tmux, "kill-server"], capture_output=True, timeout=PATIENCE, check=False)
 
 
 @pytest.fixture
@@ -194,3 +194,24 @@ def test_lines_where_there_is_no_screen(screen: Screen, tiny_bundle: Path) -> No
         screen.until(lambda shown, number=number: f"{number}2begins" in shown and "/help lists the commands" in shown)
         screen.type("quit")
         assert "quit\n" in screen.until(f"{number}2ended")
+
+
+def test_a_terminal_that_is_closed_ends_the_chat(screen: Screen) -> None:
+    screen.chat("--fake")
+    screen.until(READY)
+    screen.ask("Who are you?")
+    screen.until("tokens")
+    process = int((screen.folder / "process").read_text())
+    screen.close()
+    deadline = time.monotonic() + PATIENCE
+    while alive(process):
+        assert time.monotonic() < deadline, "the chat goes on without a terminal"
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shlex
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +39,7 @@ def chat(choice: BundleChoice | None, changes: Mapping[str, Any], system: str | 
         app.run()
     finally:
         store.close()
+        _leave_terminal()
     return app.return_code or 0
 
 
@@ -46,6 +49,19 @@ def _open(choice: BundleChoice, settings: Settings) -> Responder:
     with contextlib.suppress(MachineError):  # settings that cannot be written are told when one writes some
         remember(choice, settings)
     return responder
+
+
+def _leave_terminal() -> None:
+    """End the process where Textual's input threads do not end.
+
+    A terminal that is closed sends SIGHUP and SIGCONT. Textual takes the second for a return from the background and
+    begins to read the terminal once more; that thread finds its end for ever, and the process would wait for it.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "textual-input":
+            thread.join(timeout=1.0)
+            if thread.is_alive():
+                os._exit(130)
 
 
 def serve(arguments: Sequence[str], host: str, port: int) -> None:
