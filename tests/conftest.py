@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
@@ -19,6 +19,9 @@ from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import parse_precisions
 from llm_edge.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from openai_server import Server
 
 # A run in the background may have been begun with Ctrl-C or a closing terminal ignored, and the commands under test
 # would inherit that.
@@ -68,6 +71,23 @@ def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory)
 def llm_export(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs `llm-export` with these arguments; gives exit code, stdout and stderr."""
     return lambda *arguments: call(cli.main, capsys, "llm-export", *arguments)
+
+
+@pytest.fixture(scope="module")
+def running_server() -> Iterator[Server]:
+    """A server that speaks OpenAI's API, for a module's tests; see `server`."""
+    from openai_server import Server  # only where it is wanted: a web framework comes with it
+
+    made = Server()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def server(running_server: Server) -> Server:
+    """The module's server as it was at first."""
+    running_server.reset()
+    return running_server
 
 
 @pytest.fixture

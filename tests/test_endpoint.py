@@ -30,20 +30,6 @@ CANARY = "sk-canary-7f3e1b"
 QUESTION = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(running: Server) -> Server:
-    """The server of this module as it was at first."""
-    running.reset()
-    return running
-
-
 @pytest.fixture
 def open_endpoint(server: Server) -> Iterator[Callable[..., EndpointResponder]]:
     made: list[EndpointResponder] = []

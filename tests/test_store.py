@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_edge.runtime.errors import InputError, MachineError
-from llm_edge.tui import database, transcript
+from llm_edge.tui import database, files, transcript
 from llm_edge.tui.conversation import Conversation, Message, one_line, snippet, title_of
 from llm_edge.tui.store import KEPT_DAYS, Store, Summary, default_path
 
@@ -756,9 +756,9 @@ def test_files_are_written_whole_and_never_over_others(tmp_path: Path, monkeypat
         transcript.save(str(name), Conversation(messages={1: Message(1, None, "user", "Other")}, leaf=1))
     assert name.read_text(encoding="utf-8") == written
     with monkeypatch.context() as patch:  # another program was quicker
-        patch.setattr("llm_edge.tui.transcript.os.path.lexists", lambda _path: False)
+        patch.setattr("llm_edge.tui.files.os.path.lexists", lambda _path: False)
         with pytest.raises(InputError, match=r"talk\.md exists already"):
-            transcript.write_file(str(name), "Other")
+            files.write_file(str(name), "Other")
     assert name.read_text(encoding="utf-8") == written
     transcript.save(str(name), Conversation(messages={1: Message(1, None, "user", "Other")}, leaf=1), overwrite=True)
     assert name.read_text(encoding="utf-8") == "**user**\n\nOther\n"
@@ -778,7 +778,7 @@ def test_files_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llm_edge.tui.transcript.os.fsync", full)
+    monkeypatch.setattr("llm_edge.tui.files.os.fsync", full)
     for name, overwrite in (("new.md", False), ("kept.md", True)):
         with pytest.raises(InputError, match="No space left"):
             transcript.save(str(tmp_path / name), example(), overwrite=overwrite)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 from textual.widgets import Button
+from tui_driving import app_with, ask, drive, screen, until, views
+from tui_driving import shown as drawn
 
 from llm_edge.runtime.errors import MachineError
 from llm_edge.tui.app import ChatApp
@@ -26,8 +28,6 @@ from llm_edge.tui.screens.compare import CompareScreen, Kept
 from llm_edge.tui.screens.models import ModelsScreen
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.side import Comparison, Nowhere, Side
-from tests.tui_driving import app_with, ask, drive, screen, until, views
-from tests.tui_driving import shown as drawn
 
 
 def side(*said: Said | str, pause: float = 0.0, name: str = "script") -> tuple[Side, FakeResponder]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 from textual.widgets import Button, Select, Static
+from tui_driving import app_with, ask, drive, screen, shown, until, views
 
 from llm_edge.runtime.constraint import Constraint
 from llm_edge.tui.app import ChatApp
@@ -16,7 +17,6 @@ from llm_edge.tui.composer import Composer
 from llm_edge.tui.controls import Controls, KnobLine, Name, Number, Text, Turn
 from llm_edge.tui.knobs import KNOBS
 from llm_edge.tui.presets import MODELS_OWN
-from tests.tui_driving import app_with, ask, drive, screen, shown, until, views
 
 LONG = "word " * 400
 PER_TOKEN = 0.02  # seconds; an answer of 8

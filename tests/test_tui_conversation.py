@@ -286,3 +286,21 @@ def test_nothing_a_model_says_commands_the_terminal(tmp_path: Path) -> None:
             assert not {"\x1b", "\x07", "\x9b", "\u202e", "\u2066"} & set(found)
 
     drive(scene())
+
+
+def test_an_answer_that_cannot_be_kept_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "one two three") as (app, pilot, _):
+
+            def full(*_: object) -> None:
+                raise MachineError("no room on the disk")
+
+            monkeypatch.setattr(app.session.store, "update", full)
+            await ask(pilot, "Count.")
+            assert "one two three" in shown(views(app)[-1])
+            assert "not kept: no room on the disk" in shown(views(app)[-1])
+            monkeypatch.undo()
+            await ask(pilot, "Again.")
+            assert "not kept" not in shown(views(app)[-1])
+
+    drive(scene())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.style import Style
 from textual.binding import Binding
+from tui_driving import app_with, ask, drive, screen, shown, until, views
 
 from llm_edge.runtime.errors import InputError
 from llm_edge.tui.app import ChatApp
@@ -23,7 +24,6 @@ from llm_edge.tui.responder import tokens_of_question
 from llm_edge.tui.screens.help import KEYS, HelpScreen
 from llm_edge.tui.settings import THEME, Settings
 from llm_edge.tui.store import Store
-from tests.tui_driving import app_with, ask, drive, screen, shown, until, views
 
 MARKDOWN = (
     "# Head\n\n`code`, [a link](x), **bold**\n\n> quote\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,6 @@ def two(place: Path, tiny_bundle: Path) -> Path:
     shutil.copytree(tiny_bundle, place / "artifacts/cut")
     (place / "artifacts/cut/tokenizer.json").write_text("{}")
     return place
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(running: Server) -> Server:
-    running.reset()
-    return running
 
 
 async def open_models(app: ChatApp, pilot: Any, key: str = "f4") -> ModelsScreen:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from textual.events import Paste
 from textual.widgets import OptionList
+from tui_driving import app_with, ask, drive, screen, until
 
 from llm_edge.runtime.errors import InputError, ParameterError
 from llm_edge.tui.app import ChatApp
@@ -14,7 +15,6 @@ from llm_edge.tui.composer import Composer
 from llm_edge.tui.questions import MOST, SECTION, SHIPPED, Questions
 from llm_edge.tui.screens.questions import QuestionsScreen, Wording
 from llm_edge.tui.settings import Settings
-from tests.tui_driving import app_with, ask, drive, screen, until
 
 PRESCRIBED = [
     "What is the fastest animal?",

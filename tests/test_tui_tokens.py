@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from textual.pilot import Pilot
+from tui_driving import app_with, ask, drive, screen, until, views
 
 from llm_edge.runtime.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.sampler import Sampler
@@ -18,7 +19,6 @@ from llm_edge.tui.controls import Number
 from llm_edge.tui.cuts import Candidate, candidates
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.token_text import TokenText, visible
-from tests.tui_driving import app_with, ask, drive, screen, until, views
 
 RECORD = TokenLogprob(7, math.log(0.2), tuple((t, math.log(p)) for t, p in ((3, 0.5), (7, 0.2), (1, 0.1), (2, 0.05))))
 

@@ -331,7 +331,12 @@ class ChatApp(App[None]):
 
     async def on_composer_undo(self) -> None:
         """There is nothing written to undo: the new conversation, then."""
-        if self.session.undo_new():
+        try:
+            undone = self.session.undo_new()
+        except LlmEdgeError as error:
+            self.say(str(error), "error")
+            return
+        if undone:
             await self.show()
         else:
             self.say("There is nothing to undo.")

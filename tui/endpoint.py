@@ -211,7 +211,6 @@ class EndpointResponder:
         *,
         begin: str = "",
         thought: str = "",  # noqa: ARG002 (nobody takes it back)
-        variables: Mapping[str, Any] | None = None,
     ) -> EndpointReply:
         """See `Responder`. The request is made when the reply is iterated.
 
@@ -227,8 +226,6 @@ class EndpointResponder:
         tokens = math.ceil(characters * self._density)
         if self.context_length is not None and tokens > self.context_length:
             raise ContextLengthError(tokens, self.context_length)
-        if variables:
-            body["extra_body"]["chat_template_kwargs"] = dict(variables)
         if begin:
             endpoint_body.let_continue(body, begin, self.endpoint.url, self._owner)
         stream = partial(self._stream, body, characters)

@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,7 +150,6 @@ class FakeResponder:
         *,
         begin: str = "",
         thought: str = "",  # noqa: ARG002
-        variables: Mapping[str, Any] | None = None,  # noqa: ARG002 (no template)
     ) -> FakeReply:
         """See `Responder`."""
         prompt = self.count(messages)

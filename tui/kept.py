@@ -16,9 +16,7 @@ from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.tui.conversation import ASSISTANT, USER, Message, title_of
 from llm_edge.tui.figures import figures_of
-from llm_edge.tui.store import Store
-
-_EVERY = 0.5  # seconds between writes of an answer that grows
+from llm_edge.tui.store import KEEP_EVERY, Store
 
 
 class Kept:
@@ -75,7 +73,7 @@ class Kept:
             self._answer.reasoning += piece.text
         else:
             self._answer.content += piece.text
-        if time.monotonic() - self._since >= _EVERY:
+        if time.monotonic() - self._since >= KEEP_EVERY:
             self._since = time.monotonic()
             self._update(self._answer)
 

@@ -8,8 +8,6 @@ from textual.screen import Screen
 from textual.widgets import TextArea
 
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.tui.chat_view import ChatView
-from llm_edge.tui.composer import Composer
 from llm_edge.tui.markdown import code_blocks
 from llm_edge.tui.message_view import MessageView
 from llm_edge.tui.screens.tokens import show_tokens
@@ -28,7 +26,7 @@ async def do(app: ChatApp, view: MessageView, what: str) -> None:
         _copy_code(app, view)
     elif what == "quote":
         quoted = "\n".join(f"> {line}" for line in message.content.splitlines())
-        composer = app.home.query_one(Composer)
+        composer = app.composer
         composer.write("\n\n".join(filter(None, [composer.text.rstrip(), quoted])) + "\n\n")
     elif what == "edit":
         question = message if message.role == "user" else app.session.conversation.messages.get(message.parent or 0)
@@ -68,7 +66,7 @@ async def _walk(app: ChatApp, view: MessageView, step: int) -> None:
         app.say(str(error), "warning")
         return
     await app.show()
-    shown = app.home.query_one(ChatView).view(session.conversation.messages[siblings[place]])
+    shown = app.chat.view(session.conversation.messages[siblings[place]])
     if shown is not None:
         shown.focus()
 

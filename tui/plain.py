@@ -8,13 +8,13 @@ import json
 import re
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llm_edge.runtime.errors import InputError, LlmEdgeError, ParameterError
 from llm_edge.runtime.generate import FinishReason, Generation, Message, Timings
 from llm_edge.runtime.sampler import SamplingParams
+from llm_edge.tui.files import write_file
 from llm_edge.tui.room import begin_with_room, dropped_note
 from llm_edge.tui.terminal import Aside, printable, without_echo
 
@@ -280,24 +280,7 @@ def save(name: str, messages: Sequence[Message]) -> None:
         text = json.dumps({"messages": list(messages)}, indent=2, ensure_ascii=False) + "\n"
     else:
         text = "\n\n".join(f"**{message['role']}**\n\n{message['content']}" for message in messages) + "\n"
-    try:
-        _write_new(Path(name).expanduser(), text)
-    except FileExistsError as error:
-        raise InputError(f"{name} exists already: choose another name") from error
-    except (OSError, ValueError, RuntimeError) as error:  # the last two: what no path can be
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{name} cannot be written ({why}): choose another name") from error
-
-
-def _write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet, whole or not at all."""
-    file = path.open("x", encoding="utf-8", newline="\n")
-    try:
-        with file:
-            file.write(text)
-    except OSError:
-        path.unlink()
-        raise
+    write_file(name, text)
 
 
 def _is_text(text: str) -> bool:

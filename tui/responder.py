@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from llm_edge.runtime.answer import Piece
 from llm_edge.runtime.errors import LlmEdgeError
@@ -51,7 +51,6 @@ class Responder(Protocol):
         *,
         begin: str = "",
         thought: str = "",
-        variables: Mapping[str, Any] | None = None,
     ) -> Reply:
         """Begin an answer.
 
@@ -60,7 +59,6 @@ class Responder(Protocol):
             params: how to draw.
             begin: what the answer begins with already; what comes continues it, and so it does
             thought: what its reasoning begins with.
-            variables: for the chat template.
         """
 
     def count(self, messages: Sequence[Message]) -> int | None:
@@ -122,10 +120,9 @@ class LocalResponder:
         *,
         begin: str = "",
         thought: str = "",
-        variables: Mapping[str, Any] | None = None,
     ) -> Reply:
         """See `Responder`."""
-        return self._model.chat(messages, params, begin=begin, thought=thought, template_variables=variables)
+        return self._model.chat(messages, params, begin=begin, thought=thought)
 
     def count(self, messages: Sequence[Message]) -> int | None:
         """See `Responder`."""

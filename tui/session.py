@@ -21,9 +21,8 @@ from llm_edge.tui.figures import figures_of
 from llm_edge.tui.knobs import NEXT_ANSWER, Knobs
 from llm_edge.tui.responder import Reply, Responder
 from llm_edge.tui.room import begin_with_room, dropped_note
-from llm_edge.tui.store import Store
+from llm_edge.tui.store import KEEP_EVERY, Store
 
-KEEP_EVERY = 0.5  # seconds between writes of an answer that grows
 _RATES = 60  # of the latest moments, for a picture of the speed
 
 
@@ -47,7 +46,6 @@ class ChatSession:
         responder: who answers; None while there is nobody yet, see `use`.
         conversation: of now.
         knobs: the parameters.
-        variables: for chat templates, as `enable_thinking`.
         records: of each token of an answer that was made here, by message id, as (text, TokenLogprob).
         rates: tokens per second of late.
     """
@@ -56,7 +54,6 @@ class ChatSession:
         self.store = store
         self.responder: Responder | None = None
         self.knobs = knobs
-        self.variables: dict[str, Any] = {}
         self.conversation = store.new()
         self.records: dict[int, list[Any]] = {}
         self.rates: deque[float] = deque([0.0] * _RATES, maxlen=_RATES)
@@ -230,7 +227,7 @@ class ChatSession:
         now = self._clock()
         if now - self._kept >= KEEP_EVERY:
             self._kept = now
-            self.store.update(message)
+            self._keep(message)
         return News(message, ended=False)
 
     def sample_rate(self) -> float:
@@ -263,12 +260,11 @@ class ChatSession:
             self.store.set_system(self.conversation, self.knobs.system)
         turns = self._turns(question)
         opening: list[Prompt] = [{"role": "system", "content": self.knobs.system}] if self.knobs.system else []
-        responder, params, begin, variables = self._who(), self.knobs.params, message.content, self.variables
-        thought = message.reasoning
+        responder, params, begin, thought = self._who(), self.knobs.params, message.content, message.reasoning
 
         def reply() -> Reply:
             made, kept, limit = begin_with_room(
-                lambda messages: responder.answer(messages, params, begin=begin, thought=thought, variables=variables),
+                lambda messages: responder.answer(messages, params, begin=begin, thought=thought),
                 opening,
                 turns[:-1],
                 turns[-1],
@@ -309,8 +305,15 @@ class ChatSession:
         if self._note:
             message.figures["note"] = self._note
         self._feed = self._message = None
-        self.store.update(message)
+        self._keep(message)
         return News(message, ended=True)
+
+    def _keep(self, message: Message) -> None:
+        """Write down what has come; where that fails, the answer goes on, and the line under it says so."""
+        try:
+            self.store.update(message)
+        except LlmEdgeError as error:
+            message.figures["note"] = f"not kept: {error}"
 
     def _begin_anew(self) -> None:
         self._keep_own_system()

@@ -35,6 +35,7 @@ from llm_edge.tui.conversation import (
 from llm_edge.tui.database import Database
 
 LEAF: Final = -1  # as a parent: the last message that is shown
+KEEP_EVERY = 0.5  # seconds between writes of an answer that grows
 KEPT_DAYS = 30  # how long a deleted conversation can be restored
 _MOST_WORDS = 32  # of a search; what is pasted there may be long
 _LONGEST_WORD = 100  # characters

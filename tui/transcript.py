@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from llm_edge.tui.conversation import (
     one_line,
     without_surrogates,
 )
+from llm_edge.tui.files import write_file
 
 FORMAT = "llm-edge conversation"
 VERSION = 1
@@ -147,51 +145,6 @@ def save(name: str, conversation: Conversation, *, overwrite: bool = False) -> N
         raise InputError("there is nothing to save yet: ask something first")
     as_json = name.lower().endswith(".json")
     write_file(name, to_json(conversation) if as_json else markdown(conversation), overwrite=overwrite)
-
-
-def write_file(name: str, text: str, *, overwrite: bool = False) -> None:
-    """Write a file, whole or not at all; a leading `~` is the user's home.
-
-    Raises:
-        InputError: the file is there already and `overwrite` was not said, or it cannot be written.
-    """
-    try:
-        path = Path(name).expanduser()
-        if overwrite:
-            path = path.resolve()  # a link stays one
-        if path.is_dir():
-            raise InputError(f"{name} is a folder: choose another name")
-        if not overwrite and os.path.lexists(path):
-            raise FileExistsError
-        _write(path, without_surrogates(text), overwrite)
-    except FileExistsError as e:
-        raise InputError(f"{name} exists already: choose another name") from e
-    except (OSError, ValueError, RuntimeError) as e:  # the last two: what no path can be
-        why = e.strerror if isinstance(e, OSError) else e
-        raise InputError(f"{name} cannot be written ({why}): choose another name") from e
-
-
-def _write(path: Path, text: str, overwrite: bool) -> None:
-    beside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with beside.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            beside.replace(path)
-            return
-        try:
-            path.hardlink_to(beside)  # unlike a rename, this leaves alone what came into being meanwhile
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            with path.open("x", encoding="utf-8"):
-                pass
-            beside.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
 
 
 def _facts(message: Message) -> list[str]:

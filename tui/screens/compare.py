@@ -341,7 +341,7 @@ def show_compare(app: ChatApp) -> None:
             return lambda: chat  # once is enough
         return loading(app, choice)
 
-    session, composer = app.session, app.home.query_one(Composer)
+    session, composer = app.session, app.composer
     if session.responder is None:
         app.say("The model is not there yet.")
         return

@@ -283,7 +283,7 @@ def show_questions(app: ChatApp) -> None:
     """Open the drop-down over the chat, and do what was chosen there."""
 
     async def done(chosen: Chosen | None) -> None:
-        composer = app.home.query_one(Composer)
+        composer = app.composer
         if chosen is None:
             return
         if chosen.at_once and app.editing is None:

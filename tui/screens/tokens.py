@@ -20,7 +20,7 @@ from textual.widgets import Footer, Static
 
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.runtime.logprobs import TokenLogprob
-from llm_edge.tui.controls import Controls, KnobLine, Turned
+from llm_edge.tui.controls import KnobLine, Turned
 from llm_edge.tui.conversation import ASSISTANT, Message
 from llm_edge.tui.cuts import Candidate, candidates
 from llm_edge.tui.knobs import BY_NAME, Knobs
@@ -226,14 +226,14 @@ def show_tokens(app: ChatApp, message: Message | None = None) -> None:
         )
 
     async def done(again: bool | None) -> None:
-        app.home.query_one(Controls).show()
+        app.controls.show()
         if again:
             try:
                 session.turn(lambda knobs: knobs.set("logprobs", KEPT))
             except LlmEdgeError as error:
                 app.say(str(error), "warning")
                 return
-            app.home.query_one(Controls).show()
+            app.controls.show()
             await app.answering(lambda session: session.regenerate(answer))
 
     text_of = responder.token_text if responder is not None else str
