@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
 
@@ -128,6 +129,7 @@ def figures(data: Path) -> float | None:
 
 def measure(bundle: Path, precision: str, rounds: int) -> None:
     """Both in turn; prints medians."""
+    Bundle.open(bundle).precision(precision)  # a wrong one is told in a line
     ratios, echoes, starts = [], [], []
     for _ in range(rounds):
         alone = bare(bundle, precision)

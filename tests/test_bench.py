@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import sys
@@ -126,3 +127,12 @@ def test_a_context_too_short_to_measure_is_refused(tmp_path: Path, llm_bench: Be
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert f"its context of {MIN_CONTEXT - 1} is shorter than {MIN_CONTEXT}" in err
+
+
+@pytest.mark.parametrize("name", ["engine", "draft", "chat", "peers.rows"])
+def test_what_is_no_bundle_is_told_in_a_line(name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main = importlib.import_module(f"llm_edge.bench.{name}").main
+    folders = [tmp_path / "nowhere"] * (2 if name == "draft" else 1)
+    code, out, err = call(main, capfd, name, *folders)
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path}/nowhere: no such bundle folder: make one with llm-export\n"

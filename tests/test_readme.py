@@ -31,3 +31,17 @@ def test_the_options_of_llm_export_are_its_own(capsys: pytest.CaptureFixture[str
     options = listed | set(re.findall(r" (--[a-z-]+)", section))
     assert len(listed) >= 8
     assert all(option in shown for option in options)
+
+
+def test_the_options_of_llm_chat_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_edge.tui.cli import app
+
+    with pytest.raises(SystemExit):
+        app(["--help"])
+    shown = capsys.readouterr().out
+    guide = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
+    section = README.partition("## Chat")[2].partition("## Embed")[0]
+    options = set(re.findall(r"[ `](--[a-z-]+)", section + guide))
+    assert {"--ask", "--plain", "--serve", "--fake", "--save", "--no-stdin"} <= options
+    assert all(option in shown for option in options)
+    assert (Path(__file__).parent.parent / "docs" / "pictures" / "conversation.svg").is_file()

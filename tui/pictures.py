@@ -156,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     def draw() -> None:
-        options.folder.mkdir(parents=True, exist_ok=True)
         responder = LocalResponder(options.bundle, options.precision)
+        options.folder.mkdir(parents=True, exist_ok=True)
         for name in options.scenes:
             svg = asyncio.run(play(SCENES[name], responder, SIZES[-1], lambda app: app.export_screenshot()))
             path = options.folder / f"{name}.svg"
