@@ -34,6 +34,7 @@ class Screen:
         self.folder = folder
         self._tmux = ["tmux", "-L", f"llm-edge-{os.getpid()}-{folder.name}", "-f", os.devnull]
         kept = {"LLM_EDGE_DATA": str(folder / "data"), "LLM_EDGE_CONFIG": str(folder / "config")}
+        kept |= {"COLUMNS": "80", "LINES": "24"}  # as some shells export them
         variables = [word for name, value in kept.items() for word in ("-e", f"{name}={value}")]
         shell = "env LC_ALL=C.UTF-8 sh"
         self.run("new-session", "-d", "-x", "80", "-y", "24", *variables, "-c", str(folder), shell)
@@ -105,7 +106,7 @@ def _answer(shown: str, question: str) -> str:
 
 
 def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
-    """Asked, answered, stopped, turned, asked again, left."""
+    """Asked, answered, stopped, turned, asked again, resized, left."""
     screen.chat(str(smollm2_bundle), "--precision", "fp32", "--temperature", "0", "--max-tokens", "4000")
     shown = screen.until(READY)
     assert shown.startswith(" New conversation  —  SmolLM2-135M-Instruct · fp32\n")
@@ -128,10 +129,14 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
     screen.keys("C-r")
     screen.until("2 of 2")
     screen.until(lambda shown: "Esc stops" in shown)
+    screen.run("resize-window", "-x", "200", "-y", "60")
+    screen.until(lambda shown: "╭" + "─" * 198 + "╮" in shown)
     screen.keys("Escape")
     screen.until(lambda shown: "2 of 2" in shown and STOPPED.search(shown))
     screen.keys("F2")
     screen.until("Search all messages")
+    screen.run("resize-window", "-x", "80", "-y", "24")
+    screen.until(lambda shown: len(shown.splitlines()) == 24 and "Search all messages" in shown)
     screen.keys("Escape")
     screen.until(lambda shown: "Search all messages" not in shown)
 

@@ -20,6 +20,9 @@ from llm_edge.tui.responder import Responder
 from llm_edge.tui.settings import Settings
 from llm_edge.tui.store import Store, default_path
 
+_FIXED_SIZE = ("COLUMNS", "LINES")
+"""Shells and programs with readline export them; with them the screen would stay as it was when a window changes."""
+
 
 def chat(choice: BundleChoice | None, changes: Mapping[str, Any], system: str | None) -> int:
     """Open the application; returns its exit code.
@@ -32,6 +35,9 @@ def chat(choice: BundleChoice | None, changes: Mapping[str, Any], system: str | 
     changed = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
     if system:
         changed["system"] = system
+    if "TEXTUAL_DRIVER" not in os.environ:  # what draws into a browser gets the page's size this way
+        for name in _FIXED_SIZE:
+            os.environ.pop(name, None)
     store, settings = Store(default_path()), Settings()
     load = functools.partial(_open, choice, settings) if choice is not None else lambda: FakeResponder(pause=0.02)
     try:
