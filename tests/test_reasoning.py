@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from fakes import FakeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reasoning_bundle import bundle_with
 from test_chat import TEMPLATES
 from test_tokenizer import BACKENDS, SPECIALS
 from tokenizers import Tokenizer as Backend
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_edge.runtime import FinishReason, Model, Result, SamplingParams
 from llm_edge.runtime.borders import Marks, borders_of, opens_reasoning
-from llm_edge.runtime.bundle import MANIFEST, ReasoningTokens, manifest_entry
+from llm_edge.runtime.bundle import ReasoningTokens
 from llm_edge.runtime.errors import BundleError, ParameterError, TemplateError
 from llm_edge.runtime.guards import NewlineLimit, Newlines, SingleThinkEnd
 from llm_edge.runtime.reasoning import AnswerStream, apart
@@ -43,19 +42,9 @@ FAMILY = (
 
 def bundle_of(tiny: Path, folder: Path, *, special: bool, template: str | None = None, **manifest: Any) -> Path:
     """A copy of the tiny bundle whose tokenizer has the tokens of a reasoning model."""
-    shutil.copytree(tiny, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    like = tokenizer["added_tokens"][0]
-    for number, text in ((START, "<think>"), (END, "</think>")):
-        tokenizer["added_tokens"].append(like | {"id": number, "content": text, "special": special})
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    content["files"] = {name: manifest_entry(folder / name) for name in content["files"]}
-    content |= {"reasoning": {"start": START, "end": END}} | manifest
-    (folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
-    return folder
+    added = {START: "<think>", END: "</think>"}
+    manifest = {"reasoning": {"start": START, "end": END}} | manifest
+    return bundle_with(tiny, folder, added, special=special, template=template, **manifest)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import tokenizers
 from fakes import FakeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reasoning_bundle import bundle_with
 from test_tokenizer import BACKENDS
 
 from llm_edge.exporter.checkpoint.reasoning import find_reasoning
@@ -33,7 +34,7 @@ from llm_edge.runtime import (
     SamplingParams,
 )
 from llm_edge.runtime.borders import Marks, borders_of
-from llm_edge.runtime.bundle import MANIFEST, Bundle, manifest_entry
+from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.tokenizer import Tokenizer
 
@@ -55,18 +56,8 @@ OPENED = (
 
 def bundle_of(tiny: Path, folder: Path, *, template: str | None = None, **manifest: Any) -> Path:
     """A copy of the tiny bundle with other keys in its manifest, and the special tokens of one family."""
-    shutil.copytree(tiny, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    like = tokenizer["added_tokens"][0]
-    for number, text in ((CHANNEL, "<|channel>"), (CHANNEL_END, "<channel|>")):
-        tokenizer["added_tokens"].append(like | {"id": number, "content": text, "special": True})
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    content["files"] = {name: manifest_entry(folder / name) for name in content["files"]}
-    (folder / MANIFEST).write_text(json.dumps(content | manifest), encoding="utf-8")
-    return folder
+    added = {CHANNEL: "<|channel>", CHANNEL_END: "<channel|>"}
+    return bundle_with(tiny, folder, added, special=True, template=template, **manifest)
 
 
 @pytest.fixture(scope="module")
