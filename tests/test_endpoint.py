@@ -98,6 +98,36 @@ def test_reasoning_comes_apart(server: Server, open_endpoint: Callable[..., Endp
     assert found[-1].timings.reasoning_tokens == 1
 
 
+@pytest.mark.parametrize(
+    ("said_so", "reasoning", "answer"),
+    [
+        (["<think>\nI think", ".\n</think>\n\nSo."], "I think.", "So."),
+        ([*"\n<think>a < b\n\n c</think>\n\nx </think> y"], "a < b\n\n c", "x </think> y"),
+        (["<think></think>So."], "", "So."),
+        (["<think>I am cut \n</thi"], "I am cut \n</thi", ""),
+        (["The tag <think> begins", " what </think> ends."], "", "The tag <think> begins what </think> ends."),
+        (["  \n", " two"], "", "  \n two"),
+        (["<thi"], "", "<thi"),
+        (["<thinking>"], "", "<thinking>"),
+    ],
+)
+def test_reasoning_that_was_left_in_the_text_comes_apart(
+    server: Server, open_endpoint: Callable[..., EndpointResponder], said_so: list[str], reasoning: str, answer: str
+) -> None:
+    server.events = lambda: said(*said_so)
+    found = pieces(open_endpoint())
+    assert "".join(each.text for each in found if each.reasoning) == reasoning
+    assert text(found) == answer
+    assert sum(each.token is not None for each in found) == len(said_so)
+
+
+def test_an_answer_that_is_continued_has_its_reasoning_behind_it(
+    server: Server, open_endpoint: Callable[..., EndpointResponder]
+) -> None:
+    server.events = lambda: said("<think>", " opens it.")
+    assert text(pieces(open_endpoint(), begin="The tag")) == "<think> opens it."
+
+
 def test_parameters_go_along_as_the_api_names_them(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llm_edge.runtime.answer import FinishReason, Piece, Timings
@@ -15,6 +16,7 @@ from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
 from llm_edge.runtime.logprobs import TokenLogprob
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.tui.conversation import one_line
+from llm_edge.tui.endpoint_thinking import Thinking
 from llm_edge.tui.terminal import printable
 
 if TYPE_CHECKING:
@@ -132,6 +134,7 @@ class EndpointReply:
     ) -> None:
         self._stream = stream
         self._params = params
+        self._begun = bool(begin)
         self._echo = begin if len(begin) >= _ECHO else ""
         self._number = number
         self._patience = patience
@@ -163,6 +166,7 @@ class EndpointReply:
     def _pieces(self, exchange: Exchange) -> Iterator[Piece]:
         began = first = last = time.perf_counter()
         chunks = tokens = thought = length = 0
+        thinking = Thinking(not self._begun)
         reason: FinishReason | None = None
         usage: Any = None
         held = ""
@@ -185,11 +189,13 @@ class EndpointReply:
             if reasoning:
                 tokens += 1
                 thought += 1
+                thinking = Thinking(False)  # this endpoint tells it apart by itself
                 yield self._piece(reasoning, reasoning=True)
             if text:
                 for piece in self._with_logprobs(text, choice):
                     tokens += 1
-                    yield piece
+                    thought += thinking.inside
+                    yield from _apart(piece, thinking)
             reason = _reason(getattr(choice, "finish_reason", None)) or reason
             if tokens > 2 * self._params.max_tokens + 64:  # it was told the limit, and passes over it
                 reason = FinishReason.LENGTH
@@ -198,7 +204,9 @@ class EndpointReply:
             reason = FinishReason.CANCELLED
         if held:
             tokens += 1
-            yield self._piece(held)
+            yield from _apart(self._piece(held), thinking)
+        for rest, inside in thinking.flush():
+            yield Piece(rest, None, reasoning=inside)
         if reason is None:
             raise MachineError(_CUT if chunks else _NOTHING)
         told = _count(usage, "completion_tokens") or tokens
@@ -261,6 +269,14 @@ class EndpointReply:
             return None
         number = self._number(token)
         return None if number is None else (number, float(logprob))
+
+
+def _apart(piece: Piece, thinking: Thinking) -> Iterator[Piece]:
+    """A piece, and others before it where it holds reasoning and answer."""
+    *before, (text, inside) = list(thinking.push(piece.text)) or [("", thinking.inside)]
+    for part, reasoning in before:
+        yield Piece(part, None, reasoning=reasoning)
+    yield replace(piece, text=text, reasoning=inside)
 
 
 _NOTHING = "the endpoint sent no answer: is the base URL right? It usually ends in /v1"
