@@ -114,6 +114,9 @@ class Rope:
                 frequencies = torch.stack([1.0 / (torch.tensor(divisors) * bases) for divisors in (short, long)])
         angles = torch.arange(length).float()[:, None] * frequencies.reshape(-1, 1, self.dim // 2)
         angles = angles.reshape(-1, self.dim // 2)
+        # MKL chooses its code for such functions at the first call. Where several threads made that one, some of them
+        # would, once in a hundred processes, compute other last bits.
+        torch.zeros(1).cos()
         return angles.cos() * amplitude, angles.sin() * amplitude
 
 

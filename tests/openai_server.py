@@ -55,14 +55,14 @@ class Server:
         self.requests.append(asked)
         if refusal := self.refuse(asked):
             return JSONResponse({"error": refusal[1]}, refusal[0])
-        return StreamingResponse(self._watched(self.events()), media_type="text/event-stream")
+        return StreamingResponse(self._watched(self.events(), self.gone), media_type="text/event-stream")
 
-    async def _watched(self, events: Iterator[bytes]) -> AsyncIterator[bytes]:
+    async def _watched(self, events: Iterator[bytes], gone: threading.Event) -> AsyncIterator[bytes]:
         try:
             while data := await asyncio.to_thread(next, events, b""):
                 yield data
         finally:
-            self.gone.set()
+            gone.set()
 
 
 def event(value: Any) -> bytes:

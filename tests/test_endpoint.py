@@ -21,6 +21,7 @@ from llm_edge.tui import endpoint_key
 from llm_edge.tui.conversation import Message
 from llm_edge.tui.endpoint import Endpoint, EndpointResponder, base_url, list_models, warning
 from llm_edge.tui.feed import Feed
+from llm_edge.tui.figures import figures_line
 from llm_edge.tui.knobs import Knobs
 from llm_edge.tui.session import ChatSession
 from llm_edge.tui.settings import Settings
@@ -625,7 +626,8 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
     while session.answering is not None:
         session.poll()
         time.sleep(0.005)
-    assert "changes" not in answer.figures
+    assert answer.figures["changes"] == [{"at": None, "name": "temperature", "value": "0.1"}]
+    assert "changed meanwhile: temperature 0.1 from the next answer" in figures_line(answer.figures)
     assert "temperature" not in answer.params
 
 

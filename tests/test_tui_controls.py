@@ -15,6 +15,7 @@ from llm_edge.runtime.constraint import Constraint
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.composer import Composer
 from llm_edge.tui.controls import Controls, KnobLine, Name, Number, Text, Turn
+from llm_edge.tui.figures import figures_line
 from llm_edge.tui.knobs import KNOBS
 from llm_edge.tui.presets import MODELS_OWN
 
@@ -79,8 +80,11 @@ def test_texts_are_live_too_and_what_can_only_begin_with_an_answer_waits_for_the
             await type_into(pilot, "system", "Be brief.")
             await type_into(pilot, "json_schema", "{}")
             assert app.session.answering is answer
-            assert {each["name"] for each in answer.figures["changes"]} == {"stop"}
-            assert answer.figures["changes"][-1]["value"] == "END"
+            changes = {each["name"]: each for each in answer.figures["changes"]}
+            assert {name for name, each in changes.items() if each["at"] is None} == {"system", "json_schema"}
+            assert set(changes) == {"stop", "system", "json_schema"}
+            assert "system prompt Be brief. from the next answer" in figures_line(answer.figures)
+            assert changes["stop"]["value"] == "END"
             app.session.stop()
             await until(pilot, lambda: app.session.answering is None)
             await ask(pilot, "Again.")

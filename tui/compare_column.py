@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Button, Static
@@ -25,6 +27,7 @@ class Column(Vertical):
     def __init__(self, number: int) -> None:
         super().__init__(id=NAMES[number], classes="side")
         self._number = number
+        self._beginning = asyncio.Lock()
 
     def compose(self) -> ComposeResult:
         """From above."""
@@ -42,13 +45,16 @@ class Column(Vertical):
         self.query_one(".side-how", Static).update(printable(how))
 
     async def begin(self, side: Side) -> None:
-        """A question was asked."""
+        """A question was asked; who asked and who looks may both find out."""
         scroll = self.query_one(VerticalScroll)
-        await scroll.remove_children()
-        if side.answer is not None:
-            view = MessageView(side.answer)
-            view.live = True
-            await scroll.mount(view)
+        async with self._beginning:
+            shown = [view.message for view in self.query(MessageView)]
+            if side.answer is None or side.answer not in shown:
+                await scroll.remove_children()
+                if side.answer is not None:
+                    view = MessageView(side.answer)
+                    view.live = True
+                    await scroll.mount(view)
         self.state(side)
 
     def look(self, side: Side) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_edge.runtime.answer import FinishReason, Timings
-from llm_edge.tui.knobs import title_of, told
+from llm_edge.tui.conversation import one_line
+from llm_edge.tui.knobs import LONGEST_TOLD, title_of, told
 
 _ENDS = {
     FinishReason.STOP: "complete",
@@ -50,8 +51,13 @@ def figures_line(figures: Mapping[str, Any], params: Mapping[str, Any] | None = 
         lines.append(f"with {shown}")
     changes = figures.get("changes") or []
     if changes:
-        shown = ", ".join(f"{title_of(str(each['name']))} {each['value']} from token {each['at']}" for each in changes)
-        lines.append(f"changed meanwhile: {shown}")
+        lines.append(f"changed meanwhile: {', '.join(map(_change, changes))}")
     if "note" in figures:
         lines.append(str(figures["note"]))
     return "\n".join(lines)
+
+
+def _change(change: Mapping[str, Any]) -> str:
+    value = one_line(str(change["value"]), LONGEST_TOLD)
+    since = "the next answer" if change["at"] is None else f"token {change['at']}"
+    return f"{title_of(str(change['name']))} {value} from {since}".replace("  ", " ")

@@ -80,7 +80,9 @@ def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
         known = [
             {"at": each["at"], "name": each["name"], "value": str(each.get("value", ""))}
             for each in changes[:_MOST_CHANGES]
-            if isinstance(each, dict) and _is_number(each.get("at")) and isinstance(each.get("name"), str)
+            if isinstance(each, dict)
+            and (each.get("at", -1) is None or _is_number(each.get("at")))
+            and isinstance(each.get("name"), str)
         ]
         kept |= {"changes": known} if known else {}
     return kept

@@ -142,14 +142,14 @@ class ChatSession:
         """
         before = dict(self.knobs.changed)
         change(self.knobs)
-        if self._feed is None or self._message is None or before == self.knobs.changed or not self._who().adjusts:
+        if self._feed is None or self._message is None or before == self.knobs.changed:
             return
-        self._feed.adjust(self.knobs.params)
-        changes = self._message.figures.setdefault("changes", [])
-        for name in sorted({*before, *self.knobs.changed} - {*NEXT_ANSWER}):
+        adjusts = self._who().adjusts
+        if adjusts:
+            self._feed.adjust(self.knobs.params)
+        for name in sorted({*before, *self.knobs.changed}):
             if before.get(name) != self.knobs.changed.get(name):
-                changes[:] = [each for each in changes if (each["name"], each["at"]) != (name, self._count)]
-                changes.append({"at": self._count, "name": name, "value": self.knobs.text(name)})
+                self._tell_change(self._message, name, self._count if adjusts and name not in NEXT_ANSWER else None)
 
     def new(self) -> None:
         """Begin a new conversation; `undo_new` returns to the one before."""
@@ -314,6 +314,13 @@ class ChatSession:
             self.store.update(message)
         except LlmEdgeError as error:
             message.figures["note"] = f"not kept: {error}"
+
+    def _tell_change(self, message: Message, name: str, at: int | None) -> None:
+        """Note in an answer that a parameter was turned, and from which token on that counts; None = not in it."""
+        changes = [each for each in message.figures.get("changes", ()) if (each["name"], each["at"]) != (name, at)]
+        if at is not None or self.knobs.changed.get(name) != message.params.get(name):
+            changes.append({"at": at, "name": name, "value": self.knobs.text(name)})
+        message.figures["changes"] = changes
 
     def _begin_anew(self) -> None:
         self._keep_own_system()
