@@ -28,6 +28,8 @@ demo: setup $(BUNDLE)/manifest.json
 	@echo
 	@echo "Open the chat with:  $(BIN)/llm-chat"
 
+# Two processes share two cores: a thread of one that waits must not spin where the other could compute.
+test: export OMP_WAIT_POLICY := passive
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
