@@ -1,47 +1,42 @@
 """Several conversations in one graph: rows of keys and values, and steps over some of them. Knows no text or sampling.
 
 A row is one conversation's cache. A step over one token each takes rows that lie side by side, of whatever lengths; a
-step over several tokens takes one row, as onnxruntime's GroupQueryAttention does on a CPU. The largest context is
-reserved as addresses only: memory is taken page by page as tokens come.
+step over several tokens takes one row, as onnxruntime's GroupQueryAttention does on a CPU. Where they lie on the host
+the largest context is reserved as addresses only: memory is taken page by page as tokens come.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from llm_edge.runtime.errors import MachineError
+from llm_edge.runtime.row_memory import Array, DeviceRows, HostRows, RowMemory
 from llm_edge.runtime.session import NUM_HIDDEN_STATES, Logits, Session, check_step, one_line
 
 _RESERVED = 2**36  # bytes of addresses at most to begin with; rows double from there
 _FEWEST = 256  # tokens a row holds to begin with
 _BINDINGS = 64  # kept
-_MAP_NORESERVE = 0x4000  # mmap(2) on Linux; Python's mmap names it from 3.13 on
-
-Array = npt.NDArray[Any]
 
 
 class Batch:
     """Rows of keys and values over a session's graph.
 
     Args:
-        session: of a fused graph on the CPU; its own cache stays unused.
+        session: of a fused graph; its own cache stays unused.
         rows: how many conversations there is room for.
 
     Attributes:
+        device: `cpu` or `cuda`, where the rows lie.
         lengths: tokens in the cache of each row; may be set lower, which forgets the last ones.
         run_seconds: time spent inside onnxruntime so far.
     """
 
     def __init__(self, session: Session, rows: int) -> None:
+        self._session = session
         self._graph = session.graph
         self._has_hidden_states = session.has_hidden_states
         self._shape = session.shape
@@ -56,9 +51,14 @@ class Batch:
         self._one = np.ones((), dtype=np.int64)
         self._ones = np.ones((1, self.limit), dtype=np.int64)
         self._options = session.run_options()
-        possible = _RESERVED // (self.token_bytes * rows)
-        self.capacity = min(self.limit, max(1 << max(possible.bit_length() - 1, 0), _FEWEST))
-        self._buffers, self._maps = self._reserve(self.capacity)
+        self.device = session.cache_device
+        possible = _RESERVED // (self.token_bytes * rows) if self.device == "cpu" else 0
+        self._memory = self._reserve(min(self.limit, max(1 << max(possible.bit_length() - 1, 0), _FEWEST)))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a row has room for now."""
+        return self._memory.shape[2]
 
     @property
     def token_bytes(self) -> int:
@@ -108,35 +108,24 @@ class Batch:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first tokens of a row into another one."""
-        for buffer in self._buffers:
-            buffer[target, :, :length] = buffer[source, :, :length]
+        self._memory.copy(source, target, length)
         self.lengths[target] = length
 
     def read(self, row: int, length: int) -> list[Array]:
         """Copies of the first tokens' keys and values, layer by layer, [K, length, D] each."""
-        return [buffer[row, :, :length].copy() for buffer in self._buffers]
+        return self._memory.read(row, length)
 
     def write(self, row: int, values: Sequence[Array]) -> None:
         """Put in what `read` gave."""
         length = values[0].shape[1]
         self._grow(length)
-        for buffer, value in zip(self._buffers, values, strict=True):
-            buffer[row, :, :length] = value
+        self._memory.write(row, values)
         self.lengths[row] = length
 
     def release(self, row: int) -> None:
         """Forget a row and give its memory back."""
         self.lengths[row] = 0
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        for buffer, pages in zip(self._buffers, self._maps, strict=True):
-            size = buffer[0].nbytes
-            start, end = (
-                -(-row * size // mmap.PAGESIZE) * mmap.PAGESIZE,
-                (row + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE,
-            )
-            if end > start:
-                pages.madvise(mmap.MADV_DONTNEED, start, end - start)
+        self._memory.release(row)
 
     def terminate(self) -> None:
         """End the step that runs now, from another thread; it and all after it raise MachineError until `resume`."""
@@ -176,9 +165,9 @@ class Batch:
         binding = self._graph.io_binding()
         if self._has_hidden_states:  # computed, asked for or not
             binding.bind_input(NUM_HIDDEN_STATES, "cpu", 0, np.int64, [], self._one.ctypes.data)
-        for name, buffer in zip(self._names, self._buffers, strict=True):
-            part = buffer[first : first + rows]
-            where = ("cpu", 0, self.dtype.type, part.shape, part.ctypes.data)
+        shape = (rows, *self._memory.shape[1:])
+        for name, address in zip(self._names, self._memory.addresses(first), strict=True):
+            where = (self._memory.device, 0, self.dtype.type, shape, address)
             binding.bind_input(f"past_key_values.{name}", *where)
             binding.bind_output(f"present.{name}", *where)
         self._bindings[first, rows] = binding
@@ -191,28 +180,11 @@ class Batch:
         capacity = self.capacity
         while capacity < needed:
             capacity = min(2 * capacity, self.limit)
-        buffers, maps = self._reserve(capacity)
-        for old, new in zip(self._buffers, buffers, strict=True):
-            for row, length in enumerate(self.lengths):
-                new[row, :, :length] = old[row, :, :length]
+        larger = self._reserve(capacity)
+        larger.take_over(self._memory, self.lengths)
         self._bindings.clear()
-        self._buffers, self._maps, self.capacity = buffers, maps, capacity
+        self._memory = larger
 
-    def _reserve(self, capacity: int) -> tuple[list[Array], list[mmap.mmap]]:
+    def _reserve(self, capacity: int) -> RowMemory:
         shape = (self.rows, self._shape.num_key_value_heads, capacity, self._shape.head_dim)
-        size = math.prod(shape) * self.dtype.itemsize
-        try:
-            maps = [_addresses(size) for _ in self._names]
-        except OSError as error:
-            raise MachineError(f"no room for {self.rows} conversations of {capacity} tokens: take fewer") from error
-        return [np.frombuffer(each, dtype=self.dtype).reshape(shape) for each in maps], maps
-
-
-def _addresses(size: int) -> mmap.mmap:
-    """Zeros that take memory once they are written to, in small pages: a large one holds many tokens of one head."""
-    if sys.platform != "linux":
-        return mmap.mmap(-1, size)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    with contextlib.suppress(OSError):  # a kernel without large pages
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return pages
+        return (HostRows if self.device == "cpu" else DeviceRows)(self._session, shape)

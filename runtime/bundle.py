@@ -207,14 +207,15 @@ class Bundle:
             return None
         return read_text(self.file("chat_template.jinja"), MIB)
 
-    def precision(self, name: str | None = None) -> PrecisionInfo:
-        """A precision by name; None takes int8 where there is one, else the first.
+    def precision(self, name: str | None = None, *, half: bool = False) -> PrecisionInfo:
+        """A precision by name; None takes fp16 if `half` is true, else int8, where there is one, else the first.
 
         Raises:
             BundleError: the bundle does not hold it.
         """
         if name is None:
-            name = "int8" if "int8" in self.precisions else next(iter(self.precisions))
+            wanted = ("fp16", "int8") if half else ("int8",)
+            name = next((each for each in wanted if each in self.precisions), next(iter(self.precisions)))
         if name not in self.precisions:
             raise BundleError(f"{self.path} holds no precision {name!r}; it holds {', '.join(self.precisions)}")
         return self.precisions[name]

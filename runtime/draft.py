@@ -15,7 +15,7 @@ from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.lookup import MOST, Guesses, PromptLookup
 from llm_edge.runtime.prefixes import common_prefix
-from llm_edge.runtime.session import PREFILL, Session
+from llm_edge.runtime.session import PREFILL, Session, tries_cuda
 from llm_edge.runtime.text_side import open_bundle
 from llm_edge.runtime.tokenizer import Tokenizer
 
@@ -67,7 +67,8 @@ class Draft:
             if precision is not None:
                 raise ParameterError(f"draft_precision is {precision!r}, and there is no draft: name its bundle")
             return None
-        own, its, other = open_bundle(path, precision, verify=verify)
+        half = precision is None and tries_cuda(provider)
+        own, its, other = open_bundle(path, precision, verify=verify, half=half)
         for each, graph in ((bundle, info), (own, its)):
             if graph.format != ONNX or not graph.share_buffer:
                 raise ParameterError(

@@ -27,7 +27,7 @@ from llm_edge.runtime.handle import Answer
 from llm_edge.runtime.rows import Rows
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.scheduler import Request, Scheduler
-from llm_edge.runtime.session import Session
+from llm_edge.runtime.session import Session, tries_cuda
 from llm_edge.runtime.text_side import open_bundle
 from llm_edge.runtime.tokenizer import Tokenizer
 from llm_edge.runtime.watchdog import Watchdog
@@ -38,7 +38,7 @@ class Engine(Front[Answer]):
 
     Args:
         bundle: what was loaded, and
-        session: of its graph: a fused one, on the CPU, and
+        session: of its graph: a fused one, and
         tokenizer: its own, and
         precision: which of its graphs.
         active: answers made at the same time; others wait.
@@ -52,6 +52,7 @@ class Engine(Front[Answer]):
 
     Attributes:
         guess: for the requests to come; may be set.
+        provider: `cpu` or `cuda`, where the steps are made.
 
     Raises:
         ParameterError: a number that cannot be.
@@ -81,6 +82,7 @@ class Engine(Front[Answer]):
             raise ParameterError("draft: it guesses for an engine of active=1 and without step_seconds, or for a Model")
         super().__init__(bundle, tokenizer, precision, session.limit)
         self.guess = active == 1 if guess is None else guess
+        self.provider = session.provider
         self._draft = draft
         self._most_active, self._most_waiting = active, waiting
         self._counters = Counters()
@@ -102,6 +104,7 @@ class Engine(Front[Answer]):
         precision: str | None = None,
         threads: int | None = None,
         *,
+        provider: str = "cpu",
         verify: bool = True,
         draft: str | Path | None = None,
         draft_precision: str | None = None,
@@ -109,18 +112,22 @@ class Engine(Front[Answer]):
     ) -> Engine:
         """Load a bundle; `options` are those of `Engine`, the others those of `Model.load`.
 
+        On CUDA answers are not free of each other's trace: see docs/embedding.md.
+
         Raises:
             BundleError: the folder is missing, damaged or changed, or holds no fused graphs.
+            ProviderError: CUDA was asked for and is not there.
         """
-        bundle, info, tokenizer = open_bundle(path, precision, verify=verify)
+        half = precision is None and tries_cuda(provider)
+        bundle, info, tokenizer = open_bundle(path, precision, verify=verify, half=half)
         if not info.share_buffer:
             raise BundleError(
                 f"{bundle.path}: an engine needs a fused ONNX graph: export with --graph fused, or use runtime.Model"
             )
-        guesser = Draft.load(draft, draft_precision, bundle, info, tokenizer, "cpu", threads, verify=verify)
+        guesser = Draft.load(draft, draft_precision, bundle, info, tokenizer, provider, threads, verify=verify)
         in_turns = guesser is not None
         graph, width = bundle.file(info.model), info.hidden_size
-        session = Session(graph, bundle.shape, True, "cpu", threads, in_turns=in_turns, hidden_size=width)
+        session = Session(graph, bundle.shape, True, provider, threads, in_turns=in_turns, hidden_size=width)
         return cls(bundle, session, tokenizer, info, draft=guesser, **options)
 
     @property

@@ -15,7 +15,7 @@ from llm_edge.runtime.front import Front
 from llm_edge.runtime.prefixes import common_prefix
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.runtime.score import Score, scored
-from llm_edge.runtime.session import PREFILL, AnySession, HiddenStates, Session, open_session
+from llm_edge.runtime.session import PREFILL, AnySession, HiddenStates, Session, open_session, tries_cuda
 from llm_edge.runtime.text_side import Message, open_bundle
 from llm_edge.runtime.tokenizer import Tokenizer
 
@@ -94,8 +94,8 @@ class Model(Front[Generation]):
 
         Args:
             path: the folder.
-            precision: one that the bundle holds; None takes int8 where there is one.
-            provider: `auto`, `cpu` or `cuda`.
+            precision: one that the bundle holds; None takes int8 where there is one, and on CUDA fp16.
+            provider: `auto`, `cpu` or `cuda`; `auto` is CUDA where it works and computes most of the graph.
             threads: of onnxruntime inside an operator; None leaves it the physical cores. TorchScript: of torch, for
                 the whole process.
             verify: compare the checksums of all that is loaded. TorchScript is a program, and loaded verified only.
@@ -108,7 +108,8 @@ class Model(Front[Generation]):
             InputError: a TorchScript bundle where torch is missing.
             ProviderError: CUDA was asked for and is not there.
         """
-        bundle, info, tokenizer = open_bundle(path, precision, verify=verify)
+        half = precision is None and tries_cuda(provider)
+        bundle, info, tokenizer = open_bundle(path, precision, verify=verify, half=half)
         guesser = Draft.load(draft, draft_precision, bundle, info, tokenizer, provider, threads, verify=verify)
         session = open_session(
             bundle.file(info.model),

@@ -59,7 +59,8 @@ class Scheduler:
         self._watched = watched
         self._turn = 0
         self._decode_step = 0.0  # seconds, of late
-        self._piece = 2 * STEP  # tokens of a prompt that are computed at once while others wait
+        # Tokens of a prompt that are computed at once while others wait; a GPU takes no longer for many than for few.
+        self._piece = 2 * STEP if batch.device == "cpu" else PREFILL
 
     def seat(self, request: Request) -> bool:
         """Find an answer its row; False where it better waits, for a prompt that begins alike is being computed.

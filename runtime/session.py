@@ -41,6 +41,8 @@ CHUNK = 512
 """Tokens a step takes at most, so that memory and the time to a cancel stay bounded."""
 PREFILL = 256
 """Tokens of a prompt a step: what they make stays in the processor's caches; see bench/RESULTS.md."""
+_PRODUCTS_LEFT = 1
+"""Matrix products a layer that CUDA may leave to the CPU; with more of them `auto` takes the CPU for all."""
 
 _EXECUTION: Mapping[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -70,7 +72,7 @@ class Session:
         path: the `.onnx` file.
         shape: what the graph must look like.
         share_buffer: past and present may be one buffer.
-        provider: `cpu`, `cuda`, or `auto`: CUDA where it works with this graph, else the CPU.
+        provider: `cpu`, `cuda`, or `auto`: CUDA where it works with this graph and computes most of it, else the CPU.
         threads: of onnxruntime inside an operator; None leaves it the physical cores.
         spinning: idle threads wait busily and weights go into large pages of memory: for a session that has the
             machine to itself.
@@ -84,6 +86,7 @@ class Session:
         graph: onnxruntime's session.
         cache_names: of the cache's tensors, without `past_key_values.` and `present.`.
         cache_dtype: their type.
+        cache_device: `cpu` or `cuda`, where the graph reads them.
         has_hidden_states: the graph computes hidden states in every step, of as many positions as it is told to.
 
     Raises:
@@ -122,9 +125,13 @@ class Session:
         if in_turns:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.provider == "cuda":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             try:
                 self._start(path, share_buffer, options)
-                self.step([0])  # an operator can be there and refuse what this graph asks of it
+                if provider == "auto" and self._products_on_cpu() > _PRODUCTS_LEFT * shape.num_hidden_layers:
+                    self.provider = "cpu"
+                else:
+                    self.step([0])  # an operator can be there and refuse what this graph asks of it
             except (BundleError, MachineError) as error:
                 if provider == "cuda":
                     raise ProviderError(
@@ -158,7 +165,7 @@ class Session:
         names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
         dtype = self._cache_type(path, names)
         self.cache_names, self.cache_dtype = names, dtype
-        device = self._device_of(f"past_key_values.{names[0]}")
+        device = self.cache_device = self._device_of(f"past_key_values.{names[0]}")
         heads, head_dim = self.shape.num_key_value_heads, self.shape.head_dim
         self._cache: KVCache = (
             SharedCache(names, heads, head_dim, dtype, device, self.shape.max_position_embeddings)
@@ -265,6 +272,10 @@ class Session:
         self._cache.advance(self._binding)
         self.length = past + new
 
+    def cache_zeros(self, shape: tuple[int, ...]) -> Any:
+        """A value of onnxruntime's, of the cache's type and where the graph reads the cache."""
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.cache_dtype), self.cache_device, 0)
+
     @staticmethod
     def run_options() -> Any:
         """onnxruntime's own for a step, with which another thread can end it."""
@@ -301,6 +312,12 @@ class Session:
         names = [node.name for node in self.graph.get_inputs()]
         memory = self.graph.get_input_memory_infos()[names.index(name)]
         return "cuda" if memory.name == "Cuda" else "cpu"
+
+    def _products_on_cpu(self) -> int:
+        """Matrix products that have no kernel on CUDA for their types; each of them costs copies there and back."""
+        parts = self.graph.get_provider_graph_assignment_info()
+        nodes = [node.op_type for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
+        return sum("MatMul" in kind or kind == "Gemm" for kind in nodes)
 
     def _cache_type(self, path: Path, names: list[str]) -> np.dtype[Any]:
         """Type of the cache; the graph must have the inputs and outputs that the manifest promises."""
@@ -353,6 +370,11 @@ def open_session(
     return Session(
         path, shape, share_buffer, provider, threads, spinning=spinning, in_turns=in_turns, hidden_size=hidden_size
     )
+
+
+def tries_cuda(provider: str) -> bool:
+    """Whether a session of this provider begins with CUDA."""
+    return provider != "cpu" and _cuda_problem() is None
 
 
 def check_provider(provider: str) -> None:

@@ -168,10 +168,12 @@ class TextSide:
         return frozenset(token for text, tokens in found for token, whole in tokens.items() if text in whole)
 
 
-def open_bundle(path: str | Path, precision: str | None, *, verify: bool) -> tuple[Bundle, PrecisionInfo, Tokenizer]:
-    """Open a bundle and read its tokenizer; see `Model.load`."""
+def open_bundle(
+    path: str | Path, precision: str | None, *, verify: bool, half: bool = False
+) -> tuple[Bundle, PrecisionInfo, Tokenizer]:
+    """Open a bundle and read its tokenizer; see `Model.load`, and `Bundle.precision` for `half`."""
     bundle = Bundle.open(path)
-    info = bundle.precision(precision)
+    info = bundle.precision(precision, half=half)
     if info.format == TORCHSCRIPT and not verify:
         raise ParameterError(f"{bundle.path}: TorchScript is a program: it is loaded with verify=True only")
     if verify:

@@ -18,9 +18,10 @@ from onnx import TensorProto
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import RECIPES, parse_precisions
+from llm_edge.runtime import Model, generate, session
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.session import Session
+from llm_edge.runtime.session import Session, tries_cuda
 
 CASES = (
     ("llama", GraphStyle.FUSED),
@@ -99,6 +100,21 @@ def test_it_is_validated_but_not_held_to_the_bound_of_fp32(tmp_path: Path, monke
     assert entry["parity"]
     assert 0 < entry["quality"]["kl_mean"] < 0.01
     assert bundle.precision().name == "fp32"  # fp16 is slow on a CPU: it is not what one gets unasked
+
+
+def test_on_cuda_it_is_what_one_gets_unasked(
+    bundle: Bundle, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bundle.precision(half=True).name == "fp16"
+    assert bundle.precision("fp32", half=True).name == "fp32"
+    assert Bundle.open(tiny_bundle).precision(half=True).name == "int8"
+    monkeypatch.setattr(session, "_cuda_problem", lambda: None)
+    assert (tries_cuda("auto"), tries_cuda("cuda"), tries_cuda("cpu")) == (True, True, False)
+    monkeypatch.setattr(generate, "tries_cuda", lambda provider: provider == "auto")
+    monkeypatch.setattr(session, "_cuda_problem", lambda: "is not here;")
+    assert Model.load(bundle.path, verify=False).precision.name == "fp16"
+    assert Model.load(bundle.path, "fp32", verify=False).precision.name == "fp32"
+    assert Model.load(bundle.path, provider="cpu", verify=False).precision.name == "fp32"
 
 
 def test_it_is_the_last_that_is_taken_unasked() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -289,6 +290,52 @@ def test_a_graph_that_cuda_cannot_run(tiny_bundle: Path, monkeypatch: pytest.Mon
     assert (fallen_back.length, fallen_back.run_seconds) == (0, 0.0)
     expected = opened(tiny_bundle).step(tokens(9), 0).copy()
     np.testing.assert_allclose(fallen_back.step(tokens(9), 0), expected, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("left", "chosen"),
+    [
+        (["GroupQueryAttention", "Cast", "MatMulIntegerToFloat", "MatMulIntegerToFloat"], "cuda"),  # one a layer
+        (["MatMulIntegerToFloat", "MatMulIntegerToFloat", "Gemm"], "cpu"),
+    ],
+)
+def test_auto_leaves_a_graph_to_the_cpu_whose_products_cuda_lacks(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, left: list[str], chosen: str
+) -> None:
+    class Scattered(ort.InferenceSession):  # type: ignore[misc]
+        """As where CUDA has no kernel for some operators; the CPU computes them all."""
+
+        def __init__(self, path: Path, options: Any, **rest: Any) -> None:
+            super().__init__(path, options, **{**rest, "providers": ["CPUExecutionProvider"]})
+
+        def get_provider_graph_assignment_info(self) -> list[Any]:
+            def part(name: str, kinds: list[str]) -> Any:
+                nodes = [SimpleNamespace(op_type=kind) for kind in kinds]
+                return SimpleNamespace(ep_name=name, get_nodes=lambda: nodes)
+
+            return [part("CUDAExecutionProvider", ["MatMul"] * 20), part("CPUExecutionProvider", left)]
+
+    monkeypatch.setattr(session_module, "_cuda_problem", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", Scattered)
+    bundle = Bundle.open(tiny_bundle)
+    assert bundle.shape.num_hidden_layers == 2
+    graph = bundle.file(bundle.precision("fp32").model)
+    assert Session(graph, bundle.shape, True, "auto").provider == chosen
+    assert Session(graph, bundle.shape, True, "cuda").provider == "cuda"  # whoever names it gets it
+
+
+def test_onnxruntime_tells_where_products_are_made(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library without CUDA leaves all of them to the CPU."""
+    init = ort.InferenceSession.__init__
+
+    def without_cuda(self: Any, path: Path, options: Any, **rest: Any) -> None:
+        init(self, path, options, **{**rest, "providers": ["CPUExecutionProvider"]})
+
+    monkeypatch.setattr(session_module, "_cuda_problem", lambda: None)
+    monkeypatch.setattr(ort.InferenceSession, "__init__", without_cuda)
+    bundle = Bundle.open(tiny_bundle)
+    graph = bundle.file(bundle.precision("int8").model)
+    assert Session(graph, bundle.shape, True, "auto").provider == "cpu"
 
 
 @pytest.mark.parametrize("provider", ["tpu", "", "CPU", "CPUExecutionProvider"])

@@ -407,13 +407,15 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
             assert right.figures["precision"] == "int8"
             records = shown.sides[1].session.records[right.id]
             assert len(records) == right.figures["tokens"]
-            texts = [shown.sides[1].responder.token_text(each.token) for each in records]
-            assert all(texts)
+            texts = "".join(each.text(each.logprob.token) for each in records)
+            assert right.content in texts
             await pilot.press("2")
             await until(pilot, lambda: app.screen is app.home)
             await until(pilot, lambda: len(views(app)) == 2)
             assert app.session.responder is fake  # it was asked only this once
-            assert app.session.conversation.path()[-1].model == right.model
+            kept = app.session.conversation.path()[-1]
+            assert kept.model == right.model
+            assert app.session.record_of(kept) == records
 
     drive(scene())
 

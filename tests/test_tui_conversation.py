@@ -189,6 +189,22 @@ def test_go_on(tmp_path: Path) -> None:
     drive(scene())
 
 
+def test_a_thought_that_was_cut_off_is_thought_to_its_end(tmp_path: Path) -> None:
+    async def scene() -> None:
+        said = Said("The end.", reasoning="one two three four")
+        async with app_with(tmp_path, said) as (app, pilot, _):
+            app.session.knobs.set("max_tokens", 2)
+            await ask(pilot, "Count.")
+            answer = app.session.conversation.path()[-1]
+            assert (answer.reasoning, answer.content) == ("one two", "")
+            app.session.knobs.set("max_tokens", 50)
+            await pilot.press("ctrl+g")
+            await until(pilot, lambda: answer.content == "The end." and app.session.answering is None)
+            assert answer.reasoning == "one two three four"
+
+    drive(scene())
+
+
 def test_copy_code_and_quote(tmp_path: Path, clipboard: list[str]) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, CODE) as (app, pilot, _):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from textual.pilot import Pilot
 from tui_driving import app_with, ask, drive, screen, until, views
 
+from llm_edge.runtime.errors import InputError
 from llm_edge.runtime.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.sampler import Sampler
 from llm_edge.runtime.sampling_params import SamplingParams
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.controls import Number
 from llm_edge.tui.cuts import Candidate, candidates
+from llm_edge.tui.records import Recorder, pack, unpack
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.token_text import TokenText, visible
 
@@ -128,12 +131,12 @@ def test_the_cursor_walks_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: P
             text = screen(app)
             assert "one two three" in text
             first = records[0]
-            assert f"{100 * math.exp(first.logprob):.2f}%" in text
+            assert f"{100 * math.exp(first.logprob.logprob):.2f}%" in text
             assert len([line for line in text.splitlines() if "◂ came" in line]) == 1
             await pilot.press("right", "right")
             await pilot.pause()
             assert tokens.cursor == 2
-            assert f"{100 * math.exp(records[2].logprob):.2f}%" in screen(app)
+            assert f"{100 * math.exp(records[2].logprob.logprob):.2f}%" in screen(app)
             await pilot.press("down", "home", "left")
             assert tokens.cursor == 0
             await pilot.press("down")
@@ -144,7 +147,7 @@ def test_the_cursor_walks_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: P
             await pilot.press("pagedown", "pageup", "end", "right")
             assert tokens.cursor == len(records) - 1
             await pilot.press("home", "n")
-            unlikely = next(i for i, each in enumerate(records) if i and math.exp(each.logprob) < 0.5)
+            unlikely = next(i for i, each in enumerate(records) if i and math.exp(each.logprob.logprob) < 0.5)
             assert tokens.cursor == unlikely
             await pilot.press("f6")
             await pilot.pause()
@@ -224,20 +227,87 @@ def test_without_an_answer_it_says_so(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_the_answer_of_another_model_is_not_read_with_this_ones_tokens(tmp_path: Path) -> None:
-    async def scene() -> None:
-        async with app_with(tmp_path, "one two") as (app, pilot, fake):
+def test_a_record_stays_with_its_answer(tmp_path: Path) -> None:
+    """The program ends, and another model answers: what the first one's tokens say is known still."""
+
+    async def first() -> None:
+        async with app_with(tmp_path, "one two three four") as (app, pilot, fake):
             app.session.knobs.set("logprobs", 3)
-            await ask(pilot, "One?")
+            app.session.knobs.set("max_tokens", 2)
+            await ask(pilot, "Count.")
+            fake.enqueue(" three four")
+            await pilot.press("ctrl+g")
+            await until(pilot, lambda: len(fake.asked) == 2 and app.session.answering is None)
+
+    async def second() -> None:
+        async with app_with(tmp_path, "someone else") as (app, pilot, fake):
             fake.name = "somebody else"
+            app.session.open(1)
+            await app.show()
+            answer = app.session.conversation.path()[-1]
+            assert [each.text(each.logprob.token) for each in app.session.record_of(answer)] == [
+                "one",
+                " two",
+                " three",
+                " four",
+            ]
             await pilot.press("f6")
             await until(pilot, lambda: isinstance(app.screen, TokensScreen))
             await pilot.pause()
-            assert "script said this" in screen(app)
-            await pilot.press("r")
-            assert isinstance(app.screen, TokensScreen)
+            assert "one two three four" in screen(app)
+            assert "Tokens of what script said" in screen(app)
+            assert "◂ came" in screen(app)
+
+    drive(first())
+    drive(second())
+
+
+def test_a_damaged_record_says_so_and_harms_nothing(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "one two") as (app, pilot, fake):
+            app.session.knobs.set("logprobs", 3)
+            await ask(pilot, "Count.")
+            answer = app.session.conversation.path()[-1]
+            app.session.records.clear()
+            app.session.store.add_records(answer.id, b"x")
+            await pilot.press("f6")
+            await until(pilot, lambda: isinstance(app.screen, TokensScreen))
+            await pilot.pause()
+            assert "is damaged" in screen(app)
+            fake.enqueue(" three four")
+            await pilot.press("escape", "ctrl+g")
+            await until(pilot, lambda: app.session.answering is None and answer.content == "one two three four")
+            assert len(app.session.record_of(answer)) == 2
 
     drive(scene())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no zlib",
+        zlib.compress(b"[1]"),
+        zlib.compress(b'{"texts": {}, "tokens": [[1, "x", []]]}'),
+        zlib.compress(b'{"texts": {"1": 5}, "tokens": []}'),
+        zlib.compress(b'{"texts": {"a": "b"}, "tokens": []}'),
+        zlib.compress(b"[" * 100_000),
+        zlib.compress(b" " * (65 << 20)),
+    ],
+)
+def test_what_is_no_record_is_refused(data: bytes) -> None:
+    with pytest.raises(InputError, match="damaged"):
+        unpack(data)
+
+
+def test_records_come_back_as_they_were() -> None:
+    recorder = Recorder(lambda token: f"\ud83d\x00{token}" if token == 3 else f"t{token}")
+    records = [recorder.record(RECORD), recorder.record(TokenLogprob(5, -math.inf, ((3, -0.25), (5, -math.inf))))]
+    again = unpack(pack(records))
+    assert [each.text(3) for each in again] == [each.text(3) for each in records]
+    assert again[0].text(99) == "<99>"
+    assert again[1].logprob == records[1].logprob
+    assert again[0].logprob.top == tuple((id_, round(value, 5)) for id_, value in RECORD.top)
 
 
 def test_it_grows_while_the_answer_comes_and_escape_codes_stay_out(tmp_path: Path) -> None:

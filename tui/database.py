@@ -47,6 +47,16 @@ CREATE INDEX unfinished_messages ON messages (id) WHERE NOT finished;
 CREATE VIEW finished_messages AS SELECT id, content, reasoning FROM messages WHERE finished;
 """
 
+_RECORDS = """
+CREATE TABLE IF NOT EXISTS token_records (
+    id INTEGER PRIMARY KEY,
+    message INTEGER NOT NULL REFERENCES messages (id) ON DELETE CASCADE,
+    data BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS token_records_of ON token_records (message);
+"""
+"""Came later than the first files; a program that does not know it leaves it alone."""
+
 _INDEX = """
 DROP TABLE IF EXISTS message_index;
 CREATE VIRTUAL TABLE message_index USING fts5(
@@ -142,6 +152,7 @@ class Database:
                 self._run(_SCHEMA)
                 connection.execute(f"PRAGMA application_id = {_APPLICATION}")
                 connection.execute(f"PRAGMA user_version = {VERSION}")
+            self._run(_RECORDS)
             self.indexed = _has_trigrams(connection)
             there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")}
             # Where this Python cannot keep up the index that another one made, it goes stale, and is made anew by

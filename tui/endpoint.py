@@ -183,6 +183,7 @@ class EndpointResponder:
     """
 
     adjusts = False
+    continues_thoughts = False
 
     def __init__(self, endpoint: Endpoint, *, patience: float = 120.0) -> None:
         self.endpoint = endpoint

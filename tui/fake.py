@@ -85,7 +85,7 @@ class FakeReply:
                 break
             count += 1
             thought += reasoning
-            token = self._ids.setdefault(text, len(self._ids))
+            token = self._ids[text]
             yield Piece(text, token, reasoning=reasoning, logprob=self._logprob(token))
         if self._said.failure is not None:
             raise self._said.failure
@@ -117,6 +117,7 @@ class FakeResponder:
     """
 
     adjusts = True
+    continues_thoughts = True
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class FakeResponder:
         params: SamplingParams,
         *,
         begin: str = "",
-        thought: str = "",  # noqa: ARG002
+        thought: str = "",
     ) -> FakeReply:
         """See `Responder`."""
         prompt = self.count(messages)
@@ -160,6 +161,9 @@ class FakeResponder:
         said = self._next.popleft() if self._next else next(self._said)
         if begin:  # what was thought and said is not said twice
             said = replace(said, reasoning="", text=said.text.removeprefix(begin))
+        said = replace(said, reasoning=said.reasoning.removeprefix(thought))
+        for text in _TOKEN.findall(said.reasoning) + _TOKEN.findall(said.text):
+            self._ids.setdefault(text, len(self._ids))
         room = min(params.max_tokens, self.context_length - prompt)
         reply = FakeReply(said, replace(params, max_tokens=room), prompt, self.pause, self._ids)
         self.replies.append(reply)

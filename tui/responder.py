@@ -36,6 +36,7 @@ class Responder(Protocol):
         context_length: tokens that prompt and answer hold together; None where nobody says.
         default_params: the model's own.
         adjusts: whether its replies can be adjusted while they come.
+        continues_thoughts: whether it can go on with a reasoning that no answer follows yet.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Responder(Protocol):
     context_length: int | None
     default_params: SamplingParams
     adjusts: bool
+    continues_thoughts: bool
 
     def answer(
         self,
@@ -95,6 +97,7 @@ class LocalResponder:
     """A bundle on this machine; see `Responder`."""
 
     adjusts = True
+    continues_thoughts = True
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_edge.tui.conversation import Conversation, Message
 from llm_edge.tui.feed import Feed
 from llm_edge.tui.figures import figures_of
 from llm_edge.tui.knobs import NEXT_ANSWER, Knobs
+from llm_edge.tui.records import Recorder, TokenRecord, pack, unpack
 from llm_edge.tui.responder import Reply, Responder
 from llm_edge.tui.room import begin_with_room, dropped_note
 from llm_edge.tui.store import KEEP_EVERY, Store
@@ -46,7 +47,7 @@ class ChatSession:
         responder: who answers; None while there is nobody yet, see `use`.
         conversation: of now.
         knobs: the parameters.
-        records: of each token of an answer that was made here, by message id, as (text, TokenLogprob).
+        records: of the tokens of answers, by message id; see `record_of`.
         rates: tokens per second of late.
     """
 
@@ -55,7 +56,7 @@ class ChatSession:
         self.responder: Responder | None = None
         self.knobs = knobs
         self.conversation = store.new()
-        self.records: dict[int, list[Any]] = {}
+        self.records: dict[int, list[TokenRecord]] = {}
         self.rates: deque[float] = deque([0.0] * _RATES, maxlen=_RATES)
         self._clock = clock
         self._feed: Feed | None = None
@@ -64,6 +65,8 @@ class ChatSession:
         self._count = 0
         self._kept = 0.0
         self._rate_since = (0.0, 0)
+        self._recorder: Recorder | None = None
+        self._packed = 0  # of the records of the answer on its way are kept already
         self._before: list[int] = []  # conversations that a new one took the place of
         self._own_system = self._given_system = knobs.system  # of new conversations, and what `_go_to` set
 
@@ -102,17 +105,22 @@ class ChatSession:
             raise InputError("only the last answer can be continued")
         if message.role == "user":  # nobody came to answer it
             return self._answer(message)
-        if not message.content:
-            message.reasoning = ""  # it is thought anew
+        if not message.content and not self._who().continues_thoughts:
+            message.reasoning = ""
+            self.store.drop_records(message.id)
+            self.records[message.id] = []
         return self._begin(message, self._parent(message))
 
-    def adopt(self, answer: Message, question: Message | str, behind: int | None) -> tuple[Message, Message]:
+    def adopt(
+        self, answer: Message, question: Message | str, behind: int | None, records: Sequence[TokenRecord] = ()
+    ) -> tuple[Message, Message]:
         """Take an answer that was made elsewhere into the conversation; returns its question and itself.
 
         Args:
             answer: stays as it is; what joins the conversation is a copy.
             question: a message of the conversation, of which this becomes another answer; or the text of a new one.
             behind: the message that a new question follows; None = it begins the conversation.
+            records: of its tokens.
         """
         self._refuse_while_answering()
         if isinstance(question, str):
@@ -126,7 +134,8 @@ class ChatSession:
             params=answer.params,
         )
         kept.reasoning, kept.figures, kept.finished = answer.reasoning, dict(answer.figures), True
-        self.store.update(kept)
+        self.records[kept.id], self._packed = list(records), 0
+        self._write(kept)
         return question, kept
 
     def stop(self) -> None:
@@ -238,6 +247,16 @@ class ChatSession:
         self.rates.append(rate)
         return rate
 
+    def record_of(self, message: Message) -> list[TokenRecord]:
+        """What was kept of the tokens of an answer; grows with it.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if message.id not in self.records:
+            self.records[message.id] = [each for data in self.store.records(message.id) for each in unpack(data)]
+        return self.records[message.id]
+
     def used(self) -> int:
         """Tokens that the conversation takes of the context, as far as its answers tell."""
         figures = next((each.figures for each in reversed(self.conversation.path()) if "tokens" in each.figures), {})
@@ -277,7 +296,7 @@ class ChatSession:
         message.figures = {}
         self._message, self._note, self._count, self._kept = message, "", 0, self._clock()
         self._rate_since = (self._clock(), 0)
-        self.records[message.id] = []
+        self._recorder, self._packed = Recorder(responder.token_text), len(self._begun_records(message))
         self._feed = Feed(reply)
         return message
 
@@ -298,7 +317,8 @@ class ChatSession:
         if piece.token is not None:
             self._count += 1
             if piece.logprob is not None:
-                self.records[message.id].append(piece.logprob)
+                assert self._recorder is not None
+                self.records[message.id].append(self._recorder.record(piece.logprob))
 
     def _end(self, message: Message) -> News:
         message.finished = True
@@ -311,7 +331,7 @@ class ChatSession:
     def _keep(self, message: Message) -> None:
         """Write down what has come; where that fails, the answer goes on, and the line under it says so."""
         try:
-            self.store.update(message)
+            self._write(message)
         except LlmEdgeError as error:
             message.figures["note"] = f"not kept: {error}"
 
@@ -321,6 +341,22 @@ class ChatSession:
         if at is not None or self.knobs.changed.get(name) != message.params.get(name):
             changes.append({"at": at, "name": name, "value": self.knobs.text(name)})
         message.figures["changes"] = changes
+
+    def _write(self, message: Message) -> None:
+        self.store.update(message)
+        records = self.records[message.id]
+        if len(records) > self._packed:
+            self.store.add_records(message.id, pack(records[self._packed :]))
+            self._packed = len(records)
+
+    def _begun_records(self, message: Message) -> list[TokenRecord]:
+        """Of the tokens of an answer that is about to begin or to go on."""
+        if not message.content and not message.reasoning:
+            return self.records.setdefault(message.id, [])
+        with contextlib.suppress(InputError):
+            return self.record_of(message)
+        self.store.drop_records(message.id)
+        return self.records.setdefault(message.id, [])
 
     def _begin_anew(self) -> None:
         self._keep_own_system()

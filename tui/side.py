@@ -56,6 +56,13 @@ class Nowhere(Store):
     def update(self, message: Message) -> None:
         """See `Store`."""
 
+    def add_records(self, message: int, data: bytes) -> None:
+        """See `Store`."""
+
+    def records(self, message: int) -> list[bytes]:  # noqa: ARG002
+        """See `Store`."""
+        return []
+
     def set_system(self, conversation: Conversation, system: str) -> None:
         """See `Store`."""
         conversation.system = system

@@ -239,6 +239,22 @@ class Store:
                 (time.time(), message.id),
             )
 
+    def add_records(self, message: int, data: bytes) -> None:
+        """Keep what is known of more tokens of a message, see `records.pack`; it goes with the message."""
+        with self._database.change():
+            self._database.execute("INSERT INTO token_records (message, data) VALUES (?, ?)", (message, data))
+
+    def records(self, message: int) -> list[bytes]:
+        """What `add_records` kept of a message, in order."""
+        with self._database.use():
+            query = "SELECT data FROM token_records WHERE message = ? ORDER BY id"
+            return [bytes(data) for (data,) in self._database.execute(query, (message,)).fetchall()]
+
+    def drop_records(self, message: int) -> None:
+        """Forget what is known of the tokens of a message."""
+        with self._database.change():
+            self._database.execute("DELETE FROM token_records WHERE message = ?", (message,))
+
     def select(self, conversation: Conversation, number: int) -> None:
         """Show the branch with this message, down to the most recent message that follows it."""
         conversation.select(number)

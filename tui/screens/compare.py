@@ -251,12 +251,9 @@ class CompareScreen(ModalScreen[Kept | None]):
         side = next((each for each in self.sides if each.answer is event.view.message), None)
         if event.what == "tokens" and side is not None and side.answer is not None:
             session = side.session
-            records = session.records.get(side.answer.id, [])
+            records = session.record_of(side.answer)
             why_not = "" if records else "There is no record: turn 'Token view' on (F2, F3) and ask again."
-            text_of = side.responder.token_text
-            await self.app.push_screen(
-                TokensScreen(side.answer, records, text_of, session.knobs, session.turn, why_not)
-            )
+            await self.app.push_screen(TokensScreen(side.answer, records, session.knobs, session.turn, why_not))
 
     # ---- leaving
 
@@ -365,8 +362,8 @@ def show_compare(app: ChatApp) -> None:
             for side in kept.sides:
                 assert side.answer is not None
                 behind = history[-1].id if history else None
-                asked, answer = session.adopt(side.answer, asked or kept.question, behind)
-                session.records[answer.id] = side.session.records.get(side.answer.id, [])
+                records = side.session.record_of(side.answer)
+                asked, _ = session.adopt(side.answer, asked or kept.question, behind, records)
         except LlmEdgeError as error:
             app.say(str(error), "error")
         await app.show()

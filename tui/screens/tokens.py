@@ -19,12 +19,12 @@ from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
-from llm_edge.runtime.logprobs import TokenLogprob
 from llm_edge.tui.controls import KnobLine, Turned
 from llm_edge.tui.conversation import ASSISTANT, Message
 from llm_edge.tui.cuts import Candidate, candidates
 from llm_edge.tui.knobs import BY_NAME, Knobs
 from llm_edge.tui.message_view import MessageView
+from llm_edge.tui.records import TokenRecord
 from llm_edge.tui.terminal import printable
 from llm_edge.tui.themes import coloured
 from llm_edge.tui.token_text import TokenText, visible
@@ -41,7 +41,7 @@ _NO_RECORD = """\
 This answer has no record of its tokens.
 
 A record is kept while an answer is made, if 'Token view' among the parameters (F3) is a number: so many runners-up \
-of each token are kept until the program ends.
+of each token are kept with it.
 
 Press r to turn it on and have the answer made again, beside this one."""
 
@@ -52,7 +52,6 @@ class TokensScreen(ModalScreen[bool]):
     Args:
         message: the answer.
         records: of its tokens; may grow.
-        text_of: gives what a token says.
         knobs: the parameters of now.
         turn: turns them; see `ChatSession.turn`.
         why_not: why there is nothing to be seen, if that has another reason than that there are no records.
@@ -83,17 +82,15 @@ class TokensScreen(ModalScreen[bool]):
     def __init__(
         self,
         message: Message,
-        records: Sequence[TokenLogprob],
-        text_of: Callable[[int], str],
+        records: Sequence[TokenRecord],
         knobs: Knobs,
         turn: Callable[[Callable[[Knobs], None]], None],
         why_not: str = "",
     ) -> None:
         super().__init__()
-        self._message, self._records, self._text_of = message, records, text_of
+        self._message, self._records = message, records
         self._knobs, self._turn, self._why_not = knobs, turn, why_not
         self._texts: list[str] = []
-        self._known: dict[int, str] = {}
 
     def compose(self) -> ComposeResult:
         """The text, what else could have come, and what has a say in that."""
@@ -132,17 +129,13 @@ class TokensScreen(ModalScreen[bool]):
         records = self._records
         if len(records) == len(self._texts) or not self.query(TokenText):
             return
-        self._texts += [self._text(record.token) for record in records[len(self._texts) :]]
-        self.query_one(TokenText).put(self._texts, [record.logprob for record in records])
-        mean = sum(record.logprob for record in records) / len(records)
+        self._texts += [record.text(record.logprob.token) for record in records[len(self._texts) :]]
+        logprobs = [record.logprob.logprob for record in records]
+        self.query_one(TokenText).put(self._texts, logprobs)
+        mean = sum(logprobs) / len(logprobs)
         title = f"Tokens of what {self._message.model or 'the model'} said · {len(records)} · "
         title += f"perplexity {math.exp(min(-mean, 99)):.3g} · the darker the shade, the less probable"
         self.query_one("#tokens-title", Static).update(printable(title))
-
-    def _text(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = self._text_of(token)
-        return self._known[token]
 
     # ---- what else could have come
 
@@ -163,23 +156,25 @@ class TokensScreen(ModalScreen[bool]):
 
     def _show_candidates(self) -> None:
         record = self._records[self.query_one(TokenText).cursor]
-        found = candidates(record, self._knobs.params)
+        own = record.logprob
+        found = candidates(own, self._knobs.params)
         text = Text(no_wrap=True)
         text.append(f"{'token':<{_NAME}} {'':<{_BAR}} {'model':>7} {'drawn':>9}\n", Style(dim=True))
         if not found:
-            text.append(f"{_cells(visible(self._text(record.token)), _NAME)} ", Style(bold=True))
-            text.append(f"{_bar(math.exp(min(record.logprob, 0)))} {_percent(math.exp(min(record.logprob, 0)))}\n\n")
+            text.append(f"{_cells(visible(self._texts[self.query_one(TokenText).cursor]), _NAME)} ", Style(bold=True))
+            chance = math.exp(min(own.logprob, 0))
+            text.append(f"{_bar(chance)} {_percent(chance)}\n\n")
             text.append("No runners-up were kept: turn 'Token view' (F3) up to see them.", Style(dim=True))
         for each in found:
-            self._append(text, each)
+            name = "all others" if each.token is None else visible(record.text(each.token))
+            self._append(text, each, name)
         if any(each.token is None for each in found):
             text.append("What happens to all others is an estimate.\n", Style(dim=True))
         self.query_one("#runners-up-text", Static).update(text)
         self.query_one("#runners-up").scroll_home(animate=False)
 
-    def _append(self, text: Text, each: Candidate) -> None:
+    def _append(self, text: Text, each: Candidate, name: str) -> None:
         variables = self.app.theme_variables
-        name = "all others" if each.token is None else visible(self._text(each.token))
         colour = coloured(variables, "accent" if each.drawn else "primary")
         style = Style(dim=bool(each.cut) or each.token is None, bold=each.drawn, strike=bool(each.cut))
         shown = _cells(name, _NAME).rstrip()
@@ -217,13 +212,11 @@ def show_tokens(app: ChatApp, message: Message | None = None) -> None:
             app.say("There is no answer yet whose tokens could be looked at.")
             return
         message = answers[-1]
-    answer, responder = message, session.responder
-    records = session.records.get(answer.id, [])
-    why_not = ""
-    if responder is None or (records and responder.name != answer.model):
-        why_not = (
-            f"{answer.model} said this. Let it answer again (F4) to look at its tokens: only it knows what they say."
-        )
+    answer, records, why_not = message, list[TokenRecord](), ""
+    try:
+        records = session.record_of(answer)
+    except LlmEdgeError as error:
+        why_not = str(error)
 
     async def done(again: bool | None) -> None:
         app.controls.show()
@@ -236,8 +229,7 @@ def show_tokens(app: ChatApp, message: Message | None = None) -> None:
             app.controls.show()
             await app.answering(lambda session: session.regenerate(answer))
 
-    text_of = responder.token_text if responder is not None else str
-    app.push_screen(TokensScreen(answer, records, text_of, session.knobs, session.turn, why_not), done)
+    app.push_screen(TokensScreen(answer, records, session.knobs, session.turn, why_not), done)
 
 
 def _percent(chance: float) -> str:
