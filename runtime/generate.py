@@ -95,7 +95,7 @@ class Model(Front[Generation]):
         Args:
             path: the folder.
             precision: one that the bundle holds; None takes int8 where there is one, and on CUDA fp16.
-            provider: `auto`, `cpu` or `cuda`; `auto` is CUDA where it works and computes most of the graph.
+            provider: `auto`, `cpu` or `cuda`; `auto` is CUDA where it works and has kernels for the graph's products.
             threads: of onnxruntime inside an operator; None leaves it the physical cores. TorchScript: of torch, for
                 the whole process.
             verify: compare the checksums of all that is loaded. TorchScript is a program, and loaded verified only.

@@ -72,7 +72,8 @@ class Session:
         path: the `.onnx` file.
         shape: what the graph must look like.
         share_buffer: past and present may be one buffer.
-        provider: `cpu`, `cuda`, or `auto`: CUDA where it works with this graph and computes most of it, else the CPU.
+        provider: `cpu`, `cuda`, or `auto`: CUDA where it works with this graph and has kernels for its products, else
+            the CPU.
         threads: of onnxruntime inside an operator; None leaves it the physical cores.
         spinning: idle threads wait busily and weights go into large pages of memory: for a session that has the
             machine to itself.

@@ -274,13 +274,27 @@ def test_a_long_conversation_shows_its_end_and_the_rest_when_one_goes_there(tmp_
             await ask(pilot, "And then?")
             assert [view.message.content[:5] for view in views(app)[-2:]] == ["And t", "More."]
             await until(pilot, lambda: "More." in screen(app))
-            for _ in range(100):
-                if views(app)[0].message.content.startswith("Number 0."):
-                    break
-                app.chat.scroll_home(animate=False)
-                await pilot.pause()
-            assert app.chat.earlier == 0
+            app.chat.scroll_home(animate=False)
+            await until(pilot, lambda: app.chat.earlier == 0)
             assert len(views(app)) == 102
+
+    drive(scene())
+
+
+def test_home_is_the_first_message_and_end_the_last_of_a_long_conversation(tmp_path: Path) -> None:
+    with Store(tmp_path / "chats.db") as store:
+        number = long_conversation(store, 150)
+
+    async def scene() -> None:
+        async with app_with(tmp_path) as (app, pilot, _):
+            app.session.open(number)
+            await app.show()
+            await until(pilot, lambda: "Number 149." in screen(app))
+            await pilot.press("shift+tab", "home")
+            await until(pilot, lambda: app.chat.earlier == 0 and "Number 0." in screen(app))
+            assert len(views(app)) == 150
+            await pilot.press("end")
+            await until(pilot, lambda: "Number 149." in screen(app))
 
     drive(scene())
 

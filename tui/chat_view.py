@@ -30,6 +30,7 @@ class ChatView(VerticalScroll, can_focus=False):
         self._conversation = Conversation()
         self._earlier: list[Message] = []  # that have no view yet
         self._growing = False  # some of them are getting theirs
+        self._homeward = False  # all of them shall get theirs
 
     @property
     def views(self) -> list[MessageView]:
@@ -68,6 +69,16 @@ class ChatView(VerticalScroll, can_focus=False):
             self._show_branches(self.views)
         self.anchor()
 
+    def action_scroll_home(self) -> None:
+        """To the first message, which may have no view yet."""
+        self._homeward = True
+        super().action_scroll_home()
+
+    def action_scroll_end(self) -> None:
+        """To the last message."""
+        self._homeward = False
+        super().action_scroll_end()
+
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         """Whoever comes near the first view will want those before it."""
         super().watch_scroll_y(old_value, new_value)
@@ -81,7 +92,7 @@ class ChatView(VerticalScroll, can_focus=False):
         await self.stop_animation("scroll_y")
         views = self.views
         if not self._earlier or not views:
-            self._growing = False
+            self._growing = self._homeward = False
             return
         earlier, self._earlier = self._earlier[-AT_ONCE:], self._earlier[:-AT_ONCE]
         new = self._made(earlier)
@@ -93,8 +104,13 @@ class ChatView(VerticalScroll, can_focus=False):
                 break
             await asyncio.sleep(_MOMENT)
         await self.stop_animation("scroll_y", complete=False)  # it was on its way to what stands elsewhere now
-        self.scroll_to(y=seen + self.virtual_size.height - before, animate=False, immediate=True)
+        if self._homeward and self._earlier:
+            self._show_earlier()
+            return
         self._growing = False
+        at = 0 if self._homeward else seen + self.virtual_size.height - before
+        self._homeward = False
+        self.scroll_to(y=at, animate=False, immediate=True)
 
     def _made(self, messages: list[Message]) -> list[MessageView]:
         return [MessageView(message, code_theme=self._code_theme) for message in messages]
