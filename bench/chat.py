@@ -1,7 +1,7 @@
 """`python -m llm_edge.bench.chat BUNDLE`: what the terminal chat costs, in a terminal of its own.
 
-Tokens a second of an answer in `llm-chat` against the same answer without a screen, in turn; and the time from a key to
-its letter in the terminal while an answer comes.
+Tokens a second of an answer in `llm-chat` against the same answer without a screen, in turn; the time from a key to its
+letter in the terminal while an answer comes; and that in a long conversation, with the time to open and to scroll it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from pathlib import Path
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
+from llm_edge.tui.store import Store
 
 QUESTION = "Write a long story about a lighthouse keeper and a storm."
 TOKENS = 400
 KEY = "ß"  # no answer to that question holds it
+F2, PAGE_UP = "\x1bOQ", "\x1b[5~"
+LONG = 200  # messages
+PARAGRAPH = "some **words** and `more` of them, " * 15
 _APP = "import sys; from llm_edge.tui.cli import main; sys.argv[0] = 'llm-chat'; main()"
 _BARE = """
 import sys, json
@@ -86,6 +90,12 @@ class Terminal:
         os.write(self._terminal, text.encode())
         return time.perf_counter()
 
+    def settle(self) -> None:
+        """Take what comes for a moment."""
+        end = time.perf_counter() + 0.1
+        while time.perf_counter() < end:
+            self.read(0.02)
+
     def close(self) -> None:
         """Leave."""
         os.write(self._terminal, b"\x11")
@@ -97,33 +107,61 @@ class Terminal:
 
 def chat(bundle: Path, precision: str, keys: bool) -> tuple[float, list[float], float]:
     """Tokens a second in the application, seconds from keys to their letters, and seconds from start to screen."""
-    echoes: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         terminal = Terminal(bundle, precision, data)
         start = terminal.wait("F1") - terminal.began
         terminal.wait("ready")
         terminal.send(QUESTION + "\r")
-        terminal.wait("tok/s")
-        while keys and figures(data) is None:
+        rate, echoes = watch(terminal, data, keys)
+        terminal.close()
+    return rate, echoes, start
+
+
+def long_chat(bundle: Path, precision: str) -> tuple[float, float, list[float]]:
+    """Seconds until a long conversation shows, and until it has scrolled by a page; seconds from keys to letters."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        with Store(data / "conversations.sqlite3") as store:
+            conversation = store.new("A long conversation")
+            for number in range(LONG):
+                role = "assistant" if number % 2 else "user"
+                store.add(conversation, role, f"Number {number}.\n\n" + PARAGRAPH, finished=True)
+        terminal = Terminal(bundle, precision, data)
+        terminal.wait("ready")
+        terminal.send(F2)
+        terminal.wait("A long conversation")
+        sent = terminal.send("\r")
+        opened = terminal.wait(f"Number {LONG - 1}.") - sent
+        terminal.settle()
+        sent = terminal.send(PAGE_UP)
+        scrolled = terminal.wait(f"Number {LONG - 5}.") - sent
+        terminal.send(QUESTION + "\r")
+        _, echoes = watch(terminal, data, keys=True)
+        terminal.close()
+    return opened, scrolled, echoes
+
+
+def watch(terminal: Terminal, data: Path, keys: bool) -> tuple[float, list[float]]:
+    """Tokens a second of an answer that begins, and seconds from keys that are pressed meanwhile to their letters."""
+    echoes: list[float] = []
+    terminal.wait("tok/s")
+    while (rate := figures(data)) is None:
+        if keys:
             sent = terminal.send(KEY)
             try:
                 echoes.append(terminal.wait(KEY, 2.0) - sent)
             except MachineError:
                 echoes.append(2.0)
-            end = time.perf_counter() + 0.1
-            while time.perf_counter() < end:
-                terminal.read(0.02)
-        while (rate := figures(data)) is None:
-            terminal.read(0.1)
-        terminal.close()
-    return rate, echoes, start
+        terminal.settle()
+    return rate, echoes
 
 
 def figures(data: Path) -> float | None:
     """Tokens a second of the answer, once it is complete; read from the store."""
+    query = "SELECT figures FROM messages WHERE role = 'assistant' AND finished AND figures <> '{}'"
     with contextlib.closing(sqlite3.connect(data / "conversations.sqlite3")) as store:
-        rows = store.execute("SELECT figures FROM messages WHERE role = 'assistant' AND finished").fetchall()
+        rows = store.execute(query).fetchall()
     return float(json.loads(rows[0][0])["tokens_per_second"]) if rows else None
 
 
@@ -138,10 +176,18 @@ def measure(bundle: Path, precision: str, rounds: int) -> None:
         starts.append(start)
         print(f"  {alone:.0f} tok/s alone, {rate:.0f} in the chat", file=sys.stderr)
         echoes += chat(bundle, precision, keys=True)[1]
-    late = sorted(echoes)[int(0.95 * len(echoes))]
     print(f"chat: {statistics.median(ratios):.3f} x the speed without a screen, least {min(ratios):.3f}")
-    print(f"keys: {statistics.median(echoes) * 1e3:.0f} ms, 95 % {late * 1e3:.0f} ms, of {len(echoes)}")
+    print(f"keys: {_told(echoes)}")
     print(f"start to screen: {statistics.median(starts):.2f} s")
+    opened, scrolled, echoes = long_chat(bundle, precision)
+    words = LONG * (len(PARAGRAPH.split()) + 2)
+    print(f"{LONG} messages of {words:,} words: open in {opened:.2f} s, a page up in {scrolled * 1e3:.0f} ms")
+    print(f"keys there: {_told(echoes)}")
+
+
+def _told(echoes: Sequence[float]) -> str:
+    late = sorted(echoes)[int(0.95 * len(echoes))]
+    return f"{statistics.median(echoes) * 1e3:.0f} ms, 95 % {late * 1e3:.0f} ms, of {len(echoes)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -41,7 +41,7 @@ Reference = Callable[[tuple[int, ...]], Tensor]
 
 @pytest.fixture(scope="module")
 def model(smollm2_bundle: Path) -> Model:
-    return Model.load(smollm2_bundle, precision="fp32", provider="cpu")
+    return Model.load(smollm2_bundle, "fp32", "cpu", threads=1)  # others test beside it, and idle threads wait busily
 
 
 @pytest.fixture(scope="module")
