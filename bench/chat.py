@@ -25,11 +25,11 @@ from pathlib import Path
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
-from llm_edge.tui.store import Store
 
 QUESTION = "Write a long story about a lighthouse keeper and a storm."
 TOKENS = 400
 KEY = "ß"  # no answer to that question holds it
+STORE = "conversations.sqlite3"
 F2, PAGE_UP = "\x1bOQ", "\x1b[5~"
 LONG = 200  # messages
 PARAGRAPH = "some **words** and `more` of them, " * 15
@@ -45,6 +45,17 @@ params = replace(model.default_params, temperature=0.0, max_tokens=int(tokens), 
 for _ in range(2):
     *_, last = model.answer([{"role": "user", "content": question}], params)
 print(json.dumps(last.timings.decode_tokens_per_second))
+"""
+_FILL = """
+import sys
+from pathlib import Path
+from llm_edge.tui.store import Store
+path, count, text = sys.argv[1:]
+with Store(Path(path)) as store:
+    conversation = store.new("A long conversation")
+    for number in range(int(count)):
+        role = "assistant" if number % 2 else "user"
+        store.add(conversation, role, f"Number {number}.\\n\\n{text}", finished=True)
 """
 
 
@@ -122,11 +133,7 @@ def long_chat(bundle: Path, precision: str) -> tuple[float, float, list[float]]:
     """Seconds until a long conversation shows, and until it has scrolled by a page; seconds from keys to letters."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
-        with Store(data / "conversations.sqlite3") as store:
-            conversation = store.new("A long conversation")
-            for number in range(LONG):
-                role = "assistant" if number % 2 else "user"
-                store.add(conversation, role, f"Number {number}.\n\n" + PARAGRAPH, finished=True)
+        subprocess.run([sys.executable, "-c", _FILL, str(data / STORE), str(LONG), PARAGRAPH], check=True)
         terminal = Terminal(bundle, precision, data)
         terminal.wait("ready")
         terminal.send(F2)
@@ -160,7 +167,7 @@ def watch(terminal: Terminal, data: Path, keys: bool) -> tuple[float, list[float
 def figures(data: Path) -> float | None:
     """Tokens a second of the answer, once it is complete; read from the store."""
     query = "SELECT figures FROM messages WHERE role = 'assistant' AND finished AND figures <> '{}'"
-    with contextlib.closing(sqlite3.connect(data / "conversations.sqlite3")) as store:
+    with contextlib.closing(sqlite3.connect(data / STORE)) as store:
         rows = store.execute(query).fetchall()
     return float(json.loads(rows[0][0])["tokens_per_second"]) if rows else None
 

@@ -128,6 +128,9 @@ class Engine(Front[Answer]):
         in_turns = guesser is not None
         graph, width = bundle.file(info.model), info.hidden_size
         session = Session(graph, bundle.shape, True, provider, threads, in_turns=in_turns, hidden_size=width)
+        if info.name == "fp16" and half and session.provider == "cpu":  # as in `Model.load`
+            options |= {"draft": draft, "draft_precision": draft_precision}
+            return cls.load(path, None, threads, verify=verify, **options)
         return cls(bundle, session, tokenizer, info, draft=guesser, **options)
 
     @property

@@ -121,6 +121,8 @@ class Model(Front[Generation]):
             in_turns=guesser is not None,
             hidden_size=info.hidden_size,
         )
+        if info.name == "fp16" and half and session.provider == "cpu":  # CUDA did not take it, and it is slow here
+            return cls.load(path, None, "cpu", threads, verify=verify, draft=draft, draft_precision=draft_precision)
         return cls(bundle, session, tokenizer, info, guesser)
 
     @property

@@ -10,6 +10,7 @@ import families
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 import pytest
 import tiny
 import torch
@@ -18,10 +19,11 @@ from onnx import TensorProto
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import GraphStyle
 from llm_edge.exporter.recipes import RECIPES, parse_precisions
-from llm_edge.runtime import Model, generate, session
+from llm_edge.runtime import Engine, Model, SamplingParams
+from llm_edge.runtime import session as session_module
 from llm_edge.runtime.bundle import MANIFEST, Bundle
-from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.session import Session, tries_cuda
+from llm_edge.runtime.errors import CheckpointError, ProviderError
+from llm_edge.runtime.session import Session
 
 CASES = (
     ("llama", GraphStyle.FUSED),
@@ -102,19 +104,57 @@ def test_it_is_validated_but_not_held_to_the_bound_of_fp32(tmp_path: Path, monke
     assert bundle.precision().name == "fp32"  # fp16 is slow on a CPU: it is not what one gets unasked
 
 
-def test_on_cuda_it_is_what_one_gets_unasked(
-    bundle: Bundle, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert bundle.precision(half=True).name == "fp16"
-    assert bundle.precision("fp32", half=True).name == "fp32"
-    assert Bundle.open(tiny_bundle).precision(half=True).name == "int8"
-    monkeypatch.setattr(session, "_cuda_problem", lambda: None)
-    assert (tries_cuda("auto"), tries_cuda("cuda"), tries_cuda("cpu")) == (True, True, False)
-    monkeypatch.setattr(generate, "tries_cuda", lambda provider: provider == "auto")
-    monkeypatch.setattr(session, "_cuda_problem", lambda: "is not here;")
-    assert Model.load(bundle.path, verify=False).precision.name == "fp16"
-    assert Model.load(bundle.path, "fp32", verify=False).precision.name == "fp32"
-    assert Model.load(bundle.path, provider="cpu", verify=False).precision.name == "fp32"
+@pytest.fixture
+def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CUDA that is a CPU; it fails in a step once the list says why."""
+    reasons: list[str] = []
+
+    class OnPaper(ort.InferenceSession):  # type: ignore[misc]
+        def __init__(self, path: Path, options: Any, providers: list[Any], **rest: Any) -> None:
+            super().__init__(path, options, providers=["CPUExecutionProvider"], **rest)
+            self.on_cuda = len(providers) > 1
+
+        def get_provider_graph_assignment_info(self) -> list[Any]:
+            return []  # nothing is left to the CPU
+
+        def run_with_iobinding(self, binding: Any, run_options: Any = None) -> None:
+            if self.on_cuda and reasons:
+                raise RuntimeError(reasons[0])
+            super().run_with_iobinding(binding, run_options)
+
+    monkeypatch.setattr(session_module, "_cuda_problem", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", OnPaper)
+    return reasons
+
+
+def test_on_cuda_it_is_what_one_gets_unasked(bundle: Bundle, tiny_bundle: Path, cuda_on_paper: list[str]) -> None:
+    def loaded(precision: str | None, provider: str) -> tuple[str, str]:
+        model = Model.load(bundle.path, precision, provider, 1)
+        return model.precision.name, model.provider
+
+    assert loaded(None, "auto") == loaded(None, "cuda") == ("fp16", "cuda")
+    assert loaded("fp32", "auto") == ("fp32", "cuda")
+    assert loaded(None, "cpu") == ("fp32", "cpu")
+    assert Model.load(tiny_bundle, None, "auto", 1).precision.name == "int8"  # holds no fp16
+    cuda_on_paper.append("CUDA failure 2: out of memory")
+    assert loaded(None, "auto") == ("fp32", "cpu")
+    assert loaded("fp16", "auto") == ("fp16", "cpu")  # whoever names it gets it
+    with pytest.raises(ProviderError, match=r"^provider cuda: .*out of memory.*provider='cpu' or 'auto'$"):
+        loaded(None, "cuda")
+
+
+def test_an_engine_takes_it_where_it_is_told_to_try_cuda(tmp_path: Path, cuda_on_paper: list[str]) -> None:
+    made = exported(families.save(families.model("llama"), tmp_path / "source"), tmp_path / "bundle", GraphStyle.FUSED)
+
+    def loaded(**options: Any) -> tuple[str, str, int]:
+        with Engine.load(made.path, None, 1, **options) as engine:
+            length = len(engine.generate([5, 6, 7], SamplingParams(max_tokens=4)).result().tokens)
+            return engine.precision.name, engine.provider, length
+
+    assert loaded() == ("fp32", "cpu", 4)
+    assert loaded(provider="auto") == loaded(provider="cuda") == ("fp16", "cuda", 4)
+    cuda_on_paper.append("CUDA failure 2: out of memory")
+    assert loaded(provider="auto", active=2) == ("fp32", "cpu", 4)
 
 
 def test_it_is_the_last_that_is_taken_unasked() -> None:

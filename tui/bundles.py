@@ -85,9 +85,11 @@ def used(settings: Settings, bundle: Path) -> None:
 
 
 def _offers(path: Path) -> list[Offer] | Broken:
+    from llm_edge.runtime.session import tries_cuda  # onnxruntime takes its time, which whoever lists them has
+
     try:
         bundle = Bundle.open(path)
-        preferred = bundle.precision().name
+        preferred = bundle.precision(half=tries_cuda("auto")).name
     except (BundleError, OSError) as error:
         return Broken(path, str(error))
     return [

@@ -37,7 +37,9 @@ def chat(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="One that the bundle holds: fp32, int8, int4. Default: int8 where it is there."),
+        typer.Option(
+            help="One that the bundle holds: fp32, int8, int4. Default: int8, on CUDA fp16, where it is there."
+        ),
     ] = None,
     draft: Annotated[Path | None, typer.Option(help="Bundle of a smaller model of the family: it guesses.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
