@@ -113,7 +113,9 @@ def _step(ready: Tensor, terms: int) -> float:
     if terms > 1:
         return most * _HEADROOM / 32767
     errors = {}
+    error = torch.empty_like(ready)  # one for all: fresh memory would take most of the time
     for clip in _CLIPS:
         step = most * clip / 127
-        errors[step] = (_rounded(ready, step, 1) - ready).square().mean().item()
+        torch.div(ready, step, out=error).round_().clamp_(-128, 127).mul_(step).sub_(ready).square_()
+        errors[step] = error.mean().item()
     return min(errors, key=errors.__getitem__)
