@@ -114,6 +114,10 @@ def test_a_visit(served: Served) -> None:
         assert "llm-edge" in text
         assert f'data-session-websocket-url="ws://localhost:{served.port}/ws"' in text
         assert {*re.findall(r'(?:href|src)="(https?://[^/"]+)', text)} == {url}  # nothing comes from elsewhere
+        (style,) = re.findall(r'rel="stylesheet"\s+href="([^"]+)"', text)  # without which clicks go astray
+        async with client.get(style) as sheet:
+            assert ".xterm" in await sheet.text()
+        assert '<meta name="viewport" content="width=device-width' in text
         async with client.ws_connect(f"{url}/ws?width=100&height=30", headers={"Origin": url}) as visit:
             await shown(visit, "script · fake")
             await visit.send_str(json.dumps(["stdin", "Hello\r"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,71 @@ def test_an_empty_enter_begins_anew_and_can_be_undone(tmp_path: Path) -> None:
     drive(scene())
 
 
+def test_ctrl_z_at_the_start_returns_to_the_latest_conversation(tmp_path: Path) -> None:
+    with Store(tmp_path / "chats.db") as store:
+        for name in ("older", "latest", "pinned"):
+            store.add(store.new(), "user", name)
+        store.pin(3)
+        store.add(store.load(2), "user", "more")
+
+    async def scene() -> None:
+        async with app_with(tmp_path) as (app, pilot, _):
+            await pilot.press("ctrl+z")
+            await until(pilot, lambda: app.session.conversation.title == "latest" and views(app))
+
+    drive(scene())
+
+
+def test_a_question_that_cannot_fit_is_not_sent(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", context_length=60) as (app, pilot, fake):
+            long = "word " * 100
+            app.query_one(Composer).write(long)
+            await pilot.press("enter")
+            await until(pilot, lambda: app.query_one(Composer).text == long and "shorten it" in screen(app))
+            assert not fake.asked
+            assert not app.session.conversation.messages
+
+    drive(scene())
+
+
+def test_the_gauge_counts_the_prompt_while_an_answer_comes(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "one two three", "four five " * 100, pause=0.02) as (app, pilot, fake):
+            await ask(pilot, "Count to three.")
+            before = app.session.used()
+            for keys in (["o", "n", "enter"], ["ctrl+r"]):
+                await pilot.press(*keys)
+                await until(pilot, lambda: app.session.answering and app.session.answering.content)
+                answer = app.session.answering
+                assert answer is not None
+                prompt = app.session.used() - len(answer.content.split())
+                assert before + 1 <= prompt <= fake.count(fake.asked[-1][0])
+                await pilot.press("escape")
+                await until(pilot, lambda: app.session.answering is None)
+
+    drive(scene())
+
+
+def test_what_is_copied_reaches_tmux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not take OSC 52 from programs unless it is told to; test_tui_terminal.py has the real one."""
+    (tmp_path / "tmux").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words; cat > {tmp_path}/copied\n')
+    (tmp_path / "tmux").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TMUX", "/tmp/tmux-0/default,1,0")
+
+    async def scene() -> None:
+        async with app_with(tmp_path, "ünd so") as (app, pilot, _):
+            await ask(pilot, "How?")
+            views(app)[-1].focus()
+            await pilot.press("y")
+            await until(pilot, lambda: (tmp_path / "copied").exists() and (tmp_path / "copied").read_text())
+
+    drive(scene())
+    assert (tmp_path / "words").read_text() == "load-buffer -w -\n"
+    assert (tmp_path / "copied").read_text() == "ünd so"
+
+
 @pytest.mark.parametrize("key", ["escape", "ctrl+c"])
 def test_an_answer_can_be_stopped(tmp_path: Path, key: str) -> None:
     async def scene() -> None:
@@ -162,12 +228,14 @@ def test_editing_branches(tmp_path: Path) -> None:
             await pilot.press("left_square_bracket")
             await until(pilot, lambda: len(views(app)) == 4)
             assert views(app)[0].message.content == "first question"
+            composer.write("a draft")
             views(app)[0].focus()
             await pilot.press("e")
             await until(pilot, lambda: app.editing is not None)
+            assert composer.text == "first question"
             await pilot.press("escape")
             assert app.editing is None
-            assert composer.text == ""
+            assert composer.text == "a draft"
 
     drive(scene())
 

@@ -17,9 +17,9 @@ from tui_driving import app_with, ask, drive, screen, until
 
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.choice import BundleChoice
-from llm_edge.tui.exporting import Export, Wish, named_options
+from llm_edge.tui.exporting import PRECISIONS, Export, Wish, named_options
 from llm_edge.tui.responder import LocalResponder
-from llm_edge.tui.screens.exporting import Checkpoints, ExportScreen
+from llm_edge.tui.screens.exporting import Checkpoints, ExportScreen, Tick
 
 StandIn = Callable[[str], None]
 
@@ -314,5 +314,54 @@ def test_nothing_given_is_told(place: Path) -> None:
             await app.push_screen(ExportScreen(browse=True))
             await pilot.press("enter")
             await until(pilot, lambda: "what is to be exported" in screen(app))
+
+    drive(scene())
+
+
+# ---- the precisions, which are ticked
+
+
+def inside(tick: Tick) -> str:
+    """What stands in a box, colours apart."""
+    return tick.render_line(0).text[1]
+
+
+@pytest.mark.parametrize("by", ["space", "click"])
+def test_what_is_ticked_shows_without_colours_and_is_what_is_made(place: Path, stand_in: StandIn, by: str) -> None:
+    stand_in("sys.exit('error: ' + json.dumps(sys.argv[1:]))")
+
+    async def scene() -> None:
+        async with app_with(place, size=(80, 24)) as (app, pilot, _):
+
+            async def turn(name: str) -> None:
+                tick = app.screen.query_one(f"#precision-{name}", Tick)
+                before = tick.value
+                if by == "space":
+                    tick.focus()
+                    await pilot.press("space")
+                else:
+                    await pilot.click(tick, offset=(1, 0))
+                await until(pilot, lambda: tick.value is not before)
+
+            await open_export(app, pilot, *"hugging")
+            ticks = [app.screen.query_one(f"#precision-{name}", Tick) for name in PRECISIONS]
+            assert {each.id for each in ticks if inside(each) == "X"} == {"precision-int8"}
+            await turn("fp32")
+            await turn("int4")
+            await turn("int8")
+            await until(pilot, lambda: "▐X▌ fp32" in screen(app) and "▐X▌ int4" in screen(app))
+            assert "▐ ▌ int8" in screen(app)
+            assert {each.id for each in ticks if inside(each) == "X"} == {"precision-fp32", "precision-int4"}
+            assert {inside(each) for each in ticks} == {" ", "X"}
+            app.screen.query_one("#source").focus()
+            await pilot.press(*"a/b", "enter")
+            await until(pilot, lambda: '"--precision", "int4,fp32", "--", "a/b"' in " ".join(screen(app).split()))
+
+            for name in ("int4", "fp32"):
+                await turn(name)
+            assert "X▌" not in screen(app)
+            app.screen.query_one("#source").focus()
+            await pilot.press("enter")  # none: whatever llm-export takes by itself
+            await until(pilot, lambda: '["--progress", "json", "--", "a/b"]' in " ".join(screen(app).split()))
 
     drive(scene())

@@ -128,7 +128,7 @@ def test_search_finds_messages_as_one_types(tmp_path: Path) -> None:
             assert "there are three of them" in " ".join(lines(app)[1].split())
             await pilot.press(*" chee")
             await until_titles(app, pilot, [])
-            assert "Nothing found." in screen(app)
+            await until(pilot, lambda: "Nothing found." in screen(app))
             await pilot.press("escape")
             await until(pilot, lambda: len(titles(app)) == 3)
             assert panel(app).display
@@ -392,7 +392,10 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 await until(pilot, lambda content=content: content in written.read_text())
             await pilot.press("e")
             await dialog(app, pilot, "nowhere/talk.md")
-            await until(pilot, lambda: "nowhere/talk.md cannot be written (" in told(app)[-1])
+            await until(pilot, lambda: "nowhere/talk.md cannot be written (" in " ".join(screen(app).split()))
+            assert app.screen.query_one(Input).value == "nowhere/talk.md"  # it can be mended there
+            await dialog(app, pilot, "mended.md")
+            await until(pilot, lambda: told(app)[-1:] == ["Exported to mended.md"])
 
     drive(scene())
 
@@ -604,7 +607,7 @@ def test_what_a_kill_left_before_any_answer(tmp_path: Path) -> None:
         thought = store.new()
         store.add(thought, "user", "Thought about")
         message = store.add(thought, "assistant")
-        message.reasoning = "Let me see, first"
+        message.reasoning = "One and"
         store.update(message)
 
     async def scene() -> None:

@@ -20,7 +20,8 @@ from textual.worker import get_current_worker
 
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.sampling_params import SamplingParams
-from llm_edge.tui import message_actions
+from llm_edge.tui import clipboard, message_actions
+from llm_edge.tui.background import Exports
 from llm_edge.tui.chat_view import ChatView
 from llm_edge.tui.commands import commands
 from llm_edge.tui.composer import Composer
@@ -34,7 +35,7 @@ from llm_edge.tui.presets import Presets
 from llm_edge.tui.responder import Responder, tokens_of_question
 from llm_edge.tui.screens.compare import show_compare
 from llm_edge.tui.screens.help import show_help
-from llm_edge.tui.screens.models import show_models
+from llm_edge.tui.screens.models import export_ended, show_models
 from llm_edge.tui.screens.questions import show_questions
 from llm_edge.tui.screens.tokens import show_tokens
 from llm_edge.tui.session import ChatSession
@@ -61,6 +62,8 @@ class ChatApp(App[None]):
 
     Attributes:
         session: the chat.
+        exports: the one that makes a bundle, also in the background.
+        loading: whether somebody to answer is being loaded.
         editing: the message that the composer's text will take the place of.
         history, chat, composer, controls, instruments: the parts of the screen.
         sampling: draws the speed's picture, once there is a screen.
@@ -95,6 +98,7 @@ class ChatApp(App[None]):
         super().__init__()
         self.settings = settings or Settings()
         self.session = ChatSession(store, Knobs(SamplingParams()))
+        self.exports = Exports(self, self.settings, functools.partial(export_ended, self))
         self.editing: Message | None = None
         self.history = HistoryPanel(self.session)
         self.chat = ChatView()
@@ -104,7 +108,8 @@ class ChatApp(App[None]):
         self._heading = Static("llm-edge", id="title", markup=False)
         self._load = load
         self._changed = dict(changed or {})
-        self._loading = True
+        self.loading = True
+        self._draft = ""  # what was being written when a message was taken up to be edited
         self._waiting: str | None = None  # a question from before there was somebody to answer it
         self._ticks: Timer | None = None
         self.sampling: Timer | None = None
@@ -178,11 +183,17 @@ class ChatApp(App[None]):
         instruments, responder = self.instruments, self.session.responder
         instruments.context(self.session.used(), self._written, responder.context_length if responder else None)
         if self.session.answering is None:
-            instruments.say("loading the model …" if self._loading else "ready" if responder else "no model: F4")
+            instruments.say("loading the model …" if self.loading else "ready" if responder else "no model: F4")
 
     def say(self, text: str, severity: str = "information") -> None:
         """Say something in a corner of the screen."""
         self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """Hand a text to the terminal, and to tmux, which by itself takes none from programs."""
+        super().copy_to_clipboard(text)
+        if not self.is_web:
+            self.run_worker(functools.partial(clipboard.to_tmux, text), thread=True, group="clipboard")
 
     def _use_theme(self, theme: Theme) -> None:
         self.chat.use_code_theme(code_theme(theme))
@@ -200,7 +211,7 @@ class ChatApp(App[None]):
     @work(thread=True, exclusive=True, group="load")
     def load_responder(self, load: Callable[[], Responder]) -> None:
         """Let somebody else answer, once they are there; until then it is who it was."""
-        self._loading, worker = True, get_current_worker()
+        self.loading, worker = True, get_current_worker()
         try:
             responder = load()
         except LlmEdgeError as error:
@@ -213,7 +224,7 @@ class ChatApp(App[None]):
             self.call_from_thread(self.call_later, self._loaded, responder)
 
     def _failed_to_load(self, error: LlmEdgeError) -> None:
-        self._loading = False
+        self.loading = False
         self._show_state()
         if self.session.responder is None and len(self.screen_stack) == 1:
             show_models(self, str(error))
@@ -221,7 +232,7 @@ class ChatApp(App[None]):
             self.say(str(error), "error")
 
     async def _loaded(self, responder: Responder) -> None:
-        self._loading = False
+        self.loading = False
         before = self.session.responder
         self.session.use(responder)
         changed, self._changed = self._changed, {}
@@ -277,6 +288,8 @@ class ChatApp(App[None]):
         except LlmEdgeError as error:
             self.say(str(error), "warning")
             return False
+        if self.home.has_class("narrow"):
+            self.history.remove_class("open")
         await self.show()
         self.instruments.say("reading the prompt …")
         self._next_look, self._spent = 0.0, time.thread_time()
@@ -288,14 +301,15 @@ class ChatApp(App[None]):
 
     async def on_composer_sent(self, event: Composer.Sent) -> None:
         """A question, or another wording of one; nothing is a new conversation."""
+        self._written = 0
         if not event.text.strip():
             await self.action_new()
         elif self.editing is not None:
             message, text = self.editing, event.text
             self.edit(None)
-            if not await self.answering(lambda session: session.edit(message, text)):
-                self.composer.write(text)
-        elif self.session.responder is None and self._loading:
+            done = await self.answering(lambda session: session.edit(message, text))
+            self.composer.write(self._draft if done else text)
+        elif self.session.responder is None and self.loading:
             self._waiting = event.text
             self.say("The model is still loading; this is asked as soon as it is there.")
         else:
@@ -303,13 +317,21 @@ class ChatApp(App[None]):
 
     async def ask(self, text: str) -> None:
         """Ask; a question that is refused returns to where it was written."""
-        if not await self.answering(lambda session: session.ask(text)):
+        responder, first = self.session.responder, not self.session.conversation.messages
+        tokens = await asyncio.to_thread(tokens_of_question, responder, text, first=first)
+        if responder is not None and responder.context_length is not None and tokens >= responder.context_length:
+            limit = f"{tokens:,} tokens, and the model's context holds {responder.context_length:,}"
+            self.say(f"The question has {limit}: shorten it.", "warning")
+            self.composer.write(text)
+        elif not await self.answering(lambda session: session.ask(text, tokens)):
             self.composer.write(text)
 
     def edit(self, message: Message | None) -> None:
         """Let the composer's text take the place of a message, or (None) be a question of its own again."""
-        self.editing = message
         composer = self.composer
+        if self.editing is None:
+            self._draft = composer.text
+        self.editing = message
         composer.border_title = "another wording · Esc leaves it as it was" if message is not None else ""
         if message is not None:
             composer.write(message.content)
@@ -371,7 +393,7 @@ class ChatApp(App[None]):
             return
         if self.editing is not None:
             self.edit(None)
-            self.composer.load_text("")
+            self.composer.write(self._draft)
         self.composer.focus()
 
     def action_copy_or_stop(self) -> None:
@@ -446,5 +468,6 @@ class ChatApp(App[None]):
         turn(event, self.controls, self.session.turn)
 
     def on_unmount(self) -> None:
-        """Keep what came of an answer."""
+        """Keep what came of an answer; end an export."""
+        self.exports.close()
         self.session.close()

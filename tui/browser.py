@@ -19,7 +19,17 @@ from textual_serve.server import Server
 
 from llm_edge.runtime.errors import InputError
 
-_ELSEWHERE = re.compile(r'<link\b[^>]*href="https?://[^>]*>')  # a font, which a browser would ask its maker for
+_LINK = re.compile(r'<link\b[^>]*href="(https?://[^/"]+)[^>]*>')
+_HEAD = """<head>
+    <meta name="viewport" content="width=device-width, initial-scale=1" />
+    <script>
+      addEventListener("load", () => {
+        const looking = setInterval(() => {
+          const keyboard = document.querySelector(".xterm-helper-textarea");
+          if (keyboard) { keyboard.focus(); clearInterval(looking); }
+        }, 50);
+      });
+    </script>"""  # telephones show it in their own size, and whoever types is heard without a click before
 
 
 def is_local(host: str) -> bool:
@@ -86,8 +96,13 @@ class ChatServer(Server):
         self.public_url = f"{request.scheme}://{request.host}"
         page = await super().handle_index(request)
         assert isinstance(page, web.Response)
-        page.text = _ELSEWHERE.sub("", page.text or "")
+        text = _LINK.sub(self._own, page.text or "")
+        page.text = text.replace("<head>", _HEAD, 1)
         return page
+
+    def _own(self, link: re.Match[str]) -> str:
+        """A link to what lies here; none to a font, which a browser would ask its maker for."""
+        return link[0] if link[1] == self.public_url else ""
 
     async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
         """A visit: keys come, the screen goes."""

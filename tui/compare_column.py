@@ -53,7 +53,7 @@ class Column(Vertical):
                 await scroll.remove_children()
                 if side.answer is not None:
                     view = MessageView(side.answer)
-                    view.live = True
+                    view.live, view.kept = True, False
                     await scroll.mount(view)
         self.state(side)
 

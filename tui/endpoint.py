@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import math
 import os
+import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,6 +112,8 @@ def base_url(text: str) -> str:
     text = text.strip()
     if not text:
         raise InputError("the base URL is missing: give one, as http://127.0.0.1:8000/v1")
+    if re.match(r"[A-Za-z][\w+.-]*:(?!//)(?!\d)", text) or any(map(str.isspace, text)):  # "mailto:", not "localhost:80"
+        raise InputError("the base URL has to begin with http:// or https://, and has no spaces")
     if "://" not in text:
         text = f"{'http' if _is_local(_host(f'//{text}')) else 'https'}://{text}"
     text = text.rstrip("/")

@@ -24,24 +24,28 @@ _TELL_EVERY = 100  # conversations
 
 async def export(app: App[Any], store: Store, summary: Summary) -> None:
     """Write a conversation to a file whose name is asked for; never over one that is there without asking."""
-    asked = AskText(
-        "Export to",
-        file_name(summary.title),
-        accept="Export",
-        help_text=".json keeps everything and can be imported again; any other name is Markdown.",
-    )
-    name = await app.push_screen_wait(asked)
-    if name is None:
-        return
-    overwrite = await asyncio.to_thread(_is_there, name)
-    if overwrite and not await app.push_screen_wait(AskYesNo(f"{name} is there already. Replace it?", "Replace")):
-        return
-    try:
-        await asyncio.to_thread(_write, store, summary.id, name, overwrite)
-    except LlmEdgeError as error:
-        _say(app, str(error), "error")
-    else:
-        _say(app, f"Exported to {name}")
+    proposed, refusal = file_name(summary.title), ""
+    while True:
+        asked = AskText(
+            "Export to",
+            proposed,
+            accept="Export",
+            help_text=".json keeps everything and can be imported again; any other name is Markdown.",
+            refusal=refusal,
+        )
+        name = await app.push_screen_wait(asked)
+        if name is None:
+            return
+        overwrite = await asyncio.to_thread(_is_there, name)
+        if overwrite and not await app.push_screen_wait(AskYesNo(f"{name} is there already. Replace it?", "Replace")):
+            return
+        try:
+            await asyncio.to_thread(_write, store, summary.id, name, overwrite)
+        except LlmEdgeError as error:
+            proposed, refusal = name, str(error)
+        else:
+            _say(app, f"Exported to {name}")
+            return
 
 
 async def import_conversations(app: App[Any], store: Store, tell: Callable[[str], None]) -> None:

@@ -117,10 +117,13 @@ class HistoryPanel(Vertical):
             self.action_close()
             return
         self.add_class("open")
+        line = self.query_one(Line)
+        with line.prevent(Line.Changed):
+            line.value = ""
         self._stand_on = self._session.conversation.id or None
         self._wanted = PAGE
         self.refresh_list()
-        self.query_one(Line).focus()
+        line.focus()
 
     def action_close(self) -> None:
         """Hide it."""

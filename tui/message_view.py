@@ -62,6 +62,7 @@ class MessageView(Widget, can_focus=True):
         self.live = False
         self.folded = True
         self.copied_block = 0  # of the code; the next one to copy
+        self.kept = True  # in a conversation: it can be quoted, edited, made again
         self._branch = branch
         self._markdown = MarkdownLines(code_theme)
         self._made: tuple[int, list[Line]] | None = None  # width, lines
@@ -77,6 +78,14 @@ class MessageView(Widget, can_focus=True):
         if branch != self._branch:
             self._branch = branch
             self.changed()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Only what can be done with this message."""
+        if action == "fold":
+            return bool(self.message.reasoning)
+        if action == "ask" and not self.kept:
+            return parameters[0] in ("copy", "copy_code", "tokens")
+        return True
 
     def use_code_theme(self, name: str) -> None:
         """Another theme for code."""

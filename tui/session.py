@@ -62,7 +62,7 @@ class ChatSession:
         self._feed: Feed | None = None
         self._message: Message | None = None
         self._note = ""
-        self._count = 0
+        self._count = self._prompt = 0  # tokens of the answer on its way, and before it
         self._kept = 0.0
         self._rate_since = (0.0, 0)
         self._recorder: Recorder | None = None
@@ -77,12 +77,12 @@ class ChatSession:
         """The answer on its way."""
         return self._message
 
-    def ask(self, text: str) -> Message:
-        """Ask; returns the answer, which grows."""
+    def ask(self, text: str, tokens: int = 0) -> Message:
+        """Ask; returns the answer, which grows. `tokens` says how many the question takes, as far as that is known."""
         self._refuse_while_answering()
         self._who()
         question = self.store.add(self.conversation, "user", text, parent=self.conversation.leaf)
-        return self._answer(question)
+        return self._answer(question, tokens)
 
     def regenerate(self, message: Message) -> Message:
         """Another answer to the question that an answer answers, beside it; or to a question itself."""
@@ -168,13 +168,16 @@ class ChatSession:
             self._begin_anew()
 
     def undo_new(self) -> bool:
-        """Return to the conversation that `new` left; False where there is none."""
+        """Return to the conversation that `new` left, or to the latest one there is; False where there is none."""
         self._leave()
         while self._before:
             with contextlib.suppress(InputError):  # another program deleted it
                 self._go_to(self.store.load(self._before.pop()))
                 return True
-        return False
+        kept = [] if self.conversation.messages else self.store.recent()
+        if kept:  # the program has just begun
+            self._go_to(self.store.load(max(kept, key=lambda each: each.updated).id))
+        return bool(kept)
 
     def open(self, number: int) -> None:
         """Go to a conversation of the store; the system prompt it was held with is that of now."""
@@ -259,12 +262,13 @@ class ChatSession:
 
     def used(self) -> int:
         """Tokens that the conversation takes of the context, as far as its answers tell."""
-        figures = next((each.figures for each in reversed(self.conversation.path()) if "tokens" in each.figures), {})
-        return int(figures.get("prompt_tokens", 0)) + int(figures.get("tokens", 0)) + (self._count if self._feed else 0)
+        if self._feed is not None:
+            return self._prompt + self._count
+        return next((_taken(each) for each in reversed(self.conversation.path()) if "tokens" in each.figures), 0)
 
     # ---- how
 
-    def _answer(self, question: Message) -> Message:
+    def _answer(self, question: Message, tokens: int = 0) -> Message:
         message = self.store.add(
             self.conversation,
             "assistant",
@@ -272,9 +276,9 @@ class ChatSession:
             model=self._who().name,
             params=dict(self.knobs.changed),
         )
-        return self._begin(message, question)
+        return self._begin(message, question, tokens)
 
-    def _begin(self, message: Message, question: Message) -> Message:
+    def _begin(self, message: Message, question: Message, tokens: int = 0) -> Message:
         if self.conversation.system != self.knobs.system:
             self.store.set_system(self.conversation, self.knobs.system)
         turns = self._turns(question)
@@ -292,6 +296,7 @@ class ChatSession:
                 self._note = dropped_note((len(turns) - 1 - len(kept)) // 2, limit)
             return made
 
+        self._prompt = self._estimated_prompt(message, question, tokens)
         message.finished = False
         message.figures = {}
         self._message, self._note, self._count, self._kept = message, "", 0, self._clock()
@@ -299,6 +304,16 @@ class ChatSession:
         self._recorder, self._packed = Recorder(responder.token_text), len(self._begun_records(message))
         self._feed = Feed(reply)
         return message
+
+    def _estimated_prompt(self, message: Message, question: Message, tokens: int) -> int:
+        """Tokens that stand before what an answer is about to say; the answer's own figures tell once it has ended."""
+        if "tokens" in message.figures:  # it goes on
+            return _taken(message)
+        for number in reversed(self.conversation.siblings(message.id)):
+            if told := self.conversation.messages[number].figures.get("prompt_tokens"):
+                return int(told)
+        before = reversed(self.conversation.path_to(question.parent))
+        return next((_taken(each) for each in before if "tokens" in each.figures), 0) + tokens
 
     def _turns(self, question: Message) -> list[Mapping[str, Any]]:
         """What stands before an answer, question and answer in turn, the question last."""
@@ -393,3 +408,8 @@ class ChatSession:
     def _refuse_while_answering(self) -> None:
         if self._message is not None:
             raise InputError("an answer is on its way: stop it first (Esc)")
+
+
+def _taken(message: Message) -> int:
+    """Tokens of an answer and all before it, by its figures."""
+    return int(message.figures.get("prompt_tokens", 0)) + int(message.figures.get("tokens", 0))

@@ -143,13 +143,20 @@ class Settings:
         try:
             self._values = read_json(self.path, _LIMIT, error=InputError)
         except InputError as error:
-            self._file_trouble = f"{error}; no settings are used until that is repaired"
+            self._file_trouble = (
+                f"{error}; no settings are used, and it moves to {self._free_name().name} once one is kept"
+            )
 
-    def _keep_damaged(self) -> None:
+    def _free_name(self) -> Path:
+        """Where a damaged file goes."""
         for number in range(1, _MOST_KEPT):
             kept = self.path.with_name(f"settings.damaged-{number}.json")
             if not os.path.lexists(kept):
                 break
+        return kept
+
+    def _keep_damaged(self) -> None:
+        kept = self._free_name()
         if self._file_trouble:
             self.path.replace(kept)
         else:

@@ -45,6 +45,7 @@ class AskText(ModalScreen[str | None]):
         accept: what the button says.
         help_text: a line below the question.
         placeholder: what stands there while nothing does.
+        refusal: why the text that stands there could not be.
         check: says why a text cannot be, or nothing where it can. It must be quick.
     """
 
@@ -59,11 +60,13 @@ class AskText(ModalScreen[str | None]):
         accept: str = "OK",
         help_text: str = "",
         placeholder: str = "",
+        refusal: str = "",
         check: Callable[[str], str | None] | None = None,
     ) -> None:
         super().__init__()
         self._question, self._text = printable(question), printable(text)
         self._accept, self._help_text, self._placeholder = accept, printable(help_text), printable(placeholder)
+        self._refusal = refusal
         self._check = check or (lambda text: None if text else "Write something, or press Esc.")
 
     def compose(self) -> ComposeResult:
@@ -83,11 +86,12 @@ class AskText(ModalScreen[str | None]):
         line = self.query_one(Line)
         line.focus()
         line.cursor_position = len(line.value)
-        self._refuse("")
+        self._refuse(self._refusal)
 
-    def on_input_changed(self) -> None:
+    def on_input_changed(self, event: Input.Changed) -> None:
         """What was wrong may be right now."""
-        self._refuse("")
+        if event.value != self._text:
+            self._refuse("")
 
     @on(Input.Submitted)
     @on(Button.Pressed, "#accept")

@@ -1,26 +1,32 @@
-"""Makes a bundle out of a file, a folder or a Hugging Face id, with the export's progress. Knows no conversation."""
+"""Makes a bundle out of a file, a folder or a Hugging Face id, with the export's progress. Knows no conversation.
+
+An export that is left at work goes on in the application, see `background.py`; another screen shows it again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from rich.text import Text, TextType
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, ItemGrid, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Checkbox, DirectoryTree, Footer, Input, Static
-from textual.worker import get_current_worker
 
 from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.tui.background import Exports, Job
 from llm_edge.tui.choice import BundleChoice
 from llm_edge.tui.conversation import one_line
 from llm_edge.tui.exporting import OPTIONS, PRECISIONS, SUFFIXES, Export, Wish, named_options
 from llm_edge.tui.terminal import printable
+
+if TYPE_CHECKING:
+    from llm_edge.tui.app import ChatApp
 
 _LOOK = 0.1  # seconds between two looks at the progress
 _BAR = 24  # columns
@@ -62,6 +68,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         browse: let a file or folder be looked for.
         wish: what to export, and how; begins at once.
         command: runs `llm-export`, where that is not this Python's.
+        job: an export to show in place of all that: at work, or with its error.
     """
 
     DEFAULT_CSS = """
@@ -85,25 +92,38 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f10,ctrl+e", "export", "Export", key_display="F10"),
+        Binding("ctrl+b,b", "leave", "In the background", key_display="^b, b"),  # tmux keeps the first for itself
         Binding("escape", "close", "Cancel", key_display="esc"),
     ]
 
     def __init__(
-        self, source: str = "", *, browse: bool = False, wish: Wish | None = None, command: Iterable[str] = ()
+        self,
+        source: str = "",
+        *,
+        browse: bool = False,
+        wish: Wish | None = None,
+        command: Iterable[str] = (),
+        job: Job | None = None,
     ) -> None:
         super().__init__()
-        self._source = wish.source if wish is not None else source
-        self._at_once = wish
-        self._browse = browse
+        self._at_once = wish if job is None else None
+        self._filled = job.wish if job is not None else wish
+        self._source = self._filled.source if self._filled is not None else source
+        self._browse = job.browse if job is not None else browse
         self._command = tuple(command)
-        self._export: Export | None = None
+        self._job = job
+
+    @property
+    def _exports(self) -> Exports:
+        return cast("ChatApp", self.app).exports
+
+    @property
+    def _at_work(self) -> Export | None:
+        return self._job.export if self._job is not None and not self._job.ended else None
 
     def compose(self) -> ComposeResult:
         """A form, and in its place, once it is sent, the progress."""
-        with Vertical() as box:
-            box.border_title = "Export a file or folder" if self._browse else "Export from Hugging Face"
-            if self._at_once is not None:
-                box.border_title = f"Make {self._source}"
+        with Vertical(id="box"):
             yield Static("", id="failure", markup=False)
             with VerticalScroll(id="form", can_focus=False):
                 hint = (
@@ -133,18 +153,21 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         self.query_one("#force").display = False
         for name in OPTIONS:
             self.query_one(f"#option-{name}").display = False
-        self.query_one("#progress").display = False
         self.query_one("#source").focus()
         self.set_interval(_LOOK, self._look)
+        if self._filled is not None:
+            self._fill(self._filled)
+        self._turn()
         if self._at_once is not None:
-            for name in PRECISIONS:
-                self.query_one(f"#precision-{name}", Checkbox).value = name in self._at_once.precisions
             self._begin(self._at_once)
+        elif self._job is not None and self._job.ended:
+            self._ended(self._job)
+        elif self._job is not None:
+            self._watch(self._job)
 
-    def on_unmount(self) -> None:
-        """Whoever leaves, leaves no export behind."""
-        if self._export is not None:
-            self._export.cancel()
+    def on_screen_resume(self) -> None:
+        """What lay over this screen is gone: an export that ended meanwhile is taken now."""
+        self._take()
 
     @on(Checkpoints.FileSelected)
     @on(Checkpoints.DirectorySelected)
@@ -171,12 +194,17 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
             self.action_close()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """One export at a time."""
-        return False if action == "export" and self._export is not None else super().check_action(action, parameters)
+        """One export at a time; what is being ended is not left."""
+        at_work = self._at_work
+        if action == "export" and at_work is not None:
+            return False
+        if action == "leave" and (at_work is None or at_work.cancelled):
+            return False
+        return super().check_action(action, parameters)
 
     def action_export(self) -> None:
         """Begin."""
-        if self._export is not None:
+        if self._at_work is not None:
             return
         wish = self._wish()
         if not wish.source:
@@ -189,23 +217,56 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
 
     def _begin(self, wish: Wish) -> None:
         try:
-            self._export = Export(wish, self._command)
+            job = self._exports.begin(wish, browse=self._browse, command=self._command)
         except LlmEdgeError as error:
             self._fail(str(error))
             return
-        self.query_one("#form").display = False
-        self.query_one("#progress").display = True
+        self._watch(job)
+
+    def _watch(self, job: Job) -> None:
+        self._job = job
+        self._exports.watcher = self._ended
+        self._fail("")
         self.set_focus(None)
-        self.refresh_bindings()
+        self._turn()
         self._look()
-        self._wait(self._export)
+
+    def _turn(self) -> None:
+        """Show the progress, or the form."""
+        job, at_work = self._job, self._at_work is not None
+        self.query_one("#form").display = not at_work
+        self.query_one("#progress").display = at_work
+        form = "Export a file or folder" if self._browse else "Export from Hugging Face"
+        self.query_one("#box").border_title = Content(f"Export of {job.name}" if job is not None and at_work else form)
+        self.refresh_bindings()
+
+    def action_leave(self) -> None:
+        """Leave it at work."""
+        if self._job is None:
+            return
+        self._exports.watcher = None
+        self.notify(f"The export of {self._job.name} goes on. F4 shows it.", markup=False)
+        self.dismiss(None)
 
     def action_close(self) -> None:
         """End the export, if one is at work; else leave."""
-        if self._export is not None:
-            self._export.cancel()
-        else:
-            self.dismiss(None)
+        if self._at_work is not None:
+            self._at_work.cancel()
+            self.refresh_bindings()
+            return
+        if self._job is not None:
+            self._exports.forget(self._job)
+        self.dismiss(None)
+
+    def _fill(self, wish: Wish) -> None:
+        """Fill in the form."""
+        for name in PRECISIONS:
+            self.query_one(f"#precision-{name}", Checkbox).value = name in wish.precisions
+        for name, typed in wish.options.items():
+            self.query_one(f"#option-{name}").display = True
+            self.query_one(f"#option-{name} Input", Input).value = typed
+        force = self.query_one("#force", Checkbox)
+        force.value = force.display = wish.force
 
     def _wish(self) -> Wish:
         options = {
@@ -215,24 +276,18 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         }
         chosen = tuple(name for name in PRECISIONS if self.query_one(f"#precision-{name}", Checkbox).value)
         source = self.query_one("#source", Input).value.strip()
-        return Wish(source, chosen, options, self.query_one("#force", Checkbox).value)
+        before = self._filled
+        again = before is not None and before.source == source and {*before.precisions} == {*chosen}
+        validate = before is None or before.validate or not again  # what was to be quick is, the second time too
+        return Wish(source, chosen, options, self.query_one("#force", Checkbox).value, validate)
 
-    @work(thread=True)
-    def _wait(self, export: Export) -> None:
-        path = export.result()
-        if not get_current_worker().is_cancelled:
-            self.app.call_from_thread(self._ended, export, path)
-
-    def _ended(self, export: Export, path: Path | None) -> None:
-        self._export = None
-        if path is not None:
-            self.dismiss(BundleChoice(path))
+    def _ended(self, job: Job) -> None:
+        if job.bundle is not None:
+            self._take()
             return
-        error = export.error()
-        self.query_one("#form").display = True
-        self.query_one("#progress").display = False
+        self._turn()
+        error = job.export.error()
         self._fail(error)
-        self.refresh_bindings()
         wanted = named_options(error)
         for name in wanted:
             self.query_one("#force" if name == "force" else f"#option-{name}").display = True
@@ -240,14 +295,22 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         first = next((name for name in wanted if name != "force"), None)
         self.query_one(f"#option-{first} Input" if first else "#source").focus()
 
+    def _take(self) -> None:
+        """Give the bundle, unless another screen lies over this one."""
+        job = self._job
+        if job is not None and job.bundle is not None and self.app.screen is self:
+            self._job = None
+            self._exports.forget(job)
+            self.dismiss(BundleChoice(job.bundle))
+
     def _fail(self, error: str) -> None:
         line = self.query_one("#failure", Static)
         line.update(printable(error))
         line.display = bool(error)
 
     def _look(self) -> None:
-        if self._export is not None:
-            self.query_one("#progress", Static).update(_picture(self._export))
+        if self._at_work is not None:
+            self.query_one("#progress", Static).update(_picture(self._at_work))
 
 
 def _picture(export: Export) -> Content:

@@ -40,7 +40,7 @@ KEYS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
         ("Ctrl-J, Alt-Enter", "a new line (Shift-Enter too, where the terminal tells)"),
         ("↑ ↓", "on the first and the last line: what was asked before"),
         ("Ctrl-N", "a new conversation"),
-        ("Ctrl-Z", "undo; with nothing written: back to the conversation before"),
+        ("Ctrl-Z", "undo; with nothing written: back to the conversation before, or the latest one"),
         ("Ctrl-R", "another answer to the last question"),
         ("Ctrl-G", "go on with the last answer"),
         ("Shift-Tab", "to the messages"),
@@ -66,6 +66,7 @@ KEYS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     ),
     "Conversations (F2)": (
         ("Enter", "open"),
+        ("↓", "from the search into the list; there:"),
         ("r  p  d  u", "rename, pin, delete, bring back"),
         ("e  i", "export to Markdown or JSON, import (ChatGPT's export, or a file of ours)"),
         ("/", "search all messages"),

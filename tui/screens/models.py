@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import events, work
 from textual.app import ComposeResult
@@ -20,6 +20,7 @@ from textual.worker import get_current_worker
 
 from llm_edge.runtime.errors import MachineError
 from llm_edge.tui import bundles, endpoint
+from llm_edge.tui.background import Exports, Job
 from llm_edge.tui.bundles import Broken, Offer
 from llm_edge.tui.choice import BundleChoice, Choice, called, is_of, open_responder, remember
 from llm_edge.tui.conversation import one_line
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 
 _NAME, _PRECISION, _SIZE = 22, 11, 8  # columns
 _WAY = 29  # columns
-_SOON, _INT8, _FILE, _HUB, _ENDPOINT = "soon", "int8", "file", "hub", "endpoint"
+_TELL = 20.0  # seconds that a notification of an end stays: it comes when one is not waiting for it
+_LOOK = 0.5  # seconds between two looks at an export at work
+_SOON, _INT8, _FILE, _HUB, _ENDPOINT, _JOB = "soon", "int8", "file", "hub", "endpoint", "job"
 _WAYS = {
     _SOON: ("Make SmolLM2-135M now", "int8, a minute or two; a first small model"),
     _INT8: ("Make SmolLM2-135M, measured", "int8 with its proof against PyTorch; minutes"),
@@ -53,7 +56,7 @@ class Row:
     Attributes:
         shown: how it reads.
         searched: where typed words are looked for.
-        choice: what it stands for: a choice, or one of `_WAYS`; None for what cannot be chosen.
+        choice: what it stands for: a choice, one of `_WAYS`, or `_JOB`; None for what cannot be chosen.
         rank: of all that can be, the one of the highest is highlighted at first.
     """
 
@@ -99,6 +102,11 @@ class ModelsScreen(ModalScreen[Choice | None]):
         self._rows: list[Row] = []
         self._shown: list[Row] = []
         self._beside: tuple[str, ...] = ()  # precisions of SmolLM2 that are there, and stay
+        self._job: tuple[Job, bool] | None = None  # that is shown, and whether it failed
+
+    @property
+    def _exports(self) -> Exports:
+        return cast("ChatApp", self.app).exports
 
     def compose(self) -> ComposeResult:
         """The list, with what is typed to shorten it above."""
@@ -115,7 +123,23 @@ class ModelsScreen(ModalScreen[Choice | None]):
         self.query_one("#reason").display = bool(self._reason)
         self.query_one("#offers").can_focus = False
         self.query_one("#filter").focus()
+        self._job = self._work()
         self._look()
+        self.set_interval(_LOOK, self._watch)
+
+    def _work(self) -> tuple[Job, bool] | None:
+        """The export to be shown, and whether it failed."""
+        job = self._exports.job
+        return (job, job.failed) if job is not None and job.bundle is None else None
+
+    def _watch(self) -> None:
+        """Show how far an export is; once it has ended, what there is then."""
+        job, self._job = self._job, self._work()
+        if job != self._job:
+            self._look()
+        elif self._job is not None and self._rows and self._rows[0].choice == _JOB:
+            self._rows[0] = _at_work(*self._job)
+            self.query_one("#offers", OptionList).replace_option_prompt_at_index(0, self._rows[0].shown)
 
     @work(thread=True, exclusive=True)
     def _look(self) -> None:
@@ -125,7 +149,10 @@ class ModelsScreen(ModalScreen[Choice | None]):
             self.app.call_from_thread(self._found, found, places)
 
     def _found(self, found: list[Offer | Broken], places: list[Endpoint]) -> None:
-        rows = [self._broken(each) if isinstance(each, Broken) else self._offer(each) for each in found]
+        rows = [_at_work(*self._job)] if self._job is not None else []
+        rows += [self._broken(each) if isinstance(each, Broken) else self._offer(each) for each in found]
+        if (job := self._exports.job) is not None and job.bundle is not None:
+            self._exports.forget(job)  # it stands in the list now
         rows += [self._place(each) for each in places]
         own = [each.precision for each in found if isinstance(each, Offer) and each.path == bundles.DEFAULT]
         self._beside = tuple(own)
@@ -137,7 +164,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
                 )
                 rows.append(Row(shown, f"{title} {note}", way))
         self._rows = rows
-        self._show("")
+        self._show(self.query_one("#filter", Input).value)
 
     def _offer(self, offer: Offer) -> Row:
         choice = BundleChoice(offer.path, offer.precision)
@@ -153,7 +180,9 @@ class ModelsScreen(ModalScreen[Choice | None]):
             ("  " + fidelity, "$text-muted"),
         )
         searched = f"{name} {printable(offer.name)} {offer.precision} {offer.path}"
-        return Row(shown, searched, choice, 2 if now else int(offer.preferred))
+        job = self._exports.job
+        made = job is not None and job.bundle is not None and job.bundle.absolute() == offer.path.absolute()
+        return Row(shown, searched, choice, 3 if made and offer.preferred else 2 if now else int(offer.preferred))
 
     def _broken(self, broken: Broken) -> Row:
         name = printable(_called(broken.path))
@@ -230,14 +259,26 @@ class ModelsScreen(ModalScreen[Choice | None]):
         if choice == _ENDPOINT:
             self.app.push_screen(EndpointScreen(typed), self._made)
         elif isinstance(choice, str):
-            better = replace(SMOLLM2_INT8, precisions=(*SMOLLM2_INT8.precisions, *self._beside))
-            wish = {_SOON: SMOLLM2_SOON, _INT8: better}.get(choice)
-            self.app.push_screen(ExportScreen(typed, browse=choice == _FILE, wish=wish), self._made)
+            self._export(choice, typed)
         elif choice is not None:
             self.dismiss(choice)
 
+    def _export(self, way: str, typed: str) -> None:
+        """Show the export at work, or one that failed unless another source was typed; else begin a new one."""
+        work = self._work()
+        if work is not None and (not typed or not work[0].ended):
+            self.app.push_screen(ExportScreen(job=work[0]), self._exported)
+        elif way in _WAYS:
+            better = replace(SMOLLM2_INT8, precisions=(*SMOLLM2_INT8.precisions, *self._beside))
+            wish = {_SOON: SMOLLM2_SOON, _INT8: better}.get(way)
+            self.app.push_screen(ExportScreen(typed, browse=way == _FILE, wish=wish), self._exported)
+
     def _made(self, choice: Choice | None) -> None:
         if choice is not None:
+            self.dismiss(choice)
+
+    def _exported(self, choice: BundleChoice | None) -> None:
+        if choice is not None or self._exports.at_work is not None:  # it was left: back to the conversation
             self.dismiss(choice)
 
 
@@ -246,12 +287,29 @@ def show_models(app: ChatApp, reason: str = "") -> None:
 
     def chosen(choice: Choice | None) -> None:
         if choice is not None:
-            before = app.session.responder
-            until = f"; until it is there, {before.name} answers" if before is not None else ""
-            app.say(f"Loading {called(choice)}{until}.")
-            app.load_responder(loading(app, choice))
+            _load(app, choice)
 
     app.push_screen(ModelsScreen(app.settings, app.session.responder, reason), chosen)
+
+
+def export_ended(app: ChatApp, job: Job) -> None:
+    """Tell of the end of an export that nobody looks at; its bundle answers only where there is nobody else to."""
+    if job.bundle is None:
+        error = f"The export of {job.name} failed: {printable(job.export.error())}\nF4 shows it."
+        app.notify(error, severity="error", timeout=_TELL, markup=False)
+    elif app.session.responder is None and not app.loading:
+        app.exports.forget(job)
+        _load(app, BundleChoice(job.bundle))
+    else:
+        made = f"{printable(job.bundle.name)} is made. F4 chooses it."
+        app.notify(made, timeout=_TELL, markup=False)
+
+
+def _load(app: ChatApp, choice: Choice) -> None:
+    before = app.session.responder
+    until = f"; until it is there, {before.name} answers" if before is not None else ""
+    app.say(f"Loading {called(choice)}{until}.")
+    app.load_responder(loading(app, choice))
 
 
 def loading(app: ChatApp, choice: Choice) -> Callable[[], Responder]:
@@ -270,6 +328,18 @@ def loading(app: ChatApp, choice: Choice) -> Callable[[], Responder]:
         return responder
 
     return load
+
+
+def _at_work(job: Job, failed: bool) -> Row:
+    """The row of an export that is at work, or failed unseen."""
+    if failed:
+        sign, style, said = "✗ ", "$error", f"the export of {job.name} failed: {printable(job.export.error())}"
+    else:
+        stages = job.export.stages()
+        share = f" {stages[-1].share:.0%}" if stages and stages[-1].share is not None else ""
+        doing = f"{printable(stages[-1].name)}{share}" if stages else "starting"
+        sign, style, said = "▸ ", "$accent", f"an export is at work: {doing}  ({job.name})"
+    return Row(Content.assemble((sign, style), (said, style)), said, _JOB, 3)
 
 
 def _way_to(typed: str) -> str:
