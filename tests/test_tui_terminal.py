@@ -115,6 +115,17 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
     assert "The capital of France is Paris." in shown
     assert max(map(len, shown.splitlines())) <= 80
 
+    screen.keys("BTab")
+    screen.until("Copy code")
+    screen.keys("y")
+    screen.until("Copied.")
+    deadline = time.monotonic() + PATIENCE
+    while "Paris." not in screen.run("list-buffers", "-F", "#{buffer_sample}"):  # whatever its set-clipboard says
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    screen.keys("Escape")
+    screen.until("Send")
+
     screen.ask(LONG)
     early = len(_answer(screen.until(growing(LONG)), LONG))
     screen.until(lambda shown: len(_answer(shown, LONG)) > early + 40)  # it streams
