@@ -232,7 +232,8 @@ def _told(path: Path, error: sqlite3.Error) -> LlmEdgeError:
         return InputError(f"{path}: damaged, or no database ({error}): move it away to begin a new one")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return MachineError(f"{path}: another program keeps it to itself: close that one, or try again")
-    return MachineError(f"{path}: {error}: see that the disk has room and the file can be written")
+    remedy = "see that the disk has room and the file can be written, or name another folder with LLM_EDGE_DATA"
+    return MachineError(f"{path}: {error}: {remedy}")
 
 
 def _holds(words: str, first: object, second: object) -> bool:
