@@ -106,6 +106,7 @@ def test_one_chats_beside_an_export_and_chooses_its_bundle(
             await pilot.press(key)
             await until(pilot, lambda: len(app.screen_stack) == 1)
             assert told(app, "The export of owner/bob goes on. F4 shows it.")
+            await until(pilot, lambda: "export: quantizing 45%" in screen(app))
             await ask(pilot, "While it works?", wait=False)
             assert app.session.answering is not None
             (place / "go").touch()

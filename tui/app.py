@@ -183,7 +183,9 @@ class ChatApp(App[None]):
         instruments, responder = self.instruments, self.session.responder
         instruments.context(self.session.used(), self._written, responder.context_length if responder else None)
         if self.session.answering is None:
-            instruments.say("loading the model …" if self.loading else "ready" if responder else "no model: F4")
+            at_work = self.exports.at_work
+            state = "loading the model …" if self.loading else "ready" if responder else "no model: F4"
+            instruments.say(f"export: {at_work.doing}" if at_work is not None and not self.loading else state)
 
     def say(self, text: str, severity: str = "information") -> None:
         """Say something in a corner of the screen."""
@@ -274,7 +276,7 @@ class ChatApp(App[None]):
 
     def _sample(self) -> None:
         rate = self.session.sample_rate()
-        if not self.instruments.is_attached or not (self.session.answering or any(self.session.rates)):
+        if not self.instruments.is_attached:
             return
         self.instruments.speed(list(self.session.rates))
         self._show_state()

@@ -47,6 +47,13 @@ class Job:
         return one_line(printable(Path(source).name if self.browse else source), _NAME) or "?"
 
     @property
+    def doing(self) -> str:
+        """What it is at, and how much of that is done."""
+        stages = self.export.stages()
+        share = f" {stages[-1].share:.0%}" if stages and stages[-1].share is not None else ""
+        return f"{printable(stages[-1].name)}{share}" if stages else "starting"
+
+    @property
     def failed(self) -> bool:
         """Whether it ended without a bundle."""
         return self.ended and self.bundle is None

@@ -335,10 +335,7 @@ def _at_work(job: Job, failed: bool) -> Row:
     if failed:
         sign, style, said = "✗ ", "$error", f"the export of {job.name} failed: {printable(job.export.error())}"
     else:
-        stages = job.export.stages()
-        share = f" {stages[-1].share:.0%}" if stages and stages[-1].share is not None else ""
-        doing = f"{printable(stages[-1].name)}{share}" if stages else "starting"
-        sign, style, said = "▸ ", "$accent", f"an export is at work: {doing}  ({job.name})"
+        sign, style, said = "▸ ", "$accent", f"an export is at work: {job.doing}  ({job.name})"
     return Row(Content.assemble((sign, style), (said, style)), said, _JOB, 3)
 
 
