@@ -139,7 +139,8 @@ def test_a_question_that_cannot_fit_is_not_sent(tmp_path: Path) -> None:
 
 def test_the_gauge_counts_the_prompt_while_an_answer_comes(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with app_with(tmp_path, "one two three", "four five " * 100, pause=0.02) as (app, pilot, fake):
+        long = "four five " * 100
+        async with app_with(tmp_path, "one two three", long, long, pause=0.02) as (app, pilot, fake):
             await ask(pilot, "Count to three.")
             before = app.session.used()
             for keys in (["o", "n", "enter"], ["ctrl+r"]):
