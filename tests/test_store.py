@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from llm_edge.runtime.errors import InputError, MachineError
 from llm_edge.tui import database, files, transcript
 from llm_edge.tui.conversation import Conversation, Message, one_line, snippet, title_of
-from llm_edge.tui.store import KEPT_DAYS, Store, Summary, default_path
+from llm_edge.tui.finder import Summary
+from llm_edge.tui.store import KEPT_DAYS, Store, default_path
 
 
 @pytest.fixture

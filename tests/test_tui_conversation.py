@@ -133,6 +133,17 @@ def test_a_question_that_cannot_fit_is_not_sent(tmp_path: Path) -> None:
             await until(pilot, lambda: app.query_one(Composer).text == long and "shorten it" in screen(app))
             assert not fake.asked
             assert not app.session.conversation.messages
+            app.query_one(Composer).write("")
+            await ask(pilot, "short")
+            views(app)[0].focus()
+            await pilot.press("e")
+            await until(pilot, lambda: app.query_one(Composer).text == "short")
+            app.query_one(Composer).write(long)
+            await pilot.press("enter")
+            await until(pilot, lambda: app.query_one(Composer).text == long)
+            await pilot.pause()
+            assert app.editing is not None  # it is edited still
+            assert len(app.session.conversation.messages) == 2
 
     drive(scene())
 

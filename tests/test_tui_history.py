@@ -23,10 +23,11 @@ from llm_edge.tui.app import ChatApp
 from llm_edge.tui.composer import Composer
 from llm_edge.tui.conversation import Conversation, Message
 from llm_edge.tui.fake import Said
+from llm_edge.tui.finder import Summary
 from llm_edge.tui.history_list import Conversations, file_name, group_of
 from llm_edge.tui.history_panel import PAGE, HistoryPanel
 from llm_edge.tui.screens.ask_text import AskText, AskYesNo
-from llm_edge.tui.store import Store, Summary
+from llm_edge.tui.store import Store
 
 NOW = time.mktime((2026, 11, 23, 12, 0, 0, 0, 0, -1))
 DAY = 86_400

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +12,6 @@ from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.theme import Theme
 from textual.timer import Timer
 from textual.widgets import Footer, Static, TextArea
 from textual.worker import get_current_worker
@@ -31,6 +29,7 @@ from llm_edge.tui.history_panel import HistoryPanel
 from llm_edge.tui.instruments import Instruments
 from llm_edge.tui.knobs import Knobs
 from llm_edge.tui.message_view import MessageView
+from llm_edge.tui.pace import FASTEST, Pace
 from llm_edge.tui.presets import Presets
 from llm_edge.tui.responder import Responder, tokens_of_question
 from llm_edge.tui.screens.compare import show_compare
@@ -39,13 +38,11 @@ from llm_edge.tui.screens.models import export_ended, show_models
 from llm_edge.tui.screens.questions import show_questions
 from llm_edge.tui.screens.tokens import show_tokens
 from llm_edge.tui.session import ChatSession
-from llm_edge.tui.settings import THEME, Settings
+from llm_edge.tui.settings import Settings
 from llm_edge.tui.store import Store
 from llm_edge.tui.terminal import printable
-from llm_edge.tui.themes import begin_theme, code_theme
+from llm_edge.tui.themes import begin_theme
 
-_FASTEST, _SLOWEST = 1 / 20, 1 / 4  # seconds between two looks at an answer that grows
-_SHARE = 0.03  # of the time may go into drawing it
 _SAMPLES = 0.5  # seconds between two points of the speed's picture
 _PATIENCE = 0.3  # seconds without a key before what is written is counted
 _NARROW = 110  # columns below which panels lie over the conversation
@@ -113,7 +110,7 @@ class ChatApp(App[None]):
         self._waiting: str | None = None  # a question from before there was somebody to answer it
         self._ticks: Timer | None = None
         self.sampling: Timer | None = None
-        self._next_look = self._spent = 0.0
+        self._pace = Pace()
         self._written = 0  # tokens of what stands in the composer
 
     # ---- the screen
@@ -132,10 +129,7 @@ class ChatApp(App[None]):
 
     async def on_mount(self) -> None:
         """Show what there is, and load the model beside."""
-        if trouble := begin_theme(self, self.settings):
-            self.say(trouble, "warning")
-        self.chat.use_code_theme(code_theme(self.current_theme))
-        self.theme_changed_signal.subscribe(self, self._use_theme)
+        begin_theme(self, self.settings, self.chat.use_code_theme, functools.partial(self.say, severity="warning"))
         self.composer.focus()
         try:
             self.composer.remember(self.session.store.questions())
@@ -145,7 +139,7 @@ class ChatApp(App[None]):
         if self.settings.trouble:
             self.say(self.settings.trouble, "warning")
         self.load_responder(self._load)
-        self._ticks = self.set_interval(_FASTEST, self._look, pause=True)
+        self._ticks = self.set_interval(FASTEST, self._look, pause=True)
         self.sampling = self.set_interval(_SAMPLES, self._sample)
 
     @property
@@ -197,17 +191,6 @@ class ChatApp(App[None]):
         if not self.is_web:
             self.run_worker(functools.partial(clipboard.to_tmux, text), thread=True, group="clipboard")
 
-    def _use_theme(self, theme: Theme) -> None:
-        self.chat.use_code_theme(code_theme(theme))
-        self._keep_theme(theme.name)
-
-    @work(thread=True, group="theme")
-    def _keep_theme(self, name: str) -> None:
-        try:
-            self.settings.change(THEME, lambda _: name)
-        except LlmEdgeError as error:
-            self.call_from_thread(self.say, str(error), "warning")
-
     # ---- who answers
 
     @work(thread=True, exclusive=True, group="load")
@@ -255,9 +238,9 @@ class ChatApp(App[None]):
 
     def _look(self) -> None:
         """Show what has come of an answer; looks more rarely where the screen takes long, here and in drawing it."""
-        now, spent = time.perf_counter(), time.thread_time()
-        if now < self._next_look or not self.chat.is_attached or (news := self.session.poll()) is None:
+        if not self._pace.due or not self.chat.is_attached or (news := self.session.poll()) is None:
             return
+        self._pace.look()
         view = self.chat.view(news.message)
         if view is not None:
             view.live = not news.ended
@@ -265,8 +248,6 @@ class ChatApp(App[None]):
         if news.ended:
             self._ended(news.message)
             self._show_state()
-        cost, self._spent = spent - self._spent, spent  # of the look before, and of all that was done since
-        self._next_look = now + min(max(cost / _SHARE, _FASTEST), _SLOWEST)
 
     def _ended(self, message: Message) -> None:
         if self._ticks is not None:
@@ -294,7 +275,7 @@ class ChatApp(App[None]):
             self.history.remove_class("open")
         await self.show()
         self.instruments.say("reading the prompt …")
-        self._next_look, self._spent = 0.0, time.thread_time()
+        self._pace = Pace()
         if self._ticks is not None:
             self._ticks.resume()
         return True
@@ -308,9 +289,9 @@ class ChatApp(App[None]):
             await self.action_new()
         elif self.editing is not None:
             message, text = self.editing, event.text
-            self.edit(None)
-            done = await self.answering(lambda session: session.edit(message, text))
-            self.composer.write(self._draft if done else text)
+            if await self._begin(text, lambda session, tokens: session.edit(message, text, tokens)):
+                self.edit(None)
+                self.composer.write(self._draft)
         elif self.session.responder is None and self.loading:
             self._waiting = event.text
             self.say("The model is still loading; this is asked as soon as it is there.")
@@ -319,14 +300,19 @@ class ChatApp(App[None]):
 
     async def ask(self, text: str) -> None:
         """Ask; a question that is refused returns to where it was written."""
+        await self._begin(text, lambda session, tokens: session.ask(text, tokens))
+
+    async def _begin(self, text: str, begin: Callable[[ChatSession, int], Message]) -> bool:
+        """Begin the answer to a question, which is told its tokens; False where that was refused."""
         responder, first = self.session.responder, not self.session.conversation.messages
         tokens = await asyncio.to_thread(tokens_of_question, responder, text, first=first)
         if responder is not None and responder.context_length is not None and tokens >= responder.context_length:
             limit = f"{tokens:,} tokens, and the model's context holds {responder.context_length:,}"
             self.say(f"The question has {limit}: shorten it.", "warning")
-            self.composer.write(text)
-        elif not await self.answering(lambda session: session.ask(text, tokens)):
-            self.composer.write(text)
+        elif await self.answering(lambda session: begin(session, tokens)):
+            return True
+        self.composer.write(text)
+        return False
 
     def edit(self, message: Message | None) -> None:
         """Let the composer's text take the place of a message, or (None) be a question of its own again."""

@@ -13,10 +13,11 @@ from textual.app import App
 
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui import transcript
+from llm_edge.tui.finder import Summary
 from llm_edge.tui.history_list import file_name
 from llm_edge.tui.importing import import_file
 from llm_edge.tui.screens.ask_text import AskText, AskYesNo
-from llm_edge.tui.store import Store, Summary
+from llm_edge.tui.store import Store
 from llm_edge.tui.terminal import printable
 
 _TELL_EVERY = 100  # conversations

@@ -16,7 +16,7 @@ from textual.message import Message as Event
 from textual.widgets import OptionList
 
 from llm_edge.tui.conversation import one_line, snippet
-from llm_edge.tui.store import Summary
+from llm_edge.tui.finder import Summary
 from llm_edge.tui.terminal import printable
 
 WIDTH = 37  # columns of a line of what a search found

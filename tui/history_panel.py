@@ -21,11 +21,11 @@ from textual.worker import get_current_worker
 
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.conversation import one_line
+from llm_edge.tui.finder import Finder, Summary
 from llm_edge.tui.history_files import export, import_conversations
 from llm_edge.tui.history_list import Conversations, found_prompt, group_of, heading, prompt
 from llm_edge.tui.screens.ask_text import AskText, Line
 from llm_edge.tui.session import ChatSession
-from llm_edge.tui.store import Store, Summary
 from llm_edge.tui.terminal import printable
 
 PAGE = 100  # conversations that are fetched at once
@@ -78,7 +78,7 @@ class HistoryPanel(Vertical):
     def __init__(self, session: ChatSession) -> None:
         super().__init__(id="history")
         self._session = session
-        self._reader: Store | None = None  # a connection of its own: a long search must not hold up the chat
+        self._reader: Finder | None = None  # a connection of its own: a long search must not hold up the chat
         self._wanted = PAGE
         self._found: dict[int, Summary] = {}
         self._stand_on: int | None = None  # where the list goes once it has been fetched
@@ -141,7 +141,7 @@ class HistoryPanel(Vertical):
         worker = get_current_worker()
         try:
             if self._reader is None:
-                self._reader = Store(self._session.store.path)
+                self._reader = Finder(self._session.store.path)
             if text.strip():
                 found = self._reader.search(text, wanted + 1)[begin:]
             else:

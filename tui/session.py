@@ -90,13 +90,13 @@ class ChatSession:
         question = message if message.role == "user" else self._parent(message)
         return self._answer(question)
 
-    def edit(self, question: Message, text: str) -> Message:
-        """Ask something else instead, beside what was asked."""
+    def edit(self, question: Message, text: str, tokens: int = 0) -> Message:
+        """Ask something else instead, beside what was asked; see `ask`."""
         self._refuse_while_answering()
         self._who()
         if question.role != "user":
             raise InputError("only what you asked can be edited: choose one of your messages")
-        return self._answer(self.store.add(self.conversation, "user", text, parent=question.parent))
+        return self._answer(self.store.add(self.conversation, "user", text, parent=question.parent), tokens)
 
     def go_on(self, message: Message) -> Message:
         """Continue an answer where it ended."""

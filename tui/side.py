@@ -59,6 +59,9 @@ class Nowhere(Store):
     def add_records(self, message: int, data: bytes) -> None:
         """See `Store`."""
 
+    def drop_records(self, message: int) -> None:
+        """See `Store`."""
+
     def records(self, message: int) -> list[bytes]:  # noqa: ARG002
         """See `Store`."""
         return []

@@ -3,9 +3,7 @@
 What is written is there when the program is killed the next moment: every change is a short transaction of its own, and
 the file is in SQLite's WAL mode. Only a machine that loses its power may lose the last moments, never more.
 
-The full text of finished messages is indexed by its trigrams (SQLite's FTS5), so that any part of a word is found, and
-Chinese and Japanese, which have no spaces, too. Words of one or two characters, messages that are not finished, and all
-messages where SQLite lacks the index are looked through one by one.
+How conversations are listed and found stands in `finder.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +12,8 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import platformdirs
 
@@ -28,55 +24,14 @@ from llm_edge.tui.conversation import (
     Conversation,
     Message,
     one_line,
-    snippet,
     title_of,
     without_surrogates,
 )
-from llm_edge.tui.database import Database
+from llm_edge.tui.finder import Finder
 
 LEAF: Final = -1  # as a parent: the last message that is shown
 KEEP_EVERY = 0.5  # seconds between writes of an answer that grows
 KEPT_DAYS = 30  # how long a deleted conversation can be restored
-_MOST_WORDS = 32  # of a search; what is pasted there may be long
-_LONGEST_WORD = 100  # characters
-
-_SUMMARY = """
-SELECT c.id, c.title, c.pinned, c.updated,
-    (SELECT COUNT(*) FROM messages m WHERE m.conversation = c.id),
-    (SELECT m.model FROM messages m WHERE m.conversation = c.id AND m.model <> '' ORDER BY m.id DESC LIMIT 1)
-"""
-_RECENT = f"""
-{_SUMMARY} FROM conversations c WHERE c.deleted IS NULL
-ORDER BY c.pinned DESC, c.updated DESC, c.id DESC LIMIT :limit OFFSET :offset
-"""
-_LOOK_IN_INDEX = """
-    SELECT rowid AS id FROM message_index WHERE message_index MATCH :match
-    UNION ALL SELECT id FROM messages WHERE NOT finished
-"""
-_LOOK_IN_ALL = "SELECT id FROM messages"
-_SEARCH = """
-WITH hits AS (
-    SELECT m.conversation, MAX(m.id) AS message FROM ({candidates}) f JOIN messages m ON m.id = f.id
-    WHERE m.finished AND :rest = '' OR holds(CASE WHEN m.finished THEN :rest ELSE :words END, m.content, m.reasoning)
-    GROUP BY m.conversation)
-{summary}, hits.message, holds(:words, c.title, '') AS in_title
-FROM conversations c LEFT JOIN hits ON hits.conversation = c.id
-WHERE c.deleted IS NULL AND (hits.message IS NOT NULL OR in_title)
-ORDER BY in_title DESC, c.updated DESC, c.id DESC LIMIT :limit
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A conversation in a list: `count` messages, the last `model` that answered, where a search found it."""
-
-    id: int
-    title: str
-    pinned: bool
-    updated: float
-    count: int
-    model: str
-    snippet: str = ""
 
 
 def default_path() -> Path:
@@ -89,7 +44,7 @@ def default_path() -> Path:
     return data / "conversations.sqlite3"
 
 
-class Store:
+class Store(Finder):
     """The conversations in a file, which is made if it is not there. May be used from any thread.
 
     Every method raises MachineError where the disk fails or another program keeps the file to itself, and InputError
@@ -103,8 +58,7 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._database = Database(path)
+        super().__init__(path)
         try:
             with self._database.change():
                 self._database.execute(
@@ -113,18 +67,6 @@ class Store:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; what was written stays."""
-        self._database.close()
 
     def new(self, title: str = "", system: str = "") -> Conversation:
         """A conversation without messages; it is stored with its first."""
@@ -309,48 +251,6 @@ class Store:
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return gone
 
-    def recent(self, limit: int = 50, offset: int = 0) -> list[Summary]:
-        """Conversations, pinned ones first, then the last used."""
-        with self._database.use():
-            rows = self._database.execute(_RECENT, {"limit": limit, "offset": offset}).fetchall()
-        return [_summary(row) for row in rows]
-
-    def search(self, text: str, limit: int = 50) -> list[Summary]:
-        """Conversations whose title, or one of whose messages, holds all these words, in part or in whole.
-
-        Upper and lower case are the same. Those with the words in the title come first, then the last used. Nothing
-        but white space finds everything.
-        """
-        text = without_surrogates(text).replace("\0", " ")
-        words = [word[:_LONGEST_WORD] for word in text.split(maxsplit=_MOST_WORDS)[:_MOST_WORDS]]
-        if not words:
-            return self.recent(limit)
-        long = [word for word in words if len(word) > 2] if self._database.indexed else []
-        values = {
-            "match": " AND ".join('"' + word.replace('"', '""') + '"' for word in long),
-            "words": "\n".join(words).casefold(),
-            "rest": "\n".join(word for word in words if word not in long).casefold(),
-            "limit": limit,
-        }
-        sql = _SEARCH.format(candidates=_LOOK_IN_INDEX if long else _LOOK_IN_ALL, summary=_SUMMARY)
-        with self._database.use():
-            rows = self._database.execute(sql, values).fetchall()
-            return [_summary(row, self._snippet(row[6], words)) for row in rows]
-
-    def questions(self, limit: int = 200, longest: int = 4000) -> list[str]:
-        """The latest questions that were asked here, imported ones not among them, the last one last.
-
-        Those of more than `longest` characters, which hold something pasted, are left out.
-        """
-        query = (  # CROSS: messages are gone through, from the last one on, until there are enough
-            "SELECT m.content FROM messages m CROSS JOIN conversations c ON c.id = m.conversation WHERE m.role = ?"
-            " AND m.foreign_id IS NULL AND c.foreign_id IS NULL AND c.deleted IS NULL AND LENGTH(m.content) <= ?"
-            " ORDER BY m.id DESC LIMIT ?"
-        )
-        with self._database.use():
-            rows = self._database.execute(query, (USER, longest, limit)).fetchall()
-        return [str(content) for (content,) in reversed(rows)]
-
     def adopt(
         self, conversation: Conversation, foreign_id: str = "", foreign_ids: Mapping[int, str] | None = None
     ) -> bool:
@@ -426,14 +326,6 @@ class Store:
         )
         return cursor.lastrowid or 0
 
-    def _snippet(self, message: int | None, words: list[str]) -> str:
-        if message is None:
-            return ""
-        query = "SELECT content, reasoning FROM messages WHERE id = ?"
-        content, reasoning = self._database.execute(query, (message,)).fetchone()
-        in_content = any(word.casefold() in content.casefold() for word in words)
-        return snippet(content if in_content else reasoning, words)
-
 
 def _id(conversation: Conversation | int) -> int:
     return conversation.id if isinstance(conversation, Conversation) else conversation
@@ -447,8 +339,3 @@ def _message(row: tuple[Any, ...]) -> Message:
     if not all(isinstance(value, dict) for value in values):
         raise TypeError(f"the parameters or figures of message {number} are no object")
     return Message(number, parent, role, content, reasoning, float(created), model, *values, bool(finished))
-
-
-def _summary(row: tuple[Any, ...], found: str = "") -> Summary:
-    number, title, pinned, updated, count, model = row[:6]
-    return Summary(number, str(title), bool(pinned), updated, count, str(model or ""), found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.style import Style
@@ -10,6 +11,7 @@ from textual.app import App
 from textual.color import Color
 from textual.theme import Theme
 
+from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.settings import THEME, Settings
 
 HIGH_CONTRAST = Theme(
@@ -45,12 +47,33 @@ def coloured(variables: Mapping[str, str], name: str) -> Style:
     return Style(color=Color.parse(variables[name]).rich_color)
 
 
-def begin_theme(app: App[Any], settings: Settings) -> str:
-    """Use the theme that was chosen the last time, if one was; returns what is wrong with it, or nothing."""
+def begin_theme(
+    app: App[Any], settings: Settings, use_code_theme: Callable[[str], None], warn: Callable[[str], None]
+) -> None:
+    """Use the theme that was chosen the last time, if one was, and keep what is chosen from now on.
+
+    Args:
+        app: whose theme it is.
+        settings: where it is kept.
+        use_code_theme: told the style of Pygments that suits a theme.
+        warn: told what is wrong.
+    """
+
+    def keep(name: str) -> None:
+        try:
+            settings.change(THEME, lambda _: name)
+        except LlmEdgeError as error:
+            app.call_from_thread(warn, str(error))
+
+    def use(theme: Theme) -> None:
+        use_code_theme(code_theme(theme))
+        app.run_worker(functools.partial(keep, theme.name), thread=True, group="theme")
+
     app.register_theme(HIGH_CONTRAST)
     chosen = settings.get(THEME)
     if chosen in app.available_themes:
         app.theme = chosen
     elif chosen:
-        return f"{settings.path}: there is no theme {chosen!r}: choose one (Ctrl-P, Theme)"
-    return ""
+        warn(f"{settings.path}: there is no theme {chosen!r}: choose one (Ctrl-P, Theme)")
+    use_code_theme(code_theme(app.current_theme))
+    app.theme_changed_signal.subscribe(app, use)
