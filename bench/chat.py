@@ -37,7 +37,7 @@ _APP = "import sys; from llm_edge.tui.cli import main; sys.argv[0] = 'llm-chat';
 _BARE = """
 import sys, json
 from pathlib import Path
-from llm_edge.tui.responder import LocalResponder
+from llm_edge.chat.responder import LocalResponder
 from dataclasses import replace
 path, precision, question, tokens = sys.argv[1:]
 model = LocalResponder(Path(path), precision)
@@ -49,7 +49,7 @@ print(json.dumps(last.timings.decode_tokens_per_second))
 _FILL = """
 import sys
 from pathlib import Path
-from llm_edge.tui.store import Store
+from llm_edge.chat.history.store import Store
 path, count, text = sys.argv[1:]
 with Store(Path(path)) as store:
     conversation = store.new("A long conversation")

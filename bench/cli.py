@@ -89,7 +89,7 @@ def _bench(
 
 def _tokens(bundle: Bundle) -> list[int]:
     from llm_edge.runtime.errors import InputError
-    from llm_edge.runtime.tokenizer import Tokenizer
+    from llm_edge.runtime.text.tokenizer import Tokenizer
 
     config = bundle.json("tokenizer_config.json")
     tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), config, None)

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from llm_edge.bench.copying import COPYING, PROSE
 from llm_edge.runtime.command import run
-from llm_edge.runtime.generate import Model
-from llm_edge.runtime.sampling_params import SamplingParams
+from llm_edge.runtime.model import Model
+from llm_edge.runtime.sampling.params import SamplingParams
 
 WAYS = {"greedy": SamplingParams(temperature=0), "drawn": SamplingParams(temperature=0.7, top_p=0.95, seed=1)}
 

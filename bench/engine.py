@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from llm_edge.bench.copying import COPYING, PROSE
-from llm_edge.runtime.answer import Result
 from llm_edge.runtime.command import run
 from llm_edge.runtime.engine import Engine
-from llm_edge.runtime.handle import Answer
-from llm_edge.runtime.sampler import Sampler
-from llm_edge.runtime.sampling_params import SamplingParams
+from llm_edge.runtime.generation import AsyncGeneration
+from llm_edge.runtime.results import GenerationResult
+from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.sampling.sampler import Sampler
 
 WIDTHS = (1, 2, 4, 8, 16)
 TOKENS = 96
@@ -66,7 +66,7 @@ def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) 
     """Tokens a second from when the last answer has begun until the first one ends."""
     times: list[list[float]] = [[] for _ in prompts]
 
-    def read(answer: Answer, when: list[float]) -> None:
+    def read(answer: AsyncGeneration, when: list[float]) -> None:
         when += [time.perf_counter() for _ in answer]
 
     answers = [engine.generate(each, _exactly(count)) for each in prompts]
@@ -122,7 +122,7 @@ def stall(engine: Engine) -> None:
     gaps: list[tuple[float, float]] = []
     params = SamplingParams(temperature=0.0, max_tokens=400, min_tokens=400)
 
-    def read(answer: Answer) -> None:
+    def read(answer: AsyncGeneration) -> None:
         last = None
         for _ in answer:
             now = time.perf_counter()
@@ -190,7 +190,7 @@ def texts(engine: Engine) -> None:
     """How often a text with guesses is not the one without, and how near the two tokens were where they part."""
     params = SamplingParams(temperature=0.0, max_tokens=200, logprobs=20)
 
-    def run(guess: bool) -> list[Result]:
+    def run(guess: bool) -> list[GenerationResult]:
         engine.guess = guess
         return [engine.chat(chat(text), params).result() for text in (*COPYING, *PROSE)]
 

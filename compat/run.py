@@ -243,11 +243,11 @@ def run(consumer: Consumer, folder: Path, job: Mapping[str, Any]) -> tuple[dict[
 
 def logit_gap(bundle: Bundle, info: PrecisionInfo, prompt: Sequence[int], tokens: Sequence[int], theirs: int) -> float:
     """By how much the best logit after prompt and tokens beats that of another token, in our runtime."""
-    from llm_edge.runtime.session import CHUNK, Session
+    from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
 
     session = Session(bundle.file(info.model), bundle.shape, info.share_buffer)
-    for start in range(0, len(prompt), CHUNK):
-        logits = session.step(prompt[start : start + CHUNK])
+    for start in range(0, len(prompt), MAX_STEP_TOKENS):
+        logits = session.step(prompt[start : start + MAX_STEP_TOKENS])
     for token in tokens:
         logits = session.step([token])
     return float(logits[-1].max() - logits[-1][theirs])

@@ -14,11 +14,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from llm_edge.runtime import Answer, Engine, SamplingParams
+from llm_edge.runtime import AsyncGeneration, Engine, SamplingParams
 from llm_edge.runtime.errors import LlmEdgeError
 
 
-def line(found: dict[str, Any], answer: Answer | LlmEdgeError) -> str:
+def line(found: dict[str, Any], answer: AsyncGeneration | LlmEdgeError) -> str:
     """A line of the output; waits for the answer's end."""
     try:
         if isinstance(answer, LlmEdgeError):
@@ -36,7 +36,7 @@ parser.add_argument("answers", type=Path)
 parser.add_argument("--bundle", default="artifacts/smollm2-135m")
 parser.add_argument("--max-tokens", type=int, default=200)
 options = parser.parse_args()
-going: deque[tuple[dict[str, Any], Answer | LlmEdgeError]] = deque()
+going: deque[tuple[dict[str, Any], AsyncGeneration | LlmEdgeError]] = deque()
 try:
     records = [json.loads(each) for each in options.prompts.read_text(encoding="utf-8").split("\n") if each.strip()]
     if not all(isinstance(record, dict) and isinstance(record.get("prompt"), str) for record in records):

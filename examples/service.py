@@ -18,7 +18,7 @@ from fastapi import Body, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from llm_edge.runtime import Answer, BusyError, Engine
+from llm_edge.runtime import AsyncGeneration, BusyError, Engine
 from llm_edge.runtime.errors import LlmEdgeError
 
 parser = argparse.ArgumentParser(description="Serve a bundle.")
@@ -30,7 +30,7 @@ app, options = FastAPI(), parser.parse_args()
 class _Events(StreamingResponse):
     """An answer as server-sent events, one a piece; it ends with the connection."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: AsyncGeneration) -> None:
         super().__init__(self._events(), media_type="text/event-stream")
         self._answer = answer
 

@@ -131,7 +131,7 @@ def export(
     def command() -> None:
         tell = None
         if explain or plot is not None:
-            from llm_edge.exporter import explain_cli
+            from llm_edge.exporter.explain import cli as explain_cli
 
             if plot is not None:
                 explain_cli.check_plot(plot)
@@ -178,7 +178,7 @@ def _export(
     tell: Callable[[Path], None] | None,
 ) -> None:
     """Make a bundle and report on it; `tell` then says more about what lies there."""
-    from llm_edge.exporter.recipes import parse_precisions
+    from llm_edge.exporter.quantization.recipes import parse_precisions
 
     if precision is None:
         precision = "fp32,int8,int4" if file_format is FileFormat.ONNX else "fp32"
@@ -187,10 +187,10 @@ def _export(
     with _Display(progress) as display:
         display.show("reading", None, source)
         try:
-            from llm_edge.exporter.checkpoint.meta import StateDictOptions
-            from llm_edge.exporter.checkpoint.source import SourceOptions
+            from llm_edge.checkpoint.meta.config import StateDictOptions
+            from llm_edge.checkpoint.source import SourceOptions
             from llm_edge.exporter.export import export as export_bundle
-            from llm_edge.exporter.graph import GraphStyle
+            from llm_edge.exporter.graph.trace import GraphStyle
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("llm_edge"):
                 raise  # ours, so no extra brings it

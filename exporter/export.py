@@ -10,23 +10,23 @@ from pathlib import Path
 
 import tokenizers
 
-from llm_edge.exporter.bundle_files import runtimes, write_json, write_side_files
-from llm_edge.exporter.calibrate import Choice
-from llm_edge.exporter.checkpoint.base import Checkpoint, Source
-from llm_edge.exporter.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
-from llm_edge.exporter.checkpoint.weights import Weights
-from llm_edge.exporter.explain_graph import explained
-from llm_edge.exporter.forms import Form, OnnxForm
-from llm_edge.exporter.graph import GraphStyle
-from llm_edge.exporter.model import count_parameters
-from llm_edge.exporter.passes.int8_cache import check_cache
+from llm_edge.checkpoint.base import Checkpoint, Source
+from llm_edge.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.bundle.formats import Form, OnnxForm
+from llm_edge.exporter.bundle.side_files import runtimes, write_json, write_side_files
+from llm_edge.exporter.bundle.staging import check_target, make_room, staging
+from llm_edge.exporter.bundle.torchscript import TorchScriptForm
+from llm_edge.exporter.explain.graph import explained
+from llm_edge.exporter.graph.passes.int8_cache import check_cache
+from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.prove import WHOLE_GB, Texts, model_shape, prove
-from llm_edge.exporter.recipes import RECIPES, Recipe
-from llm_edge.exporter.recipes import Source as SourceFormat
-from llm_edge.exporter.staging import check_target, make_room, staging
-from llm_edge.exporter.torchscript import TorchScriptForm
-from llm_edge.exporter.validate import Parity, Quality
+from llm_edge.exporter.quantization.calibrate import Choice
+from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
+from llm_edge.exporter.quantization.recipes import Source as SourceFormat
+from llm_edge.exporter.validation.compare import Parity, Quality
+from llm_edge.exporter.validation.parity import WHOLE_GB, Texts, model_shape, prove
+from llm_edge.model.decoder import count_parameters
+from llm_edge.model.weights import Weights
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, TORCHSCRIPT, ReasoningTags, manifest_entry
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 

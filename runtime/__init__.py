@@ -14,52 +14,52 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_edge.runtime.answer import FinishReason as FinishReason
-    from llm_edge.runtime.answer import Piece as Piece
-    from llm_edge.runtime.answer import Result as Result
-    from llm_edge.runtime.answer import Timings as Timings
     from llm_edge.runtime.bundle import Bundle as Bundle
     from llm_edge.runtime.bundle import Guards as Guards
     from llm_edge.runtime.bundle import ReasoningTags as ReasoningTags
     from llm_edge.runtime.bundle import ReasoningTokens as ReasoningTokens
-    from llm_edge.runtime.constraint import Constraint as Constraint
-    from llm_edge.runtime.counters import Counters as Counters
     from llm_edge.runtime.engine import Engine as Engine
     from llm_edge.runtime.errors import BusyError as BusyError
     from llm_edge.runtime.errors import ContextLengthError as ContextLengthError
-    from llm_edge.runtime.generate import Generation as Generation
-    from llm_edge.runtime.generate import Model as Model
-    from llm_edge.runtime.handle import Answer as Answer
-    from llm_edge.runtime.logprobs import TokenLogprob as TokenLogprob
-    from llm_edge.runtime.presets import PRESETS as PRESETS
-    from llm_edge.runtime.presets import apply_preset as apply_preset
-    from llm_edge.runtime.sampler import LogitsProcessor as LogitsProcessor
-    from llm_edge.runtime.sampling_params import SamplingParams as SamplingParams
+    from llm_edge.runtime.generation import AsyncGeneration as AsyncGeneration
+    from llm_edge.runtime.generation import Generation as Generation
+    from llm_edge.runtime.model import Model as Model
+    from llm_edge.runtime.results import FinishReason as FinishReason
+    from llm_edge.runtime.results import GenerationChunk as GenerationChunk
+    from llm_edge.runtime.results import GenerationResult as GenerationResult
+    from llm_edge.runtime.results import Timings as Timings
+    from llm_edge.runtime.sampling.constraint import Constraint as Constraint
+    from llm_edge.runtime.sampling.logprobs import TokenLogprob as TokenLogprob
+    from llm_edge.runtime.sampling.params import SamplingParams as SamplingParams
+    from llm_edge.runtime.sampling.presets import PRESETS as PRESETS
+    from llm_edge.runtime.sampling.presets import apply_preset as apply_preset
+    from llm_edge.runtime.sampling.sampler import LogitsProcessor as LogitsProcessor
+    from llm_edge.runtime.scheduling.counters import Counters as Counters
     from llm_edge.runtime.score import Score as Score
 
 _HOME = {
-    "Answer": "handle",
+    "AsyncGeneration": "generation",
     "Bundle": "bundle",
     "BusyError": "errors",
-    "Constraint": "constraint",
+    "Constraint": "sampling.constraint",
     "ContextLengthError": "errors",
-    "Counters": "counters",
+    "Counters": "scheduling.counters",
     "Engine": "engine",
-    "FinishReason": "answer",
-    "Generation": "generate",
+    "FinishReason": "results",
+    "Generation": "generation",
+    "GenerationChunk": "results",
+    "GenerationResult": "results",
     "Guards": "bundle",
-    "LogitsProcessor": "sampler",
-    "Model": "generate",
-    "PRESETS": "presets",
-    "Piece": "answer",
+    "LogitsProcessor": "sampling.sampler",
+    "Model": "model",
+    "PRESETS": "sampling.presets",
     "ReasoningTags": "bundle",
     "ReasoningTokens": "bundle",
-    "Result": "answer",
-    "SamplingParams": "sampling_params",
+    "SamplingParams": "sampling.params",
     "Score": "score",
-    "Timings": "answer",
-    "TokenLogprob": "logprobs",
-    "apply_preset": "presets",
+    "Timings": "results",
+    "TokenLogprob": "sampling.logprobs",
+    "apply_preset": "sampling.presets",
 }
 
 __all__ = list(_HOME)

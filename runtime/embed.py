@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from llm_edge.runtime.backend.session import PREFILL_CHUNK, HiddenStates
 from llm_edge.runtime.errors import LogitsError, ParameterError
-from llm_edge.runtime.session import PREFILL, HiddenStates
 
 POOLINGS = ("mean", "last", "none")
 
@@ -38,8 +38,8 @@ def pooled(
     check_pooling(pooling)
     found: list[HiddenStates] = []
     total = np.zeros(1)
-    for start in range(0, len(tokens), PREFILL):
-        states = step(tokens[start : start + PREFILL], 1 if pooling == "last" else 0)
+    for start in range(0, len(tokens), PREFILL_CHUNK):
+        states = step(tokens[start : start + PREFILL_CHUNK], 1 if pooling == "last" else 0)
         if pooling == "mean":
             total = total + states.sum(axis=0, dtype=np.float64)
         else:

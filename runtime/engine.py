@@ -15,25 +15,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llm_edge.runtime import cache_file
-from llm_edge.runtime.answer import FinishReason
-from llm_edge.runtime.batch import Batch
+from llm_edge.runtime.backend.session import Session, tries_cuda
+from llm_edge.runtime.base_model import BaseModel
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
-from llm_edge.runtime.counters import Counters
-from llm_edge.runtime.draft import Draft, guesses_of
 from llm_edge.runtime.errors import BundleError, BusyError, InputError, MachineError, ParameterError
-from llm_edge.runtime.front import Front
-from llm_edge.runtime.handle import Answer
-from llm_edge.runtime.rows import Rows
-from llm_edge.runtime.sampling_params import SamplingParams
-from llm_edge.runtime.scheduler import Request, Scheduler
-from llm_edge.runtime.session import Session, tries_cuda
-from llm_edge.runtime.text_side import open_bundle
-from llm_edge.runtime.tokenizer import Tokenizer
-from llm_edge.runtime.watchdog import Watchdog
+from llm_edge.runtime.generation import AsyncGeneration
+from llm_edge.runtime.loading import open_bundle
+from llm_edge.runtime.results import FinishReason
+from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.scheduling import cache_file
+from llm_edge.runtime.scheduling.batch import Batch
+from llm_edge.runtime.scheduling.counters import Counters
+from llm_edge.runtime.scheduling.scheduler import Request, Scheduler
+from llm_edge.runtime.scheduling.slots import SlotManager
+from llm_edge.runtime.scheduling.watchdog import Watchdog
+from llm_edge.runtime.speculative.draft_model import DraftModel, proposer_for
+from llm_edge.runtime.text.tokenizer import Tokenizer
 
 
-class Engine(Front[Answer]):
+class Engine(BaseModel[AsyncGeneration]):
     """A model for many callers at once.
 
     Args:
@@ -45,8 +45,8 @@ class Engine(Front[Answer]):
         kept: rows beyond those, for what earlier answers computed.
         waiting: requests that may wait.
         cache_bytes: of memory for keys and values that no answer uses now.
-        guess: tokens may be guessed and verified several a step (`runtime/lookup.py`), each answer in steps of its
-            own; None for where one answer is made at a time: a step for many gives more than guesses do.
+        guess: draft tokens may be verified, several in one step (`runtime/speculative/`), each answer in steps of its
+            own; None enables this where one answer is generated at a time, because batching gains more than drafting.
         step_seconds: a step that takes longer is ended, and its answers fail with MachineError; None for any time.
         draft: a smaller model that guesses, where one answer is made at a time (`active=1`), without `step_seconds`.
 
@@ -71,7 +71,7 @@ class Engine(Front[Answer]):
         cache_bytes: int = 1 << 30,
         guess: bool | None = None,
         step_seconds: float | None = None,
-        draft: Draft | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         for name, value, least in (("active", active, 1), ("kept", kept, 1), ("waiting", waiting, 0)):
             if type(value) is not int or not least <= value <= 1024:
@@ -87,7 +87,7 @@ class Engine(Front[Answer]):
         self._most_active, self._most_waiting = active, waiting
         self._counters = Counters()
         self._batch = Batch(session, active + kept)
-        self._rows = Rows(self._batch, cache_bytes)
+        self._rows = SlotManager(self._batch, cache_bytes)
         self._watchdog = Watchdog(step_seconds, self._batch.terminate, self._batch.resume)
         self._scheduler = Scheduler(self._batch, self._rows, self._counters, self._watchdog.watched)
         self._waiting: deque[Request] = deque()
@@ -124,7 +124,7 @@ class Engine(Front[Answer]):
             raise BundleError(
                 f"{bundle.path}: an engine needs a fused ONNX graph: export with --graph fused, or use runtime.Model"
             )
-        guesser = Draft.load(draft, draft_precision, bundle, info, tokenizer, provider, threads, verify=verify)
+        guesser = DraftModel.load(draft, draft_precision, bundle, info, tokenizer, provider, threads, verify=verify)
         in_turns = guesser is not None
         graph, width = bundle.file(info.model), info.hidden_size
         session = Session(graph, bundle.shape, True, provider, threads, in_turns=in_turns, hidden_size=width)
@@ -140,7 +140,7 @@ class Engine(Front[Answer]):
 
     def answers(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, count: int = 1
-    ) -> list[Answer]:
+    ) -> list[AsyncGeneration]:
         """Several answers to one prompt, which is computed once; of a seed, each takes one more than the one before it.
 
         All are taken or none is. Raises what `generate` does.
@@ -150,16 +150,18 @@ class Engine(Front[Answer]):
             raise ParameterError(f"count is {count!r}; 1 to 128 are possible")
         return self._submit(self._text.encode_prompt(prompt), params, began, count)
 
-    def _begin(self, tokens: list[int], params: SamplingParams | None, began: float) -> Answer:
+    def _begin(self, tokens: list[int], params: SamplingParams | None, began: float) -> AsyncGeneration:
         return self._submit(tokens, params, began, 1)[0]
 
-    def _submit(self, tokens: list[int], params: SamplingParams | None, began: float, count: int) -> list[Answer]:
+    def _submit(
+        self, tokens: list[int], params: SamplingParams | None, began: float, count: int
+    ) -> list[AsyncGeneration]:
         self._text.check(tokens, self.context_length)
         given = params if params is not None else self.default_params
         requests = []
         for number in range(count):
             own = given if given.seed is None else replace(given, seed=(given.seed + number) % 2**64)
-            guesses = guesses_of(self._draft) if self.guess else None
+            guesses = proposer_for(self._draft) if self.guess else None
             requests.append(Request(self._text.lane(tokens, own, self.context_length, began, guesses)))
         with self._changed:
             if self._closed:

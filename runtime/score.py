@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llm_edge.runtime.backend.session import PREFILL_CHUNK, Logits
 from llm_edge.runtime.errors import LogitsError, ParameterError
-from llm_edge.runtime.session import PREFILL, Logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ def scored(tokens: Sequence[int], step: Callable[[Sequence[int]], Logits]) -> Sc
     if len(tokens) < 2:
         raise ParameterError("the text has fewer than two tokens: there is nothing to score")
     found: list[float] = []
-    for start in range(0, len(tokens) - 1, PREFILL):
-        following = np.array(tokens[start + 1 : start + PREFILL + 1])
+    for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
+        following = np.array(tokens[start + 1 : start + PREFILL_CHUNK + 1])
         logits = step(tokens[start : start + len(following)]).astype(np.float64)  # [n, V]
         logits -= logits.max(axis=1, keepdims=True)
         chosen = logits[np.arange(len(following)), following]

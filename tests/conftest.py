@@ -13,11 +13,11 @@ import tiny
 from calling import call
 from filelock import FileLock
 
+from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
 from llm_edge.exporter import cli
-from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph import GraphStyle
-from llm_edge.exporter.recipes import parse_precisions
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.quantization.recipes import parse_precisions
 from llm_edge.runtime.engine import Engine
 
 if TYPE_CHECKING:

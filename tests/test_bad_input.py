@@ -26,13 +26,13 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from llm_edge.bench import cli as bench_cli
+from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.exporter import cli as export_cli
 from llm_edge.exporter import export as export_module
-from llm_edge.exporter import write_graphs as graphs_module
-from llm_edge.exporter.checkpoint.source import SourceOptions, open_checkpoint
-from llm_edge.exporter.graph import trace
+from llm_edge.exporter.graph import write as graphs_module
+from llm_edge.exporter.graph.trace import trace
 from llm_edge.exporter.progress import STAGES
-from llm_edge.exporter.recipes import RECIPES
+from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.runtime.bundle import manifest_entry
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.tui import cli as chat_cli

@@ -14,13 +14,13 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from project import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COMMANDS = sorted(PROJECT["scripts"])
-FOLDERS = sorted({entry.split(".")[1] for entry in PROJECT["scripts"].values()} | {"runtime"})
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/py.typed"))
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "gguf", "safetensors")
 
 DATA = {"py.typed", ".tcss", ".html", ".css", ".js", ".txt"}
@@ -128,7 +128,7 @@ def test_the_source_distribution_can_be_built_and_read(dist: Path, tree: Path) -
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     texts = ("exporter/data/calibration.txt", "exporter/data/validation.txt")
-    for name in ("pyproject.toml", "LICENSE", "README.md", *texts, "runtime/py.typed"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", *texts, "runtime/py.typed"):
         assert name in names
     sources = {str(path.relative_to(tree)) for folder in FOLDERS for path in (tree / folder).rglob("*.py")}
     assert sources <= names

@@ -16,32 +16,32 @@ from textual.timer import Timer
 from textual.widgets import Footer, Static, TextArea
 from textual.worker import get_current_worker
 
+from llm_edge.chat.history.conversation import Message
+from llm_edge.chat.history.store import Store
+from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.presets import Presets
+from llm_edge.chat.responder import Responder, tokens_of_question
+from llm_edge.chat.session import ChatSession
+from llm_edge.chat.settings import Settings
+from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.runtime.sampling_params import SamplingParams
+from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.tui import clipboard, message_actions
-from llm_edge.tui.background import Exports
-from llm_edge.tui.chat_view import ChatView
+from llm_edge.tui.background_export import Exports
 from llm_edge.tui.commands import commands
-from llm_edge.tui.composer import Composer
-from llm_edge.tui.controls import Controls, Turned, turn
-from llm_edge.tui.conversation import Message
-from llm_edge.tui.history_panel import HistoryPanel
-from llm_edge.tui.instruments import Instruments
-from llm_edge.tui.knobs import Knobs
-from llm_edge.tui.message_view import MessageView
-from llm_edge.tui.pace import FASTEST, Pace
-from llm_edge.tui.presets import Presets
-from llm_edge.tui.responder import Responder, tokens_of_question
+from llm_edge.tui.refresh import FASTEST, Pace
 from llm_edge.tui.screens.compare import show_compare
 from llm_edge.tui.screens.help import show_help
 from llm_edge.tui.screens.models import export_ended, show_models
 from llm_edge.tui.screens.questions import show_questions
 from llm_edge.tui.screens.tokens import show_tokens
-from llm_edge.tui.session import ChatSession
-from llm_edge.tui.settings import Settings
-from llm_edge.tui.store import Store
-from llm_edge.tui.terminal import printable
 from llm_edge.tui.themes import begin_theme
+from llm_edge.tui.widgets.chat_view import ChatView
+from llm_edge.tui.widgets.composer import Composer
+from llm_edge.tui.widgets.history_panel import HistoryPanel
+from llm_edge.tui.widgets.message_view import MessageView
+from llm_edge.tui.widgets.parameter_panel import Controls, Turned, turn
+from llm_edge.tui.widgets.status_bar import Instruments
 
 _SAMPLES = 0.5  # seconds between two points of the speed's picture
 _PATIENCE = 0.3  # seconds without a key before what is written is counted

@@ -13,10 +13,10 @@ import typer
 from llm_edge.runtime.command import run
 
 if TYPE_CHECKING:
-    from llm_edge.runtime.generate import Model
-    from llm_edge.runtime.sampler import SamplingParams
-    from llm_edge.tui.kept import Kept
-    from llm_edge.tui.store import Store
+    from llm_edge.chat.history.store import Store
+    from llm_edge.chat.recorder import Kept
+    from llm_edge.runtime.model import Model
+    from llm_edge.runtime.sampling.params import SamplingParams
 
 DEFAULT_BUNDLE = Path("artifacts/smollm2-135m")
 
@@ -103,14 +103,14 @@ def _application(
     where: tuple[str, int] | None,
 ) -> None:
     from llm_edge.runtime.errors import InputError
-    from llm_edge.runtime.sampling_params import SamplingParams
+    from llm_edge.runtime.sampling.params import SamplingParams
 
     SamplingParams(**changes)  # a wrong parameter is told before the screen is taken
     if choice is not None and choice[0] != DEFAULT_BUNDLE and not choice[0].exists():
         raise InputError(f"{choice[0]}: no such folder; make a bundle with llm-export, or name another")
     try:
+        from llm_edge.chat.choice import BundleChoice
         from llm_edge.tui import start
-        from llm_edge.tui.choice import BundleChoice
     except ImportError as e:
         raise InputError(f"the chat on a whole screen needs {e.name}: pip install 'llm-edge[tui]', or --plain") from e
     if where is None and not _on_screen():
@@ -137,11 +137,11 @@ def _chat(
     import dataclasses
     import io
 
+    from llm_edge.chat.text import printable
     from llm_edge.runtime.errors import BundleError, InputError, ParameterError
-    from llm_edge.runtime.sampler import SamplingParams
+    from llm_edge.runtime.sampling.params import SamplingParams
     from llm_edge.tui.plain import HINT, PlainChat
     from llm_edge.tui.standard_input import StandardInput
-    from llm_edge.tui.terminal import printable
 
     if sys.stdout is None:
         raise InputError("stdout is closed, so an answer has nowhere to go: open it, or send it to a file")
@@ -152,7 +152,7 @@ def _chat(
         raise ParameterError("--stdin and --no-stdin go with --ask: give a question, or leave them out")
     if bundle == DEFAULT_BUNDLE and not bundle.exists():
         raise BundleError(f"{bundle} is not there yet: make it with 'llm-export smollm2', or name another bundle")
-    from llm_edge.runtime.generate import Model
+    from llm_edge.runtime.model import Model
 
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # bytes that are no text, and text that a locale lacks
@@ -211,20 +211,20 @@ def _store() -> Store:
     from llm_edge.runtime.errors import InputError
 
     try:
-        from llm_edge.tui.store import Store, default_path
+        from llm_edge.chat.history.store import Store, default_path
     except ImportError as e:
         raise InputError(f"--save needs {e.name}: pip install 'llm-edge[tui]'") from e
     return Store(default_path())
 
 
 def _kept(store: Store, model: Model, system: str | None) -> Kept:
-    from llm_edge.tui.kept import Kept
+    from llm_edge.chat.recorder import Kept
 
     return Kept(store, model.bundle.name, model.precision.name, model.default_params, system or "", _note)
 
 
 def _note(text: str) -> None:
-    from llm_edge.tui.terminal import printable
+    from llm_edge.chat.text import printable
 
     print(printable(text), file=sys.stderr, flush=True)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from textual.app import SystemCommand
 from textual.screen import Screen
 
+from llm_edge.chat.history.conversation import ASSISTANT, USER
 from llm_edge.tui import message_actions
-from llm_edge.tui.conversation import ASSISTANT, USER
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp

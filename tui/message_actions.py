@@ -8,9 +8,9 @@ from textual.screen import Screen
 from textual.widgets import TextArea
 
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.tui.markdown import code_blocks
-from llm_edge.tui.message_view import MessageView
 from llm_edge.tui.screens.tokens import show_tokens
+from llm_edge.tui.widgets.markdown import code_blocks
+from llm_edge.tui.widgets.message_view import MessageView
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp

@@ -16,12 +16,12 @@ from typing import Any
 
 from textual.pilot import Pilot
 
+from llm_edge.chat.history.store import Store
+from llm_edge.chat.responder import LocalResponder, Responder
+from llm_edge.chat.settings import Settings
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.responder import LocalResponder, Responder
-from llm_edge.tui.settings import Settings
-from llm_edge.tui.store import Store
 
 SIZES = ((80, 24), (120, 36))
 _RATES = [20.0, 30.0, 40.0, 45.0, 44.0, 46.0, 45.0, 44.0, 46.0, 45.0]  # tokens a second, for the picture of the speed

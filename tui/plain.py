@@ -11,15 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from llm_edge.chat.context import begin_with_room, dropped_note
+from llm_edge.chat.files import write_file
+from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError, ParameterError
-from llm_edge.runtime.generate import FinishReason, Generation, Message, Timings
-from llm_edge.runtime.sampler import SamplingParams
-from llm_edge.tui.files import write_file
-from llm_edge.tui.room import begin_with_room, dropped_note
-from llm_edge.tui.terminal import Aside, printable, without_echo
+from llm_edge.runtime.generation import Generation
+from llm_edge.runtime.results import FinishReason, Timings
+from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.text.prompts import Message
+from llm_edge.tui.terminal import Aside, without_echo
 
 if TYPE_CHECKING:
-    from llm_edge.tui.kept import Kept
+    from llm_edge.chat.recorder import Kept
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, quit leaves."
 HELP = """\

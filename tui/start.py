@@ -11,14 +11,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_edge.chat.choice import BundleChoice, open_responder, remember
+from llm_edge.chat.fake import FakeResponder
+from llm_edge.chat.history.store import Store, default_path
+from llm_edge.chat.parameters import BY_NAME
+from llm_edge.chat.responder import Responder
+from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import InputError, MachineError
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.choice import BundleChoice, open_responder, remember
-from llm_edge.tui.fake import FakeResponder
-from llm_edge.tui.knobs import BY_NAME
-from llm_edge.tui.responder import Responder
-from llm_edge.tui.settings import Settings
-from llm_edge.tui.store import Store, default_path
 
 _FIXED_SIZE = ("COLUMNS", "LINES")
 """Shells and programs with readline export them; with them the screen would stay as it was when a window changes."""

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-# Control characters but line feed and tab (ESC and the C1 range begin terminal commands), the marks that reorder
-# text (Unicode bidirectional controls, which can make it read as something else), and halves of surrogate pairs,
-# which no terminal's encoding holds.
-_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """The text without anything that a terminal would obey."""
-    return _FORBIDDEN.sub("", text)
+from llm_edge.chat.text import printable
 
 
 class Aside:

@@ -11,8 +11,8 @@ from textual.app import App
 from textual.color import Color
 from textual.theme import Theme
 
+from llm_edge.chat.settings import THEME, Settings
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.tui.settings import THEME, Settings
 
 HIGH_CONTRAST = Theme(
     name="high-contrast",

@@ -7,7 +7,7 @@ import sys
 
 from llm_edge.bench.engine import together
 from llm_edge.runtime.engine import Engine
-from llm_edge.runtime.sampling_params import SamplingParams
+from llm_edge.runtime.sampling.params import SamplingParams
 
 
 def main() -> None:

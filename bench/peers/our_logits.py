@@ -12,8 +12,8 @@ from pathlib import Path
 
 def main() -> None:
     """Answer until standard input ends."""
+    from llm_edge.runtime.backend.session import open_session
     from llm_edge.runtime.bundle import Bundle
-    from llm_edge.runtime.session import open_session
 
     bundle = Bundle.open(sys.argv[1])
     info = bundle.precision(sys.argv[2])

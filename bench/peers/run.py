@@ -29,7 +29,7 @@ TOKENS, WINDOW = 2048, 512
 _QUIET = 0.2  # CPUs that others may use
 _MOST_CHARACTERS = 64 * TOKENS  # of a text; no tokenizer puts more into a token, on average
 _EXPORT = "from llm_edge.exporter.cli import main; main()"
-_SMOLLM2 = "from llm_edge.exporter.checkpoint.smollm2 import smollm2_gguf; print(smollm2_gguf())"
+_SMOLLM2 = "from llm_edge.checkpoint.download.smollm2 import smollm2_gguf; print(smollm2_gguf())"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -131,7 +131,7 @@ def tokens_of(bundle: Bundle, path: Path) -> list[int]:
     """Tokens of a text, enough to measure with."""
     from llm_edge.runtime.errors import InputError
     from llm_edge.runtime.safe_io import MIB, read_text
-    from llm_edge.runtime.tokenizer import Tokenizer
+    from llm_edge.runtime.text.tokenizer import Tokenizer
 
     text = read_text(path, 16 * MIB, error=InputError)[:_MOST_CHARACTERS]
     tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), bundle.json("tokenizer_config.json"), None)

@@ -14,21 +14,21 @@ from textual.containers import Horizontal
 from textual.screen import ModalScreen
 from textual.widgets import Button, Footer, Static
 
+from llm_edge.chat.choice import is_of
+from llm_edge.chat.comparison import Comparison, Side
+from llm_edge.chat.history.conversation import Message
+from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.presets import Presets
+from llm_edge.chat.responder import Responder
+from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.runtime.presets import DECIDED
-from llm_edge.tui.choice import is_of
-from llm_edge.tui.compare_column import NAMES, Column
-from llm_edge.tui.composer import Composer
-from llm_edge.tui.controls import Controls, Turned, turn
-from llm_edge.tui.conversation import Message
-from llm_edge.tui.knobs import Knobs
-from llm_edge.tui.message_view import MessageView
-from llm_edge.tui.presets import Presets
-from llm_edge.tui.responder import Responder
+from llm_edge.runtime.sampling.presets import DECIDED
 from llm_edge.tui.screens.models import ModelsScreen, loading
 from llm_edge.tui.screens.tokens import TokensScreen
-from llm_edge.tui.side import Comparison, Side
-from llm_edge.tui.terminal import printable
+from llm_edge.tui.widgets.compare_column import NAMES, Column
+from llm_edge.tui.widgets.composer import Composer
+from llm_edge.tui.widgets.message_view import MessageView
+from llm_edge.tui.widgets.parameter_panel import Controls, Turned, turn
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp

@@ -14,10 +14,10 @@ from textual.widgets import Button, Footer, Input, OptionList, Select, Static
 from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
+from llm_edge.chat.endpoint import key as endpoint_key
+from llm_edge.chat.endpoint.client import Endpoint, base_url, environment_keys, list_models, warning
+from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError
-from llm_edge.tui import endpoint_key
-from llm_edge.tui.endpoint import Endpoint, base_url, environment_keys, list_models, warning
-from llm_edge.tui.terminal import printable
 
 _NONE, _ENVIRONMENT, _KEYRING = "none", "environment", "keyring"
 

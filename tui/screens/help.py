@@ -15,7 +15,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from llm_edge.tui.terminal import printable
+from llm_edge.chat.text import printable
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp

@@ -18,19 +18,19 @@ from textual.widgets import Footer, Input, OptionList, Static
 from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
+from llm_edge.chat import bundles
+from llm_edge.chat.bundles import Broken, Offer
+from llm_edge.chat.choice import BundleChoice, Choice, called, is_of, open_responder, remember
+from llm_edge.chat.endpoint import client as endpoint
+from llm_edge.chat.endpoint.client import Endpoint
+from llm_edge.chat.export_process import SMOLLM2_INT8, SMOLLM2_SOON, SUFFIXES
+from llm_edge.chat.responder import Responder
+from llm_edge.chat.settings import Settings
+from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import MachineError
-from llm_edge.tui import bundles, endpoint
-from llm_edge.tui.background import Exports, Job
-from llm_edge.tui.bundles import Broken, Offer
-from llm_edge.tui.choice import BundleChoice, Choice, called, is_of, open_responder, remember
-from llm_edge.tui.conversation import one_line
-from llm_edge.tui.endpoint import Endpoint
-from llm_edge.tui.exporting import SMOLLM2_INT8, SMOLLM2_SOON, SUFFIXES
-from llm_edge.tui.responder import Responder
+from llm_edge.tui.background_export import Exports, Job
 from llm_edge.tui.screens.endpoint import EndpointScreen
-from llm_edge.tui.screens.exporting import ExportScreen
-from llm_edge.tui.settings import Settings
-from llm_edge.tui.terminal import printable
+from llm_edge.tui.screens.export import ExportScreen
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp

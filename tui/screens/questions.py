@@ -16,11 +16,10 @@ from textual.screen import ModalScreen
 from textual.widgets import Footer, OptionList, Static, TextArea
 from textual.widgets.option_list import Option
 
+from llm_edge.chat.questions import Questions
+from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.tui.composer import Composer
-from llm_edge.tui.conversation import one_line
-from llm_edge.tui.questions import Questions
-from llm_edge.tui.terminal import printable
+from llm_edge.tui.widgets.composer import Composer
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp

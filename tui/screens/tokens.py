@@ -18,16 +18,16 @@ from textual.containers import Container, Grid, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 
+from llm_edge.chat.candidates import Candidate, candidates
+from llm_edge.chat.history.conversation import ASSISTANT, Message
+from llm_edge.chat.parameters import BY_NAME, Knobs
+from llm_edge.chat.text import printable
+from llm_edge.chat.token_records import TokenRecord
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
-from llm_edge.tui.controls import KnobLine, Turned
-from llm_edge.tui.conversation import ASSISTANT, Message
-from llm_edge.tui.cuts import Candidate, candidates
-from llm_edge.tui.knobs import BY_NAME, Knobs
-from llm_edge.tui.message_view import MessageView
-from llm_edge.tui.records import TokenRecord
-from llm_edge.tui.terminal import printable
 from llm_edge.tui.themes import coloured
-from llm_edge.tui.token_text import TokenText, visible
+from llm_edge.tui.widgets.message_view import MessageView
+from llm_edge.tui.widgets.parameter_panel import KnobLine, Turned
+from llm_edge.tui.widgets.token_text import TokenText, visible
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp

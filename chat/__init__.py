@@ -1,0 +1,1 @@
+"""What every chat front end shares: conversations and their store, parameters, presets and endpoints."""

@@ -1,0 +1,151 @@
+"""A conversation as a tree of messages, one path of which is shown. Knows nothing of files, models or screens."""
+
+from __future__ import annotations
+
+import re
+from bisect import insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_edge.chat.text import one_line
+
+USER = "user"
+ASSISTANT = "assistant"
+ROLES = (USER, ASSISTANT)
+TITLE_LENGTH = 60  # characters of a title that is made from a question
+
+
+@dataclass(slots=True)
+class Message:
+    """A question or an answer.
+
+    Attributes:
+        id: above 0, and above its parent's.
+        parent: the message it follows; None = it begins the conversation.
+        role: "user" or "assistant".
+        content: the text, as Markdown.
+        reasoning: what the model thought before it answered, which is never sent back to it.
+        created: unix seconds.
+        model: who answered.
+        params: what the answer was made with where that differs from the model's defaults; JSON values.
+        figures: how it went (tokens, tokens_per_second, finish_reason, …); JSON values.
+        finished: False while an answer grows, and for ever if the program ended meanwhile.
+    """
+
+    id: int
+    parent: int | None
+    role: str
+    content: str = ""
+    reasoning: str = ""
+    created: float = 0.0
+    model: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    finished: bool = True
+
+
+@dataclass
+class Conversation:
+    """Messages that branch wherever a question was edited or an answer made again.
+
+    Attributes:
+        id: 0 until it is stored.
+        title: one line.
+        pinned: whether it stands first among all.
+        created, updated: unix seconds.
+        system: the system prompt; "" = the template's own.
+        messages: all of them, by id; new ones come in through `attach`.
+        leaf: the last message of the path that is shown; None = nothing is shown.
+    """
+
+    id: int = 0
+    title: str = ""
+    pinned: bool = False
+    created: float = 0.0
+    updated: float = 0.0
+    system: str = ""
+    messages: dict[int, Message] = field(default_factory=dict)
+    leaf: int | None = None
+    _children: dict[int | None, list[int]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        messages, self.messages, self._children = self.messages, {}, {}
+        for number in sorted(messages):
+            self.attach(messages[number])
+
+    def attach(self, message: Message) -> None:
+        """Take a message in; the path that is shown stays.
+
+        Raises:
+            ValueError: its id is taken, its parent is not here or is younger than it, or nobody has its role.
+        """
+        if message.id < 1 or message.id in self.messages:
+            raise ValueError(f"message {message.id}: the id is below 1 or taken")
+        if message.parent is not None and (message.parent not in self.messages or message.parent >= message.id):
+            raise ValueError(f"message {message.id}: the parent {message.parent} is not an earlier message")
+        if message.role not in ROLES:
+            raise ValueError(f"message {message.id}: the role {message.role!r} is none of {', '.join(ROLES)}")
+        self.messages[message.id] = message
+        insort(self._children.setdefault(message.parent, []), message.id)
+
+    def path(self) -> list[Message]:
+        """What is shown, from the first message to the leaf."""
+        return self.path_to(self.leaf)
+
+    def path_to(self, number: int | None) -> list[Message]:
+        """The messages from the first one to this one."""
+        path: list[Message] = []
+        while number is not None:
+            path.append(self.messages[number])
+            number = path[-1].parent
+        return path[::-1]
+
+    def children(self, number: int | None) -> list[int]:
+        """What follows a message, the oldest first; of None, the beginnings."""
+        return list(self._children.get(number, ()))
+
+    def siblings(self, number: int) -> list[int]:
+        """The branches at this message: it and what else follows its parent, the oldest first."""
+        return self.children(self.messages[number].parent)
+
+    def select(self, number: int) -> None:
+        """Show the branch with this message, down to the most recent message that follows it."""
+        newest, waiting = number, [self.messages[number].id]
+        while waiting:
+            following = self._children.get(waiting.pop(), ())
+            newest = max((newest, *following))
+            waiting += following
+        self.leaf = newest
+
+
+def title_of(question: str) -> str:
+    """A title made from a question: its first line, cut after a sentence or else between words."""
+    for line in question[:20_000].splitlines():
+        text = " ".join(line.lstrip("#>*- \t").split())
+        if not text:
+            continue
+        if len(text) > TITLE_LENGTH:
+            sentences = [end for end in _sentence_ends(text) if TITLE_LENGTH // 3 <= end <= TITLE_LENGTH]
+            if sentences:
+                return text[: sentences[-1]]
+        return one_line(text, TITLE_LENGTH)
+    return ""
+
+
+def depth(value: Any) -> int:
+    """How deep JSON values are nested; 0 for one that holds no others."""
+    level, values = 0, [value]
+    while values := [inner for outer in values for inner in _inside(outer)]:
+        level += 1
+    return level
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _sentence_ends(text: str) -> list[int]:
+    return [match.end() for match in re.finditer("[.!?…](?= )|[\u3002\uff01\uff1f]", text[: TITLE_LENGTH + 2])]

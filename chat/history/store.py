@@ -1,0 +1,334 @@
+"""Conversations in one SQLite file, which several programs may use at once. Knows nothing of models or screens.
+
+What is written is there when the program is killed the next moment: every change is a short transaction of its own, and
+the file is in SQLite's WAL mode. Only a machine that loses its power may lose the last moments, never more.
+
+How conversations are listed and found stands in `finder.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import platformdirs
+
+from llm_edge.chat.history.conversation import ROLES, USER, Conversation, Message, title_of
+from llm_edge.chat.history.search import Finder
+from llm_edge.chat.text import one_line, without_surrogates
+from llm_edge.runtime.errors import InputError
+
+LEAF: Final = -1  # as a parent: the last message that is shown
+KEEP_EVERY = 0.5  # seconds between writes of an answer that grows
+KEPT_DAYS = 30  # how long a deleted conversation can be restored
+
+
+def default_path() -> Path:
+    """Where conversations are kept: the folder that LLM_EDGE_DATA names, or the user's data folder."""
+    folder = os.environ.get("LLM_EDGE_DATA", "")
+    try:
+        data = Path(folder).expanduser() if folder else platformdirs.user_data_path("llm-edge", appauthor=False)
+    except RuntimeError as e:  # a ~ of nobody
+        raise InputError(f"LLM_EDGE_DATA: {folder}: {e}: name a folder") from e
+    return data / "conversations.sqlite3"
+
+
+class Store(Finder):
+    """The conversations in a file, which is made if it is not there. May be used from any thread.
+
+    Every method raises MachineError where the disk fails or another program keeps the file to itself, and InputError
+    where the file is damaged.
+
+    Args:
+        path: the file; its folder is made as well.
+
+    Raises:
+        InputError: the file is damaged, something else, or of a newer program; it is left as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with self._database.change():
+                self._database.execute(
+                    "DELETE FROM conversations WHERE deleted < ?", (time.time() - KEPT_DAYS * 86_400,)
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def new(self, title: str = "", system: str = "") -> Conversation:
+        """A conversation without messages; it is stored with its first."""
+        now = time.time()
+        title = one_line(without_surrogates(title))
+        return Conversation(title=title, system=without_surrogates(system), created=now, updated=now)
+
+    def load(self, number: int) -> Conversation:
+        """A conversation with all its messages.
+
+        Raises:
+            InputError: there is none with this id, or it was deleted.
+        """
+        with self._database.use():
+            row = self._database.execute(
+                "SELECT title, pinned, created, updated, system, leaf FROM conversations"
+                " WHERE id = ? AND deleted IS NULL",
+                (number,),
+            ).fetchone()
+            if row is None:
+                raise InputError(f"there is no conversation {number}: it may have been deleted")
+            rows = self._database.execute(
+                "SELECT id, parent, role, content, reasoning, created, model, params, figures, finished"
+                " FROM messages WHERE conversation = ? ORDER BY id",
+                (number,),
+            ).fetchall()
+        title, pinned, created, updated, system, leaf = row
+        conversation = Conversation(number, str(title), bool(pinned), created, updated, str(system))
+        try:
+            for message in rows:
+                conversation.attach(_message(message))
+        except (RecursionError, TypeError, ValueError) as e:
+            raise InputError(f"{self.path}: damaged ({e}): move it away to begin a new one") from e
+        conversation.leaf = leaf if leaf in conversation.messages else max(conversation.messages, default=None)
+        return conversation
+
+    def add(
+        self,
+        conversation: Conversation,
+        role: str,
+        content: str = "",
+        *,
+        parent: int | None = LEAF,
+        model: str = "",
+        params: Mapping[str, Any] | None = None,
+        finished: bool | None = None,
+    ) -> Message:
+        """Add a message, which becomes the last that is shown. The first one stores the conversation.
+
+        Args:
+            conversation: where it goes; a deleted one is restored by this.
+            role: "user" or "assistant".
+            content: the text so far.
+            parent: the message it follows, by id; None = it begins the conversation anew, as a branch.
+            model: who answers.
+            params: what the answer is made with.
+            finished: default: True for "user", False for "assistant", until `update` says otherwise.
+
+        Raises:
+            InputError: the conversation was deleted for good meanwhile.
+            ValueError: nobody has this role, or the parent is not in the conversation.
+        """
+        parent = conversation.leaf if parent == LEAF else parent
+        if role not in ROLES or (parent is not None and parent not in conversation.messages):
+            raise ValueError(f"a message of {role!r} after message {parent} does not fit this conversation")
+        message = Message(
+            id=0,
+            parent=parent,
+            role=role,
+            content=without_surrogates(content),
+            created=time.time(),
+            model=without_surrogates(model),
+            params=dict(params or {}),
+            finished=role == USER if finished is None else finished,
+        )
+        title = conversation.title or (title_of(message.content) if role == USER else "")
+        with self._database.change():
+            number = conversation.id or self._insert(conversation)
+            changed = self._database.execute(
+                "UPDATE conversations SET title = CASE title WHEN '' THEN ? ELSE title END, updated = ?, deleted = NULL"
+                " WHERE id = ?",
+                (title, message.created, number),
+            )
+            if changed.rowcount == 0:
+                raise InputError(f"conversation {number} was deleted for good: begin a new one")
+            message.id = self._insert_message(number, message)
+            self._database.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (message.id, number))
+            query = "SELECT title FROM conversations WHERE id = ?"  # it may have been renamed elsewhere
+            title = str(self._database.execute(query, (number,)).fetchone()[0])
+        conversation.id, conversation.title, conversation.updated = number, title, message.created
+        conversation.attach(message)
+        conversation.leaf = message.id
+        return message
+
+    def update(self, message: Message) -> None:
+        """Write what a message holds now; cheap enough for a few times a second while an answer grows.
+
+        Raises:
+            InputError: the message was deleted for good meanwhile.
+        """
+        texts = [without_surrogates(text) for text in (message.content, message.reasoning, message.model)]
+        with self._database.change():
+            changed = self._database.execute(
+                "UPDATE messages SET content = ?, reasoning = ?, model = ?, params = ?, figures = ?, finished = ?"
+                " WHERE id = ?",
+                (*texts, json.dumps(message.params), json.dumps(message.figures), message.finished, message.id),
+            )
+            if changed.rowcount == 0:
+                raise InputError(f"message {message.id} was deleted for good: begin a new conversation")
+            self._database.execute(
+                "UPDATE conversations SET updated = ? WHERE id = (SELECT conversation FROM messages WHERE id = ?)",
+                (time.time(), message.id),
+            )
+
+    def add_records(self, message: int, data: bytes) -> None:
+        """Keep what is known of more tokens of a message, see `records.pack`; it goes with the message."""
+        with self._database.change():
+            self._database.execute("INSERT INTO token_records (message, data) VALUES (?, ?)", (message, data))
+
+    def records(self, message: int) -> list[bytes]:
+        """What `add_records` kept of a message, in order."""
+        with self._database.use():
+            query = "SELECT data FROM token_records WHERE message = ? ORDER BY id"
+            return [bytes(data) for (data,) in self._database.execute(query, (message,)).fetchall()]
+
+    def drop_records(self, message: int) -> None:
+        """Forget what is known of the tokens of a message."""
+        with self._database.change():
+            self._database.execute("DELETE FROM token_records WHERE message = ?", (message,))
+
+    def select(self, conversation: Conversation, number: int) -> None:
+        """Show the branch with this message, down to the most recent message that follows it."""
+        conversation.select(number)
+        self._set(conversation.id, "leaf", conversation.leaf)
+
+    def set_leaf(self, conversation: Conversation, leaf: int | None) -> None:
+        """Show the path that ends at this message, or, until it is loaded again, nothing."""
+        if leaf is not None and leaf not in conversation.messages:
+            raise ValueError(f"message {leaf} is not in this conversation")
+        conversation.leaf = leaf
+        self._set(conversation.id, "leaf", leaf)
+
+    def set_title(self, conversation: Conversation | int, title: str) -> None:
+        """Rename a conversation, which may be given by its id."""
+        title = one_line(without_surrogates(title))
+        if isinstance(conversation, Conversation):
+            conversation.title = title
+        self._set(_id(conversation), "title", title)
+
+    def pin(self, conversation: Conversation | int, pinned: bool = True) -> None:
+        """Let a conversation, which may be given by its id, stand first among all, or no longer."""
+        if isinstance(conversation, Conversation):
+            conversation.pinned = pinned
+        self._set(_id(conversation), "pinned", pinned)
+
+    def set_system(self, conversation: Conversation, system: str) -> None:
+        """Change the system prompt; "" = the template's own."""
+        conversation.system = without_surrogates(system)
+        self._set(conversation.id, "system", conversation.system)
+
+    def delete(self, number: int) -> None:
+        """Delete a conversation; `restore` brings it back for KEPT_DAYS days."""
+        self._set(number, "deleted", time.time())
+
+    def restore(self, number: int) -> None:
+        """Bring a deleted conversation back.
+
+        Raises:
+            InputError: it is gone for good.
+        """
+        with self._database.change():
+            if not self._database.execute("UPDATE conversations SET deleted = NULL WHERE id = ?", (number,)).rowcount:
+                raise InputError(f"conversation {number} cannot be restored: it was deleted for good")
+
+    def purge(self) -> int:
+        """Delete for good whatever was deleted, and leave no trace of it in the file; returns how many went."""
+        with self._database.change():
+            gone = self._database.execute("DELETE FROM conversations WHERE deleted IS NOT NULL").rowcount
+            if gone and self._database.indexed:
+                self._database.execute("INSERT INTO message_index (message_index) VALUES ('rebuild')")
+        with self._database.use():
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return gone
+
+    def adopt(
+        self, conversation: Conversation, foreign_id: str = "", foreign_ids: Mapping[int, str] | None = None
+    ) -> bool:
+        """Store a conversation that was made elsewhere, under new ids, which the given one does not learn.
+
+        One that is here already, by its foreign id, gets only the messages that it lacks; if it was deleted here, it
+        stays so.
+
+        Args:
+            conversation: with messages.
+            foreign_id: what it is called where it comes from; "" = it is taken for new.
+            foreign_ids: the same for its messages, by id.
+
+        Returns:
+            Whether anything was stored.
+        """
+        names, numbers, added = foreign_ids or {}, dict[int | None, int | None]({None: None}), False
+        with self._database.change():
+            found = self._database.execute(
+                "SELECT id, deleted, (SELECT foreign_id FROM messages WHERE id = leaf) FROM conversations"
+                " WHERE foreign_id = ?",
+                (foreign_id,),
+            ).fetchone()
+            here, deleted, shown = found or (None, None, "")
+            if deleted is not None or not conversation.messages:
+                return False
+            known: dict[str, int] = {}
+            if here is not None:
+                query = "SELECT foreign_id, id FROM messages WHERE conversation = ? AND foreign_id IS NOT NULL"
+                known = dict(self._database.execute(query, (here,)))
+            number = here or self._insert(conversation, foreign_id or None)
+            for old in sorted(conversation.messages):
+                message, name = conversation.messages[old], names.get(old)
+                if name in known:
+                    numbers[old] = known[name]
+                else:
+                    numbers[old] = self._insert_message(number, message, numbers[message.parent], name)
+                    added = True
+            if added and shown is not None:  # else its user has gone on here, and stays where they are
+                self._database.execute(
+                    "UPDATE conversations SET leaf = ?, updated = ? WHERE id = ?",
+                    (numbers[conversation.leaf], conversation.updated, number),
+                )
+        return added
+
+    def _set(self, number: int, column: str, value: object) -> None:
+        if number == 0:  # not stored yet
+            return
+        with self._database.change():
+            sql = f"UPDATE conversations SET {column} = ? WHERE id = ?"  # noqa: S608 (our own word)
+            if not self._database.execute(sql, (value, number)).rowcount:
+                raise InputError(f"there is no conversation {number}: it was deleted for good")
+
+    def _insert(self, conversation: Conversation, foreign_id: str | None = None) -> int:
+        c = conversation
+        values = (c.title, c.pinned, c.created, c.updated, c.system, foreign_id)
+        cursor = self._database.execute(
+            "INSERT INTO conversations (title, pinned, created, updated, system, foreign_id) VALUES (?, ?, ?, ?, ?, ?)",
+            values,
+        )
+        return cursor.lastrowid or 0
+
+    def _insert_message(
+        self, conversation: int, message: Message, parent: int | None = LEAF, foreign_id: str | None = None
+    ) -> int:
+        m = message
+        parent = m.parent if parent == LEAF else parent
+        values = (conversation, parent, m.role, m.content, m.reasoning, m.created, m.model)
+        cursor = self._database.execute(
+            "INSERT INTO messages (conversation, parent, role, content, reasoning, created, model, params, figures,"
+            " finished, foreign_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, json.dumps(m.params), json.dumps(m.figures), m.finished, foreign_id),
+        )
+        return cursor.lastrowid or 0
+
+
+def _id(conversation: Conversation | int) -> int:
+    return conversation.id if isinstance(conversation, Conversation) else conversation
+
+
+def _message(row: tuple[Any, ...]) -> Message:
+    number, parent, role, content, reasoning, created, model, params, figures, finished = row
+    if not all(isinstance(text, str) for text in (content, reasoning, model)):
+        raise TypeError(f"message {number} is no text")
+    values = json.loads(params), json.loads(figures)
+    if not all(isinstance(value, dict) for value in values):
+        raise TypeError(f"the parameters or figures of message {number} are no object")
+    return Message(number, parent, role, content, reasoning, float(created), model, *values, bool(finished))

@@ -1,0 +1,1 @@
+"""State dicts in Meta's naming, with their config and tokenizer."""

@@ -1,0 +1,175 @@
+"""Which keys the config of a model in Meta's naming may have. Knows no tensors, and no value of what is computed.
+
+A key that is not known may stand for something the model computes, so it is refused by name; left alone are those of
+training, of names and of memory. The `config.json` of a Hugging Face llama is exempt: transformers, which defines it,
+passes over what it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_edge.model.config_reader import ConfigReader
+from llm_edge.runtime.show import show
+
+KEYS: Mapping[str, tuple[str, ...]] = {  # name of a setting -> its keys in files
+    "dim": ("dim", "hidden_size"),
+    "ffn_dim": ("ffn_dim", "hidden_dim", "intermediate_size"),
+    "n_layers": ("n_layers", "num_hidden_layers"),
+    "n_heads": ("n_heads", "num_attention_heads"),
+    "n_kv_heads": ("n_kv_heads", "num_key_value_heads"),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "max_seq_len": ("max_seq_len", "max_position_embeddings"),
+    "norm_eps": ("norm_eps", "rms_norm_eps"),
+    "rope_theta": ("rope_theta",),
+    "tied": ("tie_word_embeddings", "tie_embeddings", "tied_embeddings", "tie_weights", "weight_tying"),
+}
+SCALED_ROPE = ("rope_scaling_factor", "rope_high_freq_factor")
+"""Keys that mean something with `use_scaled_rope` only."""
+
+_ROPE = frozenset(
+    {"use_scaled_rope", "rope_parameters", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor"}
+)
+_SECTIONS = frozenset({"model", "paths", "tokens", "generation"})
+# Left out, null, false, 0 or empty is a LLaMA; anything else leaves no trace in the weights and is not computed here.
+_OFF = frozenset(
+    {
+        "attention_bias",
+        "attn_logit_softcapping",
+        "bias",
+        "final_logit_softcapping",
+        "lora_args",
+        "mlp_bias",
+        "moe",
+        "num_experts",
+        "parallel_residual",
+        "qk_norm",
+        "qkv_bias",
+        "quantization",
+        "quantization_args",
+        "sliding_window",
+        "use_bias",
+        "use_biases",
+        "use_qk_norm",
+        "window",
+        "window_size",
+    }
+)
+_SILU = frozenset({"silu", "swish", "swiglu"})
+_RMS_NORM = frozenset({"rmsnorm", "rms_norm", "rms"})
+_ROTARY = frozenset({"rope", "rotary"})
+_NAMES: Mapping[str, frozenset[str]] = {  # key -> its values that are a LLaMA's
+    "act_fn": _SILU,
+    "activation": _SILU,
+    "activation_function": _SILU,
+    "ffn_type": _SILU,
+    "hidden_act": _SILU,
+    "mlp_type": _SILU,
+    "norm": _RMS_NORM,
+    "norm_type": _RMS_NORM,
+    "pos_encoding": _ROTARY,
+    "position_embedding_type": _ROTARY,
+    "positional_encoding": _ROTARY,
+}
+_HARMLESS = frozenset(
+    {
+        # how Meta's code finds the width of the feed-forward network, which the weights show
+        "multiple_of",
+        "ffn_dim_multiplier",
+        # training
+        "attention_dropout",
+        "attn_dropout",
+        "checkpoint_activations",
+        "dropout",
+        "embd_dropout",
+        "ffn_dropout",
+        "grad_checkpointing",
+        "gradient_checkpointing",
+        "hidden_dropout",
+        "init_std",
+        "initializer_range",
+        "resid_dropout",
+        "residual_dropout",
+        "seed",
+        "use_gradient_checkpointing",
+        "z_loss",
+        # names
+        "_name_or_path",
+        "architecture",
+        "architectures",
+        "description",
+        "model_name",
+        "name",
+        "size",
+        "transformers_version",
+        "version",
+        # numbers and memory
+        "compile",
+        "device",
+        "dtype",
+        "flash",
+        "flash_attention",
+        "flash_attn",
+        "max_batch_size",
+        "model_parallel_size",
+        "precision",
+        "pretraining_tp",
+        "torch_dtype",
+        "use_cache",
+        "use_flash",
+        "use_flash_attention",
+        "use_flash_attn",
+        "use_sdpa",
+        # tokens, which the tokenizer's files tell
+        "bos_id",
+        "bos_token_id",
+        "eos_id",
+        "eos_token_id",
+        "pad_id",
+        "pad_token_id",
+        "padding_idx",
+    }
+)
+_KNOWN = frozenset(
+    {
+        "model_type",
+        *(key for keys in KEYS.values() for key in keys),
+        *SCALED_ROPE,
+        *_ROPE,
+        *_SECTIONS,
+        *_OFF,
+        *_NAMES,
+        *_HARMLESS,
+    }
+)
+_MOST_SHOWN = 3
+
+
+def check_keys(model: ConfigReader, content: Mapping[str, Any]) -> None:
+    """Refuse what asks for another model than a LLaMA, and what nobody knows.
+
+    Args:
+        model: the section `model`, or the whole file where it has none.
+        content: the same as a mapping.
+
+    Raises:
+        CheckpointError: a key is not known, or has a value that is not a LLaMA's.
+    """
+    model.only("model_type", "llama")
+    model.only("partial_rotary_factor", 1)
+    model.refuse(*sorted(_OFF))
+    for key, allowed in _NAMES.items():
+        name = model.text(key, "")
+        if name and name.lower() not in allowed:
+            model.fail(f"{key} {show(name)} is not supported; supported: {', '.join(map(repr, sorted(allowed)))}")
+    if "hidden_size" in content and ("model_type" in content or "architectures" in content):
+        return  # a Hugging Face llama
+    unknown = [show(key) for key, value in content.items() if value is not None and key not in _KNOWN]
+    if unknown:
+        more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
+        model.fail(
+            f"no key that is known here: {', '.join(unknown[:_MOST_SHOWN])}{more}: remove what does not change the "
+            "model's computation (a LLaMA's: RMSNorm, rotary positions, SwiGLU); a model that needs it is not supported"
+        )

@@ -1,0 +1,103 @@
+"""All that belongs to a state dict beside its weights: tokenizer, conversation, sampling. Knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_edge.checkpoint.base import TokenizerAssets
+from llm_edge.checkpoint.huggingface import folder as huggingface
+from llm_edge.checkpoint.meta.chat import (
+    ControlTokens,
+    chat_template,
+    read_control_tokens,
+    read_generation,
+    read_guards,
+)
+from llm_edge.checkpoint.meta.config import Settings
+from llm_edge.checkpoint.meta.tokenizer import Vocabulary, find_tokenizer, read_vocabulary
+from llm_edge.runtime.bundle import Guards, ReasoningTokens
+from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.safe_io import read_json
+
+
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """Fields of `Checkpoint`."""
+
+    tokenizer: TokenizerAssets
+    generation: Mapping[str, Any]
+    reasoning: ReasoningTokens | None
+    guards: Guards | None
+
+
+def read_text_side(checkpoint: Path, settings: Settings, context: int) -> TextSide:
+    """Find and read it.
+
+    A config with `tokens:`, or a `…vocab.json` that has the family's control tokens, makes it the family's
+    conversation. All else keeps what the tokenizer's folder says.
+
+    Args:
+        checkpoint: the file of weights.
+        settings: flags and config file.
+        context: tokens a context holds at most.
+
+    Raises:
+        CheckpointError: there is no tokenizer, it is damaged, or the config's control tokens are not in it.
+    """
+    files = find_tokenizer(checkpoint, settings.tokenizer, settings.path, settings.paths)
+    vocabulary = read_vocabulary(files)
+    tokens = None
+    if settings.tokens is not None or files.merges is not None:
+        tokens = read_control_tokens(settings.content.get("tokens"), f"{settings.path}: tokens", vocabulary)
+    generation = read_generation(settings.generation, tokens)
+    if tokens is not None:
+        tokenizer = _family_tokenizer(vocabulary, tokens, context)
+        return TextSide(tokenizer, generation, tokens.reasoning, read_guards(settings.generation, tokens))
+    if files.merges is not None:
+        return TextSide(_assets(vocabulary, context, {}, None), generation, None, None)
+    generation = {**_folder_generation(files.main.parent, settings.content, vocabulary), **generation}
+    return TextSide(huggingface.read_tokenizer(files.main.parent, generation), generation, None, None)
+
+
+def _family_tokenizer(vocabulary: Vocabulary, tokens: ControlTokens, context: int) -> TokenizerAssets:
+    return _assets(vocabulary, context, {"eos_token": tokens.answer_end, "pad_token": tokens.padding}, tokens)
+
+
+def _assets(
+    vocabulary: Vocabulary, context: int, roles: Mapping[str, int], tokens: ControlTokens | None
+) -> TokenizerAssets:
+    named = {role: vocabulary.text(index) for role, index in roles.items()}
+    return TokenizerAssets(
+        tokenizer_json=vocabulary.with_special(tokens.ids if tokens is not None else ()),
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **named,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": context,
+        },
+        special_tokens_map=named,
+        chat_template=chat_template(tokens, vocabulary) if tokens is not None else None,
+        bos_token_id=None,
+        eos_token_ids=(tokens.answer_end,) if tokens is not None else (),
+        pad_token_id=tokens.padding if tokens is not None else None,
+    )
+
+
+def _folder_generation(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """generation_config.json of a Hugging Face folder, with the ids of the tokens that tokenizer_config.json names.
+
+    Those are taken where no other file has them: without an end token no answer would end.
+    """
+    generation = huggingface.read_generation(folder, config)
+    path = folder / "tokenizer_config.json"
+    names = read_json(path, error=CheckpointError) if path.is_file() else {}
+    for role in ("bos_token", "eos_token", "pad_token"):
+        token = names.get(role)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        index = vocabulary.id(token) if isinstance(token, str) else None
+        if index is not None:
+            generation.setdefault(f"{role}_id", index)
+    return generation

@@ -1,0 +1,1 @@
+"""Files of plain tensors: torch.save archives and safetensors."""

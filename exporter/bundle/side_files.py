@@ -1,0 +1,130 @@
+"""The files beside the graphs, as Hugging Face's libraries, transformers.js and onnxruntime-genai expect them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.exporter.quantization.recipes import Recipe
+
+_GENAI_MAX_LENGTH = 4096  # genai may allocate the cache for this many tokens up front
+
+# What transformers.js calls the graphs; it has no name for the others. Told nothing, it looks for model.onnx, which a
+# bundle without fp32 lacks.
+_TRANSFORMERS_JS_DTYPES = {
+    "model": "fp32",
+    "model_fp16": "fp16",
+    "model_quantized": "q8",
+    "model_int8": "int8",
+    "model_q4": "q4",
+}
+
+
+def write_side_files(
+    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], share_buffer: bool, onnx: bool = True
+) -> None:
+    """Write everything of a bundle but graphs and manifest; without ONNX, nothing that tells of its graphs."""
+    tokenizer = checkpoint.tokenizer
+    config = hf_config(checkpoint)
+    if onnx:
+        stems = [recipe.stem for recipe in (preferred(recipes), *recipes) if recipe.stem in _TRANSFORMERS_JS_DTYPES]
+        config["transformers.js_config"] = {
+            **({"dtype": _TRANSFORMERS_JS_DTYPES[stems[0]]} if stems else {}),
+            "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
+        }
+        write_json(folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), share_buffer))
+    tokenizer_config = {**tokenizer.tokenizer_config, "model_input_names": ["input_ids", "attention_mask"]}
+    if tokenizer.chat_template is not None:
+        tokenizer_config["chat_template"] = tokenizer.chat_template
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", checkpoint.generation)
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
+
+
+def runtimes(recipe: Recipe) -> list[str]:
+    """Other people's runtimes that take a precision; `make compat` is the proof."""
+    named = recipe.stem in _TRANSFORMERS_JS_DTYPES
+    return ["onnxruntime-genai", "optimum", *(["transformers.js"] if named else [])]
+
+
+def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's `config.json` for transformers; token ids that are not known are null, lest a default stand in."""
+    return {
+        **checkpoint.hf_config,
+        **{key: checkpoint.generation.get(key) for key in _ID_KEYS},
+        "max_position_embeddings": checkpoint.config.max_position_embeddings,
+    }
+
+
+def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
+    """The precision that consumers get who take one graph only: int8 where it is there, else the first."""
+    return next((recipe for recipe in recipes if recipe.name == "int8"), recipes[0])
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented UTF-8 JSON that ends with a line feed."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _genai_config(checkpoint: Checkpoint, recipe: Recipe, share_buffer: bool) -> dict[str, Any]:
+    """onnxruntime-genai's own configuration; it rejects keys that it does not know."""
+    config, generation = checkpoint.config, checkpoint.generation
+    eos = generation.get("eos_token_id", [])
+    first_eos = eos[0] if isinstance(eos, list) and eos else eos
+    pad = generation.get("pad_token_id", first_eos if first_eos != [] else 0)
+    return {
+        "model": {
+            "bos_token_id": generation.get("bos_token_id", pad),
+            "context_length": config.max_position_embeddings,
+            "decoder": {
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "log_severity_level": 3,
+                    "provider_options": [],
+                },
+                "filename": f"onnx/{recipe.stem}.onnx",
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": config.num_key_value_heads,
+            },
+            "eos_token_id": eos if eos != [] else pad,
+            "pad_token_id": pad,
+            "type": "decoder",
+            "vocab_size": config.vocab_size,
+        },
+        "search": {
+            "do_sample": bool(generation.get("do_sample", False)),
+            "early_stopping": True,
+            "max_length": min(config.max_position_embeddings, _GENAI_MAX_LENGTH),
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": share_buffer,
+            "repetition_penalty": float(generation.get("repetition_penalty", 1.0)),
+            "temperature": float(generation.get("temperature", 1.0)),
+            "top_k": int(generation.get("top_k", 50)),
+            "top_p": float(generation.get("top_p", 1.0)),
+        },
+    }

@@ -1,1 +1,0 @@
-"""Readers of checkpoints, one module a format."""

@@ -1,0 +1,1 @@
+"""`llm-export --explain` and `--plot`."""

@@ -1,0 +1,1 @@
+"""ONNX graphs: tracing, graph passes and the operators of each weight format."""

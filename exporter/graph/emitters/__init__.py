@@ -1,0 +1,1 @@
+"""How each weight format is written into a graph."""

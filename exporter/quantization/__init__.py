@@ -1,0 +1,1 @@
+"""Quantization: recipes, rotation, calibration and rounding."""

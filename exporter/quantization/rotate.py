@@ -1,0 +1,94 @@
+"""Rotates a model's weights so that its activations have no outliers, and changes nothing it computes.
+
+The residual stream is rotated as a whole, and each head between values and output projection; RMSNorm commutes with a
+rotation once its weights are folded into the projections that read it (QuaRot, arXiv:2404.00456; SliceGPT,
+arXiv:2401.15024). Knows nothing of graphs or of rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from llm_edge.exporter.quantization.hadamard import Rotation, rotation
+from llm_edge.model.config import ModelConfig, Norm
+
+HEAD_MIX = "head_mix.weight"
+
+
+def turns_residual(config: ModelConfig) -> bool:
+    """Whether the residual stream can be rotated: not behind a LayerNorm or a norm of a block's output."""
+    return config.norm is Norm.RMS and config.pre_norm and not config.post_norm
+
+
+def rotated_config(config: ModelConfig) -> ModelConfig:
+    """Shape of the rotated model: where the head is tied, the last norm's weights need a matrix of their own."""
+    return dataclasses.replace(config, head_mix=turns_residual(config) and config.tie_word_embeddings)
+
+
+class RotatedWeights(Mapping[str, Tensor]):
+    """Weights of `model.Decoder` for `rotated_config`, float32, made one at a time from the model's own."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        self._config = config
+        self._weights = weights
+        self._heads = rotation(config.head_dim)
+        self._residual: Rotation | None = rotation(config.hidden_size) if turns_residual(config) else None
+        self._names = dict.fromkeys([*weights, *([HEAD_MIX] if rotated_config(config).head_mix else [])])
+
+    def __contains__(self, name: object) -> bool:  # without making the weight
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        residual = self._residual
+        if name == HEAD_MIX and residual is not None:
+            whole = residual.matrix()
+            return whole.T @ (self._weights["norm.weight"].float()[:, None] * whole)
+        prefix, _, last = name.rpartition(".")
+        role = prefix.rpartition(".")[2]
+        weight = self._weights[name]
+        if role in ("embed_tokens", "embed_positions"):
+            return weight.float() if residual is None else residual.apply(weight)
+        weight = weight.float()
+        if role == "qkv":
+            weight = self._turn_values(weight)
+        elif role == "output" and last == "weight":
+            heads = weight.reshape(len(weight), -1, self._config.head_dim)
+            weight = self._heads.apply(heads).reshape(weight.shape)
+        if residual is None:
+            return weight
+        if role in ("attention_norm", "mlp_norm", "norm"):
+            return torch.ones_like(weight)
+        if role in ("output", "down"):  # they write the stream
+            return residual.apply(weight.T).T.contiguous() if last == "weight" else residual.apply(weight)
+        if last == "weight" and role in ("qkv", "gate_up", "up", "lm_head"):  # they read it behind a norm
+            return residual.apply(weight * self._norm_before(prefix, role))
+        return weight
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Rows of the embedding, float32 [*tokens.shape, hidden]."""
+        rows = self._weights["embed_tokens.weight"][tokens].float()
+        return rows if self._residual is None else self._residual.apply(rows)
+
+    def _turn_values(self, weight: Tensor) -> Tensor:
+        """Rotate the value part of a packed weight [(H + 2K) * D, hidden] or bias."""
+        config = self._config
+        start = config.query_size + config.key_value_size
+        values = weight[start:].reshape(config.num_key_value_heads, config.head_dim, -1)
+        turned = self._heads.apply(values.transpose(1, 2)).transpose(1, 2)
+        return torch.cat([weight[:start], turned.reshape(weight[start:].shape)])
+
+    def _norm_before(self, prefix: str, role: str) -> Tensor:
+        if role == "lm_head":
+            return self._weights["norm.weight"].float()
+        layer = prefix.rpartition(".")[0].rpartition(".")[0]
+        return self._weights[f"{layer}.{'attention_norm' if role == 'qkv' else 'mlp_norm'}.weight"].float()

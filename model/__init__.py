@@ -1,0 +1,1 @@
+"""The reference decoder in PyTorch: configuration, attention, weights and the supported families."""

@@ -1,0 +1,1 @@
+"""Execution of a graph with onnxruntime or TorchScript, and its KV cache."""

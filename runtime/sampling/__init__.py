@@ -1,0 +1,1 @@
+"""Sampling: parameters, logits processors, transforms and the sampler."""

@@ -1,0 +1,34 @@
+"""The model's own log-probabilities of a row of logits, before anything that sampling does to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm_edge.runtime.sampling.params import refused
+from llm_edge.runtime.sampling.transforms import Row, keep_top_k, log_total
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token id, its natural log-probability, and those of the most probable ids, the most probable first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def log_probabilities(logits: Row, token: int, top: int) -> TokenLogprob:
+    """The log-softmax of logits [V] at a token, and at the `top` largest; among equals the lowest ids.
+
+    Raises:
+        ParameterError: these logits are no row, or have none for this token.
+    """
+    if logits.ndim != 1 or not 0 <= token < logits.size:
+        raise refused("token", token, f"a token that logits of shape {logits.shape} hold")
+    row = logits.astype(np.float32, copy=False)
+    total = log_total(row)
+    best = keep_top_k(row, top) if top > 0 else np.zeros(0, np.intp)
+    best = best[np.argsort(-row[best], kind="stable")[:top]]
+    return TokenLogprob(token, float(row[token]) - total, tuple((int(i), float(row[i]) - total) for i in best))

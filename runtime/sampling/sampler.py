@@ -1,0 +1,218 @@
+"""Next-token sampling over one row of logits; it knows nothing of tokenization, sessions or text.
+
+A draw is a list of small pure functions of `transforms`, in the order of `SamplingParams`: processors (see
+`LogitsProcessor`), then what changes a row [V], then the filters, then `draw`. After each filter the row shrinks
+to what was kept, so all that follows works on few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from llm_edge.runtime.errors import LogitsError
+from llm_edge.runtime.sampling import transforms
+from llm_edge.runtime.sampling.history import Counts, History, Ngrams, Repetitions
+from llm_edge.runtime.sampling.logprobs import TokenLogprob as TokenLogprob
+from llm_edge.runtime.sampling.logprobs import log_probabilities as log_probabilities
+from llm_edge.runtime.sampling.params import GREEDY_BELOW, refused
+from llm_edge.runtime.sampling.params import SamplingParams as SamplingParams
+from llm_edge.runtime.sampling.transforms import Ids as Ids
+from llm_edge.runtime.sampling.transforms import Row as Row
+
+
+class LogitsProcessor(Protocol):
+    """Something that changes logits before all else, by what stands before the token to be drawn.
+
+    One belongs to one answer, and may keep what it has learned of the tokens: they only grow.
+    """
+
+    def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
+        """Return logits [V], `row` itself or a new one; -inf for what must not be drawn.
+
+        Args:
+            row: logits [V], to be left as they are.
+            tokens: the prompt and what was drawn so far, to be left as they are.
+        """
+
+
+class Sampler:
+    """Draws the tokens of one answer, one after another; `tokens` is the prompt and what was drawn so far.
+
+    A processor that leaves nothing to be drawn is passed over for that token, and so is each of the parameters
+    that ban tokens. Only `sample` changes the state, and only by the token it draws: whoever guesses tokens
+    ahead samples row after row for as long as the guesses are right.
+
+    Args:
+        params: how to draw.
+        prompt_tokens: what stands before the answer.
+        processors: see `LogitsProcessor`.
+        end_tokens: ids that end the text, for `min_tokens`.
+        dry_breakers: ids of the tokens with one of the parameter's strings in their text.
+        generated: tokens of the answer that another sampler drew.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_tokens: Sequence[int],
+        processors: Sequence[LogitsProcessor] = (),
+        *,
+        end_tokens: Collection[int] = frozenset(),
+        dry_breakers: Collection[int] = frozenset(),
+        generated: Iterable[int] = (),
+    ) -> None:
+        self.params = params
+        self._processors = tuple(processors)
+        self._tokens = [int(token) for token in prompt_tokens]
+        if self._tokens and min(self._tokens) < 0:
+            raise refused("prompt_tokens", min(self._tokens), "token ids of 0 or more")
+        self._prompt_length = len(self._tokens)
+        self._end_tokens = _ids(end_tokens)
+        self._banned = _ids(params.banned_tokens)
+        biases = [pair for pair in params.logit_bias if pair[0] <= _LARGEST_ID]
+        self._biased = _ids(token for token, _ in biases)
+        self._biases = np.array([bias for _, bias in biases], np.float32)
+        self._generated = Counts()
+        self._repeats = params.repetition_penalty != 1 and params.repetition_window != 0
+        self._seen = Counts(self._tokens) if self._repeats and params.repetition_window < 0 else None
+        self._ngrams = Ngrams(self._tokens, params.no_repeat_ngram) if params.no_repeat_ngram else None
+        self._repetitions: Repetitions | None = None
+        if params.dry_multiplier and params.dry_range:
+            self._repetitions = Repetitions(self._tokens, dry_breakers, params.dry_range)
+        histories: tuple[History | None, ...] = (self._generated, self._seen, self._ngrams, self._repetitions)
+        self._histories = [history for history in histories if history is not None]
+        self._filters = _filters(params)
+        self._most_surprise = 2 * params.mirostat_tau  # bits; mirostat's mu
+        self._random = np.random.Generator(np.random.PCG64(params.seed))
+        # XTC has numbers of its own, so that it changes no draw where it excludes nothing.
+        self._xtc_random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=(1,))))
+        self._xtc_uniform = self._xtc_random.random()  # for the next token
+        for token in generated:
+            self._add(token)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt's tokens and the generated ones, oldest first."""
+        return tuple(self._tokens)
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        """The generated tokens, oldest first."""
+        return tuple(self._tokens[self._prompt_length :])
+
+    def sample(self, logits: Row) -> int:
+        """Draw the next token from logits [V], which stay as they are, and add it to the history.
+
+        Raises:
+            LogitsError: the largest logit is not a finite number.
+            ParameterError: these logits are no row.
+        """
+        ids, row = self.survivors(logits)
+        uniform = self._random.random()  # one a token, needed or not
+        position = transforms.draw(row, uniform) if row.size > 1 else 0
+        token = position if ids is None else int(ids[position])
+        if self.params.mirostat_tau:
+            off = transforms.surprise(row, position) - self.params.mirostat_tau
+            self._most_surprise -= self.params.mirostat_eta * off
+        self._xtc_uniform = self._xtc_random.random()  # one a token, too
+        self._add(token)
+        return token
+
+    def _add(self, token: int) -> None:
+        self._tokens.append(token)
+        for history in self._histories:
+            history.add(token)
+
+    def survivors(self, logits: Row) -> tuple[Ids | None, Row]:
+        """What the next draw chooses from: token ids, ascending (None = all V), and their new logits."""
+        if logits.ndim != 1 or logits.size == 0:
+            raise refused("logits", logits.shape, "one row of logits, of shape [V]")
+        row = logits.astype(np.float32, copy=False)
+        for process in self._processors:
+            row = _unless_nothing_is_left(row, process(row, self._tokens))
+        with np.errstate(all="ignore"):  # what overflows is caught by the check below
+            row = self._changed(row)
+            best = int(row.argmax())  # NaN counts as the largest, so this one position tells all
+            if not np.isfinite(row[best]):
+                raise LogitsError(
+                    f"logits: the largest of {row.size} is {row[best]}, so no token can be drawn: "
+                    "the bundle's weights or their number type are at fault, export it again in a wider one"
+                )
+            if self.params.temperature < GREEDY_BELOW:
+                return np.array([best]), row[best : best + 1]
+            return self._filtered(row)
+
+    def _changed(self, row: Row) -> Row:
+        """Biases, bans, penalties and temperature: logits [V] in and out."""
+        params = self.params
+        if self._biased.size:
+            row = transforms.add(row, self._biased, self._biases)
+        for banned in self._bans():
+            row = _unless_nothing_is_left(row, transforms.without(row, banned))
+        if self._repeats:
+            row = transforms.repetition_penalty(row, self._window(), params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            penalties = params.presence_penalty, params.frequency_penalty
+            row = transforms.presence_frequency(row, *self._generated.arrays(), *penalties)
+        if self._repetitions is not None:
+            allowed = params.dry_allowed_length
+            ids, lengths = self._repetitions.following(allowed)
+            row = transforms.dry(row, ids, lengths, params.dry_multiplier, params.dry_base, allowed)
+        if params.temperature >= GREEDY_BELOW and params.temperature != 1:
+            row = transforms.temperature(row, params.temperature)
+        return row
+
+    def _bans(self) -> Iterator[Ids]:
+        yield self._banned
+        if len(self._tokens) - self._prompt_length < self.params.min_tokens:
+            yield self._end_tokens
+        if self._ngrams is not None:
+            yield self._ngrams.repeating()
+
+    def _filtered(self, row: Row) -> tuple[Ids | None, Row]:
+        filters = self._filters
+        if self.params.mirostat_tau:
+            filters = [partial(transforms.keep_mirostat, most=self._most_surprise)]
+        elif self._xtc_uniform < self.params.xtc_probability:
+            filters = [*filters, partial(transforms.keep_xtc, threshold=self.params.xtc_threshold)]
+        ids: Ids | None = None
+        for keep in filters:
+            kept = keep(row)
+            row = row[kept]
+            ids = kept if ids is None else ids[kept]
+        return ids, row
+
+    def _window(self) -> Ids:
+        if self._seen is not None:
+            return self._seen.arrays()[0]
+        return np.array(self._tokens[-self.params.repetition_window :], dtype=np.intp)
+
+
+def _filters(params: SamplingParams) -> list[Callable[[Row], Ids]]:
+    filters: list[Callable[[Row], Ids]] = []
+    if params.top_n_sigma > 0:
+        filters.append(partial(transforms.keep_top_n_sigma, n=params.top_n_sigma))
+    if params.top_k > 0:
+        filters.append(partial(transforms.keep_top_k, k=params.top_k))
+    if params.top_p < 1:
+        filters.append(partial(transforms.keep_top_p, p=params.top_p))
+    if params.min_p > 0:
+        filters.append(partial(transforms.keep_min_p, p=params.min_p))
+    if params.typical_p < 1:
+        filters.append(partial(transforms.keep_typical, p=params.typical_p))
+    return filters
+
+
+_LARGEST_ID = 2**31 - 1  # no vocabulary has more, and arrays of ids hold it
+
+
+def _ids(tokens: Iterable[int]) -> Ids:
+    return np.array([token for token in tokens if token <= _LARGEST_ID], np.intp)
+
+
+def _unless_nothing_is_left(row: Row, processed: Row) -> Row:
+    return row if processed is not row and np.isneginf(processed.max()) else processed

@@ -1,0 +1,1 @@
+"""Continuous batching: sequences, slots and the scheduler."""

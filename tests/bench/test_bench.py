@@ -1,0 +1,138 @@
+"""`llm-bench`: a table for people and one JSON document as the last line; figures are checked for form, not size."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from calling import call
+
+from llm_edge.bench import cli
+from llm_edge.bench.driver import COLUMNS, MIN_CONTEXT, Worker, median, median_ratio
+from llm_edge.exporter.export import export
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.runtime.errors import MachineError
+
+KEYS = {"prefill_128", "prefill_512", "decode_0", "decode_512", "cold_start_s", "peak_mb", "python_share"}
+QUICK = ("--rounds", "1", "--repeats", "1", "--threads", "1")
+
+Bench = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def llm_bench(capfd: pytest.CaptureFixture[str]) -> Bench:
+    """Runs the command; gives exit code, stdout and stderr, those of its workers too."""
+    return lambda *arguments: call(cli.main, capfd, "llm-bench", *arguments)
+
+
+def check_figures(figures: dict[str, Any]) -> None:
+    assert figures.keys() == KEYS
+    for key, value in figures.items():
+        if value is None:  # the model ended its text at once, so there is no rate
+            assert key.startswith(("decode", "python"))
+        else:
+            assert value > 0, key
+    share = figures["python_share"]
+    assert share is None or share < 1
+
+
+def test_a_table_and_a_document(tiny_bundle: Path, llm_bench: Bench) -> None:
+    code, out, err = llm_bench(tiny_bundle, *QUICK)
+    assert code == 0, err
+    *table, last = out.splitlines()
+    report = json.loads(last)
+    assert report.keys() == {"bundle", "machine", "threads", "rounds", "repeats", "precisions"}
+    assert (report["bundle"], report["threads"], report["rounds"], report["repeats"]) == ("tiny", 1, 1, 1)
+    assert report["machine"].endswith("threads")
+    assert list(report["precisions"]) == ["fp32", "int8", "int4"]
+    for figures in report["precisions"].values():
+        check_figures(figures)
+    assert COLUMNS.keys() == KEYS
+    head, *rows = table
+    for title, _ in COLUMNS.values():
+        assert title in head
+    by_name = {row.split()[0]: row for row in rows if row.strip()}
+    for name, figures in report["precisions"].items():
+        assert f"{figures['prefill_128']:,.0f} tok/s" in by_name[name]
+        assert f"{figures['peak_mb']:,.0f} MB" in by_name[name]
+    assert all(line.startswith("round 1 of 1: ") for line in err.splitlines())
+
+
+def test_chosen_precisions_beside_another_engine(tiny_bundle: Path, llm_bench: Bench) -> None:
+    other = shlex.join([sys.executable, "-m", "llm_edge.bench.worker", str(tiny_bundle), "fp32", "1"])
+    code, out, err = llm_bench(tiny_bundle, "--precision", "int4, int8", *QUICK, "--against", other)
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert set(report["precisions"]) == set(report["ratios"]) == {"int4", "int8"}
+    assert report["against"] == other
+    check_figures(report["other"])
+    for name, ratios in report["ratios"].items():
+        assert ratios.keys() == KEYS
+        ours = report["precisions"][name]
+        assert ratios["prefill_128"] == pytest.approx(ours["prefill_128"] / report["other"]["prefill_128"])
+
+
+def test_medians() -> None:
+    assert median([3.0, 1.0, 2.0]) == 2
+    assert median([]) is None
+    assert median_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == 3  # of the ratios 2, 3, 4, not of the medians
+    assert median_ratio([], []) is None
+
+
+def test_another_engine_that_fails_is_told_in_one_line(tiny_bundle: Path, llm_bench: Bench) -> None:
+    for command in ("false", "true", "echo not-json"):
+        code, out, err = llm_bench(tiny_bundle, "--precision", "int8", *QUICK, "--against", command)
+        assert (code, out) == (3, "")
+        *progress, last = err.splitlines()
+        assert last.startswith("error: ")
+        assert all(line.startswith("round 1 of 1: ") for line in progress)
+
+
+def test_an_engine_that_ends_while_it_is_asked_is_told_of_and_closed() -> None:
+    worker = Worker(["sleep", "0.2"])
+    with pytest.raises(MachineError, match=r"failed \(exit code 0\)"):
+        worker.ask(tokens=[0] * 100_000)  # more than a pipe holds, so that the end comes in mid-sentence
+    worker.close()
+
+
+@pytest.mark.parametrize("command", ["", " ", "/no/such/engine", "'"])
+def test_another_engine_that_cannot_be_is_refused(command: str, tiny_bundle: Path, llm_bench: Bench) -> None:
+    code, out, err = llm_bench(tiny_bundle, "--precision", "int8", *QUICK, "--against", command)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_a_context_too_short_to_measure_is_refused(tmp_path: Path, llm_bench: Bench) -> None:
+    source = tiny.save_checkpoint(tmp_path / "short", max_position_embeddings=MIN_CONTEXT - 1)
+    recipes = parse_precisions("int8")
+    export(
+        str(source),
+        tmp_path / "bundle",
+        recipes,
+        GraphStyle.FUSED,
+        validate=False,
+        force=False,
+        progress=lambda *_: None,
+    )
+    code, out, err = llm_bench(tmp_path / "bundle", *QUICK)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"its context of {MIN_CONTEXT - 1} is shorter than {MIN_CONTEXT}" in err
+
+
+@pytest.mark.parametrize("name", ["engine", "draft", "chat", "peers.rows"])
+def test_what_is_no_bundle_is_told_in_a_line(name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main = importlib.import_module(f"llm_edge.bench.{name}").main
+    folders = [tmp_path / "nowhere"] * (2 if name == "draft" else 1)
+    code, out, err = call(main, capfd, name, *folders)
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path}/nowhere: no such bundle folder: make one with llm-export\n"

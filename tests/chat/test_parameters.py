@@ -1,0 +1,192 @@
+"""What a person can turn, and presets of it: typed, turned, saved and used again, within what parameters can be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_edge.chat.parameters import BY_NAME, KNOBS, Knobs, told
+from llm_edge.chat.presets import MODELS_OWN, Presets
+from llm_edge.chat.settings import Settings
+from llm_edge.runtime.errors import ParameterError
+from llm_edge.runtime.sampling.constraint import Constraint
+from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.sampling.presets import PRESETS, apply_preset
+
+DEFAULTS = SamplingParams(temperature=0.7, top_p=0.95, repetition_penalty=1.1, stop=("END",))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("temperature", "1.25", 1.25),
+        ("temperature", " 0 ", 0.0),
+        ("top_k", "40", 40),
+        ("seed", "18446744073709551615", 2**64 - 1),
+        ("seed", "off", None),
+        ("seed", "", None),
+        ("logprobs", "0", 0),
+        ("reasoning_budget", "0", 0),
+        ("stop", "User:\n\\n\\n\nC:\\\\x", ("User:", "\n\n", "C:\\x")),
+        ("stop", "", ()),
+        ("presence_penalty", "-2", -2.0),
+        ("dry_multiplier", "0.8", 0.8),
+    ],
+)
+def test_what_is_typed_is_what_the_runtime_gets(name: str, text: str, value: Any) -> None:
+    knobs = Knobs(DEFAULTS)
+    knobs.type(name, text)
+    assert getattr(knobs.params, name) == value
+    again = Knobs(DEFAULTS)
+    again.type(name, knobs.text(name))  # what is shown can be typed
+    assert again.params == knobs.params
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("temperature", "warm"),
+        ("temperature", "-1"),
+        ("temperature", "nan"),
+        ("temperature", "1e999"),
+        ("top_p", "1.5"),
+        ("top_k", "1.5"),
+        ("top_k", "9" * 30),
+        ("max_tokens", "0"),
+        ("seed", "-1"),
+        ("logprobs", "21"),
+        ("json_schema", "{"),
+        ("json_schema", "[]"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line_and_changes_nothing(name: str, text: str) -> None:
+    knobs = Knobs(DEFAULTS)
+    knobs.type("top_k", "7")
+    before = knobs.params
+    with pytest.raises(ParameterError) as refusal:
+        knobs.type(name, text)
+    assert name in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert knobs.params == before
+    assert knobs.changed == {"top_k": 7}
+
+
+def test_a_value_like_the_models_own_is_not_a_change() -> None:
+    knobs = Knobs(DEFAULTS)
+    for knob in KNOBS:
+        knobs.type(knob.name, knobs.text(knob.name))
+    assert knobs.changed == {}
+    assert knobs.params == DEFAULTS
+
+
+@pytest.mark.parametrize("knob", [knob for knob in KNOBS if knob.kind not in ("lines", "text")], ids=lambda k: k.name)
+def test_turning_goes_as_far_as_it_goes_and_back(knob: Any) -> None:
+    knobs = Knobs(SamplingParams(max_tokens=65))
+    start = knobs.value(knob.name)
+    knobs.turn(knob.name, 1)
+    assert knobs.value(knob.name) != start or start == knob.high
+    knobs.turn(knob.name, 10_000_000_000)
+    assert knobs.value(knob.name) == knob.high
+    knobs.turn(knob.name, -10_000_000_000)
+    lowest = None if knob.kind == "optional" else knob.low
+    assert knobs.value(knob.name) == lowest
+    json.dumps(knobs.changed, allow_nan=False)
+
+
+def test_a_schema_becomes_a_constraint() -> None:
+    knobs = Knobs(DEFAULTS)
+    knobs.type("json_schema", " {} ")
+    assert knobs.params.constraint == Constraint.json()
+    knobs.type("json_schema", '{"type": "string"}')
+    assert knobs.params.constraint == Constraint.json_schema({"type": "string"})
+    knobs.type("json_schema", "")
+    assert knobs.params == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ('{"type": "objec"}', "objec"),
+        ('{"$ref": "#/nowhere"}', "/nowhere"),
+        ('{"type": "string", "minLength": 5, "maxLength": 2}', "minLength"),
+        ('{"type": "string", "pattern": "("}', "unclosed group"),
+    ],
+)
+def test_a_schema_that_nothing_follows_is_told_before_anybody_answers(schema: str, reason: str) -> None:
+    with pytest.raises(ParameterError, match=reason):
+        Constraint.json_schema(schema).check()
+
+
+@pytest.mark.parametrize("schema", ["{}", '{"type": "object", "properties": {"a": {"enum": ["x", 1]}}}'])
+def test_a_schema_that_can_be_followed_passes(schema: str) -> None:
+    Constraint.json_schema(schema).check()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_of_the_runtime_does_what_the_runtime_does(tmp_path: Path, name: str) -> None:
+    odd = SamplingParams(temperature=0.2, typical_p=0.5, top_n_sigma=1.0, xtc_threshold=0.3, min_p=0.2)
+    for defaults in (DEFAULTS, odd):
+        knobs = Knobs(defaults, {"max_tokens": 9, "top_k": 3, "system": "Be brief."})
+        expected = apply_preset(name, knobs.params)
+        Presets(Settings(tmp_path)).use("m", name, knobs)
+        assert knobs.params == expected
+        assert knobs.system == "Be brief."
+        assert Presets(Settings(tmp_path)).matching("m", knobs) == name
+        assert Knobs(defaults, json.loads(json.dumps(knobs.changed))).params == expected  # as it is kept with an answer
+
+
+def test_presets_are_kept_for_a_model(tmp_path: Path) -> None:
+    presets = Presets(Settings(tmp_path))
+    knobs = Knobs(DEFAULTS, {"temperature": 0.1, "stop": ["a\nb"], "system": "Be brief."})
+    assert presets.save("m", "  my \x1b[31m own ", knobs) == "my [31m own"
+    again = Presets(Settings(tmp_path))
+    assert again.own("m") == ["my [31m own"]
+    assert again.own("another") == []
+    assert [*again.offered("m")][:2] == [MODELS_OWN, "my [31m own"]
+    fresh = Knobs(DEFAULTS, {"top_k": 4})
+    again.use("m", "my [31m own", fresh)
+    assert fresh.changed == knobs.changed
+    assert again.matching("m", fresh) == "my [31m own"
+    again.use("m", MODELS_OWN, fresh)
+    assert fresh.params == DEFAULTS
+    again.delete("m", "my [31m own")
+    assert Presets(Settings(tmp_path)).own("m") == []
+
+
+def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_path: Path) -> None:
+    presets = Presets(Settings(tmp_path))
+    for temperature in (0.1, 0.2):
+        presets.save("m", "mine", Knobs(DEFAULTS, {"temperature": temperature}))
+    knobs = Knobs(DEFAULTS)
+    presets.use("m", "mine", knobs)
+    assert knobs.changed == {"temperature": 0.2}
+    for name in ("greedy", MODELS_OWN, "", "   ", "\x1b\x07", "x" * 41):
+        with pytest.raises(ParameterError):
+            presets.save("m", name, knobs)
+    for name in ("greedy", "nobody's", ""):
+        with pytest.raises(ParameterError):
+            presets.delete("m", name)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"temperature": "hot"}, {"temperature": 1e400}, {"nothing": 1}, {"system": 3}, {"top_k": True}]
+)
+def test_a_preset_that_cannot_be_is_told_and_turns_nothing(tmp_path: Path, changed: dict[str, Any]) -> None:
+    text = json.dumps({"presets": {"m": {"bad": {"min_p": 0.1, **changed}}}})
+    (tmp_path / "settings.json").write_text(text, encoding="utf-8")
+    presets, knobs = Presets(Settings(tmp_path)), Knobs(DEFAULTS, {"top_k": 4})
+    with pytest.raises(ParameterError, match="the preset bad cannot be used"):
+        presets.use("m", "bad", knobs)
+    assert knobs.changed == {"top_k": 4}
+
+
+def test_what_an_answer_was_made_with_fits_on_a_line() -> None:
+    line = told({"temperature": 0.3, "seed": None, "stop": ["\n"], "system": "Be\nbrief. " * 20, "xtc_threshold": 0.2})
+    assert line.startswith("temperature 0.3 · seed off · stop at '\\n' · system prompt Be brief.")
+    assert line.endswith("… · xtc threshold 0.2")
+    assert "\n" not in line
+    assert told({}) == ""
+    assert {knob.name for knob in KNOBS} == set(BY_NAME)

@@ -1,0 +1,512 @@
+"""Models of the Hub: the real client against a small server. Only what is needed comes, once; errors are one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import fake_hub
+import huggingface_hub
+import pytest
+from fake_hub import COMMIT, OTHER_COMMIT, FakeHub
+from huggingface_hub import _tree_cache, constants
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+from llm_edge.checkpoint.download import hub
+from llm_edge.checkpoint.download import progress as hub_progress
+from llm_edge.checkpoint.download.hub import fetch_adapter, fetch_checkpoint, is_hub_id
+from llm_edge.runtime.errors import CheckpointError, InputError, LlmEdgeError, MachineError
+
+SMALL = {
+    "config.json": '{"model_type": "llama"}',
+    "generation_config.json": '{"do_sample": true}',
+    "tokenizer.json": '{"version": "1.0"}',
+    "tokenizer_config.json": '{"bos_token": "a"}',
+    "special_tokens_map.json": '{"bos_token": "b"}',
+    "chat_template.jinja": "{{ messages }}",
+}
+WEIGHTS = bytes(range(256)) * 400
+NEEDLESS = {
+    "README.md": "# A model",
+    "LICENSE": "none",
+    "modeling_llama.py": "raise SystemExit('never run')",
+    "vocab.json": "{}",
+    "merges.txt": "a b",
+    "tf_model.h5": b"h5",
+    "flax_model.msgpack": b"flax",
+    "model.fp16.gguf": b"GGUF",
+    "onnx/model.onnx": b"onnx",
+    "original/config.json": "{ }",
+    "original/consolidated.00.pth": b"pth",
+    "original/model.safetensors": b"other",
+    "training_args.bin": b"args",
+}
+SHARDS = {f"model-0000{n}-of-00003.safetensors": bytes([n]) * 5000 for n in (1, 2, 3)}
+INDEX = "model.safetensors.index.json"
+
+
+class World(NamedTuple):
+    """A Hub, a cache, and what was said."""
+
+    hub: FakeHub
+    cache: Path
+    said: list[str]
+
+    def fetch(self, hub_id: str = "owner/name") -> Path:
+        return fetch_checkpoint(hub_id, self.said.append, endpoint=self.hub.endpoint, cache=self.cache)
+
+    def refused(self, kind: type[LlmEdgeError], *words: str, hub_id: str = "owner/name") -> None:
+        with pytest.raises(kind) as caught:
+            self.fetch(hub_id)
+        assert type(caught.value) is kind
+        message = str(caught.value)
+        assert "\n" not in message
+        assert len(message) < 400
+        for word in words:
+            assert word in message
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    huggingface_hub.close_session()
+    fake = FakeHub()
+    fake.add("owner/name", SMALL | NEEDLESS | {"model.safetensors": WEIGHTS})
+    fake.start()
+    yield World(fake, tmp_path / "cache", [])
+    fake.stop()
+    huggingface_hub.close_session()
+
+
+def sharded(world: World, **weight_map: str) -> None:
+    index = json.dumps({"weight_map": {f"tensor.{name}": name for name in SHARDS} | weight_map})
+    world.hub.add("owner/name", SMALL | NEEDLESS | SHARDS | {INDEX: index, "model.safetensors": b"a copy"})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def expected(*parts: dict[str, Any]) -> dict[str, bytes]:
+    return {name: it.encode() if isinstance(it, str) else it for part in parts for name, it in part.items()}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/b.c_d-1.5", "o/n@main", "o/n@v1.0", "o/n@refs/pr/1"],
+)
+def test_names_of_repositories(text: str) -> None:
+    assert is_hub_id(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "smollm2",
+        "owner/",
+        "/name",
+        "a/b/c",
+        "./owner",
+        "../name",
+        "owner/..",
+        "~/name",
+        "owner/na me",
+        "owner/näme",
+        "owner\\name",
+        "models/tiny.gguf",
+        "models/model.safetensors",
+        "run/last.pt",
+        "owner/name@",
+        "owner/name@../../x",
+        "owner/name@/x",
+        "owner/name@a b",
+        "owner/name@main\n",
+        "owner--x/name",
+        "owner/name-",
+        "https://huggingface.co/owner/name",
+        "owner/" + "n" * 97,
+        "C:/name",
+    ],
+)
+def test_what_is_no_name_of_a_repository(text: str) -> None:
+    assert not is_hub_id(text)
+
+
+# ---- what is fetched
+
+
+def test_only_what_an_export_reads_is_asked_for(world: World) -> None:
+    folder = world.fetch()
+    assert content(folder) == expected(SMALL, {"model.safetensors": WEIGHTS})
+    assert sorted(world.hub.fetched()) == sorted([*SMALL, "model.safetensors"])
+    assert world.hub.fetched()[-1] == "model.safetensors"
+    asked = {request.path.rpartition("/")[2] for request in world.hub.log if "/resolve/" in request.path}
+    assert asked == {*SMALL, "model.safetensors"}
+    assert any("owner/name" in line and "kB" in line for line in world.said)
+
+
+def test_shards(world: World) -> None:
+    sharded(world)
+    folder = world.fetch()
+    index = world.hub.repos["owner/name"][COMMIT][INDEX]
+    assert content(folder) == expected(SMALL, SHARDS, {INDEX: index})
+    assert world.hub.fetched()[-3:] == sorted(SHARDS)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_pytorch_weights_where_there_is_nothing_else(world: World, whole: bool) -> None:
+    parts: dict[str, Any] = {"pytorch_model.bin": b"zip"}
+    if not whole:
+        shards = {f"pytorch_model-0000{n}-of-00002.bin": bytes([n]) * 50 for n in (1, 2)}
+        parts = {**shards, "pytorch_model.bin.index.json": json.dumps({"weight_map": {name: name for name in shards}})}
+    world.hub.add("owner/name", SMALL | NEEDLESS | parts)
+    assert content(world.fetch()) == expected(SMALL, parts)
+
+
+def test_safetensors_come_before_pytorch_weights(world: World) -> None:
+    world.hub.add("owner/name", SMALL | {"model.safetensors": WEIGHTS, "pytorch_model.bin": b"zip"})
+    assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
+
+
+def test_the_only_safetensors_of_another_name(world: World) -> None:
+    world.hub.add("owner/name", SMALL | {"weights.safetensors": WEIGHTS, "adapter_model.safetensors": b"no"})
+    assert content(world.fetch()) == expected(SMALL, {"weights.safetensors": WEIGHTS})
+
+
+def test_a_vocabulary_in_parts(world: World) -> None:
+    files = {"config.json": "{}", "vocab.json": '{"a": 1}', "merges.txt": "a b", "model.safetensors": WEIGHTS}
+    world.hub.add("owner/name", files | {"README.md": "no"})
+    assert content(world.fetch()) == expected(files)
+
+
+@pytest.mark.parametrize("revision", ["refs/pr/1", OTHER_COMMIT])
+def test_another_revision(world: World, revision: str) -> None:
+    world.hub.add("owner/name", SMALL | {"config.json": '{"new": 1}', "model.safetensors": b"new"}, OTHER_COMMIT)
+    old, new = world.fetch(), world.fetch(f"owner/name@{revision}")
+    assert (old / "model.safetensors").read_bytes() == WEIGHTS
+    assert (new / "model.safetensors").read_bytes() == b"new"
+    assert world.hub.fetched().count("tokenizer.json") == 1  # the same in both
+    world.hub.stop()
+    assert world.fetch(f"owner/name@{revision}") == new
+    assert world.fetch() == old
+
+
+def test_a_branch_that_moves_on(world: World) -> None:
+    old = world.fetch()
+    world.hub.add("owner/name", SMALL | {"model.safetensors": b"new"}, OTHER_COMMIT)
+    world.hub.revisions["main"] = OTHER_COMMIT
+    new = world.fetch()
+    assert new != old
+    assert (new / "model.safetensors").read_bytes() == b"new"
+
+
+def test_an_adapter(world: World) -> None:
+    files = {"adapter_config.json": "{ }", "adapter_model.safetensors": b"lora"}
+    world.hub.add("owner/adapter", files | {"README.md": "a", "tokenizer.json": "{}", "adapter_model.bin": b"zip"})
+    folder = fetch_adapter("owner/adapter", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
+    assert content(folder) == expected(files)
+    world.refused(CheckpointError, "owner/adapter", "adapter", "base model", hub_id="owner/adapter")
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        fetch_adapter("owner/name", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
+
+
+def test_how_far_a_download_has_come_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_progress, "SAY_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)
+    world.fetch()
+    told = [line for line in world.said if "model.safetensors (6 of 6)" in line]
+    assert len(told) > 3
+    assert told[0].endswith("20 kB of 102 kB")
+    assert told[-1].endswith("102 kB of 102 kB")
+
+
+def test_the_bar_serves_the_package_s_other_way_of_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most weights come through its Xet client, which needs servers of its own; it reports to the same class."""
+    monkeypatch.setattr(hub_progress, "SAY_EVERY_SECONDS", 0.0)
+    said: list[str] = []
+    told = hub_progress.downloads_told(said.append, "model.safetensors", 5_000_000_000)
+    words = {"reconstruction_desc": "a", "transfer_desc": "b", "total": 5_000_000_000, "log_level": 30}
+    with XetDownloadProgressReporter(**words, tqdm_class=told) as reporter:
+        for done in (0, 2_500_000_000, 5_000_000_000):
+            report = SimpleNamespace(
+                total_bytes=5_000_000_000,
+                total_bytes_completed=done,
+                total_transfer_bytes_completed=done // 2,
+                total_bytes_completion_rate=1e6,
+                total_transfer_bytes_completion_rate=None,
+            )
+            reporter.update_progress(report)
+    assert said == [f"downloading model.safetensors: {size} GB of 5.0 GB" for size in ("2.5", "5.0")]
+
+
+# ---- the cache
+
+
+@pytest.mark.parametrize("way", ["stopped", "variable", "failing"])
+def test_the_second_time_works_offline(world: World, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    sharded(world)
+    folder = world.fetch()
+    world.hub.log.clear()
+    assert world.fetch() == folder
+    assert [request.path for request in world.hub.log] == ["/api/models/owner/name"]  # has it moved on?
+    if way == "stopped":
+        world.hub.stop()
+    elif way == "failing":
+        world.hub.status = 503
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        world.hub.log.clear()
+    assert world.fetch() == folder
+    assert way != "variable" or not world.hub.log
+    assert len(content(folder)) == len(SMALL) + len(SHARDS) + 1
+
+
+def test_offline_with_the_cache_of_an_older_package(world: World) -> None:
+    folder = world.fetch()
+    world.hub.stop()
+    shutil.rmtree(folder.parents[1] / "trees")
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    assert world.fetch() == folder
+
+
+def test_what_is_missing_is_fetched(world: World) -> None:
+    folder = world.fetch()
+    (folder / "tokenizer.json").resolve().unlink()
+    (folder / "generation_config.json").unlink()
+    world.hub.log.clear()
+    assert world.fetch() == folder
+    assert content(folder) == expected(SMALL, {"model.safetensors": WEIGHTS})
+    assert world.hub.fetched() == ["tokenizer.json"]  # the other one's content was still there
+
+
+def test_offline_and_not_wholly_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = world.fetch()
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    world.refused(MachineError, "owner/name", "not wholly", "HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
+def test_offline_and_not_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    world.refused(MachineError, f"owner/name{revision}", "HF_HUB_OFFLINE", hub_id=f"owner/name{revision}")
+
+
+@pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
+def test_no_network_and_not_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    world.hub.stop()
+    world.refused(MachineError, "owner/name", "cannot be reached", "refused", hub_id=f"owner/name{revision}")
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("hub_id", ["owner/other", "nobody/name", "owner/other@main"])
+def test_no_such_repository(world: World, hub_id: str) -> None:
+    world.refused(CheckpointError, hub_id, "neither a path here", "hf auth login", "HF_TOKEN", hub_id=hub_id)
+
+
+def test_a_closed_repository(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.hub.gated.add("owner/name")
+    world.refused(CheckpointError, "owner/name", "granted", "huggingface.co/owner/name", "hf auth login")
+    monkeypatch.setenv("HF_TOKEN", world.hub.token)
+    world.hub.log.clear()
+    assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
+    sent = {request.path.startswith("/store/"): "authorization" in request.headers for request in world.hub.log}
+    assert sent == {False: True, True: False}  # never to where the Hub sends us
+
+
+def test_no_such_revision(world: World) -> None:
+    world.refused(CheckpointError, "owner/name@v9", "no revision 'v9'", hub_id="owner/name@v9")
+    world.refused(CheckpointError, "no revision", hub_id="owner/name@" + "0" * 40)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (401, CheckpointError, ["HF_TOKEN"]),
+        (403, CheckpointError, ["refuses your token"]),
+        (404, MachineError, ["404"]),
+        (429, MachineError, ["429", "later"]),
+        (500, MachineError, ["500", "later"]),
+    ],
+)
+def test_a_hub_that_fails(world: World, status: int, kind: type[LlmEdgeError], words: list[str]) -> None:
+    world.hub.status = status
+    world.refused(kind, "owner/name", *words)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>Sign in to this network</html>", b"[]", b"{}"])
+def test_an_answer_that_is_none_of_a_hub(world: World, body: bytes) -> None:
+    world.hub.status, world.hub.body = 200, body
+    world.refused(MachineError, "owner/name", "HF_ENDPOINT")
+
+
+def test_a_hub_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    world.hub.silent = threading.Event()
+    start = time.monotonic()
+    world.refused(MachineError, "cannot be reached", "timed out")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_breaks_off_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    world.hub.ranges = ranges
+    world.hub.cut["model.safetensors"], world.hub.cuts["model.safetensors"] = 30_000, 2
+    assert (world.fetch() / "model.safetensors").read_bytes() == WEIGHTS
+    parts = [request.headers.get("range") for request in world.hub.log if request.path.startswith("/store/")]
+    assert parts == [None, "bytes=30000-", "bytes=60000-" if ranges else "bytes=30000-"]
+
+
+@pytest.mark.parametrize("after", [0, 60_000])
+def test_a_download_that_never_ends_well(world: World, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    world.hub.ranges = False
+    world.hub.cut["model.safetensors"], world.hub.cuts["model.safetensors"] = after, 10_000
+    world.refused(MachineError, "owner/name", "broke off", "try again")
+    assert world.hub.cuts["model.safetensors"] > 9_900
+    assert not list(world.cache.rglob("*.incomplete"))
+    world.hub.cuts.clear()
+    world.hub.log.clear()
+    assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
+    assert world.hub.fetched() == ["model.safetensors"]
+
+
+def test_a_file_much_larger_than_listed(world: World) -> None:
+    world.hub.listed = [{"type": "file", "path": "model.safetensors", "size": 10, "oid": "0" * 40}]
+    world.refused(MachineError, "model.safetensors", "does not come to its end")
+    assert not list(world.cache.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/tmp/evil.safetensors", "..\\evil.safetensors", "a/../../evil.bin", "..", "", "."]
+)
+def test_hostile_names_in_the_list(world: World, name: str) -> None:
+    world.hub.listed = [{"type": "file", "path": name, "size": 5, "oid": "0" * 40}]
+    before = content(world.cache.parent)
+    assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
+    made = content(world.cache.parent).keys() - before.keys()
+    assert not [made_name for made_name in made if "evil" in made_name]
+    assert not Path("/tmp/evil.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../config.json", "/etc/passwd", "onnx/model.onnx", "", ".", "gone.safetensors", "a\\b.safetensors"]
+)
+def test_an_index_that_names_other_files(world: World, name: str) -> None:
+    sharded(world, more=name)
+    world.refused(CheckpointError, "owner/name", INDEX, repr(name))
+    assert not [fetched for fetched in world.hub.fetched() if fetched.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("index", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none(world: World, index: str) -> None:
+    world.hub.add("owner/name", SMALL | SHARDS | {INDEX: index})
+    world.refused(CheckpointError, INDEX)
+
+
+@pytest.mark.parametrize("commit", ["../../../evil", "main", "", "x" * 5000, "0" * 39])
+def test_a_commit_that_is_none(world: World, commit: str) -> None:
+    world.hub.revisions["main"] = commit
+    world.hub.repos["owner/name"][commit] = world.hub.repos["owner/name"][COMMIT]
+    world.refused(CheckpointError, "owner/name", "named no commit")
+    assert not world.hub.fetched()
+    assert not (world.cache.parent / "evil").exists()
+
+
+def test_gguf_files_only(world: World) -> None:
+    world.hub.add("owner/name", {"README.md": "a", "m-Q8_0.gguf": b"GGUF" * 9, "m-Q4_K.gguf": b"GGUF"})
+    world.refused(CheckpointError, "GGUF files only", "hf download owner/name m-Q4_K.gguf", "path")
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        ({"README.md": "a"}, "no weights"),
+        (SMALL | {"tf_model.h5": b"h5", "sub/model.safetensors": b"x"}, "no weights"),
+        (SMALL | {"a.safetensors": b"x", "b.safetensors": b"y"}, "no weights"),
+        ({"model.safetensors": b"x", "tokenizer.json": "{}"}, "no config.json"),
+        ({}, "no weights"),
+    ],
+)
+def test_repositories_without_a_model(world: World, files: dict[str, Any], word: str) -> None:
+    world.hub.add("owner/name", files)
+    world.refused(CheckpointError, "owner/name", word)
+    assert set(world.hub.fetched()) <= {"config.json"}
+
+
+def test_no_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(world.cache.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    world.refused(MachineError, "owner/name", "102 kB", "1 kB", "HF_HUB_CACHE")
+    assert set(world.hub.fetched()) <= {"config.json"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_fails(world: World, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), "/disk/file")
+
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", fail)
+    world.refused(MachineError, "space left" if code == errno.ENOSPC else "/disk/file", "HF_HUB_CACHE")
+
+
+def test_a_cache_that_is_no_folder(world: World) -> None:
+    world.cache.write_text("")
+    world.refused(MachineError, str(world.cache), "HF_HUB_CACHE")
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"pip install 'llm-edge\[export\]'"):
+        fetch_checkpoint("owner/name", print)
+
+
+def test_names_that_are_none_are_not_asked_for(world: World) -> None:
+    world.refused(CheckpointError, "owner/name@../x", "owner/name@revision", hub_id="owner/name@../x")
+    assert not world.hub.log
+
+
+# ---- as a user has it: a process of its own, told by environment variables
+
+
+def test_a_fresh_process(world: World) -> None:
+    code = """
+import sys
+from llm_edge.checkpoint.download.hub import fetch_checkpoint
+assert "huggingface_hub" not in sys.modules
+print(fetch_checkpoint("owner/name", lambda _: None))
+"""
+    variables = {"HF_ENDPOINT": world.hub.endpoint, "HF_HOME": str(world.cache), "AI_AGENT": "someone"}
+    world.hub.cut["model.safetensors"], world.hub.cuts["model.safetensors"] = 50_000, 1  # the package warns of that
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    command = [sys.executable, "-W", "default", "-c", code]
+    done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert content(Path(done.stdout.strip())) == expected(SMALL, {"model.safetensors": WEIGHTS})
+    assert Path(done.stdout.strip()).is_relative_to(world.cache)
+    agents = {request.headers["user-agent"] for request in world.hub.log if "/resolve/" in request.path}
+    assert not [agent for agent in agents if "torch" in agent or "someone" in agent]
+    assert {request.path.split("/")[1] for request in world.hub.log} == {"api", "owner", "store"}
+    assert fake_hub.COMMIT in done.stdout

@@ -1,0 +1,406 @@
+"""`llm-export --explain` and `--plot`: what they tell is what lies in the files, of an export and of a bundle."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+from PIL import Image
+
+from llm_edge.exporter import cli
+from llm_edge.exporter.explain.cli import short
+from llm_edge.exporter.explain.report import explain
+from llm_edge.exporter.quantization.recipes import RECIPES, Blocks, Dense, Integer
+from llm_edge.runtime import Bundle
+
+Run = Callable[..., tuple[int, str, str]]
+ROLES = {"attention.qkv": (256, 64), "attention.output": (64, 128), "mlp.gate_up": (256, 64), "mlp.down": (64, 128)}
+PROJECTIONS = {f"layers.{layer}.{name}" for layer in range(2) for name in ROLES}
+PRECISIONS = "fp32,int8,int8-exact,int4"
+
+
+@pytest.fixture(scope="module")
+def short_texts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shorten_texts(patch, 500)
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, short_texts: None
+) -> tuple[Path, Path, str]:
+    """A bundle made with `--explain --plot`, the picture, and what the command printed."""
+    folder = tmp_path_factory.mktemp("explained")
+    bundle, picture = folder / "tiny", folder / "tiny.png"
+    words = (tiny_checkpoint, "-o", bundle, "--precision", PRECISIONS, "--explain", "--plot", picture)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["llm-export", *map(str, words)])
+        printed = folder / "printed"
+        with printed.open("w", encoding="utf-8") as file:
+            patch.setattr(sys, "stdout", file)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+    assert ended.value.code == 0
+    return bundle, picture, printed.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def copied(exported: tuple[Path, Path, str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported[0], tmp_path / "copied"))
+
+
+def read(bundle: Path) -> Any:
+    return json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+
+
+def write(bundle: Path, manifest: Mapping[str, Any]) -> None:
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def stored(bundle: Path, entry: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of every initializer of a graph, by name, as the onnx package tells them."""
+    model = onnx.load(bundle / entry["model"], load_external_data=False)
+    return {
+        tensor.name: next((int(pair.value) for pair in tensor.external_data if pair.key == "length"), 0)
+        or len(tensor.raw_data)
+        for tensor in model.graph.initializer
+    }
+
+
+# ---- the manifest
+
+
+def test_every_projection_is_told_with_format_size_and_error(exported: tuple[Path, Path, str]) -> None:
+    for name, entry in read(exported[0])["precisions"].items():
+        told = entry["projections"]
+        assert told.keys() == PROJECTIONS | {"embed_tokens"} | ({"head_mix"} if RECIPES[name].calibrated else set())
+        for module in PROJECTIONS:
+            assert set(told[module]) == {"format", "bytes"} | ({"error"} if RECIPES[name].calibrated else set())
+            assert told[module].get("error", 0.5) == float(f"{told[module].get('error', 0.5):.4g}")
+        assert "error" not in told["embed_tokens"]
+
+
+def test_sizes_are_those_of_the_files(exported: tuple[Path, Path, str]) -> None:
+    bundle = exported[0]
+    for name, entry in read(bundle)["precisions"].items():
+        found = stored(bundle, entry)
+        for module, told in entry["projections"].items():
+            assert told["bytes"] == sum(size for key, size in found.items() if key.startswith(f"{module}.")), module
+        files = sum((bundle / f"{entry['model']}{end}").stat().st_size for end in ("", "_data"))
+        parts = sum(told["bytes"] for told in entry["projections"].values()) + sum(entry["other"].values())
+        assert parts == files
+        weights = sum(found.values())
+        assert files - entry["other"]["graph"] == weights, name
+        assert entry["other"]["norms"] == 5 * 4 * 64
+        assert 0 < entry["other"]["graph"] < 200_000
+
+
+def test_sizes_follow_from_formats_and_shapes(exported: tuple[Path, Path, str]) -> None:
+    told = {name: entry["projections"] for name, entry in read(exported[0])["precisions"].items()}
+    for module in PROJECTIONS:
+        rows, width = ROLES[module.partition(".")[2].partition(".")[2]]
+        assert told["fp32"][module] == {"format": "fp32", "bytes": 4 * rows * width}
+        for name in told:
+            blocks = re.fullmatch(r"int(\d) blocks of (\d+)(, zero points)?", told[name][module]["format"])
+            if blocks is not None:
+                form = Blocks(int(blocks[1]), int(blocks[2]), symmetric=not blocks[3])
+                zeros = 0 if form.symmetric else rows * -(-form.count(width) * form.bits // 8)
+                assert told[name][module]["bytes"] == int(form.bytes_per_weight * rows * width) + zeros
+            elif "channels" in told[name][module]["format"]:
+                rest = told[name][module]["bytes"] - rows * width - 4 * rows  # steps, and factors of the channels
+                assert 4 <= rest <= 8 + 4 * width
+    assert told["fp32"]["embed_tokens"]["bytes"] == 4 * 331 * 64
+    assert told["int8"]["embed_tokens"] == {"format": "int8 blocks of 64", "bytes": 331 * (64 + 4)}
+
+
+def test_errors_grow_as_bits_go(exported: tuple[Path, Path, str]) -> None:
+    told = {name: entry["projections"] for name, entry in read(exported[0])["precisions"].items()}
+    for name, better, worse in ((it, "int8-exact", "int8") for it in PROJECTIONS):
+        same = told[better][name]["format"] == told[worse][name]["format"]
+        assert 0 < told[better][name]["error"] < told[worse][name]["error"] * (1.01 if same else 1) < 1e-2
+    assert all(0 < told["int4"][name]["error"] < 0.1 for name in PROJECTIONS)
+
+
+@pytest.mark.parametrize(("graph", "tied"), [("portable", True), ("fused", False)])
+def test_other_graphs_are_told_as_well(
+    graph: str, tied: bool, tmp_path: Path, llm_export: Run, short_texts: None
+) -> None:
+    checkpoint = tiny.save_checkpoint(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
+    words = (checkpoint, "-o", tmp_path / "made", "--precision", "int8,int4", "--graph", graph, "--no-validate")
+    assert llm_export(*words)[0] == 0
+    for name, entry in read(tmp_path / "made")["precisions"].items():
+        told = entry["projections"]
+        mix = {"head_mix"} if tied else set()
+        assert told.keys() == {f"layers.0.{it}" for it in ROLES} | mix | {"embed_tokens", "lm_head"}
+        assert told["embed_tokens"]["format"] == told["lm_head"]["format"] == "int8 blocks of 64"
+        for module in ("embed_tokens", "lm_head"):
+            assert told[module]["bytes"] == 331 * (64 + 4)
+        if name == "int4":
+            assert any(it["format"].startswith("int4 blocks of") for it in told.values())
+        weights = sum(stored(tmp_path / "made", entry).values())
+        assert sum(it["bytes"] for it in told.values()) + entry["other"]["norms"] + entry["other"]["tables"] == weights
+
+
+def test_what_is_told_does_not_depend_on_validation(
+    exported: tuple[Path, Path, str], tiny_checkpoint: Path, tmp_path: Path, llm_export: Run, short_texts: None
+) -> None:
+    out = tmp_path / "again"
+    code, text, _ = llm_export(
+        tiny_checkpoint, "-o", out, "--precision", "int8", "--no-validate", "--explain", "--plot", tmp_path / "p.svg"
+    )
+    assert code == 0
+    assert not re.search("mean KL [0-9]", text)
+    first, second = (read(path)["precisions"]["int8"] for path in (exported[0], out))
+    assert [first[key] for key in ("projections", "other")] == [second[key] for key in ("projections", "other")]
+    assert "Not validated" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+
+
+# ---- the tables
+
+
+def test_the_table_shows_each_projection_of_each_layer(exported: tuple[Path, Path, str]) -> None:
+    bundle, _, text = exported
+    assert all(len(line) <= 100 for line in text.partition("Plot: ")[0].splitlines())
+    assert "\x1b" not in text
+    for name, entry in read(bundle)["precisions"].items():
+        table = text.partition(f"\n{name}: " if name != "fp32" else f"{name}: ")[2].partition("total")[0]
+        told = entry["projections"]
+        for layer in range(2):
+            cells = []
+            for role in ROLES:
+                one = told[f"layers.{layer}.{role}"]
+                cells += [short(one["format"]), r"[0-9.]+"]
+                if "error" in one:
+                    cells.append(re.sub("e-0", "e-", f"{one['error']:.1e}"))
+            label = str(layer) if RECIPES[name].calibrated else "0-1 each"
+            assert re.search(rf"^{label} +{' +'.join(cells)} *$", table, re.MULTILINE), (cells, table)
+        assert re.search(r"embedding, head +\S+ +[0-9.]+ kB", table)
+    for form in {it["format"] for entry in read(bundle)["precisions"].values() for it in entry["projections"].values()}:
+        assert form == short(form) or re.search(rf"^{re.escape(short(form))} +{re.escape(form)}$", text, re.MULTILINE)
+    assert "error: mean over calibration tokens" in text
+
+
+def test_parts_of_the_table_add_up(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+    _, text, _ = llm_export(exported[0], "--explain", "--precision", "int8")
+    lines = re.findall(r"^(\w.*?)  +(?:\S+ +)?([0-9.,]+) kB +([0-9.]+)%$", text, re.MULTILINE)
+    sizes = {label: float(size.replace(",", "")) for label, size, _ in lines}
+    assert sizes.keys() == {"layers", "embedding, head", "head_mix", "norms", "tables", "graph", "total"}
+    info = Bundle.open(exported[0]).precisions["int8"]
+    assert sizes["total"] == pytest.approx(info.size / 1e3, rel=0.01)
+    assert sum(sizes.values()) == pytest.approx(2 * sizes["total"], rel=0.01)
+    assert sum(float(share) for *_, share in lines) == pytest.approx(200, abs=0.4)
+    layers = [re.findall(r"(?<= )[0-9.]+(?= )", line) for line in text.splitlines() if re.match(r"all ", line)]
+    assert sum(map(float, layers[0])) == pytest.approx(sizes["layers"], rel=0.01)
+
+
+def test_a_bundle_tells_what_its_export_told(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+    bundle, _, printed = exported
+    before = sorted(bundle.rglob("*"))
+    code, text, errors = llm_export(bundle, "--explain")
+    assert (code, errors) == (0, "")
+    assert text.strip()
+    assert printed.startswith(text)
+    assert sorted(bundle.rglob("*")) == before
+
+
+def test_a_bundle_tells_of_the_precisions_that_are_asked_for(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+    code, text, _ = llm_export(exported[0], "--explain", "--precision", "int4, int8")
+    assert code == 0
+    assert re.findall(r"^(\S+): .* mean KL", text, re.MULTILINE) == ["int4", "int8"]
+
+
+def test_json_tells_the_same(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
+    code, text, _ = llm_export(exported[0], "--explain", "--progress", "json", "--plot", tmp_path / "p.png")
+    assert code == 0
+    *lines, last = [json.loads(line) for line in text.splitlines()]
+    found = explain(Bundle.open(exported[0]))
+    assert [line["name"] for line in lines] == [it.name for it in found] == PRECISIONS.split(",")
+    assert lines[1]["layers"][0]["qkv"]["error"] == found[1].layers[0]["qkv"].error
+    assert last == {"stage": "plot", "path": str(tmp_path / "p.png")}
+
+
+def test_formats_of_all_recipes_have_short_names_of_their_own() -> None:
+    forms = {
+        str(form)
+        for recipe in RECIPES.values()
+        for form in (recipe.projections, recipe.embedding, recipe.fallback, *recipe.special.values())
+        if isinstance(form, Dense | Blocks | Integer)
+    }
+    assert len({short(form) for form in forms}) == len(forms)
+    assert max(len(short(form)) for form in forms) <= 10
+    assert short("int4 blocks of 32, offsets") == "int4-32o"
+    assert short("a format of tomorrow") == "a format of tomorrow"
+
+
+# ---- the picture
+
+
+def test_the_picture_of_an_export(exported: tuple[Path, Path, str]) -> None:
+    _, picture, text = exported
+    assert f"Plot: {picture}" in text
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape[1] > pixels.shape[0] > 500
+    colours = {tuple(pixel) for pixel in pixels.reshape(-1, 3).tolist()}
+    assert {(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)} <= colours  # a line for each role
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".pdf", ".PNG"])
+def test_pictures_of_a_bundle(suffix: str, exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
+    files = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
+    for file in files:
+        assert llm_export(exported[0], "--plot", file) == (0, f"Plot: {file}\n", "")
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    if suffix == ".svg":
+        assert ElementTree.fromstring(first).tag.endswith("svg")
+        for word in (*PRECISIONS.split(","), "layer", "qkv", "output", "gate_up", "down", "size, MB"):
+            assert f"<!-- {word}".encode() in first
+    elif suffix == ".pdf":
+        assert first.startswith(b"%PDF-")
+        assert first.rstrip().endswith(b"%%EOF")
+    else:
+        with Image.open(files[0]) as image:
+            assert image.format == "PNG"
+            image.verify()
+
+
+def test_a_picture_where_nothing_was_rounded(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
+    assert llm_export(exported[0], "--plot", tmp_path / "p.svg", "--precision", "fp32")[0] == 0
+    assert "No error was measured" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+
+
+# ---- what is refused
+
+
+def refused(outcome: tuple[int, str, str], *words: str) -> None:
+    code, text, errors = outcome
+    assert (code, text) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    for word in words:
+        assert word in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("p.gif", ".svg"),
+        ("p", ".png"),
+        ("none/p.png", "no folder"),
+        ("taken.png", "folder"),
+        ("file/p.png", "no folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_refused_before_the_work(
+    name: str, word: str, tiny_checkpoint: Path, tmp_path: Path, llm_export: Run
+) -> None:
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "file").touch()
+    out = tmp_path / "out"
+    refused(llm_export(tiny_checkpoint, "-o", out, "--plot", tmp_path / name), "--plot", name, word)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody may write to")
+def test_a_folder_that_takes_no_file(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+    refused(llm_export(exported[0], "--plot", "/proc/self/p.png"), "/proc/self/p.png", "cannot be written")
+
+
+def test_without_matplotlib_one_line_names_the_extra(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = llm_export(tiny_checkpoint, "-o", tmp_path / "out", "--plot", tmp_path / "p.png")
+    refused(outcome, "matplotlib", "pip install 'llm-edge[plot]'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("--force",), ("-o", "elsewhere"), ("--graph", "fused"), ("--no-validate",), ("--n-heads", "4")]
+)
+def test_a_bundle_takes_no_options_that_make_one(
+    words: tuple[str, ...], exported: tuple[Path, Path, str], llm_export: Run
+) -> None:
+    refused(llm_export(exported[0], "--explain", *words), "leave it out")
+
+
+def test_a_precision_that_the_bundle_lacks(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+    refused(llm_export(exported[0], "--explain", "--precision", "int4-mixed"), "int4-mixed", PRECISIONS.split(",")[-1])
+    refused(llm_export(exported[0], "--explain", "--precision", ","), "--precision is empty")
+
+
+def test_torchscript_has_nothing_to_tell(tiny_checkpoint: Path, tmp_path: Path, llm_export: Run) -> None:
+    words = (tiny_checkpoint, "-o", tmp_path / "out", "--format", "torchscript", "--explain")
+    refused(llm_export(*words), "--format torchscript")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bundles_of_earlier_versions_load_and_say_what_they_lack(copied: Path, llm_export: Run) -> None:
+    manifest = read(copied)
+    for entry in manifest["precisions"].values():
+        del entry["projections"], entry["other"]
+    write(copied, manifest)
+    assert Bundle.open(copied).precision("int8").size > 0
+    refused(llm_export(copied, "--explain"), "manifest.json", "export the checkpoint again")
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        ("layers.0.mlp.down", {"format": "fp32", "bytes": -1}),
+        ("layers.0.mlp.down", {"format": "fp32", "bytes": True}),
+        ("layers.0.mlp.down", {"format": "fp32", "bytes": 1.5}),
+        ("layers.0.mlp.down", {"format": "fp32", "bytes": 10**400}),
+        ("layers.0.mlp.down", {"format": "\x1b[2J", "bytes": 1}),
+        ("layers.0.mlp.down", {"format": "x" * 1000, "bytes": 1}),
+        ("layers.0.mlp.down", {"format": 8, "bytes": 1}),
+        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": "much"}),
+        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": float("nan")}),
+        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": 10**400}),
+        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": -1.0}),
+        ("layers.0.mlp.down", ["fp32", 1]),
+        ("layers.2.mlp.down", {"format": "fp32", "bytes": 1}),
+        ("layers.0.other.down", {"format": "fp32", "bytes": 1}),
+        ("\x1b[2J", {"format": "fp32", "bytes": 1}),
+        ("", {"format": "fp32", "bytes": 1}),
+    ],
+)
+def test_a_manifest_that_tells_nonsense(module: str, told: Any, copied: Path, llm_export: Run) -> None:
+    manifest = read(copied)
+    manifest["precisions"]["int8"]["projections"][module] = told
+    write(copied, manifest)
+    refused(llm_export(copied, "--explain"), "manifest.json", "int8")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("other", {"norms": 1}), ("other", 3), ("projections", []), ("quality", {"kl_mean": "low"})]
+)
+def test_a_manifest_with_damaged_entries(key: str, value: Any, copied: Path, llm_export: Run) -> None:
+    manifest = read(copied)
+    manifest["precisions"]["int4"][key] = value
+    write(copied, manifest)
+    refused(llm_export(copied, "--explain"), "manifest.json", "int4")
+
+
+def test_a_precision_with_a_name_that_is_none(copied: Path, llm_export: Run) -> None:
+    manifest = read(copied)
+    manifest["precisions"]["\x1b[2J"] = manifest["precisions"].pop("int4")
+    write(copied, manifest)
+    refused(llm_export(copied, "--explain"), "manifest.json", "name")
+
+
+def test_a_manifest_that_is_none(copied: Path, llm_export: Run) -> None:
+    (copied / "manifest.json").write_text("{", encoding="utf-8")
+    refused(llm_export(copied, "--explain"), "manifest.json", "not JSON")

@@ -1,0 +1,241 @@
+"""Calibration: recipes on awkward shapes, what falls back and why, memory, and texts that are different."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import families
+import numpy as np
+import onnxruntime as ort
+import original
+import pytest
+import torch
+from project import DATA
+from torch import Tensor
+
+from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.graph.write import write_graphs
+from llm_edge.exporter.quantization.calibrate import Rounding, calibrate
+from llm_edge.exporter.quantization.recipes import RECIPES, Blocks, Integer, Recipe, parse_precisions
+from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
+from llm_edge.model.config import ModelConfig
+from llm_edge.model.decoder import Decoder
+
+CALIBRATED = parse_precisions("int8,int8-exact,int4,int4-mixed")
+SHAPES = {
+    "505M family": {"dim": 96, "ffn_dim": 384, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 350},
+    "qwen3": {"hidden_size": 144, "intermediate_size": 400, "num_attention_heads": 6, "head_dim": 24},
+    "gemma3_text": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
+}
+
+
+def text(length: int, seed: int) -> list[int]:
+    found: list[int] = np.random.default_rng(seed).integers(3, 330, length).tolist()
+    return found
+
+
+def checkpoint(name: str, folder: Path) -> Checkpoint:
+    """A random model whose attention looks at single tokens."""
+    if name == "505M family":
+        source = original.save_family(folder, seed=3, **SHAPES[name]).path
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            kind, config = families.CASES[name]
+            patch.setitem(families.CASES, name, (kind, {**config, **SHAPES.get(name, {})}))  # type: ignore[arg-type]
+            source = families.save(families.model(name), folder)
+    return open_checkpoint(str(source), SourceOptions(), lambda _: None)
+
+
+def rounded(
+    config: ModelConfig, weights: RotatedWeights, folder: Path, recipes: Sequence[Recipe], tokens: int = 1024
+) -> dict[str, Rounding]:
+    folder.mkdir()
+    return calibrate(rotated_config(config), weights, recipes, text(tokens, 0), folder, lambda *_: None)
+
+
+# ---- recipes on awkward shapes
+
+
+def nearest(recipe: Recipe) -> Recipe:
+    """4-bit blocks as the recipe's, rounded to nearest, without rotation."""
+    return Recipe("nearest", "model_nearest", recipe.projections, {}, recipe.embedding)
+
+
+@torch.inference_mode()
+def reference(found: Checkpoint, ids: Tensor) -> Tensor:
+    decoder = Decoder(found.config).eval()
+    decoder.load_weights(found.weights)
+    logits: Tensor = decoder(ids, torch.ones_like(ids), decoder.empty_past(len(ids)))[0]
+    return logits
+
+
+def graph_logits(path: Path, ids: Tensor) -> Tensor:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())}
+    for node in session.get_inputs():
+        if node.name.startswith("past"):
+            feeds[node.name] = np.zeros((len(ids), node.shape[1], 0, node.shape[3]), dtype=np.float32)
+    return torch.from_numpy(session.run(["logits"], feeds)[0])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_calibrated_recipes_take_sizes_that_are_no_powers_of_two(name: str, tmp_path: Path) -> None:
+    found = checkpoint(name, tmp_path / "source")
+    plain = nearest(RECIPES["int4"])
+    recipes = (*CALIBRATED, plain)
+    out = tmp_path / "out"
+    out.mkdir()
+    roundings = write_graphs(
+        out, found.config, found.weights, recipes, GraphStyle.FUSED, text(1536, 0), lambda *_: None
+    )
+    assert list(roundings) == [recipe.name for recipe in CALIBRATED]
+    assert {path.name for path in out.iterdir()} == {f"{it.stem}.onnx{end}" for it in recipes for end in ("", "_data")}
+    ids = torch.tensor([text(120, 1), text(120, 2)])
+    wanted = reference(found, ids)
+    assert wanted.std() > 0.5
+    errors = {
+        recipe.name: ((graph_logits(out / f"{recipe.stem}.onnx", ids) - wanted).norm() / wanted.norm()).item()
+        for recipe in recipes
+    }
+    assert errors["int8"] < 0.08
+    assert errors["int8-exact"] < 0.8 * errors["int8"]  # weights are rounded alike
+    assert errors["int8"] < 0.5 * errors["int4"]
+    assert errors["int4-mixed"] <= errors["int4"] < 0.8 * errors["nearest"]
+
+
+# ---- what falls back
+
+
+def test_a_projection_that_errs_too_much_falls_back_to_blocks(tmp_path: Path) -> None:
+    """A norm makes one channel tower over the others, which alone matter: 8 bits with one scale cannot hold both."""
+    found = checkpoint("gpt2", tmp_path / "source")  # LayerNorm: its stream is not rotated
+    weights = {name: found.weights[name].float().clone() for name in found.weights}
+    weights["layers.1.mlp_norm.weight"][5] *= 3000
+    weights["layers.1.mlp.up.weight"][:, 5] /= 1e6
+    out = tmp_path / "rounded"
+    made = rounded(found.config, RotatedWeights(found.config, weights), out, CALIBRATED)
+    for name in ("int8", "int8-exact"):
+        recipe = RECIPES[name]
+        choices = made[name].choices
+        assert len(choices) == 4 * found.config.num_hidden_layers
+        assert isinstance(choices["layers.0.mlp.up"].form, Integer)
+        if name == "int8":
+            assert isinstance(recipe.fallback, Blocks)
+            form = choices["layers.1.mlp.up"].form
+            assert isinstance(form, Blocks)
+            assert (form.bits, form.symmetric) == (recipe.fallback.bits, recipe.fallback.symmetric)
+        for module, choice in choices.items():
+            if isinstance(choice.form, Integer):
+                assert choice.error <= recipe.limit, module
+
+
+def test_upgrades_go_to_the_projections_that_err_most(tmp_path: Path) -> None:
+    found = checkpoint("smollm3", tmp_path / "source")  # three layers
+    upgrade = Integer()
+    recipe = dataclasses.replace(RECIPES["int4"], name="mine", upgrades={"gate_up": (upgrade, 2 / 3)})
+    weights = RotatedWeights(found.config, found.weights)
+    made = rounded(found.config, weights, tmp_path / "rounded", (RECIPES["int4"], recipe), tokens=512)
+    before, after = made["int4"].choices, made["mine"].choices
+    assert before.keys() == after.keys()
+    names = sorted((name for name in before if name.endswith("gate_up")), key=lambda name: before[name].error)
+    assert [after[name].form == upgrade for name in names] == [False, True, True]
+    for name in before:
+        if after[name].form != upgrade or name.endswith("qkv"):
+            assert after[name] == before[name]
+        else:
+            assert after[name].error < before[name].error
+            assert made["mine"].load(name).data.dtype == np.int8
+    assert {path.name for path in (tmp_path / "rounded" / "mine").iterdir()} >= set(after)
+
+
+# ---- memory, and bytes
+
+
+class Watched(RotatedWeights):
+    """Knows which of the weights that it gave are still held."""
+
+    def __init__(self, found: Checkpoint) -> None:
+        super().__init__(found.config, found.weights)
+        self.held: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self.names: list[str] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = super().__getitem__(name).clone()
+        self.held[len(self.names)] = weight
+        self.names.append(name)
+        layer = layer_of(name)
+        others = {self.names[index] for index in self.held if layer_of(self.names[index]) != layer}
+        assert len(others) <= 1, (name, others)  # what was rounded last
+        return weight
+
+
+def layer_of(name: str) -> int:
+    found = re.match(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def test_weights_are_held_a_layer_at_a_time_and_the_same_text_makes_the_same_bytes(tmp_path: Path) -> None:
+    found = checkpoint("smollm3", tmp_path / "source")
+    watched = Watched(found)
+    made = rounded(found.config, watched, tmp_path / "first", CALIBRATED)
+    layers = [layer_of(name) for name in watched.names]
+    assert layers == sorted(layers)
+    assert set(layers) >= {0, 1, 2}
+    again = rounded(found.config, RotatedWeights(found.config, found.weights), tmp_path / "second", CALIBRATED)
+    assert {name: rounding.choices for name, rounding in made.items()} == {
+        name: rounding.choices for name, rounding in again.items()
+    }
+    assert sums(tmp_path / "first") == sums(tmp_path / "second") != {}
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_what_was_rounded_comes_back_from_disk(tmp_path: Path) -> None:
+    found = checkpoint("llama", tmp_path / "source")
+    weights = RotatedWeights(found.config, found.weights)
+    made = rounded(found.config, weights, tmp_path / "rounded", CALIBRATED, tokens=300)
+    for rounding in made.values():
+        assert len(rounding.caches) == found.config.num_hidden_layers
+        for cache in rounding.caches:
+            assert cache.key.shape == cache.value.shape == (2, 32)
+            assert (cache.key > 0).all()
+        for module, choice in rounding.choices.items():
+            weight = weights[f"{module}.weight"]
+            stored = rounding.load(module)
+            assert len(stored.data) == len(weight)
+            assert 0 < choice.error < 0.1
+            if isinstance(choice.form, Blocks):
+                assert stored.dequantized(weight.shape[1]).shape == weight.shape  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tokens", [2, 40, 300])
+def test_a_text_shorter_than_a_window_will_do(tokens: int, tmp_path: Path) -> None:
+    found = checkpoint("gpt_neo", tmp_path / "source")
+    weights = RotatedWeights(found.config, found.weights)
+    made = rounded(found.config, weights, tmp_path / "rounded", (RECIPES["int8"],), tokens)
+    assert all(np.isfinite(choice.error) for choice in made["int8"].choices.values())
+
+
+# ---- the texts
+
+
+def test_the_two_texts_share_no_passage() -> None:
+    passages = []
+    for name in ("calibration.txt", "validation.txt"):
+        words = re.findall(r"\w+", (DATA / name).read_text(encoding="utf-8").lower())
+        assert len(words) > 2000
+        passages.append({tuple(words[start : start + 8]) for start in range(len(words) - 7)})
+    assert passages[0].isdisjoint(passages[1])

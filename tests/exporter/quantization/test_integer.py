@@ -1,0 +1,246 @@
+"""Products of whole numbers: the graph computes what calibration counted on, and rows and chunks keep to themselves."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from llm_edge.exporter.export import export
+from llm_edge.exporter.graph.editor import Editor
+from llm_edge.exporter.graph.emitters.integer import FusedIntegers, PortableIntegers
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.quantization.activations import QuantizedInteger, product, quantize_integer
+from llm_edge.exporter.quantization.recipes import RECIPES, Integer, parse_precisions
+
+Array = npt.NDArray[np.float32]
+
+FORMS = [Integer(spread, terms) for spread in (0, 1, 64) for terms in (1, 2)]
+STYLES = [style.value for style in GraphStyle]
+CALIBRATED = ("int8", "int8-exact", "int4", "int4-mixed")
+ROWS = 24
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def quantized(form: Integer, width: int, seed: int = 0) -> tuple[Tensor, QuantizedInteger]:
+    """A weight [24, width], and what its rounding on inputs with larger and smaller channels made of it."""
+    weight = numbers(ROWS, width, seed=seed)
+    inputs = numbers(400, width, seed=seed + 1) * torch.logspace(-1, 0.5, width)
+    return weight, quantize_integer(weight, form, inputs.T @ inputs / len(inputs), inputs)
+
+
+def graph_of(
+    made: QuantizedInteger, form: Integer, style: str, parts: int, *, optimized: bool = True
+) -> ort.InferenceSession:
+    """`x [B, S, K]` to `y_0`, `y_1`, … as a graph of a style multiplies."""
+    width = made.data.shape[1]
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "S", width]))
+    weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([ROWS, width]))
+    imports = {"": 23, "com.microsoft": 1} if style == "fused" else {"": 23}
+    graph = ir.Graph([x], [], nodes=[], opset_imports=imports, name="product")
+    model = ir.Model(graph, ir_version=10)
+    writer = (FusedIntegers if style == "fused" else PortableIntegers)(Editor(model), lambda _: made)
+    nodes = writer.linear(x, weight, form, "/p", parts)
+    graph.extend(nodes)
+    for number, node in enumerate(nodes[-parts:]):
+        node.outputs[0].name = f"y_{number}"
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape(["B", "S", ROWS // parts])
+        graph.outputs.append(node.outputs[0])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    proto = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+
+
+def ran(session: ort.InferenceSession, x: Tensor) -> Tensor:
+    """Results of all parts beside each other, [B, S, 24]."""
+    return torch.from_numpy(np.concatenate(session.run(None, {"x": x.numpy()}), axis=-1))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+# ---- one product
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("width", [192, 136, 77])  # whole blocks of 64; 8 is the largest block; there is none
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("style", STYLES)
+def test_the_graph_computes_what_calibration_counted_on(style: str, form: Integer, width: int, parts: int) -> None:
+    weight, made = quantized(form, width)
+    x = (numbers(2, 9, width, seed=5) * torch.logspace(-1, 0.5, width)).contiguous()
+    x[1, 3] *= 30  # beyond the range that calibration saw
+    wanted = product(x.flatten(0, 1), made).view(2, 9, ROWS)
+    found = ran(graph_of(made, form, style, parts), x)
+    if style == "portable" and form.terms == 2:  # which does not round to 16 bits at all; onnxruntime then rounds to 8
+        found, wanted = (torch.cat([y[0], y[1, :3], y[1, 4:]]) for y in (found, wanted))
+        assert relative(found, wanted) < 0.01
+        found = ran(graph_of(made, form, style, parts, optimized=False), x)[0]
+        assert relative(found, wanted[:9]) < 1e-3
+    else:
+        assert relative(found, wanted) < 2e-4  # a sum in another order may tip an activation to the next step
+    ordinary = torch.cat([x[0], x[1, :3]])
+    exact = ordinary @ weight.T
+    assert relative(product(ordinary, made), exact) < (0.03 if form.terms == 1 else 0.01)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_more_bits_err_less(form: Integer) -> None:
+    weight, made = quantized(form, 192)
+    x = numbers(60, 192, seed=5) * torch.logspace(-1, 0.5, 192)
+    error = relative(product(x, made), x @ weight.T)
+    assert error > 1e-4
+    if form.terms == 2:
+        assert error < 0.7 * relative(product(x, quantized(Integer(form.spread), 192)[1]), x @ weight.T)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.spread], ids=str)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_huge_token_leaves_the_others_alone(style: str, form: Integer) -> None:
+    """Neither in the graph, where each token has a norm of its own, nor when calibration saw one."""
+    weight, made = quantized(form, 192)
+    x = numbers(1, 12, 192, seed=6)
+    session = graph_of(made, form, style, 1)
+    before = ran(session, x)
+    huge = x.clone()
+    huge[0, 4] *= 1e4
+    after = ran(session, huge)
+    others = [token for token in range(12) if token != 4]
+    assert torch.equal(after[0, others], before[0, others])
+    assert relative(after[0, 4], 1e4 * before[0, 4]) < 1e-3
+
+    inputs = numbers(400, 192, seed=1)
+    inputs[7] *= 100
+    seen = quantize_integer(weight, form, inputs.T @ inputs / len(inputs), inputs)
+    assert relative(product(x[0, others], seen), x[0, others] @ weight.T) < 0.03
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.spread], ids=str)
+def test_without_spreading_too_tokens_do_not_see_each_other(form: Integer) -> None:
+    _, made = quantized(form, 192)
+    x = numbers(1, 12, 192, seed=6)
+    session = graph_of(made, form, "fused", 1)
+    huge = x.clone()
+    huge[0, 4] *= 1e4
+    others = [token for token in range(12) if token != 4]
+    assert torch.equal(ran(session, huge)[0, others], ran(session, x)[0, others])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_token_of_zeros_stays_zero(style: str, form: Integer) -> None:
+    _, made = quantized(form, 136)
+    x = numbers(1, 3, 136)
+    x[0, 1] = 0
+    found = ran(graph_of(made, form, style, 2), x)
+    assert found.isfinite().all()
+    assert torch.equal(found[0, 1], torch.zeros(ROWS))
+
+
+def test_16_bits_leave_room_for_larger_activations_than_calibration_saw() -> None:
+    weight, made = quantized(Integer(terms=2), 192)
+    x = numbers(20, 192, seed=8) * torch.logspace(-1, 0.5, 192) * 1.5
+    assert relative(product(x, made), x @ weight.T) < 0.01
+
+
+# ---- whole graphs
+
+
+class Runner:
+    """A graph of the bundle, run directly."""
+
+    def __init__(self, bundle: Path, precision: str) -> None:
+        path = bundle / "onnx" / f"{RECIPES[precision].stem}.onnx"
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 2
+        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._past = [(node.name, node.shape) for node in self._session.get_inputs() if "past" in node.name]
+
+    def run(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64], past: list[Array] | None = None
+    ) -> tuple[Array, list[Array]]:
+        """Logits [B, S, V] and what the next step needs."""
+        if past is None:
+            past = [np.zeros((len(ids), shape[1], 0, shape[3]), dtype=np.float32) for _, shape in self._past]
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        feeds |= {name: array for (name, _), array in zip(self._past, past, strict=True)}
+        logits, *present = self._session.run(None, feeds)
+        return logits, present
+
+    def alone(self, tokens: npt.NDArray[np.int64], chunk: int) -> Array:
+        """Logits [S, V] of one row, chunk by chunk."""
+        past, found = None, []
+        for start in range(0, len(tokens), chunk):
+            end = min(start + chunk, len(tokens))
+            logits, past = self.run(tokens[None, start:end], np.ones((1, end), dtype=np.int64), past)
+            found.append(logits[0])
+        return np.concatenate(found)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All calibrated precisions of a model whose attention looks at single tokens."""
+    folder = tmp_path_factory.mktemp("integer")
+    shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 32}
+    tiny.save_checkpoint(folder / "source", initializer_range=0.15, **shape)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shorten_texts(patch, 2048)
+        recipes = parse_precisions(",".join(CALIBRATED))
+        source, out = str(folder / "source"), folder / "bundle"
+        export(source, out, recipes, GraphStyle.FUSED, validate=False, force=False, progress=lambda *_: None)
+    return out
+
+
+def text(length: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(3, 320, length)
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"),
+    # The kernel of 4-bit blocks sums four rows at a time in another order than the one to three behind them.
+    [("int8", 0.0), ("int8-exact", 0.0), ("int4", 1e-4), ("int4-mixed", 1e-4)],
+)
+def test_a_row_is_the_same_alone_and_beside_others(bundle: Path, precision: str, bound: float) -> None:
+    """Prompts of unequal length, padded on the right, and a token behind each: bit for bit where the bound is 0."""
+    runner = Runner(bundle, precision)
+    rows = [text(length, seed) for seed, length in enumerate((24, 9, 17, 2, 30))]
+    width = max(map(len, rows))
+    ids, mask = np.full((len(rows), width), 2), np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+    logits, past = runner.run(ids, mask)
+    following = np.arange(5)[:, None] + 40
+    steps, _ = runner.run(following, np.concatenate([mask, np.ones((5, 1), dtype=np.int64)], axis=1), past)
+    for number, row in enumerate(rows):
+        ours, cache = runner.run(row[None], np.ones((1, len(row)), dtype=np.int64))
+        assert np.abs(ours[0] - logits[number, : len(row)]).max() <= bound
+        step, _ = runner.run(following[number][None], np.ones((1, len(row) + 1), dtype=np.int64), cache)
+        assert np.abs(step[0] - steps[number]).max() <= bound
+
+
+@pytest.mark.parametrize("precision", CALIBRATED)
+def test_chunks_of_a_prompt_give_the_same_logits(bundle: Path, precision: str) -> None:
+    runner = Runner(bundle, precision)
+    tokens = text(96, 9)
+    whole = runner.alone(tokens, 96)
+    assert whole.std() > 0.5
+    for chunk in (48, 32, 16):
+        found = runner.alone(tokens, chunk)
+        assert np.array_equal(found, whole), (chunk, np.abs(found - whole).max())

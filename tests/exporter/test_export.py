@@ -1,0 +1,596 @@
+"""The whole way from a checkpoint to a bundle: what lies in it, who can read it, and that it is whole or not there."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_edge.checkpoint.source import bundle_name
+from llm_edge.exporter import export as export_module
+from llm_edge.exporter.export import export
+from llm_edge.exporter.graph import write as graphs_module
+from llm_edge.exporter.graph.trace import GraphStyle, trace
+from llm_edge.exporter.progress import STAGES
+from llm_edge.exporter.quantization.recipes import RECIPES, parse_precisions
+from llm_edge.exporter.validation.compare import MAX_BOUND, MEAN_BOUND
+from llm_edge.model.decoder import Decoder
+from llm_edge.runtime import Bundle, Model, SamplingParams
+from llm_edge.runtime.backend.session import MAX_STEP_TOKENS
+from llm_edge.runtime.errors import CheckpointError, ParityError
+from llm_edge.runtime.text.tokenizer import Tokenizer
+
+CONFIGS = {
+    "chat_template.jinja",
+    "config.json",
+    "genai_config.json",
+    "generation_config.json",
+    "manifest.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+STEMS = {"fp32": "model", "int8": "model_quantized", "int4": "model_q4"}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+TEXTS = (
+    "",
+    " ",
+    "What is the capital of France? Paris, of course!",
+    "  def main():\n\tprint('x')\n",
+    "Äpfel, señor, 你好, 🙂 and — dashes",
+    "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>",
+)
+
+
+def files(folder: Path) -> dict[str, str]:
+    """sha256 of every file under a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def graphs(*precisions: str) -> set[str]:
+    return {f"onnx/{STEMS[name]}.{end}" for name in precisions for end in ("onnx", "onnx_data")}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def answer(bundle: Path, precision: str) -> tuple[int, ...]:
+    return Model.load(bundle, precision).chat(MESSAGES, GREEDY).result().tokens
+
+
+@pytest.fixture(scope="module")
+def kept_trace() -> Callable[..., ir.Model]:
+    return functools.cache(trace)
+
+
+@pytest.fixture
+def traced_once(kept_trace: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of one shape in this file share a trace."""
+    monkeypatch.setattr(graphs_module, "trace", kept_trace)
+
+
+@pytest.fixture
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validate on a little of the text: all of it takes most of a small export's time."""
+    tiny.shorten_texts(monkeypatch, 300)
+
+
+# ---- what lies in a bundle
+
+
+def test_a_bundle_holds_the_files_of_the_design_and_no_others(tiny_bundle: Path) -> None:
+    assert files(tiny_bundle).keys() == CONFIGS | graphs("fp32", "int8", "int4")
+    assert [path.name for path in tiny_bundle.parent.iterdir()] == ["tiny"]  # no temporary sibling
+
+
+def test_the_manifest_is_right_about_every_file(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    manifest = read(tiny_bundle / "manifest.json")
+    found = files(tiny_bundle)
+    assert manifest["files"].keys() == found.keys() - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        assert entry == {"size": (tiny_bundle / name).stat().st_size, "sha256": found[name]}
+    assert manifest["name"] == tiny_bundle.name
+    assert manifest["graph"] == "fused"
+    weights = tiny_checkpoint / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert manifest["source"]["files"] == [
+        {"name": weights.name, "size": weights.stat().st_size, "sha256": digest},
+    ]
+    assert (manifest["source"]["format"], manifest["source"]["weight_types"]) == ("safetensors", "F32")
+    parameters = sum(math.prod(tensor.shape) for tensor in load_file(weights).values())
+    assert manifest["model"]["parameters"] == parameters
+    for tool in ("torch", "onnx", "onnxruntime", "llm-edge"):
+        assert manifest["tools"][tool] == importlib.metadata.version(tool)
+
+
+def test_precisions_have_their_figures(tiny_bundle: Path) -> None:
+    precisions = read(tiny_bundle / "manifest.json")["precisions"]
+    assert list(precisions) == ["fp32", "int8", "int4"]
+    for name, entry in precisions.items():
+        assert entry["model"] == f"onnx/{STEMS[name]}.onnx"
+        assert entry["recipe"] == str(RECIPES[name])
+        for part in ("prefill", "steps", "chunk"):
+            assert 0 < entry["parity"][part]["mean"] < entry["parity"][part]["max"] < 1
+        quality = entry["quality"]
+        assert quality["tokens"] > 10_000
+        assert -1e-8 < quality["kl_mean"] < quality["kl_p999"] < 0.1  # sums of float32 end a little below 0
+        assert 0.9 < quality["top1"] <= 1
+        assert quality["perplexity"] == pytest.approx(quality["perplexity_reference"], rel=0.01)
+    for part in precisions["fp32"]["parity"].values():
+        assert part["max"] <= MAX_BOUND
+        assert part["mean"] <= MEAN_BOUND
+    errors = [precisions[name]["quality"]["kl_mean"] for name in ("fp32", "int8", "int4")]
+    assert errors == sorted(errors)
+    assert errors[2] > 5 * errors[1] > 5 * errors[0]  # fewer bits cost more: these are figures of three graphs
+
+
+def test_the_reference_perplexity_is_that_of_transformers(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    text = (Path(export_module.__file__).parent / "data" / "validation.txt").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(tiny_checkpoint).encode(text, add_special_tokens=False)
+    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    loss, count = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(ids), MAX_STEP_TOKENS):
+            window = torch.tensor([ids[start : start + MAX_STEP_TOKENS]])
+            targets = window.shape[1] - 1
+            loss += model(window, labels=window).loss.item() * targets
+            count += targets
+    quality = read(tiny_bundle / "manifest.json")["precisions"]["fp32"]["quality"]
+    assert quality["tokens"] == count
+    assert quality["perplexity_reference"] == pytest.approx(math.exp(loss / count), rel=1e-5)
+
+
+# ---- who can read it
+
+
+def test_transformers_reads_the_configs(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    from transformers import AutoConfig, GenerationConfig, LlamaConfig
+
+    config, source = (AutoConfig.from_pretrained(folder) for folder in (tiny_bundle, tiny_checkpoint))
+    assert isinstance(config, LlamaConfig)
+    for key in (
+        "attention_bias",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "vocab_size",
+    ):
+        assert getattr(config, key) == getattr(source, key), key
+    assert config.rope_parameters["rope_theta"] == source.rope_parameters["rope_theta"]
+    generation = GenerationConfig.from_pretrained(tiny_bundle)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 2, 2)
+
+
+def test_transformers_reads_the_tokenizer_as_we_do(tiny_bundle: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tiny_bundle)
+    bundle = Bundle.open(tiny_bundle)
+    ours = Tokenizer.from_files(
+        bundle.file("tokenizer.json"), bundle.json("tokenizer_config.json"), bundle.chat_template()
+    )
+    for text in TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, parse_special=True) == ids
+        for skip in (False, True):
+            assert ours.decode(ids, skip_special=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    talk = [*MESSAGES, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Peru?"}]
+    ids = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert ours.encode_chat(talk) == ids
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 2, 2)
+    assert (ours.bos_token_id, ours.eos_token_id) == (0, 2)
+
+
+def test_the_chat_template_is_in_both_places(tiny_bundle: Path) -> None:
+    assert (tiny_bundle / "chat_template.jinja").read_text(encoding="utf-8") == tiny.CHAT_TEMPLATE
+    config = read(tiny_bundle / "tokenizer_config.json")
+    assert config["chat_template"] == tiny.CHAT_TEMPLATE
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_transformers_js_is_told_of_the_data_files(tiny_bundle: Path) -> None:
+    told = read(tiny_bundle / "config.json")["transformers.js_config"]["use_external_data_format"]
+    assert told.keys() == {f"{stem}.onnx" for stem in STEMS.values()}
+    assert set(told.values()) == {1}
+
+
+def test_genai_is_told_what_the_graph_looks_like(tiny_bundle: Path) -> None:
+    config = read(tiny_bundle / "genai_config.json")
+    assert config.keys() == {"model", "search"}
+    model, search = config["model"], config["search"]
+    decoder = model.pop("decoder")
+    assert model == {
+        "type": "decoder",
+        "vocab_size": 331,
+        "context_length": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    graph = ir.load(tiny_bundle / decoder["filename"]).graph
+    inputs, outputs = {value.name for value in graph.inputs}, {value.name for value in graph.outputs}
+    for names, there in ((decoder["inputs"], inputs), (decoder["outputs"], outputs)):
+        for name in names.values():
+            assert (name % 1 if "%d" in name else name) in there
+    assert decoder["filename"] == "onnx/model_quantized.onnx"
+    assert (decoder["num_hidden_layers"], decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (2, 4, 2)
+    assert (decoder["head_size"], decoder["hidden_size"]) == (32, 64)
+    assert 0 < search["max_length"] <= model["context_length"]
+    assert search["past_present_share_buffer"] is True
+
+
+# ---- options
+
+
+def test_one_precision_makes_its_files_only_and_other_readers_take_it(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
+) -> None:
+    before = files(tiny_checkpoint)
+    out = tmp_path / "in" / "deeper" / "bundle"
+    code, text, _ = llm_export(tiny_checkpoint, "-o", out, "--precision", "int4", "--no-validate")
+    assert code == 0
+    assert "Not validated" in text
+    assert str(out) in text
+    assert files(out).keys() == CONFIGS | graphs("int4")
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+    entry = read(out / "manifest.json")["precisions"]
+    assert entry.keys() == {"int4"}
+    assert (entry["int4"]["parity"], entry["int4"]["quality"]) == ({}, {})
+    config = read(out / "config.json")["transformers.js_config"]
+    assert (config["dtype"], config["use_external_data_format"].keys()) == ("q4", {"model_q4.onnx"})
+    assert entry["int4"]["runtimes"] == ["onnxruntime-genai", "optimum", "transformers.js"]
+    assert read(out / "genai_config.json")["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
+    assert Model.load(out).precision.name == "int4"
+    assert answer(out, "int4")
+    assert files(tiny_checkpoint) == before
+
+
+def test_a_precision_that_transformers_js_has_no_name_for(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, _ = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "int4-mixed", "--no-validate")
+    assert code == 0
+    assert "dtype" not in read(tmp_path / "bundle" / "config.json")["transformers.js_config"]
+    entry = read(tmp_path / "bundle" / "manifest.json")["precisions"]["int4-mixed"]
+    assert entry["runtimes"] == ["onnxruntime-genai", "optimum"]
+
+
+def test_the_default_folder_is_named_after_the_source(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    traced_once: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert llm_export(tiny_checkpoint, "--precision", "int8", "--no-validate")[0] == 0
+    assert Bundle.open("artifacts/tiny").name == "tiny"
+    monkeypatch.chdir(tiny_checkpoint)
+    assert bundle_name(".") == "tiny"
+    assert bundle_name("../tiny/") == "tiny"
+    assert bundle_name("models/Some-1.5B.Q8_0.gguf") == "Some-1.5B.Q8_0"
+    assert bundle_name("smollm2") == "smollm2-135m"
+
+
+def test_a_portable_bundle_says_what_the_fused_one_says(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
+) -> None:
+    options = ("--graph", "portable", "--no-validate", "--precision", "int8,fp32")
+    assert llm_export(tiny_checkpoint, "-o", tmp_path / "portable", *options)[0] == 0
+    manifest = read(tmp_path / "portable" / "manifest.json")
+    assert manifest["graph"] == "portable"
+    assert list(manifest["precisions"]) == ["fp32", "int8"]
+    assert not any(entry["share_buffer"] for entry in manifest["precisions"].values())
+    search = read(tmp_path / "portable" / "genai_config.json")["search"]
+    assert search["past_present_share_buffer"] is False
+    for precision in ("fp32", "int8"):
+        assert answer(tmp_path / "portable", precision) == answer(tiny_bundle, precision)
+
+
+def test_progress_as_json_is_an_object_a_line(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    short_text: None,
+) -> None:
+    code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--progress", "json")
+    assert (code, errors) == (0, "")
+    *lines, last = [json.loads(line) for line in text.splitlines()]
+    assert last.keys() == {"stage", "path", "seconds"}
+    assert (last["stage"], last["path"]) == ("done", str(tmp_path / "bundle"))
+    order = [line["stage"] for line in lines]
+    assert order == sorted(order, key=STAGES.index)
+    assert set(order) == set(STAGES)
+    for stage in STAGES:
+        shares = [line["share"] for line in lines if line["stage"] == stage]
+        known = [share for share in shares if share is not None]
+        assert known == sorted(known)
+        assert all(0 <= share <= 1 for share in known)
+        if stage in ("quantizing", "validating", "writing"):
+            assert known[-1] == pytest.approx(1)
+    assert all(line.keys() == {"stage", "share", "detail"} for line in lines)
+
+
+def test_the_report_shows_the_figures_of_the_manifest(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    short_text: None,
+    traced_once: None,
+) -> None:
+    code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle")
+    assert code == 0
+    assert [line.split()[0] for line in errors.splitlines()] == list(STAGES)
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    for name, entry in read(tmp_path / "bundle" / "manifest.json")["precisions"].items():
+        quality = entry["quality"]
+        assert f"{quality['kl_mean']:.2e}" in rows[name]
+        assert f"{quality['perplexity']:.2f}" in rows[name]
+        assert f"{quality['top1']:.1%}" in rows[name]
+        assert f"{max(part['max'] for part in entry['parity'].values()):.1e}" in rows[name]
+    assert f"llm-chat {tmp_path / 'bundle'}" in text
+
+
+def test_force_replaces_a_bundle(
+    tiny_bundle: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    traced_once: None,
+) -> None:
+    target = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    options = ("--force", "--no-validate", "--precision", "int4")
+    assert llm_export(tiny_checkpoint, "-o", target, *options)[0] == 0
+    assert files(target).keys() == CONFIGS | graphs("int4")
+    Bundle.open(target).verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    (tmp_path / "empty").mkdir()
+    assert llm_export(tiny_checkpoint, "-o", tmp_path / "empty", *options)[0] == 0
+    Bundle.open(tmp_path / "empty").verify()
+
+
+# ---- graphs that do not compute what the reference computes
+
+
+def a_weight_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By 2 % in one norm of the reference."""
+    load = Decoder.load_weights
+
+    def wrong(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> None:
+        load(decoder, weights)
+        decoder.layers[1].mlp_norm.weight.data.mul_(1.02)
+
+    monkeypatch.setattr(Decoder, "load_weights", wrong)
+
+
+def nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph's attention forgets positions."""
+    right = graphs_module.trace
+
+    def wrong(*arguments: Any, **options: Any) -> ir.Model:
+        model = right(*arguments, **options)
+        nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+        assert len(nodes) == 2
+        for node in nodes:
+            node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+        return model
+
+    monkeypatch.setattr(graphs_module, "trace", wrong)
+
+
+@pytest.mark.parametrize("defect", [a_weight_is_off, nothing_is_rotated])
+def test_a_graph_that_is_wrong_makes_no_bundle(
+    defect: Callable[[pytest.MonkeyPatch], None],
+    tiny_bundle: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    traced_once: None,
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "old")
+    before = files(tmp_path)
+    defect(monkeypatch)
+    for arguments in (("new",), ("old", "--force"), ("new", "--precision", "int8")):  # fp32 is proven for int8 too
+        target, *options = arguments
+        code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / target, "--progress", "none", *options)
+        assert (code, text) == (1, "")
+        assert errors.count("\n") == 1
+        assert errors.startswith("error: fp32: logits differ from PyTorch by up to ")
+        assert files(tmp_path) == before
+        assert {path.name for path in tmp_path.iterdir()} == {"old"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "validate", "words"),
+    [
+        ("fp32", True, "fp32: logits are not numbers"),
+        ("int8", True, r"layers\.0\.mlp\.down\.weight: .*NaN"),
+        ("int4", False, r"layers\.0\.mlp\.down\.weight: .*NaN"),
+    ],
+)
+def test_weights_that_are_not_numbers_make_no_bundle(
+    precision: str,
+    validate: bool,
+    words: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    short_text: None,
+    traced_once: None,
+) -> None:
+    """Both sides yield NaN then, which no comparison finds larger than its bound."""
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises((ParityError, CheckpointError), match=words):
+        export(
+            str(source),
+            tmp_path / "bundle",
+            parse_precisions(precision),
+            GraphStyle.FUSED,
+            validate=validate,
+            force=False,
+            progress=lambda *_: None,
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+# ---- an export that is ended in the middle
+
+SCRIPT = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+from llm_edge.exporter import export, prove, write_graphs
+stage = sys.argv.pop()
+module, step = {
+    "tracing": (write_graphs, "trace"),
+    "quantizing": (write_graphs, "apply_recipe"),
+    "validating": (prove, "compare"),
+    "writing": (export, "write_side_files"),
+}[stage]
+assert hasattr(module, step)
+def wait(*_, **__):
+    print("waiting", flush=True)
+    time.sleep(300)
+setattr(module, step, wait)
+from llm_edge.exporter.cli import main
+main()
+"""
+
+
+def ended_in(stage: str, how: signal.Signals, *arguments: object) -> tuple[int, str]:
+    """Start the command, send a signal in the middle of a stage; gives exit code and stderr."""
+    words = [sys.executable, "-c", SCRIPT, *map(str, arguments), "--progress", "json", stage]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line == "waiting\n" for line in process.stdout), process.stderr.read()
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("stage", ["tracing", "validating"])
+def test_ctrl_c_leaves_nothing(stage: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    code, errors = ended_in(stage, signal.SIGINT, tiny_checkpoint, "-o", tmp_path / "in" / "bundle")
+    assert code == 130
+    assert errors == "interrupted\n"
+    assert [path for path in tmp_path.rglob("*") if path != tmp_path / "in"] == []
+
+
+def test_ctrl_c_before_the_replacement_keeps_the_old_bundle(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    before = files(tmp_path)
+    options = ("--force", "--no-validate", "--precision", "int8")
+    code, _ = ended_in("writing", signal.SIGINT, tiny_checkpoint, "-o", tmp_path / "bundle", *options)
+    assert code == 130
+    assert files(tmp_path) == before
+
+
+def test_a_killed_export_leaves_no_bundle_and_does_not_hinder_the_next(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
+) -> None:
+    options = ("-o", tmp_path / "bundle", "--no-validate", "--precision", "int8")
+    code, _ = ended_in("writing", signal.SIGKILL, tiny_checkpoint, *options)
+    assert code == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".bundle.partial-")
+    assert not (left / "manifest.json").exists()  # it is written last, so nobody takes this for a bundle
+    assert llm_export(tiny_checkpoint, *options)[0] == 0
+    Bundle.open(tmp_path / "bundle").verify()
+
+
+def test_a_killed_replacement_leaves_the_old_bundle(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    before = files(tmp_path / "bundle")
+    options = ("-o", tmp_path / "bundle", "--force", "--no-validate", "--precision", "int8")
+    assert ended_in("writing", signal.SIGKILL, tiny_checkpoint, *options)[0] == -signal.SIGKILL
+    assert files(tmp_path / "bundle") == before
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was made durable or renamed, in the order in which it was."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor: int) -> None:
+        done.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append(f"rename {Path(target).name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    return done
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_everything_is_on_disk_before_the_bundle_has_its_name(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    order: list[str],
+    traced_once: None,
+) -> None:
+    options = ("--no-validate", "--precision", "int8")
+    assert llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", *options)[0] == 0
+    at = order.index("rename bundle")
+    before, after = order[:at], order[at + 1 :]
+    names = {Path(name).name for name in files(tmp_path / "bundle")}
+    assert {f"fsync {name}" for name in names | {"onnx"}} <= set(before)
+    assert before[-1].startswith("fsync .bundle.partial-")
+    assert after == [f"fsync {tmp_path.name}"]
+
+
+def test_a_bundle_without_fp32_tells_of_the_proof(tiny_checkpoint: Path, tmp_path: Path, short_text: None) -> None:
+    export(
+        str(tiny_checkpoint),
+        tmp_path / "bundle",
+        parse_precisions("int4"),
+        GraphStyle.FUSED,
+        validate=True,
+        force=False,
+        progress=lambda *_: None,
+    )
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert list(manifest["precisions"]) == ["int4"]
+    assert manifest["proof"]["fp32"]["prefill"]["max"] <= MAX_BOUND
+    assert not list((tmp_path / "bundle" / "onnx").glob("model.onnx*"))

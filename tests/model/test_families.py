@@ -1,0 +1,379 @@
+"""Every family against transformers: logits in one go, in chunks and step by step, greedy text, both graphs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.exporter.bundle.side_files import hf_config
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.graph.write import write_graphs
+from llm_edge.exporter.quantization.recipes import RECIPES
+from llm_edge.exporter.validation.parity import model_shape
+from llm_edge.model.config import LayerConfig, ModelConfig, Norm
+from llm_edge.model.config_reader import ConfigReader
+from llm_edge.model.decoder import Decoder
+from llm_edge.model.families.table import FAMILIES
+from llm_edge.model.weights import bind_weights
+from llm_edge.runtime.backend.session import Session
+from llm_edge.runtime.errors import CheckpointError
+
+BOUND = 1e-4  # ten times closer than what is asked for
+PIECES = (20, 20, 1, 1, 28)  # behind the first, every piece is longer than, or reaches beyond, a sliding window
+LENGTH = sum(PIECES)
+GREEDY = 64
+_ODD_HEADS = ("llama with heads of 6", "gpt2", "gpt_neox, one block behind the other")  # the fused operator wants 8
+_FIRST = {kind: name for name, (kind, _) in reversed(families.CASES.items())}
+BARE = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 136,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GRAPHS = [
+    *((name, "fused") for name in families.CASES if name not in _ODD_HEADS),
+    *((name, "portable") for name in dict.fromkeys((*_ODD_HEADS, *_FIRST.values(), "llama, longrope"))),
+]
+
+
+class Case:
+    """A family's model in transformers, and the same read by us."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.theirs = families.model(name)
+        families.save(self.theirs, folder)
+        self.folder = folder
+        self.checkpoint: Checkpoint = read_folder(folder)
+        self.ids = torch.randint(0, 331, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    @torch.inference_mode()
+    def logits(self, pieces: tuple[int, ...]) -> Tensor:
+        """Logits of transformers, [T, V]."""
+        cache, found, start = None, [], 0
+        for length in pieces:
+            step = self.theirs(self.ids[:, start : start + length], past_key_values=cache, use_cache=True)
+            cache, start = step.past_key_values, start + length
+            found.append(step.logits[0])
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def greedy(self) -> list[int]:
+        step, tokens = self.theirs(self.ids, use_cache=True), []
+        for _ in range(GREEDY):
+            tokens.append(int(step.logits[0, -1].argmax()))
+            step = self.theirs(torch.tensor([tokens[-1:]]), past_key_values=step.past_key_values, use_cache=True)
+        return tokens
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    made: dict[str, Case] = {}
+
+    def get(name: str) -> Case:
+        if name not in made:
+            made[name] = Case(name, tmp_path_factory.mktemp("family"))
+        return made[name]
+
+    return get
+
+
+def decoder(checkpoint: Checkpoint) -> Decoder:
+    made = Decoder(checkpoint.config).eval()
+    made.load_weights(checkpoint.weights)
+    return made
+
+
+@torch.inference_mode()
+def our_logits(made: Decoder, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
+    past, found, start = made.empty_past(), [], 0
+    for length in pieces:
+        start += length
+        mask = torch.ones(1, start, dtype=torch.int64)
+        logits, past = made(ids[:, start - length : start], mask, past)
+        found.append(logits[0])
+    return torch.cat(found)
+
+
+def test_mistral_with_layers_of_two_kinds() -> None:
+    """transformers takes such a config for the family Ministral, whose only difference this is."""
+    from transformers import MinistralConfig, MinistralForCausalLM
+
+    config = {
+        **BARE,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "head_dim": 32,
+    }
+    torch.manual_seed(0)
+    theirs = MinistralForCausalLM(MinistralConfig(**config, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.mul_(8 if weight.ndim == 2 else 1)
+    state = theirs.state_dict()
+    raw = ConfigReader(config)
+    family = FAMILIES["mistral"]
+    shape = family.config(raw)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    ours = Decoder(shape).eval()
+    ours.load_weights(bind_weights(shape, family.weights(shape, raw), shapes, lambda name: state[name], "state"))
+    ids = torch.arange(60)[None] % 331
+    with torch.inference_mode():
+        assert (our_logits(ours, ids, (60,)) - theirs(ids).logits[0]).abs().max() < BOUND
+
+
+@pytest.mark.parametrize("window", [256, 2**32 + 4])
+def test_a_window_that_the_context_cannot_fill_is_none(
+    window: int, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    """2^32 + 4 would be 4 to an operator that counts in 32 bits."""
+    checkpoint = case("mistral").checkpoint
+    config, weights = without(checkpoint.config, window=window), checkpoint.weights
+    write_graphs(tmp_path, config, weights, (RECIPES["fp32"],), GraphStyle.FUSED, [], lambda *_: None)
+    session = Session(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
+    unlimited = decoder(dataclasses.replace(checkpoint, config=without(checkpoint.config, window=None)))
+    ids = case("mistral").ids
+    wanted = our_logits(unlimited, ids, (LENGTH,))
+    assert np.abs(session.step(ids[0].tolist(), num_logits=0) - wanted.numpy()).max() < BOUND
+
+
+def test_every_family_has_a_case() -> None:
+    assert {kind for kind, _ in families.CASES.values()} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("pieces", [(LENGTH,), PIECES], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("name", families.CASES)
+def test_the_reference_agrees_with_transformers(
+    name: str, pieces: tuple[int, ...], case: Callable[[str], Case]
+) -> None:
+    found = case(name)
+    ours = our_logits(decoder(found.checkpoint), found.ids, pieces)
+    theirs = found.logits(pieces)
+    assert theirs.std() > 0.5  # so that the bound means something
+    assert (ours - theirs).abs().max() < BOUND
+
+
+@pytest.mark.parametrize(("name", "style"), GRAPHS)
+def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callable[[str], Case], tmp_path: Path) -> None:
+    found, graph = case(name), GraphStyle(style)
+    config = found.checkpoint.config
+    write_graphs(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), graph, [], lambda *_: None)
+    session = Session(
+        tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
+    )
+    ids = found.ids[0].tolist()
+    for pieces in ((LENGTH,), PIECES):
+        session.reset()
+        parts, start = [], 0
+        for length in pieces:
+            parts.append(session.step(ids[start : start + length], num_logits=0).copy())
+            start += length
+        assert np.abs(np.concatenate(parts) - found.logits(pieces).numpy()).max() < BOUND
+    session.reset()
+    logits, tokens = session.step(ids), []
+    for _ in range(GREEDY):
+        tokens.append(int(logits[-1].argmax()))
+        logits = session.step(tokens[-1:])
+    assert tokens == found.greedy()
+
+
+def without(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """A config with a switch turned off; `rope` and `window` are those of all layers."""
+    layer = {key: changes.pop(key) for key in ("rope", "window") if key in changes}
+    layers = tuple(dataclasses.replace(entry, **layer) for entry in config.layers)
+    return dataclasses.replace(config, layers=layers, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"window": None}),
+        ("qwen2", {"window": None}),
+        ("smollm3", {"window": None}),
+        ("gemma3_text", {"window": None}),
+        ("gemma3_text", {"attention_scale": None}),
+        ("gemma3_text", {"embedding_scale": 1.0}),
+        ("gpt_neo", {"window": None}),
+        ("gpt_neo", {"attention_scale": None}),
+        ("granite", {"attention_scale": None}),
+        ("gpt_neox", {"parallel_blocks": False}),
+        *((name, {"rope": "unscaled"}) for name in families.CASES if name.startswith("llama, ")),
+        ("smollm3", {"rope": "everywhere"}),
+        ("phi3, longrope on a part of each head", {"rope": "unscaled"}),
+    ],
+)
+def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable[[str], Case]) -> None:
+    """Otherwise agreement would prove nothing about it."""
+    checkpoint = case(name).checkpoint
+    rope = checkpoint.config.ropes[0] if checkpoint.config.ropes else None
+    given = {"unscaled": rope and dataclasses.replace(rope, scaling=None), "everywhere": rope}
+    changes = {key: given[value] if isinstance(value, str) else value for key, value in changes.items()}
+    ids = case(name).ids
+    right = our_logits(decoder(checkpoint), ids, (LENGTH,))
+    changed = dataclasses.replace(checkpoint, config=without(checkpoint.config, **changes))
+    assert (our_logits(decoder(changed), ids, (LENGTH,)) - right).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3_text"])
+def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], tmp_path: Path) -> None:
+    """`AutoModel.save_pretrained` leaves out the prefix and the tied head."""
+    found = case(name)
+    families.save(found.theirs.base_model, tmp_path)
+    ours = read_folder(tmp_path)
+    assert ours.weights.keys() == found.checkpoint.weights.keys()
+    for weight in ours.weights:
+        assert torch.equal(ours.weights[weight], found.checkpoint.weights[weight])
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("gemma3_text", {}),
+        ("gemma3_text", {"sliding_window_pattern": 2, "rope_theta": 5e5, "rope_local_base_freq": 2e4}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 3}),
+        ("smollm3", {}),
+        ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1, 1, 1, 0]}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8, "no_rope_layer_interval": 3}),
+        ("mistral", {}),
+        ("mistral", {"sliding_window": None}),
+        ("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
+    """Configs on the Hub are older than those that transformers writes today."""
+    from transformers import CONFIG_MAPPING
+
+    raw = {**BARE, **config}
+    theirs = CONFIG_MAPPING[kind](**copy.deepcopy(raw))
+    ours = FAMILIES[kind].config(ConfigReader(raw))
+    sliding = theirs.layer_types if hasattr(theirs, "layer_types") else ["sliding_attention"] * 8
+    window = getattr(theirs, "sliding_window", None)
+    assert [layer.window for layer in ours.layers] == [window if "sliding" in entry else None for entry in sliding]
+    rotated = getattr(theirs, "no_rope_layers", [1] * 8)
+    assert [layer.rope is not None for layer in ours.layers] == [bool(entry) for entry in rotated]
+    for layer, entry in zip(ours.layers, sliding, strict=True):
+        rope = theirs.rope_parameters.get(entry, theirs.rope_parameters)
+        if layer.rope is not None:
+            assert layer.rope.theta == rope["rope_theta"]
+            factor = rope["factor"] if rope["rope_type"] == "linear" else None
+            assert getattr(layer.rope.scaling, "factor", None) == factor
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]) -> None:
+    """What a family read is what the bundle's config.json says: transformers makes the same model of it."""
+    from transformers import CONFIG_MAPPING
+
+    found = case(name)
+    config = hf_config(found.checkpoint)
+    again = CONFIG_MAPPING[config["model_type"]](**config)
+    original, copied = found.theirs.config.to_dict(), again.to_dict()
+    for key in config.keys() & original.keys() - {"architectures"}:
+        assert copied[key] == original[key], key
+    again._attn_implementation = "eager"
+    made = type(found.theirs)(again).eval()
+    made.load_state_dict(found.theirs.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(made(found.ids).logits, found.theirs(found.ids).logits)
+
+
+def test_a_window_of_nothing_is_refused() -> None:
+    layer = LayerConfig(window=0)
+    with pytest.raises(CheckpointError, match="sliding_window"):
+        ModelConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=8,
+            layers=(layer,),
+            norm_eps=1e-5,
+            tie_word_embeddings=True,
+            norm=Norm.LAYER,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "factor is nan"),
+        ("llama, longrope", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor is not"),
+        (
+            "llama, llama3",
+            {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 1}},
+            "low",
+        ),
+        ("llama", {"max_position_embeddings": 2_000_000, "head_dim": 4096}, "--max-seq-len"),
+        ("mistral", {"sliding_window": -1}, "sliding_window"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types is not a list"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "x"]}, "layer_types has entries other"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "no sliding_window"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("granite", {"embedding_multiplier": float("inf")}, "embedding_scale is inf"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is set"),
+        ("gpt2", {"activation_function": "mish"}, "'mish' is not supported"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": [[["global"], 3]]}, "attention_types"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": [[["global"], 10**12]]}, "attention_types"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": {"a": 1}}, "attention_types"),
+        ("gpt_neo", {"attention_layers": None, "attention_types": [[["local"] * 4000, 4000]]}, "attention_types"),
+        ("gpt_neo", {"attention_layers": ["local", "near"]}, "attention_types"),
+        ("gpt_neo", {"num_attention_heads": 2}, "they are the same"),
+        ("gpt2", {"num_attention_heads": 2}, "they are the same"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is set"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "both given"),
+        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "nested by type of layer"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": None}}, "no sliding_attention"),
+        ("llama, yarn", {"rope_parameters": {"beta_fast": 1e308}}, "beta_fast is 1e+308"),
+        ("llama, yarn", {"rope_parameters": {"mscale": 1.0, "mscale_all_dim": -1e-9}}, "mscale_all_dim is -1e-09"),
+        ("phi3, longrope on a part of each head", {"original_max_position_embeddings": None}, "but 4096 in the config"),
+        ("llama", {"is_causal": False}, "is_causal is False"),
+        ("llama", {"max_position_embeddings": 1}, "max_position_embeddings is 1"),
+        ("gpt_neo", {"num_layers": 10**9}, "num_layers is 1000000000"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.1}}, "rotary positions of 3 dimensions"),
+        ("qwen3", {"model_type": "qwen9"}, "'qwen9' is not supported; supported: gemma3_text, gpt2"),
+        ("qwen3", {"model_type": ["llama"]}, "model_type"),
+        ("olmo2", {"hidden_size": 10**4000}, "hidden_size is"),
+    ],
+)
+def test_what_is_not_honoured_is_refused(
+    name: str, changes: dict[str, Any], words: str, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    source = case(name).folder
+    for file in source.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text())
+    for key, value in changes.items():
+        config[key] = {**config.get(key, {}), **value} if key == "rope_parameters" else value
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as refusal:
+        read_folder(tmp_path)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)

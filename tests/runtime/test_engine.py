@@ -1,0 +1,395 @@
+"""`Engine`: what an answer says depends on its own prompt, parameters and seed alone, whoever else is asking."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_edge.runtime import FinishReason, GenerationResult, Model, SamplingParams
+from llm_edge.runtime.engine import Engine
+from llm_edge.runtime.errors import BusyError, MachineError, ParameterError
+from llm_edge.runtime.generation import AsyncGeneration
+from llm_edge.runtime.scheduling.batch import Batch
+from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
+
+Load = Callable[..., Engine]
+# The penalty is for variety: a small random model would only repeat its prompt's last token.
+GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=-1, max_tokens=40)
+COPYING = SamplingParams(temperature=0, max_tokens=40)
+DRAWN = SamplingParams(temperature=1.0, max_tokens=40, seed=1)
+PEAKED = SamplingParams(temperature=0.02, max_tokens=40, seed=1)  # draws, and repeats itself
+LONG = replace(GREEDY, max_tokens=900)
+SYSTEM = "The quick brown fox jumps over the lazy dog. " * 5
+PROMPTS = (
+    "The quick brown fox",
+    "What is the capital of France?",
+    'def main():\n    print("hello',
+    "Äpfel, señor, 你好",
+    SYSTEM + "0123456789",
+    SYSTEM + "a user asked an assistant",
+    "lazy dog. " * 12,
+    "🙂 and — dashes",
+)
+# Probabilities show what a small random model's texts may not.
+WAYS = tuple(replace(params, logprobs=0) for params in (GREEDY, COPYING, DRAWN, PEAKED))
+SECRETS = ("fox", "dog", "Paris", "hello", "quick", "lazy", "señor", "brown")
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def precision(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path, precision: str) -> Model:
+    return Model.load(tiny_bundle, precision, "cpu", 1)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take some time, so that answers are on their way for as long as a test looks at them."""
+    whole = Batch._run
+
+    def run(self: Batch, *arguments: Any) -> Any:
+        time.sleep(0.005)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Batch, "_run", run)
+
+
+def said(result: GenerationResult) -> tuple[Any, ...]:
+    return result.text, result.tokens, result.finish_reason, result.logprobs
+
+
+def alone(model: Model, prompts: Sequence[Any], params: SamplingParams) -> list[tuple[Any, ...]]:
+    return [said(model.generate(prompt, params).result()) for prompt in prompts]
+
+
+def streamed(answer: AsyncGeneration) -> tuple[Any, ...]:
+    pieces = list(answer)
+    tokens = tuple(piece.token for piece in pieces if piece.token is not None)
+    logprobs = tuple(piece.logprob for piece in pieces if piece.logprob is not None)
+    return "".join(piece.text for piece in pieces), tokens, pieces[-1].finish_reason, logprobs
+
+
+def in_threads(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    found: list[Any] = [None] * len(jobs)
+
+    def run(number: int) -> None:
+        found[number] = jobs[number]()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+async def all_of(answers: Sequence[AsyncGeneration]) -> list[tuple[Any, ...]]:
+    return [said(result) for result in await asyncio.gather(*(answer.aresult() for answer in answers))]
+
+
+# One caller, many callers
+
+
+@pytest.mark.parametrize("params", WAYS, ids=["greedy", "copying", "drawn", "peaked"])
+def test_answers_are_those_of_a_model(load_engine: Load, model: Model, precision: str, params: SamplingParams) -> None:
+    wanted = alone(model, PROMPTS, params)
+    assert len({text for text, *_ in wanted}) > 4
+    engine = load_engine(precision)
+    assert [said(engine.generate(prompt, params).result()) for prompt in PROMPTS] == wanted
+    together = [engine.generate(prompt, params) for prompt in PROMPTS]
+    assert [said(answer.result()) for answer in together] == wanted
+    together = [engine.generate(prompt, params) for prompt in PROMPTS]
+    assert in_threads([lambda a=a: streamed(a) for a in together]) == wanted  # type: ignore[misc]
+    asking = [lambda p=p: said(engine.generate(p, params).result()) for p in PROMPTS]
+    assert in_threads(asking) == wanted
+    assert asyncio.run(all_of([engine.generate(prompt, params) for prompt in PROMPTS])) == wanted
+    counters = engine.counters()
+    assert (counters.requests, counters.finished, counters.failed, counters.cancelled) == (40, 40, 0, 0)
+    assert (counters.waiting, counters.active) == (0, 0)
+    assert counters.completion_tokens == 5 * sum(len(tokens) for _, tokens, *_ in wanted)
+    assert counters.decode_steps < counters.completion_tokens
+
+
+def test_more_callers_than_rows_come_and_go(load_engine: Load, model: Model, precision: str) -> None:
+    order = random.Random(0)
+    asked = [
+        (order.choice(PROMPTS), replace(order.choice(WAYS), max_tokens=order.randrange(1, 40), seed=order.randrange(9)))
+        for _ in range(60)
+    ]
+    wanted = [said(model.generate(*each).result()) for each in asked]
+    engine = load_engine(precision, active=4, kept=2)
+    answers = []
+    for each in asked:
+        answers.append(engine.generate(*each))
+        time.sleep(order.choice((0, 0.002)))
+    assert [said(answer.result()) for answer in answers] == wanted
+
+
+def test_pieces_arrive_while_the_answer_is_made(load_engine: Load, slow: None) -> None:
+    answer = load_engine().generate(PROMPTS[0], replace(GREEDY, max_tokens=200))
+    began = time.perf_counter()
+    pieces = iter(answer)
+    assert next(pieces).token is not None
+    first = time.perf_counter() - began
+    assert len(list(pieces)) == 199
+    assert first < 0.2 * (time.perf_counter() - began)
+    with pytest.raises(ParameterError, match="already been read to its end"):
+        answer.result()
+
+
+def conversations(
+    ask: Callable[[int, list[dict[str, str]]], GenerationResult], caller: int, turns: int
+) -> list[tuple[Any, ...]]:
+    """One caller's turns; its word is in the first message, and its own replies in all that follow."""
+    messages = [{"role": "system", "content": SYSTEM + f"Your word is {SECRETS[caller]}."}]
+    replies = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"Turn {turn}: {SECRETS[caller]}" * 2})
+        result = ask(caller, messages)
+        replies.append(said(result))
+        messages.append({"role": "assistant", "content": result.text})
+    return replies
+
+
+def test_callers_with_secrets_get_the_replies_that_they_get_alone(load_engine: Load, precision: str) -> None:
+    wanted = []
+    for caller in range(8):
+        single = load_engine(precision)  # each has nobody beside it or before it
+        wanted.append(conversations(lambda _, m, e=single: e.chat(m, WAYS[0]).result(), caller, 3))  # type: ignore[misc]
+    assert len({str(replies) for replies in wanted}) == 8
+    engine = load_engine(precision)
+
+    def ask(caller: int, messages: list[dict[str, str]]) -> GenerationResult:
+        return engine.chat(messages, WAYS[0]).result()
+
+    for _ in range(2):
+        found = in_threads([lambda c=c: conversations(ask, c, 3) for c in range(8)])  # type: ignore[misc]
+        assert found == wanted
+
+
+@pytest.mark.parametrize("params", [DRAWN, PEAKED], ids=["drawn", "peaked"])
+def test_a_seed_gives_one_text_however_it_is_made(
+    load_engine: Load, model: Model, precision: str, params: SamplingParams
+) -> None:
+    prompt = PROMPTS[5]
+    wanted = said(model.generate(prompt, params).result())
+    engine = load_engine(precision)
+    found = [said(engine.generate(prompt, params).result())]  # nothing is cached
+    found += [said(engine.generate(prompt, params).result()) for _ in range(5)]  # all is
+    found += [streamed(engine.generate(prompt, params)) for _ in range(4)]
+    others = [engine.generate(other, replace(params, seed=9)) for other in PROMPTS[:7]]
+    found += [said(answer.result()) for answer in [engine.generate(prompt, params) for _ in range(5)]]
+    found += asyncio.run(all_of([engine.generate(prompt, params) for _ in range(3)]))
+    for other in others:
+        other.result()
+    fresh = load_engine(precision)
+    fresh.generate(SYSTEM + "What?", DRAWN).result()
+    reusing = fresh.generate(prompt, params).result()
+    assert reusing.timings.cached_tokens > 0
+    found += [said(reusing), said(load_engine(precision, guess=precision == "int8").generate(prompt, params).result())]
+    assert len(found) == 20
+    assert set(found) == {wanted}
+
+
+def test_several_answers_share_their_prompt(load_engine: Load, model: Model, precision: str) -> None:
+    engine = load_engine(precision)
+    prompt = PROMPTS[4]
+    results = [answer.result() for answer in engine.answers(prompt, replace(DRAWN, seed=2**64 - 2), 3)]
+    seeds = (2**64 - 2, 2**64 - 1, 0)
+    assert [said(each) for each in results] == [
+        said(model.generate(prompt, replace(DRAWN, seed=seed)).result()) for seed in seeds
+    ]
+    length = results[0].timings.prompt_tokens
+    assert [each.timings.cached_tokens for each in results] == [
+        0,
+        *[(length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT] * 2,
+    ]
+    unseeded = engine.answers(prompt, replace(DRAWN, seed=None), 3)
+    assert len({answer.result().text for answer in unseeded}) == 3
+
+
+@pytest.mark.parametrize("count", [0, 129, True, 1.5])
+def test_counts_that_nobody_can_mean(load_engine: Load, count: Any) -> None:
+    with pytest.raises(ParameterError, match=r"^count is .*; 1 to 128 are possible$"):
+        load_engine().answers("Hi", DRAWN, count)
+
+
+# What was computed before
+
+
+def test_the_next_turn_computes_what_is_new(load_engine: Load) -> None:
+    engine = load_engine()
+    messages = [{"role": "user", "content": SYSTEM * 3}]
+    first = engine.chat(messages, replace(DRAWN, max_tokens=20)).result()
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And then?"}]
+    again = engine.chat(messages, GREEDY).result()
+    before = first.timings.prompt_tokens
+    assert before // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT <= again.timings.cached_tokens < again.timings.prompt_tokens
+    fresh = load_engine().chat(messages, GREEDY).result()
+    assert fresh.timings.cached_tokens == 0
+    assert said(again) == said(fresh)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"], scope="function")
+def test_an_edit_computes_what_stands_behind_it(load_engine: Load, precision: str) -> None:
+    messages = [
+        {"role": "user", "content": SYSTEM},
+        {"role": "assistant", "content": "Paris, of course!"},
+        {"role": "user", "content": "hello, world " * 10},
+    ]
+    edited = [messages[0], {"role": "assistant", "content": "No idea."}, messages[2]]
+    engine = load_engine(precision)
+    engine.chat(messages, GREEDY).result()
+    found = engine.chat(edited, GREEDY).result()
+    one, other = engine.encode_chat(messages), engine.encode_chat(edited)
+    common = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    assert found.timings.cached_tokens == common // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT > 0
+    assert said(found) == said(load_engine(precision).chat(edited, GREEDY).result())
+    restored = engine.chat(messages, GREEDY).result()
+    assert said(restored) == said(load_engine(precision).chat(messages, GREEDY).result())
+
+
+def test_what_is_kept_has_a_limit(load_engine: Load, model: Model, precision: str) -> None:
+    wanted = alone(model, PROMPTS, GREEDY)
+    budget = 200 << 10
+    engine = load_engine(precision, cache_bytes=budget)
+    for _ in range(2):
+        answers = [engine.generate(prompt, GREEDY) for prompt in PROMPTS]
+        assert [said(answer.result()) for answer in answers] == wanted
+        counters = engine.counters()
+        assert 0 < counters.kept_bytes <= budget
+        assert counters.evictions > 0
+    nothing = load_engine(precision, cache_bytes=0)
+    for prompt, each in zip(PROMPTS * 2, wanted * 2, strict=True):
+        result = nothing.generate(prompt, GREEDY).result()
+        assert (said(result), result.timings.cached_tokens) == (each, 0)
+    assert nothing.counters().kept_tokens == 0
+
+
+def test_more_conversations_than_rows(load_engine: Load, model: Model, precision: str) -> None:
+    engine = load_engine(precision, active=1, kept=2)
+    distinct = [f"{number} {text}" for number, text in enumerate(PROMPTS)]
+    wanted = alone(model, distinct, GREEDY)
+    for _ in range(2):
+        assert [said(engine.generate(prompt, GREEDY).result()) for prompt in distinct] == wanted
+    assert engine.counters().evictions >= 2 * len(distinct) - 3
+    last = engine.generate(distinct[-1], GREEDY).result()  # the latest are there
+    assert last.timings.cached_tokens == (last.timings.prompt_tokens - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT
+
+
+# Ends
+
+
+def test_cancelling_takes_effect_within_a_step_and_frees_the_row(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=1)
+    wanted = said(engine.generate(PROMPTS[1], GREEDY).result())
+    running, waiting = engine.generate(PROMPTS[0], LONG), engine.generate(PROMPTS[1], GREEDY)
+    pieces = iter(running)
+    head = [next(pieces) for _ in range(3)]
+    running.cancel()
+    steps = engine.counters().decode_steps
+    rest = list(pieces)
+    assert rest[-1].finish_reason is FinishReason.CANCELLED
+    assert rest[-1].timings is not None
+    assert rest[-1].timings.completion_tokens == len(head) + len(rest) - 1 < 100
+    assert engine.counters().decode_steps <= steps + 3  # one more, and what the next answer has made meanwhile
+    assert said(waiting.result()) == wanted
+    with engine.generate(PROMPTS[0], LONG) as left:
+        next(iter(left))
+    assert left.result().finish_reason is FinishReason.CANCELLED
+    given_up = [engine.generate(PROMPTS[0], LONG) for _ in range(3)]
+    for answer in reversed(given_up):  # those that wait, too
+        answer.cancel()
+    assert {answer.result().finish_reason for answer in given_up} == {FinishReason.CANCELLED}
+    assert engine.counters().cancelled == 5
+
+
+def test_a_cancelled_task_ends_its_answer(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=1)
+    wanted = said(engine.generate(PROMPTS[1], GREEDY).result())
+
+    async def main() -> tuple[Any, ...]:
+        seen = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in engine.generate(PROMPTS[0], LONG):
+                seen.set()
+
+        task = asyncio.create_task(read())
+        await seen.wait()
+        other = engine.generate(PROMPTS[1], GREEDY)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return said(await asyncio.wait_for(other.aresult(), 5))
+
+    assert asyncio.run(main()) == wanted
+    counters = engine.counters()
+    assert (counters.cancelled, counters.active) == (1, 0), counters
+    assert counters.completion_tokens < 500
+
+
+def test_a_full_queue_refuses(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=1, waiting=2)
+    running = engine.generate(PROMPTS[0], LONG)
+    next(iter(running))
+    waiting = [engine.generate(PROMPTS[1], GREEDY) for _ in range(2)]
+    with pytest.raises(BusyError, match=r"^2 requests are waiting already: try again later$") as refused:
+        engine.generate(PROMPTS[2], GREEDY)
+    assert refused.value.waiting == 2
+    waiting[0].cancel()
+    waiting[0].result()
+    with pytest.raises(BusyError):
+        engine.answers(PROMPTS[2], GREEDY, 2)  # there is room for one: all are refused
+    assert engine.counters().waiting == 1
+    last = engine.generate(PROMPTS[2], GREEDY)
+    running.cancel()
+    assert waiting[1].result().finish_reason is last.result().finish_reason is FinishReason.LENGTH
+    counters = engine.counters()
+    assert (counters.refused, counters.requests) == (3, 4)
+
+
+def test_closing_ends_everything(load_engine: Load, slow: None) -> None:
+    engine = load_engine(active=2)
+    answers = [engine.generate(prompt, LONG) for prompt in PROMPTS]
+    next(iter(answers[0]))
+    engine.close()
+    assert {answer.result().finish_reason for answer in answers} == {FinishReason.CANCELLED}
+    engine.close()
+    with pytest.raises(MachineError, match="closed"):
+        engine.generate(PROMPTS[0], GREEDY)
+    assert not [thread for thread in threading.enumerate() if thread is engine._thread]
+
+
+# A model that understands
+
+
+def test_nobody_hears_of_another_ones_word(smollm2_bundle: Path) -> None:
+    """Replies of two turns are those given alone, and name the caller's own word and no other."""
+    words = ("zebra", "violin", "cactus", "harbor", "lemon", "castle", "river", "copper")
+    params = SamplingParams(temperature=0, max_tokens=6)
+
+    def turns(engine: Engine, word: str) -> list[GenerationResult]:
+        text = f"The secret word is {word}. Nobody else knows it. " * 2 + "The secret word is"
+        first = engine.generate(text, params).result()
+        return [first, engine.generate(f"{text}{first.text} The secret word is", params).result()]
+
+    with Engine.load(smollm2_bundle, "fp32", 2, cache_bytes=0) as engine:
+        wanted = [[said(result) for result in turns(engine, word)] for word in words]
+    with Engine.load(smollm2_bundle, "fp32", 2) as engine:
+        replies = in_threads([lambda w=w: turns(engine, w) for w in words])  # type: ignore[misc]
+    assert [[said(result) for result in each] for each in replies] == wanted
+    assert all(second.timings.cached_tokens >= 16 for _, second in replies)
+    heard = [{other for other in words for result in each if other in result.text} for each in replies]
+    assert heard == [{word} for word in words]

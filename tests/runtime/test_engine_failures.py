@@ -1,0 +1,303 @@
+"""`Engine` where something goes wrong, and with what is added to an answer: grammars, probabilities."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_edge.exporter.export import export
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.runtime import Constraint, FinishReason, GenerationResult, Model, SamplingParams
+from llm_edge.runtime.backend.session import Session
+from llm_edge.runtime.engine import Engine
+from llm_edge.runtime.errors import (
+    BundleError,
+    ContextLengthError,
+    LlmEdgeError,
+    LogitsError,
+    MachineError,
+    ParameterError,
+)
+from llm_edge.runtime.loading import open_bundle
+from llm_edge.runtime.scheduling.batch import Batch
+
+Load = Callable[..., Engine]
+GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=-1, max_tokens=40)
+COPYING = SamplingParams(temperature=0, max_tokens=40)
+DRAWN = SamplingParams(temperature=1.0, max_tokens=40, seed=1)
+PROMPTS = ("The quick brown fox", "What is the capital of France?", 'print("hello', "你好 🙂")
+MARK = 317  # a token that no other prompt holds
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "the capital of France": {"type": "string", "maxLength": 8},
+        "brown": {"enum": ["fox", "dog"]},
+        "number": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["the capital of France", "brown", "number"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    return Model.load(tiny_bundle, "fp32", "cpu", 1)
+
+
+def said(result: GenerationResult) -> tuple[Any, ...]:
+    return result.text, result.tokens, result.finish_reason
+
+
+# What goes wrong, goes wrong for one
+
+
+def fails_among_others(engine: Engine, model: Model, kind: type[LlmEdgeError], **bad: Any) -> str:
+    """Whoever asks beside an answer that fails, or after it, gets what a model alone says; tells how it failed."""
+    wanted = [said(model.generate(prompt, GREEDY).result()) for prompt in PROMPTS]
+    before = [engine.generate(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    failing = engine.generate(**bad)
+    behind = [engine.generate(prompt, GREEDY) for prompt in PROMPTS[2:]]
+    with pytest.raises(kind) as failed:
+        failing.result()
+    assert [said(answer.result()) for answer in before + behind] == wanted
+    assert [said(engine.generate(prompt, GREEDY).result()) for prompt in PROMPTS] == wanted
+    with pytest.raises(ParameterError, match="already been read to its end"):
+        failing.result()
+    counters = engine.counters()
+    assert (counters.requests, counters.finished, counters.failed, counters.active) == (9, 8, 1, 0)
+    assert "\n" not in str(failed.value)
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_constraint_that_comes_to_nothing(load_engine: Load, tiny_bundle: Path, precision: str) -> None:
+    grammar = 'start: "go " c\nc: ' + " | ".join(f'"x{n}"' for n in range(2500))  # too many for the lexer
+    params = replace(DRAWN, constraint=Constraint.lark(grammar))
+    engine, model = load_engine(precision), Model.load(tiny_bundle, precision, "cpu", 1)
+    said = fails_among_others(engine, model, ParameterError, prompt="go x", params=params)
+    assert said.startswith("constraint (lark): the answer cannot go on")
+
+
+def test_a_constraint_that_is_none_is_refused_at_once(load_engine: Load) -> None:
+    engine = load_engine()
+    with pytest.raises(ParameterError, match=r"^constraint \(regex\): [^\n]+$"):
+        engine.generate("Hi", replace(DRAWN, constraint=Constraint.regex("(")))
+    assert engine.counters().requests == 0
+
+
+def test_a_step_that_fails(load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Batch.extend
+
+    def extend(self: Batch, row: int, tokens: Sequence[int], num_logits: int = 1) -> Any:
+        if MARK in tokens:
+            raise MachineError("not enough memory for this one")
+        return whole(self, row, tokens, num_logits)
+
+    monkeypatch.setattr(Batch, "extend", extend)
+    assert "memory" in fails_among_others(load_engine(), model, MachineError, prompt=[5, 6, MARK], params=GREEDY)
+
+
+def test_logits_that_are_no_numbers(load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Batch.decode
+
+    def decode(self: Batch, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Any:
+        logits = whole(self, first, tokens, active)
+        logits[[length == 104 for length in self.lengths[first : first + len(tokens)]]] = np.nan
+        return logits
+
+    monkeypatch.setattr(Batch, "decode", decode)
+    failed = fails_among_others(load_engine(), model, LogitsError, prompt=[MARK] * 100, params=GREEDY)
+    assert "nan" in failed
+
+
+@pytest.mark.parametrize("method", ["extend", "decode"])
+def test_what_nobody_expects_is_an_error_too(load_engine: Load, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    engine = load_engine()
+    wanted = said(engine.generate(PROMPTS[0], GREEDY).result())
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, method, lambda *_: [][1])
+        answer = engine.generate(PROMPTS[1], GREEDY)
+        with pytest.raises(
+            MachineError, match=r"^an answer failed unexpectedly \(list index out of range\)$"
+        ) as failed:
+            answer.result()
+        assert isinstance(failed.value.__cause__, IndexError)
+    assert said(engine.generate(PROMPTS[0], GREEDY).result()) == wanted
+
+
+def test_a_shared_step_that_fails_ends_those_it_was_for(load_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(active=2)
+    wanted = said(engine.generate(PROMPTS[0], GREEDY).result())
+    whole, broken = Batch.decode, threading.Event()
+
+    def decode(self: Batch, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Any:
+        if sum(active) == 2 and not broken.is_set():
+            broken.set()
+            raise MachineError("the machine failed")
+        return whole(self, first, tokens, active)
+
+    monkeypatch.setattr(Batch, "decode", decode)
+    long = replace(GREEDY, max_tokens=900)
+    answers = [engine.generate(prompt, long) for prompt in PROMPTS[:2]] + [engine.generate(PROMPTS[0], GREEDY)]
+    for answer in answers[:2]:
+        with pytest.raises(MachineError, match="the machine failed"):
+            answer.result()
+    assert said(answers[2].result()) == wanted
+    assert engine.counters().kept_tokens > 0
+
+
+class Stuck:
+    """A graph that hangs in a step over `width` tokens a row until it is told to end, as onnxruntime's would."""
+
+    def __init__(self, graph: Any, times: int) -> None:
+        self._graph = graph
+        self.times = times
+        self.entered = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._graph, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        if self.times:
+            self.times -= 1
+            self.entered.set()
+            until = time.monotonic() + 20
+            while not options.terminate:
+                assert time.monotonic() < until
+                time.sleep(0.005)
+        self._graph.run_with_iobinding(binding, options)  # it refuses where it is to end
+
+
+def test_a_stuck_step_is_ended(tiny_bundle: Path, model: Model) -> None:
+    bundle, info, tokenizer = open_bundle(tiny_bundle, "fp32", verify=True)
+    session = Session(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 1)
+    stuck = session.graph = Stuck(session.graph, 1)
+    with Engine(bundle, session, tokenizer, info, active=1, step_seconds=0.2) as engine:
+        began = time.monotonic()
+        first, second = engine.generate(PROMPTS[0], GREEDY), engine.generate(PROMPTS[1], GREEDY)
+        with pytest.raises(MachineError, match=r"^a step over 1 x \d+ tokens failed \([^\n]*\)$"):
+            first.result()
+        assert 0.2 < time.monotonic() - began < 2
+        assert said(second.result()) == said(model.generate(PROMPTS[1], GREEDY).result())
+        stuck.times, stuck.entered = 1, threading.Event()
+        third = engine.generate(PROMPTS[2], GREEDY)
+        assert stuck.entered.wait(5)
+        with pytest.raises(MachineError):
+            third.result()
+        assert (engine.counters().failed, engine.counters().finished) == (2, 1)
+
+
+# Grammars
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_constrained_answers_in_a_batch(load_engine: Load, precision: str) -> None:
+    rule = Constraint.json_schema(SCHEMA)
+    params = SamplingParams(temperature=1.5, max_tokens=200, constraint=rule)
+    engine, texts = load_engine(precision), set()
+    wanted = {}
+    for seed in range(40):
+        wanted[seed] = said(engine.generate("The capital", replace(params, seed=seed)).result())
+    plain = engine.generate(PROMPTS[0], GREEDY)
+    answers = {seed: engine.generate("The capital", replace(params, seed=seed)) for seed in range(40)}
+    for seed, answer in answers.items():
+        result = answer.result()
+        assert said(result) == wanted[seed]
+        assert result.finish_reason is FinishReason.STOP
+        value = json.loads(result.text)
+        assert list(value) == SCHEMA["required"]
+        assert value["brown"] in ("fox", "dog")
+        assert 0 <= value["number"] <= 99
+        assert result.timings.accepted_tokens > 0  # what must come is guessed
+        texts.add(result.text)
+    assert len(texts) == 40
+    assert plain.result().finish_reason is FinishReason.LENGTH
+    if precision == "fp32":
+        without = load_engine(guess=False)
+        for seed in range(10):
+            assert said(without.generate("The capital", replace(params, seed=seed)).result()) == wanted[seed]
+
+
+def test_an_answer_that_is_chosen(load_engine: Load) -> None:
+    engine = load_engine()
+    params = SamplingParams(temperature=1, constraint=Constraint.choice(["fox", "dog"]))
+    answers = engine.answers("The quick brown", replace(params, seed=0), 30)
+    assert Counter(answer.result().text for answer in answers).keys() == {"fox", "dog"}
+
+
+# Probabilities
+
+
+def test_probabilities_of_what_was_drawn(load_engine: Load, model: Model) -> None:
+    engine = load_engine()
+    beside = [engine.generate(prompt, DRAWN) for prompt in PROMPTS]
+    for params in (replace(DRAWN, logprobs=3), replace(GREEDY, logprobs=1), replace(COPYING, logprobs=0)):
+        prompt = engine.tokenizer.encode(PROMPTS[1] * 3)
+        result = engine.generate(prompt, params).result()
+        assert result.logprobs == model.generate(prompt, params).result().logprobs
+        assert tuple(each.token for each in result.logprobs) == result.tokens
+        scored = model.score([*prompt, *result.tokens]).logprobs[len(prompt) - 1 :]
+        np.testing.assert_allclose([each.logprob for each in result.logprobs], scored, atol=1e-5)
+        for each in result.logprobs:
+            values = [value for _, value in each.top]
+            assert len(values) == params.logprobs
+            assert values == sorted(values, reverse=True)
+            assert (
+                all(value >= each.logprob for token, value in each.top if token != each.token) or params is not COPYING
+            )
+    assert all(answer.result().logprobs == () for answer in beside)
+    pieces = list(engine.generate(PROMPTS[0], replace(DRAWN, logprobs=2)))
+    assert all(piece.logprob is not None and piece.logprob.token == piece.token for piece in pieces)
+
+
+# What cannot be
+
+
+def test_the_context_has_an_end(load_engine: Load) -> None:
+    engine = load_engine()
+    with pytest.raises(ContextLengthError, match=r"1024 tokens.* holds 1024") as refused:
+        engine.generate([5] * 1024)
+    assert (refused.value.prompt_tokens, refused.value.limit) == (1024, 1024) == (1024, engine.context_length)
+    results = [answer.result() for answer in engine.answers([5] * 1000, replace(GREEDY, max_tokens=900), 2)]
+    assert [len(result.tokens) for result in results] == [24, 24]
+    assert {result.finish_reason for result in results} == {FinishReason.LENGTH}
+    beside = [engine.generate([5] * 1020, COPYING), engine.generate(PROMPTS[0], GREEDY)]
+    assert [len(answer.result().tokens) for answer in beside] == [4, 40]
+
+
+def test_a_portable_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    portable = tmp_path / "portable"
+    recipes = parse_precisions("fp32")
+    style = GraphStyle.PORTABLE
+    export(str(tiny_checkpoint), portable, recipes, style, validate=False, force=False, progress=lambda *_: None)
+    with pytest.raises(BundleError, match=r"^[^\n]*needs a fused ONNX graph: export with --graph fused[^\n]*$"):
+        Engine.load(portable)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"active": 0},
+        {"kept": 0},
+        {"waiting": -1},
+        {"active": 2.0},
+        {"kept": 5000},
+        {"cache_bytes": -1},
+        {"cache_bytes": 1.5},
+        {"step_seconds": 0},
+        {"step_seconds": float("nan")},
+    ],
+)
+def test_sizes_that_nobody_can_mean(load_engine: Load, options: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError, match=rf"^{next(iter(options))} is .* are possible$"):
+        load_engine(**options)

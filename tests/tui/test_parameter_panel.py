@@ -1,0 +1,335 @@
+"""The panel of parameters in the application: every knob by keys, mouse and typing, while an answer comes; presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Button, Select, Static
+from tui_driving import app_with, ask, drive, screen, shown, until, views
+
+from llm_edge.chat.figures import figures_line
+from llm_edge.chat.parameters import KNOBS
+from llm_edge.chat.presets import MODELS_OWN
+from llm_edge.runtime.sampling.constraint import Constraint
+from llm_edge.tui.app import ChatApp
+from llm_edge.tui.widgets.composer import Composer
+from llm_edge.tui.widgets.parameter_panel import Controls, KnobLine, Name, Number, Text, Turn
+
+LONG = "word " * 400
+PER_TOKEN = 0.02  # seconds; an answer of 8
+NUMBERS = [knob for knob in KNOBS if knob.kind not in ("lines", "text")]
+
+
+def error_under(app: ChatApp, name: str) -> str:
+    line = app.query_one(f"#error-{name}", Static)
+    return str(line.content) if line.display else ""
+
+
+async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
+    """As a person does: to the field, over what stands there, Enter."""
+    pilot.app.query_one(f"#value-{name}").focus()
+    await pilot.pause()
+    await pilot.press("end", "ctrl+u", *text)
+    if isinstance(pilot.app.query_one(f"#value-{name}"), Number):
+        await pilot.press("enter")
+    await pilot.pause()
+
+
+def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, LONG, pause=PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
+            await ask(pilot, "Talk.", wait=False)
+            await pilot.press("f3")
+            answer = app.session.answering
+            assert answer is not None
+            await until(pilot, lambda: len(answer.content) > 10)
+            for knob in NUMBERS:
+                app.query_one(f"#value-{knob.name}").focus()
+                await pilot.press("up" if knob.name != "top_p" else "down")
+                await pilot.pause()
+                value = app.session.knobs.value(knob.name)
+                assert value != app.session.knobs.default(knob.name)
+                assert getattr(fake.replies[-1].params, knob.name) == value
+                assert app.query_one(f"#value-{knob.name}", Number).value == app.session.knobs.text(knob.name)
+                assert app.query_one(f"#title-{knob.name}").has_class("turned")
+            assert app.session.answering is answer  # it all happened while it came
+            changes = {each["name"]: each for each in answer.figures["changes"]}
+            assert set(changes) == {knob.name for knob in NUMBERS}
+            assert all(0 < each["at"] < 400 for each in changes.values())
+            await pilot.press("escape")
+            await until(pilot, lambda: app.session.answering is None)
+            await until(pilot, lambda: "temperature 0.75 from token" in " ".join(shown(views(app)[-1]).split()))
+
+    drive(scene())
+
+
+def test_texts_are_live_too_and_what_can_only_begin_with_an_answer_waits_for_the_next(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, LONG, "two", pause=PER_TOKEN, size=(120, 60)) as (app, pilot, fake):
+            await ask(pilot, "Talk.", wait=False)
+            await pilot.press("f3")
+            answer = app.session.answering
+            assert answer is not None
+            await until(pilot, lambda: bool(answer.content))
+            await type_into(pilot, "stop", "END")
+            assert fake.replies[-1].params.stop == ("END",)
+            await type_into(pilot, "system", "Be brief.")
+            await type_into(pilot, "json_schema", "{}")
+            assert app.session.answering is answer
+            changes = {each["name"]: each for each in answer.figures["changes"]}
+            assert {name for name, each in changes.items() if each["at"] is None} == {"system", "json_schema"}
+            assert set(changes) == {"stop", "system", "json_schema"}
+            assert "system prompt Be brief. from the next answer" in figures_line(answer.figures)
+            assert changes["stop"]["value"] == "END"
+            app.session.stop()
+            await until(pilot, lambda: app.session.answering is None)
+            await ask(pilot, "Again.")
+            messages, params, _ = fake.asked[-1]
+            assert messages[0] == {"role": "system", "content": "Be brief."}
+            assert params.constraint == Constraint.json()
+            assert params.stop == ("END",)
+            assert "with stop at 'END'" in shown(views(app)[-1])
+
+    drive(scene())
+
+
+def test_typing_counts_on_enter_and_on_leaving_and_errors_stand_under_the_field(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
+            await pilot.press("f3")
+            await type_into(pilot, "temperature", "1.3")
+            assert app.session.knobs.changed == {"temperature": 1.3}
+            await type_into(pilot, "temperature", "hot")
+            assert "temperature" in error_under(app, "temperature")
+            assert "a number" in error_under(app, "temperature")
+            assert app.session.knobs.changed == {"temperature": 1.3}
+            await type_into(pilot, "temperature", "99")  # beyond where keys turn it, within what it can be
+            assert error_under(app, "temperature") == ""
+            assert app.session.knobs.changed == {"temperature": 99.0}
+            field = app.query_one("#value-top_k", Number)
+            field.focus()
+            await pilot.pause()
+            await pilot.press("end", "ctrl+u", *"12", "tab")
+            await pilot.pause()
+            assert app.session.knobs.changed == {"temperature": 99.0, "top_k": 12}
+
+    drive(scene())
+
+
+def test_the_mouse_turns(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
+            await pilot.press("f3")
+            await pilot.pause()
+            line = app.query(KnobLine).first()
+            less, more = line.query(Turn)
+            await pilot.click(more)
+            await pilot.click(more)
+            await pilot.click(less)
+            await pilot.pause()
+            assert app.session.knobs.changed == {"temperature": 0.75}
+            await pilot.click("#reset")
+            await pilot.pause()
+            assert app.session.knobs.changed == {}
+            assert line.query_one(Number).value == "0.7"
+
+    drive(scene())
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ('{"type": ', "not JSON"),
+        ('{"type": "objec"}', "objec"),
+        ('{"$ref": "#/nowhere"}', "nowhere"),
+        ("[1]", "give an object"),
+        ('{"a": "\\u001b]52;c;x\\u0007", "type": "\\u009b31m"}', ""),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_told_under_its_field(tmp_path: Path, schema: str, reason: str) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", size=(120, 60)) as (app, pilot, _):
+            await pilot.press("f3")
+            area = app.query_one("#value-json_schema", Text)
+            area.focus()
+            area.load_text(schema)
+            await until(pilot, lambda: error_under(app, "json_schema"))
+            assert "json_schema" in error_under(app, "json_schema")
+            assert reason in error_under(app, "json_schema")
+            assert "\x1b" not in error_under(app, "json_schema")
+            assert "\x9b" not in error_under(app, "json_schema")
+            assert app.session.knobs.changed == {}
+            area.load_text('{"type": "object"}')
+            await until(pilot, lambda: not error_under(app, "json_schema"))
+            await until(pilot, lambda: app.session.knobs.changed == {"json_schema": '{"type": "object"}'})
+            assert app.session.knobs.params.constraint == Constraint.json_schema({"type": "object"})
+
+    drive(scene())
+
+
+def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
+            select = app.query_one("#presets", Select)
+            await pilot.press("f3")
+            await pilot.pause()
+            assert select.value == MODELS_OWN
+            assert app.query_one("#delete-preset", Button).disabled
+            await type_into(pilot, "temperature", "1.1")
+            assert select.value is Select.NULL
+            await pilot.press("ctrl+s")
+            assert app.query_one(Name).display
+            await pilot.press(*"greedy", "enter")
+            await pilot.pause()
+            assert "greedy is there already" in error_under(app, "presets")
+            await pilot.press("end", "ctrl+u", *"mine", "enter")
+            await until(pilot, lambda: select.value == "mine")
+            assert not app.query_one(Name).display
+            assert error_under(app, "presets") == ""
+
+            await pilot.click("#reset")
+            await until(pilot, lambda: select.value == MODELS_OWN)
+            assert app.session.knobs.changed == {}
+            select.value = "greedy"
+            await until(pilot, lambda: app.session.knobs.value("temperature") == 0)
+            select.value = "mine"
+            await until(pilot, lambda: app.session.knobs.changed == {"temperature": 1.1})
+            assert app.query_one("#value-temperature", Number).value == "1.1"
+
+            await type_into(pilot, "temperature", "1.2")
+            await pilot.press("ctrl+s", "end", "ctrl+u", *"mine", "enter")
+            await until(pilot, lambda: select.value == "mine")
+            await pilot.click("#delete-preset")
+            await until(pilot, lambda: select.value is Select.NULL)
+            assert app.session.knobs.changed == {"temperature": 1.2}  # in force still
+        async with app_with(tmp_path, "ok") as (app, pilot, _):
+            assert "mine" not in (tmp_path / "settings.json").read_text(encoding="utf-8")
+
+    drive(scene())
+
+
+def test_presets_are_there_for_the_next_program_and_chosen_by_keys(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", size=(80, 24)) as (app, pilot, _):
+            await pilot.press("f3")
+            await type_into(pilot, "top_k", "3")
+            await pilot.press("ctrl+s", *"three", "enter")
+            await pilot.pause()
+        async with app_with(tmp_path, "ok", size=(80, 24)) as (app, pilot, fake):
+            await pilot.press("f3")
+            app.query_one("#presets").focus()
+            await pilot.press("enter")
+            await pilot.pause()
+            assert "always the most probable token" in screen(app)
+            await pilot.press("down", "enter")
+            await until(pilot, lambda: app.session.knobs.changed == {"top_k": 3})
+            await pilot.press("f3")
+            await ask(pilot, "Hello?")
+            assert fake.asked[-1][1].top_k == 3
+            assert dict(app.session.conversation.path()[-1].params) == {"top_k": 3}
+            await pilot.resize_terminal(120, 40)
+            await pilot.pause()
+            assert "with top-k 3" in shown(views(app)[-1])
+
+    drive(scene())
+
+
+def test_escape_from_the_name_saves_nothing(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok") as (app, pilot, _):
+            await pilot.press("f3")
+            await pilot.press("ctrl+s", *"mine", "escape")
+            await pilot.pause()
+            assert not app.query_one(Name).display
+            assert not (tmp_path / "settings.json").exists()
+
+    drive(scene())
+
+
+def test_a_preset_is_live_while_an_answer_comes(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, LONG, pause=PER_TOKEN, size=(120, 50)) as (app, pilot, fake):
+            await ask(pilot, "Talk.", wait=False)
+            answer = app.session.answering
+            assert answer is not None
+            await until(pilot, lambda: bool(answer.content))
+            await pilot.press("f3")
+            app.query_one("#presets", Select).value = "creative"
+            await until(pilot, lambda: fake.replies[-1].params.dry_multiplier == 0.8)
+            assert app.session.answering is answer
+            expected = dataclasses.replace(fake.default_params, temperature=1.0, top_p=1.0, min_p=0.05)
+            expected = dataclasses.replace(expected, dry_multiplier=0.8, max_tokens=fake.replies[-1].params.max_tokens)
+            assert fake.replies[-1].params == expected
+            names = {each["name"] for each in answer.figures["changes"]}
+            assert names == {"temperature", "top_p", "min_p", "dry_multiplier"}
+
+    drive(scene())
+
+
+def test_leaving_the_panel_untouched_changes_nothing_even_without_a_model(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
+            await pilot.press("f3")
+            for _ in range(len(KNOBS) + 6):
+                await pilot.press("tab")
+            await pilot.press("f3")
+            await pilot.pause()
+            assert app.session.knobs.changed == {}
+            assert not app.query_one(Controls).has_class("open")
+            assert app.focused is app.query_one(Composer)
+
+    drive(scene())
+
+
+def test_escape_codes_pasted_into_a_field_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    from textual.events import Paste
+
+    async def scene() -> None:
+        async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
+            await pilot.press("f3")
+            for name in ("system", "temperature"):
+                field = app.query_one(f"#value-{name}")
+                field.focus()
+                await pilot.pause()
+                app.post_message(Paste("\x1b]52;c;eA==\x07\u202e1"))
+                await pilot.pause()
+                assert "\x1b" not in screen(app)
+                assert "\u202e" not in screen(app)
+            assert app.session.knobs.system == "]52;c;eA==1"
+
+    drive(scene())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "not JSON"),
+        ('{"presets": 3}', "presets: an object of models"),
+        ('{"presets": {"script": {"bad": 1}}}', "script, bad: an object of parameters"),
+        ('{"presets": {"script": {"b\\u001b[2Jd": {"temperature": "hot"}}}}', ""),
+    ],
+)
+def test_damaged_settings_are_told_and_the_panel_works(tmp_path: Path, content: str, told: str) -> None:
+    async def scene() -> None:
+        (tmp_path / "settings.json").write_text(content, encoding="utf-8")
+        async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
+            assert (told in app.settings.trouble) if told else not app.settings.trouble
+            if told:
+                assert str(tmp_path)[:12] in screen(app)  # a notification
+            await pilot.press("f3")
+            if not told:
+                app.query_one("#presets", Select).value = "b\x1b[2Jd"
+                await until(pilot, lambda: "cannot be used" in error_under(app, "presets"))
+                await until(pilot, lambda: app.query_one("#presets", Select).value == MODELS_OWN)
+            await type_into(pilot, "temperature", "1.3")
+            await pilot.press("ctrl+s", *"mine", "enter")
+            await until(pilot, lambda: app.query_one("#presets", Select).value == "mine")
+            assert "\x1b" not in screen(app)
+        if told:
+            assert (tmp_path / "settings.damaged-1.json").read_text(encoding="utf-8") == content
+
+    drive(scene())

@@ -1,0 +1,34 @@
+"""Each screen at two sizes is what it was: text compared with tests/tui/snapshots.
+
+Once a screen is meant to be another, and was looked at: LLM_EDGE_UPDATE_SNAPSHOTS=1 python -m pytest this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from pathlib import Path
+
+import pytest
+from tui_driving import screen
+
+from llm_edge.chat.fake import FakeResponder
+from llm_edge.tui.pictures import SCENES, SIZES, play
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("name", SCENES)
+def test_the_screen_is_what_it_was(
+    name: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no bundles here
+    found = asyncio.run(play(SCENES[name], FakeResponder(), size, screen)) + "\n"
+    found = re.sub(r"\b\d\d:\d\d\b", "12:00", found)
+    file = SNAPSHOTS / f"{name}-{size[0]}x{size[1]}.txt"
+    if os.environ.get("LLM_EDGE_UPDATE_SNAPSHOTS"):
+        SNAPSHOTS.mkdir(exist_ok=True)
+        file.write_text(found, encoding="utf-8")
+    assert found == file.read_text(encoding="utf-8")

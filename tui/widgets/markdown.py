@@ -1,0 +1,183 @@
+"""Markdown as lines for a terminal, cheap while it grows. Knows no widgets and no model.
+
+A Markdown text is a row of blocks, and text at its end changes the last two at most: its last line may begin a block,
+and then turn out to continue the one before. Other blocks are rendered once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from markdown_it import MarkdownIt
+from pygments.styles import get_style_by_name
+from rich.color import Color
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
+from rich.segment import Segment
+from rich.style import Style
+from rich.syntax import Syntax
+from rich.text import Text
+from rich.theme import Theme
+
+from llm_edge.chat.text import printable
+
+# Colours that can be read on a ground; on a dark one, rich's others can.
+_ON_DARK = {"markdown.block_quote": Style(color="#d0a8e8")}
+_ON_LIGHT = {
+    "markdown.link": Style(color="#0b4fb3"),
+    "markdown.link_url": Style(color="#0b4fb3", underline=True),
+    "markdown.block_quote": Style(color="#6b2d7c"),
+    "markdown.table.header": Style(color="#00586b", bold=True),
+    "markdown.table.border": Style(color="#00586b"),
+    "markdown.item.number": Style(color="#00586b"),
+    "markdown.hr": Style(color="#555555"),
+}
+
+Line = list[Segment]
+"""Segments of one line, without a line end."""
+
+_LONGEST, _LONGEST_SPAN = 40_000, 4_000  # characters of a block, and of a paragraph in it, that are looked at as
+# Markdown, whose marks take time that grows with the square of them; what is longer is shown as it stands
+_LONGEST_LINE = 1_000  # characters of a line of code that is coloured
+_CHUNK = 50  # lines of code that are coloured at once, so that a long block that grows costs no more than a short one
+
+
+class _Heading(Heading):
+    """On the left, as everything else is."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _CodeBlock(CodeBlock):
+    """With its background up to the right edge, and a line of it above and below."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        code = str(self.text).rstrip()
+        yield Syntax(code, self.lexer_name, theme=self.theme, word_wrap=True, padding=(0, 1), tab_size=4)
+
+
+class _Blocks(Markdown):
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "heading_open": _Heading,
+        "fence": _CodeBlock,
+        "code_block": _CodeBlock,
+    }
+
+
+@dataclass(slots=True)
+class _Block:
+    text: str
+    lines: list[Line] = field(default_factory=list)
+
+
+class MarkdownLines:
+    """The lines of a Markdown text at some width.
+
+    `lines` gives the same lines whether the text came at once or character by character.
+
+    Args:
+        code_theme: a style of Pygments, for code blocks.
+    """
+
+    def __init__(self, code_theme: str = "monokai") -> None:
+        self.code_theme = code_theme
+        self._parser = _parser()
+        self._parser.core.ruler.enableOnly(["normalize", "block"])  # where blocks begin is all that is asked
+        self._text = ""
+        self._blocks: list[_Block] = []  # all but the last two are as they will stay
+        self._width = 0
+
+    def lines(self, text: str, width: int) -> list[Line]:
+        """The lines of a text; one that continues the text before costs what its last blocks cost."""
+        if width != self._width or not text.startswith(self._text):
+            self._width, self._text, self._blocks = width, "", []
+        if text != self._text:
+            stable, unstable = self._blocks[:-2], self._blocks[-2:]
+            tail = "".join(block.text for block in unstable) + text[len(self._text) :]
+            known = {block.text: block for block in unstable}
+            self._blocks = stable + [
+                known.get(block) or _Block(block, self._render(block)) for block in self._split(tail)
+            ]
+            self._text = text
+        found: list[Line] = []
+        for block in self._blocks:
+            if found and block.lines:
+                found.append([])
+            found += block.lines
+        return found
+
+    def _split(self, text: str) -> list[str]:
+        """The text's blocks, which together are the text."""
+        starts = [token.map[0] for token in self._parser.parse(text) if token.level == 0 and token.map is not None]
+        lines = text.splitlines(keepends=True)
+        ends = [*sorted({start for start in starts if start}), len(lines)]
+        blocks, before = [], 0
+        for end in ends:
+            blocks.append("".join(lines[before:end]))
+            before = end
+        return blocks
+
+    def _render(self, text: str) -> list[Line]:
+        """A block's lines; segments hold nothing that a terminal would obey, entities of Markdown included."""
+        tokens = self._parser.parse(text)
+        if len(tokens) == 1 and tokens[0].type in ("fence", "code_block"):
+            lines = printable(tokens[0].content).expandtabs(4).rstrip().split("\n")
+            language = tokens[0].info.strip().partition(" ")[0]
+            chunks = ("\n".join(lines[start : start + _CHUNK]) for start in range(0, len(lines), _CHUNK))
+            return [line for chunk in chunks for line in _code(chunk, language, self.code_theme, self._width)]
+        shown = printable(text).expandtabs(4)
+        spans = (len(token.content) for token in tokens if token.type == "inline")
+        if len(text) > _LONGEST or max(spans, default=0) > _LONGEST_SPAN:
+            return _lines(Text(shown), self._width, self.code_theme)
+        return _trimmed(
+            _lines(_Blocks(shown, code_theme=self.code_theme, hyperlinks=False), self._width, self.code_theme)
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _code(code: str, language: str, theme: str, width: int) -> list[Line]:
+    """Some lines of code, over a background up to the right edge."""
+    lexer = language or "text"
+    if max(map(len, code.split("\n"))) > _LONGEST_LINE:
+        lexer = "text"
+    return _lines(Syntax(code, lexer, theme=theme, word_wrap=True, padding=(0, 1), tab_size=4), width, theme)
+
+
+@functools.cache
+def _console(code_theme: str) -> Console:
+    """Draws Markdown; code within a line stands on the same ground as blocks of it."""
+    ground = get_style_by_name(code_theme).background_color
+    light = sum(Color.parse(ground).get_truecolor()) > 3 * 128
+    styles = {
+        **(_ON_LIGHT if light else _ON_DARK),
+        "markdown.code": Style(bold=True, color="#202020" if light else "cyan", bgcolor=ground),
+    }
+    return Console(color_system="truecolor", force_terminal=True, width=80, legacy_windows=False, theme=Theme(styles))
+
+
+def _lines(whole: RenderableType, width: int, code_theme: str) -> list[Line]:
+    console = _console(code_theme)
+    options = console.options.update(width=max(width, 8), height=None)
+    lines = console.render_lines(whole, options, pad=False, new_lines=False)
+    return [[Segment(printable(each.text), each.style) for each in line] for line in lines]
+
+
+def code_blocks(text: str) -> list[str]:
+    """The code blocks of a Markdown text, without their fences."""
+    return [token.content for token in _parser().parse(text) if token.type in ("fence", "code_block")]
+
+
+def _parser() -> MarkdownIt:
+    return MarkdownIt().enable("table").enable("strikethrough")
+
+
+def _trimmed(lines: Sequence[Line]) -> list[Line]:
+    """Without empty lines around."""
+    full = [index for index, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+    return list(lines[full[0] : full[-1] + 1]) if full else []

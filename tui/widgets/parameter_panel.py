@@ -1,0 +1,390 @@
+"""The panel of parameters: each a line that keys, the mouse and typing can turn, also while an answer comes.
+
+It says what is to be turned by an event, `Turned`; whoever handles that calls `show`, or `refuse` with the reason.
+Presets are read, saved and deleted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from textual import events, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, VerticalScroll
+from textual.content import Content
+from textual.message import Message as Event
+from textual.widgets import Button, Input, Select, Static, TextArea
+
+from llm_edge.chat.parameters import KNOBS, Knob, Knobs
+from llm_edge.chat.presets import MODELS_OWN, Presets
+from llm_edge.chat.text import printable
+from llm_edge.runtime.errors import LlmEdgeError, ParameterError
+from llm_edge.runtime.sampling.constraint import Constraint
+
+_LONG = ("lines", "text")
+_SCHEMA = "json_schema"
+
+
+class Turned(Event):
+    """Something is to be turned.
+
+    Attributes:
+        change: what turns it; raises ParameterError where that cannot be.
+        knob: which knob, if it is one alone.
+    """
+
+    def __init__(self, change: Callable[[Knobs], None], knob: Knob | None = None) -> None:
+        super().__init__()
+        self.change, self.knob = change, knob
+
+
+def by_steps(knob: Knob, steps: int) -> Turned:
+    """A knob is to be turned by so many steps."""
+    return Turned(lambda knobs: knobs.turn(knob.name, steps), knob)
+
+
+def typed(knob: Knob, text: str) -> Turned:
+    """A knob is to be turned to what was typed."""
+    return Turned(lambda knobs: knobs.type(knob.name, text), knob)
+
+
+class Number(Input):
+    """A value on one line; up and down turn it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "turn(1)", "More", key_display="↑"),
+        Binding("down", "turn(-1)", "Less", key_display="↓"),
+        Binding("pageup", "turn(5)", "Much more", show=False),
+        Binding("pagedown", "turn(-5)", "Much less", show=False),
+    ]
+
+    def __init__(self, knob: Knob, text: str) -> None:
+        super().__init__(text, id=f"value-{knob.name}", compact=True, select_on_focus=True)
+        self._knob = knob
+        self._shown = text
+
+    def put(self, text: str) -> bool:
+        """Show a value; says whether another one stood here."""
+        differs, self._shown = self.value != text, text
+        if differs:
+            self.value = text
+        return differs
+
+    def action_turn(self, steps: int) -> None:
+        """By so many steps."""
+        self.post_message(by_steps(self._knob, steps))
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """What was typed counts from now on."""
+        event.stop()
+        self.post_message(typed(self._knob, self.value))
+
+    def on_blur(self) -> None:
+        """Also where one just leaves."""
+        if self.value != self._shown:
+            self.post_message(typed(self._knob, self.value))
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """The wheel turns what has the focus."""
+        if self.has_focus:
+            event.stop()
+            self.action_turn(1)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """As above."""
+        if self.has_focus:
+            event.stop()
+            self.action_turn(-1)
+
+    def _on_paste(self, event: events.Paste) -> None:
+        event.text = printable(event.text)  # Textual calls the one of Input behind this one
+
+
+class Text(TextArea):
+    """A value of several lines, which counts as soon as it can be used; a schema once it can be followed."""
+
+    class Refused(Event):
+        """What stands here cannot be used."""
+
+        def __init__(self, knob: Knob, error: LlmEdgeError) -> None:
+            super().__init__()
+            self.knob, self.error = knob, error
+
+    class _Checked(Event):
+        def __init__(self, text: str, error: LlmEdgeError | None) -> None:
+            super().__init__()
+            self.text, self.error = text, error
+
+    def __init__(self, knob: Knob, text: str) -> None:
+        super().__init__(text, id=f"value-{knob.name}", compact=True, tab_behavior="focus", highlight_cursor_line=False)
+        self._knob = knob
+        self._checking = False
+
+    def put(self, text: str) -> bool:
+        """Show a value, unless somebody writes here; says whether another one stood here."""
+        if self.has_focus or self.text == text:
+            return False
+        with self.prevent(TextArea.Changed):
+            self.load_text(text)
+        return True
+
+    def on_text_area_changed(self, event: TextArea.Changed) -> None:
+        """What was typed counts from now on."""
+        event.stop()
+        if self._knob.name != _SCHEMA or self.text.strip() in ("", "{}"):
+            self.post_message(typed(self._knob, self.text))
+        elif not self._checking:
+            self._checking = True
+            self._check(self.text)
+
+    @work(thread=True)
+    def _check(self, text: str) -> None:
+        """A schema takes its time, up to some seconds."""
+        error: LlmEdgeError | None = None
+        try:
+            Constraint.json_schema(text).check()
+        except LlmEdgeError as found:
+            error = found
+        self.post_message(self._Checked(text, error))
+
+    def on_text__checked(self, event: Text._Checked) -> None:
+        """One that can be followed counts; where more was typed meanwhile, that is looked at next."""
+        event.stop()
+        self._checking = False
+        if event.text != self.text:
+            self.on_text_area_changed(TextArea.Changed(self))
+        else:
+            self.post_message(self.Refused(self._knob, event.error) if event.error else typed(self._knob, event.text))
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))  # Textual goes on from there
+
+
+class Turn(Static):
+    """An arrow for the mouse."""
+
+    def __init__(self, knob: Knob, steps: int) -> None:
+        super().__init__("▸" if steps > 0 else "◂", classes="turn", markup=False)
+        self._knob, self._steps = knob, steps
+
+    def on_click(self) -> None:
+        """Turn."""
+        self.post_message(by_steps(self._knob, self._steps))
+
+
+class KnobLine(Horizontal):
+    """A knob with one value: title, arrows, value."""
+
+    def __init__(self, knob: Knob, text: str) -> None:
+        super().__init__(classes="knob")
+        self._knob, self._text = knob, text
+
+    def compose(self) -> ComposeResult:
+        """The parts."""
+        yield _title(self._knob)
+        yield Turn(self._knob, -1)
+        yield Number(self._knob, self._text)
+        yield Turn(self._knob, 1)
+
+    def show(self, knobs: Knobs) -> bool:
+        """The value of now; says whether another one stood here."""
+        self.query_one(".knob-title").set_class(self._knob.name in knobs.changed, "turned")
+        return self.query_one(Number).put(printable(knobs.text(self._knob.name)))
+
+
+class Name(Input):
+    """The name for a preset that is about to be saved."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "screen.focus_previous", "Cancel")]
+
+    def _on_paste(self, event: events.Paste) -> None:
+        event.text = printable(event.text)  # Textual calls the one of Input behind this one
+
+
+class Controls(VerticalScroll, can_focus=False):
+    """All knobs, presets above them.
+
+    Args:
+        knobs: whose values show.
+        presets: a person's own are among them; None = there are none to choose.
+        model: whose presets.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+z", "reset", "Model's own", show=False),
+        Binding("ctrl+s", "save", "Save preset", show=False),
+        Binding("escape", "app.controls", "Close"),
+    ]
+
+    def __init__(self, knobs: Knobs, presets: Presets | None = None, model: str = "") -> None:
+        super().__init__(id="controls")
+        self._knobs, self._presets, self._model = knobs, presets, model
+        self._offered: list[str] = []
+
+    def compose(self) -> ComposeResult:
+        """A line a knob."""
+        yield Static("Parameters", classes="panel-title", markup=False)
+        yield Select[str]([], prompt="your own mixture", id="presets", compact=True)
+        with Horizontal(id="control-buttons"):
+            yield Button("Reset", id="reset", compact=True, tooltip="All to the model's own values (Ctrl-Z)")
+            yield Button("Save as", id="save-preset", compact=True, tooltip="Keep these values under a name (Ctrl-S)")
+            yield Button("Delete", id="delete-preset", compact=True, tooltip="Forget this preset of yours")
+        yield Name(placeholder="name of the preset, ⏎", id="preset-name", compact=True)
+        yield Static("", id="error-presets", classes="knob-error", markup=False)
+        for knob in KNOBS:
+            text = printable(self._knobs.text(knob.name))
+            if knob.kind in _LONG:
+                yield _title(knob)
+                yield Text(knob, text)
+            else:
+                yield KnobLine(knob, text)
+            yield Static("", id=f"error-{knob.name}", classes="knob-error", markup=False)
+
+    def on_mount(self) -> None:
+        """No errors so far."""
+        for line in self.query(".knob-error"):
+            line.display = False
+        self.query_one(Name).display = False
+        self.show()
+
+    def use(self, knobs: Knobs, model: str | None = None) -> None:
+        """Show these, of this model or the one before."""
+        self._knobs = knobs
+        self._model = self._model if model is None else model
+        self.show()
+
+    def show(self) -> None:
+        """The values of now; what is not the model's own value is marked."""
+        for line, knob in zip(self.query(KnobLine), (each for each in KNOBS if each.kind not in _LONG), strict=True):
+            if line.show(self._knobs):
+                self.refuse(knob, None)
+        for knob in KNOBS:
+            if knob.kind in _LONG:
+                self.query_one(f"#title-{knob.name}").set_class(knob.name in self._knobs.changed, "turned")
+                if self.query_one(f"#value-{knob.name}", Text).put(printable(self._knobs.text(knob.name))):
+                    self.refuse(knob, None)
+        self._show_presets()
+
+    def refuse(self, knob: Knob | None, error: LlmEdgeError | None) -> None:
+        """Why a value cannot be, under its knob; of None, why a preset cannot. Without an error, nothing."""
+        line = self.query_one(f"#error-{knob.name if knob is not None else 'presets'}", Static)
+        line.update(printable(str(error)) if error is not None else "")
+        line.display = error is not None
+
+    # ---- presets
+
+    def _show_presets(self) -> None:
+        select = self.query_one("#presets", Select)
+        select.display = self._presets is not None
+        for button in ("#save-preset", "#delete-preset"):
+            self.query_one(button).display = self._presets is not None
+        if self._presets is None:
+            return
+        offered = self._presets.offered(self._model)
+        with select.prevent(Select.Changed):
+            if list(offered) != self._offered:
+                self._offered = list(offered)
+                select.set_options([(_offer(name, help_), name) for name, help_ in offered.items()])
+            matching = self._presets.matching(self._model, self._knobs)
+            if matching is None:
+                select.clear()
+            else:
+                select.value = matching
+        self.query_one("#delete-preset", Button).disabled = matching not in self._presets.own(self._model)
+
+    def on_select_changed(self, event: Select.Changed) -> None:
+        """A preset was chosen."""
+        event.stop()
+        name, presets, model = event.value, self._presets, self._model
+        if isinstance(name, str) and presets is not None:
+            self.post_message(Turned(lambda knobs: presets.use(model, name, knobs)))
+        else:
+            self._show_presets()
+
+    def on_button_pressed(self, event: Button.Pressed) -> None:
+        """The buttons."""
+        event.stop()
+        if event.button.id == "reset":
+            self.action_reset()
+        elif event.button.id == "save-preset":
+            self.action_save()
+        else:
+            self._delete()
+
+    def action_reset(self) -> None:
+        """All is to be the model's own."""
+        self.post_message(Turned(lambda knobs: knobs.load({})))
+
+    def action_save(self) -> None:
+        """Ask for a name."""
+        if self._presets is None:
+            return
+        name = self.query_one(Name)
+        chosen = self.query_one("#presets", Select).value
+        name.value = chosen if isinstance(chosen, str) and chosen in self._presets.own(self._model) else ""
+        name.display = True
+        name.focus()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """The name."""
+        if not isinstance(event.input, Name) or self._presets is None:
+            return
+        event.stop()
+        try:
+            saved = self._presets.save(self._model, event.value, self._knobs)
+        except LlmEdgeError as error:
+            self.refuse(None, error)
+            return
+        self.refuse(None, None)
+        self.query_one("#presets").focus()
+        self._show_presets()
+        self.notify(printable(f"Saved as {saved}, for {self._model}."), markup=False)
+
+    def on_descendant_blur(self, event: events.DescendantBlur) -> None:
+        """Who leaves the name saves nothing."""
+        if isinstance(event.widget, Name):
+            event.widget.display = False
+            self.refuse(None, None)
+
+    def _delete(self) -> None:
+        chosen = self.query_one("#presets", Select).value
+        if self._presets is None or not isinstance(chosen, str):
+            return
+        try:
+            self._presets.delete(self._model, chosen)
+        except LlmEdgeError as error:
+            self.refuse(None, error)
+            return
+        self._show_presets()
+        self.notify(printable(f"Deleted {chosen}. Its values are in force still: Save as keeps them."), markup=False)
+
+    def on_text_refused(self, event: Text.Refused) -> None:
+        """A schema that cannot be followed."""
+        event.stop()
+        self.refuse(event.knob, event.error)
+
+
+def turn(event: Turned, controls: Controls, session_turn: Callable[[Callable[[Knobs], None]], None]) -> None:
+    """Do what a `Turned` asks for, and show what came of it."""
+    try:
+        session_turn(event.change)
+    except ParameterError as error:
+        controls.refuse(event.knob, error)
+        if event.knob is None:
+            controls.show()  # the preset that was chosen is not in force
+    else:
+        controls.refuse(event.knob, None)
+        controls.show()
+
+
+def _title(knob: Knob) -> Static:
+    title = Static(knob.title, id=f"title-{knob.name}", classes="knob-title", markup=False)
+    title.tooltip = knob.help
+    return title
+
+
+def _offer(name: str, help_: str) -> Content:
+    content = Content(printable(name))
+    return content if name == MODELS_OWN or not help_ else content + Content(f"  {help_}").stylize("dim")
