@@ -11,8 +11,9 @@ from typing import Any
 from llm_edge.chat.text import one_line
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
-from llm_edge.runtime.sampling.params import SamplingParams, refused
-from llm_edge.runtime.sampling.presets import DECIDED, apply_preset
+from llm_edge.runtime.sampling.parameter_spec import refused
+from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.sampling.presets import PRESET_PARAMETERS, apply_preset
 
 OFF = "off"
 LONGEST_TOLD = 40  # characters of a value in a line of them
@@ -96,7 +97,7 @@ class Knobs:
         Raises:
             ParameterError: it cannot have that value.
         """
-        if name not in BY_NAME and name not in DECIDED:
+        if name not in BY_NAME and name not in PRESET_PARAMETERS:
             raise ParameterError(f"{reprlib.repr(name)}: not known here; known: {', '.join(BY_NAME)}")
         if name in NEXT_ANSWER and not isinstance(value, str):
             raise refused(name, value, "a text")
@@ -167,8 +168,8 @@ class Knobs:
             ParameterError: there is none of this name.
         """
         params = apply_preset(preset, self.defaults)
-        decided = {name: getattr(params, name) for name in sorted(DECIDED)}
-        kept = {name: value for name, value in self.changed.items() if name not in DECIDED}
+        decided = {name: getattr(params, name) for name in sorted(PRESET_PARAMETERS)}
+        kept = {name: value for name, value in self.changed.items() if name not in PRESET_PARAMETERS}
         return {**kept, **{name: value for name, value in decided.items() if value != self.default(name)}}
 
     def use(self, defaults: SamplingParams) -> None:

@@ -346,7 +346,6 @@ def test_reasoning_may_be_asked_for() -> None:
         ("/set stop_token_ids [1, 2]", "stop_token_ids", (1, 2)),
         ("/set repetition_window -1", "repetition_window", -1),
         ("/set max_newlines 2", "max_newlines", 2),
-        ("/set max_newlines none", "max_newlines", 0),
         ("/set single_think_end true", "single_think_end", True),
     ],
 )

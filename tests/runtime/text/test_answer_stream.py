@@ -395,11 +395,6 @@ def test_threads_that_are_no_number(tiny_bundle: Path) -> None:
 # Guards
 
 
-def test_no_limit_of_newlines_is_one_of_0() -> None:
-    assert SamplingParams(max_newlines=None) == SamplingParams(max_newlines=0)
-    assert SamplingParams(max_newlines=None).max_newlines == 0
-
-
 class NoisySession(FakeSession):
     """Draws at random, some tokens much more often than others."""
 
