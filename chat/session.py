@@ -283,11 +283,13 @@ class ChatSession:
             self.store.set_system(self.conversation, self.knobs.system)
         turns = self._turns(question)
         opening: list[Prompt] = [{"role": "system", "content": self.knobs.system}] if self.knobs.system else []
-        responder, params, begin, thought = self._who(), self.knobs.params, message.content, message.reasoning
+        responder, params, prefix = self._who(), self.knobs.params, (message.content, message.reasoning)
 
         def reply() -> Reply:
             made, kept, limit = begin_with_room(
-                lambda messages: responder.answer(messages, params, begin=begin, thought=thought),
+                lambda messages: responder.answer(
+                    messages, params, assistant_prefix=prefix[0], reasoning_prefix=prefix[1]
+                ),
                 opening,
                 turns[:-1],
                 turns[-1],

@@ -80,7 +80,7 @@ class BaseModel(abc.ABC, Generic[Handle]):
         """Continue a plain text (special tokens spelled in it stay text) or a list of token ids.
 
         Raises:
-            ParameterError: the prompt is empty or contains ids outside the vocabulary, or the constraint cannot be used.
+            ParameterError: the prompt is empty or contains ids outside the vocabulary; an unusable constraint.
             ContextLengthError: the prompt does not fit.
             BusyError: (`Engine`) too many requests are waiting.
         """

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -88,23 +88,21 @@ class Engine(BaseModel[AsyncGeneration]):
         cls,
         path: str | Path,
         precision: str | None = None,
-        *,
-        provider: str = "cpu",
-        threads: int | None = None,
-        verify: bool = True,
-        draft: str | Path | None = None,
-        draft_precision: str | None = None,
-        **limits: Any,
+        **options: Any,
     ) -> Engine:
-        """Load a bundle; see `LoadOptions`, and `Engine` for `limits`.
+        """Load a bundle, on the CPU unless `provider` says otherwise.
 
-        On CUDA an answer may depend on other requests in its last bits: see docs/embedding.md.
+        `options` are further fields of `LoadOptions` and keyword arguments of `Engine`. On CUDA an answer may depend on
+        other requests in its last bits: see docs/embedding.md.
 
         Raises:
             BundleError: the folder is missing, damaged or modified, or contains no fused graph.
             ParameterError, ProviderError: as in `Model.load`.
         """
-        return cls.open(path, LoadOptions(precision, provider, threads, verify, draft, draft_precision), **limits)
+        names = {field.name for field in fields(LoadOptions)}
+        loading = {"provider": "cpu", **{name: value for name, value in options.items() if name in names}}
+        limits = {name: value for name, value in options.items() if name not in names}
+        return cls.open(path, LoadOptions(precision, **loading), **limits)
 
     @classmethod
     def open(cls, path: str | Path, options: LoadOptions, **limits: Any) -> Engine:
@@ -187,9 +185,7 @@ class Engine(BaseModel[AsyncGeneration]):
         shape, batch = self.bundle.shape, self._batch
         tensors = 2 * shape.num_hidden_layers
         heads, width = shape.num_key_value_heads, shape.head_dim
-        tokens, values = cache_file.load(
-            Path(path), self._identity, tensors, heads, width, batch.limit, batch.dtype
-        )
+        tokens, values = cache_file.load(Path(path), self._identity, tensors, heads, width, batch.limit, batch.dtype)
         try:
             self._prompts.check(tokens, self.context_length + 1)
         except InputError as error:
@@ -238,10 +234,13 @@ class Engine(BaseModel[AsyncGeneration]):
     def _admit(self) -> None:
         """Activate waiting requests, first come first served."""
         while self._waiting and len(self._scheduler.active) < self._max_active:
+            request = self._waiting[0]
+            if not self._scheduler.admit(request):
+                return
             with self._changed:
-                if not self._scheduler.admit(self._waiting[0]):
-                    return
                 self._waiting.popleft()
+                if request.slot >= 0:
+                    self._scheduler.active.append(request)
 
     def _cancel_waiting(self, which: Callable[[Request], bool]) -> None:
         """End waiting requests with `FinishReason.CANCELLED`."""

@@ -159,7 +159,7 @@ def _chat(
             stream.reconfigure(errors=errors)
     store = _store() if save else None
     given = StandardInput(sys.stdin, stdin) if ask is not None else None
-    model = Model.load(bundle, precision, provider, threads, draft=draft)
+    model = Model.load(bundle, precision, provider=provider, threads=threads, draft=draft)
     params = dataclasses.replace(model.default_params, **changes)
     kept = _kept(store, model, system) if store is not None else None
     if ask is not None and given is not None:

@@ -19,6 +19,8 @@ from llm_edge.exporter.quantization.calibrate import Rounding
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.validation.compare import Runnable
 from llm_edge.model.config import ModelConfig
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
+from llm_edge.runtime.backend.open import open_graph
 from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import ONNX, ModelShape
 
@@ -86,6 +88,6 @@ class OnnxForm:
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
         """The graph at work on the CPU."""
-        share_buffer = self.style is GraphStyle.FUSED
-        path = folder / self.file(recipe)
-        return Session(path, shape, share_buffer, provider="cpu", spinning=False, hidden_size=self.hidden_size)
+        fused = self.style is GraphStyle.FUSED
+        file = GraphFile(folder / self.file(recipe), shape, share_buffer=fused, hidden_size=self.hidden_size)
+        return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))

@@ -99,7 +99,7 @@ class Quality:
 class Runnable(Protocol):
     """What is compared: `Session` of the runtime, whichever it is."""
 
-    def reset(self) -> None:
+    def clear_cache(self) -> None:
         """Start from an empty context."""
 
     def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
@@ -113,7 +113,7 @@ class Reference:
         self._decoder = decoder
         self._past = decoder.empty_past()
 
-    def reset(self) -> None:
+    def clear_cache(self) -> None:
         """See `Runnable`."""
         self._past = self._decoder.empty_past()
 
@@ -216,7 +216,7 @@ def compare(expected: Expected, session: Runnable) -> Parity:
     found = {}
     for name in ("prefill", "steps", "chunk"):
         run: Run = getattr(expected, name)
-        session.reset()
+        session.clear_cache()
         largest, total, row = 0.0, 0.0, run.row
         for piece in run.pieces:
             logits = torch.from_numpy(session.step(piece, num_logits=0))
@@ -230,7 +230,7 @@ def compare(expected: Expected, session: Runnable) -> Parity:
 def compare_hidden_states(expected: Expected, session: Session) -> Difference:
     """Run a graph over the same prompt for its hidden states; see `Parity`."""
     (prompt,) = expected.prefill.pieces
-    session.reset()
+    session.clear_cache()
     difference = torch.from_numpy(session.hidden_states(prompt)) - expected.hidden_states
     relative = difference.norm(dim=-1) / expected.hidden_states.norm(dim=-1)
     return Difference(relative.max().item(), relative.mean().item())
@@ -249,7 +249,7 @@ def score(expected: Expected, session: Runnable, progress: Callable[[float], Non
     same, loss, loss_reference, done = 0, 0.0, 0.0, 0
     for run in expected.windows:
         (window,) = run.pieces
-        session.reset()
+        session.clear_cache()
         found = torch.from_numpy(session.step(window, num_logits=0))[:-1]
         for start in range(0, len(found), _KL_ROWS):
             rows = slice(start, start + _KL_ROWS)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
-from llm_edge.runtime.backend import huge_pages, mapped_files, providers
+from llm_edge.runtime.backend import huge_pages, mapped_files
 from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, MachineError
-
-ort = providers.ort
 
 HIDDEN_STATES = "hidden_states"
 NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
@@ -67,7 +66,7 @@ class ExecutionOptions:
     Attributes:
         provider: `cpu`, `cuda`, or `auto`: CUDA where it works and has kernels for the graph's matmuls, else the CPU.
         threads: per operator; None = the number of physical cores. TorchScript: of torch, for the whole process.
-        spinning: idle threads busy-wait and weights are moved to huge pages: for a graph that has the machine to itself.
+        spinning: idle threads busy-wait and weights move to huge pages: for a graph that has the machine to itself.
         interleaved: another graph runs between this one's steps, so idle threads busy-wait only during a step.
     """
 
@@ -138,7 +137,7 @@ class Graph:
         return options
 
     def matmuls_on_cpu(self) -> int:
-        """On CUDA: the number of matmuls without a CUDA kernel for their types; each costs copies in both directions."""
+        """Number of matmuls that CUDA has no kernel for; each costs copies in both directions."""
         parts = self.inference.get_provider_graph_assignment_info()
         nodes = [node.op_type for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
         return sum("MatMul" in op_type or op_type == "Gemm" for op_type in nodes)

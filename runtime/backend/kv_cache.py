@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
-from llm_edge.runtime.backend.graph import Graph, ort
+from llm_edge.runtime.backend.graph import Graph
 
 _INITIAL_CAPACITY = 256
 
@@ -70,9 +71,7 @@ class SharedCache:
         old, self._values = self._values, []
         self.capacity = 0  # if memory runs out half-way, the next step starts over
         for index, name in enumerate(self._names):
-            buffer = _zeros(
-                (1, shape.num_key_value_heads, capacity, shape.head_dim), self._graph.cache_dtype
-            )
+            buffer = _zeros((1, shape.num_key_value_heads, capacity, shape.head_dim), self._graph.cache_dtype)
             if old:
                 buffer[:, :, :used] = old[index].numpy()[:, :, :used]
                 old[index] = None

@@ -43,5 +43,5 @@ def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
 def open_session(file: GraphFile, execution: ExecutionOptions) -> AnySession:
     """Load a model file of any format for one conversation; raises what `open_graph` and `TorchScriptSession` raise."""
     if file.format == TORCHSCRIPT:
-        return TorchScriptSession(file.path, file.shape, execution.provider, execution.threads)
+        return TorchScriptSession(file, execution)
     return Session(open_graph(file, execution))

@@ -1,16 +1,6 @@
-"""Execution providers: which there are, and whether CUDA works in this process.
-
-onnxruntime's official builds send usage telemetry to Microsoft; importing this module turns that off.
-"""
+"""Execution providers: which there are, and whether CUDA works in this process."""
 
 from __future__ import annotations
-
-import os
-
-# Both must be set before onnxruntime is imported.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-# Its tiled attention over several tokens is slower than the plain one; see bench/RESULTS.md.
-os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 import contextlib
 import functools

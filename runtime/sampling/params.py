@@ -69,7 +69,6 @@ class SamplingParams:
         group="limits",
         between=(0, _MAX_INT),
         slider=Slider(0, 4096, 16),
-        api=Api(generation_config="min_new_tokens"),
     )
     no_repeat_ngram: int = parameter(
         0,
@@ -79,7 +78,6 @@ class SamplingParams:
         group="penalties",
         between=(0, 64),
         slider=Slider(0, 20, 1),
-        api=Api(generation_config="no_repeat_ngram_size"),
     )
     repetition_penalty: float = parameter(
         1.0,
@@ -260,7 +258,7 @@ class SamplingParams:
         group="sampling",
         between=(0.0, 1.0),
         slider=Slider(0.05, 1.0, 0.05),
-        api=Api(llamacpp="typical_p", generation_config="typical_p"),
+        api=Api(llamacpp="typical_p"),
     )
     epsilon_cutoff: float = parameter(
         0.0,
@@ -270,7 +268,6 @@ class SamplingParams:
         group="sampling",
         between=(0.0, 1.0),
         slider=Slider(0.0, 0.01, 0.0005),
-        api=Api(generation_config="epsilon_cutoff"),
     )
     xtc_probability: float = parameter(
         0.0,

@@ -72,7 +72,7 @@ class Scheduler:
         self._chunk = 2 * CHUNK_ALIGNMENT if batch.device == "cpu" else PREFILL_CHUNK
 
     def admit(self, request: Request) -> bool:
-        """Assign a slot to a request and activate it, or fail it if that is impossible.
+        """Assign a slot to a request, or fail it if that is impossible; the caller adds it to `active`.
 
         Returns:
             False if the request should wait, because another prompt with the same prefix is being computed.
@@ -88,7 +88,6 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 (other requests continue, whatever it is)
             self._report(request, error)
             return True
-        self.active.append(request)
         self._counters.prompt_tokens += len(tokens)
         self._counters.cached_tokens += length
         return True

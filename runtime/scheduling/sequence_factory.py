@@ -75,9 +75,7 @@ class SequenceFactory:
         if params.reasoning_budget is not None and delimiters is not None:
             processors.append(ReasoningBudget(parser, delimiters.closing, params.reasoning_budget))
         breakers = self._breakers(params.dry_breakers) if params.dry_multiplier else frozenset[int]()
-        sampler = Sampler(
-            params, prompt, processors, end_tokens=end_tokens, dry_breakers=breakers, generated=generated
-        )
+        sampler = Sampler(params, prompt, processors, end_tokens=end_tokens, dry_breakers=breakers, generated=generated)
         return SamplingState(sampler, params.stop, end_tokens, min(params.max_tokens, self._limit - len(prompt)))
 
     @functools.cached_property

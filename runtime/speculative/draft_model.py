@@ -1,8 +1,8 @@
 """`DraftModel`: a smaller model with the same vocabulary that proposes draft tokens.
 
-After Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), with greedy draft tokens: one
-is accepted where the main model samples it itself, so no text changes. How many tokens are proposed depends on the
-sizes of both models and on earlier acceptances, never on time or load.
+After Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), with greedy draft tokens: a
+draft token is accepted if the main model samples it too, so texts do not change. How many tokens are proposed depends
+on the sizes of both models and on earlier acceptances, never on time or load.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ class DraftModelProposer:
         cost = self._model.cost_ratio
         if self._accepted <= cost * (self._accepted + self._rejected):
             self._paused_until, self._pause = total + self._pause, 2 * self._pause
-            self._accepted, self._rejected = cost + 0.05, 1 - cost  # the next proposal is a trial: one rejection ends it
+            self._accepted, self._rejected = (
+                cost + 0.05,
+                1 - cost,
+            )  # the next proposal is a trial: one rejection ends it
 
 
 def load_draft_model(options: LoadOptions, target: LoadedBundle) -> DraftModel | None:

@@ -226,8 +226,8 @@ class TagParser(ReasoningParser):
 def opens_reasoning(prompt: Sequence[int], tokens: ReasoningTokens, closing: Iterable[int] = ()) -> bool:
     """Whether the last start token is followed by neither the end token nor any of `closing`.
 
-    Those are special tokens and the end of a turn: a start token before them is quoted text. (`<think>` is not a special
-    token in many vocabularies, so users can type it.)
+    Those are special tokens and the end of a turn: a start token before them is quoted text. (In many vocabularies
+    `<think>` is not a special token, so users can type it.)
     """
     boundaries = {*closing, tokens.end} - {tokens.start}
     last = next((token for token in reversed(prompt) if token == tokens.start or token in boundaries), None)

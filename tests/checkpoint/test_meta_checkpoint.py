@@ -31,7 +31,7 @@ from llm_edge.model.rope import Llama3Scaling, YarnScaling
 from llm_edge.runtime import Model, SamplingParams
 from llm_edge.runtime.bundle import Guards, ReasoningTokens
 from llm_edge.runtime.errors import CheckpointError, ParameterError, TemplateError
-from llm_edge.runtime.text.answer_stream import apart
+from llm_edge.runtime.text.answer_stream import separate_reasoning
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
 SHAPE = original.SIZES["tiny"]
@@ -835,7 +835,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[Any]]]
     ),
     "nothing said": ([say("user", ""), say("assistant", ""), say("user", "")], {}, [1, 2, 1, 7]),
 }
-# Content that spells the reasoning: transformers reads the tokens in it, and the runtime does by `apart`.
+# Content that spells the reasoning: transformers reads the tokens in it, and the runtime does by `separate_reasoning`.
 SPELLED = {
     "an earlier answer": ([say("user", Q1), say("assistant", FULL), say("user", Q2)], {}, [Q1, 1, A1, 2, Q2, 1, 7]),
     "ended twice": (
@@ -881,8 +881,8 @@ def test_reasoning_that_an_answer_spells(
     given = {"add_generation_prompt": True, **variables}
     assert hugging_face.apply_chat_template(messages, return_dict=False, **given) == wanted
     if variables:
-        return  # `apart` trims white space around the border, which training data keeps
-    split = apart(messages, CONTROL[THINK_START], CONTROL[THINK_END])
+        return  # `separate_reasoning` trims white space around the border, which training data keeps
+    split = separate_reasoning(messages, CONTROL[THINK_START], CONTROL[THINK_END])
     assert chat.encode_chat(split, **variables) == by_hand([A1.lstrip("\n") if p == A1 else p for p in parts], library)
 
 

@@ -49,7 +49,7 @@ from llm_edge.model.families.table import FAMILIES
 from llm_edge.model.registry import find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime import Bundle, Model, SamplingParams
-from llm_edge.runtime.backend.session import open_session
+from llm_edge.runtime.backend.open import open_session
 from llm_edge.runtime.errors import CheckpointError
 
 DOCUMENT = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 from project import ROOT
+from sessions import open_file
 from transformers import CohereConfig, CohereForCausalLM, OPTConfig, OPTForCausalLM
 
 from llm_edge.checkpoint.huggingface.folder import read_folder
@@ -31,7 +32,6 @@ from llm_edge.model.families.llama import LLAMA, hf_weights, times
 from llm_edge.model.registry import Family, find_family
 from llm_edge.model.weights import Part, WeightTable, bind_weights, half_split
 from llm_edge.runtime import Bundle, Model, SamplingParams
-from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import CheckpointError
 
 EXAMPLE = Path(__file__).parent / "example_family"
@@ -148,11 +148,11 @@ def their_logits(model: Any, ids: list[int]) -> torch.Tensor:
 def test_the_bundle_has_the_logits_of_transformers(bundle: Path, theirs: OPTForCausalLM, ids: list[int]) -> None:
     opened = Bundle.open(bundle)
     info = opened.precision("fp32")
-    session = Session(opened.file(info.model), opened.shape, info.share_buffer, "cpu", spinning=False)
+    session = open_file(opened.file(info.model), opened.shape, info.share_buffer, "cpu", spinning=False)
     expected = their_logits(theirs, ids).numpy()
     assert expected.std() > 0.5  # or closeness would say little
     for pieces in ((LENGTH,), (50, 1, 1, 30, LENGTH - 82)):
-        session.reset()
+        session.clear_cache()
         found, start = [], 0
         for length in pieces:
             found.append(session.step(ids[start : start + length], num_logits=0).copy())

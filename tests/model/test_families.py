@@ -13,6 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from sessions import open_file
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
@@ -27,7 +28,6 @@ from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder
 from llm_edge.model.families.table import FAMILIES
 from llm_edge.model.weights import bind_weights
-from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import CheckpointError
 
 BOUND = 1e-4  # ten times closer than what is asked for
@@ -144,7 +144,7 @@ def test_a_window_that_the_context_cannot_fill_is_none(
     checkpoint = case("mistral").checkpoint
     config, weights = without(checkpoint.config, window=window), checkpoint.weights
     write_graphs(tmp_path, config, weights, (RECIPES["fp32"],), GraphStyle.FUSED, [], lambda *_: None)
-    session = Session(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
+    session = open_file(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
     unlimited = decoder(dataclasses.replace(checkpoint, config=without(checkpoint.config, window=None)))
     ids = case("mistral").ids
     wanted = our_logits(unlimited, ids, (LENGTH,))
@@ -172,18 +172,18 @@ def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callabl
     found, graph = case(name), GraphStyle(style)
     config = found.checkpoint.config
     write_graphs(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), graph, [], lambda *_: None)
-    session = Session(
+    session = open_file(
         tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
     )
     ids = found.ids[0].tolist()
     for pieces in ((LENGTH,), PIECES):
-        session.reset()
+        session.clear_cache()
         parts, start = [], 0
         for length in pieces:
             parts.append(session.step(ids[start : start + length], num_logits=0).copy())
             start += length
         assert np.abs(np.concatenate(parts) - found.logits(pieces).numpy()).max() < BOUND
-    session.reset()
+    session.clear_cache()
     logits, tokens = session.step(ids), []
     for _ in range(GREEDY):
         tokens.append(int(logits[-1].argmax()))

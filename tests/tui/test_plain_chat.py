@@ -866,7 +866,7 @@ def test_interrupt_at_the_prompt_leaves(terminal: Any) -> None:
     talk = terminal("['Hello.']")
     talk.expect("> ")
     talk.send(INTERRUPT)
-    while not talk.answers(within=3):  # a signal between Python's look for signals and its wait for keys is lost
+    while not talk.generate_many(within=3):  # a signal between Python's look for signals and its wait for keys is lost
         talk.send(INTERRUPT)
     code, rest = talk.end()
     assert code == 130

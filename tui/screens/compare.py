@@ -22,7 +22,7 @@ from llm_edge.chat.presets import Presets
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.runtime.sampling.presets import DECIDED
+from llm_edge.runtime.sampling.presets import PRESET_PARAMETERS
 from llm_edge.tui.screens.models import ModelsScreen, loading
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.widgets.compare_column import NAMES, Column
@@ -314,7 +314,7 @@ class CompareScreen(ModalScreen[Kept | None]):
 
 def _other_settings(knobs: Knobs) -> Knobs:
     """Something to compare with: the model's own way to draw, or where that is what it is, another one."""
-    kept = {name: value for name, value in knobs.changed.items() if name not in DECIDED}
+    kept = {name: value for name, value in knobs.changed.items() if name not in PRESET_PARAMETERS}
     other = Knobs(knobs.defaults, kept)
     for preset in _TO_COMPARE:
         if other.changed != knobs.changed:

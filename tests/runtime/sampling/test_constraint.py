@@ -239,7 +239,7 @@ def test_padding_and_special_tokens_are_never_allowed(small: ConstraintCompiler)
 
 def test_nothing_left_is_an_error_and_not_passed_over(small: ConstraintCompiler) -> None:
     sampler = Sampler(SamplingParams(seed=0), [1], [small.start(Constraint.choice(["ä"]))])
-    with pytest.raises(ParameterError, match=r"^constraint \(choice\): no token of .* can go on here$"):
+    with pytest.raises(ParameterError, match=r"^constraint \(choice\): no token of .* fits here$"):
         sampler.sample(np.zeros(3, np.float32))  # a vocabulary that ends before it
     row = np.zeros(331, np.float32)
     row[3:] = -np.inf
@@ -250,7 +250,7 @@ def test_nothing_left_is_an_error_and_not_passed_over(small: ConstraintCompiler)
 def test_what_the_grammar_does_not_allow_is_an_error(small: ConstraintCompiler) -> None:
     processor = small.start(Constraint.regex("a+"))
     processor(np.zeros(331, np.float32), [1])
-    with pytest.raises(ParameterError, match=r"^constraint \(regex\): the answer cannot go on: [^\n]+$"):
+    with pytest.raises(ParameterError, match=r"^constraint \(regex\): the answer cannot continue: [^\n]+$"):
         processor(np.zeros(331, np.float32), [1, *tiny.tokenizer().encode("x").ids])
 
 
@@ -264,7 +264,7 @@ def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_end(small: Constr
             tokens.append(token)
         processor(np.zeros(331, np.float32), tokens)
 
-    with pytest.raises(ParameterError, match=r"^constraint \(lark\): the answer cannot go on: [^\n]+ 2000[^\n]+$"):
+    with pytest.raises(ParameterError, match=r"^constraint \(lark\): the answer cannot continue: [^\n]+ 2000[^\n]+$"):
         draw("go x")
     assert len(tokens) > 1
 
@@ -449,7 +449,7 @@ def test_no_constraint(kind: str, make: Callable[[], Constraint]) -> None:
 
 
 def test_no_kind() -> None:
-    with pytest.raises(ParameterError, match=r"^constraint: 'gbnf' is no kind, give one of json, [^\n]+$"):
+    with pytest.raises(ParameterError, match=r"^constraint: unknown kind 'gbnf'; use one of json, [^\n]+$"):
         Constraint("gbnf", "x")
 
 
@@ -534,5 +534,5 @@ def test_a_model_without_an_end(ends: list[int]) -> None:
 def test_a_tokenizer_without_bytes() -> None:
     words = Backend(models.WordLevel({"a": 0, "b": 1, "end": 2}, unk_token="a"))
     for text, size in ((words.to_str(), 3), ("tokenizer.json", 331), ("{}", 331), (tiny.tokenizer().to_str(), 100)):
-        with pytest.raises(ParameterError, match=r"^constraint: this model's tokenizer cannot be held to [^\n]+$"):
+        with pytest.raises(ParameterError, match=r"^constraint: constraints do not work with this model's tokenizer: [^\n]+$"):
             ConstraintCompiler(text, size, [2]).start(Constraint.json())

@@ -570,7 +570,13 @@ def test_parameters_are_normalised_and_frozen() -> None:
 
 
 def test_the_defaults() -> None:
-    assert dataclasses.astuple(SamplingParams()) == (
-        *(1.0, 0, 1.0, 0.0, 1.0, 64, 0.0, 0.0, None, 512, (), (), 0, False),
-        *((), (), 0, 0, 0.0, 1.75, 2, -1, ("\n", ":", '"', "*"), 0.0, 0.1, 0.0, 1.0, 0.0, 0.1, None, None, None),
-    )
+    assert dataclasses.asdict(SamplingParams()) == {
+        **{"max_newlines": 0, "single_think_end": False, "logit_bias": (), "banned_tokens": (), "min_tokens": 0},
+        **{"no_repeat_ngram": 0, "repetition_penalty": 1.0, "repetition_window": 64},
+        **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
+        **{"dry_multiplier": 0.0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_range": -1},
+        **{"dry_breakers": ("\n", ":", '"', "*"), "temperature": 1.0, "mirostat_tau": 0.0, "mirostat_eta": 0.1},
+        **{"top_n_sigma": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0},
+        **{"xtc_probability": 0.0, "xtc_threshold": 0.1, "seed": None, "max_tokens": 512, "stop": ()},
+        **{"stop_token_ids": (), "constraint": None, "reasoning_budget": None, "logprobs": None},
+    }
