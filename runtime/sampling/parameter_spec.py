@@ -12,7 +12,7 @@ from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
 
 Group = Literal["sampling", "penalties", "dry", "limits", "tokens", "reasoning", "output"]
-Kind = Literal["float", "int", "bool", "strings", "token_ids", "logit_bias", "constraint"]
+Kind = Literal["float", "int", "bool", "strings", "token_ids", "logit_bias", "constraint", "text"]
 
 _KINDS: Mapping[str, Kind] = {
     "float": "float",
@@ -62,7 +62,7 @@ class ParameterSpec:
 
     Attributes:
         name: field of `SamplingParams`, and with dashes the command-line option.
-        kind: what values look like.
+        kind: what values look like; `text` is for front ends only.
         optional: None is allowed and means off.
         default: value of `SamplingParams()`.
         between: inclusive range of a number.

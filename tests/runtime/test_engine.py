@@ -197,7 +197,10 @@ def test_a_seed_gives_one_text_however_it_is_made(
     fresh.generate(SYSTEM + "What?", DRAWN).result()
     reusing = fresh.generate(prompt, params).result()
     assert reusing.timings.cached_tokens > 0
-    found += [said(reusing), said(load_engine(precision, speculative=precision == "int8").generate(prompt, params).result())]
+    found += [
+        said(reusing),
+        said(load_engine(precision, speculative=precision == "int8").generate(prompt, params).result()),
+    ]
     assert len(found) == 20
     assert set(found) == {wanted}
 

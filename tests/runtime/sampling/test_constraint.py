@@ -534,5 +534,7 @@ def test_a_model_without_an_end(ends: list[int]) -> None:
 def test_a_tokenizer_without_bytes() -> None:
     words = Backend(models.WordLevel({"a": 0, "b": 1, "end": 2}, unk_token="a"))
     for text, size in ((words.to_str(), 3), ("tokenizer.json", 331), ("{}", 331), (tiny.tokenizer().to_str(), 100)):
-        with pytest.raises(ParameterError, match=r"^constraint: constraints do not work with this model's tokenizer: [^\n]+$"):
+        with pytest.raises(
+            ParameterError, match=r"^constraint: constraints do not work with this model's tokenizer: [^\n]+$"
+        ):
             ConstraintCompiler(text, size, [2]).start(Constraint.json())
