@@ -22,7 +22,7 @@ from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.registry import find_family
 from llm_edge.model.rope import DividedFrequencies, yarn_amplitude
-from llm_edge.model.weights import Part, WeightTable, bind_weights, half_split
+from llm_edge.model.weights import Sources, SourceTensor, WeightTable, bind_weights, half_split
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.show import show
 
@@ -89,10 +89,10 @@ _SAMPLING = {
     "min_p": ("min_p", 1),
 }
 
-_OUTER = {
-    "embed_tokens.weight": (Part("token_embd.weight"),),
-    "norm.weight": (Part("output_norm.weight"),),
-    "lm_head.weight": (Part("output.weight"),),
+_OUTER: Mapping[str, Sources] = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
 }
 
 
@@ -104,17 +104,17 @@ def read_gguf(path: Path) -> Checkpoint:
     """
     file = GGUFFile(path)
     raw = ConfigReader(_hf_config(file), str(path))
-    config = find_family(raw.text("model_type"), str(path)).config(raw)
+    config = find_family(raw.text("model_type"), str(path)).read_config(raw)
     architecture = file.meta_str("general.architecture")
     if architecture == "llama":
         config = _with_frequencies(config, file)
     weights = bind_weights(
         config,
-        _table(config, architecture),
+        _weight_table(config, architecture),
         {name: tensor.shape for name, tensor in file.tensors.items()},
         file.load,
         where=str(path),
-        reader=file,
+        block_reader=file,
     )
     tokenizer = tokenizer_assets(file)
     tokens = len(file.meta_strings("tokenizer.ggml.tokens"))
@@ -307,26 +307,35 @@ def _with_frequencies(config: ModelConfig, file: GGUFFile) -> ModelConfig:
     return dataclasses.replace(config, layers=tuple(map(scaled, config.layers)))
 
 
-def _table(config: ModelConfig, architecture: str) -> WeightTable:
-    """Names of the format. The norms of gemma3 have their 1 added already; only llama's heads are interleaved."""
-
-    rotated = half_split(config.head_dim) if architecture == "llama" else None
-    rows: dict[str, tuple[Part, ...]] = {
-        "attention_norm.weight": (Part("attn_norm.weight"),),
-        "attention.query_norm.weight": (Part("attn_q_norm.weight"),),
-        "attention.key_norm.weight": (Part("attn_k_norm.weight"),),
-        "attention_post_norm.weight": (Part("post_attention_norm.weight"),),
-        "mlp_norm.weight": (Part("ffn_norm.weight"),),
-        "mlp_post_norm.weight": (Part("post_ffw_norm.weight"),),
+def _weight_table(config: ModelConfig, architecture: str) -> WeightTable:
+    """Weight names of the format. The norms of gemma3 already include its 1; only llama's heads are interleaved."""
+    convert = half_split(config.head_dim) if architecture == "llama" else None
+    layer: dict[str, Sources] = {
+        "attention_norm.weight": "attn_norm.weight",
+        "attention.qkv.weight": (
+            SourceTensor("attn_q.weight", convert),
+            SourceTensor("attn_k.weight", convert),
+            "attn_v.weight",
+        ),
+        "attention.qkv.bias": (
+            SourceTensor("attn_q.bias", convert),
+            SourceTensor("attn_k.bias", convert),
+            "attn_v.bias",
+        ),
+        "attention.query_norm.weight": "attn_q_norm.weight",
+        "attention.key_norm.weight": "attn_k_norm.weight",
+        "attention.output.weight": "attn_output.weight",
+        "attention.output.bias": "attn_output.bias",
+        "attention_post_norm.weight": "post_attention_norm.weight",
+        "mlp_norm.weight": "ffn_norm.weight",
+        "mlp.gate_up.weight": ("ffn_gate.weight", "ffn_up.weight"),
+        "mlp.gate_up.bias": ("ffn_gate.bias", "ffn_up.bias"),
+        "mlp.down.weight": "ffn_down.weight",
+        "mlp.down.bias": "ffn_down.bias",
+        "mlp_post_norm.weight": "post_ffw_norm.weight",
     }
-    for kind in ("weight", "bias"):
-        q, k, v = (f"attn_{name}.{kind}" for name in "qkv")
-        rows[f"attention.qkv.{kind}"] = (Part(q, rotated), Part(k, rotated), Part(v))
-        rows[f"attention.output.{kind}"] = (Part(f"attn_output.{kind}"),)
-        rows[f"mlp.gate_up.{kind}"] = (Part(f"ffn_gate.{kind}"), Part(f"ffn_up.{kind}"))
-        rows[f"mlp.down.{kind}"] = (Part(f"ffn_down.{kind}"),)
     ignored = r"rope_freqs\.weight" if architecture == "llama" else "(?!)"
-    return WeightTable(_OUTER, rows, "blk.{}.", ignored)
+    return WeightTable(_OUTER, layer, "blk.{}.", ignored)
 
 
 def _fail(file: GGUFFile, reason: str) -> NoReturn:

@@ -92,18 +92,18 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
 def _read(config_file: Path, files: list[Path], tokenizer: Path, name: str, adapter: Adapter | None) -> Checkpoint:
     content = read_json(config_file, MIB, error=CheckpointError)
     raw = ConfigReader(content, str(config_file))
-    raw.only("is_causal", True)
+    raw.require("is_causal", True)
     quantization = raw.section("quantization_config")
     if quantization is not None:
         method = show(quantization.value("quant_method"))
         raw.fail(f"quantization_config: weights quantized by {method} are not read: give the model they were made from")
     family = find_family(raw.text("model_type"), str(config_file))
     try:
-        config = family.config(raw)
+        config = family.read_config(raw)
     except CheckpointError as error:  # what the shape itself finds wrong does not know of the file
         raise CheckpointError(_with_file(str(error), config_file)) from error
     tensors = _TensorFiles(files)
-    names = family.names(tensors.infos)
+    names = family.stored_names(tensors.infos)
     load: Callable[[str], torch.Tensor] = tensors.load
     if adapter is not None:
         load = adapter.wrap(
@@ -112,7 +112,7 @@ def _read(config_file: Path, files: list[Path], tokenizer: Path, name: str, adap
             transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
             tied_head=config.tie_word_embeddings,
         )
-    table = family.weights(config, raw)
+    table = family.weight_table(config, raw)
     for ours, theirs in names.items():
         if not re.fullmatch(table.ignored, ours):
             tensors.check_type(theirs)

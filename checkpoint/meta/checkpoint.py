@@ -24,7 +24,7 @@ from llm_edge.checkpoint.tensors.tensor_bytes import TYPE_NAMES
 from llm_edge.checkpoint.tensors.tensor_file import TensorFile, open_tensor_file
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.registry import find_family
-from llm_edge.model.weights import Part, WeightTable, bind_weights, half_split
+from llm_edge.model.weights import Sources, SourceTensor, WeightTable, bind_weights, half_split
 from llm_edge.runtime.errors import CheckpointError
 
 __all__ = ["StateDictOptions", "read_state_dict"]
@@ -36,10 +36,10 @@ DEFAULT_NORM_EPS = 1e-5
 
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _QUERY, _KEY, _GATE = (f"layers.0.{name}.weight" for name in ("attention.wq", "attention.wk", "feed_forward.w1"))
-_OUTER: Mapping[str, tuple[Part, ...]] = {
-    "embed_tokens.weight": (Part(_EMBEDDING),),
-    "norm.weight": (Part("norm.weight"),),
-    "lm_head.weight": (Part(_HEAD),),
+_OUTER: Mapping[str, Sources] = {
+    "embed_tokens.weight": _EMBEDDING,
+    "norm.weight": "norm.weight",
+    "lm_head.weight": _HEAD,
 }
 # Tables that are computed anew here: rotary angles, masks, caches.
 _IGNORED = r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|inv_freq|causal_mask|mask|cache_k|cache_v)"
@@ -65,10 +65,10 @@ def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
     reader = ConfigReader(raw, str(path))
     for key in ("architectures", "model_type"):
         reader.value(key)
-    config = find_family("llama").config(reader)
+    config = find_family("llama").read_config(reader)
     weights = bind_weights(
         config,
-        _table(config.head_dim),
+        _weight_table(config.head_dim),
         {name: info.shape for name, info in file.tensors.items()},
         file.load,
         str(path),
@@ -86,19 +86,19 @@ def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
     )
 
 
-def _table(head_dim: int) -> WeightTable:
-    rotated = half_split(head_dim)
-    layer = {
-        "attention_norm.weight": (Part("attention_norm.weight"),),
+def _weight_table(head_dim: int) -> WeightTable:
+    convert = half_split(head_dim)
+    layer: dict[str, Sources] = {
+        "attention_norm.weight": "attention_norm.weight",
         "attention.qkv.weight": (
-            Part("attention.wq.weight", rotated),
-            Part("attention.wk.weight", rotated),
-            Part("attention.wv.weight"),
+            SourceTensor("attention.wq.weight", convert),
+            SourceTensor("attention.wk.weight", convert),
+            "attention.wv.weight",
         ),
-        "attention.output.weight": (Part("attention.wo.weight"),),
-        "mlp_norm.weight": (Part("ffn_norm.weight"),),
-        "mlp.gate_up.weight": (Part("feed_forward.w1.weight"), Part("feed_forward.w3.weight")),
-        "mlp.down.weight": (Part("feed_forward.w2.weight"),),
+        "attention.output.weight": "attention.wo.weight",
+        "mlp_norm.weight": "ffn_norm.weight",
+        "mlp.gate_up.weight": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
+        "mlp.down.weight": "feed_forward.w2.weight",
     }
     return WeightTable(_OUTER, layer, "layers.{}.", _IGNORED)
 

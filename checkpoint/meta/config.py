@@ -184,7 +184,7 @@ class Settings:
             model.fail(f"{' and '.join(given)} are given together: keep one of them")
         section = model.section("rope_parameters") or model.section("rope_scaling")
         if section is not None:
-            section.only("partial_rotary_factor", 1)
+            section.require("partial_rotary_factor", 1)
         return section
 
     def _scaled_rope(self) -> Mapping[str, Any]:
@@ -201,8 +201,8 @@ class Settings:
         scaling = {
             "rope_type": "llama3",
             **_LLAMA3,
-            "factor": model.factor("rope_scaling_factor", _LLAMA3["factor"]),
-            "high_freq_factor": model.factor("rope_high_freq_factor", _LLAMA3["high_freq_factor"]),
+            "factor": model.positive("rope_scaling_factor", _LLAMA3["factor"]),
+            "high_freq_factor": model.positive("rope_high_freq_factor", _LLAMA3["high_freq_factor"]),
             _ORIGINAL: model.integer(_ORIGINAL, 8192),
         }
         return {"rope_scaling": scaling}
@@ -215,7 +215,7 @@ class Settings:
         content = self._model.value("rope_parameters") or self._model.value("rope_scaling") or {}
         content = {key: value for key, value in content.items() if value is not None}
         untyped = not {"rope_type", "type"} & content.keys()
-        if section.nests or (untyped and not content.keys() <= {"rope_theta", "partial_rotary_factor"}):
+        if section.has_sections or (untyped and not content.keys() <= {"rope_theta", "partial_rotary_factor"}):
             section.fail(
                 "no rope_type, or nested by type of layer: give one section for all layers, with its rope_type"
             )

@@ -157,9 +157,9 @@ def check_keys(model: ConfigReader, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: a key is not known, or has a value that is not a LLaMA's.
     """
-    model.only("model_type", "llama")
-    model.only("partial_rotary_factor", 1)
-    model.refuse(*sorted(_OFF))
+    model.require("model_type", "llama")
+    model.require("partial_rotary_factor", 1)
+    model.reject(*sorted(_OFF))
     for key, allowed in _NAMES.items():
         name = model.text(key, "")
         if name and name.lower() not in allowed:

@@ -19,7 +19,7 @@ from llm_edge.checkpoint.huggingface.folder import read_folder
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder, count_parameters
-from llm_edge.model.families.table import FAMILIES
+from llm_edge.model.registry import find_family
 from llm_edge.model.rope import Rope
 from llm_edge.runtime.errors import CheckpointError
 
@@ -427,7 +427,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import LlamaConfig
 
     given = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-    ours = FAMILIES["llama"].config(ConfigReader({"num_attention_heads": 4, **given}))
+    ours = find_family("llama").read_config(ConfigReader({"num_attention_heads": 4, **given}))
     theirs = LlamaConfig(num_attention_heads=4, **given)
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name

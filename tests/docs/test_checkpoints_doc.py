@@ -30,13 +30,13 @@ from calling import call
 from fake_hub import FakeHub
 from project import ROOT
 from safetensors.torch import load_file, save_file
-from test_family_plugin import install, opt
+from test_families_doc import install, opt
 from test_gguf_families import CASES as GGUF_CASES
 from test_gguf_families import save_folder, write_gguf
 from test_lora import adapt
 from tokenizers import ByteLevelBPETokenizer
 
-from llm_edge.checkpoint.gguf.checkpoint import _table, read_gguf
+from llm_edge.checkpoint.gguf.checkpoint import _weight_table, read_gguf
 from llm_edge.checkpoint.gguf.reader import GGUFFile
 from llm_edge.checkpoint.huggingface import folder as huggingface
 from llm_edge.exporter import cli
@@ -45,8 +45,7 @@ from llm_edge.exporter.validation import parity as prove
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder, count_parameters
-from llm_edge.model.families.table import FAMILIES
-from llm_edge.model.registry import find_family
+from llm_edge.model.registry import BUILT_IN, find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime import Bundle, Model, SamplingParams
 from llm_edge.runtime.backend.session import open_session
@@ -352,7 +351,7 @@ def test_the_hub_and_then_without_it(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_the_families_are_those_there_are() -> None:
-    assert [spans(row[0]) for row in tables("Families")[0]] == [[name] for name in sorted(FAMILIES)]
+    assert [spans(row[0]) for row in tables("Families")[0]] == [[name] for name in sorted(BUILT_IN)]
 
 
 def config_of(model_type: str) -> dict[str, Any]:
@@ -370,25 +369,25 @@ REFUSED = [(spans(row[0])[0], key) for row in tables("Families")[0] for key in s
 def test_a_family_refuses(model_type: str, key: str) -> None:
     config = config_of(model_type)
     assert key in config or key.endswith("softcapping") or key.startswith("use_bi")  # transformers knows it, or did
-    FAMILIES[model_type].config(ConfigReader(config))
+    find_family(model_type).read_config(ConfigReader(config))
     with pytest.raises(CheckpointError, match=key):
-        FAMILIES[model_type].config(ConfigReader({**config, key: 30.0 if "softcapping" in key else True}))
+        find_family(model_type).read_config(ConfigReader({**config, key: 30.0 if "softcapping" in key else True}))
 
 
 def test_what_all_families_refuse() -> None:
-    for model_type, family in FAMILIES.items():
-        config = config_of(model_type)
+    for model_type in BUILT_IN:
+        family, config = find_family(model_type), config_of(model_type)
         for key in config.keys() & {"hidden_act", "hidden_activation", "activation_function"}:
             for name in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"):
-                family.config(ConfigReader({**config, key: name}))
+                family.read_config(ConfigReader({**config, key: name}))
             with pytest.raises(CheckpointError, match=f"{key} 'mish' is not supported"):
-                family.config(ConfigReader({**config, key: "mish"}))
+                family.read_config(ConfigReader({**config, key: "mish"}))
         if "rope_parameters" in config:
             dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
             nests = any(isinstance(value, dict) for value in config["rope_parameters"].values())
             rope = dict.fromkeys(config["rope_parameters"], dynamic) if nests else dynamic
             with pytest.raises(CheckpointError, match="'dynamic' is not supported; supported: default, linear, llama3"):
-                family.config(ConfigReader({**config, "rope_parameters": rope}))
+                family.read_config(ConfigReader({**config, "rope_parameters": rope}))
 
 
 @pytest.mark.parametrize("model_type", [name for row in tables("Families")[1] for name in spans(row[0])])
@@ -481,7 +480,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         with torch.device("meta"):
             decoder = Decoder(config).eval()
-        decoder.load_weights(bind_weights(config, _table(config, "llama"), shapes, load, "smollm2"))
+        decoder.load_weights(bind_weights(config, _weight_table(config, "llama"), shapes, load, "smollm2"))
         logits, _ = decoder(ids, torch.ones_like(ids), decoder.empty_past())
         return math.exp(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
 

@@ -25,11 +25,14 @@ from transformers import CohereConfig, CohereForCausalLM, OPTConfig, OPTForCausa
 from llm_edge.checkpoint.huggingface.folder import read_folder
 from llm_edge.exporter.bundle.side_files import hf_config
 from llm_edge.model.config import LayerConfig, ModelConfig, Norm, QKNorm
-from llm_edge.model.config_reader import ConfigReader, read_rope
+from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder
-from llm_edge.model.families.llama import LLAMA, hf_weights, times
-from llm_edge.model.registry import Family, find_family
-from llm_edge.model.weights import Part, WeightTable, bind_weights, half_split
+from llm_edge.model.families.common import llama_weights, multiply_by
+from llm_edge.model.families.llama import FAMILY as LLAMA
+from llm_edge.model.family import Family
+from llm_edge.model.registry import find_family
+from llm_edge.model.rope_reader import read_rope
+from llm_edge.model.weights import SourceTensor, WeightTable, bind_weights, half_split
 from llm_edge.runtime import Bundle, Model, SamplingParams
 from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import CheckpointError
@@ -216,7 +219,7 @@ def test_the_bundles_config_makes_the_same_model(
         ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm is set, which is not supported"),
         ({"activation_function": "silu"}, "activation_function 'silu' is not supported; supported: 'relu', 'gelu'"),
         ({"num_attention_heads": 5}, "hidden_size (64) is not a multiple of num_attention_heads (5)"),
-        ({"max_position_embeddings": 255}, "embed_positions.weight has shape (258, 64), the config asks for (255, 64)"),
+        ({"max_position_embeddings": 255}, "embed_positions.weight has shape (258, 64), the config requires (255, 64)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -278,7 +281,7 @@ def folder_of(tmp_path: Path, model_type: str) -> Path:
         ("import sys; sys.exit(0)", "cannot be imported (SystemExit: 0)"),
         ("", "has no attribute 'FAMILY'"),
         ("FAMILY = {}", "strangers:FAMILY is a dict, not a Family"),
-        ("from llm_edge.model.registry import Family as FAMILY", "is a type, not a Family"),
+        ("from llm_edge.model.family import Family as FAMILY", "is a type, not a Family"),
     ],
 )
 def test_a_broken_package_is_one_line(
@@ -299,7 +302,7 @@ def test_a_broken_package_is_one_line(
 
 
 def test_a_defect_of_a_package_keeps_its_traceback(package: Callable[..., None], tmp_path: Path) -> None:
-    code = "from llm_edge.model.registry import Family\nFAMILY = Family(lambda raw: 1 // 0, None)"
+    code = "from llm_edge.model.family import Family\nFAMILY = Family(lambda raw: 1 // 0, None)"
     package("strangers", code, odd="strangers:FAMILY")
     with pytest.raises(ZeroDivisionError):
         read_folder(folder_of(tmp_path, "odd"))
@@ -314,7 +317,7 @@ def test_a_built_in_name_stays_built_in(package: Callable[..., None]) -> None:
 def test_two_packages_of_one_name(package: Callable[..., None]) -> None:
     package("strangers", "raise SystemExit('imported')", odd="strangers:FAMILY")
     package("strangers2", "raise SystemExit('imported')", odd="strangers2:FAMILY")
-    with pytest.raises(CheckpointError, match="brought by strangers2:FAMILY and strangers:FAMILY: uninstall"):
+    with pytest.raises(CheckpointError, match="registered by strangers2:FAMILY and strangers:FAMILY: uninstall"):
         find_family("odd")
     assert not {"strangers", "strangers2"} & set(sys.modules)
 
@@ -329,7 +332,7 @@ def test_a_config_makes_nothing_be_imported(
 ) -> None:
     """Not what its model_type or auto_map name, not what lies in its folder, nor a family that it does not name."""
     leave = f"open({str(tmp_path / 'witness')!r}, 'w').close()"
-    witness = f"{leave}; from llm_edge.model.families.llama import LLAMA as FAMILY"
+    witness = f"{leave}; from llm_edge.model.families.llama import FAMILY"
     package("strangers", witness, another="strangers:FAMILY")
     source = folder_of(tmp_path, model_type)
     config = json.loads((source / "config.json").read_text())
@@ -425,7 +428,7 @@ def test_every_weight_is_in_the_document() -> None:
 
 
 def cohere_config(raw: ConfigReader) -> ModelConfig:
-    raw.refuse("use_qk_norm")
+    raw.reject("use_qk_norm")
     hidden, heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
     head_dim = raw.head_dim(hidden, heads)
     return ModelConfig(
@@ -436,7 +439,7 @@ def cohere_config(raw: ConfigReader) -> ModelConfig:
         num_key_value_heads=raw.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         max_position_embeddings=raw.integer("max_position_embeddings"),
-        layers=(LayerConfig(read_rope(raw, head_dim, theta=500_000.0)),) * raw.count("num_hidden_layers"),
+        layers=(LayerConfig(read_rope(raw, head_dim, theta=500_000.0)),) * raw.layer_count("num_hidden_layers"),
         norm=Norm.LAYER,
         norm_eps=raw.number("layer_norm_eps", 1e-5),
         tie_word_embeddings=raw.flag("tie_word_embeddings", True),
@@ -445,19 +448,21 @@ def cohere_config(raw: ConfigReader) -> ModelConfig:
 
 
 def cohere_weights(config: ModelConfig, raw: ConfigReader) -> WeightTable:
-    turned = half_split(config.head_dim)
+    convert = half_split(config.head_dim)
     query, key, value = (f"self_attn.{name}_proj.weight" for name in "qkv")
-    norm, no_bias = (Part("input_layernorm.weight"),), (Part("input_layernorm.weight", torch.zeros_like),)
-    table = hf_weights(
-        norm__weight=(Part("model.norm.weight", times(raw.factor("logit_scale"))),),
-        attention_norm__weight=norm,
-        attention_norm__bias=no_bias,
-        mlp_norm__weight=norm,
-        mlp_norm__bias=no_bias,
-        attention__qkv__weight=(Part(query, turned), Part(key, turned), Part(value)),
+    return llama_weights(
+        outer={
+            "norm.weight": SourceTensor("model.norm.weight", multiply_by(raw.positive("logit_scale"))),
+            "norm.bias": SourceTensor("model.norm.weight", torch.zeros_like),
+        },
+        layer={
+            "attention_norm.weight": "input_layernorm.weight",
+            "attention_norm.bias": SourceTensor("input_layernorm.weight", torch.zeros_like),
+            "attention.qkv.weight": (SourceTensor(query, convert), SourceTensor(key, convert), value),
+            "mlp_norm.weight": "input_layernorm.weight",
+            "mlp_norm.bias": SourceTensor("input_layernorm.weight", torch.zeros_like),
+        },
     )
-    last = (Part("model.norm.weight", torch.zeros_like),)
-    return dataclasses.replace(table, outer={**table.outer, "norm.bias": last})
 
 
 def test_quirks(ids: list[int]) -> None:
@@ -477,9 +482,9 @@ def test_quirks(ids: list[int]) -> None:
     model = loud(CohereForCausalLM(config), 3)
     family = Family(cohere_config, cohere_weights)
     raw = ConfigReader(config.to_dict())
-    ours, state = family.config(raw), {name: weight.detach() for name, weight in model.state_dict().items()}
+    ours, state = family.read_config(raw), {name: weight.detach() for name, weight in model.state_dict().items()}
     shapes = {name: tuple(weight.shape) for name, weight in state.items()}
-    weights = bind_weights(ours, family.weights(ours, raw), shapes, state.__getitem__, "cohere")
+    weights = bind_weights(ours, family.weight_table(ours, raw), shapes, state.__getitem__, "cohere")
     expected = their_logits(model, ids)
     assert expected.std() > 0.5
     assert (our_logits(ours, weights, ids) - expected).abs().max() < 1e-4
