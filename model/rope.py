@@ -17,7 +17,7 @@ class LinearScaling:
 
 
 @dataclass(frozen=True, slots=True)
-class DividedFrequencies:
+class FrequencyDivisors:
     """Each frequency divided by its own factor, the form in which GGUF stores llama3 scaling (`rope_freqs.weight`)."""
 
     factors: tuple[float, ...]
@@ -80,7 +80,7 @@ class LongRopeScaling:
     amplitude: float
 
 
-RopeScaling = LinearScaling | DividedFrequencies | Llama3Scaling | YarnScaling | LongRopeScaling
+RopeScaling = LinearScaling | FrequencyDivisors | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Rope:
         match self.scaling:
             case LinearScaling(factor):
                 frequencies = frequencies / factor
-            case DividedFrequencies(factors):
+            case FrequencyDivisors(factors):
                 frequencies = frequencies / torch.tensor(factors)
             case Llama3Scaling():
                 frequencies = _llama3(frequencies, self.scaling)

@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
-from llm_edge.checkpoint.gguf.reader import GGUFFile
+from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.runtime.errors import CheckpointError
 
 FLOATS = ("F32", "F16", "BF16")

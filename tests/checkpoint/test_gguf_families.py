@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
-from llm_edge.model.rope import DividedFrequencies
+from llm_edge.model.rope import FrequencyDivisors
 from llm_edge.runtime.errors import CheckpointError
 
 VOCABULARY = 337
@@ -259,7 +259,7 @@ def unscaled(config: ModelConfig) -> ModelConfig:
 
 def test_configs_are_the_same(pair: Pair) -> None:
     ours, theirs = pair.gguf.config, pair.folder.config
-    if isinstance(ours.ropes[0].scaling, DividedFrequencies):  # the format keeps the result, not the numbers behind it
+    if isinstance(ours.ropes[0].scaling, FrequencyDivisors):  # the format keeps the result, not the numbers behind it
         for mine, other in zip(ours.ropes[0].tables(256), theirs.ropes[0].tables(256), strict=True):
             torch.testing.assert_close(mine, other, atol=2e-5, rtol=0)
         ours, theirs = unscaled(ours), unscaled(theirs)

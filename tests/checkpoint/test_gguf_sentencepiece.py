@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.gguf import sentencepiece as gguf_sentencepiece
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.gguf.tokenizer import tokenizer_assets
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.text import tokenizer as runtime
 
@@ -102,7 +102,7 @@ def build(path: Path, name: str = "llama", changes: Mapping[str, Any] | None = N
     metadata["general.architecture"] = "llama"
     if template is not None:
         metadata["tokenizer.chat_template"] = template
-    return tokenizer_assets(GGUFFile(with_metadata(path / "small.gguf", metadata)))
+    return read_tokenizer(GGUFFile(with_metadata(path / "small.gguf", metadata)))
 
 
 def backend(assets: TokenizerAssets) -> Tokenizer:
@@ -280,6 +280,6 @@ def test_a_vocabulary_cannot_ask_for_endless_work(tmp_path: Path, monkeypatch: p
     tokens = list(trained("llama").metadata["tokens"])
     with pytest.raises(CheckpointError, match=r"token 1799 has 100000 characters, more than the 512 of a piece"):
         build(tmp_path, "llama", {"tokens": [*tokens[:-1], "a" * 100_000]})
-    monkeypatch.setattr(gguf_sentencepiece, "_MOST_MERGES", 100)
+    monkeypatch.setattr(gguf_sentencepiece, "_MAX_MERGES", 100)
     with pytest.raises(CheckpointError, match=r"more than 100 merges"):
         build(tmp_path)

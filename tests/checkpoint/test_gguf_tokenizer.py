@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.gguf.tokenizer import tokenizer_assets
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.runtime.errors import CheckpointError
 
 NUMBERS = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)).startswith("N")]
@@ -83,7 +83,7 @@ def strings(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def assets() -> TokenizerAssets:
-    return tokenizer_assets(GGUFFile(smollm2_gguf()))
+    return read_tokenizer(GGUFFile(smollm2_gguf()))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_other_pre_tokenizers_cut_as_transformers_does(pre: str, tmp_path: Path)
     metadata["tokenizer.ggml.tokens"] = metadata["tokenizer.ggml.tokens"][:-cut]
     metadata["tokenizer.ggml.token_type"] = metadata["tokenizer.ggml.token_type"][:-cut]
     path = with_metadata(tmp_path / "a.gguf", metadata)
-    backend = Tokenizer.from_str(tokenizer_assets(GGUFFile(path)).tokenizer_json)
+    backend = Tokenizer.from_str(read_tokenizer(GGUFFile(path)).tokenizer_json)
     reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for case in strings(1000, seed=4):
         # Qwen's own tokenizer composes characters first (NFC), which transformers leaves out for a GGUF.
@@ -256,7 +256,7 @@ def build(path: Path, changes: dict[str, Any] | None = None) -> TokenizerAssets:
     metadata["general.architecture"] = "llama"
     if template is not None:
         metadata["tokenizer.chat_template"] = template
-    return tokenizer_assets(GGUFFile(with_metadata(path / "small.gguf", metadata)))
+    return read_tokenizer(GGUFFile(with_metadata(path / "small.gguf", metadata)))
 
 
 def encode(assets: TokenizerAssets, text: str) -> list[str]:

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from mutate import memory_limit, mutations
 
-from llm_edge.checkpoint.gguf.reader import GGUFFile
+from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file
 from llm_edge.runtime.errors import CheckpointError
 

@@ -227,7 +227,7 @@ def test_an_adapter(world: World) -> None:
 
 
 def test_how_far_a_download_has_come_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_progress, "SAY_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)
     world.fetch()
     told = [line for line in world.said if "model.safetensors (6 of 6)" in line]
@@ -238,11 +238,11 @@ def test_how_far_a_download_has_come_is_told(world: World, monkeypatch: pytest.M
 
 def test_the_bar_serves_the_package_s_other_way_of_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most weights come through its Xet client, which needs servers of its own; it reports to the same class."""
-    monkeypatch.setattr(hub_progress, "SAY_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     said: list[str] = []
-    told = hub_progress.downloads_told(said.append, "model.safetensors", 5_000_000_000)
+    progress = hub_progress.progress_class(said.append, "model.safetensors", 5_000_000_000)
     words = {"reconstruction_desc": "a", "transfer_desc": "b", "total": 5_000_000_000, "log_level": 30}
-    with XetDownloadProgressReporter(**words, tqdm_class=told) as reporter:
+    with XetDownloadProgressReporter(**words, tqdm_class=progress) as reporter:
         for done in (0, 2_500_000_000, 5_000_000_000):
             report = SimpleNamespace(
                 total_bytes=5_000_000_000,
@@ -360,7 +360,7 @@ def test_an_answer_that_is_none_of_a_hub(world: World, body: bytes) -> None:
 
 
 def test_a_hub_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(hub, "RESPONSE_SECONDS", 0.3)
     world.hub.silent = threading.Event()
     start = time.monotonic()
     world.refused(MachineError, "cannot be reached", "timed out")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder, count_parameters

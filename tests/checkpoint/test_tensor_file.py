@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from llm_edge.checkpoint.tensors.tensor_bytes import TensorInfo
+from llm_edge.checkpoint.tensors.tensor_data import TensorInfo
 from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file, strip_prefixes
 from llm_edge.runtime.errors import CheckpointError
 

@@ -36,9 +36,9 @@ from test_gguf_families import save_folder, write_gguf
 from test_lora import adapt
 from tokenizers import ByteLevelBPETokenizer
 
-from llm_edge.checkpoint.gguf.checkpoint import _weight_table, read_gguf
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.huggingface import folder as huggingface
+from llm_edge.checkpoint.gguf.checkpoint import read_gguf, weight_table
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.huggingface.weight_files import WeightFiles
 from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
 from llm_edge.exporter.validation import parity as prove
@@ -480,7 +480,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         with torch.device("meta"):
             decoder = Decoder(config).eval()
-        decoder.load_weights(bind_weights(config, _weight_table(config, "llama"), shapes, load, "smollm2"))
+        decoder.load_weights(bind_weights(config, weight_table(config, "llama"), shapes, load, "smollm2"))
         logits, _ = decoder(ids, torch.ones_like(ids), decoder.empty_past())
         return math.exp(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
 
@@ -503,7 +503,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_are_held_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
     read, most = [], 0
-    load = huggingface._TensorFiles.load
+    load = WeightFiles.load
 
     def counted(self: Any, name: str) -> torch.Tensor:
         nonlocal most
@@ -514,7 +514,7 @@ def test_weights_are_held_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: p
         return tensor
 
     hf_folder(tmp_path / "folder")
-    monkeypatch.setattr(huggingface._TensorFiles, "load", counted)
+    monkeypatch.setattr(WeightFiles, "load", counted)
     assert run("llm-export folder -o out --no-validate --progress none")[0] == 0
     assert len(set(read)) == len(load_file(tmp_path / "folder" / "model.safetensors"))
     assert most == 3  # queries, keys and values, which are one weight of the bundle

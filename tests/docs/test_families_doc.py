@@ -22,7 +22,7 @@ import torch
 from project import ROOT
 from transformers import CohereConfig, CohereForCausalLM, OPTConfig, OPTForCausalLM
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.bundle.side_files import hf_config
 from llm_edge.model.config import LayerConfig, ModelConfig, Norm, QKNorm
 from llm_edge.model.config_reader import ConfigReader

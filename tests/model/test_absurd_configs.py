@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.runtime.errors import CheckpointError
 
 DEEP: Any = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.bundle.side_files import hf_config
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.graph.write import write_graphs

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import trace as graph_module
 from llm_edge.exporter.graph.passes.hidden_states import offer_hidden_states
