@@ -38,7 +38,7 @@ _SAMPLING = {
     "repetition_penalty": 1.1,
     "max_new_tokens": 100,
 }
-_INT_MAX = 2**31 - 1
+_MAX = 2**31 - 1
 # Key of generation_config.json -> keys of the config's `generation:`, minimum, maximum
 _NUMBERS: Mapping[str, tuple[tuple[str, ...], float, float]] = {
     "temperature": (("temperature", "temp"), 0.0, 100.0),
@@ -47,11 +47,11 @@ _NUMBERS: Mapping[str, tuple[tuple[str, ...], float, float]] = {
     "repetition_penalty": (("repetition_penalty", "repeat_penalty", "rep_penalty"), 0.01, 100.0),
 }
 _COUNTS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
-    "top_k": (("top_k",), 0, _INT_MAX),
+    "top_k": (("top_k",), 0, _MAX),
     "repetition_window": (
-        ("repetition_window", "repetition_penalty_window", "penalty_window", "rep_window", "repeat_last_n"), -1, _INT_MAX
+        ("repetition_window", "repetition_penalty_window", "penalty_window", "rep_window", "repeat_last_n"), -1, _MAX
     ),
-    "max_new_tokens": (("max_new_tokens", "max_tokens", "max_length", "max_gen_len", "max_len"), 1, _INT_MAX),
+    "max_new_tokens": (("max_new_tokens", "max_tokens", "max_length", "max_gen_len", "max_len"), 1, _MAX),
 }  # fmt: skip
 _NEWLINES = ("max_newlines", "max_consecutive_newlines")
 _RANDOM_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -175,7 +175,7 @@ def read_guards(section: ConfigReader | None, tokens: ControlTokens) -> Guards:
     max_newlines: int | None = MAX_NEWLINES
     if section is not None:
         for key in _first_present(section, _NEWLINES):
-            max_newlines = _bounded(section, key, section.integer(key), 0, _INT_MAX) or None
+            max_newlines = _bounded(section, key, section.integer(key), 0, _MAX) or None
     return Guards(max_newlines, single_think_end=tokens.reasoning is not None)
 
 

@@ -106,7 +106,7 @@ def _reject_shards(path: Path) -> None:
         raise CheckpointError(f"{path.parent}: cannot be read ({error.strerror})") from error
     if len(shards) > 1:
         raise CheckpointError(
-            f"{path}: one of {len(shards)} model-parallel shards, which are not supported: give the model's Hugging "
+            f"{path}: one of {len(shards)} shards (model parallel), which are not supported: give the model's Hugging "
             "Face folder"
         )
 

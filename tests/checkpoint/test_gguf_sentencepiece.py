@@ -252,18 +252,22 @@ def test_conversations_are_encoded_as_in_transformers(name: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("llama", {"model": "t5"}, r"kind 't5'; byte-level BPE \('gpt2'\) and SentencePiece BPE \('llama'\)"),
-        ("llama", {"scores": None}, r"scores is not an array of 1800 numbers"),
-        ("llama", {"scores": np.zeros(7, np.float32)}, r"scores is not an array of 1800 numbers"),
-        ("llama", {"scores": ["a"] * 1800}, r"scores is not an array of 1800 numbers"),
+        (
+            "llama",
+            {"model": "t5"},
+            r"type 't5' is not supported; supported: 'gpt2' \(byte-level BPE\), 'llama' \(SentencePiece BPE\)",
+        ),
+        ("llama", {"scores": None}, r"scores is not an array of 1800 floats"),
+        ("llama", {"scores": np.zeros(7, np.float32)}, r"scores is not an array of 1800 floats"),
+        ("llama", {"scores": ["a"] * 1800}, r"scores is not an array of 1800 floats"),
         ("llama", {"scores": np.full(1800, np.nan, np.float32)}, "not finite"),
         ("llama", {"token_type": None}, r"no tokenizer\.ggml\.token_type"),
-        ("llama", {"token_type": [1]}, "has 1 entries, 1800 are needed"),
-        ("llama", {"token_type": [1] * 1800}, "neither a token for what is unknown nor one for each byte"),
+        ("llama", {"token_type": [1]}, "has 1 entries; 1800 are required"),
+        ("llama", {"token_type": [1] * 1800}, "neither an unknown token nor a token for each byte"),
         ("llama", {"remove_extra_whitespaces": True}, "remove_extra_whitespaces is set"),
         ("llama", {"precompiled_charsmap": [1, 2]}, "precompiled_charsmap"),
         ("llama", {"add_space_prefix": "yes"}, "true or false"),
-        ("llama", {"bos_token_id": 1800}, "bos_token_id is 1800, at most 1799"),
+        ("llama", {"bos_token_id": 1800}, "bos_token_id is 1800; it must be at most 1799"),
     ],
 )
 def test_unclear_vocabularies_are_refused_in_one_line(
@@ -278,7 +282,7 @@ def test_unclear_vocabularies_are_refused_in_one_line(
 
 def test_a_vocabulary_cannot_ask_for_endless_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = list(trained("llama").metadata["tokens"])
-    with pytest.raises(CheckpointError, match=r"token 1799 has 100000 characters, more than the 512 of a piece"):
+    with pytest.raises(CheckpointError, match=r"token 1799 has 100000 characters; the limit is 512"):
         build(tmp_path, "llama", {"tokens": [*tokens[:-1], "a" * 100_000]})
     monkeypatch.setattr(gguf_sentencepiece, "_MAX_MERGES", 100)
     with pytest.raises(CheckpointError, match=r"more than 100 merges"):

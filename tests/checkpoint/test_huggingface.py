@@ -390,7 +390,10 @@ def test_a_number_that_is_none(folder: Path, key: str, value: Any) -> None:
         ({"rms_norm_eps": float("nan")}, ["norm_eps is nan"]),
         ({"model_type": "mixtral"}, ["model_type 'mixtral'", "llama"]),
         ({"model_type": ["llama"]}, ["model_type"]),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "'gptq'", "made from"]),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ["quantization_config", "'gptq'", "before quantization"],
+        ),
         ({"quantization_config": "4bit"}, ["quantization_config"]),
         ({"hidden_act": "tanh"}, ["hidden_act 'tanh'", "'silu'"]),
         ({"attention_bias": True}, ["q_proj.bias", "missing"]),

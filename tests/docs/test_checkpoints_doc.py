@@ -434,7 +434,7 @@ def test_without_a_head_count(run: Run, tmp_path: Path) -> None:
     assert (code, [err.rstrip()]) == (2, shown("When the head count is not known"))
     code, _, err = run(quick("llm-export model.safetensors --tokenizer tokenizer -o out --n-heads 16"))
     assert code == 2
-    assert "the base of the rotary frequencies cannot be seen" in err
+    assert "a state dict does not contain the rotary base" in err
 
 
 def test_a_wrong_head_count_passes(run: Run, tmp_path: Path, few_tokens: None) -> None:
@@ -521,7 +521,7 @@ def test_weights_are_held_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: p
 
 
 def test_what_validation_takes() -> None:
-    said = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes a weight and (\d+) kB an entry", PROSE)
+    said = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes per weight and (\d+) kB per vocabulary entry", PROSE)
     assert said is not None
     base, weight, entry = map(float, said.groups())
     config = ModelConfig(
@@ -539,7 +539,7 @@ def test_what_validation_takes() -> None:
     expected = base * 1e9 + weight * count_parameters(config) + entry * 1e3 * config.vocab_size
     assert prove.memory_for(config, 24) == pytest.approx(expected, rel=0.1)
     options = {parameter.name: parameter.default for parameter in cli_options()}
-    limit = re.search(r"it may take \(([\d.]+) unless given\)", PROSE)
+    limit = re.search(r"limits it in GB \(default: ([\d.]+)\)", PROSE)
     cut = re.search(r"fit into ([\d.]+) GB or the limit", PROSE)
     assert limit is not None
     assert cut is not None
