@@ -21,54 +21,25 @@ _GEMMA3_27B_LAYERS = 62
 
 # Keys after the architecture's prefix that are read ...
 _READ = {
-    "context_length",
-    "embedding_length",
-    "block_count",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.attn_factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-}
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window", "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+}  # fmt: skip
 _READ_FOR_GEMMA3 = {"attention.sliding_window_pattern", "rope.freq_base_swa"}
 # ... that do not affect the result (some converters write the last two for every architecture) ...
 _IGNORED = {
-    "vocab_size",
-    "tensor_data_layout",
-    "rope.scaling.finetuned",
-    "attention.layer_norm_epsilon",
+    "vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.layer_norm_epsilon",
     "use_parallel_residual",
-}
+}  # fmt: skip
 # ... and that are accepted with this value only. Any other key is rejected.
 _NEUTRAL: Mapping[str, Any] = {
-    "attention.causal": True,
-    "attention.scale": 0,
-    "attention.clamp_kqv": 0,
-    "attention.max_alibi_bias": 0,
-    "attn_logit_softcapping": 0,
-    "final_logit_softcapping": 0,
-    "embedding_scale": 1,
-    "residual_scale": 1,
-    "logit_scale": 1,
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "nextn_predict_layers": 0,
-    "pooling_type": 0,
-    "rope.scaling.alpha": 0,
-    "rope.scaling.yarn_ext_factor": 1,
-    "rope.scaling.yarn_log_multiplier": 0,
-}
+    "attention.causal": True, "attention.scale": 0, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0,
+    "attn_logit_softcapping": 0, "final_logit_softcapping": 0, "embedding_scale": 1, "residual_scale": 1,
+    "logit_scale": 1, "expert_count": 0, "expert_used_count": 0, "nextn_predict_layers": 0, "pooling_type": 0,
+    "rope.scaling.alpha": 0, "rope.scaling.yarn_ext_factor": 1, "rope.scaling.yarn_log_multiplier": 0,
+}  # fmt: skip
 # Key after `general.sampling.` -> name in generation_config.json, maximum
 _SAMPLING = {
     "temp": ("temperature", 100),

@@ -6,8 +6,7 @@ import math
 import mmap
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +35,7 @@ _BLOCKS = {
 class GGUFFile:
     """A GGUF file (version 2 or 3, little-endian), mapped into memory and read on demand.
 
-    Closing it is optional: the mapping is released with its last array.
+    The mapping is released with the file object and its last array.
 
     Attributes:
         path: the file.
@@ -54,18 +53,6 @@ class GGUFFile:
         self.metadata: dict[str, Any] = header.metadata
         self.tensors: dict[str, GGUFTensor] = header.tensors
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the file. Arrays returned by `raw` keep it mapped while they exist."""
-        self._map = None
-
     def __repr__(self) -> str:
         return f"GGUFFile({str(self.path)!r}, {len(self.metadata)} keys, {len(self.tensors)} tensors)"
 
@@ -81,8 +68,6 @@ class GGUFFile:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the stored bytes of a tensor as a read-only view; quantized types as their blocks."""
         tensor = self.tensor(name)
-        if self._map is None:
-            raise ValueError(f"{self.path}: closed")
         return np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
 
     def load(self, name: str) -> torch.Tensor:

@@ -11,36 +11,15 @@ from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text
 
 _TOKENIZER_KEYS = (
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "bos_token",
-    "clean_up_tokenization_spaces",
-    "eos_token",
-    "extra_special_tokens",
-    "legacy",
-    "model_input_names",
-    "model_max_length",
-    "pad_token",
-    "padding_side",
-    "unk_token",
-)
+    "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens",
+    "bos_token", "clean_up_tokenization_spaces", "eos_token", "extra_special_tokens", "legacy", "model_input_names",
+    "model_max_length", "pad_token", "padding_side", "unk_token",
+)  # fmt: skip
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _GENERATION_KEYS = (
-    "bos_token_id",
-    "do_sample",
-    "eos_token_id",
-    "max_length",
-    "max_new_tokens",
-    "min_p",
-    "pad_token_id",
-    "repetition_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-)
+    "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "min_p", "pad_token_id",
+    "repetition_penalty", "temperature", "top_k", "top_p",
+)  # fmt: skip
 _GENERATION_NUMBERS = {"max_length", "max_new_tokens", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"}
 
 

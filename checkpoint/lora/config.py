@@ -16,41 +16,16 @@ from typing import Any, TypeVar
 from llm_edge.runtime.errors import CheckpointError
 
 _READ = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "bias",
-    "modules_to_save",
-    "init_lora_weights",
-}
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "bias", "modules_to_save", "init_lora_weights",
+}  # fmt: skip
 # The tensors show which modules are adapted; settings of training and initialization do not affect the merge.
 _IGNORED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_bias",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
 _REJECTED = {
     "alora_invocation_tokens": "the adapter applies to some tokens only and cannot be merged",
     "arrow_config": "the adapter is selected per token and cannot be merged",

@@ -33,104 +33,36 @@ _ROPE = frozenset(
 )
 _SECTIONS = frozenset({"model", "paths", "tokens", "generation"})
 # Must be missing, null, false, 0 or empty: the weights do not show these settings, and the decoder lacks them.
-_UNSUPPORTED = frozenset(
-    {
-        "attention_bias",
-        "attn_logit_softcapping",
-        "bias",
-        "final_logit_softcapping",
-        "lora_args",
-        "mlp_bias",
-        "moe",
-        "num_experts",
-        "parallel_residual",
-        "qk_norm",
-        "qkv_bias",
-        "quantization",
-        "quantization_args",
-        "sliding_window",
-        "use_bias",
-        "use_biases",
-        "use_qk_norm",
-        "window",
-        "window_size",
-    }
-)
+_UNSUPPORTED = frozenset({
+    "attention_bias", "attn_logit_softcapping", "bias", "final_logit_softcapping", "lora_args", "mlp_bias", "moe",
+    "num_experts", "parallel_residual", "qk_norm", "qkv_bias", "quantization", "quantization_args", "sliding_window",
+    "use_bias", "use_biases", "use_qk_norm", "window", "window_size",
+})  # fmt: skip
 _SILU = frozenset({"silu", "swish", "swiglu"})
 _RMS_NORM = frozenset({"rmsnorm", "rms_norm", "rms"})
 _ROTARY = frozenset({"rope", "rotary"})
 _NAMES: Mapping[str, frozenset[str]] = {  # key -> supported values
-    "act_fn": _SILU,
-    "activation": _SILU,
-    "activation_function": _SILU,
-    "ffn_type": _SILU,
-    "hidden_act": _SILU,
-    "mlp_type": _SILU,
-    "norm": _RMS_NORM,
-    "norm_type": _RMS_NORM,
-    "pos_encoding": _ROTARY,
-    "position_embedding_type": _ROTARY,
-    "positional_encoding": _ROTARY,
+    **dict.fromkeys(("act_fn", "activation", "activation_function", "ffn_type", "hidden_act", "mlp_type"), _SILU),
+    **dict.fromkeys(("norm", "norm_type"), _RMS_NORM),
+    **dict.fromkeys(("pos_encoding", "position_embedding_type", "positional_encoding"), _ROTARY),
 }
-_IGNORED = frozenset(
-    {
-        # determine the width of the MLP, which is read from the weights
-        "multiple_of",
-        "ffn_dim_multiplier",
-        # training
-        "attention_dropout",
-        "attn_dropout",
-        "checkpoint_activations",
-        "dropout",
-        "embd_dropout",
-        "ffn_dropout",
-        "grad_checkpointing",
-        "gradient_checkpointing",
-        "hidden_dropout",
-        "init_std",
-        "initializer_range",
-        "resid_dropout",
-        "residual_dropout",
-        "seed",
-        "use_gradient_checkpointing",
-        "z_loss",
-        # names
-        "_name_or_path",
-        "architecture",
-        "architectures",
-        "description",
-        "model_name",
-        "name",
-        "size",
-        "transformers_version",
-        "version",
-        # numbers and memory
-        "compile",
-        "device",
-        "dtype",
-        "flash",
-        "flash_attention",
-        "flash_attn",
-        "max_batch_size",
-        "model_parallel_size",
-        "precision",
-        "pretraining_tp",
-        "torch_dtype",
-        "use_cache",
-        "use_flash",
-        "use_flash_attention",
-        "use_flash_attn",
-        "use_sdpa",
-        # tokens, which are read from the tokenizer's files
-        "bos_id",
-        "bos_token_id",
-        "eos_id",
-        "eos_token_id",
-        "pad_id",
-        "pad_token_id",
-        "padding_idx",
-    }
-)
+_IGNORED = frozenset({
+    # determine the width of the MLP, which is read from the weights
+    "multiple_of", "ffn_dim_multiplier",
+    # training
+    "attention_dropout", "attn_dropout", "checkpoint_activations", "dropout", "embd_dropout", "ffn_dropout",
+    "grad_checkpointing", "gradient_checkpointing", "hidden_dropout", "init_std", "initializer_range",
+    "resid_dropout", "residual_dropout", "seed", "use_gradient_checkpointing", "z_loss",
+    # names
+    "_name_or_path", "architecture", "architectures", "description", "model_name", "name", "size",
+    "transformers_version", "version",
+    # numbers and memory
+    "compile", "device", "dtype", "flash", "flash_attention", "flash_attn", "max_batch_size", "model_parallel_size",
+    "precision", "pretraining_tp", "torch_dtype", "use_cache", "use_flash", "use_flash_attention", "use_flash_attn",
+    "use_sdpa",
+    # tokens, which are read from the tokenizer's files
+    "bos_id", "bos_token_id", "eos_id", "eos_token_id", "pad_id", "pad_token_id", "padding_idx",
+})  # fmt: skip
 _KNOWN = frozenset(
     {
         "model_type",

@@ -190,17 +190,11 @@ _DTYPES: Mapping[str, torch.dtype] = {
 _TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter"})
 _OPAQUE_CALLS = (
     "_codecs.encode",  # bytes, in protocol 2
-    "__builtin__.bytearray",
-    "__builtin__.complex",
-    "__builtin__.frozenset",
-    "__builtin__.set",
-    "builtins.bytearray",
-    "builtins.complex",
-    "builtins.frozenset",
-    "builtins.set",
+    "__builtin__.bytearray", "__builtin__.complex", "__builtin__.frozenset", "__builtin__.set",
+    "builtins.bytearray", "builtins.complex", "builtins.frozenset", "builtins.set",
     "collections.Counter",  # in the state of learning-rate schedulers
     "torch.device",
-)
+)  # fmt: skip
 _REBUILDS: Mapping[str, Callable[[Fail, tuple[Any, ...]], StoredTensor]] = {
     "torch._utils._rebuild_tensor": _tensor_v1,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -22,14 +21,22 @@ from llm_edge.runtime.show import show
 _PREFIXES = ("module.", "_orig_mod.")  # added to every name by DistributedDataParallel and torch.compile
 
 
-class TensorFile(Protocol):
-    """Named tensors of one file, read on demand."""
+class TensorFile:
+    """Named tensors of one file, read on demand.
 
-    path: Path
+    Attributes:
+        path: the file.
+        tensors: shape and type of every tensor, in file order; names are those returned by `strip_prefixes`.
+    """
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Shape and type of every tensor, in file order; names are those returned by `strip_prefixes`."""
+    def __init__(self, path: Path, locations: Mapping[str, TensorLocation]) -> None:
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = {name: location.info for name, location in locations.items()}
+        self._locations = locations
+        self._verified: set[Checksum] = set()
+
+    def __repr__(self) -> str:
+        return f"TensorFile({str(self.path)!r}, {len(self.tensors)} tensors)"
 
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor, contiguous and in the type of the file.
@@ -38,6 +45,21 @@ class TensorFile(Protocol):
             CheckpointError: the tensor does not exist, is damaged, or has an unsupported type (float8, complex).
             MachineError: there is not enough memory.
         """
+        location = self._locations.get(name)
+        if location is None:
+            raise CheckpointError(f"{self.path}: has no tensor {show(name)}")
+        if location.info.dtype not in LOADABLE:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is of type {str(location.info.dtype).removeprefix('torch.')}, which is "
+                "not supported: save it as float32, float16 or bfloat16"
+            )
+        with TensorReader(self.path) as file:
+            if location.offset + location.info.nbytes > file.size:
+                file.fail(f"was truncated after it was opened: tensor {name} is missing")
+            if location.checksum is not None and location.checksum not in self._verified:
+                file.verify(location.checksum, f"tensor {name}")
+                self._verified.add(location.checksum)
+            return file.tensor(location)
 
 
 def open_tensor_file(path: Path) -> TensorFile:
@@ -68,7 +90,7 @@ def open_tensor_file(path: Path) -> TensorFile:
                 f"starts with {show(head[:8])}: damaged, or not a supported format (torch.save, safetensors, GGUF)"
             )
     stored = strip_prefixes(locations, str(path))
-    return _LocatedTensors(path, {name: locations[stored_name] for name, stored_name in stored.items()})
+    return TensorFile(path, {name: locations[stored_name] for name, stored_name in stored.items()})
 
 
 def strip_prefixes(names: Iterable[str], where: str) -> dict[str, str]:
@@ -89,33 +111,3 @@ def strip_prefixes(names: Iterable[str], where: str) -> dict[str, str]:
             )
         stored[clean] = name
     return stored
-
-
-class _LocatedTensors:
-    """The `TensorFile` of all formats, which differ only in how they find the locations."""
-
-    def __init__(self, path: Path, locations: Mapping[str, TensorLocation]) -> None:
-        self.path = path
-        self.tensors: Mapping[str, TensorInfo] = {name: location.info for name, location in locations.items()}
-        self._locations = locations
-        self._verified: set[Checksum] = set()
-
-    def __repr__(self) -> str:
-        return f"TensorFile({str(self.path)!r}, {len(self.tensors)} tensors)"
-
-    def load(self, name: str) -> torch.Tensor:
-        location = self._locations.get(name)
-        if location is None:
-            raise CheckpointError(f"{self.path}: has no tensor {show(name)}")
-        if location.info.dtype not in LOADABLE:
-            raise CheckpointError(
-                f"{self.path}: tensor {name} is of type {str(location.info.dtype).removeprefix('torch.')}, which is "
-                "not supported: save it as float32, float16 or bfloat16"
-            )
-        with TensorReader(self.path) as file:
-            if location.offset + location.info.nbytes > file.size:
-                file.fail(f"was truncated after it was opened: tensor {name} is missing")
-            if location.checksum is not None and location.checksum not in self._verified:
-                file.verify(location.checksum, f"tensor {name}")
-                self._verified.add(location.checksum)
-            return file.tensor(location)

@@ -37,6 +37,13 @@ LLAMA_LAYER: Mapping[str, Sources] = {
     "mlp.down.weight": "mlp.down_proj.weight",
     "mlp.down.bias": "mlp.down_proj.bias",
 }
+GPT2_OUTER: Mapping[str, Sources] = {
+    "embed_tokens.weight": "transformer.wte.weight",
+    "embed_positions.weight": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "norm.bias": "transformer.ln_f.bias",
+    "lm_head.weight": "lm_head.weight",
+}
 
 
 def llama_weights(

@@ -6,7 +6,7 @@ from typing import Any
 
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.families.common import ACTIVATIONS, gpt_fields
+from llm_edge.model.families.common import ACTIVATIONS, GPT2_OUTER, gpt_fields
 from llm_edge.model.family import Family
 from llm_edge.model.weights import WeightTable
 
@@ -51,13 +51,7 @@ def _attention_types(raw: ConfigReader, count: int) -> list[str]:
 
 
 _WEIGHTS = WeightTable(
-    outer={
-        "embed_tokens.weight": "transformer.wte.weight",
-        "embed_positions.weight": "transformer.wpe.weight",
-        "norm.weight": "transformer.ln_f.weight",
-        "norm.bias": "transformer.ln_f.bias",
-        "lm_head.weight": "lm_head.weight",
-    },
+    outer=GPT2_OUTER,
     layer={
         "attention_norm.weight": "ln_1.weight",
         "attention_norm.bias": "ln_1.bias",
