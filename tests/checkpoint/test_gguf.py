@@ -1,4 +1,4 @@
-"""GGUF files: what the gguf package writes is read back exactly, what is damaged is refused in one line."""
+"""GGUF files: files written by the gguf package are read exactly, damaged ones are rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNREADABLE = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0")
 
 
 def write(path: Path, tensors: dict[str, tuple[np.ndarray, str]], keys: dict[str, Any] | None = None) -> Path:
-    """A GGUF of arrays already stored in their type."""
+    """Write a GGUF file of arrays that are already in their storage type."""
     writer = GGUFWriter(path, "llama")
     for key, value in (keys or {}).items():
         if isinstance(value, bool):
@@ -221,7 +221,7 @@ def text(value: str | bytes) -> bytes:
 
 
 class Builder:
-    """Writes a GGUF without looking at what it writes."""
+    """Writes GGUF files without validating them."""
 
     def __init__(self, version: int = 3, magic: bytes = b"GGUF") -> None:
         self.head = magic + struct.pack("<I", version)

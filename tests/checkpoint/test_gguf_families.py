@@ -1,7 +1,7 @@
-"""GGUF files of four architectures against transformers: one random model as a folder and as what llama.cpp writes.
+"""Compare GGUF files of four architectures with transformers: one random model saved as a folder and as GGUF.
 
-`write_gguf` does what llama.cpp's converter does (its `conversion/llama.py`, `qwen.py`, `gemma.py` and `base.py`), by
-the format's own writer, so that names, the order of rows and defaults are checked from outside.
+`write_gguf` reimplements llama.cpp's converter (`conversion/llama.py`, `qwen.py`, `gemma.py` and `base.py`) with the
+gguf package's writer, so that names, row order and defaults are checked independently.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ GEMMA_LAYER = LAYER | {
 
 
 def save_folder(folder: Path, case: dict[str, Any]) -> Any:
-    """A random model of transformers, with every norm and bias away from its beginning, and its folder."""
+    """Save a random model of transformers whose norms and biases differ from their initial values."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case), attn_implementation="eager").eval()
     with torch.no_grad():
@@ -142,7 +142,7 @@ def save_folder(folder: Path, case: dict[str, Any]) -> Any:
 
 
 def write_gguf(folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = lambda _: None) -> Path:
-    """What llama.cpp's converter makes of a folder, as float32; `edit` adds what the folder does not have."""
+    """Convert a folder to GGUF in float32 as llama.cpp does; `edit` adds keys and tensors."""
     config = json.loads((folder / "config.json").read_text())
     model_type = config["model_type"]
     writer = GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
@@ -200,7 +200,7 @@ def _write_tokenizer(writer: GGUFWriter, rows: int) -> None:
 
 
 def _divisors(rope: dict[str, Any], dim: int) -> np.ndarray:
-    """llama3's scaling as one divisor a frequency."""
+    """Return llama3 scaling as one divisor per frequency."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     divisors = []
     for exponent in range(0, dim, 2):
@@ -228,7 +228,7 @@ def _converted(name: str, values: np.ndarray, config: dict[str, Any]) -> tuple[s
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One model, read from both formats, and transformers' own."""
+    """One model, read from both formats and by transformers."""
 
     folder: Checkpoint
     gguf: Checkpoint
@@ -238,7 +238,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Every case once."""
+    """Build each case once."""
     folder = tmp_path_factory.mktemp("model")
     model = save_folder(folder, CASES[request.param])
     path = write_gguf(folder, folder / "model.gguf")
@@ -252,7 +252,7 @@ def test_weights_are_the_same_bit_for_bit(pair: Pair) -> None:
 
 
 def unscaled(config: ModelConfig) -> ModelConfig:
-    """Without the scaling of rotary positions."""
+    """Return the checkpoint without rotary scaling."""
     layers = [dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, scaling=None)) for layer in config.layers]
     return dataclasses.replace(config, layers=tuple(layers))
 
@@ -328,7 +328,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without(*keys: str) -> Callable[[GGUFWriter], None]:
-    """Edit that takes keys away."""
+    """Return an edit that removes keys."""
 
     def edit(writer: GGUFWriter) -> None:
         for key in keys:
@@ -338,7 +338,7 @@ def without(*keys: str) -> Callable[[GGUFWriter], None]:
 
 
 def replaced(**keys: Any) -> Callable[[GGUFWriter], None]:
-    """Edit that sets keys, `__` for a point and `_0` for the architecture, whatever was there."""
+    """Return an edit that sets keys; `__` stands for a dot and `_0` for the architecture."""
 
     def edit(writer: GGUFWriter) -> None:
         for name, value in keys.items():

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies out of GGUF metadata: held against sentencepiece itself and against transformers."""
+"""Compare SentencePiece vocabularies of GGUF files with sentencepiece and with transformers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A vocabulary: sentencepiece's own, its file, and what a GGUF keeps of it."""
+    """A vocabulary: its sentencepiece processor, its file, and the part that GGUF stores."""
 
     theirs: SentencePieceProcessor
     proto: bytes
@@ -95,7 +95,7 @@ def trained(name: str) -> Trained:
 
 
 def build(path: Path, name: str = "llama", changes: Mapping[str, Any] | None = None) -> TokenizerAssets:
-    """The assets of a file with this vocabulary; a change to None leaves the key out."""
+    """Return the assets of a file with this vocabulary; None removes a key."""
     keys = {**trained(name).metadata, **(changes or {})}
     template = keys.pop("chat_template", None)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
@@ -110,7 +110,7 @@ def backend(assets: TokenizerAssets) -> Tokenizer:
 
 
 def cases(seed: int) -> list[str]:
-    """Prose, code, scripts, noise, runs of one character, and mixtures of what is user-defined in `gemma`."""
+    """Return prose, code, scripts, noise, repeated characters, and mixtures of the user-defined tokens of `gemma`."""
     rng = random.Random(seed)
     parts = (*USER_DEFINED, *CODE, " ", "  ", "the", "<", "<b", "x y", "x  y", "\r\n", "")
     mixed = ["".join(rng.choices(parts, k=rng.randrange(12))).replace("▁", " ") for _ in range(300)]

@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF metadata: held against transformers' own, refused where they are unclear."""
+"""Compare tokenizers of GGUF files with those of transformers; ambiguous ones are rejected."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SPACES = (" ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", " \t ", "\u00a0", "\u30
 
 
 def strings(count: int, seed: int) -> list[str]:
-    """Code, prose, scripts, whitespace, special tokens, digits of many scripts and noise, always the same."""
+    """Return a fixed set of code, prose, scripts, whitespace, special tokens, digits of many scripts and noise."""
     rng = random.Random(seed)
 
     def anything() -> str:
@@ -240,7 +240,7 @@ MERGED = ["ab", "Ġab", "Ã©"]
 
 
 def build(path: Path, changes: dict[str, Any] | None = None) -> TokenizerAssets:
-    """The assets of a small file; a change to None leaves the key out."""
+    """Return the assets of a small file; None removes a key."""
     keys: dict[str, Any] = {
         "model": "gpt2",
         "pre": "smollm",

@@ -1,4 +1,4 @@
-"""Files of torch.save made to do harm: no code of theirs runs, none takes long, each ends in one line or is read."""
+"""Malicious files of torch.save: no code runs, none takes long, each is read or rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_all(path: Path) -> dict[str, torch.Tensor]:
 
 
 def zip_of(payload: bytes, protocol: int = 2) -> bytes:
-    """A right state dict with one entry more, in the zip format."""
+    """Return a valid state dict with one additional entry, in the zip format."""
     return zipped(table({"w": tensor(storage()), "x": payload}, protocol), {"0": FOUR})
 
 
@@ -152,7 +152,7 @@ CANNOT_RUN_ALONE: dict[str, bytes] = {
 
 
 def with_command(payload: bytes, witness: Path) -> bytes:
-    """The payload with its command in place; lengths of texts before it are mended."""
+    """Return the payload with its command inserted and the preceding string lengths corrected."""
     command = f"echo>{witness}"
     for wrapped in (f"__import__('os').system({COMMAND!r})", COMMAND):
         payload = payload.replace(text(wrapped), text(wrapped.replace(COMMAND, command)))
@@ -314,7 +314,7 @@ def test_a_tensor_that_cannot_be_is_refused(make: Callable[..., bytes], what: st
 
 
 def changed(index: int, **lies: Any) -> Archive:
-    """A right archive but for one record: 0 is data.pkl, 1 byteorder, 2 and 3 are storages."""
+    """Return an archive with one changed record: 0 is data.pkl, 1 byteorder, 2 and 3 are storages."""
     records = torch_records(table({"a": tensor(storage("0")), "b": tensor(storage("1"))}), {"0": FOUR, "1": FOUR[::-1]})
     for name, value in lies.items():
         setattr(records[index], name, value)
@@ -335,7 +335,7 @@ def archive_with(*more: Record) -> Archive:
 
 
 def one_inside_another() -> Archive:
-    """Storage 1 with its header lies within the bytes of storage 0, which begins as its header would."""
+    """Return an archive in which storage 1 and its header are inside the bytes of storage 0."""
     inner = Archive([Record("archive/data/1", FOUR)]).bytes()[: 30 + 14 + 16]
     pickle = table({"a": tensor(storage("0", len(inner) // 4), shape=(15,)), "b": tensor(storage("1"))})
     archive = Archive(torch_records(pickle, {"0": inner, "1": b""}))

@@ -1,4 +1,4 @@
-"""Models of the Hub: the real client against a small server. Only what is needed comes, once; errors are one line."""
+"""Models on the Hub: the real client with a local server. Required files are downloaded once; errors are one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class World(NamedTuple):
-    """A Hub, a cache, and what was said."""
+    """A Hub, a cache, and the reported messages."""
 
     hub: FakeHub
     cache: Path
@@ -237,7 +237,7 @@ def test_how_far_a_download_has_come_is_told(world: World, monkeypatch: pytest.M
 
 
 def test_the_bar_serves_the_package_s_other_way_of_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most weights come through its Xet client, which needs servers of its own; it reports to the same class."""
+    """Most weights are downloaded by the Xet client, which requires other servers and reports to the same class."""
     monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     said: list[str] = []
     progress = hub_progress.progress_class(said.append, "model.safetensors", 5_000_000_000)

@@ -1,4 +1,4 @@
-"""LoRA adapters: merged here and by peft they are one model; what does not fit is refused in one line."""
+"""LoRA adapters: merging matches peft; incompatible adapters are rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def adapt(model: PreTrainedModel, folder: Path, **config: Any) -> dict[str, torch.Tensor]:
-    """Save a random adapter of a model as peft does, and return what peft merges it to."""
+    """Save a random adapter of a model with peft, and return the model merged by peft."""
     asked = {"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM", **config}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**asked))
     torch.manual_seed(3)
@@ -78,7 +78,7 @@ def merge(adapter: Adapter, base: Mapping[str, torch.Tensor], **known: Any) -> d
 
 
 def check(model: Callable[[], PreTrainedModel], folder: Path, changed: int, **config: Any) -> None:
-    """Our merge of an adapter is peft's, and changes so many tensors."""
+    """Check that merging an adapter matches peft and changes this many tensors."""
     theirs = adapt(model(), folder, **config)
     base = state(model())
     ours = merge(open_adapter(folder), base)
@@ -164,7 +164,7 @@ def test_gpt2_as_peft_merges_it(tmp_path: Path, config: dict[str, Any], changed:
 
 
 def test_how_a_square_weight_is_stored(tmp_path: Path) -> None:
-    """With a straight and a transposed layer in one adapter, peft's config tells of the one it came to last."""
+    """If an adapter has both layouts, peft's config describes that of the last layer."""
     theirs = adapt(gpt2(), tmp_path, target_modules=["c_proj", "lm_head"])
     base = state(gpt2())
     adapter = open_adapter(tmp_path)
@@ -180,7 +180,7 @@ def test_how_a_square_weight_is_stored(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of `llama()`; not to be written to."""
+    """An adapter of `llama()`; read-only."""
     folder = tmp_path_factory.mktemp("adapters") / "mine"
     adapt(llama(), folder, target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"])
     return folder
@@ -188,7 +188,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(saved: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy that the test may damage."""
     return shutil.copytree(saved, tmp_path / "damaged")
 
 
@@ -359,7 +359,7 @@ def test_unknown_keys_that_ask_for_nothing(saved: Path, damaged: Path) -> None:
 
 
 def test_patterns_are_matched_in_little_time(damaged: Path) -> None:
-    """The slowest patterns that are let through, on paths that nearly match."""
+    """The slowest accepted patterns, on paths that almost match."""
     edit(damaged, alpha_pattern={f"{'.' * n}.*.*\\.q_prox": 3 for n in range(16)})
     edit_weights(damaged, rename=lambda name: name.replace(".self_attn.", f".{'.a' * 50}."))
     base = {name.replace(".self_attn.", f".{'.a' * 50}."): weight for name, weight in state(llama()).items()}
@@ -485,7 +485,7 @@ def test_weights_that_are_not_finite(damaged: Path) -> None:
     ],
 )
 def test_a_tied_embedding_is_not_changed_alone(tmp_path: Path, config: dict[str, Any]) -> None:
-    """Merged into the one tensor, the change would act in both places, which is not what was trained."""
+    """Merged into the shared tensor, the change would also affect the other use, unlike in training."""
     adapt(llama(tied=True), tmp_path, **config)
     base = state(llama(tied=True))
     refused(tmp_path, "output head", base=base, tied_head=True)  # the head is there as a copy

@@ -1,4 +1,4 @@
-"""State dicts in Meta's naming: read with their config and tokenizer, they compute and say what the original does."""
+"""State dicts with Meta's names: with their config and tokenizer they reproduce the original model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def decoder(checkpoint: Checkpoint) -> Decoder:
 
 @torch.no_grad()
 def logits(model: Decoder, tokens: torch.Tensor, *steps: int) -> torch.Tensor:
-    """Logits of all positions, computed in steps of so many tokens."""
+    """Return the logits of all positions, computed in steps of these lengths."""
     past, parts, done = model.empty_past(tokens.shape[0]), [], 0
     for step in steps or (tokens.shape[1],):
         mask = torch.ones(tokens.shape[0], done + step, dtype=torch.int64)
@@ -81,7 +81,7 @@ def agree(saved: Saved, checkpoint: Checkpoint, length: int = 33) -> None:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A tiny model with two query heads to a key head; not to be written to."""
+    """A tiny model with two query heads per key head; read-only."""
     return save_family(tmp_path_factory.mktemp("family") / "tiny", n_kv_heads=2)
 
 
@@ -95,7 +95,7 @@ def bare(family: Saved, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(family: Saved, tmp_path: Path) -> Callable[..., str]:
-    """Reads the model with another config.yaml and returns the one line that refuses it."""
+    """Return a function that reads the model with another config.yaml and returns the error."""
 
     def refuse(text: str | None = None, **sections: Any) -> str:
         path = tmp_path / "refused.yaml"
@@ -188,7 +188,7 @@ def test_tables_in_the_file_are_left_alone_but_unknown_tensors_are_not(tmp_path:
 
 
 def test_a_heads_width_need_not_divide_the_models(family: Saved, bare: Path) -> None:
-    """Mistral's releases have this naming too: head_dim and hidden_dim, and queries narrower than the model."""
+    """Mistral's releases use these names too, with head_dim, hidden_dim, and queries narrower than the model."""
     state = {name: value.clone() for name, value in family.model.state_dict().items()}
     for layer in range(2):
         for name in ("wq", "wk", "wv"):
@@ -316,7 +316,7 @@ def test_scalings_that_would_be_passed_over(bare: Path) -> None:
 
 
 def test_the_context_of_pre_training_beside_the_scaling(bare: Path) -> None:
-    """As transformers reads it: its Llama has the same frequencies and amplitude."""
+    """The Llama of transformers has the same frequencies and amplitude."""
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 512}
     section = {"rope_type": "yarn", "factor": 32.0, "rope_theta": 50000.0}
@@ -563,7 +563,7 @@ def test_numbers_of_yaml_as_people_write_them(family: Saved, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ByteLevelBPETokenizer:
-    """The family's tokenizer as its library makes it, without any special token."""
+    """Return the tokenizer as built by its library, without special tokens."""
     folder = tmp_path_factory.mktemp("library")
     original.save_tokenizer(folder)
     return ByteLevelBPETokenizer.from_file(str(folder / "family-vocab.json"), str(folder / "family-merges.txt"))
@@ -664,7 +664,7 @@ def test_tokenizers_that_cannot_be_used(family: Saved, bare: Path) -> None:
 
 
 def test_plain_checkpoints_keep_what_their_tokenizer_says(family: Saved, bare: Path, tmp_path: Path) -> None:
-    """As Meta's models are given: a Hugging Face tokenizer beside the weights, no `tokens:` anywhere."""
+    """Like Meta's models: a Hugging Face tokenizer beside the weights, and no `tokens:`."""
     folder = tiny.save_checkpoint(tmp_path / "hf")
     (folder / "generation_config.json").unlink()
     options = {"n_heads": 4, "rope_theta": 10_000.0, "tokenizer": folder}
@@ -859,7 +859,7 @@ SPELLED = {
 
 
 def by_hand(parts: list[Any], library: ByteLevelBPETokenizer) -> list[int]:
-    """Ids of texts and of control tokens, each by itself."""
+    """Return the ids of texts and control tokens, each encoded separately."""
     return [index for part in parts for index in ([part] if isinstance(part, int) else library.encode(part).ids)]
 
 
@@ -975,7 +975,7 @@ def test_the_bundle_carries_what_the_family_is(bundle: Path) -> None:
 
 
 def test_transformers_reads_the_config(family: Saved, bundle: Path) -> None:
-    """And its own Llama, given our weights in its order, computes the same."""
+    """The Llama of transformers computes the same with the weights in its order."""
     config = LlamaConfig.from_pretrained(bundle)
     theirs = LlamaForCausalLM(config).eval()
     ours = decoder(read(family.path))

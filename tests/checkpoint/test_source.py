@@ -1,4 +1,4 @@
-"""What a user names, and what they say beside it: names of bundles, shorter contexts, options that have no use."""
+"""Opening sources: bundle names, shortened contexts, options that do not apply."""
 
 from __future__ import annotations
 

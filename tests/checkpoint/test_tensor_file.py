@@ -1,4 +1,4 @@
-"""Files of tensors: what torch and safetensors write is read as they read it, with memory for one tensor at a time."""
+"""Tensor files: files written by torch and safetensors are read like by them, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_an_absent_tensor_is_named(save: Save, tmp_path: Path) -> None:
 
 
 class Custom:
-    """Pickled as a class of a program that is not here."""
+    """A custom class in a pickle."""
 
 
 @pytest.mark.filterwarnings("ignore:.*Sparse.*")

@@ -1,4 +1,4 @@
-"""docs/checkpoints.md: every command is run as it stands there, on small models; what is said of them is so."""
+"""docs/checkpoints.md: every command is run verbatim on small models, and its statements are checked."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def sections() -> dict[str, str]:
 
 
 def tables(title: str) -> list[list[list[str]]]:
-    """Cells of each table of a section, heads left out."""
+    """Return the cells of each table of a section, without headers."""
     found = re.findall(r"(?:^\|.*\n)+", sections()[title], flags=re.MULTILINE)
     return [
         [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]] for table in found
@@ -80,7 +80,7 @@ def spans(cell: str) -> list[str]:
 
 
 def shown(title: str) -> list[str]:
-    """Indented lines of a section."""
+    """Return the indented lines of a section."""
     return re.findall(r"^    (.*)$", sections()[title], flags=re.MULTILINE)
 
 
@@ -89,13 +89,13 @@ COMMANDS = [spans(row[1])[0] for row in tables("Sources")[0]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a command in this process and in an empty folder, as it is written; gives exit code, stdout and stderr."""
+    """Run a command verbatim in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     return lambda line: call(cli.main, capsys, *shlex.split(line))
 
 
 def quick(line: str, *more: str) -> str:
-    """A command without what takes time and is not its point."""
+    """Return a command without slow options that it does not test."""
     given = shlex.split(line)
     missing = [word for option, value in QUICK.items() if option not in given for word in (option, value)]
     return shlex.join([*given, *missing, *more])
@@ -109,7 +109,7 @@ def bundle_of(printed: str) -> Path:
 
 @torch.inference_mode()
 def agrees(folder: Path, reference: Reference) -> None:
-    """The bundle computes what the source's own model does, and says the same."""
+    """Check that the bundle has the logits and the greedy answer of the reference."""
     bundle = Bundle.open(folder)
     info = bundle.precision("fp32")
     ids = torch.randint(bundle.shape.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -222,7 +222,7 @@ def hf_plugin(folder: Path) -> Reference:
 
 @dataclass
 class Row:
-    """What makes a command's files in the current folder, and where its bundle lies."""
+    """Creates the files of a command in the current folder, and names its bundle."""
 
     make: Callable[[Path], Reference]
     within: str
@@ -322,7 +322,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 @pytest.mark.slow
 def test_the_hub_and_then_without_it(hub: FakeHub, tmp_path: Path) -> None:
-    """In processes of their own, which is how the variables take effect."""
+    """In subprocesses, so that the environment variables take effect."""
     (offline,) = shown("Offline")
     assert offline == f"HF_HUB_OFFLINE=1 {HUB} -o out"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -466,7 +466,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
     load = functools.cache(file.load)
 
     def perplexity(heads: int, theta: float) -> float:
-        """As if the file said so; keys keep their width."""
+        """Return the perplexity with these settings; the width of the keys is kept."""
         old = checkpoint.config
         width = old.query_size // heads
         rope = dataclasses.replace(old.ropes[0], dim=width, theta=theta)
@@ -496,7 +496,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validate on a little of the text."""
+    """Validate on less text."""
     tiny.shorten_texts(monkeypatch, 200)
 
 
@@ -567,7 +567,7 @@ def test_a_model_that_does_not_fit(run: Run, tmp_path: Path, monkeypatch: pytest
 
 
 class Command:
-    """Unpickled by Python, it makes a file."""
+    """Creates a file when unpickled by Python."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

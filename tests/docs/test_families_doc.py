@@ -1,4 +1,4 @@
-"""docs/families.md: its example, installed as a package, is proven against transformers; what it says is so."""
+"""docs/families.md: its example, installed as a package, is compared with transformers; its statements are checked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PROMPT = "What is the capital of France?"
 
 
 def loud(model: Any, seed: int) -> Any:
-    """Random weights large enough that attention looks around, norms and biases away from ones and zeros."""
+    """Set random weights large enough for non-uniform attention, and norms and biases other than one and zero."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -70,7 +70,7 @@ def save(model: Any, folder: Path) -> Path:
 
 
 def install(folder: Path) -> Path:
-    """Where pip has installed the example; building writes into the source, so it gets a copy."""
+    """Install a copy of the example with pip and return the folder; building writes to the source."""
     shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
     words = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", folder / "site"]
     done = subprocess.run(
@@ -91,7 +91,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The example is there, for this process."""
+    """Make the example importable in this process."""
     monkeypatch.syspath_prepend(str(site))
     yield
     sys.modules.pop("llm_edge_opt", None)
@@ -109,7 +109,7 @@ def folder(theirs: OPTForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def bundle(site: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's bundle, made by the command in a process that has the package."""
+    """The example's bundle, exported by the command in a process with the package."""
     out = tmp_path_factory.mktemp("opt-bundle") / "opt"
     words = [LLM_EXPORT, folder, "-o", out, "--precision", "fp32", "--no-validate"]
     done = subprocess.run(
@@ -185,7 +185,7 @@ def test_its_switches(installed: None, changes: dict[str, Any], ids: list[int], 
 
 
 def test_the_quirk_matters(installed: None, folder: Path, theirs: OPTForCausalLM, ids: list[int]) -> None:
-    """With the first rows of the table in place of the right ones, the logits are others."""
+    """Using the first rows of the table instead of the correct ones changes the logits."""
     checkpoint = read_folder(folder)
     right = checkpoint.weights["embed_positions.weight"]
     assert right.shape == (256, 64)
@@ -246,7 +246,7 @@ def test_it_is_not_there_unless_installed(folder: Path, llm_export: Callable[...
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Installs a module with entry points as pip would leave them; its modules are forgotten afterwards."""
+    """Return a function that installs a module with entry points; its modules are unloaded afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
@@ -330,7 +330,7 @@ def test_a_config_makes_nothing_be_imported(
     monkeypatch: pytest.MonkeyPatch,
     llm_export: Callable[..., tuple[int, str, str]],
 ) -> None:
-    """Not what its model_type or auto_map name, not what lies in its folder, nor a family that it does not name."""
+    """Neither its model_type nor auto_map, files in its folder, or families that it does not name."""
     leave = f"open({str(tmp_path / 'witness')!r}, 'w').close()"
     witness = f"{leave}; from llm_edge.model.families.llama import FAMILY"
     package("strangers", witness, another="strangers:FAMILY")
@@ -356,7 +356,7 @@ def blocks(language: str) -> list[str]:
 
 
 def table(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading, without its head."""
+    """Return the cells of the table under a heading, without the header."""
     section = DOCUMENT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
@@ -405,7 +405,7 @@ def test_every_method_of_the_reader_is_in_the_document() -> None:
 
 
 def test_every_weight_is_in_the_document() -> None:
-    """Decoders with all switches one way or the other have these weights and no more."""
+    """Decoders with all switches on, gated and not gated, have exactly these weights."""
     shape: dict[str, Any] = {
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"), 8),
         **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1),
@@ -464,7 +464,7 @@ def cohere_weights(config: ModelConfig, raw: ConfigReader) -> WeightTable:
 
 
 def test_quirks(ids: list[int]) -> None:
-    """Neighbouring pairs, a scale folded in, norms without bias, one norm for two parallel blocks."""
+    """Interleaved rotary positions, a folded scale, norms without bias, one norm for two parallel blocks."""
     config = CohereConfig(
         vocab_size=331,
         hidden_size=64,

@@ -1,4 +1,4 @@
-"""Configs that no model has are refused at once, before anything of their size is made."""
+"""Absurd configs are rejected quickly, before anything of their size is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family against transformers: logits in one go, in chunks and step by step, greedy text, both graphs."""
+"""Compare every family with transformers: logits in one step, in chunks and per token, greedy text, both graphs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ GRAPHS = [
 
 
 class Case:
-    """A family's model in transformers, and the same read by us."""
+    """A family's model in transformers, and its checkpoint as read here."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.theirs = families.model(name)
@@ -62,7 +62,7 @@ class Case:
 
     @torch.inference_mode()
     def logits(self, pieces: tuple[int, ...]) -> Tensor:
-        """Logits of transformers, [T, V]."""
+        """Return the logits of transformers, [T, V]."""
         cache, found, start = None, [], 0
         for length in pieces:
             step = self.theirs(self.ids[:, start : start + length], past_key_values=cache, use_cache=True)
@@ -109,7 +109,7 @@ def our_logits(made: Decoder, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
 
 
 def test_mistral_with_layers_of_two_kinds() -> None:
-    """transformers takes such a config for the family Ministral, whose only difference this is."""
+    """transformers has the family Ministral for such configs, which differs only in this."""
     from transformers import MinistralConfig, MinistralForCausalLM
 
     config = {
@@ -140,7 +140,7 @@ def test_mistral_with_layers_of_two_kinds() -> None:
 def test_a_window_that_the_context_cannot_fill_is_none(
     window: int, case: Callable[[str], Case], tmp_path: Path
 ) -> None:
-    """2^32 + 4 would be 4 to an operator that counts in 32 bits."""
+    """2^32 + 4 would overflow to 4 in an operator with 32-bit integers."""
     checkpoint = case("mistral").checkpoint
     config, weights = without(checkpoint.config, window=window), checkpoint.weights
     write_graphs(tmp_path, config, weights, (RECIPES["fp32"],), GraphStyle.FUSED, [], lambda *_: None)
@@ -192,7 +192,7 @@ def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callabl
 
 
 def without(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """A config with a switch turned off; `rope` and `window` are those of all layers."""
+    """Return a config with a switch turned off; `rope` and `window` apply to all layers."""
     layer = {key: changes.pop(key) for key in ("rope", "window") if key in changes}
     layers = tuple(dataclasses.replace(entry, **layer) for entry in config.layers)
     return dataclasses.replace(config, layers=layers, **changes)
@@ -217,7 +217,7 @@ def without(config: ModelConfig, **changes: Any) -> ModelConfig:
     ],
 )
 def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable[[str], Case]) -> None:
-    """Otherwise agreement would prove nothing about it."""
+    """Otherwise agreement with transformers would not test the switch."""
     checkpoint = case(name).checkpoint
     rope = checkpoint.config.ropes[0] if checkpoint.config.ropes else None
     given = {"unscaled": rope and dataclasses.replace(rope, scaling=None), "everywhere": rope}
@@ -230,7 +230,7 @@ def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3_text"])
 def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], tmp_path: Path) -> None:
-    """`AutoModel.save_pretrained` leaves out the prefix and the tied head."""
+    """`AutoModel.save_pretrained` omits the prefix and the tied head."""
     found = case(name)
     families.save(found.theirs.base_model, tmp_path)
     ours = read_folder(tmp_path)
@@ -256,7 +256,7 @@ def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], 
     ],
 )
 def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
-    """Configs on the Hub are older than those that transformers writes today."""
+    """Configs on the Hub are often older than those that transformers writes today."""
     from transformers import CONFIG_MAPPING
 
     raw = {**BARE, **config}
@@ -277,7 +277,7 @@ def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", families.CASES)
 def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]) -> None:
-    """What a family read is what the bundle's config.json says: transformers makes the same model of it."""
+    """The bundle's config.json has the keys that the family read, and transformers builds the same model from it."""
     from transformers import CONFIG_MAPPING
 
     found = case(name)
