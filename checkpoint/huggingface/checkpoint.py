@@ -47,7 +47,7 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
     found = config if config is not None else path.parent / "config.json"
     if not found.is_file():
         raise CheckpointError(
-            f"{path}: its tensors do not have Meta's Llama names, and {found} does not exist: "
+            f"{path}: its tensors do not have Meta's Llama names, and there is no {found}: "
             "give the model's Hugging Face config with --config"
         )
     folder = found.parent if tokenizer is None else tokenizer.parent if tokenizer.is_file() else tokenizer

@@ -13,6 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from project import ROOT
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
@@ -153,6 +154,11 @@ def test_a_window_that_the_context_cannot_fill_is_none(
 
 def test_every_family_has_a_case() -> None:
     assert {kind for kind, _ in families.CASES.values()} == BUILT_IN.keys()
+
+
+def test_every_family_module_is_registered() -> None:
+    modules = {path.stem for path in (ROOT / "model" / "families").glob("*.py")} - {"__init__", "common"}
+    assert set(BUILT_IN.values()) == modules
 
 
 @pytest.mark.parametrize("pieces", [(LENGTH,), PIECES], ids=["at once", "in pieces"])
