@@ -238,7 +238,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a tensor missing": (tensors(lambda t: t.pop(DOWN)), (DOWN, "missing")),
     "a tensor too much": (tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)})),
                           ("q_proj.bias", "unexpected tensor")),
-    "a tensor that clears the screen": (tensors(lambda t: t.update({"\x1b[2J\nx": torch.zeros(1)})), ("unprintable tensor name",)),
+    "a tensor that clears the screen": (tensors(lambda t: t.update({"\x1b[2J\nx": torch.zeros(1)})), ("unprintable",)),
     "a tensor transposed": (tensors(lambda t: t.update({DOWN: t[DOWN].T.contiguous()})), (DOWN, "(128, 64)")),
     "a tensor of whole numbers": (tensors(lambda t: t.update({DOWN: t[DOWN].int()})), (DOWN, "int32")),
     "a tensor of no dimension": (tensors(lambda t: t.update({"model.norm.weight": torch.tensor(1.0)})), ("norm",)),
