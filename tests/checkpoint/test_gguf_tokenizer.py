@@ -359,7 +359,7 @@ def test_what_ends_an_answer(changes: dict[str, Any], expected: tuple[int, ...],
         ({"model": None}, r"no tokenizer\.ggml\.model"),
         (
             {"pre": "somebody-else"},
-            "pre-tokenizer 'somebody-else', is not supported; supported: codeshell",
+            "pre-tokenizer 'somebody-else' is not supported; supported: codeshell",
         ),
         ({"pre": "default"}, "does not name its pre-tokenizer"),
         ({"pre": None}, "does not name its pre-tokenizer"),
