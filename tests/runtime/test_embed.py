@@ -19,7 +19,7 @@ import tiny
 import torch
 from sessions import open_file
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import trace as graph_module
 from llm_edge.exporter.graph.passes.hidden_states import offer_hidden_states

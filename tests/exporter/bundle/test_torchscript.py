@@ -24,7 +24,7 @@ import torch
 from project import ROOT
 from torch import Tensor
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter import cli
 from llm_edge.exporter.bundle import torchscript
 from llm_edge.exporter.bundle.torchscript import write_torchscript
@@ -197,7 +197,7 @@ def test_other_processes_make_the_same_file(written: dict[str, Written], tmp_pat
     code = """
 import sys
 from pathlib import Path
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.bundle.torchscript import write_torchscript
 for number, source in enumerate(sys.argv[2:]):
     checkpoint = read_folder(Path(source))

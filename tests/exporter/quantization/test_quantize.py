@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks, quantize_blocks
 from llm_edge.exporter.quantization.recipes import HEAD, RECIPES, Blocks, Dense, Recipe, parse_precisions
 from llm_edge.model.decoder import Decoder, count_parameters

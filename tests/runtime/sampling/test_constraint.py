@@ -17,8 +17,8 @@ import tiny
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.gguf.tokenizer import tokenizer_assets
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling import grammar
 from llm_edge.runtime.sampling.constraint import MAX_BYTES, Constraint
@@ -58,7 +58,7 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def backend(smollm2_file: Any) -> Backend:
-    return Backend.from_str(tokenizer_assets(GGUFFile(smollm2_file)).tokenizer_json)
+    return Backend.from_str(read_tokenizer(GGUFFile(smollm2_file)).tokenizer_json)
 
 
 @pytest.fixture(scope="module")
