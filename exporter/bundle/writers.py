@@ -1,7 +1,4 @@
-"""The formats in which a bundle can hold its precisions: how they are written, and opened to be proven.
-
-Knows nothing of checkpoints or of proofs. `torchscript.py` holds the other one.
-"""
+"""`BundleWriter`: writes the precisions of a bundle in a file format, and opens them for validation."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import Tensor
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.graph.write import graph_files, write_graphs
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import Rounding
+from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.validation.compare import Runnable
 from llm_edge.model.config import ModelConfig
@@ -23,16 +20,16 @@ from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import ONNX, ModelShape
 
 
-class Form(Protocol):
-    """The format in which a bundle holds its precisions: `OnnxForm`, or `TorchScriptForm` of `torchscript.py`."""
+class BundleWriter(Protocol):
+    """Writer of a file format: `OnnxWriter`, or `TorchScriptWriter` in `torchscript.py`."""
 
     @property
     def name(self) -> str:
-        """As the manifest says it, and name of the folder in the bundle."""
+        """Name of the format in the manifest, and of the folder in the bundle."""
 
     @property
     def hidden_size(self) -> int | None:
-        """Width of the hidden states that the files offer beside the logits; None where they offer none."""
+        """Width of the hidden states among the outputs; None if there are none."""
 
     def write(
         self,
@@ -42,22 +39,40 @@ class Form(Protocol):
         recipes: tuple[Recipe, ...],
         text: Sequence[int],
         progress: Progress,
-    ) -> dict[str, Rounding]:
-        """Write the files of each recipe; `text` is for calibration, whose findings come back by name of the recipe."""
+    ) -> dict[str, Mapping[str, StoredFormat]]:
+        """Write the files of each recipe.
 
-    def file(self, recipe: Recipe) -> str:
-        """Name of the file to load."""
+        Args:
+            folder: output folder.
+            config: shape of the model.
+            weights: weights of the model.
+            recipes: the precisions.
+            text: tokens of the calibration text.
+            progress: see `Progress`.
+
+        Returns:
+            by recipe name, the formats of all projections and the embedding by module path; empty if the file format
+            does not quantize.
+        """
+
+    def file_name(self, recipe: Recipe) -> str:
+        """Return the name of the file to load."""
 
     def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """All that was written for a recipe."""
+        """Return all files written for a recipe."""
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Runnable:
-        """What was written, at work on the CPU."""
+        """Load the files of a recipe on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxForm:
-    """Precisions as ONNX graphs of a style; see `Form`."""
+class OnnxWriter:
+    """Writes precisions as ONNX graphs.
+
+    Attributes:
+        style: style of the graphs.
+        hidden_size: width of the hidden states to add to the outputs; None adds none.
+    """
 
     style: GraphStyle
     hidden_size: int | None = None
@@ -71,21 +86,17 @@ class OnnxForm:
         recipes: tuple[Recipe, ...],
         text: Sequence[int],
         progress: Progress,
-    ) -> dict[str, Rounding]:
-        """See `write_graphs`."""
+    ) -> dict[str, Mapping[str, StoredFormat]]:
         hidden_states = self.hidden_size is not None
         return write_graphs(folder, config, weights, recipes, self.style, text, progress, hidden_states=hidden_states)
 
-    def file(self, recipe: Recipe) -> str:
-        """Name of the graph; its weights lie beside it."""
+    def file_name(self, recipe: Recipe) -> str:
         return f"{recipe.stem}.onnx"
 
     def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """Graph and weights."""
         return graph_files(folder, recipe)
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
-        """The graph at work on the CPU."""
         share_buffer = self.style is GraphStyle.FUSED
-        path = folder / self.file(recipe)
+        path = folder / self.file_name(recipe)
         return Session(path, shape, share_buffer, provider="cpu", spinning=False, hidden_size=self.hidden_size)
