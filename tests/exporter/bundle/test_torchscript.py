@@ -28,9 +28,8 @@ from llm_edge.checkpoint.huggingface.folder import read_folder
 from llm_edge.exporter import cli
 from llm_edge.exporter.bundle import torchscript
 from llm_edge.exporter.bundle.torchscript import write_torchscript
-from llm_edge.exporter.export import Report, export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.export import export
+from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.model.config import Activation
 from llm_edge.model.decoder import count_parameters, rotary_tables
 from llm_edge.runtime import Bundle, Model, SamplingParams
@@ -252,9 +251,7 @@ def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exported(source: Path, target: Path, precision: str = "fp32", **options: Any) -> Report:
-    options = {"validate": True, "force": False, "progress": silent, **options}
-    style: GraphStyle | None = options.pop("style", None)
-    return export(str(source), target, parse_precisions(precision), style, file_format="torchscript", **options)
+    return export(str(source), ExportOptions(target, FileFormat.TORCHSCRIPT, precision, **options))
 
 
 @pytest.fixture(scope="module")

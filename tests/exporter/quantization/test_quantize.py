@@ -16,7 +16,9 @@ from onnx import TensorProto, helper
 
 from llm_edge.checkpoint.huggingface.folder import read_folder
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks, quantize_blocks
-from llm_edge.exporter.quantization.recipes import HEAD, RECIPES, Blocks, Dense, Recipe, parse_precisions
+from llm_edge.exporter.module_names import HEAD
+from llm_edge.exporter.quantization.formats import Blocks, Dense
+from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.model.decoder import Decoder, count_parameters
 from llm_edge.runtime.errors import ParameterError
 
@@ -318,14 +320,14 @@ def test_recipes_are_what_the_names_say() -> None:
     assert int4.format_of("layers.0.mlp.down") == int4.projections
 
 
-@pytest.mark.parametrize("place", ["projections", "special", "embedding"])
+@pytest.mark.parametrize("place", ["projections", "overrides", "embedding"])
 def test_a_recipe_that_rounds_anything_is_not_lossless(place: str) -> None:
     blocks = Blocks(8, 32, symmetric=True)
     recipe = Recipe(
         "mine",
         "mine",
         projections=blocks if place == "projections" else Dense(),
-        special={HEAD: blocks} if place == "special" else {},
+        overrides={HEAD: blocks} if place == "overrides" else {},
         embedding=blocks if place == "embedding" else Dense(),
     )
     assert not recipe.lossless
@@ -336,6 +338,6 @@ def test_a_recipe_that_rounds_anything_is_not_lossless(place: str) -> None:
 def test_bytes_per_weight_of_blocks(form: Blocks) -> None:
     stored = quantize_blocks(torch.ones(64, 1024), form)
     assert form.bytes_per_weight * 64 * 1024 == stored.data.nbytes + stored.scales.nbytes
-    assert form.count(1024) == stored.scales.shape[1]
-    assert form.count(1023) == form.count(1024)
-    assert form.count(1025) == form.count(1024) + 1
+    assert form.num_blocks(1024) == stored.scales.shape[1]
+    assert form.num_blocks(1023) == form.num_blocks(1024)
+    assert form.num_blocks(1025) == form.num_blocks(1024) + 1

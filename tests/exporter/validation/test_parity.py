@@ -15,9 +15,8 @@ import torch
 
 from llm_edge.checkpoint.huggingface.folder import read_folder
 from llm_edge.exporter import cli as export_cli
-from llm_edge.exporter.export import Report, export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.export import export
+from llm_edge.exporter.options import ExportOptions
 from llm_edge.exporter.validation.parity import memory_for
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime import Model, SamplingParams
@@ -32,16 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(checkpoint: Path, output: Path, memory: float, precisions: str = "int8") -> Report:
-    return export(
-        str(checkpoint),
-        output,
-        parse_precisions(precisions),
-        GraphStyle.FUSED,
-        validate=True,
-        force=False,
-        progress=lambda *_: None,
-        validation_memory=memory,
-    )
+    return export(str(checkpoint), ExportOptions(output, precision=precisions, validation_memory=memory / 1e9))
 
 
 def manifest(bundle: Path) -> dict[str, Any]:
