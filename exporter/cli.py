@@ -20,7 +20,8 @@ from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
-    from llm_edge.exporter.results import PrecisionReport, Report
+    from llm_edge.exporter.results import Report
+    from llm_edge.exporter.validation.parity import Validation
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -194,16 +195,18 @@ def _print_report(report: Report, seconds: float) -> None:
     source = report.source
     table.add_row(source.weight_types, megabytes(source.size))
     for precision in report.precisions:
-        table.add_row(precision.recipe.name, megabytes(precision.size), *_measurements(precision))
+        table.add_row(
+            precision.recipe.name, megabytes(precision.size), *_measurements(precision.recipe.name, report.validation)
+        )
     print(f"{source.name}: {report.parameters / 1e6:,.0f} M parameters, from {source.format}, in {seconds:.0f} s")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
-    if any(precision.quality for precision in report.precisions):
+    if validation := report.validation:
         print("KL, top-1 and perplexity against PyTorch fp32 on the bundled validation text.")
-        if report.validated_layers < report.layers:
+        if validation.layers < report.layers:
             print(
-                f"Compared only the first {report.validated_layers} of {report.layers} layers, with embedding and "
-                f"head. Comparing all of them takes about {report.validation_bytes / 1e9:.0f} GB: --validation-memory"
+                f"Compared only the first {validation.layers} of {report.layers} layers, with embedding and head. "
+                f"Comparing all of them takes about {validation.required_bytes / 1e9:.0f} GB: --validation-memory"
             )
     else:
         print("Not validated (--no-validate): the difference from PyTorch is unknown.")
@@ -228,12 +231,12 @@ def _requantization_note(report: Report) -> str | None:
     )
 
 
-def _measurements(precision: PrecisionReport) -> list[str]:
-    if precision.parity is None or precision.quality is None:
+def _measurements(name: str, validation: Validation | None) -> list[str]:
+    if validation is None:
         return []
-    quality = precision.quality
+    quality = validation.qualities[name]
     return [
-        f"{precision.parity.worst.max:.1e}",
+        f"{validation.parities[name].worst.max:.1e}",
         f"{quality.kl_mean:.2e}",
         f"{quality.kl_p999:.2e}",
         f"{quality.top1:.1%}",

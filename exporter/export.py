@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import tokenizers
@@ -12,18 +11,18 @@ from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
 from llm_edge.exporter.bundle.manifest import write_manifest
+from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import write_side_files
 from llm_edge.exporter.bundle.staging import check_disk_space, check_target, staging
-from llm_edge.exporter.bundle.torchscript import TorchScriptWriter
-from llm_edge.exporter.bundle.writers import BundleWriter, OnnxWriter
+from llm_edge.exporter.bundle.torchscript_writer import TorchScriptWriter
+from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.graph.passes.int8_cache import check_cache
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.exporter.results import PrecisionReport, Report
-from llm_edge.exporter.validation.parity import Texts, Validation, verify_parity
+from llm_edge.exporter.validation.parity import Texts, verify_parity
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError, ParameterError
@@ -69,12 +68,17 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         progress("writing", 0.0, "tokenizer and configs")
         style = writer.style if isinstance(writer, OnnxWriter) else None
         write_side_files(folder, checkpoint, recipes, style is GraphStyle.FUSED, style is not None)
-        report = _report(
-            target,
-            checkpoint,
-            style,
-            [_precision_report(recipe, writer.files(models, recipe), validation, formats) for recipe in recipes],
-            validation,
+        report = Report(
+            path=target,
+            source=checkpoint.source,
+            parameters=count_parameters(checkpoint.config),
+            style=style,
+            precisions=tuple(
+                PrecisionReport(recipe, sum(path.stat().st_size for path in files), formats.get(recipe.name, {}))
+                for recipe, files in ((recipe, writer.files(models, recipe)) for recipe in recipes)
+            ),
+            layers=checkpoint.config.num_hidden_layers,
+            validation=validation,
         )
         write_manifest(folder, checkpoint, report, writer, progress)
     progress("writing", 1.0, str(target))
@@ -164,38 +168,3 @@ def _bytes_per_weight(recipe: Recipe, weights: Weights) -> float:
     names = [name for name in weights if name.startswith("layers.") and name.endswith(".weight") and "norm" not in name]
     sizes = [recipe.projections.for_source(weights.block_kind(name)).bytes_per_weight for name in names]
     return sum(sizes) / len(sizes)
-
-
-def _precision_report(
-    recipe: Recipe,
-    files: list[Path],
-    validation: Validation | None,
-    formats: Mapping[str, Mapping[str, StoredFormat]],
-) -> PrecisionReport:
-    return PrecisionReport(
-        recipe,
-        sum(path.stat().st_size for path in files),
-        validation.parities[recipe.name] if validation else None,
-        validation.qualities[recipe.name] if validation else None,
-        formats.get(recipe.name, {}),
-    )
-
-
-def _report(
-    target: Path,
-    checkpoint: Checkpoint,
-    style: GraphStyle | None,
-    precisions: list[PrecisionReport],
-    validation: Validation | None,
-) -> Report:
-    return Report(
-        path=target,
-        source=checkpoint.source,
-        parameters=count_parameters(checkpoint.config),
-        style=style,
-        precisions=tuple(precisions),
-        layers=checkpoint.config.num_hidden_layers,
-        validated_layers=validation.layers if validation else 0,
-        validation_bytes=validation.required_bytes if validation else 0.0,
-        auxiliary_parities=validation.auxiliary_parities if validation else {},
-    )

@@ -10,7 +10,7 @@ from llm_edge.checkpoint.base import Source
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.recipes import Recipe
-from llm_edge.exporter.validation.compare import Parity, Quality
+from llm_edge.exporter.validation.parity import Validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +20,11 @@ class PrecisionReport:
     Attributes:
         recipe: recipe of the precision.
         size: bytes of model and weights.
-        parity: differences from the reference; None without validation.
-        quality: measured quality; None without validation.
         formats: formats of all projections and the embedding by module path; empty for TorchScript.
     """
 
     recipe: Recipe
     size: int
-    parity: Parity | None
-    quality: Quality | None
     formats: Mapping[str, StoredFormat]
 
 
@@ -43,9 +39,7 @@ class Report:
         style: style of the graphs; None for TorchScript.
         precisions: exported precisions.
         layers: number of layers of the model.
-        validated_layers: number of layers that were compared with PyTorch; 0 without validation.
-        validation_bytes: approximate memory required to compare all layers; 0 without validation.
-        auxiliary_parities: differences of models that were exported only for validation, by name.
+        validation: comparison with the reference; None without validation.
     """
 
     path: Path
@@ -54,6 +48,4 @@ class Report:
     style: GraphStyle | None
     precisions: tuple[PrecisionReport, ...]
     layers: int
-    validated_layers: int
-    validation_bytes: float
-    auxiliary_parities: Mapping[str, Parity]
+    validation: Validation | None

@@ -30,7 +30,7 @@ from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.exporter import cli as export_cli
 from llm_edge.exporter import export as export_module
 from llm_edge.exporter.bundle import manifest as manifest_module
-from llm_edge.exporter.graph import write as graphs_module
+from llm_edge.exporter.bundle import onnx_writer as graphs_module
 from llm_edge.exporter.graph.trace import trace
 from llm_edge.exporter.progress import STAGES
 from llm_edge.exporter.quantization.recipes import RECIPES

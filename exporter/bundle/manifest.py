@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.bundle.side_files import runtimes, write_json
-from llm_edge.exporter.bundle.writers import BundleWriter
+from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.explain.graph import describe_weights
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
@@ -37,6 +37,8 @@ def write_manifest(
         for key, value in ((reasoning_key, checkpoint.reasoning), ("guards", checkpoint.guards))
         if value is not None
     }
+    validation = report.validation
+    auxiliary = validation.auxiliary_parities if validation else {}
     write_json(
         folder / MANIFEST,
         {
@@ -51,27 +53,26 @@ def write_manifest(
                 **{name: importlib.metadata.version(name) for name in _TOOLS},
             },
             "precisions": {
-                precision.recipe.name: _precision_entry(folder, precision, report.style, writer)
+                precision.recipe.name: _precision_entry(folder, precision, report, writer)
                 for precision in report.precisions
             },
-            "validation": {"layers": report.validated_layers, "of": report.layers},
-            "proof": {name: parity.to_dict() for name, parity in report.auxiliary_parities.items()},
+            "validation": {"layers": validation.layers if validation else 0, "of": report.layers},
+            "proof": {name: parity.to_dict() for name, parity in auxiliary.items()},
             "files": files,
         },
     )
 
 
-def _precision_entry(
-    folder: Path, precision: PrecisionReport, style: GraphStyle | None, writer: BundleWriter
-) -> dict[str, Any]:
+def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, writer: BundleWriter) -> dict[str, Any]:
     recipe = precision.recipe
     model = f"{writer.name}/{writer.file_name(recipe)}"
     entry: dict[str, Any] = {} if writer.name == ONNX else {"format": writer.name}
-    entry |= {"model": model, "recipe": str(recipe), "share_buffer": style is GraphStyle.FUSED}
+    entry |= {"model": model, "recipe": str(recipe), "share_buffer": report.style is GraphStyle.FUSED}
     if writer.hidden_size is not None:
         entry["hidden_size"] = writer.hidden_size
-    entry["parity"] = precision.parity.to_dict() if precision.parity else {}
-    entry["quality"] = asdict(precision.quality) if precision.quality else {}
+    validation = report.validation
+    entry["parity"] = validation.parities[recipe.name].to_dict() if validation else {}
+    entry["quality"] = asdict(validation.qualities[recipe.name]) if validation else {}
     if writer.name == ONNX:
         entry["runtimes"] = runtimes(recipe)
         default = Dense(16 if recipe.float16 else 32)

@@ -48,47 +48,38 @@ def apply_recipe(
         the formats of all projections and the embedding by module path, and their measured errors.
     """
     check_cache(recipe, style)
-    lowering = _Lowering(model, config, weights, recipe, style, calibrated)
-    lowering.run()
+    lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED)
+    for node in list(model.graph):
+        if node.domain == LINEAR_DOMAIN:
+            lowering.lower_linear(node)
+    for node in list(model.graph):  # after the projections: a tied embedding uses the format of the head
+        if node.op_type == "Gather" and name_of(node.inputs[0]) == f"{EMBEDDING}.weight":
+            lowering.lower_embedding(node, tied=config.tie_word_embeddings)
+    del model.opset_imports[LINEAR_DOMAIN]
+    _fill_initializers(model, config, weights)
+    if recipe.cache_bits:
+        assert calibrated is not None
+        quantize_cache(model, config, calibrated.caches)
+    if recipe.float16:
+        to_float16(model)
     return lowering.stored
 
 
 class _Lowering:
     def __init__(
         self,
-        model: ir.Model,
-        config: ModelConfig,
+        editor: Editor,
         weights: Mapping[str, Tensor],
         recipe: Recipe,
-        style: GraphStyle,
         calibrated: CalibratedWeights | None,
+        fused: bool,
     ) -> None:
         self.stored: dict[str, StoredFormat] = {}
-        self._model = model
-        self._config = config
         self._weights = weights
         self._recipe = recipe
         self._calibrated = calibrated
-        self._editor = Editor(model)
         # The tensors of a weight are written one after another, so that a cache of one weight is enough.
-        load = functools.lru_cache(maxsize=1)(self._load)
-        self._context = EmitContext(self._editor, style is GraphStyle.FUSED, weights, load)
-
-    def run(self) -> None:
-        graph = self._model.graph
-        for node in list(graph):
-            if node.domain == LINEAR_DOMAIN:
-                self._lower_linear(node)
-        for node in list(graph):  # after the projections: a tied embedding uses the format of the head
-            if node.op_type == "Gather" and name_of(node.inputs[0]) == f"{EMBEDDING}.weight":
-                self._lower_embedding(node)
-        del self._model.opset_imports[LINEAR_DOMAIN]
-        _fill_initializers(self._model, self._config, self._weights)
-        if self._recipe.cache_bits:
-            assert self._calibrated is not None
-            quantize_cache(self._model, self._config, self._calibrated.caches)
-        if self._recipe.float16:
-            to_float16(self._model)
+        self._context = EmitContext(editor, fused, weights, functools.lru_cache(maxsize=1)(self._load))
 
     def _load(self, name: str, weight_format: WeightFormat) -> Any:
         """Return a quantized weight; see `EmitContext.load`."""
@@ -108,7 +99,7 @@ class _Lowering:
         kind = self._weights.block_kind(name_of(weight)) if isinstance(self._weights, Weights) else None
         return weight_format.for_source(kind).for_width(shape_of(weight)[1])
 
-    def _lower_linear(self, node: ir.Node) -> None:
+    def lower_linear(self, node: ir.Node) -> None:
         """Replace `Linear(x, weight [N, K])`."""
         x, weight = node.inputs
         assert x is not None
@@ -123,23 +114,20 @@ class _Lowering:
         split = _following_split(node) if emitter.can_split else None
         last, num_splits = (node, 1) if split is None else (split, len(split.outputs))
         nodes = emitter.linear(x, weight, path, num_splits)
-        self._editor.replace(last, nodes, [result.outputs[0] for result in nodes[-num_splits:]])
+        self._context.editor.replace(last, nodes, [result.outputs[0] for result in nodes[-num_splits:]])
         if split is not None:
-            self._editor.graph.remove(node, safe=True)
+            self._context.editor.graph.remove(node, safe=True)
 
-    def _lower_embedding(self, node: ir.Node) -> None:
+    def lower_embedding(self, node: ir.Node, *, tied: bool) -> None:
         """Replace `Gather(weight [V, hidden], input_ids)` if the embedding can be stored in the recipe's format."""
         weight, ids = node.inputs
         assert weight is not None
         assert ids is not None
-        if self._config.tie_word_embeddings:
-            weight_format = self._format_for(HEAD, weight).format
-        else:
-            weight_format = self._adapt(self._recipe.embedding, weight)
+        weight_format = self._format_for(HEAD, weight).format if tied else self._adapt(self._recipe.embedding, weight)
         nodes = weight_format.emitter(self._context).gather(weight, ids, f"/{EMBEDDING}")
         if nodes is not None:
             self.stored[EMBEDDING] = StoredFormat(weight_format)
-            self._editor.replace(node, nodes)
+            self._context.editor.replace(node, nodes)
 
 
 def _following_split(node: ir.Node) -> ir.Node | None:

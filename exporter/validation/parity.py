@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.exporter.bundle.writers import BundleWriter
+from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config

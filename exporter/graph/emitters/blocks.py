@@ -17,8 +17,8 @@ from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks
 _INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are quantized to 8 bits, block by block
 
 
-class FusedBlocks:
-    """`com.microsoft` MatMulNBits and GatherBlockQuantized; both can read the same stored weight.
+class BlockEmitter:
+    """Base of both emitters.
 
     Args:
         editor: of the graph.
@@ -32,6 +32,16 @@ class FusedBlocks:
         self._editor = editor
         self._layout = layout
         self._load = load
+
+    def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
+        raise NotImplementedError
+
+    def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> list[ir.Node] | None:
+        raise NotImplementedError
+
+
+class FusedBlocks(BlockEmitter):
+    """`com.microsoft` MatMulNBits and GatherBlockQuantized; both can read the same stored weight."""
 
     def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
         rows, width = shape_of(weight)
@@ -93,19 +103,12 @@ class FusedBlocks:
         ]
 
 
-class PortableBlocks:
+class PortableBlocks(BlockEmitter):
     """Standard operators: blockwise DequantizeLinear (opset 21) before MatMul or after Gather.
 
     onnxruntime fuses the pair DequantizeLinear and MatMul when it loads the graph. That requires a transposed weight,
-    so that an embedding tied to the head is stored twice. See `FusedBlocks` for the arguments.
+    so that an embedding tied to the head is stored twice.
     """
-
-    can_split: ClassVar[bool] = True
-
-    def __init__(self, editor: Editor, layout: BlockLayout, load: Callable[[str], QuantizedBlocks]) -> None:
-        self._editor = editor
-        self._layout = layout
-        self._load = load
 
     def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
         weights, products = [], []
@@ -170,6 +173,3 @@ class PortableBlocks:
             self._editor.initializer(f"{prefix}.{field}", kind, (length, rows) if transposed else (rows, length), make)
             for field, kind, length, make in tensors
         ]
-
-
-BlockEmitter = FusedBlocks | PortableBlocks

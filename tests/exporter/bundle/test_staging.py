@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_edge.exporter.bundle.staging import check_target, check_disk_space, staging
+from llm_edge.exporter.bundle.staging import check_disk_space, check_target, staging
 from llm_edge.runtime.errors import InputError, MachineError
 
 
@@ -94,7 +94,7 @@ def test_a_place_that_cannot_be(name: str, tmp_path: Path) -> None:
 def test_room_that_is_short_by_a_little_is_told_apart(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_disk_space(tmp_path, free // 2)
-    with pytest.raises(MachineError, match=r"needs about [\d,]+\.\d MB, but only [\d,]+\.\d MB are free: free disk space"):
+    with pytest.raises(MachineError, match=r"about [\d,]+\.\d MB, but only [\d,]+\.\d MB are free: free disk space"):
         check_disk_space(tmp_path, 2 * free)
 
 

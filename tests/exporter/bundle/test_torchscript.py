@@ -26,10 +26,11 @@ from torch import Tensor
 
 from llm_edge.checkpoint.huggingface.folder import read_folder
 from llm_edge.exporter import cli
-from llm_edge.exporter.bundle import torchscript
-from llm_edge.exporter.bundle.torchscript import write_torchscript
+from llm_edge.exporter.bundle import torchscript_writer
+from llm_edge.exporter.bundle.torchscript_writer import write_torchscript
 from llm_edge.exporter.export import export
-from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
+from llm_edge.exporter.options import ExportOptions, FileFormat
+from llm_edge.exporter.results import Report
 from llm_edge.model.config import Activation
 from llm_edge.model.decoder import count_parameters, rotary_tables
 from llm_edge.runtime import Bundle, Model, SamplingParams
@@ -197,7 +198,7 @@ def test_other_processes_make_the_same_file(written: dict[str, Written], tmp_pat
 import sys
 from pathlib import Path
 from llm_edge.checkpoint.huggingface.folder import read_folder
-from llm_edge.exporter.bundle.torchscript import write_torchscript
+from llm_edge.exporter.bundle.torchscript_writer import write_torchscript
 for number, source in enumerate(sys.argv[2:]):
     checkpoint = read_folder(Path(source))
     write_torchscript(Path(sys.argv[1], f"{number}.pt"), checkpoint.config, checkpoint.weights, lambda *_: None)
@@ -328,7 +329,8 @@ def test_other_ends_of_an_export(written: dict[str, Written], bundle: Path, tmp_
     target = tmp_path / "made"
     stages: list[str] = []
     report = exported(source, target, validation_memory=1.0, progress=lambda stage, *_: stages.append(stage))
-    assert (report.validated_layers, report.layers, report.style) == (1, 3, None)
+    assert report.validation is not None
+    assert (report.validation.layers, report.layers, report.style) == (1, 3, None)
     assert report.precisions[0].parity is not None
     assert [*dict.fromkeys(stages)] == ["reading", "tracing", "quantizing", "validating", "writing"]
     with pytest.raises(LlmEdgeError, match="exists"):
@@ -342,12 +344,12 @@ def test_other_ends_of_an_export(written: dict[str, Written], bundle: Path, tmp_
 def test_a_file_that_is_wrong_makes_no_bundle(
     written: dict[str, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = torchscript._add
+    right = torchscript_writer._add
 
     def wrong(archive: zipfile.ZipFile, record: str, weight: Tensor) -> None:
         right(archive, record, weight * 1.01 if weight.ndim == 2 else weight)
 
-    monkeypatch.setattr(torchscript, "_add", wrong)
+    monkeypatch.setattr(torchscript_writer, "_add", wrong)
     with pytest.raises(ParityError, match="fp32: logits differ from PyTorch by up to "):
         exported(source_of(written["gpt2"]), tmp_path / "made")
     assert [*tmp_path.iterdir()] == []
@@ -359,7 +361,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torchscript, "_add", full)
+    monkeypatch.setattr(torchscript_writer, "_add", full)
     with pytest.raises(MachineError, match="No space left on device"):
         exported(source_of(written["gpt2"]), tmp_path / "made")
     assert [*tmp_path.iterdir()] == []

@@ -47,7 +47,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield exported(families.save(families.model(request.param), folder / "source"), folder / "bundle")
 
 
-def exported(source: Path, output: Path, precisions: str = "int8,int8-kv8", graph: GraphChoice = GraphChoice.AUTO) -> Bundle:
+def exported(
+    source: Path, output: Path, precisions: str = "int8,int8-kv8", graph: GraphChoice = GraphChoice.AUTO
+) -> Bundle:
     export(str(source), ExportOptions(output, precision=precisions, graph=graph, validate=False))
     return Bundle.open(output)
 
@@ -179,7 +181,9 @@ def test_keys_behind_the_calibrated_positions_fit(tmp_path: Path, monkeypatch: p
 # ---- where there is none
 
 
-@pytest.mark.parametrize(("case", "style"), [("llama", GraphChoice.PORTABLE), ("llama with heads of 6", GraphChoice.AUTO)])
+@pytest.mark.parametrize(
+    ("case", "style"), [("llama", GraphChoice.PORTABLE), ("llama with heads of 6", GraphChoice.AUTO)]
+)
 def test_standard_operators_have_no_such_cache(
     case: str, style: GraphChoice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

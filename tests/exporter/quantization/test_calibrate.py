@@ -20,8 +20,8 @@ from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
+from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.graph.write import write_graphs
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, calibrate
 from llm_edge.exporter.quantization.formats import Blocks, Int8Static
@@ -95,9 +95,8 @@ def test_calibrated_recipes_take_sizes_that_are_no_powers_of_two(name: str, tmp_
     recipes = (*CALIBRATED, plain)
     out = tmp_path / "out"
     out.mkdir()
-    stored = write_graphs(
-        out, found.config, found.weights, recipes, GraphStyle.FUSED, text(1536, 0), lambda *_: None
-    )
+    writer = OnnxWriter(GraphStyle.FUSED)
+    stored = writer.write(out, found.config, found.weights, recipes, text(1536, 0), lambda *_: None)
     assert list(stored) == [recipe.name for recipe in recipes]
     assert all(stored[recipe.name]["layers.0.mlp.down"].error for recipe in CALIBRATED)
     assert {path.name for path in out.iterdir()} == {f"{it.stem}.onnx{end}" for it in recipes for end in ("", "_data")}

@@ -94,7 +94,9 @@ def test_the_graph_computes_what_calibration_counted_on(style: str, form: Int8St
     x[1, 3] *= 30  # beyond the range that calibration saw
     wanted = made.apply(x.flatten(0, 1)).view(2, 9, ROWS)
     found = ran(graph_of(made, form, style, parts), x)
-    if style == "portable" and form.activation_bits == 16:  # which does not round to 16 bits at all; onnxruntime then rounds to 8
+    if (
+        style == "portable" and form.activation_bits == 16
+    ):  # which does not round to 16 bits at all; onnxruntime then rounds to 8
         found, wanted = (torch.cat([y[0], y[1, :3], y[1, 4:]]) for y in (found, wanted))
         assert relative(found, wanted) < 0.01
         found = ran(graph_of(made, form, style, parts, optimized=False), x)[0]

@@ -15,8 +15,8 @@ import torch
 from onnx import TensorProto, helper
 
 from llm_edge.checkpoint.huggingface.folder import read_folder
-from llm_edge.exporter.quantization.blocks import QuantizedBlocks, quantize_blocks
 from llm_edge.exporter.module_names import HEAD
+from llm_edge.exporter.quantization.blocks import QuantizedBlocks, quantize_blocks
 from llm_edge.exporter.quantization.formats import Blocks, Dense
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.model.decoder import Decoder, count_parameters
@@ -251,7 +251,9 @@ def test_bytes_per_weight_foretells_the_size(tiny_bundle: Path, tiny_checkpoint:
     tables = 4 * config.max_position_embeddings * config.head_dim  # rotary, in the file but not a weight
     head = config.vocab_size * config.hidden_size
     made = RECIPES[recipe]
-    foretold = (count_parameters(config) - head) * made.bytes_per_weight + head * made.format_of(HEAD).bytes_per_weight
+    foretold = (count_parameters(config) - head) * made.projections.bytes_per_weight + head * made.format_of(
+        HEAD
+    ).bytes_per_weight
     size = sum(path.stat().st_size for path in (tiny_bundle / "onnx").glob(f"{made.stem}.onnx*"))
     assert foretold <= size - tables <= 1.25 * foretold + 40_000  # the graph itself
 

@@ -82,9 +82,7 @@ def save_gguf(folder: Path, edit: Callable[[GGUFWriter], None], *, tied: bool = 
 
 def export_source(path: Path, style: GraphStyle, *, validate: bool = False) -> Path:
     output = path.parent / style.value
-    options = ExportOptions(
-        output, precision="source", graph=GraphChoice(style.value), validate=validate, force=True
-    )
+    options = ExportOptions(output, precision="source", graph=GraphChoice(style.value), validate=validate, force=True)
     export(str(path), options)
     return output
 
