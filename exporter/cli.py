@@ -111,7 +111,7 @@ def _export(
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("llm_edge"):
                 raise  # our own module: installing the extra would not help
-            raise InputError(f"llm-export requires {error.name}: pip install 'llm-edge[export]'") from error
+            raise InputError(f"llm-export needs {error.name}: pip install 'llm-edge[export]'") from error
         report = export_bundle(source, options, display.update)
     seconds = time.monotonic() - started
     if show_bundle is not None:

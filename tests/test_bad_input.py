@@ -249,7 +249,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "tokenizer not text": (text("tokenizer.json", b"\x80garbage"), ("tokenizer.json", "UTF-8")),
     "tokenizer without a model": (text("tokenizer.json", "{}"), ("tokenizer.json",)),
     "tokenizer cut": (cut("tokenizer.json", lambda size: size // 2), ("tokenizer.json",)),
-    "tokenizer of another model": (many_tokens, ("331", "tokenizer and weights do not belong together")),
+    "tokenizer of another model": (many_tokens, ("331", "use the tokenizer that belongs to the weights")),
     "tokenizer config garbage": (text("tokenizer_config.json", "{]"), ("tokenizer_config.json", "not JSON")),
     "chat template not text": (text("chat_template.jinja", b"\xff"), ("chat_template.jinja", "UTF-8")),
     "generation config garbage": (text("generation_config.json", "nope"), ("generation_config.json", "not JSON")),

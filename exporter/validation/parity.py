@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,8 +89,7 @@ def verify_parity(
 ) -> Validation:
     """Compare all precisions of a bundle with the reference.
 
-    Quantized models cannot be held to a bound. If fp32 is not among the recipes, it is exported and verified only for
-    this purpose.
+    No bound applies to quantized models. If fp32 is not among the recipes, it is exported only to be verified.
 
     Args:
         folder: folder of the exported models. A temporary folder `check` is created beside it.
@@ -123,17 +123,18 @@ def verify_parity(
         parities[ROTATED] = compare(expected, _rotated_reference(truncated, checkpoint))
         check_parity(ROTATED, parities[ROTATED], exact=True)
     compared = (*auxiliary, *recipes)
+
+    def update(number: int, name: str, fraction: float) -> None:
+        done = (number + fraction) / len(compared)
+        progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
+
     for number, recipe in enumerate(compared):
-
-        def on_score(fraction: float, name: str = recipe.name, number: int = number) -> None:
-            progress("validating", _after_reference((number + 0.2 + 0.8 * fraction) / len(compared)), name)
-
-        progress("validating", _after_reference(number / len(compared)), recipe.name)
+        update(number, recipe.name, 0.0)
         session = writer.open(check if recipe in temporary else folder, model_shape(truncated), recipe)
         parities[recipe.name] = _compare_session(expected, session, writer)
         check_parity(recipe.name, parities[recipe.name], exact=recipe.lossless)
         if recipe in recipes:
-            qualities[recipe.name] = score(expected, session, on_score)
+            qualities[recipe.name] = score(expected, session, partial(update, number, recipe.name))
         del session  # only one model in memory at a time
         if recipe in temporary:
             for file in writer.files(check, recipe):
@@ -182,11 +183,6 @@ def check_parity(name: str, parity: Parity, *, exact: bool) -> None:
             f"{name}: hidden states differ from PyTorch by up to {hidden.max:.2g} of their norm and {hidden.mean:.2g} "
             f"on average; the bounds are {MAX_BOUND:g} and {MEAN_BOUND:g}. Nothing was written"
         )
-
-
-def _after_reference(fraction: float) -> float:
-    """Return the completed fraction of the validation after the reference and a fraction of the rest."""
-    return _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * fraction
 
 
 def _layers_within(config: ModelConfig, memory: float) -> int:

@@ -1,10 +1,11 @@
-"""The interface of emitters, which write the graph nodes that use a weight in some format."""
+"""The base class of emitters, which write the graph nodes that use a weight in some format."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 from torch import Tensor
@@ -30,15 +31,16 @@ class EmitContext:
     load: Callable[[str, Any], Any]
 
 
-class Emitter(Protocol):
+class Emitter(ABC):
     """Creates nodes that are not in the graph yet; the results are the outputs of the last ones.
 
     Attributes:
         can_split: whether `linear` supports more than one split.
     """
 
-    can_split: ClassVar[bool]
+    can_split: ClassVar[bool] = True
 
+    @abstractmethod
     def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
         """Multiply `x [B, S, K]` by the transpose of `weight [N, K]`.
 
@@ -49,8 +51,9 @@ class Emitter(Protocol):
             num_splits: number of equal splits of the weight's rows. Each split yields a result of its own.
         """
 
-    def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> list[ir.Node] | None:
-        """Gather rows `ids [B, S]` of `weight [V, K]`; None if the format requires a float32 embedding."""
+    def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> list[ir.Node] | None:  # noqa: ARG002
+        """Gather rows `ids [B, S]` of `weight [V, K]`; None keeps the Gather node of the trace and a float32 weight."""
+        return None
 
 
 def split_suffix(index: int, num_splits: int) -> str:

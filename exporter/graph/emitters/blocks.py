@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from llm_edge.exporter.graph.editor import Array, Editor, name_of, shape_of
-from llm_edge.exporter.graph.emitters.base import split_suffix
+from llm_edge.exporter.graph.emitters.base import Emitter, split_suffix
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks
 
 _INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are quantized to 8 bits, block by block
 
 
-class BlockEmitter:
+class BlockEmitter(Emitter):
     """Base of both emitters.
 
     Args:
@@ -26,18 +25,10 @@ class BlockEmitter:
         load: returns a quantized weight by initializer name.
     """
 
-    can_split: ClassVar[bool] = True
-
     def __init__(self, editor: Editor, layout: BlockLayout, load: Callable[[str], QuantizedBlocks]) -> None:
         self._editor = editor
         self._layout = layout
         self._load = load
-
-    def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
-        raise NotImplementedError
-
-    def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> list[ir.Node] | None:
-        raise NotImplementedError
 
 
 class FusedBlocks(BlockEmitter):

@@ -10,10 +10,11 @@ import onnx_ir as ir
 from torch import Tensor
 
 from llm_edge.exporter.graph.editor import Editor, name_of, shape_of
+from llm_edge.exporter.graph.emitters.base import Emitter
 from llm_edge.exporter.module_names import EMBEDDING
 
 
-class DenseEmitter:
+class DenseEmitter(Emitter):
     """MatMul with the transposed weight, or Gemm with a tied embedding, which is stored once."""
 
     can_split: ClassVar[bool] = False
@@ -35,9 +36,6 @@ class DenseEmitter:
             lambda: np.ascontiguousarray(self._weights[name].float().numpy().T),
         )
         return [self._editor.node("MatMul", [x, transposed], f"{path}/MatMul")]
-
-    def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> None:
-        """Return None: the Gather node of the trace is kept."""
 
     def _tied_head(self, x: ir.Value, weight: ir.Value, path: str) -> list[ir.Node]:
         """Multiply by the transpose of the embedding [V, hidden] without storing a transposed copy."""

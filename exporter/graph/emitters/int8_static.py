@@ -6,13 +6,12 @@ The computation is that of `QuantizedInt8.apply`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from llm_edge.exporter.graph.editor import Array, Editor, name_of, shape_of
-from llm_edge.exporter.graph.emitters.base import split_suffix
+from llm_edge.exporter.graph.emitters.base import Emitter, split_suffix
 from llm_edge.exporter.quantization.hadamard import hadamard_matrix
 from llm_edge.exporter.quantization.int8_static import EPSILON, QuantizedInt8
 
@@ -105,7 +104,7 @@ class _Projection:
         return self.editor.initializer(f"{name}.{label}", dtype, shape, lambda: get(self._load(name)))
 
 
-class Int8Emitter:
+class Int8Emitter(Emitter):
     """Base of both emitters.
 
     Args:
@@ -115,19 +114,11 @@ class Int8Emitter:
         load: returns a quantized weight by initializer name.
     """
 
-    can_split: ClassVar[bool] = True
-
     def __init__(self, editor: Editor, hadamard_block: int, activation_bits: int, load: _Load) -> None:
         self._editor = editor
         self._hadamard_block = hadamard_block
         self._activation_bits = activation_bits
         self._load = load
-
-    def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
-        raise NotImplementedError
-
-    def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> None:
-        """Return None: the embedding stays float32."""
 
 
 class FusedInt8(Int8Emitter):

@@ -7,33 +7,33 @@ its contribution is the sum of the inputs in each block times the offsets, a sma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llm_edge.exporter.graph.editor import Editor, name_of, shape_of
-from llm_edge.exporter.graph.emitters.base import EmitContext, split_suffix
+from llm_edge.exporter.graph.editor import name_of, shape_of
+from llm_edge.exporter.graph.emitters.base import EmitContext, Emitter, split_suffix
 from llm_edge.exporter.graph.emitters.blocks import BlockEmitter, FusedBlocks, PortableBlocks
-from llm_edge.exporter.quantization.blocks import BlockLayout
-from llm_edge.exporter.quantization.original_blocks import BlocksWithOffsets
+from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks
 from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind
 
+Offsets = npt.NDArray[np.float32]
 
-class OriginalBlocksEmitter:
+
+class OriginalBlocksEmitter(Emitter):
     """Blocks of 32 weights, with offsets if the source has them.
 
     Args:
         context: the graph to write.
         kind: bits of the blocks, and whether they have offsets.
-        load: returns a weight by initializer name.
+        load: returns blocks and offsets, float32 [K / 32, N], by initializer name.
     """
 
-    can_split: ClassVar[bool] = True
-
-    def __init__(self, context: EmitContext, kind: BlockKind, load: Callable[[str], BlocksWithOffsets]) -> None:
-        self._editor: Editor = context.editor
+    def __init__(
+        self, context: EmitContext, kind: BlockKind, load: Callable[[str], tuple[QuantizedBlocks, Offsets | None]]
+    ) -> None:
+        self._editor = context.editor
         self._fused = context.fused
         self._kind = kind
         self._load = load
@@ -76,7 +76,7 @@ class OriginalBlocksEmitter:
     def _block_emitter(self, bits: int) -> BlockEmitter:
         emitter = FusedBlocks if self._fused else PortableBlocks
         layout = BlockLayout(bits, SOURCE_BLOCK, symmetric=True)
-        return emitter(self._editor, layout, lambda name: self._load(name).blocks)
+        return emitter(self._editor, layout, lambda name: self._load(name)[0])
 
     def _node(self, kind: str, inputs: list[ir.Value | None], name: str) -> ir.Node:
         return self._editor.node(kind, inputs, name)
@@ -90,8 +90,8 @@ class OriginalBlocksEmitter:
         rows, width = shape_of(weight)
         rows //= num_splits
 
-        def values() -> npt.NDArray[np.float32]:
-            offsets = self._load(name).offsets
+        def values() -> Offsets:
+            _, offsets = self._load(name)
             assert offsets is not None
             return np.ascontiguousarray(offsets[:, index * rows : (index + 1) * rows])
 

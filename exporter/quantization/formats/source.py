@@ -9,10 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from llm_edge.exporter.graph.emitters.base import EmitContext, Emitter
-from llm_edge.exporter.graph.emitters.original_blocks import OriginalBlocksEmitter
+from llm_edge.exporter.graph.emitters.original_blocks import Offsets, OriginalBlocksEmitter
+from llm_edge.exporter.quantization.blocks import QuantizedBlocks
 from llm_edge.exporter.quantization.formats.base import WeightFormat
-from llm_edge.exporter.quantization.original_blocks import BlocksWithOffsets, read_original
 from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind
+from llm_edge.model.weights import Weights
+from llm_edge.runtime.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,18 @@ class OriginalBlocks(WeightFormat):
     def __str__(self) -> str:
         return f"int{self.bits} blocks of {SOURCE_BLOCK}{', offsets' if self.offsets else ''}"
 
-    def quantize(self, weights: Mapping[str, Tensor], name: str) -> BlocksWithOffsets:
-        return read_original(weights, name)
+    def quantize(self, weights: Mapping[str, Tensor], name: str) -> tuple[QuantizedBlocks, Offsets | None]:
+        """Read the blocks and their offsets, float32 [K / 32, N]."""
+        assert isinstance(weights, Weights)
+        source = weights.blocks(name)
+        for values in (source.scales, source.offsets):
+            if values is not None and not values.isfinite().all():
+                raise CheckpointError(f"{name}: a scale is NaN or infinity: the checkpoint is damaged")
+        levels = source.levels.numpy()
+        if self.bits == 4:
+            levels = levels[:, ::2] | levels[:, 1::2] << 4
+        blocks = QuantizedBlocks(levels.reshape(*source.scales.shape, -1), source.scales.numpy(), None, self.bits)
+        return blocks, None if source.offsets is None else source.offsets.numpy().T
 
     def emitter(self, context: EmitContext) -> Emitter:
         kind = BlockKind(self.bits, self.offsets)
