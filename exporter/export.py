@@ -45,7 +45,8 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         MachineError: disk or memory is full; nothing was written.
     """
     options = options or ExportOptions()
-    recipes = parse_precisions(options.precision or _DEFAULT_PRECISIONS[options.file_format])
+    default = _DEFAULT_PRECISIONS[options.file_format]
+    recipes = parse_precisions(default if options.precision is None else options.precision)
     target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
     if target.name in ("", ".."):
         target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
@@ -66,16 +67,15 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
             memory = options.validation_memory * 1e9
             validation = verify_parity(models, checkpoint, recipes, writer, texts, memory, progress)
         progress("writing", 0.0, "tokenizer and configs")
-        style = writer.style if isinstance(writer, OnnxWriter) else None
-        write_side_files(folder, checkpoint, recipes, style is GraphStyle.FUSED, style is not None)
+        write_side_files(folder, checkpoint, recipes, writer.style)
         report = Report(
             path=target,
             source=checkpoint.source,
             parameters=count_parameters(checkpoint.config),
-            style=style,
+            style=writer.style,
             precisions=tuple(
-                PrecisionReport(recipe, sum(path.stat().st_size for path in files), formats.get(recipe.name, {}))
-                for recipe, files in ((recipe, writer.files(models, recipe)) for recipe in recipes)
+                PrecisionReport(recipe, _total_size(writer.files(models, recipe)), formats.get(recipe.name, {}))
+                for recipe in recipes
             ),
             layers=checkpoint.config.num_hidden_layers,
             validation=validation,
@@ -83,6 +83,10 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         write_manifest(folder, checkpoint, report, writer, progress)
     progress("writing", 1.0, str(target))
     return report
+
+
+def _total_size(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
 
 
 def _check_file_format(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:

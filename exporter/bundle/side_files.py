@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import Recipe
 
 _GENAI_MAX_LENGTH = 4096  # genai may allocate a cache of this many tokens in advance
@@ -24,18 +25,20 @@ _TRANSFORMERS_JS_DTYPES = {
 
 
 def write_side_files(
-    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], share_buffer: bool, onnx: bool = True
+    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], style: GraphStyle | None
 ) -> None:
-    """Write all files of a bundle except models and manifest; with `onnx`, also files that describe ONNX graphs."""
+    """Write all files of a bundle except models and manifest; `style` is None if it has no ONNX graphs."""
     tokenizer = checkpoint.tokenizer
     config = hf_config(checkpoint)
-    if onnx:
+    if style is not None:
         stems = [recipe.stem for recipe in (preferred(recipes), *recipes) if recipe.stem in _TRANSFORMERS_JS_DTYPES]
         config["transformers.js_config"] = {
             **({"dtype": _TRANSFORMERS_JS_DTYPES[stems[0]]} if stems else {}),
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
         }
-        write_json(folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), share_buffer))
+        write_json(
+            folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), style is GraphStyle.FUSED)
+        )
     tokenizer_config = {**tokenizer.tokenizer_config, "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.chat_template is not None:
         tokenizer_config["chat_template"] = tokenizer.chat_template

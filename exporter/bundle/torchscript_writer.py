@@ -98,6 +98,7 @@ class TorchScriptWriter:
     """
 
     name = TORCHSCRIPT
+    style = None
     hidden_size = None
 
     def __init__(self, recipes: tuple[Recipe, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.recipes import Recipe
@@ -22,6 +23,10 @@ class BundleWriter(Protocol):
     @property
     def name(self) -> str:
         """Name of the format in the manifest, and of the folder in the bundle."""
+
+    @property
+    def style(self) -> GraphStyle | None:
+        """Style of the graphs; None for TorchScript."""
 
     @property
     def hidden_size(self) -> int | None:

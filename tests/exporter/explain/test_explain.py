@@ -283,7 +283,7 @@ def test_pictures_of_a_bundle(suffix: str, exported: tuple[Path, Path, str], tmp
 
 def test_a_picture_where_nothing_was_rounded(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
     assert llm_export(exported[0], "--plot", tmp_path / "p.svg", "--precision", "fp32")[0] == 0
-    assert "No error was measured" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert "No errors were measured" in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
 
 # ---- what is refused

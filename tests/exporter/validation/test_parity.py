@@ -100,7 +100,7 @@ def test_the_command_says_what_was_not_compared(
         export_cli.main()
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert "first 2 of 3 layers, with embedding and head, and not the others" in printed
+    assert "Compared only the first 2 of 3 layers, with embedding and head." in printed
     assert "about 3 GB: --validation-memory" in printed
 
 
