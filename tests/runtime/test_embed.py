@@ -302,7 +302,7 @@ def test_torchscript_offers_none(
     options = ("--format", "torchscript", "--hidden-states", "--progress", "none")
     code, _, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", *options)
     assert (code, errors.count("\n")) == (2, 1)
-    assert "--hidden-states is about ONNX" in errors
+    assert "--hidden-states applies to ONNX" in errors
 
 
 def test_a_bundle_without_hidden_states(plain_bundle: Path) -> None:
