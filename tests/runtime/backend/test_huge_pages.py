@@ -48,7 +48,7 @@ def test_memory_is_gathered_and_keeps_its_content() -> None:
         pytest.skip("large pages are switched off on this machine")
     array = np.arange(16 * PAGE // 8)
     expected = array.sum()
-    gathered = huge_pages.gather()
+    gathered = huge_pages.collapse_pages()
     if not gathered:
         pytest.skip("this kernel gathers nothing (older than 6.1, or out of large pages)")
     total = re.search(r"AnonHugePages: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text())

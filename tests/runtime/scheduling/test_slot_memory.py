@@ -78,7 +78,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches keep their rows as they do on a GPU."""
     monkeypatch.setattr(batch_module, "_RESERVED", 0)
     monkeypatch.setattr(batch_module, "_FEWEST", 32)
-    monkeypatch.setattr(batch_module, "HostRows", DeviceSlots)
+    monkeypatch.setattr(batch_module, "HostSlots", DeviceSlots)
 
 
 def test_a_batch_computes_the_same_over_both(session: Session, on_device: None) -> None:
@@ -120,7 +120,7 @@ def test_an_engine_answers_the_same_over_both(tiny_bundle: Path, on_device: None
         assert engine.generate(prompts[1], params).result().text == found[1]
     assert found[:4] == found[4:]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_module, "HostRows", HostSlots)
+        patch.setattr(batch_module, "HostSlots", HostSlots)
         with Engine.load(tiny_bundle, "fp32", 1, active=3, kept=2) as engine:
             assert isinstance(engine._batch._memory, HostSlots)
             assert answers(engine) == found

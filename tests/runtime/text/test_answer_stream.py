@@ -15,7 +15,7 @@ from fakes import FakeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reasoning_bundle import bundle_with
-from test_chat import TEMPLATES
+from test_chat_template import TEMPLATES
 from test_tokenizer import BACKENDS, SPECIALS
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
