@@ -70,7 +70,7 @@ class ExportOptions:
     rope_theta: Annotated[float | None, Option(help="For a bare state dict: base of the rotary embedding.")] = None
     norm_eps: Annotated[float | None, Option(help="For a bare state dict: epsilon of the norms.")] = None
     max_seq_len: Annotated[
-        int | None, Option(help="Maximum context length in tokens. For other sources: shorten the context to this.")
+        int | None, Option(help="Maximum context length in tokens. Any source: shorten the context to this length.")
     ] = None
     validate: Annotated[
         bool, Option("--validate/--no-validate", help="Verify parity with PyTorch and measure quality.")
@@ -78,7 +78,7 @@ class ExportOptions:
     validation_memory: Annotated[
         float,
         Option(
-            min=1.0, help="Memory limit of validation in GB. Of a model that needs more, the first layers are compared."
+            min=1.0, help="Memory limit of validation in GB. If a model needs more, only its first layers are compared."
         ),
     ] = 4.5
     force: Annotated[bool, Option("--force", help="Replace an existing bundle at the output folder.")] = False
