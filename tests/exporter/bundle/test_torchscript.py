@@ -391,7 +391,7 @@ main()
     ("arguments", "message"),
     [
         (("--precision", "int4,fp32"), "--format torchscript supports fp32 only, not int4"),
-        (("--graph", "portable"), "--graph is about ONNX"),
+        (("--graph", "portable"), "--graph applies to ONNX only"),
     ],
 )
 def test_what_torchscript_cannot_be_asked_for(
