@@ -30,6 +30,7 @@ from llm_edge.exporter.bundle import torchscript_writer
 from llm_edge.exporter.bundle.torchscript_writer import write_torchscript
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions, FileFormat
+from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.results import Report
 from llm_edge.model.config import Activation
 from llm_edge.model.decoder import count_parameters, rotary_tables
@@ -251,8 +252,8 @@ def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shorten_texts(monkeypatch, 200)
 
 
-def exported(source: Path, target: Path, precision: str = "fp32", **options: Any) -> Report:
-    return export(str(source), ExportOptions(target, FileFormat.TORCHSCRIPT, precision, **options))
+def exported(source: Path, target: Path, progress: Progress = silent, **options: Any) -> Report:
+    return export(str(source), ExportOptions(target, FileFormat.TORCHSCRIPT, **options), progress)
 
 
 @pytest.fixture(scope="module")
@@ -328,15 +329,14 @@ def test_other_ends_of_an_export(written: dict[str, Written], bundle: Path, tmp_
     source = source_of(written["smollm3"])
     target = tmp_path / "made"
     stages: list[str] = []
-    report = exported(source, target, validation_memory=1.0, progress=lambda stage, *_: stages.append(stage))
+    report = exported(source, target, lambda stage, *_: stages.append(stage), validation_memory=1e-9)
     assert report.validation is not None
     assert (report.validation.layers, report.layers, report.style) == (1, 3, None)
-    assert report.precisions[0].parity is not None
     assert [*dict.fromkeys(stages)] == ["reading", "tracing", "quantizing", "validating", "writing"]
     with pytest.raises(LlmEdgeError, match="exists"):
         exported(source, target)
     report = exported(source, target, validate=False, force=True)
-    assert report.precisions[0].parity is None
+    assert report.validation is None
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert (target / MODEL).read_bytes() == (bundle / MODEL).read_bytes()
 
