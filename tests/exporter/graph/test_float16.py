@@ -168,7 +168,7 @@ def test_a_weight_that_float16_cannot_hold(tmp_path: Path) -> None:
     source = families.save(made, tmp_path / "source")
     with pytest.raises(CheckpointError) as caught:
         exported(source, tmp_path / "bundle", GraphChoice.FUSED)
-    for words in ("layers.1.mlp.down.weight", "65504", "1e+05", "leave fp16 out of --precision"):
+    for words in ("layers.1.mlp.down.weight", "65504", "1e+05", "remove fp16 from --precision"):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
