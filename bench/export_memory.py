@@ -1,7 +1,7 @@
-"""Peak memory and time of exports by size of the model: `python -m llm_edge.bench.export_memory FOLDER [SIZE …]`.
+"""Measures peak memory and time of exports: `python -m llm_edge.bench.export_memory FOLDER [SIZE …]`.
 
-Makes random sharded bfloat16 checkpoints of LLaMA's shapes (a 7B takes 14 GB of disk, its bundle 5), exports each to
-int4 in a process of its own, and prints one line a size. A checkpoint that is already there is taken as it is.
+Creates random sharded bfloat16 checkpoints with the shapes of LLaMA (a 7B takes 14 GB of disk, its bundle 5 GB),
+exports each to int4 in a separate process, and prints one line per size. Existing checkpoints are reused.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ _SHARD_BYTES = 2 << 30
 
 
 def make_checkpoint(folder: Path, size: str) -> Path:
-    """Write a random checkpoint of a size, one shard in memory at a time."""
+    """Write a random checkpoint of a size with one shard in memory at a time."""
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     hidden, inner, layers, heads, kv_heads = SIZES[size]
     target = folder / size
@@ -50,26 +49,33 @@ def make_checkpoint(folder: Path, size: str) -> Path:
     generator = torch.Generator().manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     index: dict[str, str] = {}
-    held = count = 0
+    shard_bytes = count = 0
 
     def write() -> None:
-        nonlocal held, count
+        nonlocal shard_bytes, count
         count += 1
         name = f"model-{count:05}.safetensors"
         save_file(shard, target / name)
         index.update(dict.fromkeys(shard, name))
         shard.clear()
-        held = 0
+        shard_bytes = 0
 
     for name, shape in shapes.items():
         shard[name] = torch.randn(shape, generator=generator, dtype=torch.bfloat16) * shape[1] ** -0.5
-        held += shard[name].nbytes
-        if held >= _SHARD_BYTES:
+        shard_bytes += shard[name].nbytes
+        if shard_bytes >= _SHARD_BYTES:
             write()
     norms = ["model.norm", *(f"model.layers.{i}.{n}_layernorm" for i in range(layers) for n in _NORMS)]
     shard.update({f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms})
     write()
     (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    _write_config(target, size)
+    _write_tokenizer(target / "tokenizer.json")
+    return target
+
+
+def _write_config(folder: Path, size: str) -> None:
+    hidden, inner, layers, heads, kv_heads = SIZES[size]
     config = {
         "model_type": "llama",
         "vocab_size": _VOCAB,
@@ -83,23 +89,28 @@ def make_checkpoint(folder: Path, size: str) -> Path:
         "rope_theta": 10_000.0,
         "tie_word_embeddings": False,
     }
-    (target / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _write_tokenizer(path: Path) -> None:
+    """Write a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = {char: number for number, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(target / "tokenizer.json"))
-    return target
+    tokenizer.save(str(path))
 
 
 _NORMS = ("input", "post_attention")
 
 
 def measure(checkpoint: Path, output: Path) -> tuple[float, float, str]:
-    """Peak memory in bytes and seconds of an export to int4, and what it printed."""
+    """Export a checkpoint to int4; return peak memory in bytes, seconds, and the printed report."""
     program = "from llm_edge.exporter.cli import main; main()"
     arguments = [str(checkpoint), "-o", str(output), "--precision", "int4", "--force"]
-    began = time.monotonic()
+    started = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         printed = process.stdout.read()
@@ -107,11 +118,11 @@ def measure(checkpoint: Path, output: Path) -> tuple[float, float, str]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return usage.ru_maxrss * 1024, time.monotonic() - began, printed
+    return usage.ru_maxrss * 1024, time.monotonic() - started, printed
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the benchmark."""
     folder, *sizes = sys.argv[1:]
     for size in sizes or SIZES:
         checkpoint = make_checkpoint(Path(folder), size)

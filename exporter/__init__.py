@@ -1,1 +1,1 @@
-"""The exporter: a PyTorch checkpoint in, a validated bundle folder out."""
+"""Exports PyTorch checkpoints to validated bundles."""

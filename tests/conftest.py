@@ -16,8 +16,7 @@ from filelock import FileLock
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
 from llm_edge.exporter import cli
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.runtime.engine import Engine
 
 if TYPE_CHECKING:
@@ -40,14 +39,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_checkpoint` exported to all precisions; not to be written to."""
     source = str(tiny_checkpoint)
-    return _once(tmp_path_factory, "fused", lambda folder: _export(source, folder / "tiny", GraphStyle.FUSED))
+    return _once(tmp_path_factory, "fused", lambda folder: _export(source, folder / "tiny", GraphChoice.FUSED))
 
 
 @pytest.fixture(scope="session")
 def tiny_portable_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_checkpoint` exported with standard operators only; not to be written to."""
     source = str(tiny_checkpoint)
-    return _once(tmp_path_factory, "portable", lambda folder: _export(source, folder / "tiny", GraphStyle.PORTABLE))
+    return _once(tmp_path_factory, "portable", lambda folder: _export(source, folder / "tiny", GraphChoice.PORTABLE))
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +61,7 @@ def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory)
     assert smollm2_file.is_file()
 
     def make(folder: Path) -> Path:
-        return _export("smollm2", folder / "smollm2-135m", GraphStyle.FUSED, "fp32")
+        return _export("smollm2", folder / "smollm2-135m", GraphChoice.FUSED, "fp32")
 
     return _once(tmp_path_factory, "smollm2", make)
 
@@ -117,7 +116,6 @@ def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Pat
     return next(folder.iterdir())
 
 
-def _export(source: str, output: Path, style: GraphStyle, precisions: str = "fp32,int8,int4") -> Path:
-    recipes = parse_precisions(precisions)
-    export(source, output, recipes, style, validate=True, force=False, progress=lambda *_: None)
+def _export(source: str, output: Path, graph: GraphChoice, precisions: str = "fp32,int8,int4") -> Path:
+    export(source, ExportOptions(output, precision=precisions, graph=graph))
     return output

@@ -29,7 +29,8 @@ from llm_edge.bench import cli as bench_cli
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.exporter import cli as export_cli
 from llm_edge.exporter import export as export_module
-from llm_edge.exporter.graph import write as graphs_module
+from llm_edge.exporter.bundle import manifest as manifest_module
+from llm_edge.exporter.bundle import onnx_writer as graphs_module
 from llm_edge.exporter.graph.trace import trace
 from llm_edge.exporter.progress import STAGES
 from llm_edge.exporter.quantization.recipes import RECIPES
@@ -248,7 +249,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "tokenizer not text": (text("tokenizer.json", b"\x80garbage"), ("tokenizer.json", "UTF-8")),
     "tokenizer without a model": (text("tokenizer.json", "{}"), ("tokenizer.json",)),
     "tokenizer cut": (cut("tokenizer.json", lambda size: size // 2), ("tokenizer.json",)),
-    "tokenizer of another model": (many_tokens, ("331", "tokenizer and weights do not belong together")),
+    "tokenizer of another model": (many_tokens, ("331", "use the tokenizer that belongs to the weights")),
     "tokenizer config garbage": (text("tokenizer_config.json", "{]"), ("tokenizer_config.json", "not JSON")),
     "chat template not text": (text("chat_template.jinja", b"\xff"), ("chat_template.jinja", "UTF-8")),
     "generation config garbage": (text("generation_config.json", "nope"), ("generation_config.json", "not JSON")),
@@ -394,7 +395,7 @@ def files_in_the_way(target: Path) -> None:
 OUTPUTS: dict[str, tuple[Change, tuple[str, ...], tuple[str, ...]]] = {
     "a bundle": (bundle_in_the_way, (), ("exists", "--force")),
     "other files": (files_in_the_way, (), ("exists",)),
-    "other files, by force": (files_in_the_way, ("--force",), ("thesis.tex", "no part of a bundle")),
+    "other files, by force": (files_in_the_way, ("--force",), ("thesis.tex", "not part of a bundle")),
     "an empty folder": (Path.mkdir, (), ("exists",)),
     "a file": (Path.touch, (), ("not a folder",)),
     "a file, by force": (Path.touch, ("--force",), ("not a folder",)),
@@ -471,7 +472,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        ("200k", ("the bundle needs about", "make room")),  # known before the work begins
+        ("200k", ("the bundle needs about", "free disk space")),  # known before the work begins
         ("556k", ("cannot write the bundle", "full")),  # the graph's constants come on top of the weights
     ],
 )
@@ -551,7 +552,7 @@ def test_a_machine_that_fails_part_way_leaves_nothing_and_takes_nothing(
     elif step == "side files":
         monkeypatch.setattr(export_module, "write_side_files", fail)
     elif step == "manifest":
-        monkeypatch.setattr(export_module, "write_json", fail)
+        monkeypatch.setattr(manifest_module, "write_json", fail)
     else:
         monkeypatch.setattr(os, "fsync", fail)
     shutil.copytree(tiny_bundle, tmp_path / "old")

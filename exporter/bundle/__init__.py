@@ -1,1 +1,1 @@
-"""Writing the bundle folder."""
+"""Writing of bundle folders."""

@@ -1,4 +1,4 @@
-"""The files beside the graphs, as Hugging Face's libraries, transformers.js and onnxruntime-genai expect them."""
+"""Writes the configuration and tokenizer files of a bundle for transformers, transformers.js and onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import Recipe
 
-_GENAI_MAX_LENGTH = 4096  # genai may allocate the cache for this many tokens up front
+_GENAI_MAX_LENGTH = 4096  # genai may allocate a cache of this many tokens in advance
 
-# What transformers.js calls the graphs; it has no name for the others. Told nothing, it looks for model.onnx, which a
-# bundle without fp32 lacks.
+# Names that transformers.js has for graphs; it does not support others. Without a dtype it looks for model.onnx, which
+# only bundles with fp32 have.
 _TRANSFORMERS_JS_DTYPES = {
     "model": "fp32",
     "model_fp16": "fp16",
@@ -24,18 +25,20 @@ _TRANSFORMERS_JS_DTYPES = {
 
 
 def write_side_files(
-    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], share_buffer: bool, onnx: bool = True
+    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], style: GraphStyle | None
 ) -> None:
-    """Write everything of a bundle but graphs and manifest; without ONNX, nothing that tells of its graphs."""
+    """Write all files of a bundle except models and manifest; `style` is None if it has no ONNX graphs."""
     tokenizer = checkpoint.tokenizer
     config = hf_config(checkpoint)
-    if onnx:
+    if style is not None:
         stems = [recipe.stem for recipe in (preferred(recipes), *recipes) if recipe.stem in _TRANSFORMERS_JS_DTYPES]
         config["transformers.js_config"] = {
             **({"dtype": _TRANSFORMERS_JS_DTYPES[stems[0]]} if stems else {}),
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
         }
-        write_json(folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), share_buffer))
+        write_json(
+            folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), style is GraphStyle.FUSED)
+        )
     tokenizer_config = {**tokenizer.tokenizer_config, "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.chat_template is not None:
         tokenizer_config["chat_template"] = tokenizer.chat_template
@@ -48,13 +51,13 @@ def write_side_files(
 
 
 def runtimes(recipe: Recipe) -> list[str]:
-    """Other people's runtimes that take a precision; `make compat` is the proof."""
-    named = recipe.stem in _TRANSFORMERS_JS_DTYPES
-    return ["onnxruntime-genai", "optimum", *(["transformers.js"] if named else [])]
+    """Return the third-party runtimes that support a precision, as verified by `make compat`."""
+    supported = recipe.stem in _TRANSFORMERS_JS_DTYPES
+    return ["onnxruntime-genai", "optimum", *(["transformers.js"] if supported else [])]
 
 
 def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's `config.json` for transformers; token ids that are not known are null, lest a default stand in."""
+    """Return `config.json` for transformers; unknown token ids are null, so that no default applies."""
     return {
         **checkpoint.hf_config,
         **{key: checkpoint.generation.get(key) for key in _ID_KEYS},
@@ -63,12 +66,12 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
-    """The precision that consumers get who take one graph only: int8 where it is there, else the first."""
+    """Return the precision for runtimes that load a single graph: int8 if the bundle has it, else the first."""
     return next((recipe for recipe in recipes if recipe.name == "int8"), recipes[0])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented UTF-8 JSON that ends with a line feed."""
+    """Write indented UTF-8 JSON with a trailing newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -76,7 +79,7 @@ _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _genai_config(checkpoint: Checkpoint, recipe: Recipe, share_buffer: bool) -> dict[str, Any]:
-    """onnxruntime-genai's own configuration; it rejects keys that it does not know."""
+    """Return the configuration of onnxruntime-genai, which rejects unknown keys."""
     config, generation = checkpoint.config, checkpoint.generation
     eos = generation.get("eos_token_id", [])
     first_eos = eos[0] if isinstance(eos, list) and eos else eos

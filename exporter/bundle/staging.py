@@ -1,7 +1,4 @@
-"""Where a bundle is made: a temporary folder beside its place, which takes that place whole or not at all.
-
-Knows nothing of what a bundle holds beyond its manifest.
-"""
+"""Writes a bundle atomically: in a temporary sibling folder that replaces the target when it is complete."""
 
 from __future__ import annotations
 
@@ -17,31 +14,31 @@ from pathlib import Path
 from llm_edge.runtime.bundle import MANIFEST
 from llm_edge.runtime.errors import InputError, MachineError
 
-_NO_MEMORY = "DefaultCPUAllocator"  # in torch's RuntimeError
+_OUT_OF_MEMORY = "DefaultCPUAllocator"  # part of torch's RuntimeError
 _INPUT_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Refuse a place that is taken; `force` allows a bundle there, and nothing else.
+    """Check that the target can be created, or with `force`, that it is a bundle that can be replaced.
 
     Raises:
-        InputError: it is taken.
+        InputError: it cannot.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} exists and is not a folder: choose another one with -o")
     if not target.exists() or (force and not any(target.iterdir())):
         return
-    strange = _strange(target)
-    if strange is not None:
+    foreign = _foreign_file(target)
+    if foreign is not None:
         raise InputError(
-            f"{target} exists and holds {strange}, which is no part of a bundle: choose another folder with -o"
+            f"{target} exists and contains {foreign}, which is not part of a bundle: choose another folder with -o"
         )
     if not force:
         raise InputError(f"{target} exists: choose another folder with -o, or replace it with --force")
 
 
-def _strange(folder: Path) -> str | None:
-    """Something in a folder that its manifest does not list; all of it where there is no manifest of ours."""
+def _foreign_file(folder: Path) -> str | None:
+    """Return a file or folder that the manifest in `folder` does not list; without a valid manifest, any of them."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         known = {MANIFEST, *manifest["files"]} if "precisions" in manifest and "format_version" in manifest else set()
@@ -57,11 +54,11 @@ def _strange(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def staging(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling folder that becomes the target when the block ends well, and vanishes when not.
+    """Yield a temporary sibling folder, which becomes the target on success and is removed on failure.
 
     Raises:
-        InputError: the target cannot be made there, or was made by somebody else meanwhile.
-        MachineError: disk or memory failed; nothing was left.
+        InputError: the target cannot be created there, or another process created it in the meantime.
+        MachineError: disk or memory is full, or writing failed.
     """
     folder = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -74,21 +71,23 @@ def staging(target: Path, force: bool) -> Iterator[Path]:
         _move(folder, target, force)
         _fsync(target.parent)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and _NO_MEMORY not in str(error):
+        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY not in str(error):
             raise
         raise MachineError(f"not enough memory to export to {target}") from error
     except OSError as error:
         where = error.filename if error.filename is not None and error.errno != errno.ENOSPC else target.parent
-        why = error.strerror or f"{error}; is the disk full?"  # a short write has a text alone
+        why = error.strerror or f"{error}; is the disk full?"  # a short write has no errno
         if error.errno in _INPUT_ERRORS:
-            raise InputError(f"{where}: no folder can be made there ({why}): choose another one with -o") from error
-        raise MachineError(f"{where}: cannot write the bundle ({why}); nothing was left") from error
+            raise InputError(f"{where}: cannot create a folder there ({why}): choose another one with -o") from error
+        raise MachineError(
+            f"{where}: cannot write the bundle ({why}): free disk space or choose another folder with -o"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(folder: Path, target: Path, force: bool) -> None:
-    """Give the folder its name; what is replaced stays until the new one is there."""
+    """Rename the folder to the target; an old bundle is removed after the new one is in place."""
     if force and target.exists():
         old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
         target.rename(old)
@@ -104,21 +103,22 @@ def _move(folder: Path, target: Path, force: bool) -> None:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InputError(
-                f"{target} was made by somebody else meanwhile: choose another one with -o, or replace it with --force"
+                f"{target} was created by another process: choose another folder with -o, or replace it with --force"
             ) from error
         raise
 
 
-def make_room(folder: Path, needed: int) -> None:
-    """Refuse before the work begins where the disk cannot hold so many bytes.
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Check that a number of bytes fits on the disk of a folder.
 
     Raises:
-        MachineError: it cannot.
+        MachineError: it does not.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
-            f"{folder.parent}: the bundle needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free: make room"
+            f"{folder.parent}: the bundle needs about {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free: "
+            "free disk space or choose another folder with -o"
         )
 
 

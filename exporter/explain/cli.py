@@ -1,4 +1,4 @@
-"""`llm-export --explain` and `--plot`: what the command prints and refuses. Knows nothing of how a bundle is made."""
+"""`llm-export --explain` and `--plot`: argument checks and tables."""
 
 from __future__ import annotations
 
@@ -11,150 +11,149 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llm_edge.exporter.explain.report import EMBEDDING, HEAD, Explained, Stored, explain
+from llm_edge.exporter.explain.report import PrecisionExplanation, StoredWeight, explain
+from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import InputError, ParameterError
 from llm_edge.runtime.safe_io import read_json
 
-PICTURES = (".png", ".svg", ".pdf")
-_WIDTH = 100  # columns that the tables take at most
-_SMALLEST = 100_000  # bytes of the largest projection that are still told in MB
-_ERROR = """\
-error: mean over calibration tokens of |y' - y|² / |y|²; y is a projection's output in fp32,
-       y' that of what is stored, for the same input."""
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+_MIN_WIDTH = 100  # columns of the tables
+_MIN_MEGABYTES = 100_000  # sizes are shown in MB if the largest projection has at least this many bytes
+_ERROR_LEGEND = """\
+error: mean over calibration tokens of |y' - y|² / |y|², where y is a projection's output in fp32
+       and y' its output with the stored weight, for the same input."""
 
 
 def is_bundle(source: str) -> bool:
-    """Whether this is a folder with a manifest of ours.
+    """Return whether a path is a folder with the manifest of a bundle.
 
     Raises:
-        BundleError: a manifest that cannot be read.
+        BundleError: the manifest cannot be read.
     """
     path = Path(source) / MANIFEST
     return path.is_file() and {"format_version", "precisions"} <= read_json(path).keys()
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a picture that could not be drawn, before any work.
+    """Check that a plot can be written to a file.
 
     Raises:
-        InputError: matplotlib is not there, or the file cannot be.
+        InputError: matplotlib is not installed, or the file cannot be written.
     """
-    if path.suffix.lower() not in PICTURES:
-        raise ParameterError(f"--plot {path}: pictures are {', '.join(PICTURES)}: name a file that ends so")
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ParameterError(f"--plot {path}: unsupported suffix: use {', '.join(PLOT_SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'llm-edge[plot]'")
+        raise InputError("--plot requires matplotlib: pip install 'llm-edge[plot]'")
     if path.is_dir():
-        raise ParameterError(f"--plot {path}: a folder lies there: name another file")
+        raise ParameterError(f"--plot {path}: is a folder: choose another file name")
     if not path.parent.is_dir():
-        raise ParameterError(f"--plot {path}: there is no folder {path.parent}: make it, or name another file")
+        raise ParameterError(f"--plot {path}: no folder {path.parent}: create it, or choose another file name")
     try:
         if path.exists():
             path.open("ab").close()
         else:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ParameterError(f"--plot {path}: cannot be written ({error.strerror}): name another file") from error
+        raise ParameterError(
+            f"--plot {path}: cannot be written ({error.strerror}): choose another file name"
+        ) from error
 
 
-def tell(path: Path, precisions: str | None, plot: Path | None, *, tables: bool, as_json: bool) -> None:
+def show(path: Path, precisions: str | None, plot: Path | None, *, tables: bool, as_json: bool) -> None:
     """Explain a bundle.
 
     Args:
-        path: its folder.
-        precisions: names with commas; None takes all.
-        plot: a picture to draw.
-        tables: to be printed.
-        as_json: one object a line in their place.
+        path: bundle folder.
+        precisions: comma-separated names; None selects all.
+        plot: file to plot to, or None.
+        tables: print tables.
+        as_json: print one JSON object per line instead of tables.
 
     Raises:
-        InputError: no such bundle or precision, or it does not say how it is made.
+        InputError: the bundle or a precision does not exist, or the manifest does not describe its weights.
     """
     names = None if precisions is None else [name.strip() for name in precisions.split(",") if name.strip()]
     if names == []:
-        raise ParameterError("--precision is empty: name some of the bundle's, or leave it out for all")
+        raise ParameterError("--precision is empty: name precisions of the bundle, or omit it for all of them")
     bundle = Bundle.open(path)
-    found = explain(bundle, names)
+    explanations = explain(bundle, names)
     if tables:
-        for one in found:
+        for explanation in explanations:
             if as_json:
-                print(json.dumps({"stage": "explain", **asdict(one)}), flush=True)
+                print(json.dumps({"stage": "explain", **asdict(explanation)}), flush=True)
             else:
-                _print(one)
+                _print_precision(explanation)
         if not as_json:
-            _print_legend(found)
+            _print_legend(explanations)
     if plot is not None:
         from llm_edge.exporter.explain.plot import draw
 
-        draw(found, bundle.name, plot)
+        draw(explanations, bundle.name, plot)
         print(json.dumps({"stage": "plot", "path": str(plot)}) if as_json else f"Plot: {plot}", flush=True)
 
 
-def short(form: str) -> str:
-    """A format in a few letters, `int4-128z` of `int4 blocks of 128, zero points`; one that is not known as it is."""
-    blocks = re.fullmatch(r"int(\d+) blocks of (\d+)(?:, (zero points|offsets))?", form)
-    if blocks is not None:
-        return f"int{blocks[1]}-{blocks[2]}{blocks[3][0] if blocks[3] else ''}"
-    integer = re.fullmatch(r"int(\d+) channels x (\d+)-bit activations(?:, spread over (\d+))?", form)
-    if integer is not None:
-        return f"int{integer[1]}x{integer[2]}{'/' + integer[3] if integer[3] else ''}"
-    return form
-
-
-def _print(explained: Explained) -> None:
-    """A table of the layers, and one of what the whole is made of."""
+def _print_precision(explanation: PrecisionExplanation) -> None:
+    """Print a table of the layers, and a table of all sizes."""
     from rich.console import Console
     from rich.table import Table
 
-    most = max((stored.bytes for layer in explained.layers for stored in layer.values()), default=0)
-    unit, name = (1e6, "MB") if most >= _SMALLEST else (1e3, "kB")
+    largest = max((weight.bytes for layer in explanation.layers for weight in layer.values()), default=0)
+    unit, unit_name = (1e6, "MB") if largest >= _MIN_MEGABYTES else (1e3, "kB")
     layers = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     layers.add_column("layer", no_wrap=True)
-    for role in explained.roles:
+    for role in explanation.roles:
         layers.add_column(f" {role}", no_wrap=True)
-        layers.add_column(name, justify="right", no_wrap=True)
-        if explained.measured:
+        layers.add_column(unit_name, justify="right", no_wrap=True)
+        if explanation.measured:
             layers.add_column("error", justify="right", no_wrap=True)
-    for label, layer in _rows(explained.layers):
-        layers.add_row(label, *_cells(layer, explained, unit))
-    sums = {role: _sum([layer[role] for layer in explained.layers if role in layer]) for role in explained.roles}
-    layers.add_row("all", *_cells(sums, explained, unit), style="bold")
+    for label, layer in _merged_layers(explanation.layers):
+        layers.add_row(label, *_cells(layer, explanation, unit))
+    totals = {
+        role: _total([layer[role] for layer in explanation.layers if role in layer]) for role in explanation.roles
+    }
+    layers.add_row("all", *_cells(totals, explanation, unit), style="bold")
 
-    parts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     for index in range(4):
-        parts.add_column(justify="left" if index < 2 else "right", no_wrap=True)
-    for label, form, size in _parts(explained, sums):
-        parts.add_row(label, form, f"{_number(size / unit)} {name}", f"{size / max(explained.size, 1):.1%}")
+        sizes.add_column(justify="left" if index < 2 else "right", no_wrap=True)
+    for label, weight_format, size in _sizes(explanation, totals):
+        fraction = f"{size / max(explanation.size, 1):.1%}"
+        sizes.add_row(label, weight_format, f"{_three_digits(size / unit)} {unit_name}", fraction)
 
-    known = "" if explained.divergence is None else f", mean KL {explained.divergence:.2e}"
-    width = Console().width if sys.stdout.isatty() else _WIDTH
-    console = Console(width=max(width, _WIDTH), highlight=False, markup=False, emoji=False)
-    console.print(f"{explained.name}: {_number(explained.size / unit)} {name}{known}", style="bold")
+    divergence = "" if explanation.divergence is None else f", mean KL {explanation.divergence:.2e}"
+    width = Console().width if sys.stdout.isatty() else _MIN_WIDTH
+    console = Console(width=max(width, _MIN_WIDTH), highlight=False, markup=False, emoji=False)
+    size_text = f"{_three_digits(explanation.size / unit)} {unit_name}"
+    console.print(f"{explanation.name}: {size_text}{divergence}", style="bold")
     console.print(layers)
     print()
-    console.print(parts)
+    console.print(sizes)
     print()
 
 
-def _print_legend(found: Sequence[Explained]) -> None:
-    forms = {
-        stored.format
-        for explained in found
-        for stored in (*explained.outside.values(), *(one for layer in explained.layers for one in layer.values()))
+def _print_legend(explanations: Sequence[PrecisionExplanation]) -> None:
+    formats = {
+        (weight.format, weight.label)
+        for explanation in explanations
+        for weights in (explanation.outside, *explanation.layers)
+        for weight in weights.values()
     }
-    for form in sorted(forms):
-        if short(form) != form:
-            print(f"{short(form):<10} {form}")
-    measured = any(explained.measured for explained in found)
+    for description, label in sorted(formats):
+        if label != description:
+            print(f"{label:<10} {description}")
+    measured = any(explanation.measured for explanation in explanations)
     if measured:
-        print(_ERROR)
-    print(f"all: {'sizes added up, mean of the errors' if measured else 'sizes added up'}. MB: 10^6 bytes.")
+        print(_ERROR_LEGEND)
+    print(f"all: sum of the sizes{', mean of the errors' if measured else ''}. MB: 10^6 bytes.")
     print("graph: operators, small constants, gaps between tensors.")
     print()
 
 
-def _rows(layers: Sequence[Mapping[str, Stored]]) -> Iterator[tuple[str, Mapping[str, Stored]]]:
-    """Layers with their numbers; neighbours that do not differ in anything share a row."""
+def _merged_layers(
+    layers: Sequence[Mapping[str, StoredWeight]],
+) -> Iterator[tuple[str, Mapping[str, StoredWeight]]]:
+    """Yield layers with their numbers; consecutive identical layers are merged."""
     start = 0
     for number, layer in enumerate(layers):
         if number + 1 == len(layers) or layers[number + 1] != layer:
@@ -162,37 +161,39 @@ def _rows(layers: Sequence[Mapping[str, Stored]]) -> Iterator[tuple[str, Mapping
             start = number + 1
 
 
-def _cells(layer: Mapping[str, Stored], explained: Explained, unit: float) -> Iterator[str]:
-    for role in explained.roles:
-        stored = layer.get(role)
-        yield "" if stored is None else f" {short(stored.format)}"
-        yield "" if stored is None else _number(stored.bytes / unit)
-        if explained.measured:
-            yield "" if stored is None or stored.error is None else _short_error(stored.error)
+def _cells(layer: Mapping[str, StoredWeight], explanation: PrecisionExplanation, unit: float) -> Iterator[str]:
+    for role in explanation.roles:
+        weight = layer.get(role)
+        yield "" if weight is None else f" {weight.label}"
+        yield "" if weight is None else _three_digits(weight.bytes / unit)
+        if explanation.measured:
+            yield "" if weight is None or weight.error is None else _short_exponent(weight.error)
 
 
-def _sum(column: Sequence[Stored]) -> Stored:
-    """A projection of all layers together: how many bytes, and the mean error."""
-    errors = [stored.error for stored in column if stored.error is not None]
-    return Stored("", sum(stored.bytes for stored in column), sum(errors) / len(errors) if errors else None)
+def _total(weights: Sequence[StoredWeight]) -> StoredWeight:
+    """Return the total size and mean error of a projection over all layers."""
+    errors = [weight.error for weight in weights if weight.error is not None]
+    error = sum(errors) / len(errors) if errors else None
+    return StoredWeight("", "", sum(weight.bytes for weight in weights), error)
 
 
-def _parts(explained: Explained, sums: Mapping[str, Stored]) -> Iterator[tuple[str, str, int]]:
-    """Label, format and bytes of all that the files hold, the whole at the end."""
-    yield "layers", "", sum(stored.bytes for stored in sums.values())
-    names = {EMBEDDING: "embedding" if HEAD in explained.outside else "embedding, head", HEAD: "head"}
-    for module, stored in sorted(explained.outside.items(), key=lambda item: (item[0] != HEAD, item[0] != EMBEDDING)):
-        yield names.get(module, module), short(stored.format), stored.bytes
-    for name, size in explained.other.items():
+def _sizes(explanation: PrecisionExplanation, totals: Mapping[str, StoredWeight]) -> Iterator[tuple[str, str, int]]:
+    """Yield label, format and bytes of everything in the files, and the total."""
+    yield "layers", "", sum(weight.bytes for weight in totals.values())
+    outside = explanation.outside
+    names = {EMBEDDING: "embedding" if HEAD in outside else "embedding, head", HEAD: "head"}
+    for module, weight in sorted(outside.items(), key=lambda item: (item[0] != HEAD, item[0] != EMBEDDING)):
+        yield names.get(module, module), weight.label, weight.bytes
+    for name, size in explanation.other.items():
         yield name, "", size
-    yield "total", "", explained.size
+    yield "total", "", explanation.size
 
 
-def _number(value: float) -> str:
-    """Three digits, and more only before the point."""
+def _three_digits(value: float) -> str:
+    """Format a number with three digits, or more if it is at least 1000."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
-def _short_error(error: float) -> str:
-    """`6.1e-5`: without the zero that Python writes before the exponent."""
+def _short_exponent(error: float) -> str:
+    """Format a number like `6.1e-5`, without the leading zero of Python's exponents."""
     return re.sub(r"e([+-])0", r"e\1", f"{error:.1e}")

@@ -1,54 +1,54 @@
-"""Tells from a graph file how each weight is stored. Knows nothing of manifests, terminals or rounding."""
+"""Reads the sizes of the weights in a graph file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from llm_edge.exporter.explain.report import EMBEDDING, HEAD
-from llm_edge.exporter.quantization.calibrate import Choice
-from llm_edge.exporter.quantization.recipes import Blocks
-
-_DENSE = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+from llm_edge.exporter.module_names import EMBEDDING, HEAD
+from llm_edge.exporter.quantization.calibrate import StoredFormat
+from llm_edge.exporter.quantization.formats.dense import Dense
 
 
-def explained(graph: Path, files: int, choices: Mapping[str, Choice]) -> dict[str, Any]:
-    """What the manifest says of a precision's weights: `projections` and `other`, see docs/bundle.md.
+def describe_weights(
+    graph: Path, total_size: int, stored: Mapping[str, StoredFormat], default: Dense
+) -> dict[str, Any]:
+    """Return the manifest entries `projections` and `other` of a precision; see docs/bundle.md.
 
     Args:
-        graph: an ONNX file; its weights are not read.
-        files: bytes of graph and weights, of which `other` takes what no projection does.
-        choices: of the projections that calibration rounded, by module path.
+        graph: ONNX file; its weights are not read.
+        total_size: bytes of graph and weights. `other.graph` is what no initializer accounts for.
+        stored: formats of the projections and the embedding by module path.
+        default: format of the matrices that `stored` does not list.
     """
     modules: dict[str, list[ir.Value]] = {}
     for name, value in ir.load(graph).graph.initializers.items():
-        modules.setdefault(_module(name), []).append(value)
+        modules.setdefault(_module_of(name), []).append(value)
     projections: dict[str, dict[str, Any]] = {}
     other = {"norms": 0, "tables": 0}
     for module, values in modules.items():
         size = sum(map(_size, values))
-        data = max(values, key=_size)
-        if not module or len(data.shape or ()) < 2:
+        largest = max(values, key=_size)
+        if not module or len(largest.shape or ()) < 2:
             other["norms" if module.endswith("norm") else "tables"] += size
             continue
-        choice = choices.get(module)
-        entry = {"format": _format(data, values) if choice is None else str(choice.form), "bytes": size}
-        if choice is not None and math.isfinite(choice.error):
-            entry["error"] = float(f"{choice.error:.4g}")
-        projections[module] = entry
-    other["graph"] = files - sum(entry["bytes"] for entry in projections.values()) - sum(other.values())
+        found = stored.get(module, StoredFormat(default))
+        projections[module] = {"format": found.format.to_dict(), "bytes": size}
+        if found.error is not None and math.isfinite(found.error):
+            projections[module]["error"] = float(f"{found.error:.4g}")
+    other["graph"] = total_size - sum(entry["bytes"] for entry in projections.values()) - sum(other.values())
     return {"projections": projections, "other": other}
 
 
-def _module(initializer: str) -> str:
-    """Path of the module that an initializer belongs to, or nothing: `layers.0.mlp.down` of `….weight.scales`."""
+def _module_of(initializer: str) -> str:
+    """Return the module path of an initializer such as `layers.0.mlp.down.weight.scales`; empty if it has none."""
     for kind in (".weight", ".bias"):
-        module, found, rest = initializer.partition(kind)
-        if found:  # a tied embedding that also lies transposed does so for the head
+        module, separator, rest = initializer.partition(kind)
+        if separator:  # the transposed copy of a tied embedding belongs to the head
             return HEAD if module == EMBEDDING and rest.startswith(".transposed") else module
     return ""
 
@@ -56,27 +56,3 @@ def _module(initializer: str) -> str:
 def _size(value: ir.Value) -> int:
     assert value.const_value is not None
     return value.const_value.nbytes
-
-
-def _format(data: ir.Value, values: list[ir.Value]) -> str:
-    """How a weight is stored that no calibration chose a format for."""
-    assert data.dtype is not None
-    if data.dtype in _DENSE:
-        return _DENSE[data.dtype]
-    parts = {(value.name or "").rpartition(".")[2] for value in values}
-    offsets = ", offsets" if "offsets" in parts else ""
-    for node in _readers(data):
-        size = node.attributes.get_int("block_size", 0)
-        if size:
-            bits = node.attributes.get_int("bits", data.dtype.bitwidth)
-            return f"{Blocks(bits, size, symmetric='zero_points' not in parts)}{offsets}"
-    return data.dtype.name.lower()
-
-
-def _readers(value: ir.Value) -> Iterator[ir.Node]:
-    """The nodes that compute with a weight, which may be reshaped or gathered first."""
-    for node in value.consumers():
-        if node.op_type in ("Reshape", "Gather"):
-            yield from _readers(node.outputs[0])
-        else:
-            yield node

@@ -1,4 +1,4 @@
-"""The picture of `llm-export --plot`: error by layer, size against fidelity. Knows nothing of bundles or terminals."""
+"""The plot of `llm-export --plot`: error by layer, and size against fidelity."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from llm_edge.exporter.explain.report import Explained
+from llm_edge.exporter.explain.report import PrecisionExplanation
 
-# Okabe and Ito's colours, which the colour-blind tell apart
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# the Okabe-Ito palette, which color-blind readers can distinguish
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -26,108 +26,110 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "svg.hashsalt": "llm-edge",  # names in an SVG file are otherwise drawn by chance
+    "svg.hashsalt": "llm-edge",  # makes ids in SVG files reproducible
 }
 _DATES: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-_EXACT = 1e-7  # mean KL up to which a precision counts as exact
-_TITLE = 120  # characters of it that are shown
-_HEIGHT = 350  # points that the right half's axes are high, about
-_LINE = 14 / _HEIGHT  # of a label
+_EXACT = 1e-7  # maximum mean KL of precisions shown as exact
+_MAX_TITLE = 120  # characters
+_HEIGHT = 350  # approximate height of the right axes in points
+_LABEL_HEIGHT = 14 / _HEIGHT
 
 
-def draw(found: Sequence[Explained], title: str, path: Path) -> None:
-    """Write the picture of some precisions of a model; its suffix, .png, .svg or .pdf, says as what."""
+def draw(explanations: Sequence[PrecisionExplanation], title: str, path: Path) -> None:
+    """Plot precisions of a model to a .png, .svg or .pdf file."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(13, 6), layout="constrained")
-        figure.suptitle("".join(c if c.isprintable() else " " for c in title[:_TITLE]), parse_math=False)
+        figure.suptitle("".join(c if c.isprintable() else " " for c in title[:_MAX_TITLE]), parse_math=False)
         halves: Any = figure.subfigures(1, 2, width_ratios=(8, 5))
-        _draw_errors([explained for explained in found if explained.measured], halves[0])
-        _draw_sizes(found, halves[1].subplots())
-        written = io.BytesIO()
-        figure.savefig(written, format=path.suffix.lower()[1:], dpi=150, metadata=_DATES[path.suffix.lower()])
-    path.write_bytes(written.getvalue())
+        _draw_errors([explanation for explanation in explanations if explanation.measured], halves[0])
+        _draw_sizes(explanations, halves[1].subplots())
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix.lower()[1:], dpi=150, metadata=_DATES[path.suffix.lower()])
+    path.write_bytes(content.getvalue())
 
 
-def _draw_errors(found: Sequence[Explained], figure: Any) -> None:
-    """A panel a precision, a line a role."""
-    if not found:
+def _draw_errors(explanations: Sequence[PrecisionExplanation], figure: Any) -> None:
+    """Draw a panel per precision with a line per role."""
+    if not explanations:
         axes = figure.subplots()
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "No error was measured:\nnothing here is rounded by calibration.", ha="center", va="center")
+        axes.text(
+            0.5, 0.5, "No errors were measured:\nnone of these precisions is calibrated.", ha="center", va="center"
+        )
         return
-    columns = math.ceil(math.sqrt(len(found)))
-    rows = math.ceil(len(found) / columns)
+    columns = math.ceil(math.sqrt(len(explanations)))
+    rows = math.ceil(len(explanations) / columns)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    roles = list(dict.fromkeys(role for explained in found for role in explained.roles))
+    roles = list(dict.fromkeys(role for explanation in explanations for role in explanation.roles))
     odd = False
-    for explained, axes in zip(found, panels, strict=False):
-        for role, colour in zip(roles, _colours(len(roles)), strict=True):
-            odd |= _draw_line(explained, role, colour, axes)
-        axes.set_title(explained.name, parse_math=False)
+    for explanation, axes in zip(explanations, panels, strict=False):
+        for role, color in zip(roles, _colors(len(roles)), strict=True):
+            odd |= _draw_line(explanation, role, color, axes)
+        axes.set_title(explanation.name, parse_math=False)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in panels[: len(found)][-columns:]:
+    for axes in panels[: len(explanations)][-columns:]:
         axes.tick_params(labelbottom=True)
-    for axes in panels[len(found) :]:
+    for axes in panels[len(explanations) :]:
         axes.set_axis_off()
     figure.supxlabel("layer")
-    figure.supylabel("error of the output, relative")
-    handles = [
-        Line2D([], [], color=colour, label=role) for role, colour in zip(roles, _colours(len(roles)), strict=True)
-    ]
+    figure.supylabel("relative error of the output")
+    handles = [Line2D([], [], color=color, label=role) for role, color in zip(roles, _colors(len(roles)), strict=True)]
     if odd:
-        label = "another format than most layers"
+        label = "format differs from most layers"
         handles.append(Line2D([], [], color="grey", marker="s", mfc="white", ls="none", label=label))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
-def _draw_line(explained: Explained, role: str, colour: str, axes: Axes) -> bool:
-    """Errors of a role; whether some layers have another format than most and are marked."""
-    column = {number: layer[role] for number, layer in enumerate(explained.layers) if role in layer}
-    points = {number: stored.error for number, stored in column.items() if stored.error}
-    axes.plot(list(points), list(points.values()), color=colour, marker=".", markersize=4, linewidth=1.2)
-    usual = Counter(stored.format for stored in column.values()).most_common(1)
+def _draw_line(explanation: PrecisionExplanation, role: str, color: str, axes: Axes) -> bool:
+    """Draw the errors of a role; return whether any layers with an unusual format were marked."""
+    column = {number: layer[role] for number, layer in enumerate(explanation.layers) if role in layer}
+    points = {number: weight.error for number, weight in column.items() if weight.error}
+    axes.plot(list(points), list(points.values()), color=color, marker=".", markersize=4, linewidth=1.2)
+    usual = Counter(weight.format for weight in column.values()).most_common(1)
     odd = [number for number in points if column[number].format != usual[0][0]]
-    axes.plot(odd, [points[number] for number in odd], color=colour, marker="s", mfc="white", markersize=5, ls="none")
+    axes.plot(odd, [points[number] for number in odd], color=color, marker="s", mfc="white", markersize=5, ls="none")
     return bool(odd)
 
 
-def _draw_sizes(found: Sequence[Explained], axes: Axes) -> None:
-    """Size against mean KL, a labelled point a precision; those that are as good as exact lie at the lower edge."""
-    known = [(explained, explained.divergence) for explained in found if explained.divergence is not None]
-    rounded = [divergence for _, divergence in known if divergence > _EXACT]
-    low, high = min(rounded, default=_EXACT) / 8, max(rounded, default=_EXACT) * 2
+def _draw_sizes(explanations: Sequence[PrecisionExplanation], axes: Axes) -> None:
+    """Draw size against mean KL, with a labeled point per precision; exact precisions are at the lower edge."""
+    known = [
+        (explanation, explanation.divergence) for explanation in explanations if explanation.divergence is not None
+    ]
+    lossy = [divergence for _, divergence in known if divergence > _EXACT]
+    low, high = min(lossy, default=_EXACT) / 8, max(lossy, default=_EXACT) * 2
     axes.set_title("size and fidelity")
     axes.set_xlabel("size, MB")
     axes.set_ylabel("mean KL to PyTorch fp32, nats")
     axes.set_yscale("log")
     axes.set_ylim(low / 1.5, high)
-    widest = 1.3 * max(explained.size for explained in found) / 1e6
+    widest = 1.3 * max(explanation.size for explanation in explanations) / 1e6
     axes.set_xlim(0, widest)
     above = -math.inf
-    for explained, divergence in sorted(known, key=lambda item: item[1]):
-        size, exact = explained.size / 1e6, divergence <= _EXACT
+    for explanation, divergence in sorted(known, key=lambda item: item[1]):
+        size, exact = explanation.size / 1e6, divergence <= _EXACT
         point = (size, low if exact else divergence)
         axes.plot(*point, "v" if exact else "o", color="#333333", markersize=7)
         height = axes.transAxes.inverted().transform(axes.transData.transform(point))[1]
-        above = max(height, above + _LINE)  # no label on another
-        label = _label(explained) + (f", KL {max(divergence, 0):.0e}" if exact else "")
+        above = max(height, above + _LABEL_HEIGHT)  # labels must not overlap
+        label = _label(explanation) + (f", KL {max(divergence, 0):.0e}" if exact else "")
         side, shift = ("left", 9) if size < widest / 2 else ("right", -9)
         place = (shift, (above - height) * _HEIGHT)
         axes.annotate(label, point, xytext=place, textcoords="offset points", ha=side, va="center", parse_math=False)
-    unknown = [_label(explained) for explained in found if explained.divergence is None]
+    unknown = [_label(explanation) for explanation in explanations if explanation.divergence is None]
     if unknown:
-        text = "Not validated, so nothing is known of their fidelity:\n" + "\n".join(unknown)
+        text = "Not validated, fidelity unknown:\n" + "\n".join(unknown)
         box = {"facecolor": "white", "edgecolor": "none"}
         axes.text(
             0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", bbox=box, zorder=0.9, parse_math=False
         )
 
 
-def _label(explained: Explained) -> str:
-    size = explained.size / 1e6
-    return f"{explained.name}, {f'{size:,.0f}' if size >= 100 else f'{size:.3g}'} MB"
+def _label(explanation: PrecisionExplanation) -> str:
+    size = explanation.size / 1e6
+    return f"{explanation.name}, {f'{size:,.0f}' if size >= 100 else f'{size:.3g}'} MB"
 
 
-def _colours(count: int) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
+def _colors(count: int) -> list[str]:
+    return [_COLORS[index % len(_COLORS)] for index in range(count)]

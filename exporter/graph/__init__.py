@@ -1,1 +1,1 @@
-"""ONNX graphs: tracing, graph passes and the operators of each weight format."""
+"""ONNX graphs: tracing, graph passes, and emitters of the weight formats."""

@@ -1,6 +1,6 @@
-"""The two ONNX forms of `attention.cached_attention`: onnxruntime's own operator, and standard ones.
+"""Translations of the operator `cached_attention` to ONNX: to onnxruntime's own operator, and to standard ones.
 
-Knows nothing of models; the exporter of PyTorch calls these while it translates a trace.
+PyTorch's ONNX exporter calls them with the values of `AttentionInputs`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import onnx_ir as ir
 from onnxscript import opset23 as op
 from onnxscript import values
 
-_ROTATED_HEADS = 16
-"""onnxruntime's GroupQueryAttention rotates heads of a multiple of this size, and parts of a multiple of 8."""
+from llm_edge.model.attention import AttentionInputs
+
+_ROTARY_MULTIPLE = 16
+"""GroupQueryAttention rotates only head sizes of this multiple, and rotated parts of a multiple of 8."""
 _INT32_MAX = 2**31 - 1
 
 
 def contrib(domain: str, name: str, inputs: int, outputs: int, **attributes: Any) -> values.Op:
-    """An operator of a domain whose schemas onnx does not know, typed just well enough to be called."""
+    """Return an operator whose schema is unknown to onnx, with types just precise enough to call it."""
     kinds = onnx.defs.OpSchema.AttrType
     parameter = onnx.defs.OpSchema.FormalParameter
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    every = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)"]
+    types = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)"]
     schema = onnx.defs.OpSchema(
         name,
         domain,
@@ -30,8 +32,8 @@ def contrib(domain: str, name: str, inputs: int, outputs: int, **attributes: Any
         inputs=[parameter(f"in{i}", f"T{i}", param_option=optional) for i in range(inputs)],
         outputs=[parameter(f"out{i}", f"U{i}") for i in range(outputs)],
         type_constraints=[
-            *((f"T{i}", every, "") for i in range(inputs)),
-            *((f"U{i}", every, "") for i in range(outputs)),
+            *((f"T{i}", types, "") for i in range(inputs)),
+            *((f"U{i}", types, "") for i in range(outputs)),
         ],
         attributes=[onnx.defs.OpSchema.Attribute(key, getattr(kinds, kind)) for key, kind in attributes.items()],
     )
@@ -51,56 +53,34 @@ _GQA = contrib(
 )
 
 
-def fused_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    past_key: Any,
-    past_value: Any,
-    mask: Any,
-    cos: Any,
-    sin: Any,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    window: int,
-    long_from: int,
-) -> Any:
-    """`com.microsoft` GroupQueryAttention; it rotates too, where it can."""
+def fused_attention(*arguments: Any) -> Any:
+    """Translate to `com.microsoft` GroupQueryAttention, including rotary embedding if it supports the shape."""
+    query, key, value, past_key, past_value, mask, cos, sin, num_heads, num_kv_heads, scale, window, long_from = (
+        AttentionInputs(*arguments)
+    )
     head_dim = past_key.shape[3]
     lengths = op.ReduceSum(mask, op.Constant(value_ints=[1]), keepdims=0)
     last_slots = op.Cast(op.Sub(lengths, op.Constant(value_int=1)), to=ir.DataType.INT32)
     total = op.Cast(op.Squeeze(op.Shape(mask, start=1, end=2)), to=ir.DataType.INT32)
-    inside = cos is not None and head_dim % _ROTATED_HEADS == 0 and cos.shape[1] % 8 == 0 and not long_from
-    if cos is not None and not inside:
-        query, key, value = _unpacked(query, key, value, num_heads, num_kv_heads, head_dim)
+    rotary = cos is not None and head_dim % _ROTARY_MULTIPLE == 0 and cos.shape[1] % 8 == 0 and not long_from
+    if cos is not None and not rotary:
+        query, key, value = _unpack(query, key, value, num_heads, num_kv_heads, head_dim)
         positions = _positions(query, mask, cos, long_from)
-        query = _rotated(query, cos, sin, positions, num_heads, head_dim)
-        key = _rotated(key, cos, sin, positions, num_kv_heads, head_dim)
-    tables = (cos, sin) if inside else ()
-    attributes = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": int(inside)}
+        query = _rotate(query, cos, sin, positions, num_heads, head_dim)
+        key = _rotate(key, cos, sin, positions, num_kv_heads, head_dim)
+    tables = (cos, sin) if rotary else ()
+    attributes = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": int(rotary)}
     attributes |= _scale(scale, head_dim)
     if window:
         attributes["local_window_size"] = window
     return _GQA(query, key, value, past_key, past_value, last_slots, total, *tables, **attributes)
 
 
-def portable_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    past_key: Any,
-    past_value: Any,
-    mask: Any,
-    cos: Any,
-    sin: Any,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    window: int,
-    long_from: int,
-) -> Any:
-    """Attention and RotaryEmbedding of opset 23, with the causal mask written out."""
+def portable_attention(*arguments: Any) -> Any:
+    """Translate to Attention and RotaryEmbedding of opset 23, with an explicit causal mask."""
+    query, key, value, past_key, past_value, mask, cos, sin, num_heads, num_kv_heads, scale, window, long_from = (
+        AttentionInputs(*arguments)
+    )
     head_dim = past_key.shape[3]
     axis_0, axis_1, axes_12 = (op.Constant(value_ints=axes) for axes in ([0], [1], [1, 2]))
     slots, new_slots = _slots(query, mask)
@@ -111,11 +91,11 @@ def portable_attention(
         visible = op.And(visible, op.Greater(columns, op.Sub(rows, op.Constant(value_int=window))))
     visible = op.Or(visible, op.Equal(columns, rows))
 
-    query, key, value = _unpacked(query, key, value, num_heads, num_kv_heads, head_dim)
+    query, key, value = _unpack(query, key, value, num_heads, num_kv_heads, head_dim)
     if cos is not None:
         positions = _positions(query, mask, cos, long_from)
-        query = _rotated(query, cos, sin, positions, num_heads, head_dim)
-        key = _rotated(key, cos, sin, positions, num_kv_heads, head_dim)
+        query = _rotate(query, cos, sin, positions, num_heads, head_dim)
+        key = _rotate(key, cos, sin, positions, num_kv_heads, head_dim)
     attributes = {"q_num_heads": num_heads, "kv_num_heads": num_kv_heads, **_scale(scale, head_dim)}
     attended, present_key, present_value, _ = op.Attention(
         query, key, value, visible, past_key, past_value, **attributes
@@ -124,12 +104,12 @@ def portable_attention(
 
 
 def _scale(scale: float, head_dim: int) -> dict[str, Any]:
-    """The attribute, where it is not what both operators take by themselves."""
+    """Return the attribute unless it is the default of both operators."""
     return {} if scale == head_dim**-0.5 else {"scale": scale}
 
 
-def _unpacked(query: Any, key: Any, value: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
-    """Queries, keys and values, each [B, S, heads * D]."""
+def _unpack(query: Any, key: Any, value: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
+    """Return queries, keys and values, each [B, S, heads * D]."""
     if key is not None:
         return query, key, value
     first, second = num_heads * head_dim, (num_heads + num_kv_heads) * head_dim
@@ -141,7 +121,10 @@ def _unpacked(query: Any, key: Any, value: Any, num_heads: int, num_kv_heads: in
 
 
 def _slots(query: Any, mask: Any) -> Any:
-    """Numbers of all slots [T], and of the new ones [S]; a past that is one buffer with its present may be longer."""
+    """Return the indices of all slots [T] and of the new ones [S].
+
+    The length of the past is derived from the mask: a buffer shared by past and present may be longer.
+    """
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     total = op.Squeeze(op.Shape(mask, start=1, end=2))
     past_length = op.Sub(total, op.Squeeze(op.Shape(query, start=1, end=2)))
@@ -149,7 +132,7 @@ def _slots(query: Any, mask: Any) -> Any:
 
 
 def _positions(query: Any, mask: Any, cos: Any, long_from: int) -> Any:
-    """Rows of the rotary tables for the new tokens, [B, S]."""
+    """Return the rows of the rotary tables for the new tokens, [B, S]."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     _, new_slots = _slots(query, mask)
     counted = op.Clip(op.Sub(op.CumSum(mask, one), one), zero)
@@ -161,7 +144,7 @@ def _positions(query: Any, mask: Any, cos: Any, long_from: int) -> Any:
     return positions
 
 
-def _rotated(x: Any, cos: Any, sin: Any, positions: Any, num_heads: int, head_dim: int) -> Any:
+def _rotate(x: Any, cos: Any, sin: Any, positions: Any, num_heads: int, head_dim: int) -> Any:
     dim = 2 * cos.shape[1]
     partial = {} if dim == head_dim else {"rotary_embedding_dim": dim}
     return op.RotaryEmbedding(x, cos, sin, positions, num_heads=num_heads, **partial)

@@ -1,4 +1,4 @@
-"""Small tools for changing a graph in place. Knows nothing of models or precisions."""
+"""Helpers for editing a graph in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = npt.NDArray[np.generic]
 
 
 class Editor:
-    """Adds nodes and initializers to a graph; initializers of weights stay lazy until the graph is saved."""
+    """Adds nodes and initializers to a graph. Initializers are lazy: computed when the graph is saved."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
@@ -21,24 +21,24 @@ class Editor:
     def node(
         self, op_type: str, inputs: list[ir.Value | None], name: str, domain: str = "", **attributes: int
     ) -> ir.Node:
-        """Make a node of one output; it is not in the graph yet."""
+        """Create a node with one output, without inserting it into the graph."""
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
         node.outputs[0].name = f"{name}/output_0"
         self.model.opset_imports.setdefault(domain, 1)
         return node
 
     def constant(self, name: str, numbers: list[int]) -> ir.Value:
-        """An int64 vector, made once a name."""
+        """Return the int64 vector of this name; created on the first call."""
         array = np.array(numbers, dtype=np.int64)
         return self.initializer(name, ir.DataType.INT64, array.shape, lambda: array)
 
     def scalar(self, name: str, number: float) -> ir.Value:
-        """A float32 scalar, made once a name."""
+        """Return the float32 scalar of this name; created on the first call."""
         array = np.array(number, dtype=np.float32)
         return self.initializer(name, ir.DataType.FLOAT, array.shape, lambda: array)
 
     def initializer(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.Value:
-        """A tensor whose numbers `make` yields when they are written, made once a name."""
+        """Return the initializer of this name, created on the first call; `make` computes its values on saving."""
         value = self.graph.initializers.get(name)
         if value is None:
             value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
@@ -47,12 +47,12 @@ class Editor:
         return value
 
     def replace(self, node: ir.Node, replacement: list[ir.Node], results: list[ir.Value] | None = None) -> None:
-        """Put nodes in another's place; their results take over its outputs, names and all.
+        """Replace a node. The results take over the uses and types of its outputs, and names of graph outputs.
 
         Args:
-            node: what goes.
-            replacement: what comes, in order.
-            results: one value for each output of `node`; None takes the output of the last node that comes.
+            node: node to remove.
+            replacement: nodes to insert, in order.
+            results: one value per output of `node`; None uses the output of the last inserted node.
         """
         self.graph.insert_before(node, replacement)
         for old, new in zip(node.outputs, results or [replacement[-1].outputs[0]], strict=True):
@@ -65,7 +65,7 @@ class Editor:
 
 
 def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.LazyTensor:
-    """A tensor that is made when it is written, and not kept."""
+    """Return a tensor whose values are computed when it is written, and not kept."""
 
     def evaluate() -> ir.TensorProtocol:
         return ir.Tensor(make(), dtype=dtype, shape=ir.Shape(shape), name=name)
@@ -74,13 +74,13 @@ def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Cal
 
 
 def name_of(value: ir.Value | None) -> str:
-    """Name of a value that has one."""
+    """Return the name of a value that has one."""
     assert value is not None
     assert value.name is not None
     return value.name
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """Shape of a value whose dimensions are all known."""
+    """Return the shape of a value whose dimensions are all known."""
     assert value.shape is not None
     return value.shape.numpy()

@@ -1,1 +1,1 @@
-"""Quantization: recipes, rotation, calibration and rounding."""
+"""Quantization: recipes, weight formats, rotation and calibration."""

@@ -1,4 +1,4 @@
-"""Rounding of a weight into blocks of whole numbers. Knows nothing of graphs, recipes or checkpoints."""
+"""Quantizes weights to integers in blocks along the input axis."""
 
 from __future__ import annotations
 
@@ -9,12 +9,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_edge.exporter.quantization.gptq import compensated
-from llm_edge.exporter.quantization.recipes import Blocks
+from llm_edge.exporter.quantization.gptq import gptq
 from llm_edge.runtime.errors import CheckpointError
 
-_ELEMENTS = 1 << 24  # rounded at a time: 64 MiB as float32
-_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a block's range that are tried for the least error
+_CHUNK_ELEMENTS = 1 << 24  # quantized at a time: 64 MiB in float32
+_RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # tried as the clipping range of a block
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """Integer blocks along the input axis of a weight.
+
+    Attributes:
+        bits: 4 or 8 per weight.
+        size: weights per block, a power of two of at least 16.
+        symmetric: zero is in the middle of the range; otherwise each block has a zero point.
+    """
+
+    bits: int
+    size: int
+    symmetric: bool
+
+    def num_blocks(self, width: int) -> int:
+        """Return the number of blocks in a row of `width` weights; the last one may be padded."""
+        return -(-width // self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +40,11 @@ class QuantizedBlocks:
     """A weight [N, K] in the layout of MatMulNBits.
 
     Attributes:
-        data: uint8 [N, K / block, block * bits / 8]; of two 4-bit weights a byte, the first is the low half.
+        data: uint8 [N, K / block, block * bits / 8]; of two 4-bit weights in a byte, the first is the low half.
         scales: float32 [N, K / block].
-        zero_points: uint8 [N, ceil(K / block * bits / 8)], packed like `data`; None for symmetric blocks,
-            whose zero is 2 ** (bits - 1).
-        bits: 4 or 8 a weight.
+        zero_points: uint8 [N, ceil(K / block * bits / 8)], packed like `data`; None for symmetric blocks, whose zero
+            is 2 ** (bits - 1).
+        bits: 4 or 8 per weight.
     """
 
     data: npt.NDArray[np.uint8]
@@ -35,130 +53,151 @@ class QuantizedBlocks:
     bits: int
 
     def levels(self) -> npt.NDArray[np.uint8]:
-        """Whole numbers of all weights, [N, K] with K filled up to whole blocks."""
+        """Return the integers of all weights, [N, K] with K padded to whole blocks."""
         return _unpack(self.data, self.bits).reshape(len(self.data), -1)
 
     def zeros(self) -> npt.NDArray[np.uint8]:
-        """Zero points of all blocks, [N, K / block]."""
+        """Return the zero points of all blocks, [N, K / block]."""
         if self.zero_points is None:
             return np.full(self.scales.shape, 1 << (self.bits - 1), dtype=np.uint8)
         return _unpack(self.zero_points, self.bits)[:, : self.scales.shape[1]]
 
     def dequantized(self, width: int) -> Tensor:
-        """The weight [N, K] as it was rounded, float32."""
-        steps = torch.from_numpy(self.levels().astype(np.float32)).view(*self.scales.shape, -1)
+        """Return the quantized weight as float32 [N, width]."""
+        levels = torch.from_numpy(self.levels().astype(np.float32)).view(*self.scales.shape, -1)
         zeros = torch.from_numpy(self.zeros().astype(np.float32))
-        whole = (steps - zeros[..., None]) * torch.from_numpy(self.scales)[..., None]
-        return whole.flatten(1)[:, :width]
+        blocks = (levels - zeros[..., None]) * torch.from_numpy(self.scales)[..., None]
+        return blocks.flatten(1)[:, :width]
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        """Multiply inputs [rows, K] by the transpose of the quantized weight; float32 [rows, N]."""
+        return inputs @ self.dequantized(inputs.shape[1]).T
 
 
-def quantize_blocks(weight: Tensor, form: Blocks, hessian: Tensor | None = None) -> QuantizedBlocks:
-    """Round a weight [N, K], block by block; the last block of a row is filled up with zeros.
+def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor | None = None) -> QuantizedBlocks:
+    """Quantize a weight [N, K] block by block; the last block of a row is padded with zeros.
 
-    The layout is that of onnxruntime's operator documentation (com.microsoft.MatMulNBits). Without a Hessian [K, K]
-    of the inputs (see `gptq.compensated`) each weight goes to its nearest level; rows are then rounded a few at a
-    time, so that memory holds little more than the weight in its own type and the result.
+    Without a Hessian, rows are quantized a few at a time, so that memory holds little more than the weight in its own
+    dtype and the result.
+
+    Args:
+        weight: of any floating-point dtype.
+        layout: of the blocks.
+        hessian: of the inputs, float32 [K, K], for GPTQ (see `gptq`); None rounds each weight to the nearest level.
+
+    Raises:
+        CheckpointError: the weight or the Hessian holds NaN or infinity.
     """
     if hessian is not None:
-        return _compensated_blocks(_finite(weight).float(), form, _seen(hessian))
-    rows = max(_ELEMENTS // max(weight.shape[1], 1), 1)
-    parts = [_quantize_rows(weight[start : start + rows], form) for start in range(0, len(weight), rows)]
-    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+        return _gptq_blocks(_check_weight(weight).float(), layout, _check_hessian(hessian))
+    rows = max(_CHUNK_ELEMENTS // max(weight.shape[1], 1), 1)
+    chunks = [_round_to_nearest(weight[start : start + rows], layout) for start in range(0, len(weight), rows)]
+    zero_points = [chunk.zero_points for chunk in chunks if chunk.zero_points is not None]
     return QuantizedBlocks(
-        data=np.concatenate([part.data for part in parts]),
-        scales=np.concatenate([part.scales for part in parts]),
+        data=np.concatenate([chunk.data for chunk in chunks]),
+        scales=np.concatenate([chunk.scales for chunk in chunks]),
         zero_points=np.concatenate(zero_points) if zero_points else None,
-        bits=form.bits,
+        bits=layout.bits,
     )
 
 
 def quantize_channels(weight: Tensor, hessian: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Round a weight [N, K] to 8 bits with one scale a row, errors compensated; int8 [N, K] and float32 [N]."""
-    weight, hessian = _finite(weight).float(), _seen(hessian)
+    """Quantize a weight [N, K] to 8 bits with GPTQ and one scale per row.
+
+    Returns:
+        integers, int8 [N, K], and scales, float32 [N].
+
+    Raises:
+        CheckpointError: the weight or the Hessian holds NaN or infinity.
+    """
+    weight, hessian = _check_weight(weight).float(), _check_hessian(hessian)
     width = weight.shape[1]
-    scales, zeros = _fitted(weight[:, None], Blocks(8, width, symmetric=True), hessian.diagonal()[None])
-    levels = compensated(weight, hessian, scales, zeros, width, 255)
-    signed = (levels - 128).clamp(-127, 127).to(torch.int8)  # the integer kernels take 8 bits with a sign
+    layout = BlockLayout(8, width, symmetric=True)
+    scales, zeros = _search_scales(weight[:, None], layout, hessian.diagonal()[None])
+    levels = gptq(weight, hessian, scales, zeros, width, 255)
+    signed = (levels - 128).clamp(-127, 127).to(torch.int8)  # the kernels take signed 8-bit weights
     return signed.numpy(), scales[:, 0].numpy()
 
 
-def _finite(weight: Tensor) -> Tensor:
+def _check_weight(weight: Tensor) -> Tensor:
     if not weight.isfinite().all():
-        raise CheckpointError("a weight holds numbers that are none (NaN, infinity): the checkpoint is damaged")
+        raise CheckpointError("a weight is NaN or infinity: the checkpoint is damaged")
     return weight
 
 
-def _seen(hessian: Tensor) -> Tensor:
+def _check_hessian(hessian: Tensor) -> Tensor:
     if not hessian.isfinite().all():
-        raise CheckpointError("its inputs are not numbers on a text: weights before it are damaged, or they overflow")
+        raise CheckpointError(
+            "its inputs are NaN or infinity on the calibration text: weights before it are damaged, or they overflow"
+        )
     return hessian
 
 
-def _grouped(weight: Tensor, form: Blocks) -> Tensor:
-    """Blocks of a float32 weight, [N, K / block, block]."""
+def _to_blocks(weight: Tensor, layout: BlockLayout) -> Tensor:
+    """Reshape a float32 weight [N, K] to [N, K / block, block]."""
     rows, width = weight.shape
-    blocks = form.count(width)
-    return torch.nn.functional.pad(weight, (0, blocks * form.size - width)).view(rows, blocks, form.size)
+    blocks = layout.num_blocks(width)
+    return torch.nn.functional.pad(weight, (0, blocks * layout.size - width)).view(rows, blocks, layout.size)
 
 
-def _quantize_rows(weight: Tensor, form: Blocks) -> QuantizedBlocks:
-    grouped = _grouped(_finite(weight).float(), form)
-    scales, zeros = _scaled(grouped, form, 1.0)
-    levels = _levels(grouped, scales, zeros, form)
-    return _stored(levels, scales, zeros, form)
+def _round_to_nearest(weight: Tensor, layout: BlockLayout) -> QuantizedBlocks:
+    blocks = _to_blocks(_check_weight(weight).float(), layout)
+    scales, zeros = _scales_for(blocks, layout, 1.0)
+    return _pack_blocks(_levels(blocks, scales, zeros, layout), scales, zeros, layout)
 
 
-def _compensated_blocks(weight: Tensor, form: Blocks, hessian: Tensor) -> QuantizedBlocks:
-    importance = _grouped(hessian.diagonal()[None], form)[0]
-    scales, zeros = _fitted(_grouped(weight, form), form, importance)
-    levels = compensated(weight, hessian, scales, zeros, form.size, 2**form.bits - 1)
-    padding = form.count(weight.shape[1]) * form.size - weight.shape[1]
+def _gptq_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor) -> QuantizedBlocks:
+    importance = _to_blocks(hessian.diagonal()[None], layout)[0]
+    scales, zeros = _search_scales(_to_blocks(weight, layout), layout, importance)
+    levels = gptq(weight, hessian, scales, zeros, layout.size, 2**layout.bits - 1)
+    padding = layout.num_blocks(weight.shape[1]) * layout.size - weight.shape[1]
     if padding:
         levels = torch.cat([levels, zeros[:, -1:].expand(-1, padding)], 1)
-    return _stored(levels.view(*scales.shape, form.size), scales, zeros, form)
+    return _pack_blocks(levels.view(*scales.shape, layout.size), scales, zeros, layout)
 
 
-def _scaled(grouped: Tensor, form: Blocks, share: float) -> tuple[Tensor, Tensor]:
-    """Scales and zero points [N, K / block] that span a share of each block's range."""
-    middle, most = 2 ** (form.bits - 1), 2**form.bits - 1
-    if form.symmetric:
-        scales = grouped.abs().amax(-1) * share / (middle - 1)
+def _scales_for(blocks: Tensor, layout: BlockLayout, fraction: float) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points [N, K / block] that cover a fraction of the range of each block."""
+    middle, max_level = 2 ** (layout.bits - 1), 2**layout.bits - 1
+    if layout.symmetric:
+        scales = blocks.abs().amax(-1) * fraction / (middle - 1)
         return scales, torch.full_like(scales, middle)
-    low, high = grouped.amin(-1).clamp(max=0) * share, grouped.amax(-1).clamp(min=0) * share
-    scales = (high - low) / most
-    return scales, (-low / scales.where(scales > 0, 1.0)).round().clamp(max=most)
+    low, high = blocks.amin(-1).clamp(max=0) * fraction, blocks.amax(-1).clamp(min=0) * fraction
+    scales = (high - low) / max_level
+    return scales, (-low / scales.where(scales > 0, 1.0)).round().clamp(max=max_level)
 
 
-def _levels(grouped: Tensor, scales: Tensor, zeros: Tensor, form: Blocks) -> Tensor:
-    divisors = scales.where(scales > 0, 1.0)  # a block of zeros stays one
-    return ((grouped / divisors[..., None]).round() + zeros[..., None]).clamp(0, 2**form.bits - 1)
+def _levels(blocks: Tensor, scales: Tensor, zeros: Tensor, layout: BlockLayout) -> Tensor:
+    divisors = scales.where(scales > 0, 1.0)  # keeps blocks of zeros at zero
+    return ((blocks / divisors[..., None]).round() + zeros[..., None]).clamp(0, 2**layout.bits - 1)
 
 
-def _fitted(grouped: Tensor, form: Blocks, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and zero points that leave the least error; `importance` [K / block, block] weighs the columns."""
-    importance = importance.clamp(min=importance.mean() * 1e-6 + 1e-30)  # no weight is worth nothing
-    scales, zeros = _scaled(grouped, form, 1.0)
-    least = torch.full_like(scales, torch.inf)
-    for share in _SHARES:
-        found, middle = _scaled(grouped, form, share)
-        rounded = (_levels(grouped, found, middle, form) - middle[..., None]) * found[..., None]
-        error = ((rounded - grouped).square() * importance).sum(-1)
-        better = error < least
-        scales, zeros, least = found.where(better, scales), middle.where(better, zeros), error.where(better, least)
+def _search_scales(blocks: Tensor, layout: BlockLayout, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales and zero points with the least error, weighted by `importance` [K / block, block]."""
+    importance = importance.clamp(min=importance.mean() * 1e-6 + 1e-30)  # no column counts nothing
+    scales, zeros = _scales_for(blocks, layout, 1.0)
+    best_error = torch.full_like(scales, torch.inf)
+    for fraction in _RANGE_FRACTIONS:
+        scale, zero = _scales_for(blocks, layout, fraction)
+        rounded = (_levels(blocks, scale, zero, layout) - zero[..., None]) * scale[..., None]
+        error = ((rounded - blocks).square() * importance).sum(-1)
+        better = error < best_error
+        scales, zeros = scale.where(better, scales), zero.where(better, zeros)
+        best_error = error.where(better, best_error)
     return scales, zeros
 
 
-def _stored(levels: Tensor, scales: Tensor, zeros: Tensor, form: Blocks) -> QuantizedBlocks:
+def _pack_blocks(levels: Tensor, scales: Tensor, zeros: Tensor, layout: BlockLayout) -> QuantizedBlocks:
     return QuantizedBlocks(
-        data=_pack(levels.byte(), form.bits),
+        data=_pack(levels.byte(), layout.bits),
         scales=scales.numpy(),
-        zero_points=None if form.symmetric else _pack(zeros.byte(), form.bits),
-        bits=form.bits,
+        zero_points=None if layout.symmetric else _pack(zeros.byte(), layout.bits),
+        bits=layout.bits,
     )
 
 
 def _pack(values: Tensor, bits: int) -> npt.NDArray[np.uint8]:
-    """Two 4-bit numbers a byte along the last axis, an odd one filled up with zero; 8-bit ones as they are."""
+    """Pack two 4-bit numbers per byte along the last axis, padded with zero; return 8-bit numbers unchanged."""
     if bits == 4:
         if values.shape[-1] % 2:
             values = torch.nn.functional.pad(values, (0, 1))
@@ -167,7 +206,7 @@ def _pack(values: Tensor, bits: int) -> npt.NDArray[np.uint8]:
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """The reverse of `_pack`; a number that filled up an odd row stays."""
+    """Reverse `_pack`; the padding of an odd row is kept."""
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

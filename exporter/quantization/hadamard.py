@@ -1,7 +1,4 @@
-"""Orthogonal matrices that spread every number over all places: Hadamard's where the size has one.
-
-Knows nothing of models.
-"""
+"""Hadamard matrices, and rotations built from them, which spread outliers over all channels."""
 
 from __future__ import annotations
 
@@ -12,17 +9,17 @@ import torch
 from torch import Tensor
 
 _SEED = 505
-_ROWS = 1024  # turned at a time
+_ROWS = 1024  # rotated at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """An orthogonal matrix Q [n, n] as signs and the Kronecker product of two small orthogonal matrices.
+    """An orthogonal matrix Q [n, n]: signs times the Kronecker product of two small orthogonal matrices.
 
-    Two small products take the place of a large one: `n * (a + b)` steps a row instead of `n * n`.
+    Multiplying a row by it takes `n * (a + b)` steps instead of `n * n`.
 
     Attributes:
-        signs: float32 [n], each 1 or -1.
+        signs: float32 [n] of 1 and -1.
         left: float32 [a, a].
         right: float32 [b, b]; n = a * b.
     """
@@ -32,25 +29,25 @@ class Rotation:
     right: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        """`x Q` along the last axis, as float32; a few rows at a time, since `x` may be a whole embedding."""
+        """Return `x Q` along the last axis as float32, computed in chunks since `x` may be a whole embedding."""
         flat = x.reshape(-1, x.shape[-1])
-        turned = torch.empty(flat.shape)
+        rotated = torch.empty(flat.shape)
         for start in range(0, len(flat), _ROWS):
             rows = flat[start : start + _ROWS].float() * self.signs
             split = rows.reshape(-1, len(self.left), len(self.right))
-            turned[start : start + _ROWS] = (self.left.T @ split @ self.right).reshape(rows.shape)
-        return turned.reshape(x.shape)
+            rotated[start : start + _ROWS] = (self.left.T @ split @ self.right).reshape(rows.shape)
+        return rotated.reshape(x.shape)
 
     def matrix(self) -> Tensor:
-        """Q itself, [n, n]."""
+        """Return Q, [n, n]."""
         return self.apply(torch.eye(len(self.signs)))
 
 
 def rotation(size: int) -> Rotation:
-    """A rotation of `size`, always the same one.
+    """Return the rotation of a size; the same one on each call.
 
-    As much of it as there is a Hadamard matrix for is one, so that all its numbers are equally large; what is left,
-    an odd factor, is a random orthogonal matrix.
+    Its factors are Hadamard matrices if they exist, so that all elements have the same magnitude; a remaining odd
+    factor is a random orthogonal matrix.
     """
     generator = torch.Generator().manual_seed(_SEED + size)
     signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
@@ -58,14 +55,14 @@ def rotation(size: int) -> Rotation:
     return Rotation(signs, _orthogonal(left, generator), _orthogonal(right, generator))
 
 
-def hadamard_block(width: int, most: int) -> Tensor:
-    """The largest orthonormal Hadamard matrix of at most `most` columns whose size divides `width`; float32 [n, n]."""
-    size = max(n for n in range(1, min(most, width) + 1) if width % n == 0 and _has_hadamard(n))
+def hadamard_matrix(width: int, max_size: int) -> Tensor:
+    """Return the largest orthonormal Hadamard matrix, float32 [n, n], with n <= `max_size` that divides `width`."""
+    size = max(n for n in range(1, min(max_size, width) + 1) if width % n == 0 and _has_hadamard(n))
     return (_hadamard(size) / math.sqrt(size)).float()
 
 
 def _factors(size: int) -> tuple[int, int]:
-    """Two factors, near each other, that both have a Hadamard matrix; else a power of two and the rest."""
+    """Return two close factors that both have a Hadamard matrix, or else a power of two and the remaining factor."""
     known = [n for n in range(1, size + 1) if size % n == 0 and _has_hadamard(n) and _has_hadamard(size // n)]
     if known:
         left = min(known, key=lambda n: abs(n - size // n))
@@ -87,18 +84,18 @@ def _has_hadamard(size: int) -> bool:
 
 
 def _hadamard(size: int) -> Tensor:
-    """A Hadamard matrix by Sylvester's doubling or Paley's constructions (https://doi.org/10.1002/sapm1933121311)."""
+    """Return a Hadamard matrix by Sylvester's or Paley's construction (https://doi.org/10.1002/sapm1933121311)."""
     if size == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    found = _paley(size)
-    if found is not None:
-        return found
+    matrix = _paley(size)
+    if matrix is not None:
+        return matrix
     half = _hadamard(size // 2)
     return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
 
 
 def _paley(size: int) -> Tensor | None:
-    """Of order p + 1 for a prime p = 3 mod 4, or 2 (p + 1) for a prime p = 1 mod 4; None for other sizes."""
+    """Return Paley's matrix of order p + 1 (prime p = 3 mod 4) or 2 (p + 1) (p = 1 mod 4); None for other sizes."""
     if size % 4 == 0 and _is_prime(size - 1):
         return _bordered(size - 1, -1.0) + torch.eye(size, dtype=torch.float64)
     if size % 4 == 0 and _is_prime(size // 2 - 1) and (size // 2 - 1) % 4 == 1:
@@ -110,16 +107,16 @@ def _paley(size: int) -> Tensor | None:
 
 
 def _bordered(prime: int, border: float) -> Tensor:
-    """Jacobsthal's matrix of quadratic residues with a border of ones, whose left side has the sign `border`."""
+    """Return the Jacobsthal matrix with a border of ones whose left column has the sign `border`."""
     residues = torch.full((prime,), -1.0, dtype=torch.float64)
     residues[torch.arange(1, prime) ** 2 % prime] = 1.0
     residues[0] = 0.0
     index = torch.arange(prime)
-    whole = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
-    whole[0, 1:] = 1.0
-    whole[1:, 0] = border
-    whole[1:, 1:] = residues[(index[:, None] - index) % prime]
-    return whole
+    matrix = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
+    matrix[0, 1:] = 1.0
+    matrix[1:, 0] = border
+    matrix[1:, 1:] = residues[(index[:, None] - index) % prime]
+    return matrix
 
 
 def _is_prime(number: int) -> bool:

@@ -1,8 +1,8 @@
-"""Rotates a model's weights so that its activations have no outliers, and changes nothing it computes.
+"""Rotates a model's weights so that its activations have no outliers, without changing what the model computes.
 
-The residual stream is rotated as a whole, and each head between values and output projection; RMSNorm commutes with a
+The residual stream is rotated as a whole, and each head between values and output projection. RMSNorm commutes with a
 rotation once its weights are folded into the projections that read it (QuaRot, arXiv:2404.00456; SliceGPT,
-arXiv:2401.15024). Knows nothing of graphs or of rounding.
+arXiv:2401.15024).
 """
 
 from __future__ import annotations
@@ -13,33 +13,34 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from llm_edge.exporter.module_names import HEAD_MIX
 from llm_edge.exporter.quantization.hadamard import Rotation, rotation
 from llm_edge.model.config import ModelConfig, Norm
 
-HEAD_MIX = "head_mix.weight"
+_HEAD_MIX_WEIGHT = f"{HEAD_MIX}.weight"
 
 
-def turns_residual(config: ModelConfig) -> bool:
-    """Whether the residual stream can be rotated: not behind a LayerNorm or a norm of a block's output."""
+def rotates_residual(config: ModelConfig) -> bool:
+    """Return whether the residual stream can be rotated: not with LayerNorm or with norms of block outputs."""
     return config.norm is Norm.RMS and config.pre_norm and not config.post_norm
 
 
 def rotated_config(config: ModelConfig) -> ModelConfig:
-    """Shape of the rotated model: where the head is tied, the last norm's weights need a matrix of their own."""
-    return dataclasses.replace(config, head_mix=turns_residual(config) and config.tie_word_embeddings)
+    """Return the shape of the rotated model. If the head is tied, the last norm's weights become a separate matrix."""
+    return dataclasses.replace(config, head_mix=rotates_residual(config) and config.tie_word_embeddings)
 
 
 class RotatedWeights(Mapping[str, Tensor]):
-    """Weights of `model.Decoder` for `rotated_config`, float32, made one at a time from the model's own."""
+    """Weights of a `Decoder` of the shape `rotated_config`, in float32, computed one at a time from the model's."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         self._config = config
         self._weights = weights
         self._heads = rotation(config.head_dim)
-        self._residual: Rotation | None = rotation(config.hidden_size) if turns_residual(config) else None
-        self._names = dict.fromkeys([*weights, *([HEAD_MIX] if rotated_config(config).head_mix else [])])
+        self._residual: Rotation | None = rotation(config.hidden_size) if rotates_residual(config) else None
+        self._names = dict.fromkeys([*weights, *([_HEAD_MIX_WEIGHT] if rotated_config(config).head_mix else [])])
 
-    def __contains__(self, name: object) -> bool:  # without making the weight
+    def __contains__(self, name: object) -> bool:  # without computing the weight
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
@@ -50,9 +51,9 @@ class RotatedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         residual = self._residual
-        if name == HEAD_MIX and residual is not None:
-            whole = residual.matrix()
-            return whole.T @ (self._weights["norm.weight"].float()[:, None] * whole)
+        if name == _HEAD_MIX_WEIGHT and residual is not None:
+            matrix = residual.matrix()
+            return matrix.T @ (self._weights["norm.weight"].float()[:, None] * matrix)
         prefix, _, last = name.rpartition(".")
         role = prefix.rpartition(".")[2]
         weight = self._weights[name]
@@ -60,7 +61,7 @@ class RotatedWeights(Mapping[str, Tensor]):
             return weight.float() if residual is None else residual.apply(weight)
         weight = weight.float()
         if role == "qkv":
-            weight = self._turn_values(weight)
+            weight = self._rotate_values(weight)
         elif role == "output" and last == "weight":
             heads = weight.reshape(len(weight), -1, self._config.head_dim)
             weight = self._heads.apply(heads).reshape(weight.shape)
@@ -68,24 +69,24 @@ class RotatedWeights(Mapping[str, Tensor]):
             return weight
         if role in ("attention_norm", "mlp_norm", "norm"):
             return torch.ones_like(weight)
-        if role in ("output", "down"):  # they write the stream
+        if role in ("output", "down"):  # write to the residual stream
             return residual.apply(weight.T).T.contiguous() if last == "weight" else residual.apply(weight)
-        if last == "weight" and role in ("qkv", "gate_up", "up", "lm_head"):  # they read it behind a norm
+        if last == "weight" and role in ("qkv", "gate_up", "up", "lm_head"):  # read from it after a norm
             return residual.apply(weight * self._norm_before(prefix, role))
         return weight
 
-    def embedded(self, tokens: Tensor) -> Tensor:
-        """Rows of the embedding, float32 [*tokens.shape, hidden]."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return rows of the embedding, float32 [*tokens.shape, hidden]."""
         rows = self._weights["embed_tokens.weight"][tokens].float()
         return rows if self._residual is None else self._residual.apply(rows)
 
-    def _turn_values(self, weight: Tensor) -> Tensor:
-        """Rotate the value part of a packed weight [(H + 2K) * D, hidden] or bias."""
+    def _rotate_values(self, weight: Tensor) -> Tensor:
+        """Rotate the values in a packed weight [(H + 2K) * D, hidden] or bias [(H + 2K) * D]."""
         config = self._config
         start = config.query_size + config.key_value_size
         values = weight[start:].reshape(config.num_key_value_heads, config.head_dim, -1)
-        turned = self._heads.apply(values.transpose(1, 2)).transpose(1, 2)
-        return torch.cat([weight[:start], turned.reshape(weight[start:].shape)])
+        rotated = self._heads.apply(values.transpose(1, 2)).transpose(1, 2)
+        return torch.cat([weight[:start], rotated.reshape(weight[start:].shape)])
 
     def _norm_before(self, prefix: str, role: str) -> Tensor:
         if role == "lm_head":

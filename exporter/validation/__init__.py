@@ -1,1 +1,1 @@
-"""Comparison of exported graphs with the reference decoder."""
+"""Comparison of exported models with the reference decoder."""

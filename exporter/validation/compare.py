@@ -1,6 +1,7 @@
-"""Compares ONNX graphs, run by the runtime, with the reference decoder. Knows nothing of how they were made.
+"""Compares exported models, run by the runtime, with the reference decoder.
 
-The reference runs once and its logits wait in a file, so that it and a graph are never in memory together.
+The reference runs once and its logits are stored in a file, so that it and an exported model are never in memory
+together.
 """
 
 from __future__ import annotations
@@ -20,37 +21,37 @@ from llm_edge.model.decoder import Decoder, Past
 from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
 
 MAX_BOUND, MEAN_BOUND = 1e-3, 1e-4
-"""What fp32 logits may differ from the reference, at most and on average."""
+"""Bounds of the largest and the mean absolute difference of fp32 logits from the reference."""
 
-_KL_ROWS = 64  # positions compared at once: bounds the memory of the logarithms
-_MOST_BYTES = 2 << 30  # of logits on disk; models of large vocabularies are scored on less text
-_STEPS = 16
-_MOST_WINDOWS = 128
+_KL_CHUNK = 64  # positions compared at once, to bound memory
+_MAX_BYTES = 2 << 30  # of logits on disk; models with large vocabularies are scored on less text
+_DECODE_STEPS = 16
+_MAX_WINDOWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Absolute differences of logits: the largest and the mean."""
+    """The largest and the mean absolute difference of logits."""
 
     max: float
     mean: float
 
     @property
     def within_bounds(self) -> bool:
-        """Whether an fp32 graph may differ so much."""
+        """Whether the difference is acceptable for fp32."""
         return self.max <= MAX_BOUND and self.mean <= MEAN_BOUND  # False for NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """A graph against the reference, on the same tokens.
+    """Differences of an exported model from the reference on the same tokens.
 
     Attributes:
-        prefill: a prompt in one go.
-        steps: token by token behind a prompt.
-        chunk: a prompt over a past.
-        hidden_states: of a prompt, position by position the length of the difference relative to that of the
-            reference's; None where the graph has none.
+        prefill: logits of a prompt processed in one step.
+        steps: logits of tokens processed one by one after a prompt.
+        chunk: logits of the second half of a prompt processed in two chunks.
+        hidden_states: norm of the difference of hidden states relative to the reference, per position of a prompt;
+            None if the model does not return them.
     """
 
     prefill: Difference
@@ -60,32 +61,31 @@ class Parity:
 
     @property
     def within_bounds(self) -> bool:
-        """Whether logits of an fp32 graph may differ so much, in each of the three."""
-        return all(part.within_bounds for part in (self.prefill, self.steps, self.chunk))
+        """Whether all differences of logits are acceptable for fp32."""
+        return all(difference.within_bounds for difference in (self.prefill, self.steps, self.chunk))
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """As the manifest tells it."""
-        return {name: figures for name, figures in asdict(self).items() if figures is not None}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the differences as stored in the manifest."""
+        return {name: difference for name, difference in asdict(self).items() if difference is not None}
 
     @property
     def worst(self) -> Difference:
-        """The largest of each figure of logits; NaN where one is."""
-        parts = torch.tensor([(part.max, part.mean) for part in (self.prefill, self.steps, self.chunk)])
-        return Difference(*parts.amax(0).tolist())
+        """The largest maximum and the largest mean of the logits; NaN if any is NaN."""
+        values = torch.tensor([(each.max, each.mean) for each in (self.prefill, self.steps, self.chunk)])
+        return Difference(*values.amax(0).tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What a precision costs on the validation text, in windows that each start from an empty context.
+    """Fidelity of a precision on the validation text, in windows that each start from an empty context.
 
     Attributes:
-        tokens: positions scored.
-        kl_mean: mean Kullback-Leibler divergence KL(reference || graph) of the next token, in nats.
-        kl_p999: its 99.9th percentile.
-        top1: share of positions where both find the same token most likely.
-        perplexity: of the graph.
-        perplexity_reference: of the reference.
+        tokens: number of scored positions.
+        kl_mean: mean Kullback-Leibler divergence KL(reference || model) of the next token, in nats.
+        kl_p999: 99.9th percentile of the divergence.
+        top1: fraction of positions with the same most likely token.
+        perplexity: perplexity of the exported model.
+        perplexity_reference: perplexity of the reference.
     """
 
     tokens: int
@@ -97,60 +97,63 @@ class Quality:
 
 
 class Runnable(Protocol):
-    """What is compared: `Session` of the runtime, whichever it is."""
+    """A model with a cache: a session of the runtime, or `Reference`."""
 
     def clear_cache(self) -> None:
         """Start from an empty context."""
 
     def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
-        """Run new tokens; 0 gives the logits of all."""
+        """Run new tokens and return the logits of the last `num_logits` positions; 0 returns all."""
 
 
 class Reference:
-    """A decoder in PyTorch as something to compare; see `Runnable`."""
+    """A decoder in PyTorch with the interface `Runnable`."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._past = decoder.empty_past()
 
     def clear_cache(self) -> None:
-        """See `Runnable`."""
         self._past = self._decoder.empty_past()
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
-        """See `Runnable`."""
         mask = torch.ones(1, self._past[0][0].shape[2] + len(tokens), dtype=torch.int64)
         logits, self._past = self._decoder(torch.tensor([list(tokens)]), mask, self._past, num_logits)
-        found: npt.NDArray[np.float32] = logits[0].numpy()
-        return found
+        result: npt.NDArray[np.float32] = logits[0].numpy()
+        return result
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens, piece by piece from an empty context, and where their logits begin in the file, in rows."""
+    """Tokens that were run from an empty context.
 
-    pieces: tuple[tuple[int, ...], ...]
-    row: int
+    Attributes:
+        chunks: tokens of each step.
+        offset: index of the first position in the file of logits.
+    """
+
+    chunks: tuple[tuple[int, ...], ...]
+    offset: int
 
     @property
     def length(self) -> int:
-        """Tokens of all pieces."""
-        return sum(map(len, self.pieces))
+        """Number of tokens in all chunks."""
+        return sum(map(len, self.chunks))
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """What the reference says to the validation text.
+class ReferenceLogits:
+    """Recorded logits of the reference on the validation text; see `Parity` for the runs.
 
     Attributes:
-        path: logits as float32 rows.
-        vocab_size: of a row.
-        prefill: a prompt in one go; the first of `windows`.
-        steps: token by token behind a prompt.
-        chunk: a prompt over a past.
+        path: file of the logits, float32 [positions, V].
+        vocab_size: V.
+        prefill: the first of `windows`.
+        steps: run token by token after a prompt.
+        chunk: run in two chunks.
         windows: the text in windows that each start from an empty context.
-        hidden_states: of `prefill`, [tokens, hidden].
+        hidden_states: hidden states of `prefill`, [tokens, hidden].
     """
 
     path: Path
@@ -161,110 +164,112 @@ class Expected:
     windows: tuple[Run, ...]
     hidden_states: Tensor
 
-    def logits(self, row: int, count: int) -> Tensor:
-        """Rows of the file, [count, V]."""
-        offset = 4 * row * self.vocab_size
-        flat = np.fromfile(self.path, dtype="<f4", count=count * self.vocab_size, offset=offset)
+    def logits(self, offset: int, count: int) -> Tensor:
+        """Return the logits of `count` positions from `offset` on, [count, V]."""
+        offset_bytes = 4 * offset * self.vocab_size
+        flat = np.fromfile(self.path, dtype="<f4", count=count * self.vocab_size, offset=offset_bytes)
         return torch.from_numpy(flat).view(count, self.vocab_size)
 
 
-def record(decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callable[[float], None]) -> Expected:
-    """Run the reference over the validation text.
+def record_reference(
+    decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callable[[float], None]
+) -> ReferenceLogits:
+    """Run the reference on the validation text and record its logits.
 
     Args:
-        decoder: the reference, with its weights.
-        tokens: the text; it is cut into windows of at most `MAX_STEP_TOKENS` tokens.
-        path: file for the logits.
-        progress: is told the share that is done.
+        decoder: the reference with its weights.
+        tokens: the text, which is split into windows of up to `MAX_STEP_TOKENS` tokens.
+        path: output file for the logits.
+        progress: called with the completed fraction.
     """
     vocab, context = decoder.config.vocab_size, decoder.config.max_position_embeddings
-    tokens = tokens[: max(_MOST_BYTES // (4 * vocab), 2 * MAX_STEP_TOKENS)]
+    tokens = tokens[: max(_MAX_BYTES // (4 * vocab), 2 * MAX_STEP_TOKENS)]
     length = min(MAX_STEP_TOKENS, context)
-    windows = [tuple(tokens[start : start + length]) for start in range(0, len(tokens), length)][:_MOST_WINDOWS]
+    windows = [tuple(tokens[start : start + length]) for start in range(0, len(tokens), length)][:_MAX_WINDOWS]
     windows = [window for window in windows if len(window) > 1] or [tuple(tokens[:1])]
     prompt = windows[0]
     half = max(len(prompt) // 2, 1)
-    stepwise = prompt[half : half + min(_STEPS, len(prompt) - half)]
+    decoded = prompt[half : half + min(_DECODE_STEPS, len(prompt) - half)]
     plans = [
         *((window,) for window in windows),
-        (prompt[:half], *((token,) for token in stepwise)),
+        (prompt[:half], *((token,) for token in decoded)),
         (prompt[:half], prompt[half:]) if len(prompt) > half else (prompt,),
     ]
-    runs, row, total = [], 0, sum(len(piece) for plan in plans for piece in plan)
+    runs, offset, total = [], 0, sum(len(chunk) for plan in plans for chunk in plan)
     hidden: list[Tensor] = []
-    hook = decoder.norm.register_forward_hook(lambda _module, _inputs, made: hidden.append(made[0]))
+    hook = decoder.norm.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
     with path.open("wb") as file, torch.inference_mode():
         for plan in plans:
-            runs.append(Run(plan, row))
+            runs.append(Run(plan, offset))
             past: Past = decoder.empty_past()
             done = 0
-            for piece in plan:
-                done += len(piece)
+            for chunk in plan:
+                done += len(chunk)
                 mask = torch.ones(1, done, dtype=torch.int64)
-                logits, past = decoder(torch.tensor([piece]), mask, past)
-                hook.remove()  # the first piece is all of `prefill`
+                logits, past = decoder(torch.tensor([chunk]), mask, past)
+                hook.remove()  # the first chunk is all of `prefill`
                 logits[0].numpy().astype("<f4", copy=False).tofile(file)
-            row += done
-            progress(row / total)
-    *scored, steps, chunk = runs
+            offset += done
+            progress(offset / total)
+    *scored, steps, chunked = runs
     states = hidden[0] * decoder.config.hidden_scale
-    return Expected(path, vocab, scored[0], steps, chunk, tuple(scored), states)
+    return ReferenceLogits(path, vocab, scored[0], steps, chunked, tuple(scored), states)
 
 
-def compare(expected: Expected, session: Runnable) -> Parity:
-    """Run a session over the same tokens in three ways."""
-    found = {}
+def compare(expected: ReferenceLogits, session: Runnable) -> Parity:
+    """Run a model on the same tokens in the three ways of `Parity`."""
+    differences = {}
     for name in ("prefill", "steps", "chunk"):
         run: Run = getattr(expected, name)
         session.clear_cache()
-        largest, total, row = 0.0, 0.0, run.row
-        for piece in run.pieces:
-            logits = torch.from_numpy(session.step(piece, num_logits=0))
-            difference = (logits - expected.logits(row, len(piece))).abs()
+        largest, total, offset = 0.0, 0.0, run.offset
+        for chunk in run.chunks:
+            logits = torch.from_numpy(session.step(chunk, num_logits=0))
+            difference = (logits - expected.logits(offset, len(chunk))).abs()
             largest = max(largest, difference.max().item()) if not difference.isnan().any() else float("nan")
-            total, row = total + difference.sum().item(), row + len(piece)
-        found[name] = Difference(largest, total / (run.length * expected.vocab_size))
-    return Parity(**found)
+            total, offset = total + difference.sum().item(), offset + len(chunk)
+        differences[name] = Difference(largest, total / (run.length * expected.vocab_size))
+    return Parity(**differences)
 
 
-def compare_hidden_states(expected: Expected, session: Session) -> Difference:
-    """Run a graph over the same prompt for its hidden states; see `Parity`."""
-    (prompt,) = expected.prefill.pieces
+def compare_hidden_states(expected: ReferenceLogits, session: Session) -> Difference:
+    """Run a model on the same prompt and compare its hidden states; see `Parity`."""
+    (prompt,) = expected.prefill.chunks
     session.clear_cache()
     difference = torch.from_numpy(session.hidden_states(prompt)) - expected.hidden_states
     relative = difference.norm(dim=-1) / expected.hidden_states.norm(dim=-1)
     return Difference(relative.max().item(), relative.mean().item())
 
 
-def score(expected: Expected, session: Runnable, progress: Callable[[float], None]) -> Quality:
-    """Run the text through a session.
+def score(expected: ReferenceLogits, session: Runnable, progress: Callable[[float], None]) -> Quality:
+    """Measure the quality of a model on the validation text.
 
     Args:
-        expected: what the session is measured against.
-        session: the graph.
-        progress: is told the share that is done.
+        expected: logits of the reference.
+        session: the exported model.
+        progress: called with the completed fraction.
     """
     count = sum(run.length - 1 for run in expected.windows)
     divergences = torch.zeros(count, dtype=torch.float64)
     same, loss, loss_reference, done = 0, 0.0, 0.0, 0
     for run in expected.windows:
-        (window,) = run.pieces
+        (window,) = run.chunks
         session.clear_cache()
-        found = torch.from_numpy(session.step(window, num_logits=0))[:-1]
-        for start in range(0, len(found), _KL_ROWS):
-            rows = slice(start, start + _KL_ROWS)
-            targets = torch.tensor(window[1:][rows])
-            other = found[rows].log_softmax(-1)
-            logs = expected.logits(run.row + start, len(targets)).log_softmax(-1)
-            divergences[done : done + len(targets)] = (logs.exp() * (logs - other)).sum(-1)
-            same += int((logs.argmax(-1) == other.argmax(-1)).sum())
-            loss += _loss(other, targets)
-            loss_reference += _loss(logs, targets)
+        logits = torch.from_numpy(session.step(window, num_logits=0))[:-1]
+        for start in range(0, len(logits), _KL_CHUNK):
+            positions = slice(start, start + _KL_CHUNK)
+            targets = torch.tensor(window[1:][positions])
+            log_probs = logits[positions].log_softmax(-1)
+            reference = expected.logits(run.offset + start, len(targets)).log_softmax(-1)
+            divergences[done : done + len(targets)] = (reference.exp() * (reference - log_probs)).sum(-1)
+            same += int((reference.argmax(-1) == log_probs.argmax(-1)).sum())
+            loss += _loss(log_probs, targets)
+            loss_reference += _loss(reference, targets)
             done += len(targets)
         progress(done / max(count, 1))
     return Quality(
         tokens=count,
-        kl_mean=max(divergences.mean().item(), 0.0),  # rounding alone can leave it below
+        kl_mean=max(divergences.mean().item(), 0.0),  # rounding errors can make it negative
         kl_p999=divergences.quantile(0.999).item(),
         top1=same / count,
         perplexity=math.exp(loss / count),
@@ -272,5 +277,5 @@ def score(expected: Expected, session: Runnable, progress: Callable[[float], Non
     )
 
 
-def _loss(logs: Tensor, targets: Tensor) -> float:
-    return -logs.gather(1, targets[:, None]).double().sum().item()
+def _loss(log_probs: Tensor, targets: Tensor) -> float:
+    return -log_probs.gather(1, targets[:, None]).double().sum().item()

@@ -1,7 +1,7 @@
-"""Proves that the graphs compute what the reference computes, within a bound of memory.
+"""Verifies exported models against the reference decoder, within a memory limit.
 
-A model that does not fit is cut: its first layers, with the real embedding and head, go the same way from weights to
-graphs as the whole, and are compared in its place. What that leaves unchecked is part of the result.
+Of a model that exceeds the limit, only the first layers are validated: a truncated model with the real embedding and
+head is exported in the same way as the whole, and compared in its place. The result says how many layers that were.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.exporter.bundle.formats import Form
+from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
 from llm_edge.exporter.validation.compare import (
     MAX_BOUND,
     MEAN_BOUND,
-    Expected,
     Parity,
     Quality,
     Reference,
+    ReferenceLogits,
     Runnable,
     compare,
     compare_hidden_states,
-    record,
+    record_reference,
     score,
 )
 from llm_edge.model.config import ModelConfig
@@ -38,169 +39,180 @@ from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
 from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import ParityError
 
-WHOLE_GB = 4.5
-"""Memory, in 10^9 bytes, in which a whole model is validated by default."""
 ROTATED = "rotated"
-"""Name under which the rotated model's parity with the reference is told."""
-_CUT_GB = 3.4
-_REFERENCE = 0.3  # of validation's time goes into running the reference
-_CUT_TOKENS = 2 * MAX_STEP_TOKENS  # of text for a model that is cut: its quality tells little
-_BASE_GB = 0.7  # Python, torch and onnxruntime themselves
-_BYTES_PER_WEIGHT = 4.4  # float32, and what packing it for matrix products takes at a time
+"""Name of the rotated model in `Validation.parities`."""
+_TRUNCATED_GB = 3.4  # memory limit of truncated models
+_TRUNCATED_TOKENS = 2 * MAX_STEP_TOKENS  # of validation text: the quality of a truncated model says little
+_REFERENCE_FRACTION = 0.3  # of the validation time
+_BASE_GB = 0.7  # Python, torch and onnxruntime
+_BYTES_PER_WEIGHT = 4.4  # float32, and temporary buffers for packing weights
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Tokens of the two texts that come with this package; they share no passage."""
+    """Tokens of the two texts included in this package, which have no passage in common."""
 
     validation: list[int]
     calibration: list[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What was compared, and how it came out.
+class Validation:
+    """Result of a validation.
 
     Attributes:
-        layers: how many of the model's layers were compared, from the first on.
-        parities: by name of the precision, those of fp32 made for this alone and of the rotated model too.
-        qualities: by name of the precision; of the cut model where it was cut.
-        needed: memory in bytes that the whole would take.
+        layers: number of compared layers, from the first on.
+        parities: by precision; also of the rotated model, and of fp32 if it was exported only for validation.
+        qualities: by precision; measured with the truncated model if the whole exceeds the memory limit.
+        required_bytes: memory required to validate the whole model.
     """
 
     layers: int
     parities: Mapping[str, Parity]
     qualities: Mapping[str, Quality]
-    needed: float
+    required_bytes: float
 
     @property
-    def extra(self) -> dict[str, Parity]:
-        """Parities of what the bundle does not hold."""
+    def auxiliary_parities(self) -> dict[str, Parity]:
+        """Parities of models that are not in the bundle."""
         return {name: parity for name, parity in self.parities.items() if name not in self.qualities}
 
 
-def prove(
+def verify_parity(
     folder: Path,
     checkpoint: Checkpoint,
     recipes: tuple[Recipe, ...],
-    form: Form,
+    writer: BundleWriter,
     texts: Texts,
     memory: float,
     progress: Progress,
-) -> Proof:
+) -> Validation:
     """Compare all precisions of a bundle with the reference.
 
-    What is rounded cannot be held to a bound: where fp32 is not among the recipes, it is made and proven for this
-    alone.
+    No bound applies to quantized models. If fp32 is not among the recipes, it is exported only to be verified.
 
     Args:
-        folder: where the bundle's graphs lie; a folder `check` is made beside them, and removed.
+        folder: folder of the exported models. A temporary folder `check` is created beside it.
         checkpoint: the source.
         recipes: the precisions of the bundle.
-        form: of the bundle.
-        texts: for validation, and for calibration of what is made here.
-        memory: bytes that this may take; a larger model is cut.
+        writer: writer of the bundle.
+        texts: texts for validation, and for calibration of models exported here.
+        memory: memory limit in bytes.
         progress: see `Progress`.
 
     Raises:
-        ParityError: an fp32 graph misses its bound, or logits are not numbers.
+        ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
-    config, whole = checkpoint.config, checkpoint.config.num_hidden_layers
-    layers = whole if memory_for(config, whole) <= memory else _fitting(config, min(memory, _CUT_GB * 1e9))
-    cut = dataclasses.replace(config, layers=config.layers[:layers])
-    extra = () if any(recipe.lossless for recipe in recipes) else (RECIPES["fp32"],)
-    made = extra if layers == whole else (*extra, *recipes)
+    config = checkpoint.config
+    total_layers = config.num_hidden_layers
+    required = memory_for(config, total_layers)
+    layers = total_layers if required <= memory else _layers_within(config, min(memory, _TRUNCATED_GB * 1e9))
+    truncated = dataclasses.replace(config, layers=config.layers[:layers])
+    auxiliary = () if any(recipe.lossless for recipe in recipes) else (RECIPES["fp32"],)
+    temporary = auxiliary if layers == total_layers else (*auxiliary, *recipes)
     check = folder.parent / "check"
     check.mkdir()
-    if made:
-        form.write(check, cut, checkpoint.weights, made, texts.calibration, progress)
+    if temporary:
+        writer.write(check, truncated, checkpoint.weights, temporary, texts.calibration, progress)
     progress("validating", 0.0, "PyTorch")
-    text = texts.validation if layers == whole else texts.validation[:_CUT_TOKENS]
-    expected = _expected(cut, checkpoint, text, check / "logits", progress)
+    text = texts.validation if layers == total_layers else texts.validation[:_TRUNCATED_TOKENS]
+    expected = _record_reference(truncated, checkpoint, text, check / "logits", progress)
     parities, qualities = {}, {}
     if any(recipe.calibrated for recipe in recipes):
-        progress("validating", _REFERENCE, ROTATED)
-        parities[ROTATED] = compare(expected, _rotated(cut, checkpoint))
-        _judge(ROTATED, parities[ROTATED], exact=True)
-    compared = (*extra, *recipes)
+        progress("validating", _REFERENCE_FRACTION, ROTATED)
+        parities[ROTATED] = compare(expected, _rotated_reference(truncated, checkpoint))
+        check_parity(ROTATED, parities[ROTATED], exact=True)
+    compared = (*auxiliary, *recipes)
+
+    def update(number: int, name: str, fraction: float) -> None:
+        done = (number + fraction) / len(compared)
+        progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
+
     for number, recipe in enumerate(compared):
-
-        def scored(share: float, name: str = recipe.name, number: int = number) -> None:
-            progress("validating", _after((number + 0.2 + 0.8 * share) / len(compared)), name)
-
-        progress("validating", _after(number / len(compared)), recipe.name)
-        session = form.open(check if recipe in made else folder, model_shape(cut), recipe)
-        parity = compare(expected, session)
-        if form.hidden_size is not None and isinstance(session, Session):
-            parity = dataclasses.replace(parity, hidden_states=compare_hidden_states(expected, session))
-        parities[recipe.name] = parity
-        _judge(recipe.name, parity, exact=recipe.lossless)
+        update(number, recipe.name, 0.0)
+        session = writer.open(check if recipe in temporary else folder, model_shape(truncated), recipe)
+        parities[recipe.name] = _compare_session(expected, session, writer)
+        check_parity(recipe.name, parities[recipe.name], exact=recipe.lossless)
         if recipe in recipes:
-            qualities[recipe.name] = score(expected, session, scored)
-        del session  # one at a time: memory
-        if recipe in made:
-            for file in form.files(check, recipe):
+            qualities[recipe.name] = score(expected, session, partial(update, number, recipe.name))
+        del session  # only one model in memory at a time
+        if recipe in temporary:
+            for file in writer.files(check, recipe):
                 file.unlink()
     expected.path.unlink()
     check.rmdir()
-    return Proof(layers, parities, qualities, memory_for(config, whole))
+    return Validation(layers, parities, qualities, required)
 
 
 def memory_for(config: ModelConfig, layers: int) -> float:
-    """Bytes that validating a model's first layers takes, about."""
-    cut = dataclasses.replace(config, layers=config.layers[:layers])
+    """Return the approximate memory in bytes required to validate the first layers of a model."""
+    truncated = dataclasses.replace(config, layers=config.layers[:layers])
     logits = 3 * 4 * min(MAX_STEP_TOKENS, config.max_position_embeddings) * config.vocab_size
-    return _BASE_GB * 1e9 + _BYTES_PER_WEIGHT * count_parameters(cut) + logits
+    return _BASE_GB * 1e9 + _BYTES_PER_WEIGHT * count_parameters(truncated) + logits
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """What a caller of the graph has to know of the model."""
+    """Return the shape of a model as the runtime needs it."""
     return ModelShape(**{key: getattr(config, key) for key in ModelShape.__slots__})
 
 
-def _after(share: float) -> float:
-    """Share of the whole validation, once the reference has run."""
-    return _REFERENCE + (1 - _REFERENCE) * share
+def check_parity(name: str, parity: Parity, *, exact: bool) -> None:
+    """Check the differences of a model from the reference.
+
+    Args:
+        name: name for error messages.
+        parity: the differences.
+        exact: whether the model must be within the bounds for fp32.
+
+    Raises:
+        ParityError: a bound is exceeded, or logits are NaN or infinity.
+    """
+    worst = parity.worst
+    if not math.isfinite(worst.max):
+        raise ParityError(
+            f"{name}: logits are NaN or infinity: the weights are damaged, or they overflow. Nothing was written"
+        )
+    if exact and not parity.within_bounds:
+        raise ParityError(
+            f"{name}: logits differ from PyTorch by up to {worst.max:.2g} and {worst.mean:.2g} on average; "
+            f"the bounds are {MAX_BOUND:g} and {MEAN_BOUND:g}. Nothing was written"
+        )
+    hidden = parity.hidden_states
+    if hidden is not None and (exact or not math.isfinite(hidden.max)) and not hidden.within_bounds:
+        raise ParityError(
+            f"{name}: hidden states differ from PyTorch by up to {hidden.max:.2g} of their norm and {hidden.mean:.2g} "
+            f"on average; the bounds are {MAX_BOUND:g} and {MEAN_BOUND:g}. Nothing was written"
+        )
 
 
-def _fitting(config: ModelConfig, memory: float) -> int:
-    """Layers that can be validated in so much memory, at least one."""
+def _layers_within(config: ModelConfig, memory: float) -> int:
+    """Return the number of layers, at least one, that can be validated within a memory limit."""
     one, two = memory_for(config, 1), memory_for(config, min(2, config.num_hidden_layers))
     more = int((memory - one) / (two - one)) if memory > one and two > one else 0
     return min(1 + more, config.num_hidden_layers)
 
 
-def _expected(
+def _record_reference(
     config: ModelConfig, checkpoint: Checkpoint, tokens: list[int], path: Path, progress: Progress
-) -> Expected:
+) -> ReferenceLogits:
     with torch.device("meta"):
         decoder = Decoder(config).eval()
     decoder.load_weights(checkpoint.weights)
-    return record(decoder, tokens, path, lambda share: progress("validating", _REFERENCE * share, "PyTorch"))
+    return record_reference(
+        decoder, tokens, path, lambda fraction: progress("validating", _REFERENCE_FRACTION * fraction, "PyTorch")
+    )
 
 
-def _rotated(config: ModelConfig, checkpoint: Checkpoint) -> Runnable:
-    """The reference with the weights that calibrated precisions start from."""
+def _rotated_reference(config: ModelConfig, checkpoint: Checkpoint) -> Runnable:
+    """Return the reference with rotated weights, from which calibrated precisions are quantized."""
     with torch.device("meta"):
         decoder = Decoder(rotated_config(config)).eval()
     decoder.load_weights(RotatedWeights(config, checkpoint.weights))
     return Reference(decoder)
 
 
-def _judge(name: str, parity: Parity, *, exact: bool) -> None:
-    worst = parity.worst
-    if not math.isfinite(worst.max):
-        raise ParityError(
-            f"{name}: logits are not numbers: the weights are damaged, or they overflow. Nothing was written"
-        )
-    if exact and not parity.within_bounds:
-        raise ParityError(
-            f"{name}: logits differ from PyTorch by up to {worst.max:.2g}, {worst.mean:.2g} on average; "
-            f"{MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
-        )
-    hidden = parity.hidden_states
-    if hidden is not None and (exact or not math.isfinite(hidden.max)) and not hidden.within_bounds:
-        raise ParityError(
-            f"{name}: hidden states differ from PyTorch by up to {hidden.max:.2g} of their length, {hidden.mean:.2g} "
-            f"on average; {MAX_BOUND:g} and {MEAN_BOUND:g} are allowed. Nothing was written"
-        )
+def _compare_session(expected: ReferenceLogits, session: Runnable, writer: BundleWriter) -> Parity:
+    parity = compare(expected, session)
+    if writer.hidden_size is not None and isinstance(session, Session):
+        parity = dataclasses.replace(parity, hidden_states=compare_hidden_states(expected, session))
+    return parity

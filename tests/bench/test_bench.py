@@ -17,8 +17,7 @@ from calling import call
 from llm_edge.bench import cli
 from llm_edge.bench.driver import COLUMNS, MIN_CONTEXT, Worker, median, median_ratio
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.options import ExportOptions
 from llm_edge.runtime.errors import MachineError
 
 KEYS = {"prefill_128", "prefill_512", "decode_0", "decode_512", "cold_start_s", "peak_mb", "python_share"}
@@ -113,16 +112,7 @@ def test_another_engine_that_cannot_be_is_refused(command: str, tiny_bundle: Pat
 
 def test_a_context_too_short_to_measure_is_refused(tmp_path: Path, llm_bench: Bench) -> None:
     source = tiny.save_checkpoint(tmp_path / "short", max_position_embeddings=MIN_CONTEXT - 1)
-    recipes = parse_precisions("int8")
-    export(
-        str(source),
-        tmp_path / "bundle",
-        recipes,
-        GraphStyle.FUSED,
-        validate=False,
-        force=False,
-        progress=lambda *_: None,
-    )
+    export(str(source), ExportOptions(tmp_path / "bundle", precision="int8", validate=False))
     code, out, err = llm_bench(tmp_path / "bundle", *QUICK)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1

@@ -24,8 +24,7 @@ from llm_edge.checkpoint.meta.checkpoint import read_state_dict
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.options import ExportOptions
 from llm_edge.model.decoder import Decoder
 from llm_edge.model.rope import Llama3Scaling, YarnScaling
 from llm_edge.runtime import Model, SamplingParams
@@ -947,10 +946,7 @@ def test_a_tokenizer_json_takes_the_families_conversation_too(
 @pytest.fixture(scope="module")
 def bundle(family: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "family"
-    export(
-        str(family.path), folder, parse_precisions("fp32"), GraphStyle.FUSED,
-        validate=False, force=False, progress=lambda *_: None,
-    )  # fmt: skip
+    export(str(family.path), ExportOptions(folder, precision="fp32", validate=False))
     return folder
 
 

@@ -41,7 +41,7 @@ from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles
 from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
-from llm_edge.exporter.validation import parity as prove
+from llm_edge.exporter.validation import parity
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder, count_parameters
@@ -537,14 +537,14 @@ def test_what_validation_takes() -> None:
         tie_word_embeddings=False,
     )
     expected = base * 1e9 + weight * count_parameters(config) + entry * 1e3 * config.vocab_size
-    assert prove.memory_for(config, 24) == pytest.approx(expected, rel=0.1)
+    assert parity.memory_for(config, 24) == pytest.approx(expected, rel=0.1)
     options = {parameter.name: parameter.default for parameter in cli_options()}
     limit = re.search(r"limits it in GB \(default: ([\d.]+)\)", PROSE)
     cut = re.search(r"fit into ([\d.]+) GB or the limit", PROSE)
     assert limit is not None
     assert cut is not None
     assert float(limit[1]) == options["validation_memory"]
-    assert float(cut[1]) == prove._CUT_GB
+    assert float(cut[1]) == parity._TRUNCATED_GB
 
 
 def cli_options() -> list[Any]:
@@ -554,7 +554,7 @@ def cli_options() -> list[Any]:
 
 
 def test_a_model_that_does_not_fit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None) -> None:
-    monkeypatch.setattr(prove, "_BASE_GB", 1.0)  # a model of gigabytes would take minutes
+    monkeypatch.setattr(parity, "_BASE_GB", 1.0)  # a model of gigabytes would take minutes
     hf_folder(tmp_path / "folder")
     code, out, _ = run("llm-export folder -o out --precision fp32 --validation-memory 1 --progress none")
     assert code == 0

@@ -22,7 +22,7 @@ from project import ROOT
 from starlette.testclient import TestClient
 
 from llm_edge.exporter.export import export
-from llm_edge.exporter.quantization.recipes import RECIPES
+from llm_edge.exporter.options import ExportOptions
 from llm_edge.runtime import PRESETS, Engine, SamplingParams
 
 DOCUMENT = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
@@ -51,8 +51,7 @@ def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def states_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> Path:
     """The guide's bundle with hidden states, beside its other one."""
     folder = tiny_bundle.with_name(f"{tiny_bundle.name}-states")
-    options: dict[str, Any] = {"validate": False, "force": False, "hidden_states": True}
-    export(str(tiny_checkpoint), folder, (RECIPES["fp32"],), None, progress=lambda *_: None, **options)
+    export(str(tiny_checkpoint), ExportOptions(folder, precision="fp32", hidden_states=True, validate=False))
     return folder
 
 

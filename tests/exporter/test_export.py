@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 
 from llm_edge.checkpoint.source import bundle_name
 from llm_edge.exporter import export as export_module
+from llm_edge.exporter.bundle import onnx_writer as graphs_module
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph import write as graphs_module
-from llm_edge.exporter.graph.trace import GraphStyle, trace
+from llm_edge.exporter.graph.trace import trace
+from llm_edge.exporter.options import ExportOptions
 from llm_edge.exporter.progress import STAGES
-from llm_edge.exporter.quantization.recipes import RECIPES, parse_precisions
+from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.exporter.validation.compare import MAX_BOUND, MEAN_BOUND
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime import Bundle, Model, SamplingParams
@@ -436,7 +437,7 @@ def test_a_graph_that_is_wrong_makes_no_bundle(
 @pytest.mark.parametrize(
     ("precision", "validate", "words"),
     [
-        ("fp32", True, "fp32: logits are not numbers"),
+        ("fp32", True, "fp32: logits are NaN or infinity"),
         ("int8", True, r"layers\.0\.mlp\.down\.weight: .*NaN"),
         ("int4", False, r"layers\.0\.mlp\.down\.weight: .*NaN"),
     ],
@@ -456,15 +457,7 @@ def test_weights_that_are_not_numbers_make_no_bundle(
     weights["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(weights, source / "model.safetensors")
     with pytest.raises((ParityError, CheckpointError), match=words):
-        export(
-            str(source),
-            tmp_path / "bundle",
-            parse_precisions(precision),
-            GraphStyle.FUSED,
-            validate=validate,
-            force=False,
-            progress=lambda *_: None,
-        )
+        export(str(source), ExportOptions(tmp_path / "bundle", precision=precision, validate=validate))
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
@@ -474,12 +467,12 @@ SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
 from llm_edge.exporter import export
-from llm_edge.exporter.graph import write
+from llm_edge.exporter.bundle import onnx_writer
 from llm_edge.exporter.validation import parity
 stage = sys.argv.pop()
 module, step = {
-    "tracing": (write, "trace"),
-    "quantizing": (write, "apply_recipe"),
+    "tracing": (onnx_writer, "trace"),
+    "quantizing": (onnx_writer, "apply_recipe"),
     "validating": (parity, "compare"),
     "writing": (export, "write_side_files"),
 }[stage]
@@ -583,15 +576,7 @@ def test_everything_is_on_disk_before_the_bundle_has_its_name(
 
 
 def test_a_bundle_without_fp32_tells_of_the_proof(tiny_checkpoint: Path, tmp_path: Path, short_text: None) -> None:
-    export(
-        str(tiny_checkpoint),
-        tmp_path / "bundle",
-        parse_precisions("int4"),
-        GraphStyle.FUSED,
-        validate=True,
-        force=False,
-        progress=lambda *_: None,
-    )
+    export(str(tiny_checkpoint), ExportOptions(tmp_path / "bundle", precision="int4"))
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert list(manifest["precisions"]) == ["int4"]
     assert manifest["proof"]["fp32"]["prefill"]["max"] <= MAX_BOUND

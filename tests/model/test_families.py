@@ -19,9 +19,9 @@ from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import hf_config
 from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.graph.write import write_graphs
 from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.exporter.validation.parity import model_shape
 from llm_edge.model.config import LayerConfig, ModelConfig, Norm
@@ -144,7 +144,7 @@ def test_a_window_that_the_context_cannot_fill_is_none(
     """2^32 + 4 would overflow to 4 in an operator with 32-bit integers."""
     checkpoint = case("mistral").checkpoint
     config, weights = without(checkpoint.config, window=window), checkpoint.weights
-    write_graphs(tmp_path, config, weights, (RECIPES["fp32"],), GraphStyle.FUSED, [], lambda *_: None)
+    OnnxWriter(GraphStyle.FUSED).write(tmp_path, config, weights, (RECIPES["fp32"],), [], lambda *_: None)
     session = open_file(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
     unlimited = decoder(dataclasses.replace(checkpoint, config=without(checkpoint.config, window=None)))
     ids = case("mistral").ids
@@ -177,7 +177,7 @@ def test_the_reference_agrees_with_transformers(
 def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callable[[str], Case], tmp_path: Path) -> None:
     found, graph = case(name), GraphStyle(style)
     config = found.checkpoint.config
-    write_graphs(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), graph, [], lambda *_: None)
+    OnnxWriter(graph).write(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), [], lambda *_: None)
     session = open_file(
         tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
     )

@@ -22,10 +22,9 @@ from sessions import open_file
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import trace as graph_module
-from llm_edge.exporter.graph.passes.hidden_states import offer_hidden_states
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
-from llm_edge.exporter.quantization.rotate import turns_residual
+from llm_edge.exporter.graph.passes.hidden_states import add_hidden_states
+from llm_edge.exporter.options import ExportOptions, GraphChoice
+from llm_edge.exporter.quantization.rotate import rotates_residual
 from llm_edge.runtime import Engine, FinishReason, Model, SamplingParams
 from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, PREFILL_CHUNK, Session
 from llm_edge.runtime.bundle import Bundle
@@ -70,11 +69,16 @@ class Case:
         """Exported without validation, and calibrated on a short text; not to be written to."""
         target = self._folder / (style if hidden_states else f"{style} without")
         if not target.exists():
-            recipes = parse_precisions(",".join(PRECISIONS))
-            options: dict[str, Any] = {"validate": False, "force": False, "hidden_states": hidden_states}
+            options = ExportOptions(
+                target,
+                precision=",".join(PRECISIONS),
+                graph=GraphChoice(style),
+                hidden_states=hidden_states,
+                validate=False,
+            )
             with pytest.MonkeyPatch.context() as patch:
                 tiny.shorten_texts(patch, 1000)
-                export(str(self.checkpoint), target, recipes, GraphStyle(style), progress=lambda *_: None, **options)
+                export(str(self.checkpoint), options)
         return target
 
     @torch.inference_mode()
@@ -118,7 +122,7 @@ def cosine(one: Array, other: Array) -> Any:
 
 def test_the_cases_are_of_all_kinds(case: Callable[[str], Case]) -> None:
     configs = [case(name).config for name, _ in CASES]
-    rotated = {(turns_residual(config), config.tie_word_embeddings) for config in configs}
+    rotated = {(rotates_residual(config), config.tie_word_embeddings) for config in configs}
     assert rotated >= {(True, True), (True, False), (False, True)}
     assert {config.hidden_scale for config in configs} == {1.0, 0.5}
 
@@ -287,7 +291,7 @@ def test_hidden_states_that_are_wrong_are_no_bundle(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]], monkeypatch: Any
 ) -> None:
     tiny.shorten_texts(monkeypatch, 200)
-    monkeypatch.setattr(graph_module, "offer_hidden_states", lambda model, _scale: offer_hidden_states(model, 1.01))
+    monkeypatch.setattr(graph_module, "add_hidden_states", lambda model, _scale: add_hidden_states(model, 1.01))
     arguments = ("--hidden-states", "--precision", "fp32", "--progress", "none")
     code, _, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", *arguments)
     assert code == 1
@@ -301,7 +305,7 @@ def test_torchscript_offers_none(
     options = ("--format", "torchscript", "--hidden-states", "--progress", "none")
     code, _, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", *options)
     assert (code, errors.count("\n")) == (2, 1)
-    assert "--hidden-states is about ONNX" in errors
+    assert "--hidden-states applies to ONNX" in errors
 
 
 def test_a_bundle_without_hidden_states(plain_bundle: Path) -> None:

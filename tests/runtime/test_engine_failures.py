@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.runtime import Constraint, FinishReason, GenerationResult, Model, SamplingParams
 from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.engine import Engine
@@ -277,9 +276,8 @@ def test_the_context_has_an_end(load_engine: Load) -> None:
 
 def test_a_portable_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     portable = tmp_path / "portable"
-    recipes = parse_precisions("fp32")
-    style = GraphStyle.PORTABLE
-    export(str(tiny_checkpoint), portable, recipes, style, validate=False, force=False, progress=lambda *_: None)
+    options = ExportOptions(portable, precision="fp32", graph=GraphChoice.PORTABLE, validate=False)
+    export(str(tiny_checkpoint), options)
     with pytest.raises(BundleError, match=r"^[^\n]*is not a fused ONNX graph: export with --graph fused[^\n]*$"):
         Engine.load(portable)
 

@@ -1,1 +1,1 @@
-"""How each weight format is written into a graph."""
+"""Emitters: write the graph nodes that use the weights of each format."""

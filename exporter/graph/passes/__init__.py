@@ -1,1 +1,1 @@
-"""Graph steps: one step in one file, each saying what it requires, does and ensures."""
+"""Graph passes, one per module; each docstring states what the pass requires, does and ensures."""

@@ -1,4 +1,4 @@
-"""One more output: the hidden states."""
+"""Passes that add hidden states to the outputs of a graph."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ INPUT_NAME = "num_hidden_states_to_keep"
 _FLOAT = ir.DataType.FLOAT
 
 
-def offer_hidden_states(model: ir.Model, scale: float) -> None:
-    """Add the output `hidden_states` [B, n, hidden], what the last norm yields times `scale`, behind all others.
+def add_hidden_states(model: ir.Model, scale: float) -> None:
+    """Add `hidden_states` [B, n, hidden], the output of the last norm times `scale`, as the last output.
 
-    Requires: the graph ends in the last norm and the head, or in a projection between the two.
-    Does: a norm of the last n positions beside the one that leads to the logits. n is the optional input
-        `num_hidden_states_to_keep`; 0, its default, keeps all.
-    Ensures: the logits and their positions are what they were. onnxruntime computes every output, fetched or not: a
-        caller who wants logits asks for one hidden state, one who wants hidden states for the logits of one position.
+    Requires: the graph ends in the last norm and the head, with at most one projection between them.
+    Does: adds a second last norm, over the last n positions. n is the optional input `num_hidden_states_to_keep`;
+        0, its default, keeps all.
+    Ensures: the logits and their positions are unchanged. onnxruntime computes every output, fetched or not: to save
+        time, callers who need only one of the two outputs request a single position of the other.
     """
     graph, editor = model.graph, Editor(model)
-    norm = _behind(graph.outputs[0].producer())
+    norm = _input_producer(graph.outputs[0].producer())
     if norm is not None and norm.op_type == "Linear":
-        norm = _behind(norm)
+        norm = _input_producer(norm)
     if norm is None or norm.inputs[0] is None:
         raise ValueError("the graph does not end in norm and output head")
     nodes, kept = last_positions(graph, norm.inputs[0], INPUT_NAME)
@@ -53,10 +53,10 @@ def offer_hidden_states(model: ir.Model, scale: float) -> None:
 
 
 def undo_rotation(model: ir.Model, rotation: Rotation, gain: Callable[[], Array]) -> None:
-    """Let `hidden_states` be those of the model as it was before its residual stream was rotated.
+    """Convert `hidden_states` back to those of the model before its residual stream was rotated.
 
-    Requires: the output, and a last norm whose weights went into what reads it.
-    Does: multiplies by the inverse, the two small matrices in turn, and by `gain` [hidden], the norm's own weights.
+    Requires: the output, and a last norm whose weights were folded into the projections that read it.
+    Does: multiplies by the inverse rotation, factor by factor, and by `gain` [hidden], the weights of the norm.
     Ensures: nothing else changes.
     """
     graph, editor = model.graph, Editor(model)
@@ -74,15 +74,15 @@ def undo_rotation(model: ir.Model, rotation: Rotation, gain: Callable[[], Array]
 
     nodes: list[ir.Node] = []
     split = op("Reshape", "Split", old, editor.constant(f"{OUTPUT_NAME}.split", [0, 0, len(left), len(right)]))
-    turned = op("MatMul", "Right", split, tensor("right", right.shape, lambda: np.ascontiguousarray(right.T)))
-    turned = op("MatMul", "Left", tensor("left", left.shape, lambda: left), turned)
-    flat = op("Reshape", "Flatten", turned, editor.constant(f"{OUTPUT_NAME}.flat", [0, 0, len(signs)]))
+    unrotated = op("MatMul", "Right", split, tensor("right", right.shape, lambda: np.ascontiguousarray(right.T)))
+    unrotated = op("MatMul", "Left", tensor("left", left.shape, lambda: left), unrotated)
+    flat = op("Reshape", "Flatten", unrotated, editor.constant(f"{OUTPUT_NAME}.flat", [0, 0, len(signs)]))
     states = op("Mul", "Gain", flat, tensor("gain", signs.shape, lambda: signs * gain()))
     states.name, states.type, states.shape = OUTPUT_NAME, old.type, old.shape
     graph.extend(nodes)
     graph.outputs[index] = states
 
 
-def _behind(node: ir.Node | None) -> ir.Node | None:
-    """The node that makes what another one reads first."""
+def _input_producer(node: ir.Node | None) -> ir.Node | None:
+    """Return the node that computes the first input of a node."""
     return None if node is None or node.inputs[0] is None else node.inputs[0].producer()

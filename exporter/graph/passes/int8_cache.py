@@ -1,4 +1,4 @@
-"""A cache of 8-bit keys and values. Knows nothing of projections, nor of how the ranges were found."""
+"""Pass that quantizes the KV cache to int8."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from llm_edge.model.config import ModelConfig
 from llm_edge.model.rope import Rope
 from llm_edge.runtime.errors import ParameterError
 
-_SMALLEST = 1e-6  # step, of a channel that calibration saw nothing in
-_SCALES = 12  # input of GroupQueryAttention: those of keys, those of values behind them
+_MIN_SCALE = 1e-6  # of a channel that was zero throughout calibration
+_SCALES = 12  # index of the input of GroupQueryAttention with the scales of keys; those of values follow
 
 
 def check_cache(recipe: Recipe, style: GraphStyle) -> None:
-    """Refuse a recipe whose cache the style cannot hold.
+    """Check that a graph style supports the cache of a recipe.
 
     Raises:
-        ParameterError: standard operators know no 8-bit cache.
+        ParameterError: it does not: standard operators have no 8-bit cache.
     """
     if recipe.cache_bits and style is not GraphStyle.FUSED:
         raise ParameterError(
-            f"--precision {recipe.name}: standard operators have no cache of {recipe.cache_bits} bits; "
-            "leave it out, or export with --graph fused"
+            f"--precision {recipe.name}: portable graphs do not support a {recipe.cache_bits}-bit cache: "
+            "omit it, or use --graph fused"
         )
 
 
 def quantize_cache(model: ir.Model, config: ModelConfig, caches: Sequence[CacheRange]) -> None:
-    """Let the cache hold int8, with a fixed scale for each channel of each head.
+    """Store the cache in int8, with a fixed scale per channel of each head.
 
-    Requires: a fused graph, with one GroupQueryAttention a layer; a range a layer.
-    Does: gives each of these nodes its scales (float32 [1, K, 1, D]), and past and present the type int8.
-    Ensures: a token's keys and values are rounded by themselves, once: prompts in pieces and rows of a batch see the
-        same numbers as otherwise. Attention itself is float32.
+    Requires: a fused graph with one GroupQueryAttention per layer, and the cache range of each layer.
+    Does: adds the scales (float32 [1, K, 1, D]) to these nodes, and changes the dtype of past and present to int8.
+    Ensures: the keys and values of each token are quantized once and independently of other tokens, so that chunking
+        a prompt or batching does not change them. Attention itself is computed in float32.
     """
     editor = Editor(model)
     nodes = {name_of(node.inputs[3]): node for node in model.graph if node.op_type == "GroupQueryAttention"}
-    for number, (layer, found) in enumerate(zip(config.layers, caches, strict=True)):
+    for number, (layer, cache) in enumerate(zip(config.layers, caches, strict=True)):
         node = nodes[f"past_key_values.{number}.key"]
         node.resize_inputs(_SCALES + 2)
-        for index, (part, range_) in enumerate((("key", _key_range(found.key, layer.rope)), ("value", found.value))):
-            scales = (range_ / 127).clamp(min=_SMALLEST)[None, :, None]
-            name = f"layers.{number}.attention.{part}_scales"
+        ranges = {"key": _key_range(cache.key, layer.rope), "value": cache.value}
+        for index, (kind, largest) in enumerate(ranges.items()):
+            scales = (largest / 127).clamp(min=_MIN_SCALE)[None, :, None]
+            name = f"layers.{number}.attention.{kind}_scales"
             node.replace_input_with(
                 _SCALES + index, editor.initializer(name, ir.DataType.FLOAT, (*scales.shape,), scales.numpy)
             )
@@ -63,11 +64,11 @@ def quantize_cache(model: ir.Model, config: ModelConfig, caches: Sequence[CacheR
 
 
 def _key_range(largest: Tensor, rope: Rope | None) -> Tensor:
-    """What rotated keys [K, D] can reach anywhere: positions beyond the calibration's turn one half into the other."""
+    """Return the range of rotated keys [K, D] at any position: rotation moves magnitude between the two halves."""
     if rope is None:
         return largest
     half = rope.dim // 2
-    reach = largest.clone()
+    bounds = largest.clone()
     both = largest[:, :half].hypot(largest[:, half : 2 * half])
-    reach[:, :half] = reach[:, half : 2 * half] = both
-    return reach
+    bounds[:, :half] = bounds[:, half : 2 * half] = both
+    return bounds

@@ -1,4 +1,4 @@
-"""Compute only the logits that are asked for."""
+"""Pass that makes the number of computed logits an input."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ INPUT_NAME = "num_logits_to_keep"
 def keep_last_logits(model: ir.Model) -> None:
     """Add the optional input `num_logits_to_keep`.
 
-    Requires: one node feeds the output head, and nothing else: the last norm [B, S, hidden] or, in a rotated model with
-        a tied head, the product behind it.
-    Does: slices the positions before that node to the last n; n = 0 keeps all.
-    Ensures: callers that do not know the input get all logits, since it is an initializer that may be
-        overridden (ONNX IR version 4 on), not a required input.
+    Requires: a single node feeds the output head, and nothing else: the last norm [B, S, hidden] or, in a rotated model
+        with a tied head, the projection after it.
+    Does: slices the input of that node to the last n positions; n = 0 keeps all.
+    Ensures: callers that do not set the input get all logits, since it is an initializer that can be overridden
+        (ONNX IR version 4 and later) rather than a required input.
     """
     graph = model.graph
     head = graph.outputs[0].producer()
@@ -34,9 +34,9 @@ def keep_last_logits(model: ir.Model) -> None:
 
 
 def last_positions(graph: ir.Graph, value: ir.Value, input_name: str) -> tuple[list[ir.Node], ir.Value]:
-    """Nodes, not in the graph yet, that yield the last n positions of `value` [B, S, …]; n = 0 keeps all.
+    """Return nodes, not in the graph yet, that select the last n positions of `value` [B, S, …]; n = 0 keeps all.
 
-    n is a new optional input of the graph, an initializer that may be overridden.
+    n becomes an optional input of the graph, an initializer that can be overridden.
     """
     keep = ir.Value(name=input_name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     keep.const_value = ir.tensor(np.array(0, dtype=np.int64), name=input_name)
@@ -44,10 +44,10 @@ def last_positions(graph: ir.Graph, value: ir.Value, input_name: str) -> tuple[l
     graph.register_initializer(keep)
 
     def constant(name: str, numbers: list[int]) -> ir.Value:
-        made = ir.Value(name=f"/{input_name}/{name}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
-        made.const_value = ir.tensor(np.array(numbers, dtype=np.int64), name=made.name)
-        graph.register_initializer(made)
-        return made
+        initializer = ir.Value(name=f"/{input_name}/{name}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+        initializer.const_value = ir.tensor(np.array(numbers, dtype=np.int64), name=initializer.name)
+        graph.register_initializer(initializer)
+        return initializer
 
     negative = ir.node("Neg", [keep], name=f"/{input_name}/Neg")
     start = ir.node("Reshape", [negative.outputs[0], constant("one", [1])], name=f"/{input_name}/Reshape")

@@ -1,4 +1,4 @@
-"""Names of nodes and values that follow the modules they came from."""
+"""Pass that names nodes and values after the modules they were traced from."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def name_by_module(model: ir.Model) -> None:
     """Rename nodes and their outputs to paths.
 
-    Requires: a graph fresh from the exporter, whose nodes carry their module scopes.
-    Does: names each node `/<module path>/<operator>` (a number behind it where that is taken), and each
-        output after its node.
-    Ensures: names are unique and depend on the model alone; inputs, outputs and initializers keep theirs.
+    Requires: a graph as returned by PyTorch's exporter, whose nodes carry their module scopes.
+    Does: names each node `/<module path>/<operator>`, with a numeric suffix if that is taken, and each of its outputs
+        after the node.
+    Ensures: names are unique and depend only on the model; inputs, outputs and initializers keep their names.
     """
     taken: set[str] = set()
     outputs = set(model.graph.outputs)

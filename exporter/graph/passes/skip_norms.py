@@ -1,4 +1,4 @@
-"""One kernel for a residual sum and the norm behind it."""
+"""Pass that fuses residual additions with the norms that follow them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import onnx_ir as ir
 def fuse_skip_norms(model: ir.Model) -> None:
     """Fuse Add + RMSNormalization into `com.microsoft` SkipSimplifiedLayerNormalization.
 
-    Requires: norms over the last axis; sums of two [B, S, hidden] tensors.
-    Does: replaces each norm, and the sum it reads if the norm comes right behind it, by one node that
-        yields both the norm and the sum.
-    Ensures: the same values; norms of anything else (a projection with its bias, say) stay RMSNormalization.
+    Requires: norms over the last axis; additions of two [B, S, hidden] tensors.
+    Does: replaces each norm that directly follows an addition, and the addition, by one node that returns both results.
+    Ensures: the same values; other norms (for example of a projection with a bias) remain RMSNormalization.
     """
     graph = model.graph
     for norm in list(graph):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_edge.exporter.bundle.staging import check_target, make_room, staging
+from llm_edge.exporter.bundle.staging import check_disk_space, check_target, staging
 from llm_edge.runtime.errors import InputError, MachineError
 
 
@@ -60,7 +60,7 @@ def test_force_replaces_bundles_alone(change: Callable[[Path], None], tiny_bundl
     check_target(bundle, force=True)
     change(bundle)
     for force in (True, False):
-        with pytest.raises(InputError, match=r"exists and holds .*, which is no part of a bundle: .* -o$"):
+        with pytest.raises(InputError, match=r"exists and contains .*, which is not part of a bundle: .* -o$"):
             check_target(bundle, force)
 
 
@@ -79,7 +79,7 @@ def test_who_is_overtaken_says_so(tmp_path: Path) -> None:
             target.mkdir()
             (target / "theirs").touch()
 
-    with pytest.raises(InputError, match="made by somebody else meanwhile"):
+    with pytest.raises(InputError, match="created by another process"):
         overtaken()
     assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "theirs"]
 
@@ -93,9 +93,9 @@ def test_a_place_that_cannot_be(name: str, tmp_path: Path) -> None:
 
 def test_room_that_is_short_by_a_little_is_told_apart(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    make_room(tmp_path, free // 2)
-    with pytest.raises(MachineError, match=r"needs about [\d,]+\.\d MB, [\d,]+\.\d MB are free: make room"):
-        make_room(tmp_path, 2 * free)
+    check_disk_space(tmp_path, free // 2)
+    with pytest.raises(MachineError, match=r"about [\d,]+\.\d MB, but only [\d,]+\.\d MB are free: free disk space"):
+        check_disk_space(tmp_path, 2 * free)
 
 
 HANGS = """

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter import cli
-from llm_edge.exporter.bundle import torchscript
-from llm_edge.exporter.bundle.torchscript import write_torchscript
-from llm_edge.exporter.export import Report, export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.bundle import torchscript_writer
+from llm_edge.exporter.bundle.torchscript_writer import write_torchscript
+from llm_edge.exporter.export import export
+from llm_edge.exporter.options import ExportOptions, FileFormat
+from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.results import Report
 from llm_edge.model.config import Activation
 from llm_edge.model.decoder import count_parameters, rotary_tables
 from llm_edge.runtime import Bundle, Model, SamplingParams
@@ -198,7 +199,7 @@ def test_other_processes_make_the_same_file(written: dict[str, Written], tmp_pat
 import sys
 from pathlib import Path
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
-from llm_edge.exporter.bundle.torchscript import write_torchscript
+from llm_edge.exporter.bundle.torchscript_writer import write_torchscript
 for number, source in enumerate(sys.argv[2:]):
     checkpoint = read_folder(Path(source))
     write_torchscript(Path(sys.argv[1], f"{number}.pt"), checkpoint.config, checkpoint.weights, lambda *_: None)
@@ -251,10 +252,8 @@ def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shorten_texts(monkeypatch, 200)
 
 
-def exported(source: Path, target: Path, precision: str = "fp32", **options: Any) -> Report:
-    options = {"validate": True, "force": False, "progress": silent, **options}
-    style: GraphStyle | None = options.pop("style", None)
-    return export(str(source), target, parse_precisions(precision), style, file_format="torchscript", **options)
+def exported(source: Path, target: Path, progress: Progress = silent, **options: Any) -> Report:
+    return export(str(source), ExportOptions(target, FileFormat.TORCHSCRIPT, **options), progress)
 
 
 @pytest.fixture(scope="module")
@@ -330,14 +329,14 @@ def test_other_ends_of_an_export(written: dict[str, Written], bundle: Path, tmp_
     source = source_of(written["smollm3"])
     target = tmp_path / "made"
     stages: list[str] = []
-    report = exported(source, target, validation_memory=1.0, progress=lambda stage, *_: stages.append(stage))
-    assert (report.validated_layers, report.layers, report.style) == (1, 3, None)
-    assert report.precisions[0].parity is not None
+    report = exported(source, target, lambda stage, *_: stages.append(stage), validation_memory=1e-9)
+    assert report.validation is not None
+    assert (report.validation.layers, report.layers, report.style) == (1, 3, None)
     assert [*dict.fromkeys(stages)] == ["reading", "tracing", "quantizing", "validating", "writing"]
     with pytest.raises(LlmEdgeError, match="exists"):
         exported(source, target)
     report = exported(source, target, validate=False, force=True)
-    assert report.precisions[0].parity is None
+    assert report.validation is None
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert (target / MODEL).read_bytes() == (bundle / MODEL).read_bytes()
 
@@ -345,12 +344,12 @@ def test_other_ends_of_an_export(written: dict[str, Written], bundle: Path, tmp_
 def test_a_file_that_is_wrong_makes_no_bundle(
     written: dict[str, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = torchscript._add
+    right = torchscript_writer._add
 
     def wrong(archive: zipfile.ZipFile, record: str, weight: Tensor) -> None:
         right(archive, record, weight * 1.01 if weight.ndim == 2 else weight)
 
-    monkeypatch.setattr(torchscript, "_add", wrong)
+    monkeypatch.setattr(torchscript_writer, "_add", wrong)
     with pytest.raises(ParityError, match="fp32: logits differ from PyTorch by up to "):
         exported(source_of(written["gpt2"]), tmp_path / "made")
     assert [*tmp_path.iterdir()] == []
@@ -362,7 +361,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torchscript, "_add", full)
+    monkeypatch.setattr(torchscript_writer, "_add", full)
     with pytest.raises(MachineError, match="No space left on device"):
         exported(source_of(written["gpt2"]), tmp_path / "made")
     assert [*tmp_path.iterdir()] == []
@@ -383,7 +382,7 @@ main()
         command += ["--format", "torchscript", "--progress", "none"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert (done.returncode, done.stdout) == (3, ""), done.stderr
-        assert "cannot write the bundle (File too large); nothing was left" in done.stderr
+        assert "cannot write the bundle (File too large): free disk space" in done.stderr
         assert done.stderr.count("\n") == 1
         assert [*tmp_path.iterdir()] == []
 
@@ -391,8 +390,8 @@ main()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--precision", "int4,fp32"), "--format torchscript holds fp32 alone, not int4"),
-        (("--graph", "portable"), "--graph is about ONNX"),
+        (("--precision", "int4,fp32"), "--format torchscript supports fp32 only, not int4"),
+        (("--graph", "portable"), "--graph applies to ONNX only"),
     ],
 )
 def test_what_torchscript_cannot_be_asked_for(

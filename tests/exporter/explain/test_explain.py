@@ -18,15 +18,20 @@ import tiny
 from PIL import Image
 
 from llm_edge.exporter import cli
-from llm_edge.exporter.explain.cli import short
 from llm_edge.exporter.explain.report import explain
-from llm_edge.exporter.quantization.recipes import RECIPES, Blocks, Dense, Integer
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.formats.dense import Dense
+from llm_edge.exporter.quantization.formats.int8_static import Int8Static
+from llm_edge.exporter.quantization.formats.source import OriginalBlocks
+from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.runtime import Bundle
 
 Run = Callable[..., tuple[int, str, str]]
 ROLES = {"attention.qkv": (256, 64), "attention.output": (64, 128), "mlp.gate_up": (256, 64), "mlp.down": (64, 128)}
 PROJECTIONS = {f"layers.{layer}.{name}" for layer in range(2) for name in ROLES}
 PRECISIONS = "fp32,int8,int8-exact,int4"
+FP32 = Dense().to_dict()
+INT8_BLOCKS = Blocks(8, 64, symmetric=True).to_dict()
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +115,19 @@ def test_sizes_follow_from_formats_and_shapes(exported: tuple[Path, Path, str]) 
     told = {name: entry["projections"] for name, entry in read(exported[0])["precisions"].items()}
     for module in PROJECTIONS:
         rows, width = ROLES[module.partition(".")[2].partition(".")[2]]
-        assert told["fp32"][module] == {"format": "fp32", "bytes": 4 * rows * width}
+        assert told["fp32"][module] == {"format": Dense().to_dict(), "bytes": 4 * rows * width}
         for name in told:
-            blocks = re.fullmatch(r"int(\d) blocks of (\d+)(, zero points)?", told[name][module]["format"])
-            if blocks is not None:
-                form = Blocks(int(blocks[1]), int(blocks[2]), symmetric=not blocks[3])
-                zeros = 0 if form.symmetric else rows * -(-form.count(width) * form.bits // 8)
+            stored_format = told[name][module]["format"]
+            if stored_format["kind"] == "blocks":
+                form = Blocks(stored_format["bits"], stored_format["size"], stored_format["symmetric"])
+                assert stored_format == form.to_dict()
+                zeros = 0 if form.symmetric else rows * -(-form.num_blocks(width) * form.bits // 8)
                 assert told[name][module]["bytes"] == int(form.bytes_per_weight * rows * width) + zeros
-            elif "channels" in told[name][module]["format"]:
+            elif stored_format["kind"] == "int8_static":
                 rest = told[name][module]["bytes"] - rows * width - 4 * rows  # steps, and factors of the channels
                 assert 4 <= rest <= 8 + 4 * width
     assert told["fp32"]["embed_tokens"]["bytes"] == 4 * 331 * 64
-    assert told["int8"]["embed_tokens"] == {"format": "int8 blocks of 64", "bytes": 331 * (64 + 4)}
+    assert told["int8"]["embed_tokens"] == {"format": INT8_BLOCKS, "bytes": 331 * (64 + 4)}
 
 
 def test_errors_grow_as_bits_go(exported: tuple[Path, Path, str]) -> None:
@@ -143,11 +149,11 @@ def test_other_graphs_are_told_as_well(
         told = entry["projections"]
         mix = {"head_mix"} if tied else set()
         assert told.keys() == {f"layers.0.{it}" for it in ROLES} | mix | {"embed_tokens", "lm_head"}
-        assert told["embed_tokens"]["format"] == told["lm_head"]["format"] == "int8 blocks of 64"
+        assert told["embed_tokens"]["format"] == told["lm_head"]["format"] == INT8_BLOCKS
         for module in ("embed_tokens", "lm_head"):
             assert told[module]["bytes"] == 331 * (64 + 4)
         if name == "int4":
-            assert any(it["format"].startswith("int4 blocks of") for it in told.values())
+            assert any(it["format"]["label"].startswith("int4-") for it in told.values())
         weights = sum(stored(tmp_path / "made", entry).values())
         assert sum(it["bytes"] for it in told.values()) + entry["other"]["norms"] + entry["other"]["tables"] == weights
 
@@ -180,14 +186,17 @@ def test_the_table_shows_each_projection_of_each_layer(exported: tuple[Path, Pat
             cells = []
             for role in ROLES:
                 one = told[f"layers.{layer}.{role}"]
-                cells += [short(one["format"]), r"[0-9.]+"]
+                cells += [one["format"]["label"], r"[0-9.]+"]
                 if "error" in one:
                     cells.append(re.sub("e-0", "e-", f"{one['error']:.1e}"))
             label = str(layer) if RECIPES[name].calibrated else "0-1 each"
             assert re.search(rf"^{label} +{' +'.join(cells)} *$", table, re.MULTILINE), (cells, table)
         assert re.search(r"embedding, head +\S+ +[0-9.]+ kB", table)
-    for form in {it["format"] for entry in read(bundle)["precisions"].values() for it in entry["projections"].values()}:
-        assert form == short(form) or re.search(rf"^{re.escape(short(form))} +{re.escape(form)}$", text, re.MULTILINE)
+    for entry in read(bundle)["precisions"].values():
+        for one in entry["projections"].values():
+            label, description = one["format"]["label"], one["format"]["description"]
+            legend = rf"^{re.escape(label)} +{re.escape(description)}$"
+            assert label == description or re.search(legend, text, re.MULTILINE)
     assert "error: mean over calibration tokens" in text
 
 
@@ -232,15 +241,14 @@ def test_json_tells_the_same(exported: tuple[Path, Path, str], tmp_path: Path, l
 
 def test_formats_of_all_recipes_have_short_names_of_their_own() -> None:
     forms = {
-        str(form)
+        form
         for recipe in RECIPES.values()
-        for form in (recipe.projections, recipe.embedding, recipe.fallback, *recipe.special.values())
-        if isinstance(form, Dense | Blocks | Integer)
+        for form in (recipe.projections, recipe.embedding, recipe.fallback, *recipe.overrides.values())
+        if isinstance(form, Dense | Blocks | Int8Static)
     }
-    assert len({short(form) for form in forms}) == len(forms)
-    assert max(len(short(form)) for form in forms) <= 10
-    assert short("int4 blocks of 32, offsets") == "int4-32o"
-    assert short("a format of tomorrow") == "a format of tomorrow"
+    assert len({form.label for form in forms}) == len({str(form) for form in forms}) == len(forms)
+    assert max(len(form.label) for form in forms) <= 10
+    assert OriginalBlocks(4, offsets=True).label == "int4-32o"
 
 
 # ---- the picture
@@ -278,7 +286,7 @@ def test_pictures_of_a_bundle(suffix: str, exported: tuple[Path, Path, str], tmp
 
 def test_a_picture_where_nothing_was_rounded(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
     assert llm_export(exported[0], "--plot", tmp_path / "p.svg", "--precision", "fp32")[0] == 0
-    assert "No error was measured" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert "No errors were measured" in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
 
 # ---- what is refused
@@ -333,7 +341,7 @@ def test_without_matplotlib_one_line_names_the_extra(
 def test_a_bundle_takes_no_options_that_make_one(
     words: tuple[str, ...], exported: tuple[Path, Path, str], llm_export: Run
 ) -> None:
-    refused(llm_export(exported[0], "--explain", *words), "leave it out")
+    refused(llm_export(exported[0], "--explain", *words), "omit it")
 
 
 def test_a_precision_that_the_bundle_lacks(exported: tuple[Path, Path, str], llm_export: Run) -> None:
@@ -359,22 +367,23 @@ def test_bundles_of_earlier_versions_load_and_say_what_they_lack(copied: Path, l
 @pytest.mark.parametrize(
     ("module", "told"),
     [
-        ("layers.0.mlp.down", {"format": "fp32", "bytes": -1}),
-        ("layers.0.mlp.down", {"format": "fp32", "bytes": True}),
-        ("layers.0.mlp.down", {"format": "fp32", "bytes": 1.5}),
-        ("layers.0.mlp.down", {"format": "fp32", "bytes": 10**400}),
-        ("layers.0.mlp.down", {"format": "\x1b[2J", "bytes": 1}),
-        ("layers.0.mlp.down", {"format": "x" * 1000, "bytes": 1}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": -1}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": True}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": 1.5}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": 10**400}),
+        ("layers.0.mlp.down", {"format": {"label": "\x1b[2J", "description": "fp32"}, "bytes": 1}),
+        ("layers.0.mlp.down", {"format": {"label": "fp32", "description": "x" * 1000}, "bytes": 1}),
         ("layers.0.mlp.down", {"format": 8, "bytes": 1}),
-        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": "much"}),
-        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": float("nan")}),
-        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": 10**400}),
-        ("layers.0.mlp.down", {"format": "int8", "bytes": 1, "error": -1.0}),
+        ("layers.0.mlp.down", {"format": {"label": 8, "description": 8}, "bytes": 1}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": 1, "error": "much"}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": 1, "error": float("nan")}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": 1, "error": 10**400}),
+        ("layers.0.mlp.down", {"format": FP32, "bytes": 1, "error": -1.0}),
         ("layers.0.mlp.down", ["fp32", 1]),
-        ("layers.2.mlp.down", {"format": "fp32", "bytes": 1}),
-        ("layers.0.other.down", {"format": "fp32", "bytes": 1}),
-        ("\x1b[2J", {"format": "fp32", "bytes": 1}),
-        ("", {"format": "fp32", "bytes": 1}),
+        ("layers.2.mlp.down", {"format": FP32, "bytes": 1}),
+        ("layers.0.other.down", {"format": FP32, "bytes": 1}),
+        ("\x1b[2J", {"format": FP32, "bytes": 1}),
+        ("", {"format": FP32, "bytes": 1}),
     ],
 )
 def test_a_manifest_that_tells_nonsense(module: str, told: Any, copied: Path, llm_export: Run) -> None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.exporter.quantization.recipes import RECIPES, parse_precisions
 from llm_edge.model.decoder import Decoder
 
@@ -260,10 +261,9 @@ def test_the_same_checkpoint_makes_the_same_bytes(
     """In another process too, whose hashes are seeded otherwise."""
     program = (
         "import sys; from pathlib import Path; from llm_edge.exporter.export import export;"
-        "from llm_edge.exporter.graph.trace import GraphStyle;"
-        "from llm_edge.exporter.quantization.recipes import parse_precisions;"
-        "export(sys.argv[1], Path(sys.argv[2]), parse_precisions(sys.argv[4]), GraphStyle(sys.argv[3]),"
-        " validate=False, force=False, progress=lambda *_: None)"
+        "from llm_edge.exporter.options import ExportOptions, GraphChoice;"
+        "export(sys.argv[1], ExportOptions(Path(sys.argv[2]), precision=sys.argv[4], graph=GraphChoice(sys.argv[3]),"
+        " validate=False))"
     )
     other = tmp_path / "other"
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
@@ -348,9 +348,9 @@ def style(request: pytest.FixtureRequest) -> str:
 def models(checkpoint: Path, style: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Graphs by recipe."""
     output = tmp_path_factory.mktemp("made") / "bundle"
-    recipes = parse_precisions(",".join(HELD))
-    export(str(checkpoint), output, recipes, GraphStyle(style), validate=False, force=False, progress=lambda *_: None)
-    return {recipe.name: output / "onnx" / f"{recipe.stem}.onnx" for recipe in recipes}
+    precisions = ",".join(HELD)
+    export(str(checkpoint), ExportOptions(output, precision=precisions, graph=GraphChoice(style), validate=False))
+    return {recipe.name: output / "onnx" / f"{recipe.stem}.onnx" for recipe in parse_precisions(precisions)}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from sessions import open_file
 
 from llm_edge.exporter.bundle.side_files import preferred
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.exporter.quantization.recipes import RECIPES, parse_precisions
 from llm_edge.runtime import Engine, GenerationResult, Model, SamplingParams
 from llm_edge.runtime.backend import kv_cache
@@ -48,9 +48,10 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield exported(families.save(families.model(request.param), folder / "source"), folder / "bundle")
 
 
-def exported(source: Path, output: Path, precisions: str = "int8,int8-kv8", style: GraphStyle | None = None) -> Bundle:
-    recipes = parse_precisions(precisions)
-    export(str(source), output, recipes, style, validate=False, force=False, progress=lambda *_: None)
+def exported(
+    source: Path, output: Path, precisions: str = "int8,int8-kv8", graph: GraphChoice = GraphChoice.AUTO
+) -> Bundle:
+    export(str(source), ExportOptions(output, precision=precisions, graph=graph, validate=False))
     return Bundle.open(output)
 
 
@@ -181,15 +182,17 @@ def test_keys_behind_the_calibrated_positions_fit(tmp_path: Path, monkeypatch: p
 # ---- where there is none
 
 
-@pytest.mark.parametrize(("case", "style"), [("llama", GraphStyle.PORTABLE), ("llama with heads of 6", None)])
+@pytest.mark.parametrize(
+    ("case", "style"), [("llama", GraphChoice.PORTABLE), ("llama with heads of 6", GraphChoice.AUTO)]
+)
 def test_standard_operators_have_no_such_cache(
-    case: str, style: GraphStyle | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, style: GraphChoice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.shorten_texts(monkeypatch, CALIBRATION)
     source = families.save(families.model(case), tmp_path / "source")
     with pytest.raises(ParameterError) as caught:
         exported(source, tmp_path / "bundle", "int8-kv8", style)
-    for words in ("int8-kv8", "standard operators", "leave it out", "--graph fused"):
+    for words in ("int8-kv8", "portable graphs", "omit it", "--graph fused"):
         assert words in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

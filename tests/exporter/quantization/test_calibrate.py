@@ -20,10 +20,14 @@ from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
+from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.graph.write import write_graphs
-from llm_edge.exporter.quantization.calibrate import Rounding, calibrate
-from llm_edge.exporter.quantization.recipes import RECIPES, Blocks, Integer, Recipe, parse_precisions
+from llm_edge.exporter.quantization.blocks import QuantizedBlocks
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights, calibrate
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.formats.int8_static import Int8Static
+from llm_edge.exporter.quantization.int8_static import QuantizedInt8
+from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
@@ -55,7 +59,7 @@ def checkpoint(name: str, folder: Path) -> Checkpoint:
 
 def rounded(
     config: ModelConfig, weights: RotatedWeights, folder: Path, recipes: Sequence[Recipe], tokens: int = 1024
-) -> dict[str, Rounding]:
+) -> dict[str, CalibratedWeights]:
     folder.mkdir()
     return calibrate(rotated_config(config), weights, recipes, text(tokens, 0), folder, lambda *_: None)
 
@@ -92,10 +96,10 @@ def test_calibrated_recipes_take_sizes_that_are_no_powers_of_two(name: str, tmp_
     recipes = (*CALIBRATED, plain)
     out = tmp_path / "out"
     out.mkdir()
-    roundings = write_graphs(
-        out, found.config, found.weights, recipes, GraphStyle.FUSED, text(1536, 0), lambda *_: None
-    )
-    assert list(roundings) == [recipe.name for recipe in CALIBRATED]
+    writer = OnnxWriter(GraphStyle.FUSED)
+    stored = writer.write(out, found.config, found.weights, recipes, text(1536, 0), lambda *_: None)
+    assert list(stored) == [recipe.name for recipe in recipes]
+    assert all(stored[recipe.name]["layers.0.mlp.down"].error for recipe in CALIBRATED)
     assert {path.name for path in out.iterdir()} == {f"{it.stem}.onnx{end}" for it in recipes for end in ("", "_data")}
     ids = torch.tensor([text(120, 1), text(120, 2)])
     wanted = reference(found, ids)
@@ -123,31 +127,32 @@ def test_a_projection_that_errs_too_much_falls_back_to_blocks(tmp_path: Path) ->
     made = rounded(found.config, RotatedWeights(found.config, weights), out, CALIBRATED)
     for name in ("int8", "int8-exact"):
         recipe = RECIPES[name]
-        choices = made[name].choices
-        assert len(choices) == 4 * found.config.num_hidden_layers
-        assert isinstance(choices["layers.0.mlp.up"].form, Integer)
+        formats = made[name].formats
+        assert len(formats) == 4 * found.config.num_hidden_layers
+        assert isinstance(formats["layers.0.mlp.up"].format, Int8Static)
         if name == "int8":
             assert isinstance(recipe.fallback, Blocks)
-            form = choices["layers.1.mlp.up"].form
+            form = formats["layers.1.mlp.up"].format
             assert isinstance(form, Blocks)
             assert (form.bits, form.symmetric) == (recipe.fallback.bits, recipe.fallback.symmetric)
-        for module, choice in choices.items():
-            if isinstance(choice.form, Integer):
-                assert choice.error <= recipe.limit, module
+        for module, choice in formats.items():
+            if isinstance(choice.format, Int8Static):
+                assert choice.error is not None
+                assert choice.error <= recipe.max_error, module
 
 
 def test_upgrades_go_to_the_projections_that_err_most(tmp_path: Path) -> None:
     found = checkpoint("smollm3", tmp_path / "source")  # three layers
-    upgrade = Integer()
+    upgrade = Int8Static()
     recipe = dataclasses.replace(RECIPES["int4"], name="mine", upgrades={"gate_up": (upgrade, 2 / 3)})
     weights = RotatedWeights(found.config, found.weights)
     made = rounded(found.config, weights, tmp_path / "rounded", (RECIPES["int4"], recipe), tokens=512)
-    before, after = made["int4"].choices, made["mine"].choices
+    before, after = made["int4"].formats, made["mine"].formats
     assert before.keys() == after.keys()
     names = sorted((name for name in before if name.endswith("gate_up")), key=lambda name: before[name].error)
-    assert [after[name].form == upgrade for name in names] == [False, True, True]
+    assert [after[name].format == upgrade for name in names] == [False, True, True]
     for name in before:
-        if after[name].form != upgrade or name.endswith("qkv"):
+        if after[name].format != upgrade or name.endswith("qkv"):
             assert after[name] == before[name]
         else:
             assert after[name].error < before[name].error
@@ -189,8 +194,8 @@ def test_weights_are_held_a_layer_at_a_time_and_the_same_text_makes_the_same_byt
     assert layers == sorted(layers)
     assert set(layers) >= {0, 1, 2}
     again = rounded(found.config, RotatedWeights(found.config, found.weights), tmp_path / "second", CALIBRATED)
-    assert {name: rounding.choices for name, rounding in made.items()} == {
-        name: rounding.choices for name, rounding in again.items()
+    assert {name: rounding.formats for name, rounding in made.items()} == {
+        name: rounding.formats for name, rounding in again.items()
     }
     assert sums(tmp_path / "first") == sums(tmp_path / "second") != {}
 
@@ -212,13 +217,14 @@ def test_what_was_rounded_comes_back_from_disk(tmp_path: Path) -> None:
         for cache in rounding.caches:
             assert cache.key.shape == cache.value.shape == (2, 32)
             assert (cache.key > 0).all()
-        for module, choice in rounding.choices.items():
+        for module, choice in rounding.formats.items():
             weight = weights[f"{module}.weight"]
-            stored = rounding.load(module)
-            assert len(stored.data) == len(weight)
+            loaded = rounding.load(module)
+            assert isinstance(loaded, QuantizedBlocks | QuantizedInt8)
+            assert len(loaded.data) == len(weight)
             assert 0 < choice.error < 0.1
-            if isinstance(choice.form, Blocks):
-                assert stored.dequantized(weight.shape[1]).shape == weight.shape  # type: ignore[union-attr]
+            if isinstance(choice.format, Blocks):
+                assert loaded.dequantized(weight.shape[1]).shape == weight.shape  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("tokens", [2, 40, 300])
@@ -226,7 +232,7 @@ def test_a_text_shorter_than_a_window_will_do(tokens: int, tmp_path: Path) -> No
     found = checkpoint("gpt_neo", tmp_path / "source")
     weights = RotatedWeights(found.config, found.weights)
     made = rounded(found.config, weights, tmp_path / "rounded", (RECIPES["int8"],), tokens)
-    assert all(np.isfinite(choice.error) for choice in made["int8"].choices.values())
+    assert all(np.isfinite(choice.error) for choice in made["int8"].formats.values())
 
 
 # ---- the texts

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from llm_edge.exporter.quantization.blocks import quantize_blocks, quantize_channels
-from llm_edge.exporter.quantization.gptq import compensated
-from llm_edge.exporter.quantization.recipes import Blocks
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.gptq import gptq
 from llm_edge.runtime.errors import CheckpointError
 
 FORMS = [
@@ -94,7 +94,7 @@ def test_independent_inputs_leave_every_weight_at_its_nearest_level(width: int) 
     weight = numbers(16, width, seed=4)
     groups = -(-width // 32)
     scales, zeros = 0.2 + 0.1 * numbers(16, groups, seed=5).abs(), torch.full((16, groups), 8.0)
-    found = compensated(weight, torch.eye(width), scales, zeros, 32, 15)
+    found = gptq(weight, torch.eye(width), scales, zeros, 32, 15)
     assert torch.equal(found, levels_of(weight, scales, zeros, 32, 15))
     assert {0.0, 15.0} <= set(found.unique().tolist()) or width == 5  # some lie beyond the range
 
@@ -104,14 +104,14 @@ def test_the_most_important_columns_come_first() -> None:
     inputs = correlated(160)
     weight, hessian = numbers(12, 160, seed=6), hessian_of(inputs)
     scales, zeros = weight.abs().amax(1, keepdim=True) / 7, torch.full((12, 1), 8.0)
-    found = compensated(weight, hessian.clone(), scales, zeros, 160, 15)
+    found = gptq(weight, hessian.clone(), scales, zeros, 160, 15)
     nearest = levels_of(weight, scales, zeros, 160, 15)
     first = int(hessian.diagonal().argmax())
     assert torch.equal(found[:, first], nearest[:, first])
     assert (found != nearest).any(0).sum() > 80  # of the others most do make up for something
 
     order = torch.randperm(160, generator=torch.Generator().manual_seed(7))
-    mixed = compensated(weight[:, order], hessian[order][:, order], scales, zeros, 160, 15)
+    mixed = gptq(weight[:, order], hessian[order][:, order], scales, zeros, 160, 15)
     assert (mixed != found[:, order]).float().mean() < 0.01  # sums in another order may tip a tie
 
 
@@ -154,7 +154,7 @@ def test_inputs_that_are_always_zero(form: Blocks) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_filled_up_end_of_a_row_is_zero(form: Blocks, width: int) -> None:
     stored = quantize_blocks(numbers(6, width), form, hessian_of(correlated(width)))
-    blocks = form.count(width)
+    blocks = form.num_blocks(width)
     assert stored.data.shape == (6, blocks, form.size * form.bits // 8)
     assert stored.scales.shape == (6, blocks)
     assert (stored.zero_points is None) == form.symmetric
@@ -199,5 +199,5 @@ def test_inputs_that_are_not_numbers(number: float) -> None:
     hessian[3, 3] = number
     weight = numbers(6, 96)
     for attempt in (lambda: quantize_blocks(weight, FORMS[0], hessian), lambda: quantize_channels(weight, hessian)):
-        with pytest.raises(CheckpointError, match=r"inputs are not numbers.*damaged"):
+        with pytest.raises(CheckpointError, match=r"inputs are NaN or infinity.*damaged"):
             attempt()

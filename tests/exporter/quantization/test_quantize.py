@@ -15,8 +15,11 @@ import torch
 from onnx import TensorProto, helper
 
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.exporter.module_names import HEAD
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks, quantize_blocks
-from llm_edge.exporter.quantization.recipes import HEAD, RECIPES, Blocks, Dense, Recipe, parse_precisions
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.formats.dense import Dense
+from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.model.decoder import Decoder, count_parameters
 from llm_edge.runtime.errors import ParameterError
 
@@ -249,7 +252,9 @@ def test_bytes_per_weight_foretells_the_size(tiny_bundle: Path, tiny_checkpoint:
     tables = 4 * config.max_position_embeddings * config.head_dim  # rotary, in the file but not a weight
     head = config.vocab_size * config.hidden_size
     made = RECIPES[recipe]
-    foretold = (count_parameters(config) - head) * made.bytes_per_weight + head * made.format_of(HEAD).bytes_per_weight
+    foretold = (count_parameters(config) - head) * made.projections.bytes_per_weight + head * made.format_of(
+        HEAD
+    ).bytes_per_weight
     size = sum(path.stat().st_size for path in (tiny_bundle / "onnx").glob(f"{made.stem}.onnx*"))
     assert foretold <= size - tables <= 1.25 * foretold + 40_000  # the graph itself
 
@@ -318,14 +323,14 @@ def test_recipes_are_what_the_names_say() -> None:
     assert int4.format_of("layers.0.mlp.down") == int4.projections
 
 
-@pytest.mark.parametrize("place", ["projections", "special", "embedding"])
+@pytest.mark.parametrize("place", ["projections", "overrides", "embedding"])
 def test_a_recipe_that_rounds_anything_is_not_lossless(place: str) -> None:
     blocks = Blocks(8, 32, symmetric=True)
     recipe = Recipe(
         "mine",
         "mine",
         projections=blocks if place == "projections" else Dense(),
-        special={HEAD: blocks} if place == "special" else {},
+        overrides={HEAD: blocks} if place == "overrides" else {},
         embedding=blocks if place == "embedding" else Dense(),
     )
     assert not recipe.lossless
@@ -336,6 +341,6 @@ def test_a_recipe_that_rounds_anything_is_not_lossless(place: str) -> None:
 def test_bytes_per_weight_of_blocks(form: Blocks) -> None:
     stored = quantize_blocks(torch.ones(64, 1024), form)
     assert form.bytes_per_weight * 64 * 1024 == stored.data.nbytes + stored.scales.nbytes
-    assert form.count(1024) == stored.scales.shape[1]
-    assert form.count(1023) == form.count(1024)
-    assert form.count(1025) == form.count(1024) + 1
+    assert form.num_blocks(1024) == stored.scales.shape[1]
+    assert form.num_blocks(1023) == form.num_blocks(1024)
+    assert form.num_blocks(1025) == form.num_blocks(1024) + 1

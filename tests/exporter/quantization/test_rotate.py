@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
-from llm_edge.exporter.quantization.hadamard import hadamard_block, rotation
-from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, turns_residual
+from llm_edge.exporter.quantization.hadamard import hadamard_matrix, rotation
+from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 
@@ -59,8 +59,8 @@ def test_many_rows_are_turned_like_few() -> None:
     ("width", "most", "size"),
     [(1536, 64, 64), (1536, 128, 128), (576, 64, 64), (136, 64, 8), (200, 64, 40), (77, 64, 1), (48, 64, 48)],
 )
-def test_the_largest_hadamard_block_that_divides_a_width(width: int, most: int, size: int) -> None:
-    block = hadamard_block(width, most)
+def test_the_largest_hadamard_matrix_that_divides_a_width(width: int, most: int, size: int) -> None:
+    block = hadamard_matrix(width, most)
     assert block.shape == (size, size)
     assert (block @ block.T - torch.eye(size)).abs().max() < 1e-6
     assert (block.abs() - size**-0.5).abs().max() < 1e-6
@@ -101,15 +101,15 @@ def test_a_rotated_model_computes_the_same(name: str, tmp_path: Path) -> None:
     assert wanted.std() > 0.5  # so that the bound means something
     assert (logits(config, turned) - wanted).abs().max() < BOUND
 
-    assert config.head_mix == (turns_residual(found.config) and found.config.tie_word_embeddings)
+    assert config.head_mix == (rotates_residual(found.config) and found.config.tie_word_embeddings)
     assert set(turned) == {parameter for parameter, _ in named(config)}
     for parameter, shape in named(config):
         assert turned[parameter].shape == shape
     for role in ("attention.qkv", "attention.output"):  # values, and what reads them, turn in every model
         assert changed(found.weights, turned, f"layers.0.{role}.weight")
     for place in ("embed_tokens.weight", "layers.1.mlp.down.weight"):
-        assert changed(found.weights, turned, place) == turns_residual(found.config)
-    if turns_residual(found.config):
+        assert changed(found.weights, turned, place) == rotates_residual(found.config)
+    if rotates_residual(found.config):
         assert torch.equal(turned["layers.0.mlp_norm.weight"], torch.ones(config.hidden_size))
         assert torch.equal(turned["norm.weight"], torch.ones(config.hidden_size))
 
@@ -126,7 +126,7 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str
 def test_both_kinds_of_model_are_among_the_families(tmp_path: Path) -> None:
     kinds = {}
     for name in ("llama", "olmo2", "gemma3_text", "gpt2", "gpt_neox"):
-        kinds[name] = turns_residual(checkpoint(name, tmp_path / name).config)
+        kinds[name] = rotates_residual(checkpoint(name, tmp_path / name).config)
     assert kinds == {"llama": True, "olmo2": False, "gemma3_text": False, "gpt2": False, "gpt_neox": False}
 
 
@@ -171,8 +171,8 @@ def test_outliers_shrink(tmp_path: Path) -> None:
 
     tokens = torch.arange(3, 300)[None]  # 2 is padding, whose row is zero
     assert peak(weights["embed_tokens.weight"][tokens]) > 7
-    assert peak(turned.embedded(tokens)) < 3
-    assert torch.equal(turned.embedded(tokens), turned["embed_tokens.weight"][tokens])
+    assert peak(turned.embed(tokens)) < 3
+    assert torch.equal(turned.embed(tokens), turned["embed_tokens.weight"][tokens])
     folded = weights["layers.0.attention.qkv.weight"] * weights["layers.0.attention_norm.weight"]
     assert peak(folded) > 6
     assert peak(turned["layers.0.attention.qkv.weight"]) < 4

@@ -23,7 +23,7 @@ from test_gguf_families import save_folder, write_gguf
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import RECIPES
+from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime import Bundle
 from llm_edge.runtime.errors import CheckpointError
@@ -82,8 +82,8 @@ def save_gguf(folder: Path, edit: Callable[[GGUFWriter], None], *, tied: bool = 
 
 def export_source(path: Path, style: GraphStyle, *, validate: bool = False) -> Path:
     output = path.parent / style.value
-    recipes = (RECIPES["source"],)
-    export(str(path), output, recipes, style, validate=validate, force=True, progress=lambda *_: None)
+    options = ExportOptions(output, precision="source", graph=GraphChoice(style.value), validate=validate, force=True)
+    export(str(path), options)
     return output
 
 

@@ -15,9 +15,9 @@ import torch
 
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter import cli as export_cli
-from llm_edge.exporter.export import Report, export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.export import export
+from llm_edge.exporter.options import ExportOptions
+from llm_edge.exporter.results import Report
 from llm_edge.exporter.validation.parity import memory_for
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime import Model, SamplingParams
@@ -32,16 +32,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(checkpoint: Path, output: Path, memory: float, precisions: str = "int8") -> Report:
-    return export(
-        str(checkpoint),
-        output,
-        parse_precisions(precisions),
-        GraphStyle.FUSED,
-        validate=True,
-        force=False,
-        progress=lambda *_: None,
-        validation_memory=memory,
-    )
+    return export(str(checkpoint), ExportOptions(output, precision=precisions, validation_memory=memory / 1e9))
+
+
+def validated_layers(report: Report) -> int:
+    assert report.validation is not None
+    return report.validation.layers
 
 
 def manifest(bundle: Path) -> dict[str, Any]:
@@ -52,8 +48,9 @@ def manifest(bundle: Path) -> dict[str, Any]:
 def test_a_model_too_large_is_compared_in_part(checkpoint: Path, tmp_path: Path) -> None:
     config = read_folder(checkpoint).config
     report = exported(checkpoint, tmp_path / "bundle", memory_for(config, 2) + 1)
-    assert (report.validated_layers, report.layers) == (2, LAYERS)
-    assert report.validation_bytes == memory_for(config, LAYERS)
+    assert report.validation is not None
+    assert (report.validation.layers, report.layers) == (2, LAYERS)
+    assert report.validation.required_bytes == memory_for(config, LAYERS)
     told = manifest(tmp_path / "bundle")
     assert told["validation"] == {"layers": 2, "of": LAYERS}
     assert told["proof"]["fp32"]["prefill"]["max"] < 1e-4
@@ -63,7 +60,7 @@ def test_a_model_too_large_is_compared_in_part(checkpoint: Path, tmp_path: Path)
 
 
 def test_at_least_one_layer_is_compared(checkpoint: Path, tmp_path: Path) -> None:
-    assert exported(checkpoint, tmp_path / "bundle", 1.0).validated_layers == 1
+    assert validated_layers(exported(checkpoint, tmp_path / "bundle", 1.0)) == 1
 
 
 def off(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
@@ -88,7 +85,7 @@ def test_what_is_compared_is_proven_and_the_rest_is_not(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     off(monkeypatch, LAYERS - 1)
-    assert exported(checkpoint, tmp_path / "bundle", one).validated_layers == 1
+    assert validated_layers(exported(checkpoint, tmp_path / "bundle", one)) == 1
     with pytest.raises(ParityError):
         exported(checkpoint, tmp_path / "another", 1e12)
 
@@ -103,7 +100,7 @@ def test_the_command_says_what_was_not_compared(
         export_cli.main()
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert "first 2 of 3 layers, with embedding and head, and not the others" in printed
+    assert "Compared only the first 2 of 3 layers, with embedding and head." in printed
     assert "about 3 GB: --validation-memory" in printed
 
 

@@ -20,8 +20,7 @@ import tiny
 from mutate import memory_limit, mutations
 
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.options import ExportOptions
 from llm_edge.runtime import GenerationResult, SamplingParams
 from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.errors import InputError, MachineError
@@ -139,9 +138,8 @@ def test_another_precision_is_refused(load_engine: Load, saved: Path) -> None:
 
 def test_another_bundle_is_refused(saved: Path, tmp_path: Path) -> None:
     checkpoint = tiny.save_checkpoint(tmp_path / "other", seed=1)
-    bundle, recipes = tmp_path / "bundle", parse_precisions("fp32")
-    style = GraphStyle.FUSED
-    export(str(checkpoint), bundle, recipes, style, validate=False, force=False, progress=lambda *_: None)
+    bundle = tmp_path / "bundle"
+    export(str(checkpoint), ExportOptions(bundle, precision="fp32", validate=False))
     with Engine.load(bundle, "fp32", threads=1) as engine:
         assert "another bundle or precision" in refused(engine, saved)
 

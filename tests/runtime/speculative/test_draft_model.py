@@ -20,8 +20,7 @@ from sessions import open_file
 
 from llm_edge.bench import draft as measured
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.runtime import Constraint, Engine, FinishReason, GenerationResult, Model, SamplingParams
 from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
 from llm_edge.runtime.bundle import MANIFEST, Bundle, manifest_entry
@@ -42,9 +41,8 @@ def said(result: GenerationResult) -> tuple[Any, ...]:
     return result.text, result.tokens, result.finish_reason
 
 
-def exported(checkpoint: Path, output: Path, style: GraphStyle = GraphStyle.FUSED) -> Path:
-    recipes = parse_precisions("fp32")
-    export(str(checkpoint), output, recipes, style, validate=False, force=False, progress=lambda *_: None)
+def exported(checkpoint: Path, output: Path, graph: GraphChoice = GraphChoice.FUSED) -> Path:
+    export(str(checkpoint), ExportOptions(output, precision="fp32", graph=graph, validate=False))
     return output
 
 
@@ -437,7 +435,7 @@ def test_another_vocabulary_is_refused(large: Path, small: Path, folder: Path) -
 
 
 def test_a_graph_that_cannot_take_guesses_back_is_refused(folder: Path, large: Path, small: Path) -> None:
-    portable = exported(folder / "small-checkpoint", folder / "portable", GraphStyle.PORTABLE)
+    portable = exported(folder / "small-checkpoint", folder / "portable", GraphChoice.PORTABLE)
     for bundle, draft in ((large, portable), (portable, small)):
         with pytest.raises(ParameterError, match=r"draft: .*portable in fp32 cannot rewind its cache: export it with"):
             Model.load(bundle, draft=draft)

@@ -23,7 +23,7 @@ from test_tokenizer import BACKENDS
 
 from llm_edge.checkpoint.reasoning import find_reasoning
 from llm_edge.exporter.export import export
-from llm_edge.exporter.quantization.recipes import parse_precisions
+from llm_edge.exporter.options import ExportOptions
 from llm_edge.runtime import (
     Constraint,
     Engine,
@@ -545,9 +545,8 @@ def test_tags_that_a_tokenizer_cannot_write_are_not_found() -> None:
 def test_an_export_tells_the_tags_of_the_chat_template(tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
     (source / "chat_template.jinja").write_text(OPENED, encoding="utf-8")
-    recipes = parse_precisions("fp32")
     path = tmp_path / "bundle"
-    export(str(source), path, recipes, None, validate=False, force=False, progress=lambda *_: None)
+    export(str(source), ExportOptions(path, precision="fp32", validate=False))
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     assert manifest["reasoning_tags"] == {"start": "<think>", "end": "</think>"}
     assert "reasoning" not in manifest

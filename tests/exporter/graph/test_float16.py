@@ -18,7 +18,7 @@ from onnx import TensorProto
 from sessions import open_file
 
 from llm_edge.exporter.export import export
-from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.exporter.quantization.recipes import RECIPES, parse_precisions
 from llm_edge.runtime import Engine, Model, SamplingParams
 from llm_edge.runtime.backend import session as session_module
@@ -26,20 +26,19 @@ from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import CheckpointError, ProviderError
 
 CASES = (
-    ("llama", GraphStyle.FUSED),
-    ("llama", GraphStyle.PORTABLE),
-    ("llama with biases, tied", GraphStyle.FUSED),
-    ("qwen3", GraphStyle.FUSED),  # norms of queries and keys
-    ("phi3, longrope on a part of each head", GraphStyle.FUSED),
-    ("gemma3_text", GraphStyle.FUSED),  # a factor of the embedding, windows
-    ("gpt2", GraphStyle.PORTABLE),  # LayerNorm, a table of positions
+    ("llama", GraphChoice.FUSED),
+    ("llama", GraphChoice.PORTABLE),
+    ("llama with biases, tied", GraphChoice.FUSED),
+    ("qwen3", GraphChoice.FUSED),  # norms of queries and keys
+    ("phi3, longrope on a part of each head", GraphChoice.FUSED),
+    ("gemma3_text", GraphChoice.FUSED),  # a factor of the embedding, windows
+    ("gpt2", GraphChoice.PORTABLE),  # LayerNorm, a table of positions
 )
 BOUND = 8e-3  # of the logits' size; up to 2.7e-3 was measured
 
 
-def exported(source: Path, output: Path, style: GraphStyle, *, validate: bool = False) -> Bundle:
-    recipes = parse_precisions("fp32,fp16")
-    export(str(source), output, recipes, style, validate=validate, force=False, progress=lambda *_: None)
+def exported(source: Path, output: Path, graph: GraphChoice, *, validate: bool = False) -> Bundle:
+    export(str(source), ExportOptions(output, precision="fp32,fp16", graph=graph, validate=validate))
     return Bundle.open(output)
 
 
@@ -96,7 +95,7 @@ def test_the_cut_into_steps_does_not_matter(bundle: Bundle, cuts: list[int]) -> 
 def test_it_is_validated_but_not_held_to_the_bound_of_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shorten_texts(monkeypatch, 64)
     source = families.save(families.model("llama"), tmp_path / "source")
-    bundle = exported(source, tmp_path / "bundle", GraphStyle.FUSED, validate=True)
+    bundle = exported(source, tmp_path / "bundle", GraphChoice.FUSED, validate=True)
     entry = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))["precisions"]["fp16"]
     assert entry["recipe"] == "fp16"
     assert entry["parity"]
@@ -144,7 +143,7 @@ def test_on_cuda_it_is_what_one_gets_unasked(bundle: Bundle, tiny_bundle: Path, 
 
 
 def test_an_engine_takes_it_where_it_is_told_to_try_cuda(tmp_path: Path, cuda_on_paper: list[str]) -> None:
-    made = exported(families.save(families.model("llama"), tmp_path / "source"), tmp_path / "bundle", GraphStyle.FUSED)
+    made = exported(families.save(families.model("llama"), tmp_path / "source"), tmp_path / "bundle", GraphChoice.FUSED)
 
     def loaded(**options: Any) -> tuple[str, str, int]:
         with Engine.load(made.path, None, threads=1, **options) as engine:
@@ -168,8 +167,8 @@ def test_a_weight_that_float16_cannot_hold(tmp_path: Path) -> None:
         made.model.layers[1].mlp.down_proj.weight[3, 4] = 1e5
     source = families.save(made, tmp_path / "source")
     with pytest.raises(CheckpointError) as caught:
-        exported(source, tmp_path / "bundle", GraphStyle.FUSED)
-    for words in ("layers.1.mlp.down.weight", "65504", "1e+05", "leave fp16 out of --precision"):
+        exported(source, tmp_path / "bundle", GraphChoice.FUSED)
+    for words in ("layers.1.mlp.down.weight", "65504", "1e+05", "remove fp16 from --precision"):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

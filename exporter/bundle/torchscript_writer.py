@@ -1,10 +1,10 @@
-"""Writes a decoder as TorchScript, which plain `torch.jit.load` runs. Knows no checkpoint's format and no bundle.
+"""Writes a decoder as TorchScript, which `torch.jit.load` runs without this package.
 
-The decoder is traced on the meta device, so that no weight is there yet. Lengths, batch and past stay symbolic in a
-trace, devices do not: those are made those of the inputs afterwards. torch cannot be told to save weights one at a
-time, notes source files and line numbers with the code, and aborts the process where the disk is full. Hence it saves
-a skeleton without weights, into memory, and the archive is put together from that: code as it is, notes left out,
-weights read and written one by one. Equal sources make equal files.
+The decoder is traced on the meta device, without weights. Batch size and lengths remain symbolic in a trace, but
+devices do not; they are replaced by the device of the inputs afterwards. torch cannot save weights one at a time,
+stores source paths and line numbers with the code, and aborts the process if the disk is full. Therefore torch saves a
+skeleton without weights to memory, from which the archive is assembled: the code unchanged, debug information
+removed, and weights read and written one at a time. The same source always gives the same file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import Rounding
+from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, rotary_tables
@@ -33,15 +33,12 @@ from llm_edge.runtime.backend.open import AnySession, open_session
 from llm_edge.runtime.bundle import TORCHSCRIPT, ModelShape
 from llm_edge.runtime.errors import ParameterError
 
-_BATCH, _NEW, _PAST = 2, 3, 5  # of the traced inputs, all of them different from one another and from 1
+_BATCH, _NEW, _PAST = 2, 3, 5  # sizes of the traced inputs, all different and none of them 1
 _ROOT = "model"  # folder inside the archive
 
 
 class Exported(nn.Module):
-    """What the file holds: a traced decoder up to its last norm, its head, and the door around both.
-
-    Shapes as in `model.py`.
-    """
+    """The exported module: a traced decoder up to its last norm, and its head. Shapes are as in `model/decoder.py`."""
 
     def __init__(self, body: nn.Module, lm_head: nn.Linear, layers: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -58,22 +55,23 @@ class Exported(nn.Module):
         past: list[tuple[Tensor, Tensor]],
         num_logits_to_keep: int = 0,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """As `Decoder.forward`."""
+        """Run S new tokens; see `Decoder.forward`."""
         flat: list[Tensor] = []
         for key, value in past:
             flat.append(key)
             flat.append(value)
-        x, made = self.body(input_ids, attention_mask, flat)
+        x, flat_presents = self.body(input_ids, attention_mask, flat)
         if num_logits_to_keep > 0:
             x = x[:, -num_logits_to_keep:]
         presents: list[tuple[Tensor, Tensor]] = []
-        for index in range(0, len(made), 2):
-            presents.append((made[index], made[index + 1]))  # noqa: PERF401 (the compiler knows no comprehension of pairs)
+        for index in range(0, len(flat_presents), 2):
+            # The compiler does not support a comprehension of pairs.
+            presents.append((flat_presents[index], flat_presents[index + 1]))  # noqa: PERF401
         return self.lm_head(x), presents
 
     @torch.jit.export
     def empty_past(self, batch_size: int = 1) -> list[tuple[Tensor, Tensor]]:
-        """A cache of no tokens, on the device of the weights."""
+        """Return an empty cache on the device of the weights."""
         empty = self.lm_head.weight.new_zeros([batch_size, self.heads, 0, self.head_dim])
         past: list[tuple[Tensor, Tensor]] = []
         for _ in range(self.layers):
@@ -82,7 +80,7 @@ class Exported(nn.Module):
 
 
 class _Body(nn.Module):
-    """A decoder as a trace takes it: tensors in a flat list, keys and values by turns."""
+    """A decoder with the cache as a flat list, keys and values alternating, as tracing requires."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -90,21 +88,26 @@ class _Body(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         x, presents = self.decoder(input_ids, attention_mask, list(zip(past[::2], past[1::2], strict=True)))
-        return x, [part for present in presents for part in present]
+        return x, [tensor for present in presents for tensor in present]
 
 
-class TorchScriptForm:
-    """Precisions as TorchScript; see `forms.Form`."""
+class TorchScriptWriter:
+    """Writes fp32 as TorchScript; see `BundleWriter`.
+
+    Raises:
+        ParameterError: a recipe is not fp32.
+    """
 
     name = TORCHSCRIPT
+    style = None
     hidden_size = None
 
     def __init__(self, recipes: tuple[Recipe, ...]) -> None:
         lossy = [recipe.name for recipe in recipes if not recipe.lossless]
         if lossy:
             raise ParameterError(
-                f"--format torchscript holds fp32 alone, not {', '.join(lossy)}: "
-                "say --precision fp32, or take --format onnx"
+                f"--format torchscript supports fp32 only, not {', '.join(lossy)}: "
+                "use --precision fp32 or --format onnx"
             )
 
     def write(
@@ -113,71 +116,67 @@ class TorchScriptForm:
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         recipes: tuple[Recipe, ...],
-        text: Sequence[int],  # noqa: ARG002 (nothing is rounded)
+        text: Sequence[int],  # noqa: ARG002 (nothing is quantized)
         progress: Progress,
-    ) -> dict[str, Rounding]:
-        """Write the file of each recipe."""
+    ) -> dict[str, Mapping[str, StoredFormat]]:
         for recipe in recipes:
-            write_torchscript(folder / self.file(recipe), config, weights, progress)
+            write_torchscript(folder / self.file_name(recipe), config, weights, progress)
         return {}
 
-    def file(self, recipe: Recipe) -> str:
-        """Name of what `torch.jit.load` takes."""
+    def file_name(self, recipe: Recipe) -> str:
         return f"{recipe.stem}.pt"
 
     def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """What `write` wrote for a recipe."""
-        return [folder / self.file(recipe)]
+        return [folder / self.file_name(recipe)]
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> AnySession:
-        """The file at work on the CPU."""
-        file = GraphFile(folder / self.file(recipe), shape, TORCHSCRIPT, share_buffer=False)
+        file = GraphFile(folder / self.file_name(recipe), shape, TORCHSCRIPT, share_buffer=False)
         return open_session(file, ExecutionOptions("cpu"))
 
 
 def write_torchscript(path: Path, config: ModelConfig, weights: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write a decoder, with one weight at a time in memory.
+    """Write a decoder with one weight in memory at a time.
 
     Args:
-        path: of the file.
-        config: the shape.
-        weights: under the names of `Decoder`; read when they are written.
+        path: output file.
+        config: shape of the model.
+        weights: weights by the names of `Decoder`; read when they are written.
         progress: see `Progress`.
 
     Raises:
-        OSError: the file cannot be written; what there is of it stays.
+        OSError: the file cannot be written; an incomplete file is not removed.
     """
     progress("tracing", None, f"{config.num_hidden_layers} layers, TorchScript")
     with _quiet():
-        _script(dataclasses.replace(config, layers=config.layers[:1]))  # takes the names that are not numbered
-        small, names = _skeleton(_script(config), config)
+        _script(dataclasses.replace(config, layers=config.layers[:1]))  # reserves the class names without a number
+        other_records, names = _skeleton(_script(config), config)
     tables = rotary_tables(config)
     with zipfile.ZipFile(path, "w") as archive:
         for number, (record, name) in enumerate(names.items()):
             _add(archive, record, tables[name] if name in tables else weights[name])
             progress("quantizing", (number + 1) / len(names), "fp32")
-        for record, content in small.items():
+        for record, content in other_records.items():
             archive.writestr(zipfile.ZipInfo(f"{_ROOT}/{record}"), content)
 
 
 def _script(config: ModelConfig) -> torch.jit.ScriptModule:
-    """The module without weights."""
+    """Return the module without weights."""
     with torch.device("meta"):
         decoder = Decoder(config, standalone=True).eval().requires_grad_(False)
     head = decoder.lm_head
     decoder.register_module("lm_head", nn.Identity())
     ids = torch.zeros(_BATCH, _NEW, dtype=torch.int64, device="meta")
     mask = torch.zeros(_BATCH, _PAST + _NEW, dtype=torch.int64, device="meta")
-    past = [part for pair in decoder.empty_past(_BATCH, _PAST) for part in pair]
-    # Lists may not change in length from call to call, and do not: two tensors a layer.
+    past = [tensor for pair in decoder.empty_past(_BATCH, _PAST) for tensor in pair]
+    # Lists must have the same length in each call: here two tensors per layer.
     body: torch.jit.ScriptModule = torch.jit.trace(  # type: ignore[no-untyped-call]
         _Body(decoder), (ids, mask, past), check_trace=False, strict=False
     )
     hidden = torch.zeros(_BATCH, _NEW, config.hidden_size, device="meta")
-    # Compiled from its source, a projection would list its constants in the order of a set, another in each process.
+    # The head is traced, since compiling it from source would store its constants in set order, which is not stable.
     traced_head = torch.jit.trace(head, (hidden,), check_trace=False)  # type: ignore[no-untyped-call]
     for module in body.modules():
-        if isinstance(module, torch.jit.ScriptModule) and module._c._has_method("forward"):  # a list has none
+        if isinstance(module, torch.jit.ScriptModule) and module._c._has_method("forward"):  # lists have none
             _follow_device(module.graph)
     scripted: torch.jit.ScriptModule = torch.jit.script(
         Exported(body, traced_head, config.num_hidden_layers, config.num_key_value_heads, config.head_dim).eval()
@@ -186,7 +185,7 @@ def _script(config: ModelConfig) -> torch.jit.ScriptModule:
 
 
 def _follow_device(graph: Any) -> None:
-    """Replace the device that a trace took down as a constant by the one of the graph's first tensor."""
+    """Replace the device that was recorded as a constant by the device of the graph's first tensor."""
     constants = [
         node for node in graph.findAllNodes("prim::Constant") if node.output().type().kind() == "DeviceObjType"
     ]
@@ -202,56 +201,57 @@ def _follow_device(graph: Any) -> None:
 
 
 def _skeleton(module: torch.jit.ScriptModule, config: ModelConfig) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Of the archive: code and structure by record, and by record of a weight or table its name.
+    """Return the archive's records of code and structure, and the weight or table name of each tensor record.
 
-    The module is saved twice, never with weights: with tensors of one number each, which says which record is whose,
-    and with tensors of their right shape on the meta device, which then are said to be on the CPU.
+    The module is saved twice without weights: with tensors that hold one number each, which identifies their records,
+    and with tensors of the final shapes on the meta device, whose device is then replaced by the CPU.
     """
     names = _replace(module, config, lambda shape, number: torch.full((1,), float(number)).expand(shape))
     tags, _ = _records(module)
     _replace(module, config, lambda shape, _: torch.empty(shape, device="meta"))
-    _, small = _records(module)
-    structure = small["data.pkl"].replace(_pickled("meta"), _pickled("cpu"))
-    return small | {"data.pkl": structure}, {record: names[tag] for record, tag in tags.items()}
+    _, other = _records(module)
+    structure = other["data.pkl"].replace(_pickled("meta"), _pickled("cpu"))
+    return other | {"data.pkl": structure}, {record: names[tag] for record, tag in tags.items()}
 
 
 def _replace(
     module: torch.jit.ScriptModule, config: ModelConfig, make: Callable[[torch.Size, int], Tensor]
 ) -> list[str]:
-    """Replace every weight and table by what `make` makes of its shape and its place in the list returned.
+    """Replace all weights and tables by `make(shape, index)`; tied weights remain tied.
 
-    Weights that share memory, the tied head's, share it still.
+    Returns:
+        the name of the weight or table at each index.
     """
     numbers: dict[str, int] = {}
-    made: list[Tensor] = []
+    replacements: list[Tensor] = []
     owners = dict(module.named_modules())
     for path, old in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
         name = path.removeprefix("body.decoder.")
         if name == "lm_head.weight" and config.tie_word_embeddings:
             name = "embed_tokens.weight"
         if name not in numbers:
-            numbers[name] = len(made)
-            made.append(make(old.shape, len(made)))
+            numbers[name] = len(replacements)
+            replacements.append(make(old.shape, len(replacements)))
         owner, _, attribute = path.rpartition(".")
-        setattr(owners[owner], attribute, made[numbers[name]])
+        setattr(owners[owner], attribute, replacements[numbers[name]])
     return [*numbers]
 
 
 def _pickled(text: str) -> bytes:
-    """As a pickle spells a string: the opcode BINUNICODE, the length, UTF-8."""
+    """Return a string as pickled: the opcode BINUNICODE, the length, UTF-8."""
     return b"X" + struct.pack("<I", len(text)) + text.encode()
 
 
 def _records(module: torch.jit.ScriptModule) -> tuple[dict[str, int], dict[str, bytes]]:
-    """Of a module as it is saved: the first number of each tensor (0 on the meta device), and all else, by record.
+    """Save a module; return the first number of each tensor (0 on the meta device), and all other records.
 
-    Classes get new numbers, counted in this file alone: torch counts them in the whole process.
+    Numbers in class names are replaced, since torch counts them per process and not per file.
     """
     tags: dict[str, int] = {}
-    small: dict[str, bytes] = {}
+    other: dict[str, bytes] = {}
     numbers: dict[bytes, int] = {}
 
-    def numbered(text: bytes) -> bytes:
+    def renumber(text: bytes) -> bytes:
         return re.sub(rb"(?<=___torch_mangle_)\d+", lambda found: b"%d" % _number(numbers, found[0]), text)
 
     with zipfile.ZipFile(io.BytesIO(module.save_to_buffer())) as archive:
@@ -261,8 +261,8 @@ def _records(module: torch.jit.ScriptModule) -> tuple[dict[str, int], dict[str, 
                 content = archive.read(info)
                 tags[name] = int(struct.unpack("<f", content)[0]) if content else 0
             elif not name.endswith((".debug_pkl", "/serialization_id")):
-                small[numbered(name.encode()).decode()] = numbered(archive.read(info))
-    return tags, small
+                other[renumber(name.encode()).decode()] = renumber(archive.read(info))
+    return tags, other
 
 
 def _number(numbers: dict[bytes, int], name: bytes) -> int:
@@ -270,17 +270,17 @@ def _number(numbers: dict[bytes, int], name: bytes) -> int:
 
 
 def _add(archive: zipfile.ZipFile, record: str, weight: Tensor) -> None:
-    """Append a tensor as float32 in little-endian order, stored as it is."""
+    """Append a tensor as uncompressed little-endian float32."""
     content = weight.to(torch.float32).contiguous().numpy().astype("<f4", copy=False)
     info = zipfile.ZipInfo(f"{_ROOT}/{record}")
-    info.file_size = content.nbytes  # says beforehand whether the record needs 64-bit sizes
+    info.file_size = content.nbytes  # decides whether the record needs 64-bit sizes
     with archive.open(info, "w") as file:
         file.write(content.reshape(-1).data.cast("B"))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from saying that TorchScript is on its way out: whoever asks for it knows."""
+    """Silence torch's warning that TorchScript is deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", DeprecationWarning)
         yield

@@ -1,4 +1,4 @@
-"""Products of whole numbers: the graph computes what calibration counted on, and rows and chunks keep to themselves."""
+"""Integer matmuls: the graph computes what calibration assumes, and rows and chunks do not affect each other."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from torch import Tensor
 
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph.editor import Editor
-from llm_edge.exporter.graph.emitters.integer import FusedIntegers, PortableIntegers
+from llm_edge.exporter.graph.emitters.int8_static import FusedInt8, PortableInt8
 from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.activations import QuantizedInteger, product, quantize_integer
-from llm_edge.exporter.quantization.recipes import RECIPES, Integer, parse_precisions
+from llm_edge.exporter.options import ExportOptions
+from llm_edge.exporter.quantization.formats.base import ObservedInputs
+from llm_edge.exporter.quantization.formats.int8_static import Int8Static
+from llm_edge.exporter.quantization.int8_static import QuantizedInt8
+from llm_edge.exporter.quantization.recipes import RECIPES
 
 Array = npt.NDArray[np.float32]
 
-FORMS = [Integer(spread, terms) for spread in (0, 1, 64) for terms in (1, 2)]
+FORMS = [Int8Static(block, bits) for block in (0, 1, 64) for bits in (8, 16)]
 STYLES = [style.value for style in GraphStyle]
 CALIBRATED = ("int8", "int8-exact", "int4", "int4-mixed")
 ROWS = 24
@@ -34,15 +37,15 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 @functools.cache
-def quantized(form: Integer, width: int, seed: int = 0) -> tuple[Tensor, QuantizedInteger]:
+def quantized(form: Int8Static, width: int, seed: int = 0) -> tuple[Tensor, QuantizedInt8]:
     """A weight [24, width], and what its rounding on inputs with larger and smaller channels made of it."""
     weight = numbers(ROWS, width, seed=seed)
     inputs = numbers(400, width, seed=seed + 1) * torch.logspace(-1, 0.5, width)
-    return weight, quantize_integer(weight, form, inputs.T @ inputs / len(inputs), inputs)
+    return weight, form.calibrate(weight, ObservedInputs(inputs.T @ inputs / len(inputs), inputs))
 
 
 def graph_of(
-    made: QuantizedInteger, form: Integer, style: str, parts: int, *, optimized: bool = True
+    made: QuantizedInt8, form: Int8Static, style: str, parts: int, *, optimized: bool = True
 ) -> ort.InferenceSession:
     """`x [B, S, K]` to `y_0`, `y_1`, … as a graph of a style multiplies."""
     width = made.data.shape[1]
@@ -51,8 +54,10 @@ def graph_of(
     imports = {"": 23, "com.microsoft": 1} if style == "fused" else {"": 23}
     graph = ir.Graph([x], [], nodes=[], opset_imports=imports, name="product")
     model = ir.Model(graph, ir_version=10)
-    writer = (FusedIntegers if style == "fused" else PortableIntegers)(Editor(model), lambda _: made)
-    nodes = writer.linear(x, weight, form, "/p", parts)
+    emitter = FusedInt8 if style == "fused" else PortableInt8
+    nodes = emitter(Editor(model), form.hadamard_block, form.activation_bits, lambda _: made).linear(
+        x, weight, "/p", parts
+    )
     graph.extend(nodes)
     for number, node in enumerate(nodes[-parts:]):
         node.outputs[0].name = f"y_{number}"
@@ -83,13 +88,15 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("width", [192, 136, 77])  # whole blocks of 64; 8 is the largest block; there is none
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("style", STYLES)
-def test_the_graph_computes_what_calibration_counted_on(style: str, form: Integer, width: int, parts: int) -> None:
+def test_the_graph_computes_what_calibration_counted_on(style: str, form: Int8Static, width: int, parts: int) -> None:
     weight, made = quantized(form, width)
     x = (numbers(2, 9, width, seed=5) * torch.logspace(-1, 0.5, width)).contiguous()
     x[1, 3] *= 30  # beyond the range that calibration saw
-    wanted = product(x.flatten(0, 1), made).view(2, 9, ROWS)
+    wanted = made.apply(x.flatten(0, 1)).view(2, 9, ROWS)
     found = ran(graph_of(made, form, style, parts), x)
-    if style == "portable" and form.terms == 2:  # which does not round to 16 bits at all; onnxruntime then rounds to 8
+    if (
+        style == "portable" and form.activation_bits == 16
+    ):  # which does not round to 16 bits at all; onnxruntime then rounds to 8
         found, wanted = (torch.cat([y[0], y[1, :3], y[1, 4:]]) for y in (found, wanted))
         assert relative(found, wanted) < 0.01
         found = ran(graph_of(made, form, style, parts, optimized=False), x)[0]
@@ -98,22 +105,22 @@ def test_the_graph_computes_what_calibration_counted_on(style: str, form: Intege
         assert relative(found, wanted) < 2e-4  # a sum in another order may tip an activation to the next step
     ordinary = torch.cat([x[0], x[1, :3]])
     exact = ordinary @ weight.T
-    assert relative(product(ordinary, made), exact) < (0.03 if form.terms == 1 else 0.01)
+    assert relative(made.apply(ordinary), exact) < (0.03 if form.activation_bits == 8 else 0.01)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_more_bits_err_less(form: Integer) -> None:
+def test_more_bits_err_less(form: Int8Static) -> None:
     weight, made = quantized(form, 192)
     x = numbers(60, 192, seed=5) * torch.logspace(-1, 0.5, 192)
-    error = relative(product(x, made), x @ weight.T)
+    error = relative(made.apply(x), x @ weight.T)
     assert error > 1e-4
-    if form.terms == 2:
-        assert error < 0.7 * relative(product(x, quantized(Integer(form.spread), 192)[1]), x @ weight.T)
+    if form.activation_bits == 16:
+        assert error < 0.7 * relative(quantized(Int8Static(form.hadamard_block), 192)[1].apply(x), x @ weight.T)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form.spread], ids=str)
+@pytest.mark.parametrize("form", [form for form in FORMS if form.hadamard_block], ids=str)
 @pytest.mark.parametrize("style", STYLES)
-def test_a_huge_token_leaves_the_others_alone(style: str, form: Integer) -> None:
+def test_a_huge_token_leaves_the_others_alone(style: str, form: Int8Static) -> None:
     """Neither in the graph, where each token has a norm of its own, nor when calibration saw one."""
     weight, made = quantized(form, 192)
     x = numbers(1, 12, 192, seed=6)
@@ -128,12 +135,12 @@ def test_a_huge_token_leaves_the_others_alone(style: str, form: Integer) -> None
 
     inputs = numbers(400, 192, seed=1)
     inputs[7] *= 100
-    seen = quantize_integer(weight, form, inputs.T @ inputs / len(inputs), inputs)
-    assert relative(product(x[0, others], seen), x[0, others] @ weight.T) < 0.03
+    seen = form.calibrate(weight, ObservedInputs(inputs.T @ inputs / len(inputs), inputs))
+    assert relative(seen.apply(x[0, others]), x[0, others] @ weight.T) < 0.03
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if not form.spread], ids=str)
-def test_without_spreading_too_tokens_do_not_see_each_other(form: Integer) -> None:
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.hadamard_block], ids=str)
+def test_without_spreading_too_tokens_do_not_see_each_other(form: Int8Static) -> None:
     _, made = quantized(form, 192)
     x = numbers(1, 12, 192, seed=6)
     session = graph_of(made, form, "fused", 1)
@@ -145,7 +152,7 @@ def test_without_spreading_too_tokens_do_not_see_each_other(form: Integer) -> No
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("style", STYLES)
-def test_a_token_of_zeros_stays_zero(style: str, form: Integer) -> None:
+def test_a_token_of_zeros_stays_zero(style: str, form: Int8Static) -> None:
     _, made = quantized(form, 136)
     x = numbers(1, 3, 136)
     x[0, 1] = 0
@@ -155,9 +162,9 @@ def test_a_token_of_zeros_stays_zero(style: str, form: Integer) -> None:
 
 
 def test_16_bits_leave_room_for_larger_activations_than_calibration_saw() -> None:
-    weight, made = quantized(Integer(terms=2), 192)
+    weight, made = quantized(Int8Static(activation_bits=16), 192)
     x = numbers(20, 192, seed=8) * torch.logspace(-1, 0.5, 192) * 1.5
-    assert relative(product(x, made), x @ weight.T) < 0.01
+    assert relative(made.apply(x), x @ weight.T) < 0.01
 
 
 # ---- whole graphs
@@ -202,9 +209,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_checkpoint(folder / "source", initializer_range=0.15, **shape)
     with pytest.MonkeyPatch.context() as patch:
         tiny.shorten_texts(patch, 2048)
-        recipes = parse_precisions(",".join(CALIBRATED))
-        source, out = str(folder / "source"), folder / "bundle"
-        export(source, out, recipes, GraphStyle.FUSED, validate=False, force=False, progress=lambda *_: None)
+        out = folder / "bundle"
+        options = ExportOptions(out, precision=",".join(CALIBRATED), validate=False)
+        export(str(folder / "source"), options)
     return out
 
 

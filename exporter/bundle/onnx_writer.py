@@ -1,0 +1,95 @@
+"""Writes the precisions of a model as ONNX graphs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from llm_edge.exporter.graph.lower import apply_recipe
+from llm_edge.exporter.graph.passes.hidden_states import undo_rotation
+from llm_edge.exporter.graph.trace import GraphStyle, trace
+from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat, calibrate
+from llm_edge.exporter.quantization.hadamard import rotation
+from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
+from llm_edge.model.config import ModelConfig
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
+from llm_edge.runtime.backend.open import open_graph
+from llm_edge.runtime.backend.session import Session
+from llm_edge.runtime.bundle import ONNX, ModelShape
+
+_INLINE_LIMIT = 1024  # bytes; larger tensors are stored in the data file
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxWriter:
+    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision; see `BundleWriter`.
+
+    Attributes:
+        style: style of the graphs.
+        hidden_size: width of the hidden states to add to the outputs; None adds none.
+    """
+
+    style: GraphStyle
+    hidden_size: int | None = None
+    name = ONNX
+
+    def write(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        recipes: tuple[Recipe, ...],
+        text: Sequence[int],
+        progress: Progress,
+    ) -> dict[str, Mapping[str, StoredFormat]]:
+        hidden_states = self.hidden_size is not None
+        rotated = rotated_config(config), RotatedWeights(config, weights)
+        stored: dict[str, Mapping[str, StoredFormat]] = {}
+        with tempfile.TemporaryDirectory(dir=folder) as quantized:
+            calibrated: dict[str, CalibratedWeights] = {}
+            if to_calibrate := [recipe for recipe in recipes if recipe.calibrated]:
+                report = partial(progress, "calibrating")
+                calibrated = calibrate(*rotated, to_calibrate, text, Path(quantized), report)
+            traces: dict[ModelConfig, ir.Model] = {}
+            for shape in dict.fromkeys(rotated[0] if recipe.calibrated else config for recipe in recipes):
+                progress("tracing", None, f"{config.num_hidden_layers} layers, {self.style.value} graph")
+                traces[shape] = trace(shape, self.style, hidden_states=hidden_states)
+            for number, recipe in enumerate(recipes):
+                shape, values = rotated if recipe.calibrated else (config, weights)
+                model = traces[shape].clone()
+                if hidden_states and recipe.calibrated and rotates_residual(config):
+                    undo_rotation(model, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
+                name = recipe.name
+                stored[name] = apply_recipe(model, shape, values, recipe, self.style, calibrated.get(name))
+
+                def on_save(_: ir.TensorProtocol, info: Any, number: int = number, name: str = name) -> None:
+                    progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), name)
+
+                ir.save(
+                    model,
+                    folder / self.file_name(recipe),
+                    external_data=f"{recipe.stem}.onnx_data",
+                    size_threshold_bytes=_INLINE_LIMIT,
+                    callback=on_save,
+                )
+        return stored
+
+    def file_name(self, recipe: Recipe) -> str:
+        return f"{recipe.stem}.onnx"
+
+    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
+        return sorted(folder.glob(f"{recipe.stem}.onnx*"))
+
+    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
+        fused = self.style is GraphStyle.FUSED
+        file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=fused, hidden_size=self.hidden_size)
+        return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))

@@ -1,0 +1,84 @@
+"""`ExportOptions`: every option of an export, each with its command-line flag and help text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+
+class FileFormat(StrEnum):
+    """File format of the exported precisions."""
+
+    ONNX = "onnx"
+    TORCHSCRIPT = "torchscript"
+
+
+class GraphChoice(StrEnum):
+    """Requested style of the ONNX graphs; AUTO selects the fused style if the model's head size allows it."""
+
+    AUTO = "auto"
+    FUSED = "fused"
+    PORTABLE = "portable"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Options of an export.
+
+    Each field is also an option of `llm-export`; its annotation holds the flag and the help text.
+    """
+
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="Bundle folder to create. Default: artifacts/<name of the source>.")
+    ] = None
+    file_format: Annotated[
+        FileFormat, Option("--format", help="onnx, or torchscript: an fp32 module for torch.jit.load.")
+    ] = FileFormat.ONNX
+    precision: Annotated[
+        str | None,
+        Option(
+            help="Comma-separated list of fp32, int8, int8-exact, int4, int4-mixed, source (keeps the weights of a "
+            "quantized GGUF), int8-kv8 (8-bit KV cache) and fp16 (CUDA). Default: fp32,int8,int4; fp32 with "
+            "--format torchscript."
+        ),
+    ] = None
+    graph: Annotated[
+        GraphChoice,
+        Option(
+            help="fused: fastest in onnxruntime. portable: standard ONNX operators only. auto: fused where supported."
+        ),
+    ] = GraphChoice.AUTO
+    hidden_states: Annotated[
+        bool, Option("--hidden-states", help="Add hidden states to the outputs, as required by Model.embed.")
+    ] = False
+    adapter: Annotated[
+        str | None, Option(help="Folder or Hugging Face id of a PEFT LoRA adapter to merge into the weights.")
+    ] = None
+    config: Annotated[
+        Path | None, Option(help="For a bare state dict: its config.yaml, params.json or config.json.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        Option(help="For a bare state dict: folder with tokenizer.json, or with …vocab.json and …merges.txt."),
+    ] = None
+    n_heads: Annotated[int | None, Option(help="For a bare state dict: number of query heads.")] = None
+    n_kv_heads: Annotated[int | None, Option(help="For a bare state dict: number of key/value heads.")] = None
+    rope_theta: Annotated[float | None, Option(help="For a bare state dict: base of the rotary embedding.")] = None
+    norm_eps: Annotated[float | None, Option(help="For a bare state dict: epsilon of the norms.")] = None
+    max_seq_len: Annotated[
+        int | None, Option(help="Maximum context length in tokens. Any source: shorten the context to this length.")
+    ] = None
+    validate: Annotated[
+        bool, Option("--validate/--no-validate", help="Verify parity with PyTorch and measure quality.")
+    ] = True
+    validation_memory: Annotated[
+        float,
+        Option(
+            min=1.0, help="Memory limit of validation in GB. If a model needs more, only its first layers are compared."
+        ),
+    ] = 4.5
+    force: Annotated[bool, Option("--force", help="Replace an existing bundle at the output folder.")] = False

@@ -1,0 +1,51 @@
+"""Results of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_edge.checkpoint.base import Source
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.quantization.calibrate import StoredFormat
+from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.exporter.validation.parity import Validation
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionReport:
+    """An exported precision.
+
+    Attributes:
+        recipe: recipe of the precision.
+        size: bytes of model and weights.
+        formats: formats of all projections and the embedding by module path; empty for TorchScript.
+    """
+
+    recipe: Recipe
+    size: int
+    formats: Mapping[str, StoredFormat]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Result of an export.
+
+    Attributes:
+        path: bundle folder.
+        source: description of the source.
+        parameters: number of weights.
+        style: style of the graphs; None for TorchScript.
+        precisions: exported precisions.
+        layers: number of layers of the model.
+        validation: comparison with the reference; None without validation.
+    """
+
+    path: Path
+    source: Source
+    parameters: int
+    style: GraphStyle | None
+    precisions: tuple[PrecisionReport, ...]
+    layers: int
+    validation: Validation | None
