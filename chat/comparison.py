@@ -76,7 +76,7 @@ class ComparisonSide:
 
     Args:
         responder: who answers.
-        knobs: the parameters; they are this side's own from here on.
+        parameters: the parameters; they are this side's own from here on.
 
     Attributes:
         session: asks, is polled, and has the parameters.
@@ -84,8 +84,8 @@ class ComparisonSide:
         waiting: whether this side answers once the other has.
     """
 
-    def __init__(self, responder: Responder, knobs: ChatParameters) -> None:
-        self.session = ChatSession(InMemoryStore(), knobs)
+    def __init__(self, responder: Responder, parameters: ChatParameters) -> None:
+        self.session = ChatSession(InMemoryStore(), parameters)
         self.session.use(responder)
         self.answer: Message | None = None
         self.waiting = False
@@ -104,7 +104,7 @@ class ComparisonSide:
 
     def ask(self, history: Sequence[Message], text: str) -> Message:
         """Answer a question behind a conversation, which stays as it is."""
-        system = self.session.knobs.system
+        system = self.session.parameters.system
         messages = {each.id: dataclasses.replace(each) for each in history}
         self.session.conversation = Conversation(system=system, messages=messages, leaf=max(messages, default=None))
         self.answer = self.session.ask(text)
@@ -168,7 +168,7 @@ class Comparison:
         before = self.sides[1].responder
         self.stop()
         self._leave()
-        self.sides[1] = ComparisonSide(responder, self.sides[1].session.knobs)
+        self.sides[1] = ComparisonSide(responder, self.sides[1].session.parameters)
         return before
 
     def close(self) -> None:

@@ -40,21 +40,23 @@ class ChatSession:
 
     Args:
         store: where conversations are kept.
-        knobs: the parameters.
+        parameters: the parameters.
         clock: gives seconds, as `time.perf_counter` does.
 
     Attributes:
         responder: who answers; None while there is nobody yet, see `use`.
         conversation: of now.
-        knobs: the parameters.
+        parameters: the parameters.
         records: of the tokens of answers, by message id; see `record_of`.
         rates: tokens per second of late.
     """
 
-    def __init__(self, store: Store, knobs: ChatParameters, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, store: Store, parameters: ChatParameters, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.store = store
         self.responder: Responder | None = None
-        self.knobs = knobs
+        self.parameters = parameters
         self.conversation = store.new()
         self.records: dict[int, list[TokenRecord]] = {}
         self.rates: deque[float] = deque([0.0] * _RATES, maxlen=_RATES)
@@ -68,7 +70,7 @@ class ChatSession:
         self._recorder: Recorder | None = None
         self._packed = 0  # of the records of the answer on its way are kept already
         self._before: list[int] = []  # conversations that a new one took the place of
-        self._own_system = self._given_system = knobs.system  # of new conversations, and what `_go_to` set
+        self._own_system = self._given_system = parameters.system  # of new conversations, and what `_go_to` set
 
     # ---- what a person does
 
@@ -149,15 +151,15 @@ class ChatSession:
         Raises:
             ParameterError: it cannot be so.
         """
-        before = dict(self.knobs.changed)
-        change(self.knobs)
-        if self._feed is None or self._message is None or before == self.knobs.changed:
+        before = dict(self.parameters.changed)
+        change(self.parameters)
+        if self._feed is None or self._message is None or before == self.parameters.changed:
             return
         adjusts = self._require_responder().adjusts
         if adjusts:
-            self._feed.adjust(self.knobs.params)
-        for name in sorted({*before, *self.knobs.changed}):
-            if before.get(name) != self.knobs.changed.get(name):
+            self._feed.adjust(self.parameters.params)
+        for name in sorted({*before, *self.parameters.changed}):
+            if before.get(name) != self.parameters.changed.get(name):
                 self._tell_change(self._message, name, self._count if adjusts and name not in CHAT_ONLY else None)
 
     def new(self) -> None:
@@ -209,7 +211,7 @@ class ChatSession:
         """Let another model answer from now on."""
         self._leave()
         self.responder = responder
-        self.knobs.use(responder.default_params)
+        self.parameters.use(responder.default_params)
 
     def close(self) -> None:
         """End what is on its way, and keep it."""
@@ -274,16 +276,22 @@ class ChatSession:
             "assistant",
             parent=question.id,
             model=self._require_responder().name,
-            params=dict(self.knobs.changed),
+            params=dict(self.parameters.changed),
         )
         return self._begin(message, question, tokens)
 
     def _begin(self, message: Message, question: Message, tokens: int = 0) -> Message:
-        if self.conversation.system != self.knobs.system:
-            self.store.set_system(self.conversation, self.knobs.system)
+        if self.conversation.system != self.parameters.system:
+            self.store.set_system(self.conversation, self.parameters.system)
         turns = self._turns(question)
-        opening: list[Prompt] = [{"role": "system", "content": self.knobs.system}] if self.knobs.system else []
-        responder, params, prefix = self._require_responder(), self.knobs.params, (message.content, message.reasoning)
+        opening: list[Prompt] = (
+            [{"role": "system", "content": self.parameters.system}] if self.parameters.system else []
+        )
+        responder, params, prefix = (
+            self._require_responder(),
+            self.parameters.params,
+            (message.content, message.reasoning),
+        )
 
         def reply() -> Reply:
             made, kept, limit = fit_to_context(
@@ -355,8 +363,8 @@ class ChatSession:
     def _tell_change(self, message: Message, name: str, at: int | None) -> None:
         """Note in an answer that a parameter was turned, and from which token on that counts; None = not in it."""
         changes = [each for each in message.figures.get("changes", ()) if (each["name"], each["at"]) != (name, at)]
-        if at is not None or self.knobs.changed.get(name) != message.params.get(name):
-            changes.append({"at": at, "name": name, "value": self.knobs.text(name)})
+        if at is not None or self.parameters.changed.get(name) != message.params.get(name):
+            changes.append({"at": at, "name": name, "value": self.parameters.text(name)})
         message.figures["changes"] = changes
 
     def _write(self, message: Message) -> None:
@@ -382,13 +390,13 @@ class ChatSession:
     def _go_to(self, conversation: Conversation) -> None:
         self._keep_own_system()
         self.conversation = conversation
-        self.knobs.set("system", conversation.system)
+        self.parameters.set("system", conversation.system)
         self._given_system = conversation.system
 
     def _keep_own_system(self) -> None:
         """A system prompt that somebody wrote is that of new conversations; one that an old conversation had is not."""
-        if self.knobs.system != self._given_system:
-            self._own_system = self._given_system = self.knobs.system
+        if self.parameters.system != self._given_system:
+            self._own_system = self._given_system = self.parameters.system
 
     def _leave(self) -> None:
         """End an answer on its way, and keep what came of it."""

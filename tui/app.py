@@ -100,7 +100,7 @@ class ChatApp(App[None]):
         self.history = HistoryPanel(self.session)
         self.chat = ChatView()
         self.composer = Composer()
-        self.controls = ParameterPanel(self.session.knobs, Presets(self.settings))
+        self.controls = ParameterPanel(self.session.parameters, Presets(self.settings))
         self.instruments = Instruments()
         self._heading = Static("llm-edge", id="title", markup=False)
         self._load = load
@@ -223,12 +223,12 @@ class ChatApp(App[None]):
         changed, self._changed = self._changed, {}
         try:
             for name, value in changed.items():
-                self.session.knobs.set(name, value)
+                self.session.parameters.set(name, value)
         except LlmEdgeError as error:
             self.say(str(error), "error")
         if before is not None and before is not responder:
             before.close()
-        self.controls.use(self.session.knobs, responder.name)
+        self.controls.use(self.session.parameters, responder.name)
         await self.show()
         if self._waiting is not None:
             question, self._waiting = self._waiting, None

@@ -76,7 +76,7 @@ Scene = Callable[[Stage], Awaitable[None]]
 
 async def _conversation(stage: Stage) -> None:
     for name, value in (("temperature", 0.0), ("max_tokens", 200)):
-        stage.app.session.knobs.set(name, value)
+        stage.app.session.parameters.set(name, value)
     await stage.ask("What is the capital of France?")
     await stage.ask(_CODE)
 
@@ -99,7 +99,7 @@ async def _questions(stage: Stage) -> None:
 
 
 async def _tokens(stage: Stage) -> None:
-    stage.app.session.knobs.set("logprobs", 5)
+    stage.app.session.parameters.set("logprobs", 5)
     await stage.ask("What is the capital of France?")
     await stage.press("f6")
     await stage.press("right", "right")

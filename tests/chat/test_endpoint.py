@@ -621,7 +621,7 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
     while not answer.content:
         session.poll()
         time.sleep(0.005)
-    session.apply_change(lambda knobs: knobs.set("temperature", 0.1))
+    session.apply_change(lambda parameters: parameters.set("temperature", 0.1))
     go.set()
     while session.answering is not None:
         session.poll()

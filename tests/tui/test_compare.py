@@ -240,12 +240,12 @@ def test_leaving_keeps_nothing_and_escape_stops_first(tmp_path: Path) -> None:
 def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 40)) as (app, pilot, fake):
-            app.session.knobs.set("system", "Be brief.")
-            app.session.knobs.set("top_k", 9)
+            app.session.parameters.set("system", "Be brief.")
+            app.session.parameters.set("top_k", 9)
             await pilot.press("f7")
             await pilot.pause()
             shown = compare(app)
-            assert [each.session.knobs.changed for each in shown.sides] == [
+            assert [each.session.parameters.changed for each in shown.sides] == [
                 {"system": "Be brief.", "top_k": 9},
                 {"system": "Be brief."},
             ]
@@ -263,7 +263,7 @@ def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
             await both(pilot, "Why?")
             assert [each[1].temperature for each in fake.asked] == [0.65, 0.75]
             assert [each[1].top_k for each in fake.asked] == [9, 0]
-            assert app.session.knobs.changed == {"system": "Be brief.", "top_k": 9}  # the chat's stay
+            assert app.session.parameters.changed == {"system": "Be brief.", "top_k": 9}  # the chat's stay
 
     drive(scene())
 
@@ -281,7 +281,7 @@ async def with_another(tmp_path: Path, other: FakeResponder) -> AsyncIterator[tu
             kept.extend([found] if found is not None else [])
 
         assert app.session.responder is not None
-        app.push_screen(CompareScreen(app.session.responder, app.session.knobs, choose=choose), done)
+        app.push_screen(CompareScreen(app.session.responder, app.session.parameters, choose=choose), done)
         await until(pilot, lambda: isinstance(app.screen, CompareScreen))
         await pilot.press("f4")
         await until(pilot, lambda: compare(app).sides[1].responder is other)
@@ -319,7 +319,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
                 return fail
 
             assert app.session.responder is not None
-            app.push_screen(CompareScreen(app.session.responder, app.session.knobs, choose=choose))
+            app.push_screen(CompareScreen(app.session.responder, app.session.parameters, choose=choose))
             await until(pilot, lambda: isinstance(app.screen, CompareScreen))
             await pilot.press("f4")
             await until(pilot, lambda: "no [31mmemory" in screen(app))
@@ -331,7 +331,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
 def test_the_tokens_of_a_side(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "alpha", "omega") as (app, pilot, _):
-            app.session.knobs.set("logprobs", 3)
+            app.session.parameters.set("logprobs", 3)
             await pilot.press("f7")
             await pilot.pause()
             shown = await both(pilot, "Why?")
@@ -389,7 +389,7 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
     async def scene() -> None:
         async with app_with(tmp_path, "from the script", size=(120, 40)) as (app, pilot, fake):
             for name, value in (("max_tokens", 7), ("logprobs", 4)):
-                app.session.knobs.set(name, value)
+                app.session.parameters.set(name, value)
             await pilot.press("f7")
             await pilot.pause()
             shown = compare(app)

@@ -255,7 +255,7 @@ def test_editing_branches(tmp_path: Path) -> None:
 def test_go_on(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two three four") as (app, pilot, fake):
-            app.session.knobs.set("max_tokens", 2)
+            app.session.parameters.set("max_tokens", 2)
             await ask(pilot, "Count.")
             assert app.session.conversation.path()[-1].content == "one two"
             assert "cut off at the limit" in shown(views(app)[-1])
@@ -273,11 +273,11 @@ def test_a_thought_that_was_cut_off_is_thought_to_its_end(tmp_path: Path) -> Non
     async def scene() -> None:
         said = Said("The end.", reasoning="one two three four")
         async with app_with(tmp_path, said) as (app, pilot, _):
-            app.session.knobs.set("max_tokens", 2)
+            app.session.parameters.set("max_tokens", 2)
             await ask(pilot, "Count.")
             answer = app.session.conversation.path()[-1]
             assert (answer.reasoning, answer.content) == ("one two", "")
-            app.session.knobs.set("max_tokens", 50)
+            app.session.parameters.set("max_tokens", 50)
             await pilot.press("ctrl+g")
             await until(pilot, lambda: answer.content == "The end." and app.session.answering is None)
             assert answer.reasoning == "one two three four"
