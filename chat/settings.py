@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-import platformdirs
-
 from llm_edge.runtime.errors import InputError, MachineError
 from llm_edge.runtime.safe_io import MIB, read_json
 
@@ -164,16 +162,32 @@ class Settings:
 
 
 def default_folder() -> Path:
-    """Where settings are kept: the folder that LLM_EDGE_CONFIG names, or the user's configuration folder.
+    """Where settings are stored: in the folder that LLM_EDGE_CONFIG names, or in the user's configuration folder.
 
     Raises:
-        InputError: the variable names no folder.
+        InputError: LLM_EDGE_CONFIG is not a folder, or platformdirs is not installed.
     """
-    folder = os.environ.get("LLM_EDGE_CONFIG", "")
+    return user_folder("LLM_EDGE_CONFIG", "user_config_path")
+
+
+def user_folder(variable: str, function: str) -> Path:
+    """The folder that an environment variable names, or else what a function of platformdirs returns.
+
+    Raises:
+        InputError: the variable is not a folder, or platformdirs is needed and not installed.
+    """
+    folder = os.environ.get(variable, "")
     try:
-        return Path(folder).expanduser() if folder else platformdirs.user_config_path("llm-edge", appauthor=False)
-    except RuntimeError as e:  # a ~ of nobody
-        raise InputError(f"LLM_EDGE_CONFIG: {folder}: {e}: name a folder") from e
+        if folder:
+            return Path(folder).expanduser()
+    except RuntimeError as e:  # a home folder of an unknown user
+        raise InputError(f"{variable}: {folder}: {e}: set it to a folder") from e
+    try:
+        import platformdirs
+    except ImportError as e:
+        raise InputError("saving needs platformdirs: pip install 'llm-edge[tui]'") from e
+    path: Path = getattr(platformdirs, function)("llm-edge", appauthor=False)
+    return path
 
 
 def _replace(path: Path, text: str) -> None:

@@ -219,7 +219,7 @@ class ChatApp(App[None]):
     async def _loaded(self, responder: Responder) -> None:
         self.loading = False
         before = self.session.responder
-        self.session.use(responder)
+        self.session.set_responder(responder)
         changed, self._changed = self._changed, {}
         try:
             for name, value in changed.items():
@@ -372,7 +372,7 @@ class ChatApp(App[None]):
     async def action_go_on(self) -> None:
         """More of the last answer."""
         if path := self.session.conversation.path():
-            await self.answering(lambda session: session.go_on(path[-1]))
+            await self.answering(lambda session: session.continue_answer(path[-1]))
 
     def action_stop(self) -> None:
         """Stop the answer; with none on its way, write the next question."""

@@ -481,7 +481,7 @@ def test_cancel_takes_effect_at_once_and_the_server_is_told(
 
     server.events = events
     responder = open_endpoint()
-    feed = StreamReader(lambda: responder.answer(QUESTION, responder.default_params))
+    feed = StreamReader(responder.answer(QUESTION, responder.default_params))
     assert reached.wait(10)
     began = time.monotonic()
     feed.cancel()
@@ -516,7 +516,7 @@ def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None
         thread = threading.Thread(target=serve)
         thread.start()
         responder = EndpointResponder(Endpoint(url, "any"))
-        feed = StreamReader(lambda: responder.answer(QUESTION, responder.default_params))
+        feed = StreamReader(responder.answer(QUESTION, responder.default_params))
         assert asked.wait(10)
         began = time.monotonic()
         feed.cancel()
@@ -582,7 +582,7 @@ def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
     server.refuse = lambda asked: (400, refusal) if len(asked["messages"]) > 3 else None
     server.events = lambda: said("x" * 400)
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
-    session.use(open_endpoint("any"))
+    session.set_responder(open_endpoint("any"))
 
     def ended(message: Message) -> Message:
         while session.answering is not None:
@@ -616,7 +616,7 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
 
     server.events = events
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
-    session.use(open_endpoint())
+    session.set_responder(open_endpoint())
     answer = session.ask("Hi")
     while not answer.content:
         session.poll()
@@ -627,7 +627,7 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
         session.poll()
         time.sleep(0.005)
     assert answer.figures["changes"] == [{"at": None, "name": "temperature", "value": "0.1"}]
-    assert "changed meanwhile: temperature 0.1 from the next answer" in figures_line(answer.figures)
+    assert "changed mid-answer: temperature 0.1 from the next answer" in figures_line(answer.figures)
     assert "temperature" not in answer.params
 
 

@@ -38,7 +38,7 @@ def test_an_answer_streams_and_stays(tmp_path: Path, size: tuple[int, int]) -> N
             await pilot.pause()
             question, answer = (shown(view) for view in views(app))
             assert "How?" in question
-            for text in ("def greet", "return 1", "ls", "Done.", "tokens", "tok/s", "first after", "fake", "complete"):
+            for text in ("def greet", "return 1", "ls", "Done.", "tokens", "tok/s", "first token", "fake", "complete"):
                 assert text in answer
             assert "```" not in answer
             assert fake.asked[0][0] == [{"role": "user", "content": "How?"}]

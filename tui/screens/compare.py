@@ -365,7 +365,7 @@ def show_compare(app: ChatApp) -> None:
                 assert side.answer is not None
                 behind = history[-1].id if history else None
                 records = side.session.record_of(side.answer)
-                asked, _ = session.adopt(side.answer, asked or kept.question, behind, records)
+                asked, _ = session.add_answer(side.answer, asked or kept.question, behind, records)
         except LlmEdgeError as error:
             app.say(str(error), "error")
         await app.show()
