@@ -126,7 +126,7 @@ def test_an_answer_that_is_continued_has_its_reasoning_behind_it(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     server.events = lambda: said("<think>", " opens it.")
-    assert text(pieces(open_endpoint(), begin="The tag")) == "<think> opens it."
+    assert text(pieces(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
 
 
 def test_parameters_go_along_as_the_api_names_them(
@@ -536,19 +536,19 @@ def test_a_text_is_continued_by_an_assistant_message_without_its_echo(
     begin = "The capital of France is"
     server.events = lambda: said(" Par", "is.")
     responder = open_endpoint()
-    assert text(pieces(responder, begin=begin)) == " Paris."
+    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
     assert server.requests[0]["messages"] == [*QUESTION, {"role": "assistant", "content": begin}]
     server.events = lambda: said("The cap", "ital of France is Par", "is.")
-    assert text(pieces(responder, begin=begin)) == " Paris."
+    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
     server.events = lambda: said("The c", "at.")
-    assert text(pieces(responder, begin=begin)) == "The cat."
+    assert text(pieces(responder, assistant_prefix=begin)) == "The cat."
     server.events = lambda: said("The c")
-    assert text(pieces(responder, begin=begin)) == "The c"
+    assert text(pieces(responder, assistant_prefix=begin)) == "The c"
 
 
 def test_vllm_is_told_to_continue(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "vllm"}]}
-    pieces(open_endpoint(), begin="So")
+    pieces(open_endpoint(), assistant_prefix="So")
     assert server.requests[0]["continue_final_message"] is True
     assert server.requests[0]["add_generation_prompt"] is False
 
@@ -556,7 +556,7 @@ def test_vllm_is_told_to_continue(server: Server, open_endpoint: Callable[..., E
 def test_who_does_not_continue_refuses(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "system"}]}
     with pytest.raises(InputError, match="does not continue") as caught:
-        pieces(open_endpoint(), begin="So")
+        pieces(open_endpoint(), assistant_prefix="So")
     one_line(caught)
 
 

@@ -159,7 +159,7 @@ def test_two_settings_of_one_model(tmp_path: Path, size: tuple[int, int]) -> Non
             assert "omega" in text
             assert "model's own" in text
             assert "temperature 0.0" in text
-            await until(pilot, lambda: all("1 tokens · " in drawn(view) for view in shown.query(MessageView)))
+            await until(pilot, lambda: all("1 token · " in drawn(view) for view in shown.query(MessageView)))
             assert [each[1].temperature for each in fake.asked] == [0.7, 0.0]
             assert app.focused is shown.query_one("#keep-0", Button)
             await pilot.press("2")

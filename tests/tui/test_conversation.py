@@ -394,7 +394,7 @@ def test_an_answer_that_cannot_be_kept_goes_on(tmp_path: Path, monkeypatch: pyte
             monkeypatch.setattr(app.session.store, "update", full)
             await ask(pilot, "Count.")
             assert "one two three" in shown(views(app)[-1])
-            assert "not kept: no room on the disk" in shown(views(app)[-1])
+            assert "not saved: no room on the disk" in shown(views(app)[-1])
             monkeypatch.undo()
             await ask(pilot, "Again.")
             assert "not kept" not in shown(views(app)[-1])
