@@ -253,7 +253,7 @@ class EndpointResponder:
         if self.context_length is not None and tokens > self.context_length:
             raise ContextLengthError(tokens, self.context_length)
         if assistant_prefix:
-            endpoint_body.let_continue(body, assistant_prefix, self.endpoint.url, self._owner)
+            endpoint_body.add_prefix(body, assistant_prefix, self.endpoint.url, self._owner)
         stream = partial(self._stream, body, characters)
         return EndpointReply(stream, params, assistant_prefix, self._id, self._patience)
 

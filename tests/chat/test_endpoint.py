@@ -134,7 +134,8 @@ def test_parameters_go_along_as_the_api_names_them(
 ) -> None:
     params = SamplingParams(
         temperature=0.3, top_p=0.8, top_k=7, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
-        frequency_penalty=-0.5, seed=3, max_tokens=9, stop=("END",),
+        frequency_penalty=-0.5, seed=3, max_tokens=9, stop=("END",), logit_bias=((5, 1.0),), dry_multiplier=0.8,
+        repetition_window=32, mirostat_tau=5.0, dry_breakers=("x",),
         constraint=Constraint.json_schema({"type": "object"}),
     )  # fmt: skip
     pieces(open_endpoint(), params)
@@ -142,6 +143,8 @@ def test_parameters_go_along_as_the_api_names_them(
     expected = {
         "model": "small", "temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 3, "max_tokens": 9, "stop": ["END"], "stream": True,
+        "logit_bias": {"5": 1.0}, "dry_multiplier": 0.8, "repetition_window": 32, "mirostat_tau": 5.0, "mirostat": 2,
+        "repeat_penalty": 1.2, "repeat_last_n": 32, "dry_breakers": ["x"], "dry_sequence_breakers": ["x"],
     }  # fmt: skip
     assert expected.items() <= asked.items()
     assert asked["messages"] == QUESTION
@@ -165,7 +168,8 @@ def test_parameters_that_are_off_do_not_go_along(
     "params",
     [
         SamplingParams(reasoning_budget=5),
-        SamplingParams(dry_multiplier=1.0),
+        SamplingParams(no_repeat_ngram=3),
+        SamplingParams(epsilon_cutoff=0.01),
         SamplingParams(constraint=Constraint.regex("a")),
     ],
 )
