@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from llm_edge.bench.copying import COPYING, PROSE
 from llm_edge.runtime.command import run
+from llm_edge.runtime.loading import LoadOptions
 from llm_edge.runtime.model import Model
 from llm_edge.runtime.sampling.params import SamplingParams
 
@@ -28,11 +29,11 @@ def measure(plain: Model, drafted: Model, prompts: Sequence[str], params: Sampli
         for _ in range(rounds):
             for name, rate in rates.items():
                 model = drafted if name == "draft" else plain
-                model.guess = name != "none"
+                model.speculative = name != "none"
                 timings = model.chat([{"role": "user", "content": text}], params).result().timings
                 rate.append(timings.decode_tokens_per_second)
         none, lookup, draft = (statistics.median(rate) for rate in rates.values())
-        right = timings.accepted_tokens / max(timings.guessed_tokens, 1)
+        right = timings.accepted_tokens / max(timings.draft_tokens, 1)
         found.append((draft / max(none, 1e-9), draft / max(lookup, 1e-9), right))
     return [statistics.median(each) for each in zip(*found, strict=True)]
 
@@ -52,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--tokens from 2 on and --rounds from 1 on are possible")
 
     def compare() -> None:
-        given = (options.bundle, options.precision, "cpu", options.threads)
-        plain = Model.load(*given)
-        drafted = Model.load(*given, draft=options.draft, draft_precision=options.draft_precision)
+        loading = LoadOptions(options.precision, "cpu", options.threads)
+        plain = Model.open(options.bundle, loading)
+        drafted = Model.open(
+            options.bundle, replace(loading, draft=options.draft, draft_precision=options.draft_precision)
+        )
         for kind, prompts in (("prose", PROSE), ("copying", COPYING)):
             for name, params in WAYS.items():
                 exact = replace(params, max_tokens=options.tokens)

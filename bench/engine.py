@@ -50,11 +50,11 @@ def streams(engine: Engine) -> None:
     prompt = engine.tokenizer.encode(" ".join(PROSE * 4))[:100]
     rates: dict[tuple[int, bool], list[float]] = {(width, guess): [] for width in WIDTHS for guess in (False, True)}
     for number in range(ROUNDS):
-        for width, engine.guess in rates:
+        for width, engine.speculative in rates:
             prompts = [[*prompt[number + index :], *prompt[: number + index]] for index in range(width)]
             for each in prompts:
                 engine.generate(each, SamplingParams(temperature=0.0, max_tokens=1)).result()
-            rates[width, engine.guess].append(together(engine, prompts))
+            rates[width, engine.speculative].append(together(engine, prompts))
     for guess in (False, True):
         one = statistics.median(rates[1, guess])
         for width in WIDTHS:
@@ -104,21 +104,21 @@ def guesses(engine: Engine) -> None:
             accepted = guessed = 0
             for _ in range(3):
                 for guess in (True, False):
-                    engine.guess = guess
+                    engine.speculative = guess
                     result = engine.chat(chat(text), SamplingParams(temperature=0.0, max_tokens=200)).result()
                     rates[guess].append(result.timings.decode_tokens_per_second)
                     accepted += result.timings.accepted_tokens
-                    guessed += result.timings.guessed_tokens
+                    guessed += result.timings.draft_tokens
             ratio = statistics.median(rates[True]) / statistics.median(rates[False])
             ratios.append(ratio)
             print(f"  {text[:40]!r}: {ratio:.2f} x, {accepted}/{guessed} guesses right, {len(result.tokens)} tokens")
         print(f"guesses, {name}: median {statistics.median(ratios):.2f} x, least {min(ratios):.2f} x")
-    engine.guess = True
+    engine.speculative = True
 
 
 def stall(engine: Engine) -> None:
     """Gaps between the tokens of 4 answers, before and while a prompt of 2,000 tokens comes, without guesses."""
-    engine.guess = False
+    engine.speculative = False
     gaps: list[tuple[float, float]] = []
     params = SamplingParams(temperature=0.0, max_tokens=400, min_tokens=400)
 
@@ -142,7 +142,7 @@ def stall(engine: Engine) -> None:
     for answer, reader in zip(answers, readers, strict=True):
         answer.cancel()
         reader.join()
-    engine.guess = True
+    engine.speculative = True
     usual = statistics.median(gap for when, gap in gaps if when < began)
     during = sorted(gap for when, gap in gaps if began <= when <= ended)
     middle, late = statistics.median(during), during[int(0.95 * len(during))]
@@ -155,14 +155,14 @@ def stall(engine: Engine) -> None:
 def part(engine: Engine) -> None:
     """Share of a decode step that is not onnxruntime's."""
     shares, params = [], SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    engine.guess = False
+    engine.speculative = False
     for _ in range(ROUNDS):
         engine.chat(chat(PROSE[0]), replace(params, max_tokens=1)).result()
         before = engine.run_seconds
         result = engine.chat(chat(PROSE[0]), params).result()
         whole = result.timings.time_to_first_token + result.timings.decode_seconds
         shares.append(1 - (engine.run_seconds - before) / whole)
-    engine.guess = True
+    engine.speculative = True
     print(f"Python's share of one answer: {statistics.median(shares):.1%}, of {len(result.tokens)} tokens")
 
 
@@ -191,11 +191,11 @@ def texts(engine: Engine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=200, logprobs=20)
 
     def run(guess: bool) -> list[GenerationResult]:
-        engine.guess = guess
+        engine.speculative = guess
         return [engine.chat(chat(text), params).result() for text in (*COPYING, *PROSE)]
 
     with_guesses, without = run(True), run(False)
-    engine.guess = True
+    engine.speculative = True
     gaps, tokens = [], 0
     for one, other in zip(with_guesses, without, strict=True):
         pairs = list(zip(one.tokens, other.tokens, strict=False))
@@ -245,7 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{unknown[0]!r} is not known; known: {', '.join(PARTS)}")
 
     def measure() -> None:
-        with Engine.load(options.bundle, options.precision, options.threads, active=16, kept=16, guess=True) as engine:
+        with Engine.load(
+            options.bundle, options.precision, threads=options.threads, active=16, kept=16, speculative=True
+        ) as engine:
             for name in options.parts:
                 PARTS[name](engine)
 

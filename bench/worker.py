@@ -23,13 +23,13 @@ def main() -> None:
     from llm_edge.runtime import Model, SamplingParams
 
     model = Model.load(bundle, precision, provider="cpu", threads=threads or None)
-    model.guess = False  # other engines do not, and it depends on the text
+    model.speculative = False  # other engines do not, and it depends on the text
 
     def answer(request: dict[str, Any]) -> dict[str, float]:
         if "peak" in request:
             scale = 1 if sys.platform == "darwin" else 1024
             return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6}
-        model.forget()  # every request computes its whole prompt
+        model.clear_cache()  # every request computes its whole prompt
         before = model.run_seconds
         params = SamplingParams(temperature=0.0, max_tokens=request["count"])
         timings = model.generate(request["tokens"], params).result().timings

@@ -85,11 +85,13 @@ def used(settings: Settings, bundle: Path) -> None:
 
 
 def _offers(path: Path) -> list[Offer] | Broken:
-    from llm_edge.runtime.backend.session import tries_cuda  # onnxruntime takes its time, which whoever lists them has
+    from llm_edge.runtime.backend.providers import (
+        cuda_works,  # onnxruntime takes its time, which whoever lists them has
+    )
 
     try:
         bundle = Bundle.open(path)
-        preferred = bundle.precision(half=tries_cuda("auto")).name
+        preferred = bundle.precision(half=cuda_works()).name
     except (BundleError, OSError) as error:
         return Broken(path, str(error))
     return [

@@ -93,7 +93,7 @@ def _rest(known: Row, least: float) -> Row:
 
 def _probabilities(row: Row, params: SamplingParams) -> NDArray[np.float64]:
     """Of each position to be drawn; 0 for those cut away."""
-    ids, left = Sampler(params, ()).survivors(row)
+    ids, left = Sampler(params, ()).candidates(row)
     out = np.zeros(row.size, np.float64)
     out[slice(None) if ids is None else ids] = np.exp(left.astype(np.float64) - log_total(left))
     return out

@@ -12,12 +12,12 @@ from typing import Any
 
 from llm_edge.chat.history.conversation import Conversation, Message
 from llm_edge.chat.history.store import LEAF, Store
-from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import Responder
-from llm_edge.chat.session import ChatSession, News
+from llm_edge.chat.session import ChatSession, Update
 
 
-class Nowhere(Store):
+class InMemoryStore(Store):
     """A store that keeps nothing."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Nowhere(Store):
         conversation.system = system
 
 
-class Side:
+class ComparisonSide:
     """One of the two.
 
     Args:
@@ -84,8 +84,8 @@ class Side:
         waiting: whether this side answers once the other has.
     """
 
-    def __init__(self, responder: Responder, knobs: Knobs) -> None:
-        self.session = ChatSession(Nowhere(), knobs)
+    def __init__(self, responder: Responder, knobs: ChatParameters) -> None:
+        self.session = ChatSession(InMemoryStore(), knobs)
         self.session.use(responder)
         self.answer: Message | None = None
         self.waiting = False
@@ -124,7 +124,7 @@ class Comparison:
             responder is on both sides they take turns anyway, for it answers one at a time.
     """
 
-    def __init__(self, first: Side, second: Side, history: Sequence[Message]) -> None:
+    def __init__(self, first: ComparisonSide, second: ComparisonSide, history: Sequence[Message]) -> None:
         self.sides = [first, second]
         self.in_turn = False
         self._history = list(history)
@@ -148,7 +148,7 @@ class Comparison:
         else:
             second.ask(self._history, text)
 
-    def poll(self) -> list[News | None]:
+    def poll(self) -> list[Update | None]:
         """What came on each side."""
         news = [side.session.poll() for side in self.sides]
         first, second = self.sides
@@ -168,7 +168,7 @@ class Comparison:
         before = self.sides[1].responder
         self.stop()
         self._leave()
-        self.sides[1] = Side(responder, self.sides[1].session.knobs)
+        self.sides[1] = ComparisonSide(responder, self.sides[1].session.knobs)
         return before
 
     def close(self) -> None:

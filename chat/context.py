@@ -11,7 +11,7 @@ from llm_edge.runtime.text.prompts import Message
 Begun = TypeVar("Begun")
 
 
-def begin_with_room(
+def fit_to_context(
     begin: Callable[[list[Message]], Begun], opening: Sequence[Message], turns: Sequence[Message], question: Message
 ) -> tuple[Begun, list[Message], int]:
     """Begin an answer to the opening, the turns (question, answer, question, answer …) and a question.

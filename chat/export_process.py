@@ -46,7 +46,7 @@ _OPTION = re.compile(r"(?<![\w-])(?:--([a-z][a-z-]*)|-o(?![\w-]))")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ExportRequest:
     """What is to be exported.
 
     Attributes:
@@ -76,9 +76,9 @@ class Wish:
         return [*given, "--", os.path.expanduser(self.source)]  # noqa: PTH111 (it may be an id, and no path)
 
 
-SMOLLM2_SOON = Wish(_SMOLLM2, ("int8",), force=True, validate=False)
+SMOLLM2_SOON = ExportRequest(_SMOLLM2, ("int8",), force=True, validate=False)
 """The quickest way to a model that answers well."""
-SMOLLM2_INT8 = Wish(_SMOLLM2, ("int8",), force=True)
+SMOLLM2_INT8 = ExportRequest(_SMOLLM2, ("int8",), force=True)
 """The same, with its proof, which takes minutes."""
 
 
@@ -102,7 +102,7 @@ class Export:
         MachineError: no process could be started.
     """
 
-    def __init__(self, wish: Wish, command: Sequence[str] = ()) -> None:
+    def __init__(self, wish: ExportRequest, command: Sequence[str] = ()) -> None:
         command = command or (sys.executable, "-P", "-c", _COMMAND)  # -P: nothing is imported from this folder
         own = {"start_new_session": True} if os.name == "posix" else {}
         try:

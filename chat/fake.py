@@ -149,19 +149,19 @@ class FakeResponder:
         messages: Sequence[Message],
         params: SamplingParams,
         *,
-        begin: str = "",
-        thought: str = "",
+        assistant_prefix: str = "",
+        reasoning_prefix: str = "",
     ) -> FakeReply:
         """See `Responder`."""
         prompt = self.count(messages)
         assert self.context_length is not None
         if prompt >= self.context_length:
             raise ContextLengthError(prompt, self.context_length)
-        self.asked.append(([dict(message) for message in messages], params, begin))
+        self.asked.append(([dict(message) for message in messages], params, assistant_prefix))
         said = self._next.popleft() if self._next else next(self._said)
-        if begin:  # what was thought and said is not said twice
-            said = replace(said, reasoning="", text=said.text.removeprefix(begin))
-        said = replace(said, reasoning=said.reasoning.removeprefix(thought))
+        if assistant_prefix:  # what was thought and said is not said twice
+            said = replace(said, reasoning="", text=said.text.removeprefix(assistant_prefix))
+        said = replace(said, reasoning=said.reasoning.removeprefix(reasoning_prefix))
         for text in _TOKEN.findall(said.reasoning) + _TOKEN.findall(said.text):
             self._ids.setdefault(text, len(self._ids))
         room = min(params.max_tokens, self.context_length - prompt)

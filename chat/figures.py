@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_edge.chat.parameters import LONGEST_TOLD, title_of, told
+from llm_edge.chat.parameters import MAX_SUMMARY_VALUE, summarize, title_of
 from llm_edge.chat.text import one_line
 from llm_edge.runtime.results import FinishReason, Timings
 
@@ -47,7 +47,7 @@ def figures_line(figures: Mapping[str, Any], params: Mapping[str, Any] | None = 
         reason = str(figures["finish_reason"])
         parts.append(_ENDS.get(reason, reason))  # type: ignore[call-overload]
     lines = [" · ".join(parts)] if parts else []
-    if shown := told({name: value for name, value in (params or {}).items() if name != "logprobs"}):
+    if shown := summarize({name: value for name, value in (params or {}).items() if name != "logprobs"}):
         lines.append(f"with {shown}")
     changes = figures.get("changes") or []
     if changes:
@@ -58,6 +58,6 @@ def figures_line(figures: Mapping[str, Any], params: Mapping[str, Any] | None = 
 
 
 def _change(change: Mapping[str, Any]) -> str:
-    value = one_line(str(change["value"]), LONGEST_TOLD)
+    value = one_line(str(change["value"]), MAX_SUMMARY_VALUE)
     since = "the next answer" if change["at"] is None else f"token {change['at']}"
     return f"{title_of(str(change['name']))} {value} from {since}".replace("  ", " ")

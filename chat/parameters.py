@@ -1,77 +1,48 @@
-"""What a person can turn: the parameters of answers, as numbers and texts to edit. Knows no widgets and no model."""
+"""`ChatParameters`: the parameters of a chat as values to show and edit."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llm_edge.chat.text import one_line
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
-from llm_edge.runtime.sampling.params import SamplingParams, refused
-from llm_edge.runtime.sampling.presets import DECIDED, apply_preset
+from llm_edge.runtime.sampling.parameter_spec import Api, ParameterSpec, refused
+from llm_edge.runtime.sampling.params import PARAMETERS, SamplingParams
+from llm_edge.runtime.sampling.presets import PRESET_PARAMETERS, apply_preset
 
 OFF = "off"
-LONGEST_TOLD = 40  # characters of a value in a line of them
+MAX_SUMMARY_VALUE = 40  # characters of a value in a summary
 
 
-@dataclass(frozen=True, slots=True)
-class Knob:
-    """One thing to turn.
-
-    Attributes:
-        name: of the parameter.
-        title: for people, and
-        help: a line on what it does.
-        kind: `float`, `int`, `optional` (a whole number or off), `lines` (texts, one a line), or `text`.
-        step: by which a key turns it.
-        low, high: between which keys turn it; typed values may lie beyond, within what the parameter allows.
-        first: where a key turns it to from off.
-    """
-
-    name: str
-    title: str
-    help: str
-    kind: str = "float"
-    step: float = 0.05
-    low: float = 0.0
-    high: float = 1.0
-    first: int = 0
+def _text(name: str, title: str, help_: str, order: int) -> ParameterSpec:
+    return ParameterSpec(name, "text", False, "", None, title, help_, "", "output", order, None, Api())
 
 
-KNOBS: tuple[Knob, ...] = (
-    Knob("temperature", "Temperature", "0 always takes the most probable token; higher is bolder", high=2.0),
-    Knob("top_p", "Top-p", "draw from the most probable tokens that make up this share; 1: all", low=0.05),
-    Knob("top_k", "Top-k", "draw from so many most probable tokens; 0: all", "int", 5, 0, 200),
-    Knob("min_p", "Min-p", "leave out tokens this much less probable than the best", step=0.01),
-    Knob("repetition_penalty", "Repetition", "above 1 avoids tokens that came of late", low=0.5, high=2.0),
-    Knob("presence_penalty", "Presence", "above 0 avoids tokens the answer has used", step=0.1, low=-2.0, high=2.0),
-    Knob("frequency_penalty", "Frequency", "above 0 avoids what the answer uses often", step=0.1, low=-2.0, high=2.0),
-    Knob("dry_multiplier", "DRY", "above 0 avoids repeating whole passages", step=0.1, high=5.0),
-    Knob("xtc_probability", "XTC", "how often the most obvious tokens are left out"),
-    Knob("mirostat_tau", "Mirostat", "above 0 holds the surprise at so many bits", step=0.5, high=10.0),
-    Knob("max_tokens", "Max tokens", "length of an answer at most", "int", 64, 1, 32_768),
-    Knob("seed", "Seed", "the same seed gives the same answer; off: another one each time", "optional", 1, 0, 2**32, 1),
-    Knob("reasoning_budget", "Reasoning", "tokens a reasoning model may think", "optional", 64, 0, 32_768, 256),
-    Knob("logprobs", "Token view", "keep so many runners-up of each token, to be looked at", "optional", 1, 0, 20, 5),
-    Knob("stop", "Stop at", "an answer ends before any of these texts; one a line", "lines"),
-    Knob("json_schema", "JSON schema", "the next answer is JSON of this schema; {} for any object", "text"),
-    Knob("system", "System prompt", "what the model is told before the conversation", "text"),
-)
-BY_NAME: Mapping[str, Knob] = {knob.name: knob for knob in KNOBS}
-NEXT_ANSWER = ("json_schema", "system")  # what is turned takes effect there; no sampling parameters of these names
+# What a chat sets beyond sampling; changes apply from the next answer on.
+CHAT_ONLY: Mapping[str, ParameterSpec] = {
+    "json_schema": _text("json_schema", "JSON schema", "the next answer is JSON of this schema; {} = any object", 16),
+    "system": _text("system", "System prompt", "what the model is told before the conversation", 17),
+}
+_EDITABLE_KINDS = ("float", "int", "bool", "strings", "text")
+EDITABLE: Mapping[str, ParameterSpec] = {
+    spec.name: spec
+    for spec in sorted([*PARAMETERS.values(), *CHAT_ONLY.values()], key=lambda spec: spec.order)
+    if spec.kind in _EDITABLE_KINDS
+}
+"""The parameters that a person can edit, in the order in which they are shown."""
 
 
-class Knobs:
-    """The parameters of a chat: a model's own, and what was turned.
+class ChatParameters:
+    """The parameters of a chat: the model's defaults and the user's changes.
 
     Attributes:
-        defaults: the model's own.
-        changed: what was turned, by name, as JSON values; what a preset of the runtime decides may be among them,
-            without being one of the `KNOBS`.
+        defaults: of the model.
+        changed: what differs from them, by name, as JSON values.
     """
 
     def __init__(self, defaults: SamplingParams, changed: Mapping[str, Any] | None = None) -> None:
@@ -80,66 +51,65 @@ class Knobs:
         self.load(changed or {})
 
     def value(self, name: str) -> Any:
-        """The value of now, as a JSON value; None for what is off."""
+        """The current value as a JSON value; None = off."""
         return self.changed[name] if name in self.changed else self.default(name)
 
     def default(self, name: str) -> Any:
-        """The model's own value."""
-        if name in NEXT_ANSWER:
+        """The model's default as a JSON value."""
+        if name in CHAT_ONLY:
             return ""
         value = getattr(self.defaults, name)
         return list(value) if isinstance(value, tuple) else value
 
     def set(self, name: str, value: Any) -> None:
-        """Turn it.
+        """Change a value.
 
         Raises:
-            ParameterError: it cannot have that value.
+            ParameterError: unknown name, or a value that it cannot have.
         """
-        if name not in BY_NAME and name not in DECIDED:
-            raise ParameterError(f"{reprlib.repr(name)}: not known here; known: {', '.join(BY_NAME)}")
-        if name in NEXT_ANSWER and not isinstance(value, str):
-            raise refused(name, value, "a text")
+        if name not in CHAT_ONLY and name not in PARAMETERS:
+            raise ParameterError(f"{reprlib.repr(name)}: unknown parameter; available: {', '.join(EDITABLE)}")
+        if name in CHAT_ONLY and not isinstance(value, str):
+            raise refused(name, value, "text")
         changed = {**self.changed, name: value}
         if value == self.default(name):
             del changed[name]
-        self._params(changed)  # refuses
+        self._params(changed)  # validates
         self.changed = changed
 
-    def type(self, name: str, text: str) -> None:
-        """Turn it to what was typed; nothing typed is off, or the model's own value.
+    def set_text(self, name: str, text: str) -> None:
+        """Change a value to what was typed; empty text means off, or the model's default.
 
         Raises:
-            ParameterError: that says nothing it could be.
+            ParameterError: as in `set`, or the text does not fit the parameter.
         """
-        kind, text = BY_NAME[name].kind, text if BY_NAME[name].kind == "text" else text.strip()
-        if kind in ("float", "int", "optional"):
-            self.set(name, _number(name, text, kind) if text and text != OFF else self._nothing(name))
-        elif kind == "lines":
-            self.set(name, [_unescaped(line) for line in text.split("\n") if line])
-        else:
-            self.set(name, text)
+        spec = CHAT_ONLY.get(name) or PARAMETERS.get(name)
+        self.set(name, text if spec is None else _parsed(spec, text, self.default(name)))
 
-    def turn(self, name: str, steps: int) -> None:
-        """Turn a number by so many steps, up or down, as far as it goes; down from its end it is off, where it can."""
-        knob, value = BY_NAME[name], self.value(name)
-        if knob.kind in ("lines", "text"):
+    def step(self, name: str, steps: int) -> None:
+        """Move a number by so many steps within its slider; one step below the end is off, where that is allowed."""
+        spec, value = EDITABLE[name], self.value(name)
+        if spec.kind == "bool":
+            self.set(name, steps > 0)
+        if (slider := spec.slider) is None:
             return
         if value is None:
-            self.set(name, knob.first if steps > 0 else None)
-        elif knob.kind == "optional" and value + steps * knob.step < knob.low:
+            self.set(name, slider.start if steps > 0 else None)
+        elif spec.optional and value + steps * slider.step < slider.low:
             self.set(name, None)
         else:
-            new = min(max(value + steps * knob.step, knob.low), knob.high)
-            if knob.kind == "float":
-                new = round(new / knob.step) * knob.step
-            self.set(name, round(new, 6) if knob.kind == "float" else int(new))
+            new = min(max(value + steps * slider.step, slider.low), slider.high)
+            if spec.kind == "float":
+                new = round(new / slider.step) * slider.step
+            self.set(name, round(new, 6) if spec.kind == "float" else int(new))
 
     def text(self, name: str) -> str:
-        """The value of now as it is shown and typed."""
+        """The current value as it is shown and typed."""
         value = self.value(name)
-        if value is None:
+        if value is None or value is False:
             return OFF
+        if value is True:
+            return "on"
         if isinstance(value, float):
             return f"{value:.3f}".rstrip("0").rstrip(".") if round(value, 3) == value else repr(value)
         if isinstance(value, list):
@@ -147,10 +117,10 @@ class Knobs:
         return str(value)
 
     def load(self, changed: Mapping[str, Any]) -> None:
-        """Turn all of them: those of a preset to its values, the others to the model's own.
+        """Replace all changes.
 
         Raises:
-            ParameterError: one cannot have its value; nothing is turned then.
+            ParameterError: a parameter cannot have its value; nothing is changed then.
         """
         before, self.changed = self.changed, {}
         try:
@@ -160,64 +130,75 @@ class Knobs:
             self.changed = before
             raise
 
-    def drawing(self, preset: str) -> dict[str, Any]:
-        """What `changed` would be with a preset of the runtime; all that it does not decide stays as it is.
+    def with_preset(self, preset: str) -> dict[str, Any]:
+        """What `changed` would be with a built-in preset, which leaves other parameters as they are.
 
         Raises:
-            ParameterError: there is none of this name.
+            ParameterError: there is no such preset.
         """
         params = apply_preset(preset, self.defaults)
-        decided = {name: getattr(params, name) for name in sorted(DECIDED)}
-        kept = {name: value for name, value in self.changed.items() if name not in DECIDED}
+        decided = {name: getattr(params, name) for name in sorted(PRESET_PARAMETERS)}
+        kept = {name: value for name, value in self.changed.items() if name not in PRESET_PARAMETERS}
         return {**kept, **{name: value for name, value in decided.items() if value != self.default(name)}}
 
     def use(self, defaults: SamplingParams) -> None:
-        """Another model's own parameters; what was turned stays turned, as far as it differs from them."""
-        turned = {**self.changed}
+        """Switch to another model's defaults; changes are kept as far as they differ from them."""
+        changed = {**self.changed}
         self.defaults = defaults
-        self.load(turned)
+        self.load(changed)
 
     @property
     def params(self) -> SamplingParams:
-        """What a runtime takes."""
+        """The current values for the runtime."""
         return self._params(self.changed)
 
     @property
     def system(self) -> str:
-        """The system prompt; none for the template's own."""
+        """The system prompt; empty for the chat template's default."""
         return str(self.value("system"))
 
     def _params(self, changed: Mapping[str, Any]) -> SamplingParams:
         schema = changed.get("json_schema", "").strip()
-        given = {name: value for name, value in changed.items() if name not in NEXT_ANSWER}
+        given = {name: value for name, value in changed.items() if name not in CHAT_ONLY}
         if schema:
             given["constraint"] = Constraint.json() if schema == "{}" else Constraint.json_schema(schema)
         return dataclasses.replace(self.defaults, **given)
 
-    def _nothing(self, name: str) -> Any:
-        return None if BY_NAME[name].kind == "optional" else self.default(name)
 
-
-def told(changed: Mapping[str, Any]) -> str:
-    """What was turned, in a line for people; nothing where nothing was."""
+def summarize(changed: Mapping[str, Any]) -> str:
+    """Changed parameters in one line; empty if there are none."""
     parts = []
     for name, value in changed.items():
         shown = OFF if value is None else ", ".join(map(repr, value)) if isinstance(value, list) else str(value)
-        parts.append(f"{title_of(name)} {one_line(shown, LONGEST_TOLD)}".rstrip())
+        parts.append(f"{title_of(name)} {one_line(shown, MAX_SUMMARY_VALUE)}".rstrip())
     return " · ".join(parts)
 
 
 def title_of(name: str) -> str:
-    """What a parameter is called within a line."""
-    title = BY_NAME[name].title if name in BY_NAME else one_line(name.replace("_", " "), LONGEST_TOLD)
+    """A parameter's title within a line."""
+    spec = PARAMETERS.get(name) or CHAT_ONLY.get(name)
+    title = spec.title if spec is not None else one_line(name.replace("_", " "), MAX_SUMMARY_VALUE)
     return title if title.split(" ")[0].isupper() else title.lower()
 
 
-def _number(name: str, text: str, kind: str) -> float | int:
+def _parsed(spec: ParameterSpec, text: str, default: Any) -> Any:
+    """The JSON value that a text stands for; the parameter itself checks it."""
+    if spec.kind == "text":
+        return text
+    stripped = text.strip()
+    if spec.kind == "strings" and not stripped.startswith("["):
+        return [_unescaped(line) for line in text.split("\n") if line]
+    if stripped in ("", OFF, "none", "null"):
+        return None if spec.optional else False if spec.kind == "bool" and stripped else default
+    if spec.kind == "bool":
+        return {"on": True, "true": True, "false": False}.get(stripped.lower(), text)
     try:
-        return float(text) if kind == "float" else int(text)
-    except ValueError:
-        raise refused(name, text, "a number" if kind == "float" else "a whole number") from None
+        if spec.kind in ("float", "int"):
+            return float(stripped) if spec.kind == "float" else int(stripped)
+        return json.loads(stripped)
+    except (ValueError, RecursionError):
+        wanted = {"float": "a number", "int": "an integer"}.get(spec.kind, "JSON")
+        raise refused(spec.name, text, wanted) from None
 
 
 def _escaped(text: str) -> str:
@@ -225,7 +206,7 @@ def _escaped(text: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """As typed: a line end is written `\\n`."""
+    """As typed: `\\n` stands for a line end."""
     found, rest = "", text
     while rest:
         head, mark, rest = rest.partition("\\")

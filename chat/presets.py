@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.settings import Section, Settings
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import ParameterError
@@ -14,11 +14,11 @@ from llm_edge.runtime.sampling.presets import DESCRIPTIONS, PRESETS
 MODELS_OWN: Final = "model's own"
 LONGEST_NAME: Final = 40  # characters
 
-Own = dict[str, dict[str, dict[str, Any]]]  # by model, by name: `Knobs.changed`
+Own = dict[str, dict[str, dict[str, Any]]]  # by model, by name: `ChatParameters.changed`
 
 
 def _read(value: Any) -> Own:
-    """Presets as they stand in the file; their values are looked at by `Knobs` when they are used."""
+    """Presets as they stand in the file; their values are looked at by `ChatParameters` when they are used."""
     if not isinstance(value, dict) or not all(isinstance(names, dict) for names in value.values()):
         raise ValueError("an object of models, each an object of presets, was expected")
     for model, names in value.items():
@@ -50,8 +50,8 @@ class Presets:
         own = dict.fromkeys(self.own(model), "yours")
         return {MODELS_OWN: "", **own, **{name: DESCRIPTIONS[name] for name in PRESETS if name not in own}}
 
-    def values(self, model: str, name: str, knobs: Knobs) -> Mapping[str, Any]:
-        """What `Knobs.changed` is with a preset.
+    def values(self, model: str, name: str, knobs: ChatParameters) -> Mapping[str, Any]:
+        """What `ChatParameters.changed` is with a preset.
 
         Raises:
             ParameterError: there is none of this name.
@@ -59,9 +59,9 @@ class Presets:
         if name == MODELS_OWN:
             return {}
         own = self._of(model).get(name)
-        return own if own is not None else knobs.drawing(name)
+        return own if own is not None else knobs.with_preset(name)
 
-    def use(self, model: str, name: str, knobs: Knobs) -> None:
+    def use(self, model: str, name: str, knobs: ChatParameters) -> None:
         """Turn the knobs to a preset.
 
         Raises:
@@ -74,11 +74,11 @@ class Presets:
                 raise ParameterError(f"the preset {name} cannot be used: {error}") from error
             raise
 
-    def matching(self, model: str, knobs: Knobs) -> str | None:
+    def matching(self, model: str, knobs: ChatParameters) -> str | None:
         """Which preset has the values of now, if one has."""
         return next((n for n in self.offered(model) if self.values(model, n, knobs) == knobs.changed), None)
 
-    def save(self, model: str, name: str, knobs: Knobs) -> str:
+    def save(self, model: str, name: str, knobs: ChatParameters) -> str:
         """Keep the values of now; a preset of a person's own of this name is replaced. Returns the name.
 
         Raises:

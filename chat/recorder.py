@@ -19,7 +19,7 @@ from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
 from llm_edge.runtime.sampling.params import SamplingParams
 
 
-class Kept:
+class ConversationRecorder:
     """See the module.
 
     Args:

@@ -51,8 +51,8 @@ class Responder(Protocol):
         messages: Sequence[Message],
         params: SamplingParams,
         *,
-        begin: str = "",
-        thought: str = "",
+        assistant_prefix: str = "",
+        reasoning_prefix: str = "",
     ) -> Reply:
         """Begin an answer.
 
@@ -109,7 +109,7 @@ class LocalResponder:
     ) -> None:
         from llm_edge.runtime.model import Model  # takes its time, which a thread beside the screen has
 
-        self._model = Model.load(bundle, precision, provider, threads, draft=draft)
+        self._model = Model.load(bundle, precision, provider=provider, threads=threads, draft=draft)
         self.path = self._model.bundle.path
         self.name = self._model.bundle.name
         self.detail = self._model.precision.name
@@ -121,11 +121,11 @@ class LocalResponder:
         messages: Sequence[Message],
         params: SamplingParams,
         *,
-        begin: str = "",
-        thought: str = "",
+        assistant_prefix: str = "",
+        reasoning_prefix: str = "",
     ) -> Reply:
         """See `Responder`."""
-        return self._model.chat(messages, params, begin=begin, thought=thought)
+        return self._model.chat(messages, params, assistant_prefix=assistant_prefix, reasoning_prefix=reasoning_prefix)
 
     def count(self, messages: Sequence[Message]) -> int | None:
         """See `Responder`."""
@@ -142,4 +142,4 @@ class LocalResponder:
 
     def close(self) -> None:
         """See `Responder`."""
-        self._model.forget()
+        self._model.clear_cache()

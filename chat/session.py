@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_edge.chat.context import begin_with_room, dropped_note
+from llm_edge.chat.context import dropped_note, fit_to_context
 from llm_edge.chat.figures import figures_of
 from llm_edge.chat.history.conversation import Conversation, Message
 from llm_edge.chat.history.store import KEEP_EVERY, Store
-from llm_edge.chat.parameters import NEXT_ANSWER, Knobs
+from llm_edge.chat.parameters import CHAT_ONLY, ChatParameters
 from llm_edge.chat.responder import Reply, Responder
-from llm_edge.chat.stream_reader import Feed
+from llm_edge.chat.stream_reader import StreamReader
 from llm_edge.chat.token_records import Recorder, TokenRecord, pack, unpack
 from llm_edge.runtime.errors import InputError, LlmEdgeError
 from llm_edge.runtime.results import FinishReason, GenerationChunk
@@ -28,7 +28,7 @@ _RATES = 60  # of the latest moments, for a picture of the speed
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Update:
     """What `poll` found: the message that grew, and whether it is complete."""
 
     message: Message
@@ -51,7 +51,7 @@ class ChatSession:
         rates: tokens per second of late.
     """
 
-    def __init__(self, store: Store, knobs: Knobs, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, store: Store, knobs: ChatParameters, clock: Callable[[], float] = time.perf_counter) -> None:
         self.store = store
         self.responder: Responder | None = None
         self.knobs = knobs
@@ -59,7 +59,7 @@ class ChatSession:
         self.records: dict[int, list[TokenRecord]] = {}
         self.rates: deque[float] = deque([0.0] * _RATES, maxlen=_RATES)
         self._clock = clock
-        self._feed: Feed | None = None
+        self._feed: StreamReader | None = None
         self._message: Message | None = None
         self._note = ""
         self._count = self._prompt = 0  # tokens of the answer on its way, and before it
@@ -80,7 +80,7 @@ class ChatSession:
     def ask(self, text: str, tokens: int = 0) -> Message:
         """Ask; returns the answer, which grows. `tokens` says how many the question takes, as far as that is known."""
         self._refuse_while_answering()
-        self._who()
+        self._require_responder()
         question = self.store.add(self.conversation, "user", text, parent=self.conversation.leaf)
         return self._answer(question, tokens)
 
@@ -93,7 +93,7 @@ class ChatSession:
     def edit(self, question: Message, text: str, tokens: int = 0) -> Message:
         """Ask something else instead, beside what was asked; see `ask`."""
         self._refuse_while_answering()
-        self._who()
+        self._require_responder()
         if question.role != "user":
             raise InputError("only what you asked can be edited: choose one of your messages")
         return self._answer(self.store.add(self.conversation, "user", text, parent=question.parent), tokens)
@@ -105,7 +105,7 @@ class ChatSession:
             raise InputError("only the last answer can be continued")
         if message.role == "user":  # nobody came to answer it
             return self._answer(message)
-        if not message.content and not self._who().continues_thoughts:
+        if not message.content and not self._require_responder().continues_thoughts:
             message.reasoning = ""
             self.store.drop_records(message.id)
             self.records[message.id] = []
@@ -143,7 +143,7 @@ class ChatSession:
         if self._feed is not None:
             self._feed.cancel()
 
-    def turn(self, change: Callable[[Knobs], None]) -> None:
+    def apply_change(self, change: Callable[[ChatParameters], None]) -> None:
         """Turn a parameter, also while an answer comes.
 
         Raises:
@@ -153,12 +153,12 @@ class ChatSession:
         change(self.knobs)
         if self._feed is None or self._message is None or before == self.knobs.changed:
             return
-        adjusts = self._who().adjusts
+        adjusts = self._require_responder().adjusts
         if adjusts:
             self._feed.adjust(self.knobs.params)
         for name in sorted({*before, *self.knobs.changed}):
             if before.get(name) != self.knobs.changed.get(name):
-                self._tell_change(self._message, name, self._count if adjusts and name not in NEXT_ANSWER else None)
+                self._tell_change(self._message, name, self._count if adjusts and name not in CHAT_ONLY else None)
 
     def new(self) -> None:
         """Begin a new conversation; `undo_new` returns to the one before."""
@@ -217,7 +217,7 @@ class ChatSession:
 
     # ---- what a screen shows
 
-    def poll(self) -> News | None:
+    def poll(self) -> Update | None:
         """Take what has come; None where nothing has."""
         feed, message = self._feed, self._message
         if feed is None or message is None:
@@ -230,7 +230,7 @@ class ChatSession:
             self._take(message, each)
             if each.finish_reason is not None and each.timings is not None:
                 changes = message.figures.get("changes")
-                message.figures = figures_of(each.timings, each.finish_reason, self._who().detail)
+                message.figures = figures_of(each.timings, each.finish_reason, self._require_responder().detail)
                 if changes:
                     message.figures["changes"] = changes
                 return self._end(message)
@@ -240,7 +240,7 @@ class ChatSession:
         if now - self._kept >= KEEP_EVERY:
             self._kept = now
             self._keep(message)
-        return News(message, ended=False)
+        return Update(message, ended=False)
 
     def sample_rate(self) -> float:
         """Tokens per second since the last call; joins `rates`."""
@@ -273,7 +273,7 @@ class ChatSession:
             self.conversation,
             "assistant",
             parent=question.id,
-            model=self._who().name,
+            model=self._require_responder().name,
             params=dict(self.knobs.changed),
         )
         return self._begin(message, question, tokens)
@@ -283,11 +283,13 @@ class ChatSession:
             self.store.set_system(self.conversation, self.knobs.system)
         turns = self._turns(question)
         opening: list[Prompt] = [{"role": "system", "content": self.knobs.system}] if self.knobs.system else []
-        responder, params, begin, thought = self._who(), self.knobs.params, message.content, message.reasoning
+        responder, params, prefix = self._require_responder(), self.knobs.params, (message.content, message.reasoning)
 
         def reply() -> Reply:
-            made, kept, limit = begin_with_room(
-                lambda messages: responder.answer(messages, params, begin=begin, thought=thought),
+            made, kept, limit = fit_to_context(
+                lambda messages: responder.answer(
+                    messages, params, assistant_prefix=prefix[0], reasoning_prefix=prefix[1]
+                ),
                 opening,
                 turns[:-1],
                 turns[-1],
@@ -302,7 +304,7 @@ class ChatSession:
         self._message, self._note, self._count, self._kept = message, "", 0, self._clock()
         self._rate_since = (self._clock(), 0)
         self._recorder, self._packed = Recorder(responder.token_text), len(self._begun_records(message))
-        self._feed = Feed(reply)
+        self._feed = StreamReader(reply)
         return message
 
     def _estimated_prompt(self, message: Message, question: Message, tokens: int) -> int:
@@ -335,13 +337,13 @@ class ChatSession:
                 assert self._recorder is not None
                 self.records[message.id].append(self._recorder.record(piece.logprob))
 
-    def _end(self, message: Message) -> News:
+    def _end(self, message: Message) -> Update:
         message.finished = True
         if self._note:
             message.figures["note"] = self._note
         self._feed = self._message = None
         self._keep(message)
-        return News(message, ended=True)
+        return Update(message, ended=True)
 
     def _keep(self, message: Message) -> None:
         """Write down what has come; where that fails, the answer goes on, and the line under it says so."""
@@ -400,7 +402,7 @@ class ChatSession:
             message.figures["finish_reason"] = FinishReason.CANCELLED.value
             self._end(message)
 
-    def _who(self) -> Responder:
+    def _require_responder(self) -> Responder:
         if self.responder is None:
             raise InputError("there is no model to answer yet: choose one (F4), or wait a moment if one is loading")
         return self.responder

@@ -12,7 +12,7 @@ from llm_edge.runtime.results import GenerationChunk
 from llm_edge.runtime.sampling.params import SamplingParams
 
 
-class Feed:
+class StreamReader:
     """Reads a reply to its end.
 
     Args:

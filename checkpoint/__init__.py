@@ -1,1 +1,1 @@
-"""Readers of checkpoints: one sub-package per format."""
+"""Readers of checkpoints, one sub-package per format. `source.open_checkpoint` selects the reader."""

@@ -1,9 +1,10 @@
-"""What every reader returns. Knows no format; the readers beside this file fill it in."""
+"""`Checkpoint`: what every reader returns."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ class TokenizerAssets:
         tokenizer_json: text of `tokenizer.json`.
         tokenizer_config: content of `tokenizer_config.json`, without the chat template.
         special_tokens_map: content of `special_tokens_map.json`.
-        chat_template: Jinja source, or None for a model that does not chat.
-        bos_token_id: token that opens a text, or None.
+        chat_template: Jinja source, or None for a model without a chat format.
+        bos_token_id: token that starts a text, or None.
         eos_token_ids: tokens that end an answer; may be empty.
-        pad_token_id: token that fills rows of a batch, or None.
+        pad_token_id: token that pads the rows of a batch, or None.
     """
 
     tokenizer_json: str
@@ -38,7 +39,7 @@ class TokenizerAssets:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file the weights came from: its name, size in bytes and sha256."""
+    """Name, size in bytes and SHA-256 of a file that supplied weights."""
 
     name: str
     size: int
@@ -47,7 +48,14 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a checkpoint came from: a name for people, the format, its files and the types of its weights."""
+    """Where a checkpoint came from.
+
+    Attributes:
+        name: display name of the model.
+        format: name of the file format.
+        files: the files that supplied weights.
+        weight_types: storage types of the weights, most frequent first, separated by commas.
+    """
 
     name: str
     format: str
@@ -56,23 +64,23 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """Total size of the files in bytes."""
         return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A decoder, whole.
+    """A model with everything an export needs.
 
     Attributes:
-        config: its shape.
-        hf_config: the same as a Hugging Face `config.json`, `model_type` and all, for the bundle's other readers.
-        weights: read when they are asked for.
-        tokenizer: its files.
-        generation: defaults, keys of Hugging Face's `generation_config.json`.
-        source: where it came from.
-        reasoning: the tokens or texts around its reasoning, where it has them.
-        guards: what keeps its answers from going wrong, where it needs that.
+        config: architecture and sizes.
+        hf_config: the equivalent Hugging Face `config.json`, including `model_type`, for other readers of the bundle.
+        weights: weights, read lazily.
+        tokenizer: tokenizer files.
+        generation: default sampling parameters, with the keys of Hugging Face's `generation_config.json`.
+        source: where the checkpoint came from.
+        reasoning: tokens or tags that enclose the model's reasoning, or None.
+        guards: constraints on the output that the model requires, or None.
     """
 
     config: ModelConfig
@@ -86,7 +94,12 @@ class Checkpoint:
 
 
 def hash_file(path: Path) -> SourceFile:
-    """Size and sha256 of a file, read in pieces."""
+    """Return name, size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return SourceFile(path.name, path.stat().st_size, digest)
+
+
+def by_frequency(types: Iterable[str]) -> str:
+    """Join the distinct type names with commas, most frequent first."""
+    return ", ".join(name for name, _ in Counter(types).most_common())

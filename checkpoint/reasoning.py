@@ -1,4 +1,4 @@
-"""Finds the marks around a model's reasoning in its tokenizer and chat template. Knows no model."""
+"""`find_reasoning`: detects the tags around a model's reasoning from its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import tokenizers
 
 from llm_edge.runtime.bundle import ReasoningTags, ReasoningTokens
 
-_PAIRS = (
-    ("<think>", "</think>"),  # Qwen3, SmolLM3, DeepSeek's distillations, Olmo 3 and those that follow them
+_TAG_PAIRS = (  # in order of preference
+    ("<think>", "</think>"),  # Qwen3, SmolLM3, DeepSeek's distilled models, Olmo 3 and others
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
@@ -18,37 +18,36 @@ _PAIRS = (
     ("<thinking>", "</thinking>"),
     ("<reasoning>", "</reasoning>"),
 )
-"""How families spell them; where several would fit, the first does."""
 
 
 def find_reasoning(tokenizer_json: str, chat_template: str | None) -> ReasoningTokens | ReasoningTags | None:
-    """What opens and closes a reasoning: two added tokens of a `tokenizer.json`, or else two texts.
+    """Return what opens and closes the reasoning: two added tokens of the tokenizer, else two text tags, else None.
 
-    Texts are such where the chat template writes or looks for either of them, and where the end is an added token and
-    the start begins with one.
+    Text tags are detected if the chat template contains one of them, or if the end tag is an added token and the
+    start tag begins with an added token.
     """
     try:
         entries = json.loads(tokenizer_json).get("added_tokens", [])
         ids = {entry["content"]: entry["id"] for entry in entries}
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        return None  # not a tokenizer, which another step tells better
-    for start, end in _PAIRS:
+        return None  # not a valid tokenizer, which the export reports with a better message
+    for start, end in _TAG_PAIRS:
         first, last = ids.get(start), ids.get(end)
         if isinstance(first, int) and isinstance(last, int) and first != last:
             return ReasoningTokens(first, last)
-    for start, end in _PAIRS:
-        written = chat_template is not None and (start in chat_template or end in chat_template)
-        added = end in ids and any(isinstance(text, str) and text and start.startswith(text) for text in ids)
-        if (written or added) and _can_write(tokenizer_json, start, end):
+    for start, end in _TAG_PAIRS:
+        in_template = chat_template is not None and (start in chat_template or end in chat_template)
+        in_added = end in ids and any(isinstance(text, str) and text and start.startswith(text) for text in ids)
+        if (in_template or in_added) and _can_encode(tokenizer_json, start, end):
             return ReasoningTags(start, end)
     return None
 
 
-def _can_write(tokenizer_json: str, *texts: str) -> bool:
-    """Whether its tokens spell these; some vocabularies lack characters."""
+def _can_encode(tokenizer_json: str, *texts: str) -> bool:
+    """Whether the vocabulary can represent these texts; some vocabularies lack characters."""
     try:
         tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except Exception:  # noqa: BLE001 (the library raises just that; another step tells it better)
+    except Exception:  # noqa: BLE001 (the library raises only this; the export reports it with a better message)
         return False
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     decoded = [tokenizer.decode(ids, skip_special_tokens=False) for ids in encoded]

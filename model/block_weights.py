@@ -1,4 +1,4 @@
-"""Weights that a source holds in blocks already, for those who keep its numbers. Knows no format and no graph."""
+"""Block-quantized weights as a checkpoint stores them, for exports that keep the stored values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 SOURCE_BLOCK = 32
-"""Weights a block, along a row."""
+"""Weights per block, along a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockKind:
-    """What a block holds: weights of 4 or 8 bits, a scale, and an offset too or not."""
+    """Layout of a block: bits per weight (4 or 8), and whether it has an offset in addition to the scale."""
 
     bits: int
     offsets: bool
@@ -23,7 +23,7 @@ class BlockKind:
 
 @dataclass(frozen=True, slots=True)
 class SourceBlocks:
-    """A weight [N, K] as its source rounded it: (level - 2 ** (bits - 1)) * scale + offset.
+    """A quantized weight [N, K]; its values are (level - 2 ** (bits - 1)) * scale + offset.
 
     Attributes:
         levels: uint8 [N, K].
@@ -35,27 +35,27 @@ class SourceBlocks:
     scales: Tensor
     offsets: Tensor | None
 
-    def moved(self, convert: Callable[[Tensor], Tensor]) -> SourceBlocks:
-        """The same behind a conversion that does nothing but move rows."""
+    def map(self, convert: Callable[[Tensor], Tensor]) -> SourceBlocks:
+        """Apply a conversion that only reorders rows."""
         offsets = None if self.offsets is None else convert(self.offsets)
         return SourceBlocks(convert(self.levels), convert(self.scales), offsets)
 
     @classmethod
-    def stacked(cls, parts: list[Self]) -> SourceBlocks:
-        """Weights of one kind above each other."""
-        offsets = [part.offsets for part in parts if part.offsets is not None]
+    def concatenate(cls, weights: list[Self]) -> SourceBlocks:
+        """Concatenate weights of one `BlockKind` along the first axis."""
+        offsets = [weight.offsets for weight in weights if weight.offsets is not None]
         return SourceBlocks(
-            torch.cat([part.levels for part in parts]),
-            torch.cat([part.scales for part in parts]),
+            torch.cat([weight.levels for weight in weights]),
+            torch.cat([weight.scales for weight in weights]),
             torch.cat(offsets) if offsets else None,
         )
 
 
 class BlockReader(Protocol):
-    """A source, some of whose tensors lie in blocks."""
+    """A checkpoint that stores some of its tensors in blocks."""
 
     def block_kind(self, name: str) -> BlockKind | None:
-        """Of a tensor, told without reading it; None where it is stored otherwise."""
+        """Return the block layout of a tensor without reading it, or None if it is stored in another way."""
 
     def blocks(self, name: str) -> SourceBlocks:
-        """A tensor that has a kind."""
+        """Read the blocks of a tensor for which `block_kind` is not None."""

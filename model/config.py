@@ -1,4 +1,4 @@
-"""The shape of a decoder. Knows nothing of files, weights or tokenizers: families turn their configs into this."""
+"""`ModelConfig`: architecture and sizes of a decoder, into which every family converts its own config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import Enum
 from llm_edge.model.rope import Rope
 from llm_edge.runtime.errors import CheckpointError
 
-# The bounds are far beyond any published model: what lies outside them is a damaged or hostile file.
+# Far beyond any published model: a value outside these bounds comes from a damaged or malicious file.
 _BOUNDS: Mapping[str, tuple[float, float]] = {
     "vocab_size": (1, 4_000_000),
     "hidden_size": (1, 65_536),
@@ -24,18 +24,18 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "embedding_scale": (1e-6, 1e6),
     "hidden_scale": (1e-6, 1e6),
 }
-_MOST_ANGLES = 1 << 27  # of all rotary tables together: 1 GiB of cosines and sines
+_MAX_ANGLES = 1 << 27  # of all rotary tables together: 1 GiB of cosines and sines
 
 
 class Norm(Enum):
-    """RMS: RMSNorm (arXiv:1910.07467). LAYER: LayerNorm with a bias (arXiv:1607.06450)."""
+    """Normalization. RMS is RMSNorm (arXiv:1910.07467), LAYER is LayerNorm with bias (arXiv:1607.06450)."""
 
     RMS = "rms"
     LAYER = "layer"
 
 
 class QKNorm(Enum):
-    """Where queries and keys are normalised: NONE, each HEAD by itself, or all heads together (FULL)."""
+    """RMSNorm of queries and keys: NONE, of each HEAD separately, or of all heads together (FULL)."""
 
     NONE = "none"
     HEAD = "head"
@@ -43,7 +43,7 @@ class QKNorm(Enum):
 
 
 class Activation(Enum):
-    """Of the feed-forward network; GELU_TANH is GELU's approximation by tanh (arXiv:1606.08415)."""
+    """Activation of the MLP; GELU_TANH is GELU's tanh approximation (arXiv:1606.08415)."""
 
     SILU = "silu"
     GELU = "gelu"
@@ -53,11 +53,11 @@ class Activation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """What may differ from layer to layer.
+    """Settings that may differ between layers.
 
     Attributes:
-        rope: rotary positions, or None for a layer without.
-        window: tokens a position attends to, itself included; None for all before it.
+        rope: rotary positions, or None for a layer without them.
+        window: number of tokens a position attends to, including itself; None for full causal attention.
     """
 
     rope: Rope | None = None
@@ -66,37 +66,39 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder. The defaults are a LLaMA: RMSNorm before each block, rotary positions, SwiGLU, no biases.
+    """Architecture and sizes of a decoder. The defaults describe LLaMA: pre-norm RMSNorm, SwiGLU, no biases.
 
-    Raises `CheckpointError` where a value is out of bounds or two of them contradict each other.
+    Raises:
+        CheckpointError: a value is out of range, or two values contradict each other.
 
     Attributes:
-        vocab_size: V, rows of the embedding and width of the logits.
+        vocab_size: V, rows of the embedding and size of the logits.
         hidden_size: width of the residual stream.
-        intermediate_size: width inside the feed-forward network.
-        num_attention_heads: H, query heads.
-        num_key_value_heads: K, key/value heads; divides H.
+        intermediate_size: inner width of the MLP.
+        num_attention_heads: H, number of query heads.
+        num_key_value_heads: K, number of key/value heads; divides H.
         head_dim: D, width of a head.
-        max_position_embeddings: tokens a context holds at most.
-        layers: one entry a layer.
+        max_position_embeddings: maximum context length in tokens.
+        layers: settings of each layer.
         norm_eps: epsilon of all norms.
-        tie_word_embeddings: the output head is the embedding.
-        norm: kind of all norms but those of queries and keys, which are RMS.
-        pre_norm: each block's input is normalised.
-        post_norm: each block's output is normalised.
-        parallel_blocks: attention and feed-forward network both read the layer's input, and are added together.
-        learned_positions: a table of positions is added to the embedding.
-        qk_norm: see `QKNorm`; before the rotation.
-        qkv_bias: of the query, key and value projections.
-        output_bias: of attention's output projection.
-        mlp_bias: of all projections of the feed-forward network.
-        gated_mlp: down(activation(gate(x)) * up(x)) instead of down(activation(up(x))).
-        activation: see `Activation`.
+        tie_word_embeddings: whether the output head shares the embedding's weight.
+        norm: type of all norms except those of queries and keys, which are RMSNorm.
+        pre_norm: whether the input of each block is normalized.
+        post_norm: whether the output of each block is normalized.
+        parallel_blocks: whether attention and MLP both read the layer's input and their outputs are summed.
+        learned_positions: whether learned position embeddings are added to the token embeddings.
+        qk_norm: RMSNorm of queries and keys, applied before the rotation.
+        qkv_bias: whether the query, key and value projections have biases.
+        output_bias: whether the output projection of attention has a bias.
+        mlp_bias: whether the projections of the MLP have biases.
+        gated_mlp: down(activation(gate(x)) * up(x)) if true, else down(activation(up(x))).
+        activation: activation of the MLP.
         attention_scale: factor of query · key; None is 1 / sqrt(D).
-        embedding_scale: factor of the embedding, but not of a head tied to it.
-        hidden_scale: the model's hidden states divided by what the last norm yields: families that fold a factor of
-            the logits into that norm say here what undoes it.
-        head_mix: a square matrix stands between the last norm and the head; families leave it out (`rotate.py`).
+        embedding_scale: factor of the embedding; not applied to a tied head.
+        hidden_scale: factor from the output of the last norm to the model's hidden states, for families that fold
+            a factor of the logits into that norm.
+        head_mix: whether a square matrix follows the last norm. Set by the exporter for rotated models
+            (`exporter/quantization/rotate.py`), never by a family.
     """
 
     vocab_size: int
@@ -128,8 +130,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # NaN is not
-                raise CheckpointError(f"{name} is {value}, outside of {low:g} to {high:g}: the config is damaged")
+            if value is not None and not low <= value <= high:  # also rejects NaN
+                raise CheckpointError(f"{name} is {value}; it must be {low:g} to {high:g}: the config is damaged")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -138,14 +140,14 @@ class ModelConfig:
         for rope in self.ropes:
             if rope.dim % 2 or not 2 <= rope.dim <= self.head_dim:
                 raise CheckpointError(
-                    f"rotary positions of {rope.dim} dimensions do not fit heads of head_dim {self.head_dim}: "
-                    "an even number of at most as many is needed"
+                    f"rotary dimension {rope.dim} is invalid for head_dim {self.head_dim}: "
+                    "it must be even and at most head_dim"
                 )
         widths = (rope.dim // 2 * (2 if rope.long_from else 1) for rope in self.ropes)
-        if sum(widths) * self.max_position_embeddings > _MOST_ANGLES:
+        if sum(widths) * self.max_position_embeddings > _MAX_ANGLES:
             raise CheckpointError(
-                f"max_position_embeddings is {self.max_position_embeddings}: the tables of rotary positions would be "
-                "larger than 1 GiB; give a smaller context with --max-seq-len"
+                f"max_position_embeddings is {self.max_position_embeddings}: the rotary position tables would exceed "
+                "1 GiB; reduce the context with --max-seq-len"
             )
         if any(layer.window is not None and layer.window < 1 for layer in self.layers):
             raise CheckpointError("sliding_window is below 1: correct the config")
@@ -157,17 +159,17 @@ class ModelConfig:
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
-        """The different rotary positions, in the order of their first layers."""
+        """The distinct rotary positions, in order of first use."""
         return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together, H * D."""
+        """Total width of the query heads, H * D."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
-        """Width of all key heads together (and of all value heads), K * D."""
+        """Total width of the key heads (and of the value heads), K * D."""
         return self.num_key_value_heads * self.head_dim
 
     @property

@@ -1,80 +1,65 @@
-"""What a family is, and where families are found. A package of anybody's can add one (docs/families.md)."""
+"""`find_family`: looks up a `model_type` among the built-in families and those of installed packages."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from llm_edge.model.config import ModelConfig
-from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.weights import WeightTable
+from llm_edge.model.family import Family
 from llm_edge.runtime.errors import CheckpointError
 
-ENTRY_POINTS = "llm_edge.families"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How to read one `model_type`.
-
-    Attributes:
-        config: from the keys of a Hugging Face `config.json` to our shape; refuses what it cannot honour. The keys it
-            reads, and no others, stand in the bundle's own config.json.
-        weights: the weight table for such a config. Its names are those that transformers saves.
-        base: prefix of the tensors' names (but the head's) that a checkpoint of the body alone lacks.
-        transposed: regular expression of whole names of weights that the source stores as [in, out].
-    """
-
-    config: Callable[[ConfigReader], ModelConfig]
-    weights: Callable[[ModelConfig, ConfigReader], WeightTable]
-    base: str = "model."
-    transposed: str = "(?!)"
-
-    def names(self, found: Mapping[str, object]) -> dict[str, str]:
-        """Names as the weight table has them -> names as the file has them."""
-        bare = not any(name.startswith(self.base) for name in found)
-        return {
-            self.base + name if bare and not name.startswith(("lm_head.", "embed_out.")) else name: name
-            for name in found
-        }
+BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defines `FAMILY`
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "gpt_neo": "gpt_neo",
+    "gpt_neox": "gpt_neox",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "mistral",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
+ENTRY_POINT_GROUP = "llm_edge.families"
 
 
 def find_family(model_type: str, where: str = "config.json") -> Family:
-    """The family of a `model_type`: one of ours, else one that an installed package brings.
+    """Return the family of a `model_type`: a built-in one, or one registered by an installed package.
 
-    A name is only compared with the names of entry points of installed packages: nothing is imported because a config
-    names it, and no package can take the place of a family of ours.
+    `model_type` comes from an untrusted file, so it is only compared with known names, never imported. Packages cannot
+    replace built-in families. docs/families.md describes how a package registers a family.
 
     Args:
-        model_type: as a config has it.
-        where: the config's file, for messages.
+        model_type: value of the config's `model_type`.
+        where: path of the config, for error messages.
 
     Raises:
-        CheckpointError: there is none, or the package that brings it is broken.
+        CheckpointError: there is no such family, or the package that registers it is broken.
     """
-    from llm_edge.model.families.table import FAMILIES
-
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    plugins = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    brought = {entry.value: entry for entry in plugins if entry.name == model_type}
-    if not brought:
-        known = ", ".join(sorted({*FAMILIES, *(entry.name for entry in plugins)}))
+    if model_type in BUILT_IN:
+        family: Family = importlib.import_module(f"llm_edge.model.families.{BUILT_IN[model_type]}").FAMILY
+        return family
+    entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    found = {entry.value: entry for entry in entry_points if entry.name == model_type}
+    if not found:
+        known = ", ".join(sorted({*BUILT_IN, *entry_points.names}))
         raise CheckpointError(f"{where}: model_type {model_type[:80]!r} is not supported; supported: {known}")
-    if len(brought) > 1:
-        names = " and ".join(sorted(brought))
-        raise CheckpointError(f"{where}: family {model_type!r} is brought by {names}: uninstall all but one of them")
-    ((value, entry),) = brought.items()
+    if len(found) > 1:
+        names = " and ".join(sorted(found))
+        raise CheckpointError(f"{where}: family {model_type!r} is registered by {names}: uninstall all but one of them")
+    ((value, entry),) = found.items()
     try:
-        family = entry.load()
+        loaded = entry.load()
     except (Exception, SystemExit) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
-            f"{where}: family {model_type!r}: {value} cannot be imported ({why[:300]}): mend or update its package"
+            f"{where}: family {model_type!r}: {value} cannot be imported ({reason[:300]}): fix or update its package"
         ) from error
-    if not isinstance(family, Family):
+    if not isinstance(loaded, Family):
         raise CheckpointError(
-            f"{where}: family {model_type!r}: {value} is a {type(family).__name__}, not a Family: mend its package"
+            f"{where}: family {model_type!r}: {value} is a {type(loaded).__name__}, not a Family: fix its package"
         )
-    return family
+    return loaded

@@ -1,8 +1,4 @@
-"""Rotary positions: the angles of every position, in all the ways checkpoints scale them. Knows no model.
-
-RoFormer (arXiv:2104.09864) in half-split form. Each scaling changes the frequencies, and some of them also the
-amplitude of cosines and sines.
-"""
+"""Rotary position embeddings (RoPE, arXiv:2104.09864) in half-split form, with the scalings that checkpoints use."""
 
 from __future__ import annotations
 
@@ -21,18 +17,21 @@ class LinearScaling:
 
 
 @dataclass(frozen=True, slots=True)
-class DividedFrequencies:
-    """Every frequency divided by a number of its own, as GGUF files keep llama3's scaling (`rope_freqs.weight`)."""
+class FrequencyDivisors:
+    """Each frequency divided by its own factor, the form in which GGUF stores llama3 scaling (`rope_freqs.weight`)."""
 
     factors: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """Llama 3.1: long waves divided by `factor`, short ones left, those between interpolated.
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between interpolated.
 
-    `original_length` is the context of pre-training, in tokens; a wave is long where fewer than `low_freq_factor` of
-    them fit into it, and short where more than `high_freq_factor` do.
+    Attributes:
+        factor: divisor of the low frequencies.
+        low_freq_factor: a frequency is low if fewer periods than this fit into `original_length`.
+        high_freq_factor: a frequency is high if more periods than this fit into `original_length`.
+        original_length: context length of pre-training, in tokens.
     """
 
     factor: float
@@ -43,9 +42,15 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True)
 class YarnScaling:
-    """YaRN (arXiv:2309.00071): a ramp between dimensions that turn `beta_slow` and `beta_fast` times.
+    """YaRN (arXiv:2309.00071): low frequencies are divided by `factor`, high ones kept, with a linear ramp between.
 
-    `truncate` rounds the ramp's ends to whole dimensions; `amplitude` multiplies cosines and sines.
+    Attributes:
+        factor: divisor of the low frequencies.
+        original_length: context length of pre-training, in tokens.
+        beta_fast: rotations within `original_length` at the high-frequency end of the ramp.
+        beta_slow: rotations within `original_length` at the low-frequency end of the ramp.
+        amplitude: factor of cosines and sines.
+        truncate: whether the ends of the ramp are rounded to whole dimensions.
     """
 
     factor: float
@@ -57,10 +62,16 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, slots=True)
-class LongScaling:
-    """LongRoPE (arXiv:2402.13753): one set of divisors up to `original_length` tokens, another one for longer texts.
+class LongRopeScaling:
+    """LongRoPE (arXiv:2402.13753): one set of frequency divisors up to `original_length` tokens, another beyond.
 
-    As in transformers, the length of the whole text chooses, also for the tokens at its beginning.
+    As in transformers, the length of the whole sequence selects the set for all its positions.
+
+    Attributes:
+        short: divisors for sequences of at most `original_length` tokens.
+        long: divisors for longer sequences.
+        original_length: context length of pre-training, in tokens.
+        amplitude: factor of cosines and sines.
     """
 
     short: tuple[float, ...]
@@ -69,7 +80,7 @@ class LongScaling:
     amplitude: float
 
 
-RopeScaling = LinearScaling | DividedFrequencies | Llama3Scaling | YarnScaling | LongScaling
+RopeScaling = LinearScaling | FrequencyDivisors | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,8 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        dim: how much of each head, from its beginning, is rotated; even.
-        scaling: of the frequencies, or None.
+        dim: number of leading dimensions of each head that are rotated; even.
+        scaling: scaling of the frequencies, or None.
     """
 
     theta: float
@@ -88,13 +99,13 @@ class Rope:
 
     @property
     def long_from(self) -> int:
-        """Texts of more tokens than this use the second half of the tables; 0 where there is one half only."""
-        return self.scaling.original_length if isinstance(self.scaling, LongScaling) else 0
+        """Number of tokens above which the second half of the tables is used; 0 if the tables have no second half."""
+        return self.scaling.original_length if isinstance(self.scaling, LongRopeScaling) else 0
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0 to `length` - 1, both float32 [length, dim / 2].
+        """Return cosines and sines of positions 0 to `length` - 1, both float32 [length, dim / 2].
 
-        With `LongScaling` they are [2 * length, dim / 2]: the short set, then the long one.
+        With `LongRopeScaling` they are [2 * length, dim / 2]: first for the short divisors, then for the long ones.
         """
         exponents = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
         bases = self.theta**exponents
@@ -102,35 +113,35 @@ class Rope:
         match self.scaling:
             case LinearScaling(factor):
                 frequencies = frequencies / factor
-            case DividedFrequencies(factors):
+            case FrequencyDivisors(factors):
                 frequencies = frequencies / torch.tensor(factors)
             case Llama3Scaling():
                 frequencies = _llama3(frequencies, self.scaling)
             case YarnScaling():
                 frequencies = _yarn(bases, self.theta, self.dim, self.scaling)
                 amplitude = self.scaling.amplitude
-            case LongScaling(short, long):
+            case LongRopeScaling(short, long):
                 amplitude = self.scaling.amplitude
                 frequencies = torch.stack([1.0 / (torch.tensor(divisors) * bases) for divisors in (short, long)])
         angles = torch.arange(length).float()[:, None] * frequencies.reshape(-1, 1, self.dim // 2)
         angles = angles.reshape(-1, self.dim // 2)
-        # MKL chooses its code for such functions at the first call. Where several threads made that one, some of them
-        # would, once in a hundred processes, compute other last bits.
+        # MKL selects its implementation of cos at the first call. If several threads make that call at once, some of
+        # them compute different last bits (about once in a hundred processes), so it is made here on one element.
         torch.zeros(1).cos()
         return angles.cos() * amplitude, angles.sin() * amplitude
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
-    turns = scaling.original_length * frequencies / (2 * math.pi)  # in the context of pre-training
+    periods = scaling.original_length * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    share = ((turns - low) / (high - low)).clamp(0, 1)  # 0 for long waves, 1 for short ones
-    return frequencies * (share + (1 - share) / scaling.factor)
+    kept = ((periods - low) / (high - low)).clamp(0, 1)  # 0 for low frequencies, 1 for high ones
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def _yarn(bases: Tensor, theta: float, dim: int, scaling: YarnScaling) -> Tensor:
-    def dimension_of(turns: float) -> float:
-        """The dimension that turns so often in the context of pre-training."""
-        return dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def dimension_of(rotations: float) -> float:
+        """Dimension that makes this many rotations within the original context."""
+        return dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
     if scaling.truncate:
@@ -141,11 +152,11 @@ def _yarn(bases: Tensor, theta: float, dim: int, scaling: YarnScaling) -> Tensor
     return (1.0 / (scaling.factor * bases)) * (1 - kept) + (1.0 / bases) * kept
 
 
-def long_amplitude(factor: float, original_length: int) -> float:
-    """LongRoPE's amplitude for a context stretched by `factor`."""
+def longrope_amplitude(factor: float, original_length: int) -> float:
+    """Return LongRoPE's default amplitude for a context extended by `factor`."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length))
 
 
 def yarn_amplitude(factor: float, scale: float = 1.0) -> float:
-    """YaRN's amplitude for a context stretched by `factor`."""
+    """Return YaRN's default amplitude for a context extended by `factor`."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

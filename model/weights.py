@@ -1,4 +1,4 @@
-"""From the tensors of a source to the weights of `model.Decoder`. Knows no format and no family."""
+"""Weight tables: which tensors of a checkpoint make up which weights of `model.decoder.Decoder`."""
 
 from __future__ import annotations
 
@@ -15,77 +15,105 @@ from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.errors import CheckpointError
 
+Convert = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor of the source that makes up (part of) one of ours; `convert` mends a quirk of the family."""
+class SourceTensor:
+    """A tensor of the checkpoint that supplies a weight or a part of one.
+
+    Attributes:
+        name: name in the checkpoint; within a layer, without the layer's prefix.
+        convert: applied to the tensor after loading; None uses it unchanged.
+    """
 
     name: str
-    convert: Callable[[Tensor], Tensor] | None = None
+    convert: Convert | None = None
+
+
+Sources = str | SourceTensor | tuple[str | SourceTensor, ...]
+"""One tensor, or several to concatenate along the first axis. A bare name is a tensor used unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightTable:
-    """Which tensors of a source make up which weight. Rows that a config has no use for do no harm.
+    """Maps the decoder's weights to the tensors of a checkpoint. Entries that a config does not use are allowed.
 
     Attributes:
-        outer: rows outside of the layers, our name -> parts, which are stacked along their first axis.
-        layer: rows of one layer, our name behind `layers.N.` -> parts behind `layer_prefix`.
-        layer_prefix: prefix of a layer's tensors in the source, with `{}` for its number.
-        ignored: regular expression of whole names that may be left over, since they do not change the result.
+        outer: weights outside the layers, by their names in the decoder.
+        layer: weights of a layer, by their names after `layers.N.` -> tensors after `layer_prefix`.
+        layer_prefix: prefix of a layer's tensors in the checkpoint, with `{}` for the layer number.
+        ignored: regular expression of full tensor names that may be left unused because they do not affect the
+            result.
     """
 
-    outer: Mapping[str, tuple[Part, ...]]
-    layer: Mapping[str, tuple[Part, ...]]
+    outer: Mapping[str, Sources]
+    layer: Mapping[str, Sources]
     layer_prefix: str
     ignored: str = "(?!)"
 
+    def sources(self, name: str) -> tuple[SourceTensor, ...]:
+        """Return the tensors of a weight, under their full names in the checkpoint."""
+        number, inner = "", name
+        if name.startswith("layers."):
+            _, number, inner = name.split(".", 2)
+        found = (self.layer if number else self.outer).get(inner)
+        if found is None:
+            raise CheckpointError(f"the family's weight table has no entry for {inner}, which its config requires")
+        prefix = self.layer_prefix.format(number) if number else ""
+        tensors = (
+            SourceTensor(x) if isinstance(x, str) else x for x in (found if isinstance(found, tuple) else (found,))
+        )
+        return tuple(SourceTensor(prefix + tensor.name, tensor.convert) for tensor in tensors)
+
 
 class Weights(Mapping[str, Tensor]):
-    """Weights under the names of `model.Decoder`, read from disk each time one is asked for.
+    """Lazy mapping from the decoder's weight names to tensors; each lookup reads from disk.
 
-    Parts of a packed projection are stacked along their first axis. The type is the source's own
-    (quantized sources come as float32).
+    Tensors keep the dtype of the checkpoint; quantized ones are dequantized to float32.
     """
 
     def __init__(
-        self, rows: Mapping[str, tuple[Part, ...]], load: Callable[[str], Tensor], reader: BlockReader | None = None
+        self,
+        sources: Mapping[str, tuple[SourceTensor, ...]],
+        load: Callable[[str], Tensor],
+        block_reader: BlockReader | None = None,
     ) -> None:
-        self._rows = rows
+        self._sources = sources
         self._load = load
-        self._reader = reader
+        self._block_reader = block_reader
 
     def __getitem__(self, name: str) -> Tensor:
-        parts = []
-        for part in self._rows[name]:
-            tensor = self._load(part.name)
-            parts.append(part.convert(tensor) if part.convert else tensor)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        loaded = []
+        for source in self._sources[name]:
+            tensor = self._load(source.name)
+            loaded.append(source.convert(tensor) if source.convert else tensor)
+        return loaded[0] if len(loaded) == 1 else torch.cat(loaded)
 
     def block_kind(self, name: str) -> BlockKind | None:
-        """What the source's blocks of a weight hold; None unless all of its parts lie in blocks of one kind."""
-        if self._reader is None:
+        """Return the block layout of a weight, or None unless all its source tensors are stored in that one layout."""
+        if self._block_reader is None:
             return None
-        kinds = {self._reader.block_kind(part.name) for part in self._rows[name]}
+        kinds = {self._block_reader.block_kind(source.name) for source in self._sources[name]}
         return kinds.pop() if len(kinds) == 1 else None
 
     def blocks(self, name: str) -> SourceBlocks:
-        """A weight that has a kind, as its source rounded it."""
-        assert self._reader is not None
-        parts = []
-        for part in self._rows[name]:
-            blocks = self._reader.blocks(part.name)
-            parts.append(blocks.moved(part.convert) if part.convert else blocks)
-        return parts[0] if len(parts) == 1 else SourceBlocks.stacked(parts)
+        """Return the quantized blocks of a weight for which `block_kind` is not None."""
+        assert self._block_reader is not None
+        loaded = []
+        for source in self._sources[name]:
+            blocks = self._block_reader.blocks(source.name)
+            loaded.append(blocks.map(source.convert) if source.convert else blocks)
+        return loaded[0] if len(loaded) == 1 else SourceBlocks.concatenate(loaded)
 
-    def __contains__(self, name: object) -> bool:  # without reading the weight
-        return name in self._rows
+    def __contains__(self, name: object) -> bool:  # the inherited method would read the weight
+        return name in self._sources
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self._sources)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sources)
 
 
 def bind_weights(
@@ -94,52 +122,44 @@ def bind_weights(
     shapes: Mapping[str, tuple[int, ...]],
     load: Callable[[str], Tensor],
     where: str,
-    reader: BlockReader | None = None,
+    block_reader: BlockReader | None = None,
 ) -> Weights:
-    """Join a family's weight table with a file and check every shape before anything is read.
+    """Apply a weight table to a checkpoint, checking every name and shape before any tensor is read.
 
     Args:
-        config: the shape the weights must have.
-        table: see `WeightTable`.
-        shapes: every tensor of the source.
-        load: reads one tensor of the source.
-        where: the file, for messages.
-        reader: of a source that holds blocks; the table's conversions then do nothing but move rows.
+        config: model config that determines the expected shapes.
+        table: the family's weight table.
+        shapes: shapes of all tensors of the checkpoint by name.
+        load: reads one tensor of the checkpoint.
+        where: path for error messages.
+        block_reader: reads quantized blocks, for checkpoints that store them; the table's conversions must then only
+            reorder rows.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, or not one this decoder knows.
+        CheckpointError: a tensor is missing, has the wrong shape, or is not used by this model.
     """
-    rows: dict[str, tuple[Part, ...]] = {}
+    sources: dict[str, tuple[SourceTensor, ...]] = {}
     used: set[str] = set()
-    for name, expected in _expected(config):
-        rows[name] = parts = _row(table, name)
-        for part in parts:
-            if part.name not in shapes:
-                raise CheckpointError(f"{where}: tensor {part.name} is missing: the checkpoint is incomplete")
-            used.add(part.name)
-        _check(config, name, parts, expected, shapes, where)
+    for name, expected in _expected_shapes(config):
+        sources[name] = table.sources(name)
+        for source in sources[name]:
+            if source.name not in shapes:
+                raise CheckpointError(f"{where}: tensor {source.name} is missing: the checkpoint is incomplete")
+            used.add(source.name)
+        _check_shape(config, name, sources[name], expected, shapes, where)
     ignored = re.compile(table.ignored)
-    head = {part.name for part in table.outer.get("lm_head.weight", ())} if config.tie_word_embeddings else set()
-    strange = sorted(name for name in shapes.keys() - used - head if not ignored.fullmatch(name))
-    if strange:
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        name = ascii(strange[0])[1:-1][:200]
-        raise CheckpointError(f"{where}: tensor {name}{more} has no place in this decoder: not a known variant")
-    return Weights(rows, load, reader)
+    if config.tie_word_embeddings and "lm_head.weight" in table.outer:
+        used |= {source.name for source in table.sources("lm_head.weight")}
+    unused = sorted(name for name in shapes.keys() - used if not ignored.fullmatch(name))
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        name = ascii(unused[0])[1:-1][:200]
+        raise CheckpointError(f"{where}: unexpected tensor {name}{more}: this variant of the model is not supported")
+    return Weights(sources, load, block_reader)
 
 
-def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all weights. Layers have the same, so one is made, whatever number a config claims."""
-    with torch.device("meta"):
-        one = Decoder(dataclasses.replace(config, layers=config.layers[:1]))
-    first = "layers.0."
-    for name, weight in one.named_parameters():
-        for number in range(config.num_hidden_layers if name.startswith(first) else 1):
-            yield name.replace(first, f"layers.{number}.", 1), tuple(weight.shape)
-
-
-def half_split(head_dim: int) -> Callable[[Tensor], Tensor]:
-    """Conversion of queries or keys [heads * D, …] from interleaved pairs to half-split rotary form."""
+def half_split(head_dim: int) -> Convert:
+    """Return a conversion of query or key weights [heads * D, …] from interleaved to half-split rotary order."""
 
     def convert(weight: Tensor) -> Tensor:
         pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
@@ -148,45 +168,44 @@ def half_split(head_dim: int) -> Callable[[Tensor], Tensor]:
     return convert
 
 
-def _row(table: WeightTable, name: str) -> tuple[Part, ...]:
-    number, inner = "", name
-    if name.startswith("layers."):
-        _, number, inner = name.split(".", 2)
-    parts = (table.layer if number else table.outer).get(inner)
-    if parts is None:
-        raise CheckpointError(f"the family's weight table has no row for {inner}, which its config asks for")
-    prefix = table.layer_prefix.format(number) if number else ""
-    return tuple(Part(prefix + part.name, part.convert) for part in parts)
+def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of every weight. All layers have the same shapes, so only one layer is instantiated."""
+    with torch.device("meta"):
+        decoder = Decoder(dataclasses.replace(config, layers=config.layers[:1]))
+    first = "layers.0."
+    for name, weight in decoder.named_parameters():
+        for number in range(config.num_hidden_layers if name.startswith(first) else 1):
+            yield name.replace(first, f"layers.{number}.", 1), tuple(weight.shape)
 
 
-def _check(
+def _check_shape(
     config: ModelConfig,
     name: str,
-    parts: tuple[Part, ...],
+    sources: tuple[SourceTensor, ...],
     expected: tuple[int, ...],
     shapes: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> None:
-    """Compare the shapes of one row's parts, once converted, with the decoder's."""
-    found = [_converted(part, shapes[part.name]) for part in parts]
-    tails = {shape[1:] for shape in found if shape}
+    """Compare the converted shapes of a weight's source tensors with the decoder's shape."""
+    found = [_converted_shape(source, shapes[source.name]) for source in sources]
+    widths = {shape[1:] for shape in found if shape}
     packed = (sum(shape[0] for shape in found), *found[0][1:]) if all(found) else ()
-    heights = {  # of the parts of packed projections
+    heights = {  # of the source tensors of packed projections
         "qkv": (config.query_size, config.key_value_size, config.key_value_size),
         "gate_up": (config.intermediate_size, config.intermediate_size),
     }
-    apart = heights.get(name.split(".")[-2]) if len(parts) > 1 else None
-    if len(tails) != 1 or packed != expected or (apart and apart != tuple(shape[0] for shape in found)):
-        names = " + ".join(part.name for part in parts)
-        given = " + ".join(str(shapes[part.name]) for part in parts)
-        raise CheckpointError(f"{where}: {names} has shape {given}, the config asks for {expected}")
+    separate = heights.get(name.split(".")[-2]) if len(sources) > 1 else None
+    if len(widths) != 1 or packed != expected or (separate and separate != tuple(shape[0] for shape in found)):
+        names = " + ".join(source.name for source in sources)
+        given = " + ".join(str(shapes[source.name]) for source in sources)
+        raise CheckpointError(f"{where}: {names} has shape {given}, the config requires {expected}")
 
 
-def _converted(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape behind `convert`; of a tensor that cannot be converted, as it is."""
-    if part.convert is None:
+def _converted_shape(source: SourceTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape after `convert`, or () if the tensor cannot be converted."""
+    if source.convert is None:
         return shape
     try:
-        return tuple(part.convert(torch.empty(shape, device="meta")).shape)
+        return tuple(source.convert(torch.empty(shape, device="meta")).shape)
     except (RuntimeError, ValueError, IndexError):
         return ()

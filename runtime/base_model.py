@@ -1,4 +1,4 @@
-"""What `Model` and `Engine` have in common for those who call them. Knows no graph and no thread."""
+"""`BaseModel`: the interface that `Model` and `Engine` share."""
 
 from __future__ import annotations
 
@@ -8,32 +8,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
+from llm_edge.runtime.loading import LoadedBundle
 from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.scheduling.sequence import TokenSequence
+from llm_edge.runtime.scheduling.sequence_factory import SequenceFactory
+from llm_edge.runtime.speculative.draft_model import DraftModel, proposer_for
 from llm_edge.runtime.text.prompts import Message, PromptProcessor
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
-Reply = TypeVar("Reply")
+Handle = TypeVar("Handle")
+"""What a call returns: `Generation` or `AsyncGeneration`."""
 
 
-class BaseModel(abc.ABC, Generic[Reply]):
-    """A bundle that answers.
+class BaseModel(abc.ABC, Generic[Handle]):
+    """A loaded bundle that generates text.
 
     Attributes:
-        bundle: what was loaded, and
-        tokenizer: its own, and
-        precision: which of its graphs.
-        context_length: tokens that prompt and answer hold together at most.
-        default_params: the model's own sampling, from its generation_config.json and the guards of its manifest.
+        bundle: the folder.
+        tokenizer: the bundle's tokenizer.
+        precision: the graph that was loaded.
+        provider: `cpu` or `cuda`.
+        context_length: maximum number of tokens in prompt and answer together.
+        default_params: the model's default sampling, from generation_config.json and the manifest's guards.
+        speculative: propose and verify draft tokens; may be changed between calls.
     """
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, precision: PrecisionInfo, limit: int) -> None:
-        self.bundle = bundle
-        self.tokenizer = tokenizer
-        self.precision = precision
-        self.context_length = limit
-        self._text = PromptProcessor(bundle, tokenizer)
-        self.default_params = self._text.default_params
-        self.encode_chat = self._text.encode_chat
+    def __init__(self, loaded: LoadedBundle, draft: DraftModel | None, speculative: bool) -> None:
+        self.bundle: Bundle = loaded.bundle
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.precision: PrecisionInfo = loaded.precision
+        self.provider: str = loaded.session.provider
+        self.context_length: int = loaded.session.limit
+        self.speculative = speculative
+        self._draft = draft
+        self._prompts = PromptProcessor(loaded.bundle, loaded.tokenizer)
+        self._sequences = SequenceFactory(self._prompts, self.context_length)
+        self.default_params = self._prompts.default_params
+        self.encode_chat = self._prompts.encode_chat
 
     def chat(
         self,
@@ -41,41 +52,52 @@ class BaseModel(abc.ABC, Generic[Reply]):
         params: SamplingParams | None = None,
         *,
         template_variables: Mapping[str, Any] | None = None,
-        begin: str = "",
-        thought: str = "",
-    ) -> Reply:
-        """Answer a conversation in the model's own chat format; see `PromptProcessor.encode_chat`.
+        assistant_prefix: str = "",
+        reasoning_prefix: str = "",
+    ) -> Handle:
+        """Answer a conversation in the model's chat format; see `PromptProcessor.encode_chat`.
 
         Args:
             messages: the conversation.
-            params: None for `default_params`.
-            template_variables: what the chat template knows beyond the messages, as `enable_thinking` or `tools`.
-            begin: what the answer begins with already; what comes continues it, and so it does
-            thought: what its reasoning begins with; all of it, where there is a `begin`.
+            params: None = `default_params`.
+            template_variables: further variables of the chat template, such as `enable_thinking` or `tools`.
+            assistant_prefix: beginning of the answer, which the model continues.
+            reasoning_prefix: beginning of the reasoning, or all of it if there is an `assistant_prefix`.
 
         Raises:
-            ParameterError: `template_variables` is no mapping, or the constraint cannot be used.
-            TemplateError: the model has no chat template, or it refuses these messages or variables.
+            ParameterError: `template_variables` is not a mapping, or the constraint cannot be used.
+            TemplateError: the model has no chat template, or it rejects these messages or variables.
             ContextLengthError: the conversation does not fit.
             BusyError: (`Engine`) too many requests are waiting.
         """
         began = time.perf_counter()
         tokens = self.encode_chat(messages, template_variables)
-        if begin or thought:
-            tokens = self._text.continued(tokens, begin, thought)
-        return self._begin(tokens, params, began)
+        if assistant_prefix or reasoning_prefix:
+            tokens = self._prompts.with_prefix(tokens, assistant_prefix, reasoning_prefix)
+        return self._start(tokens, params, began)
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Reply:
-        """Continue a text (plain text: special tokens spelled in it stay text) or a list of token ids.
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Handle:
+        """Continue a plain text (special tokens spelled in it stay text) or a list of token ids.
 
         Raises:
-            ParameterError: the prompt is empty or holds ids outside of the vocabulary, or a constraint cannot be used.
+            ParameterError: the prompt is empty or contains ids outside the vocabulary; an unusable constraint.
             ContextLengthError: the prompt does not fit.
             BusyError: (`Engine`) too many requests are waiting.
         """
         began = time.perf_counter()
-        return self._begin(self._text.encode_prompt(prompt), params, began)
+        return self._start(self._prompts.encode_prompt(prompt), params, began)
 
     @abc.abstractmethod
-    def _begin(self, tokens: list[int], params: SamplingParams | None, began: float) -> Reply:
-        """Begin an answer; `began` is when the caller asked, by `time.perf_counter`."""
+    def _start(self, tokens: list[int], params: SamplingParams | None, began: float) -> Handle:
+        """Start a generation; `began` is `time.perf_counter()` at the caller's request."""
+
+    def _sequence(self, tokens: list[int], params: SamplingParams, began: float, *, speculative: bool) -> TokenSequence:
+        """The decoding state of a generation; raises what `generate` does."""
+        self._prompts.check(tokens, self.context_length)
+        return self._sequences.create(tokens, params, began, proposer_for(self._draft) if speculative else None)
+
+    def _encode_to_compute(self, text: str | Sequence[int]) -> list[int]:
+        """The ids of a text to be scored or embedded, which may fill the context."""
+        tokens = self._prompts.encode_prompt(text)
+        self._prompts.check(tokens, self.context_length + 1)
+        return tokens

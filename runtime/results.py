@@ -1,21 +1,24 @@
-"""What a generation returns: chunks of text as they come, the whole result, why it ended and how long it took."""
+"""What a generation returns: chunks of text, the whole result, the finish reason and timings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from llm_edge.runtime.errors import ParameterError
-from llm_edge.runtime.sampling.logprobs import TokenLogprob
+
+if TYPE_CHECKING:  # numpy, which code that only handles results does not need
+    from llm_edge.runtime.sampling.logprobs import TokenLogprob
 
 
 class FinishReason(StrEnum):
     """Why a generation ended.
 
-    STOP: the model ended its answer, or a stop string or stop token came.
-    LENGTH: `max_tokens` or the context was used up.
-    CANCELLED: the caller asked for it, or began another generation on the same model.
+    STOP: the model ended its answer, or a stop string or stop token occurred.
+    LENGTH: `max_tokens` or the context was exhausted.
+    CANCELLED: the caller cancelled it, or started another generation on the same `Model`.
     """
 
     STOP = "stop"
@@ -25,19 +28,18 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How long a generation took, in seconds and tokens.
+    """Token counts and durations of a generation.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens drawn, an end token included.
-        time_to_first_token: from the call to the first token.
-        prefill_seconds: time of the prompt's steps.
-        decode_seconds: time from the first token to the last.
-        reasoning_tokens: tokens drawn for the reasoning, those that start and end it included; the rest of
-            `completion_tokens` is the answer.
-        cached_tokens: tokens of the prompt that an earlier answer had computed.
-        guessed_tokens: tokens computed on the guess that they come next.
-        accepted_tokens: those of them that came.
+        prompt_tokens: number of tokens in the prompt.
+        completion_tokens: number of tokens generated, including an end token.
+        time_to_first_token: seconds from the call to the first token.
+        prefill_seconds: duration of the prompt's steps.
+        decode_seconds: seconds from the first token to the last.
+        reasoning_tokens: how many of `completion_tokens` are reasoning, including its delimiters.
+        cached_tokens: how many of `prompt_tokens` were in the cache already.
+        draft_tokens: number of draft tokens that were verified.
+        accepted_tokens: how many of `draft_tokens` were accepted.
     """
 
     prompt_tokens: int
@@ -47,33 +49,33 @@ class Timings:
     decode_seconds: float
     reasoning_tokens: int = 0
     cached_tokens: int = 0
-    guessed_tokens: int = 0
+    draft_tokens: int = 0
     accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens computed per second; 0 where nothing was computed."""
+        """Prompt tokens computed per second; 0 if all were cached."""
         computed = self.prompt_tokens - self.cached_tokens
         return computed / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens behind the first one per second; 0 for fewer than two tokens."""
+        """Tokens after the first one per second; 0 for fewer than two tokens."""
         return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationChunk:
-    """A token of a generation.
+    """One step of a generation: a token and the text that became readable with it.
 
     Attributes:
-        text: what became readable, maybe nothing (half a character, the possible start of a stop string).
-        token: the token drawn; None in a last piece that only ends the generation, and in one before a token that
-            has text of the reasoning and of the answer.
-        finish_reason: set in the last piece alone, and so are
-        timings: the figures of the whole generation.
-        reasoning: the text belongs to the reasoning and not to the answer; see `AnswerStream` for the border.
-        logprob: of the token and the most probable ones, where `SamplingParams.logprobs` asks for it.
+        text: may be empty, for example within a multi-byte character or a possible stop string.
+        token: the token drawn; None in a final chunk without a token, and in the first of two chunks for a token that
+            has both reasoning and answer text.
+        finish_reason: set only in the last chunk.
+        timings: of the whole generation; set only in the last chunk.
+        reasoning: `text` belongs to the reasoning and not to the answer; `AnswerStream` defines the boundary.
+        logprob: log-probabilities of the token and its alternatives, if `SamplingParams.logprobs` requests them.
     """
 
     text: str
@@ -89,12 +91,12 @@ class GenerationResult:
     """A whole generation.
 
     Attributes:
-        text: the answer alone.
-        tokens: all that were drawn, those of the reasoning and an end token included.
+        text: the answer without its reasoning.
+        tokens: all tokens drawn, including reasoning and an end token.
         finish_reason: why it ended.
         timings: how long it took.
-        reasoning: text of the reasoning; empty for models that do not reason, and where `Bundle.reasoning` is None.
-        logprobs: of each token, where `SamplingParams.logprobs` asks for them.
+        reasoning: text of the reasoning; empty for models without reasoning.
+        logprobs: of each token, if `SamplingParams.logprobs` requests them.
     """
 
     text: str
@@ -105,8 +107,8 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-def collect(pieces: Iterable[GenerationChunk]) -> GenerationResult:
-    """The result that the remaining pieces make.
+def collect(chunks: Iterable[GenerationChunk]) -> GenerationResult:
+    """Combine the remaining chunks of a generation.
 
     Raises:
         ParameterError: there are none.
@@ -115,15 +117,19 @@ def collect(pieces: Iterable[GenerationChunk]) -> GenerationResult:
     reasoning: list[str] = []
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
-    for piece in pieces:
-        (reasoning if piece.reasoning else answer).append(piece.text)
-        if piece.token is not None:
-            tokens.append(piece.token)
-        if piece.logprob is not None:
-            logprobs.append(piece.logprob)
-        if piece.finish_reason is not None and piece.timings is not None:
-            reason, timings = piece.finish_reason, piece.timings
+    for chunk in chunks:
+        (reasoning if chunk.reasoning else answer).append(chunk.text)
+        if chunk.token is not None:
+            tokens.append(chunk.token)
+        if chunk.logprob is not None:
+            logprobs.append(chunk.logprob)
+        if chunk.finish_reason is not None and chunk.timings is not None:
             return GenerationResult(
-                "".join(answer), tuple(tokens), reason, timings, "".join(reasoning), tuple(logprobs)
+                "".join(answer),
+                tuple(tokens),
+                chunk.finish_reason,
+                chunk.timings,
+                "".join(reasoning),
+                tuple(logprobs),
             )
-    raise ParameterError("this answer has already been read to its end")
+    raise ParameterError("this generation has already been read to its end")

@@ -95,7 +95,7 @@ def load_engine(tiny_bundle: Path) -> Iterator[Callable[..., Engine]]:
     loaded: list[Engine] = []
 
     def load(precision: str = "fp32", **options: Any) -> Engine:
-        loaded.append(Engine.load(tiny_bundle, precision, 1, **{"guess": True, **options}))
+        loaded.append(Engine.load(tiny_bundle, precision, threads=1, **{"speculative": True, **options}))
         return loaded[-1]
 
     yield load

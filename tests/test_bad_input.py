@@ -212,7 +212,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "heads of an odd size": (config(head_dim=31), ("head_dim", "31")),
     "other heads": (config(head_dim=16), ("q_proj", "(128, 64)")),
     "other width": (config(hidden_size=32), ("embed_tokens", "(331, 64)")),
-    "too few layers": (config(num_hidden_layers=1), ("model.layers.1.", "more", "no place")),
+    "too few layers": (config(num_hidden_layers=1), ("model.layers.1.", "more", "unexpected tensor")),
     "too many layers": (config(num_hidden_layers=3), ("model.layers.2.", "missing")),
     "absurdly many layers": (config(num_hidden_layers=10**12), ("num_hidden_layers",)),
     "epsilon not a number": (config(rms_norm_eps=float("nan")), ("config.json", "norm_eps", "nan")),
@@ -229,17 +229,17 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "weights empty": (cut("model.safetensors", lambda _: 0), ("model.safetensors", "empty")),
     "weights cut in the length": (cut("model.safetensors", lambda _: 5), ("model.safetensors", "damaged")),
     "weights cut behind the length": (cut("model.safetensors", lambda _: 8), ("model.safetensors", "damaged")),
-    "weights cut in the header": (cut("model.safetensors", lambda _: 500), ("model.safetensors", "cut short")),
-    "weights cut early": (cut("model.safetensors", past_header), ("model.safetensors", "cut short")),
-    "weights cut in the middle": (cut("model.safetensors", lambda size: size // 2), ("model.safetensors", "cut short")),
-    "weights cut by a byte": (cut("model.safetensors", lambda size: size - 1), ("model.safetensors", "cut short")),
+    "weights cut in the header": (cut("model.safetensors", lambda _: 500), ("model.safetensors", "truncated")),
+    "weights cut early": (cut("model.safetensors", past_header), ("model.safetensors", "truncated")),
+    "weights cut in the middle": (cut("model.safetensors", lambda size: size // 2), ("model.safetensors", "truncated")),
+    "weights cut by a byte": (cut("model.safetensors", lambda size: size - 1), ("model.safetensors", "truncated")),
     "weights of text": (text("model.safetensors", "not weights at all, " * 10), ("model.safetensors", "damaged")),
     "weights with a header of 2^63": (text("model.safetensors", struct.pack("<Q", 1 << 63) + b"{}"),
-                                      ("model.safetensors", "cut short")),
+                                      ("model.safetensors", "truncated")),
     "a tensor missing": (tensors(lambda t: t.pop(DOWN)), (DOWN, "missing")),
     "a tensor too much": (tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)})),
-                          ("q_proj.bias", "no place")),
-    "a tensor that clears the screen": (tensors(lambda t: t.update({"\x1b[2J\nx": torch.zeros(1)})), ("be printed",)),
+                          ("q_proj.bias", "unexpected tensor")),
+    "a tensor that clears the screen": (tensors(lambda t: t.update({"\x1b[2J\nx": torch.zeros(1)})), ("unprintable",)),
     "a tensor transposed": (tensors(lambda t: t.update({DOWN: t[DOWN].T.contiguous()})), (DOWN, "(128, 64)")),
     "a tensor of whole numbers": (tensors(lambda t: t.update({DOWN: t[DOWN].int()})), (DOWN, "int32")),
     "a tensor of no dimension": (tensors(lambda t: t.update({"model.norm.weight": torch.tensor(1.0)})), ("norm",)),
@@ -288,7 +288,7 @@ def a_file(content: bytes) -> Change:
 SOURCES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing": (lambda path: None, ("model.gguf", "no such file or folder")),
     "empty file": (Path.touch, ("model.gguf", "is empty")),
-    "text file": (a_file(b"GGML is not GGUF"), ("model.gguf", "not known here")),
+    "text file": (a_file(b"GGML is not GGUF"), ("model.gguf", "not a supported format")),
     "a pickle": (a_file(b"\x80\x02}q\x00."), ("model.gguf", "pickle")),
     "magic only": (a_file(b"GGUF"), ("model.gguf",)),
     "another version": (a_file(b"GGUF" + struct.pack("<IQQ", 99, 0, 0)), ("model.gguf",)),
@@ -360,7 +360,7 @@ def test_a_gguf_cut_by_a_byte_and_one_with_an_absurd_head_count_are_refused(
 ) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(small_gguf[:-1])
-    refused(llm_export(path, "-o", tmp_path / "bundle"), "model.gguf", "cut short")
+    refused(llm_export(path, "-o", tmp_path / "bundle"), "model.gguf", "truncated")
     key = b"llama.attention.head_count\x04\x00\x00\x00"  # the key and the type of its value, u32
     assert small_gguf.count(key) == 1
     for heads in (0, 3, 0xFFFFFFFF):
@@ -375,7 +375,7 @@ def test_smollm2_cut_short_is_refused(smollm2_file: Path, tmp_path: Path, llm_ex
     for size in (1_000, 1_000_000, 10_000_000):
         with smollm2_file.open("rb") as file:
             path.write_bytes(file.read(size))
-        refused(llm_export(path, "-o", tmp_path / "bundle"), "smollm2.gguf", "cut short")
+        refused(llm_export(path, "-o", tmp_path / "bundle"), "smollm2.gguf", "truncated")
     assert names(tmp_path) == {"smollm2.gguf"}
 
 

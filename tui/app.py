@@ -18,7 +18,7 @@ from textual.worker import get_current_worker
 
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.history.store import Store
-from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.presets import Presets
 from llm_edge.chat.responder import Responder, tokens_of_question
 from llm_edge.chat.session import ChatSession
@@ -29,7 +29,7 @@ from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.tui import clipboard, message_actions
 from llm_edge.tui.background_export import Exports
 from llm_edge.tui.commands import commands
-from llm_edge.tui.refresh import FASTEST, Pace
+from llm_edge.tui.refresh import FASTEST, RefreshThrottle
 from llm_edge.tui.screens.compare import show_compare
 from llm_edge.tui.screens.help import show_help
 from llm_edge.tui.screens.models import export_ended, show_models
@@ -40,7 +40,7 @@ from llm_edge.tui.widgets.chat_view import ChatView
 from llm_edge.tui.widgets.composer import Composer
 from llm_edge.tui.widgets.history_panel import HistoryPanel
 from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.parameter_panel import Controls, Turned, turn
+from llm_edge.tui.widgets.parameter_panel import ParameterChanged, ParameterPanel, apply_change
 from llm_edge.tui.widgets.status_bar import Instruments
 
 _SAMPLES = 0.5  # seconds between two points of the speed's picture
@@ -55,7 +55,7 @@ class ChatApp(App[None]):
         store: of conversations.
         load: gives who answers; called on a thread, for it may take its time.
         settings: of the person; None = those in the usual place.
-        changed: what is not the first model's own of the parameters; see `Knobs`.
+        changed: what is not the first model's own of the parameters; see `ChatParameters`.
 
     Attributes:
         session: the chat.
@@ -94,13 +94,13 @@ class ChatApp(App[None]):
     ) -> None:
         super().__init__()
         self.settings = settings or Settings()
-        self.session = ChatSession(store, Knobs(SamplingParams()))
+        self.session = ChatSession(store, ChatParameters(SamplingParams()))
         self.exports = Exports(self, self.settings, functools.partial(export_ended, self))
         self.editing: Message | None = None
         self.history = HistoryPanel(self.session)
         self.chat = ChatView()
         self.composer = Composer()
-        self.controls = Controls(self.session.knobs, Presets(self.settings))
+        self.controls = ParameterPanel(self.session.knobs, Presets(self.settings))
         self.instruments = Instruments()
         self._heading = Static("llm-edge", id="title", markup=False)
         self._load = load
@@ -110,7 +110,7 @@ class ChatApp(App[None]):
         self._waiting: str | None = None  # a question from before there was somebody to answer it
         self._ticks: Timer | None = None
         self.sampling: Timer | None = None
-        self._pace = Pace()
+        self._pace = RefreshThrottle()
         self._written = 0  # tokens of what stands in the composer
 
     # ---- the screen
@@ -275,7 +275,7 @@ class ChatApp(App[None]):
             self.history.remove_class("open")
         await self.show()
         self.instruments.say("reading the prompt …")
-        self._pace = Pace()
+        self._pace = RefreshThrottle()
         if self._ticks is not None:
             self._ticks.resume()
         return True
@@ -451,9 +451,9 @@ class ChatApp(App[None]):
         if self.screen is self.home:
             show_compare(self)
 
-    def on_turned(self, event: Turned) -> None:
+    def on_turned(self, event: ParameterChanged) -> None:
         """A parameter was turned."""
-        turn(event, self.controls, self.session.turn)
+        apply_change(event, self.controls, self.session.apply_change)
 
     def on_unmount(self) -> None:
         """Keep what came of an answer; end an export."""

@@ -13,7 +13,7 @@ from textual.app import App
 from textual.worker import get_current_worker
 
 from llm_edge.chat import bundles
-from llm_edge.chat.export_process import Export, Wish
+from llm_edge.chat.export_process import Export, ExportRequest
 from llm_edge.chat.settings import Settings
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import InputError, MachineError
@@ -33,7 +33,7 @@ class Job:
         bundle: that was made.
     """
 
-    wish: Wish
+    wish: ExportRequest
     browse: bool
     export: Export
     ended: bool = False
@@ -83,7 +83,7 @@ class Exports:
         """The export that runs."""
         return self.job if self.job is not None and not self.job.ended else None
 
-    def begin(self, wish: Wish, *, browse: bool = False, command: Sequence[str] = ()) -> Job:
+    def begin(self, wish: ExportRequest, *, browse: bool = False, command: Sequence[str] = ()) -> Job:
         """Begin one; the one before is forgotten.
 
         Raises:

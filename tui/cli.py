@@ -14,7 +14,7 @@ from llm_edge.runtime.command import run
 
 if TYPE_CHECKING:
     from llm_edge.chat.history.store import Store
-    from llm_edge.chat.recorder import Kept
+    from llm_edge.chat.recorder import ConversationRecorder
     from llm_edge.runtime.model import Model
     from llm_edge.runtime.sampling.params import SamplingParams
 
@@ -159,7 +159,7 @@ def _chat(
             stream.reconfigure(errors=errors)
     store = _store() if save else None
     given = StandardInput(sys.stdin, stdin) if ask is not None else None
-    model = Model.load(bundle, precision, provider, threads, draft=draft)
+    model = Model.load(bundle, precision, provider=provider, threads=threads, draft=draft)
     params = dataclasses.replace(model.default_params, **changes)
     kept = _kept(store, model, system) if store is not None else None
     if ask is not None and given is not None:
@@ -180,7 +180,12 @@ def _chat(
 
 
 def _ask(
-    model: Model, params: SamplingParams, system: str | None, question: str, context: str | None, kept: Kept | None
+    model: Model,
+    params: SamplingParams,
+    system: str | None,
+    question: str,
+    context: str | None,
+    kept: ConversationRecorder | None,
 ) -> None:
     from llm_edge.runtime.errors import ContextLengthError
     from llm_edge.tui.plain import PlainChat
@@ -217,10 +222,12 @@ def _store() -> Store:
     return Store(default_path())
 
 
-def _kept(store: Store, model: Model, system: str | None) -> Kept:
-    from llm_edge.chat.recorder import Kept
+def _kept(store: Store, model: Model, system: str | None) -> ConversationRecorder:
+    from llm_edge.chat.recorder import ConversationRecorder
 
-    return Kept(store, model.bundle.name, model.precision.name, model.default_params, system or "", _note)
+    return ConversationRecorder(
+        store, model.bundle.name, model.precision.name, model.default_params, system or "", _note
+    )
 
 
 def _note(text: str) -> None:

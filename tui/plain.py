@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from llm_edge.chat.context import begin_with_room, dropped_note
+from llm_edge.chat.context import dropped_note, fit_to_context
 from llm_edge.chat.files import write_file
 from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError, ParameterError
@@ -22,7 +22,7 @@ from llm_edge.runtime.text.prompts import Message
 from llm_edge.tui.terminal import Aside, without_echo
 
 if TYPE_CHECKING:
-    from llm_edge.chat.recorder import Kept
+    from llm_edge.chat.recorder import ConversationRecorder
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, quit leaves."
 HELP = """\
@@ -76,7 +76,7 @@ class PlainChat:
         reasoning: TextIO | None = None,
         interactive: bool = False,
         with_figures: bool = True,
-        kept: Kept | None = None,
+        kept: ConversationRecorder | None = None,
     ) -> None:
         self._model = model
         self._start_params = self.params = params
@@ -171,7 +171,7 @@ class PlainChat:
         def begin(messages: list[Message]) -> Generation:
             return self._model.chat(messages, self.params, template_variables=self._template_variables)
 
-        generation, kept, limit = begin_with_room(begin, opening, turns, question)
+        generation, kept, limit = fit_to_context(begin, opening, turns, question)
         if limit:
             self.messages = [*opening, *turns[len(turns) - len(kept) :]]
             self._note(f"({dropped_note((len(turns) - len(kept)) // 2, limit)})")

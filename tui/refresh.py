@@ -10,7 +10,7 @@ _SLOWEST = 1 / 4
 _SHARE = 0.03  # of the time may go into looking and drawing
 
 
-class Pace:
+class RefreshThrottle:
     """The looks at one answer, on the thread that makes this and draws."""
 
     def __init__(self) -> None:

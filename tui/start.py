@@ -14,7 +14,7 @@ from typing import Any
 from llm_edge.chat.choice import BundleChoice, open_responder, remember
 from llm_edge.chat.fake import FakeResponder
 from llm_edge.chat.history.store import Store, default_path
-from llm_edge.chat.parameters import BY_NAME
+from llm_edge.chat.parameters import EDITABLE
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import InputError, MachineError
@@ -41,7 +41,7 @@ def chat(choice: BundleChoice | None, changes: Mapping[str, Any], system: str | 
     store, settings = Store(default_path()), Settings()
     load = functools.partial(_open, choice, settings) if choice is not None else lambda: FakeResponder(pause=0.02)
     try:
-        app = ChatApp(store, load, settings, {name: changed[name] for name in changed if name in BY_NAME})
+        app = ChatApp(store, load, settings, {name: changed[name] for name in changed if name in EDITABLE})
         app.run()
     finally:
         store.close()

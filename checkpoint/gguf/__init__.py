@@ -1,1 +1,1 @@
-"""GGUF files."""
+"""GGUF files, the format of llama.cpp."""

@@ -1,13 +1,14 @@
-"""The part of a GGUF file before the data: metadata and the table of tensors. It reads no tensor's values.
+"""`Header`: parses the metadata and the tensor table at the start of a GGUF file.
 
-The file is taken for hostile. Every count, length and offset is held against the bytes that are left before
-anything is allocated or looped over, so that what does not fit costs one `CheckpointError`, not minutes.
+The file is untrusted: every count, length and offset is checked against the remaining bytes before anything is
+allocated or looped over, so an invalid file fails quickly with a `CheckpointError`.
 
     magic "GGUF" | version u32 | tensors u64 | keys u64
-    a key       name str | type u32 | value
-    a tensor    name str | n_dims u32 | ne u64 x n_dims, fastest first | ggml type u32 | offset u64 in data
+    per key     name str | type u32 | value
+    per tensor  name str | n_dims u32 | ne u64 x n_dims, fastest first | ggml type u32 | offset u64 in data
     padding to `general.alignment`, then the data
-where a str is length u64 and UTF-8, and an array is item type u32, length u64 and the items.
+
+A str is length u64 and UTF-8 bytes; an array is item type u32, length u64 and the items.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from llm_edge.runtime.show import show
 MAX_DIMS = 4
 MAX_KEYS = 1 << 16  # real files have dozens
 MAX_TENSORS = 1 << 18  # real files have thousands
-MAX_ITEMS = 1 << 22  # strings and nested arrays in a file's metadata; the largest vocabularies have 2^19
+MAX_ITEMS = 1 << 22  # strings and nested arrays in the metadata; the largest vocabularies have 2^19
 MAX_NAME = 1 << 16
 MAX_NESTING = 4
 DEFAULT_ALIGNMENT = 32
@@ -37,7 +38,7 @@ DEFAULT_ALIGNMENT = 32
 _STRING = 8
 _ARRAY = 9
 _BOOL = 7
-# GGUF's number of a value type -> how numpy and struct read it
+# GGUF value type -> NumPy and struct formats
 _SCALARS: dict[int, tuple[str, struct.Struct]] = {
     0: ("<u1", struct.Struct("<B")),
     1: ("<i1", struct.Struct("<b")),
@@ -53,72 +54,79 @@ _SCALARS: dict[int, tuple[str, struct.Struct]] = {
 }
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_CUT = "the file is cut short: download it again"
+_TRUNCATED = "the file is truncated: download it again"
 _DAMAGED = "the file is damaged: download it again"
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """One row of the table of tensors; `offset` counts from the beginning of the file."""
+    """An entry of the tensor table.
+
+    Attributes:
+        name: name of the tensor.
+        shape: shape in PyTorch's order, [out, in].
+        ggml_type: storage type.
+        offset: position of the data in the file.
+        nbytes: size of the data.
+    """
 
     name: str
-    shape: tuple[int, ...]  # as torch has it: [out, in]
+    shape: tuple[int, ...]
     ggml_type: GGMLQuantizationType
     offset: int
     nbytes: int
 
     @property
     def n_elements(self) -> int:
-        """How many numbers the tensor holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 class Header:
-    """One pass over everything before the data; `_pos` is the next byte to read."""
+    """Metadata and tensor table, parsed in one pass."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
         self._data = data
         self._size = len(data)
-        self._pos = 0
+        self._pos = 0  # next byte to read
         self._items_left = MAX_ITEMS
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GGUFTensor] = {}
 
-        n_tensors, n_keys = self._counts()
+        n_tensors, n_keys = self._read_counts()
         for _ in range(n_keys):
-            self._key()
+            self._read_key()
         if self.metadata.get("split.count", 0) not in (0, 1):
             self._fail(
-                f"is one of {show(self.metadata['split.count'])} parts of a split model: "
+                f"is one of {show(self.metadata['split.count'])} files of a split model: "
                 "merge them first (llama-gguf-split --merge)"
             )
         alignment = self._alignment()
-        rows = [self._tensor() for _ in range(n_tensors)]
-        self._place(rows, alignment)
+        self._locate([self._read_tensor() for _ in range(n_tensors)], alignment)
 
-    def _counts(self) -> tuple[int, int]:
+    def _read_counts(self) -> tuple[int, int]:
         magic = self._take(4, "the magic number")
         if magic != b"GGUF":
-            self._fail(f"is not a GGUF file: it begins with {magic!r}")
+            self._fail(f"is not a GGUF file: it starts with {magic!r}")
         version = self._number(_U32, "the version")
         if version not in (2, 3):
             if version and version & 0xFFFF == 0:
                 self._fail("is a big-endian GGUF file: convert the model to a little-endian one")
-            self._fail(f"is GGUF version {version}; versions 2 and 3 can be read: convert the model again")
+            self._fail(f"is GGUF version {version}; versions 2 and 3 are supported: convert the model again")
         n_tensors = self._number(_U64, "the number of tensors")
         n_keys = self._number(_U64, "the number of keys")
-        # The smallest key is name length, type, one byte; the smallest tensor has one dimension.
+        # Minimum sizes: a key is name length, type and one byte; a tensor has one dimension.
         self._check_count(n_keys, 8 + 4 + 1, MAX_KEYS, "keys")
         self._check_count(n_tensors, 8 + 4 + 8 + 4 + 8, MAX_TENSORS, "tensors")
         return n_tensors, n_keys
 
     # ---- keys
 
-    def _key(self) -> None:
+    def _read_key(self) -> None:
         name = self._name("key")
         if name in self.metadata:
-            self._fail(f"has the key {show(name)} twice: {_DAMAGED}")
+            self._fail(f"has a duplicate key {show(name)}: {_DAMAGED}")
         kind = self._number(_U32, f"the type of {show(name)}")
         self.metadata[name] = self._value(kind, name, 0)
 
@@ -132,7 +140,7 @@ class Header:
         value = self._number(_SCALARS[kind][1], f"the value of {show(name)}")
         if kind == _BOOL:
             if value > 1:
-                self._fail(f"key {show(name)} is neither true nor false but {value}: {_DAMAGED}")
+                self._fail(f"key {show(name)} is {value}, not a boolean: {_DAMAGED}")
             return bool(value)
         return value
 
@@ -157,16 +165,16 @@ class Header:
         return [self._array(name, depth + 1) for _ in range(count)]
 
     def _strings(self, count: int, name: str) -> list[str]:
-        # A vocabulary with its merges is 100,000 strings: `_string`, written out for speed.
+        # `_string` inlined for speed: a vocabulary with its merges has 100,000 strings.
         data, size, pos, unpack = self._data, self._size, self._pos, _U64.unpack_from
         strings: list[str] = []
         for index in range(count):
             if size - pos < 8:
-                self._fail(f"ends within item {index} of {show(name)}; {_CUT}")
+                self._fail(f"ends within item {index} of {show(name)}; {_TRUNCATED}")
             begin = pos + 8
             (length,) = unpack(data, pos)
             if length > size - begin:
-                self._fail(f"ends within item {index} of {show(name)}; {_CUT}")
+                self._fail(f"ends within item {index} of {show(name)}; {_TRUNCATED}")
             pos = begin + length
             try:
                 strings.append(data[begin:pos].decode())
@@ -178,17 +186,17 @@ class Header:
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(value, int) or value < 8 or value & (value - 1):
-            self._fail(f"general.alignment is {show(value)}, a power of two from 8 on is needed: {_DAMAGED}")
+            self._fail(f"general.alignment is {show(value)}; it must be a power of two, at least 8: {_DAMAGED}")
         return value
 
     # ---- tensors
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    def _read_tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._name("tensor")
         what = f"the shape of tensor {show(name)}"
         n_dims = self._number(_U32, what)
         if not 1 <= n_dims <= MAX_DIMS:
-            self._fail(f"tensor {show(name)} has {n_dims} dimensions, 1 to {MAX_DIMS} are possible: {_DAMAGED}")
+            self._fail(f"tensor {show(name)} has {n_dims} dimensions; it must have 1 to {MAX_DIMS}: {_DAMAGED}")
         ne = [self._number(_U64, what) for _ in range(n_dims)]
         if 0 in ne:
             self._fail(f"tensor {show(name)} has a dimension of 0: {_DAMAGED}")
@@ -203,33 +211,35 @@ class Header:
         offset = self._number(_U64, f"the offset of tensor {show(name)}")
         return name, tuple(reversed(ne)), ggml_type, offset
 
-    def _place(self, rows: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], alignment: int) -> None:
-        """Turn offsets in the data into offsets in the file, and see that every tensor has its own bytes."""
+    def _locate(
+        self, entries: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], alignment: int
+    ) -> None:
+        """Convert offsets in the data to offsets in the file, and check bounds and overlaps."""
         begin = -(-self._pos // alignment) * alignment
-        for name, shape, ggml_type, offset in rows:
+        for name, shape, ggml_type, offset in entries:
             if name in self.tensors:
-                self._fail(f"has the tensor {show(name)} twice: {_DAMAGED}")
+                self._fail(f"has a duplicate tensor {show(name)}: {_DAMAGED}")
             if offset % alignment:
-                self._fail(f"tensor {show(name)} lies at {offset}, not aligned to {alignment}: {_DAMAGED}")
+                self._fail(f"the offset {offset} of tensor {show(name)} is not aligned to {alignment}: {_DAMAGED}")
             block, block_bytes = GGML_QUANT_SIZES[ggml_type]
-            nbytes = math.prod(shape) // block * block_bytes  # Python's integers: no overflow
+            nbytes = math.prod(shape) // block * block_bytes
             if begin + offset + nbytes > self._size:
                 self._fail(
                     f"tensor {show(name)} needs bytes {begin + offset} to {begin + offset + nbytes} "
-                    f"of a file of {self._size}; {_CUT}"
+                    f"of a file of {self._size}; {_TRUNCATED}"
                 )
             self.tensors[name] = GGUFTensor(name, shape, ggml_type, begin + offset, nbytes)
         last: GGUFTensor | None = None
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
             if last is not None and tensor.offset < last.offset + last.nbytes:
-                self._fail(f"tensors {show(last.name)} and {show(tensor.name)} share bytes: {_DAMAGED}")
+                self._fail(f"tensors {show(last.name)} and {show(tensor.name)} overlap: {_DAMAGED}")
             last = tensor
 
     # ---- bytes
 
     def _take(self, count: int, what: str) -> bytes:
         if count > self._size - self._pos:
-            self._fail(f"ends within {what}; {_CUT}")
+            self._fail(f"ends within {what}; {_TRUNCATED}")
         begin, self._pos = self._pos, self._pos + count
         return self._data[begin : self._pos]
 
@@ -239,7 +249,7 @@ class Header:
     def _string(self, what: str, limit: int | None = None) -> str:
         length = self._number(_U64, what)
         if limit is not None and length > limit:
-            self._fail(f"{what} has {length} bytes, at most {limit} are possible: {_DAMAGED}")
+            self._fail(f"{what} has {length} bytes; the limit is {limit}: {_DAMAGED}")
         encoded = self._take(length, what)
         try:
             return encoded.decode()
@@ -252,9 +262,9 @@ class Header:
     def _check_count(self, count: int, item_bytes: int, limit: int, what: str) -> None:
         left = self._size - self._pos
         if count * item_bytes > left:
-            self._fail(f"claims {count} {what} with {left} bytes left; {_CUT}")
+            self._fail(f"states {count} {what} with {left} bytes left; {_TRUNCATED}")
         if count > limit:
-            self._fail(f"claims {count} {what}, more than the {limit} that are read here")
+            self._fail(f"states {count} {what}; the limit is {limit}")
 
     def _fail(self, reason: str) -> NoReturn:
         raise CheckpointError(f"{self._path}: {reason}")

@@ -1,96 +1,89 @@
-"""From the SentencePiece BPE vocabulary of a GGUF file to a `tokenizers.Tokenizer`. It knows no roles of tokens.
+"""Converts the SentencePiece BPE vocabulary of a GGUF file to a `tokenizers.Tokenizer`.
 
-SentencePiece (arXiv:1808.06226) joins the two neighbours whose piece has the highest score, the leftmost first,
-until none is left; what has no piece falls apart into bytes. A GGUF keeps pieces and scores but no merges, so these
-are derived: every way to cut a piece into two pieces is a merge, and its rank is that of the piece.
+SentencePiece (arXiv:1808.06226) repeatedly joins the two adjacent pieces whose union has the highest score, leftmost
+first; unknown text falls back to bytes. GGUF stores pieces and scores but no merges, so they are derived: every split
+of a piece into two pieces is a merge with the rank of the piece.
 
-Two things are as in llama.cpp and in the tokenizer.json that these models were published with, but not in
-SentencePiece: text behind an added token begins with the prefix space again (where there is one), and the
-normalization that a vocabulary was trained with is taken to be none, for the format has no place for it.
+Two things follow llama.cpp and the published tokenizer.json files rather than SentencePiece: text after an added
+token starts with the prefix space again (if there is one), and no normalization is applied, because the format does
+not store it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.checkpoint.gguf.file import GGUFFile
 
-# Kinds of tokens (`tokenizer.ggml.token_type`); 5 is a token that is not used.
+# Token types (`tokenizer.ggml.token_type`); 5 is unused.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-# The ids that llama.cpp takes for these roles where a file does not name them.
-ROLES: Mapping[str, int] = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
+# Ids that llama.cpp uses for these roles if the file does not specify them.
+DEFAULT_ROLES: Mapping[str, int] = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
 
 _SPACE = "▁"
-_LONGEST_PIECE = 512  # in characters; SentencePiece's default is 16
-_MOST_MERGES = 4_000_000  # the 32,000 pieces of Llama 2 make 61,249
+_MAX_PIECE = 512  # characters; SentencePiece's default is 16
+_MAX_MERGES = 4_000_000  # Llama 2 has 61,249 for 32,000 pieces
 
 
-def tokenizer(gguf: GGUFFile, vocab: dict[str, int], kinds: Sequence[int]) -> Tokenizer:
-    """The tokenizer without its added tokens and without what it puts around a text.
+def build_tokenizer(gguf: GGUFFile, vocab: dict[str, int], types: Sequence[int]) -> Tokenizer:
+    """Build the tokenizer without added tokens and without a post-processor.
 
     Args:
         gguf: the file.
-        vocab: token -> id, ids ascending.
-        kinds: of each token.
+        vocab: token -> id, in ascending order of ids.
+        types: type of each token.
 
     Raises:
-        CheckpointError: scores are missing or no numbers, or something is asked for that cannot be done.
+        CheckpointError: the scores are invalid, or a setting is not supported.
     """
     if gguf.meta_bool("tokenizer.ggml.remove_extra_whitespaces", default=False):
-        _fail(gguf, "tokenizer.ggml.remove_extra_whitespaces is set, which is not supported")
+        gguf.fail("tokenizer.ggml.remove_extra_whitespaces is set, which is not supported")
     if "tokenizer.ggml.precompiled_charsmap" in gguf.metadata:
-        _fail(gguf, "normalizes text before encoding it (tokenizer.ggml.precompiled_charsmap): not supported")
-    unknown = next((token for token, index in vocab.items() if kinds[index] == UNKNOWN), None)
-    bytes_known = sum(kind == BYTE for kind in kinds)
-    if unknown is None and bytes_known < 256:
-        _fail(gguf, "has neither a token for what is unknown nor one for each byte: convert the model again")
-    model = BPE(
-        vocab=vocab,
-        merges=_merges(gguf, vocab, kinds),
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=bytes_known > 0,
-    )
-    made = Tokenizer(model)
+        gguf.fail("tokenizer.ggml.precompiled_charsmap (text normalization) is set, which is not supported")
+    unknown = next((token for token, index in vocab.items() if types[index] == UNKNOWN), None)
+    n_bytes = sum(token_type == BYTE for token_type in types)
+    if unknown is None and n_bytes < 256:
+        gguf.fail("has neither an unknown token nor a token for each byte: convert the model again")
+    merges = _merges(gguf, vocab, types)
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=n_bytes > 0))
     spaces = normalizers.Replace(" ", _SPACE)
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if adds_prefix(gguf):
-        made.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+    if adds_prefix_space(gguf):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
         steps.append(decoders.Strip(" ", left=1))
     else:
-        made.normalizer = spaces
-    made.decoder = decoders.Sequence(steps)
-    return made
+        tokenizer.normalizer = spaces
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
 
 
-def adds_prefix(gguf: GGUFFile) -> bool:
-    """Whether a text is encoded as if it began with a space, which decoding takes away again."""
+def adds_prefix_space(gguf: GGUFFile) -> bool:
+    """Whether encoding prepends a space, which decoding removes."""
     return gguf.meta_bool("tokenizer.ggml.add_space_prefix", default=True)
 
 
-def _merges(gguf: GGUFFile, vocab: Mapping[str, int], kinds: Sequence[int]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make up a piece, those of the highest score first.
+def _merges(gguf: GGUFFile, vocab: Mapping[str, int], types: Sequence[int]) -> list[tuple[str, str]]:
+    """Return the pairs of pieces that form a piece, in descending order of the piece's score.
 
-    Among equals the earlier piece is first: a SentencePiece vocabulary is numbered by falling score, and some
-    converters write the same score for all. Of one piece the longest beginning is first, as in transformers.
+    Ties are resolved by id: SentencePiece numbers pieces by descending score, and some converters write the same
+    score for all. The splits of one piece start with the longest prefix, as in transformers.
     """
-    scores = _scores(gguf, len(kinds))
-    pieces = {token: index for token, index in vocab.items() if kinds[index] == NORMAL}
+    scores = _scores(gguf, len(types))
+    pieces = {token: index for token, index in vocab.items() if types[index] == NORMAL}
     merges: list[tuple[str, str]] = []
     for piece in sorted(pieces, key=lambda piece: (-scores[pieces[piece]], pieces[piece])):
-        if len(piece) > _LONGEST_PIECE:
-            _fail(gguf, f"token {pieces[piece]} has {len(piece)} characters, more than the {_LONGEST_PIECE} of a piece")
-        cuts = (cut for cut in range(len(piece) - 1, 0, -1) if piece[cut:] in pieces and piece[:cut] in pieces)
-        merges.extend((piece[:cut], piece[cut:]) for cut in cuts)
-        if len(merges) > _MOST_MERGES:
-            _fail(gguf, f"has a vocabulary of more than {_MOST_MERGES:,} merges, which no real one has")
+        if len(piece) > _MAX_PIECE:
+            gguf.fail(f"token {pieces[piece]} has {len(piece)} characters; the limit is {_MAX_PIECE}")
+        splits = (at for at in range(len(piece) - 1, 0, -1) if piece[at:] in pieces and piece[:at] in pieces)
+        merges.extend((piece[:at], piece[at:]) for at in splits)
+        if len(merges) > _MAX_MERGES:
+            gguf.fail(f"has a vocabulary with more than {_MAX_MERGES:,} merges, which is not supported")
     return merges
 
 
@@ -98,12 +91,8 @@ def _scores(gguf: GGUFFile, n_tokens: int) -> list[float]:
     key = "tokenizer.ggml.scores"
     found = gguf.metadata.get(key)
     if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or len(found) != n_tokens:
-        _fail(gguf, f"{key} is not an array of {n_tokens} numbers, one for each token: convert the model again")
+        gguf.fail(f"{key} is not an array of {n_tokens} floats, one per token: convert the model again")
     scores: list[float] = found.tolist()
     if not all(map(math.isfinite, scores)):
-        _fail(gguf, f"{key} has entries that are not finite: convert the model again")
+        gguf.fail(f"{key} has entries that are not finite: convert the model again")
     return scores
-
-
-def _fail(gguf: GGUFFile, reason: str) -> NoReturn:
-    raise CheckpointError(f"{gguf.path}: {reason}")

@@ -1,1 +1,1 @@
-"""LoRA adapters in peft's format."""
+"""LoRA adapters in the format of peft."""

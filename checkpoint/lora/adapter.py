@@ -1,8 +1,6 @@
-"""LoRA adapters as the peft library saves them, merged into a checkpoint's tensors one at a time.
+"""LoRA adapters in peft's format, merged into the tensors of a base model as they are loaded.
 
-Knows neither families nor configs of models: the base is a table of shapes and a function that loads a tensor.
-The format is peft's (`adapter_config.json`, `adapter_model.safetensors` or `.bin`); LoRA is arXiv:2106.09685, its
-rank-stabilized scaling arXiv:2312.03732, DoRA arXiv:2402.09353.
+Supports LoRA (arXiv:2106.09685), rank-stabilized scaling (arXiv:2312.03732) and DoRA (arXiv:2402.09353).
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import read_json
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one found is used
 
-_WRAPPING = "base_model.model."  # of every name peft writes: PeftModel.base_model.model is the model itself
-_PREFIXES = ("model.", "transformer.")  # a base may be saved with or without the module around its layers
-_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector)")
+_PEFT_PREFIX = "base_model.model."  # of all names peft writes: PeftModel.base_model.model is the base model
+_BASE_PREFIXES = ("model.", "transformer.")  # present if the base was saved with its head
+_LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector)")
 _EMBEDDINGS = {"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"}
 _HEADS = {"lm_head", "embed_out"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +34,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _LowRank:
-    """The adapter's tensors of one module, by their names in its file."""
+    """Names of the adapter's tensors for one module, with their shapes."""
 
     a: str  # [rank, in]
     b: str  # [out, rank]
@@ -47,9 +45,14 @@ class _LowRank:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What becomes of one tensor of the base: replaced, then updated (B @ A) or, a bias, added to.
+    """Changes to one tensor of the base, applied in this order.
 
-    `transposed` says that the base stores the weight as [in, out].
+    Attributes:
+        replacement: tensor of the adapter that replaces it.
+        added: tensor of the adapter that is added to it (a bias).
+        low_rank: tensors whose product is added to it.
+        scaling: factor of `added` and of the low-rank product.
+        transposed: whether the base stores the weight as [in, out].
     """
 
     replacement: str | None = None
@@ -61,12 +64,12 @@ class _Change:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter; its tensors are read when a tensor of the base is.
+    """A LoRA adapter; its tensors are read together with those of the base.
 
     Attributes:
-        name: its folder's, unless it was opened under another.
-        base_model: what it says it was trained on, a Hugging Face id or a path; None where it does not say.
-        files: its config and its weights, for the manifest.
+        name: display name.
+        base_model: Hugging Face id or path of the base model according to the adapter, or None.
+        files: config and weight file, for the manifest.
     """
 
     name: str
@@ -86,21 +89,20 @@ class Adapter:
         transposed: Callable[[str], bool] | None = None,
         tied_head: bool | None = None,
     ) -> Callable[[str], Tensor]:
-        """Return `load` with this adapter merged into what it loads, under the base's own names.
+        """Return a function that loads a tensor of the base with this adapter merged.
 
-        A changed weight comes as float32, `W + scaling * B @ A`: an update is often smaller than half a step of a
-        bfloat16 weight, and rounding the sum to the base's type would lose it. What the adapter does not touch comes
-        as it is.
+        Changed weights are `W + scaling * B @ A` in float32, because an update is often smaller than the rounding
+        error of a bfloat16 weight. Other tensors are returned unchanged.
 
         Args:
-            shapes: every tensor of the base.
-            load: reads one of them.
-            transposed: tells weights that the base stores as [in, out] (GPT-2's). Without it shapes tell, and the
-                adapter's config where a weight is square.
+            shapes: shapes of all tensors of the base by name.
+            load: reads a tensor of the base.
+            transposed: whether the base stores a weight as [in, out] (as GPT-2 does). By default determined by the
+                shapes, and for square weights by the adapter's config.
             tied_head: whether the base's output head is its token embedding; by default, whether it has no head.
 
         Raises:
-            CheckpointError: a tensor of the adapter has no place in the base, or another shape than its place.
+            CheckpointError: a tensor of the adapter has no counterpart in the base, or a different shape.
         """
         changes = self._changes(_Base(shapes, self._where), transposed)
         if tied_head is None:
@@ -115,92 +117,94 @@ class Adapter:
         return load_merged
 
     def _changes(self, base: _Base, transposed: Callable[[str], bool] | None) -> dict[str, _Change]:
-        """One entry for every tensor of the base that this adapter changes; checks names and shapes."""
+        """Return the change of every affected tensor of the base, checking names and shapes."""
         changes: dict[str, _Change] = {}
         for target, own in self._replacements.items():
             name = base.find(target, own)
             if name in changes:
-                raise CheckpointError(f"{self._where}: two tensors for {name} of the base model")
-            self._expect(own, base.shapes[name], name)
+                raise CheckpointError(f"{self._where}: two replacements of {name} of the base model")
+            self._check_shape(own, base.shapes[name], name)
             changes[name] = _Change(replacement=own)
 
         square: list[str] = []
         layouts: set[bool] = set()
         for module, low_rank in self._modules.items():
             name = base.find(f"{module}.weight", low_rank.a)
-            before = changes.get(name, _Change())
-            if before.low_rank:
+            previous = changes.get(name, _Change())
+            if previous.low_rank:
                 raise CheckpointError(f"{self._where}: two updates of {name} of the base model")
             scaling = self._config.scaling(module, self._rank(module, low_rank))
-            swapped = self._is_transposed(low_rank, name, base.shapes[name], transposed)
+            is_transposed = self._is_transposed(low_rank, name, base.shapes[name], transposed)
             if not low_rank.embedding and transposed is None:
                 is_square = base.shapes[name][0] == base.shapes[name][1]
                 square.extend([name] if is_square else [])
-                layouts.update([] if is_square else [swapped])
-            out = base.shapes[name][1 if swapped else 0]
-            changes[name] = replace(before, low_rank=low_rank, scaling=scaling, transposed=swapped)
+                layouts.update([] if is_square else [is_transposed])
+            out = base.shapes[name][1 if is_transposed else 0]
+            changes[name] = replace(previous, low_rank=low_rank, scaling=scaling, transposed=is_transposed)
             if low_rank.magnitude:
-                self._expect(low_rank.magnitude, (out,), name)
+                self._check_shape(low_rank.magnitude, (out,), name)
             if low_rank.bias:
                 bias = base.find(f"{module}.bias", low_rank.bias)
-                self._expect(low_rank.bias, base.shapes[bias], bias)
+                self._check_shape(low_rank.bias, base.shapes[bias], bias)
                 changes[bias] = replace(changes.get(bias, _Change()), added=low_rank.bias, scaling=scaling)
         if square and layouts - {self._config.fan_in_fan_out}:
             raise CheckpointError(
-                f"{self._where}: other weights of the adapter are stored against its fan_in_fan_out, so how the square "
-                f"{square[0]} is stored cannot be told: merge it with peft"
+                f"{self._where}: other weights contradict the adapter's fan_in_fan_out, so the layout of the square "
+                f"{square[0]} is ambiguous: merge it with peft"
             )
         return changes
 
     def _rank(self, module: str, low_rank: _LowRank) -> int:
-        """The rank of a module, on which its two tensors and the config agree."""
+        """Return the rank of a module; its two tensors and the config must agree."""
         a, b = self._shape(low_rank.a), self._shape(low_rank.b)
         rank = self._config.rank(module)
         if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
             raise CheckpointError(
-                f"{self._where}: {low_rank.b} and {low_rank.a} have shapes {b} and {a}; the config asks for rank {rank}"
+                f"{self._where}: {low_rank.b} and {low_rank.a} have shapes {b} and {a}; the config requires rank {rank}"
             )
         return rank
 
     def _is_transposed(
         self, low_rank: _LowRank, name: str, shape: Shape, transposed: Callable[[str], bool] | None
     ) -> bool:
-        """Whether the base stores a weight as [in, out]; also checks that the update fits it."""
-        straight = (self._shape(low_rank.b)[0], self._shape(low_rank.a)[1])
-        layouts = {False: straight, True: straight[::-1]}
-        if low_rank.embedding:  # rows are inputs
+        """Whether the base stores a weight as [in, out]; checks that the shape of the update matches."""
+        update = (self._shape(low_rank.b)[0], self._shape(low_rank.a)[1])
+        layouts = {False: update, True: update[::-1]}
+        if low_rank.embedding:  # an embedding is stored as [in, out]
             del layouts[False]
         fitting = [layout for layout, found in layouts.items() if found == shape]
         if transposed is not None and not low_rank.embedding:
             fitting = [layout for layout in fitting if layout == transposed(name)]
         if not fitting:
             raise CheckpointError(
-                f"{self._where}: {low_rank.b} @ {low_rank.a} has shape {straight}, {name} of the base model {shape}: "
+                f"{self._where}: {low_rank.b} @ {low_rank.a} has shape {update}, {name} of the base model {shape}: "
                 f"{self._remedy}"
             )
         return fitting[0] if len(fitting) == 1 else self._config.fan_in_fan_out
 
-    def _expect(self, own: str, shape: Shape, name: str) -> None:
+    def _check_shape(self, own: str, shape: Shape, name: str) -> None:
         if self._shape(own) != shape:
             raise CheckpointError(
-                f"{self._where}: {own} has shape {self._shape(own)}, {name} of the base model asks for {shape}: "
+                f"{self._where}: {own} has shape {self._shape(own)}, {name} of the base model has {shape}: "
                 f"{self._remedy}"
             )
 
     @property
     def _remedy(self) -> str:
-        return f"give the model it was trained on{f' ({self.base_model})' if self.base_model else ''}"
+        return f"export the model that the adapter was trained on{f' ({self.base_model})' if self.base_model else ''}"
 
     def _check_tied(self, changes: dict[str, _Change]) -> None:
-        """Where one tensor is embedding and head, only a change of both alike is the model that was trained."""
-        touched = {name: change for name, change in changes.items() if _module_name(name) in _EMBEDDINGS | _HEADS}
-        owns = [change.replacement for change in touched.values() if change.replacement and not change.low_rank]
-        if len(owns) == len(touched) == 2 and torch.equal(self._file.load(owns[0]), self._file.load(owns[1])):
+        """Check that an adapter for a model with tied embedding and head changes both in the same way, or neither."""
+        changed = {name: change for name, change in changes.items() if _module_name(name) in _EMBEDDINGS | _HEADS}
+        replacements = [change.replacement for change in changed.values() if change.replacement and not change.low_rank]
+        if len(replacements) == len(changed) == 2 and torch.equal(
+            self._file.load(replacements[0]), self._file.load(replacements[1])
+        ):
             return
-        for name in touched:
+        for name in changed:
             raise CheckpointError(
-                f"{self._where}: changes {name}, but the base model's embedding is its output head too, and the "
-                "adapter does not change both alike: merge it with peft into an untied model"
+                f"{self._where}: changes {name}, but the base model ties embedding and output head, and the adapter "
+                "does not change both equally: merge it with peft into an untied model"
             )
 
     def _apply(self, change: _Change, name: str, load: Callable[[str], Tensor]) -> Tensor:
@@ -214,12 +218,12 @@ class Adapter:
             a, b = self._file.load(change.low_rank.a).float(), self._file.load(change.low_rank.b).float()
             left, right = (a.T, b.T) if change.transposed else (b, a)
             merged.addmm_(left, right, alpha=change.scaling)
-            if change.low_rank.magnitude:  # DoRA: so far it is a direction for each output; its length is learned
+            if change.low_rank.magnitude:  # DoRA: the merged weight is only the direction; the magnitude is learned
                 inputs = 0 if change.transposed else 1
                 length = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
                 merged.mul_(self._file.load(change.low_rank.magnitude).float().unsqueeze(inputs) / length)
         if not torch.isfinite(merged).all():
-            raise CheckpointError(f"{self._where}: {name} is not finite once merged: the adapter is damaged")
+            raise CheckpointError(f"{self._where}: {name} is not finite after merging: the adapter is damaged")
         return merged
 
     def _shape(self, own: str) -> Shape:
@@ -227,54 +231,53 @@ class Adapter:
 
 
 class _Base:
-    """The tensors of the base, found by the names that the adapter has for them."""
+    """Finds the tensors of the base by the names that the adapter uses."""
 
     def __init__(self, shapes: Mapping[str, Shape], where: Path) -> None:
         self.shapes = shapes
         self._where = where
-        self._bare: dict[str, list[str]] = {}
+        self._unprefixed: dict[str, list[str]] = {}
         for name in shapes:
-            self._bare.setdefault(_bare(name), []).append(name)
+            self._unprefixed.setdefault(_strip_prefix(name), []).append(name)
 
     def find(self, target: str, own: str) -> str:
-        """The base's name for `target`: exactly, else without the module around the layers where that is unique."""
+        """Return the base's name for `target`, ignoring a base prefix if that is unambiguous."""
         if target in self.shapes:
             return target
-        found = self._bare.get(_bare(target), [])
+        found = self._unprefixed.get(_strip_prefix(target), [])
         if len(found) == 1:
             return found[0]
-        reason = "is not a single tensor" if found else "is not a tensor"
+        reason = "is ambiguous in" if found else "is not a tensor of"
         raise CheckpointError(
-            f"{self._where}: {own} has no place: {target} {reason} of the base model (wrong model, or one that this "
+            f"{self._where}: {own} does not match: {target} {reason} the base model (wrong base model, or one that the "
             "adapter extends)"
         )
 
 
-def _bare(name: str) -> str:
-    for prefix in _PREFIXES:
+def _strip_prefix(name: str) -> str:
+    for prefix in _BASE_PREFIXES:
         if name.startswith(prefix):
             return name[len(prefix) :]
     return name
 
 
 def _module_name(tensor: str) -> str:
-    """`embed_tokens` of `model.embed_tokens.weight`."""
+    """Return `embed_tokens` for `model.embed_tokens.weight`."""
     return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
 def open_adapter(folder: Path, name: str | None = None) -> Adapter:
-    """Open an adapter folder: reads its config and the names and shapes of its tensors.
+    """Open an adapter folder, reading its config and the names and shapes of its tensors.
 
     Args:
-        folder: where peft saved it.
-        name: what to call it; by default its folder's name.
+        folder: folder saved by peft.
+        name: display name; by default the folder's name.
 
     Raises:
-        CheckpointError: a file is missing or damaged, it is no LoRA adapter, or it is of a kind whose merged weights
-            are not known; the message names the key or the tensor.
+        CheckpointError: a file is missing or damaged, or it is not a supported LoRA adapter.
     """
     if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{folder} has no {CONFIG}: an adapter folder with {CONFIG} and {WEIGHTS[0]} is needed")
+        raise CheckpointError(f"{folder} has no {CONFIG}: give an adapter folder with {CONFIG} and {WEIGHTS[0]}")
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} has no {WEIGHTS[0]}: save the adapter with peft's save_pretrained")
@@ -285,14 +288,16 @@ def open_adapter(folder: Path, name: str | None = None) -> Adapter:
         if tensor.dtype not in _FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(f"{path}: tensor {own} is of type {kind}: save it as float32, float16 or bfloat16")
-    modules, replacements = _sort(file.tensors, path)
+    modules, replacements = _group_tensors(file.tensors, path)
     for module, low_rank in modules.items():
         if config.use_dora != bool(low_rank.magnitude):
             word = "no" if config.use_dora else "a"
-            raise CheckpointError(f"{path}: {module} has {word} lora_magnitude_vector, against use_dora in {CONFIG}")
+            raise CheckpointError(
+                f"{path}: {module} has {word} lora_magnitude_vector, which contradicts use_dora in {CONFIG}"
+            )
     for module in config.modules_to_save:
         if not any(f"{module}." in target for target in replacements):
-            raise CheckpointError(f"{path}: modules_to_save lists {module[:100]!r}, but the file has no tensor of it")
+            raise CheckpointError(f"{path}: modules_to_save lists {module[:100]!r}, but the file has no tensor for it")
     base_model = raw.get("base_model_name_or_path")
     if not isinstance(base_model, str) or not base_model.isprintable() or len(base_model) > 200:
         base_model = None
@@ -308,31 +313,32 @@ def open_adapter(folder: Path, name: str | None = None) -> Adapter:
     )
 
 
-def _sort(names: Iterable[str], path: Path) -> tuple[dict[str, _LowRank], dict[str, str]]:
-    """Group the tensors of an adapter: low-rank parts by module, and tensors that replace one of the base."""
-    parts: dict[str, dict[str, str]] = {}
+def _group_tensors(names: Iterable[str], path: Path) -> tuple[dict[str, _LowRank], dict[str, str]]:
+    """Return the low-rank tensors by module, and the replacements by the name of the tensor they replace."""
+    by_module: dict[str, dict[str, str]] = {}
     replacements: dict[str, str] = {}
     for own in sorted(names):
-        target = own.removeprefix(_WRAPPING)
-        found = _PART.fullmatch(target.removesuffix(".weight") if "magnitude_vector" in target else target)
+        target = own.removeprefix(_PEFT_PREFIX)
+        found = _LORA_TENSOR.fullmatch(target.removesuffix(".weight") if "magnitude_vector" in target else target)
         if found and len(found["module"]) > MAX_MODULE_PATH:
-            raise CheckpointError(f"{path}: tensor {own[:40]}… has a name of {len(own)} characters: not a module's")
+            raise CheckpointError(f"{path}: tensor {own[:40]}… has an invalid name of {len(own)} characters")
         if found:
-            module = parts.setdefault(found["module"], {})
-            known = module.setdefault(found["part"].removesuffix(".weight"), own)
+            module = by_module.setdefault(found["module"], {})
+            first = module.setdefault(found["kind"].removesuffix(".weight"), own)
         elif "lora_" in target:
-            raise CheckpointError(f"{path}: tensor {own} is of a kind of LoRA that is not known here")
-        else:  # peft calls what it has wrapped `base_layer`
-            known = replacements.setdefault(target.replace(".base_layer.", "."), own)
-        if known != own:
-            raise CheckpointError(f"{path}: {known} and {own} are the same tensor")
-    return {module: _low_rank(module, found, path) for module, found in parts.items()}, replacements
+            raise CheckpointError(f"{path}: tensor {own} is of an unsupported kind of LoRA")
+        else:  # peft names a wrapped module `base_layer`
+            first = replacements.setdefault(target.replace(".base_layer.", "."), own)
+        if first != own:
+            raise CheckpointError(f"{path}: {first} and {own} are the same tensor")
+    return {module: _low_rank(module, found, path) for module, found in by_module.items()}, replacements
 
 
-def _low_rank(module: str, parts: dict[str, str], path: Path) -> _LowRank:
-    embedding = any(part.startswith("embedding_") for part in parts)
-    kind = "embedding_" if embedding else ""
-    rest = parts.keys() - {f"{kind}A", f"{kind}B", "magnitude_vector"} - ({"B.bias"} if not embedding else set())
-    if f"{kind}A" not in parts or f"{kind}B" not in parts or rest:
-        raise CheckpointError(f"{path}: {module} has only {', '.join(f'lora_{part}' for part in sorted(parts))}")
-    return _LowRank(parts[f"{kind}A"], parts[f"{kind}B"], parts.get("magnitude_vector"), parts.get("B.bias"), embedding)
+def _low_rank(module: str, tensors: dict[str, str], path: Path) -> _LowRank:
+    embedding = any(kind.startswith("embedding_") for kind in tensors)
+    a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    optional = {"magnitude_vector"} if embedding else {"magnitude_vector", "B.bias"}
+    if not {a, b} <= tensors.keys() or tensors.keys() - {a, b} - optional:
+        found = ", ".join(f"lora_{kind}" for kind in sorted(tensors))
+        raise CheckpointError(f"{path}: {module} has an invalid set of tensors: {found}")
+    return _LowRank(tensors[a], tensors[b], tensors.get("magnitude_vector"), tensors.get("B.bias"), embedding)

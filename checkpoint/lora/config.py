@@ -1,7 +1,6 @@
-"""The `adapter_config.json` of a LoRA adapter, key by key. Knows no tensors.
+"""Reads the `adapter_config.json` of a LoRA adapter (peft's LoraConfig).
 
-Keys and their meaning are those of peft's LoraConfig. A key that changes the merged weights in a way not computed here
-is refused by its name, and so is one that is not known, unless it says that nothing is asked (null, false, empty).
+Keys with an unsupported effect on the merged weights and unknown keys are rejected unless null, false or empty.
 """
 
 from __future__ import annotations
@@ -17,61 +16,36 @@ from typing import Any, TypeVar
 from llm_edge.runtime.errors import CheckpointError
 
 _READ = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "bias",
-    "modules_to_save",
-    "init_lora_weights",
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "bias", "modules_to_save", "init_lora_weights",
+}  # fmt: skip
+# The tensors show which modules are adapted; settings of training and initialization do not affect the merge.
+_IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_REJECTED = {
+    "alora_invocation_tokens": "the adapter applies to some tokens only and cannot be merged",
+    "arrow_config": "the adapter is selected per token and cannot be merged",
+    "layer_replication": "repeating layers of the base model is not supported",
+    "target_parameters": "only adapters of whole modules are supported",
+    "trainable_token_indices": "adapters of single embedding rows are not supported",
 }
-# Which modules are adapted is told by the tensors; how they were trained or first filled leaves no trace in the merge.
-_WITHOUT_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_bias",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
-_REFUSED = {
-    "alora_invocation_tokens": "the adapter acts on some tokens only and cannot be merged",
-    "arrow_config": "the adapter is chosen anew for each token and cannot be merged",
-    "layer_replication": "it repeats layers of the base model",
-    "target_parameters": "only adapters of whole modules are read",
-    "trainable_token_indices": "single rows of an embedding are not read",
-}
-# These leave the base model's weights as they are; others (pissa, olora, corda, loftq, …) take something out of them.
+# These keep the base model's weights; others (pissa, olora, corda, loftq, …) modify them.
 _PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _MAX_RANK = 1 << 20
-# Patterns come from the file. Without a repeated group, and with two quantifiers at most, one takes a quadratic number
-# of steps at worst, which the short paths they are tried on keep small.
+# Regular expressions from the file are untrusted. Without repeated groups and with at most two quantifiers, matching
+# takes at most quadratic time in the length of the module path, which is limited.
 MAX_MODULE_PATH = 160
 _MAX_PATTERNS = 4096
 _MAX_PATTERN = 512  # characters
 _MAX_QUANTIFIERS = 2
-_MAX_QUANTIFIED = 16  # patterns with a quantifier; whatever writes one pattern a module writes plain names
+_MAX_QUANTIFIED = 16  # patterns with a quantifier; tools that write one pattern per module write plain names
 _QUANTIFIER = re.compile(r"[*+?{]")
-_UNBOUNDED = re.compile(r"\)[*+?{]|\(\?(?!:)|\\\d")  # a repeated group, a look-around, a reference to a group
+_UNBOUNDED = re.compile(r"\)[*+?{]|\(\?(?!:)|\\\d")  # repeated group, lookaround, backreference
 
 _T = TypeVar("_T", int, float)
 _Patterns = tuple[tuple[re.Pattern[str], _T], ...]
@@ -79,9 +53,9 @@ _Patterns = tuple[tuple[re.Pattern[str], _T], ...]
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What of an adapter's config the merge needs.
+    """The settings that the merge depends on.
 
-    The patterns stand for the end of a module path, from a dot or the start on; the first that matches counts.
+    A pattern matches the end of a module path, starting at a dot or the start; the first matching one is used.
     """
 
     r: int
@@ -94,31 +68,35 @@ class LoraConfig:
     modules_to_save: tuple[str, ...]
 
     def rank(self, module: str) -> int:
-        """The rank of the module at this path."""
+        """Return the rank of a module."""
         return _matching(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str, rank: int) -> float:
-        """The factor of B @ A: alpha / rank, with rank stabilization alpha / sqrt(rank)."""
+        """Return the factor of B @ A: alpha / rank, or alpha / sqrt(rank) with rank stabilization."""
         alpha = _matching(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_lora_config(raw: Mapping[str, Any], path: Path) -> LoraConfig:
-    """Read the content of `adapter_config.json`; `path` is for messages.
+    """Read the content of `adapter_config.json`.
+
+    Args:
+        raw: the parsed file.
+        path: path of the file, for error messages.
 
     Raises:
-        CheckpointError: a value is not of its kind, or a key asks for what is not computed here.
+        CheckpointError: a value is invalid, or a key is not supported.
     """
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {_short(raw.get('peft_type'))}; only LORA adapters can be merged")
-    for key in sorted(raw.keys() - _READ - _WITHOUT_EFFECT):
+    for key in sorted(raw.keys() - _READ - _IGNORED):
         if raw[key] not in (None, False, "", [], {}):
-            reason = _REFUSED.get(key, "what it does to the weights is not known here")
+            reason = _REJECTED.get(key, "its effect on the weights is unknown")
             raise CheckpointError(f"{path}: {_short(key)} is set: {reason}")
     start = raw.get("init_lora_weights")
     if not any(start is plain or (isinstance(start, str) and start == plain) for plain in _PLAIN_INITIALIZATIONS):
         raise CheckpointError(
-            f"{path}: init_lora_weights is {_short(start)}, which changes the base model too: save the adapter with "
+            f"{path}: init_lora_weights is {_short(start)}, which also changes the base model: save the adapter with "
             "peft's path_initial_model_for_weight_conversion, or merge it with peft"
         )
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
@@ -147,7 +125,7 @@ def _matching(patterns: _Patterns[_T], module: str, otherwise: _T) -> _T:
 
 
 def _patterns(raw: Mapping[str, Any], key: str, read: Callable[[Any, str, Path], _T], path: Path) -> _Patterns[_T]:
-    """A table of patterns, each of which can be matched in little time whatever the text."""
+    """Compile a table of patterns, rejecting those that may take long to match."""
     table = raw.get(key) or {}
     if not isinstance(table, dict) or len(table) > _MAX_PATTERNS:
         raise CheckpointError(f"{path}: {key} is not a table of at most {_MAX_PATTERNS} patterns")
@@ -155,10 +133,10 @@ def _patterns(raw: Mapping[str, Any], key: str, read: Callable[[Any, str, Path],
     too_many = sum(map(bool, quantifiers.values())) > _MAX_QUANTIFIED
     compiled = []
     for pattern, value in table.items():
-        much = len(pattern) > _MAX_PATTERN or quantifiers[pattern] > (0 if too_many else _MAX_QUANTIFIERS)
-        if much or _UNBOUNDED.search(pattern):
+        too_complex = len(pattern) > _MAX_PATTERN or quantifiers[pattern] > (0 if too_many else _MAX_QUANTIFIERS)
+        if too_complex or _UNBOUNDED.search(pattern):
             raise CheckpointError(
-                f"{path}: {key} has {_short(pattern)}, which may take forever to match: name the modules one by one"
+                f"{path}: {key} has {_short(pattern)}, which may take too long to match: list the modules individually"
             )
         try:
             with warnings.catch_warnings(action="error"):
@@ -175,7 +153,7 @@ def _rank(value: Any, key: str, path: Path) -> int:
 
 
 def _number(value: Any, key: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:  # NaN is not
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:  # or NaN
         raise CheckpointError(f"{path}: {_short(key)} is {_short(value)}, not a number")
     return float(value)
 

@@ -1,1 +1,1 @@
-"""State dicts in Meta's naming, with their config and tokenizer."""
+"""State dicts with the tensor names of Meta's Llama releases."""

@@ -1,8 +1,8 @@
-"""Control tokens, conversation and sampling of the family whose config has `tokens:`. Knows no files and no tensors.
+"""Chat format of models whose config has a `tokens:` section: control tokens, template and sampling parameters.
 
-A conversation is `question [question end] answer [answer end]` and so on, without roles and without white space that
-nobody wrote; a system message stands before the first question. The prompt of an answer that is to be reasoned ends
-with `[think start]`; of earlier answers only what followed their last `[think end]` is kept.
+A conversation is `question [question end] answer [answer end]` repeated, without role names or added white space; a
+system message precedes the first question. The prompt of an answer with reasoning ends with `[think start]`; from
+earlier answers only the text after the last `[think end]` is kept.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.show import show
 
 MAX_NEWLINES = 3
-"""Newline characters in a row where the config does not say: two blank lines, as between functions of Python."""
+"""Default limit of consecutive newlines: two blank lines, as between Python functions."""
 
 _DEFAULTS = {"padding": 0, "question_end": 1, "answer_end": 2, "think_start": 7, "think_end": 8}
-_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+_ROLE_NAMES: Mapping[str, tuple[str, ...]] = {
     "padding": ("padding", "pad"),
     "question_end": ("question_end", "end_question", "end_of_question", "q_end", "eoq"),
     "answer_end": ("answer_end", "end_answer", "end_of_answer", "a_end", "eoa"),
@@ -38,8 +38,8 @@ _SAMPLING = {
     "repetition_penalty": 1.1,
     "max_new_tokens": 100,
 }
-_MOST = 2**31 - 1
-# Key of generation_config.json -> keys of a config's `generation:`, and the range of values.
+_MAX = 2**31 - 1
+# Key of generation_config.json -> keys of the config's `generation:`, minimum, maximum
 _NUMBERS: Mapping[str, tuple[tuple[str, ...], float, float]] = {
     "temperature": (("temperature", "temp"), 0.0, 100.0),
     "top_p": (("top_p",), 0.0, 1.0),
@@ -47,19 +47,19 @@ _NUMBERS: Mapping[str, tuple[tuple[str, ...], float, float]] = {
     "repetition_penalty": (("repetition_penalty", "repeat_penalty", "rep_penalty"), 0.01, 100.0),
 }
 _COUNTS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
-    "top_k": (("top_k",), 0, _MOST),
+    "top_k": (("top_k",), 0, _MAX),
     "repetition_window": (
-        ("repetition_window", "repetition_penalty_window", "penalty_window", "rep_window", "repeat_last_n"), -1, _MOST
+        ("repetition_window", "repetition_penalty_window", "penalty_window", "rep_window", "repeat_last_n"), -1, _MAX
     ),
-    "max_new_tokens": (("max_new_tokens", "max_tokens", "max_length", "max_gen_len", "max_len"), 1, _MOST),
+    "max_new_tokens": (("max_new_tokens", "max_tokens", "max_length", "max_gen_len", "max_len"), 1, _MAX),
 }  # fmt: skip
 _NEWLINES = ("max_newlines", "max_consecutive_newlines")
-_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+_RANDOM_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """Ids of the tokens that steer a conversation; those of reasoning are None where the model does not reason."""
+    """Ids of the tokens that structure a conversation; `think_*` are None for models without reasoning."""
 
     padding: int
     question_end: int
@@ -69,123 +69,127 @@ class ControlTokens:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All that there are."""
-        given = (self.padding, self.question_end, self.answer_end, self.think_start, self.think_end)
-        return tuple(index for index in given if index is not None)
+        """All ids."""
+        ids = (self.padding, self.question_end, self.answer_end, self.think_start, self.think_end)
+        return tuple(index for index in ids if index is not None)
 
     @property
     def reasoning(self) -> ReasoningTokens | None:
-        """Those of reasoning as a bundle has them."""
+        """The tokens around reasoning, or None."""
         if self.think_start is None or self.think_end is None:
             return None
         return ReasoningTokens(self.think_start, self.think_end)
 
 
 def read_control_tokens(section: Mapping[str, Any] | None, where: str, vocabulary: Vocabulary) -> ControlTokens | None:
-    """The control tokens that a config's `tokens:` names, by id or as the vocabulary writes them.
+    """Read the control tokens from a config's `tokens:` section, in which they are given by id or by text.
 
-    Keys are those of `_SPELLINGS`, each alone or with one of `_SUFFIXES`, in capitals or not. Roles that it does not
-    name have the family's own ids (padding 0, question end 1, answer end 2, think start 7, think end 8). A null for
-    the two of reasoning says that the model does not reason.
+    Keys are those of `_ROLE_NAMES`, optionally with one of `_SUFFIXES`; case is ignored. Missing roles have the
+    default ids (padding 0, question end 1, answer end 2, think start 7, think end 8). Null for both think roles means
+    that the model does not reason.
 
     Args:
-        section: the config's `tokens:`; without one the family's own ids count, where all five are control tokens.
-        where: of the section, for messages.
-        vocabulary: of the model.
+        section: the config's `tokens:`; None uses the default ids if all five are control tokens.
+        where: path of the section, for error messages.
+        vocabulary: vocabulary of the model.
 
     Raises:
-        CheckpointError: an id is not in the vocabulary, stands for text, or has two roles.
+        CheckpointError: an id is not in the vocabulary, is an ordinary text token, or has two roles.
     """
     if section is None:
         return ControlTokens(**_DEFAULTS) if all(map(vocabulary.is_control, _DEFAULTS.values())) else None
-    given: dict[str, Any] = {}
-    strange = []
+    values: dict[str, Any] = {}
+    unknown = []
     for key, value in section.items():
         name = str(key).lower().replace("-", "_")
-        role = next((role for role, names in _SPELLINGS.items() if name in _suffixed(names)), None)
+        role = next((role for role, names in _ROLE_NAMES.items() if name in _suffixed(names)), None)
         if role is None:
-            strange.append(key)
-        elif role in given and given[role] != value:
-            raise CheckpointError(f"{where}: {key} is the second id for the token {role}")
+            unknown.append(key)
+        elif role in values and values[role] != value:
+            raise CheckpointError(f"{where}: {key} gives a second id for the token {role}")
         else:
-            given[role] = value
+            values[role] = value
     ids: dict[str, int | None] = {}
     for role, default in _DEFAULTS.items():
         reasoning = role.startswith("think")
-        if role in given:
-            no_reasoning = reasoning and given[role] is None
-            ids[role] = None if no_reasoning else _token(given[role], role, where, vocabulary)
-        elif strange and not reasoning:
+        if role in values:
+            no_reasoning = reasoning and values[role] is None
+            ids[role] = None if no_reasoning else _token(values[role], role, where, vocabulary)
+        elif unknown and not reasoning:
             raise CheckpointError(
-                f"{where}: no key for the token {role} (there is {', '.join(map(show, strange[:8]))}): name it {role}"
+                f"{where}: no key for the token {role} (found {', '.join(map(show, unknown[:8]))}): name it {role}"
             )
         elif reasoning and not vocabulary.is_control(default):
             ids[role] = None
         else:
             ids[role] = _token(default, role, where, vocabulary)
     if (ids["think_start"] is None) != (ids["think_end"] is None):
-        raise CheckpointError(f"{where}: think_start and think_end go together: give both, or null for both")
+        raise CheckpointError(f"{where}: think_start and think_end must both be set, or both be null")
     roles: dict[int, str] = {}
     for role, index in ids.items():
         if index is not None and roles.setdefault(index, role) != role:
-            raise CheckpointError(f"{where}: {roles[index]} and {role} are both token {index}: give each its own")
+            raise CheckpointError(f"{where}: {roles[index]} and {role} are both token {index}: give different ids")
     return ControlTokens(**ids)  # type: ignore[arg-type]  # the first three are never None
 
 
 def chat_template(tokens: ControlTokens, vocabulary: Vocabulary) -> str:
-    """Jinja source of the conversation; `enable_thinking=false` leaves the think start out of the prompt."""
+    """Return the Jinja chat template; `enable_thinking=false` omits the think start from the prompt."""
 
-    def spelled(role: re.Match[str]) -> str:
+    def token_literal(role: re.Match[str]) -> str:
         index = getattr(tokens, role[1])
-        return _literal("" if index is None else vocabulary.text(index) or "")
+        return _jinja_string("" if index is None else vocabulary.text(index) or "")
 
-    return re.sub(r"<(question_end|answer_end|think_start|think_end)>", spelled, _TEMPLATE)
+    return re.sub(r"<(question_end|answer_end|think_start|think_end)>", token_literal, _TEMPLATE)
 
 
 def read_generation(section: ConfigReader | None, tokens: ControlTokens | None) -> dict[str, Any]:
-    """Sampling that a config's `generation:` states, as keys of generation_config.json.
+    """Read sampling parameters from a config's `generation:`, with the keys of generation_config.json.
 
-    With control tokens the family's own sampling stands behind it. `repetition_window`, which Hugging Face does not
-    know, counts the latest tokens that the repetition penalty looks at (-1: all).
+    With control tokens, missing parameters have the defaults of the chat format. `repetition_window`, which Hugging
+    Face does not have, is the number of recent tokens that the repetition penalty covers (-1: all).
 
     Raises:
-        CheckpointError: a value is not a number, or out of its range.
+        CheckpointError: a value is not a number, or out of range.
     """
     found: dict[str, Any] = dict(_SAMPLING) if tokens is not None else {}
     if section is not None:
         for name, (keys, low, high) in _NUMBERS.items():
-            for key in _stated(section, keys):
+            for key in _first_present(section, keys):
                 found[name] = _bounded(section, key, section.number(key), low, high)
-        for name, (keys, least, most) in _COUNTS.items():
-            for key in _stated(section, keys):
-                found[name] = _bounded(section, key, section.integer(key), least, most)
-        if any(name in found for name in _DRAWING):
+        for name, (keys, minimum, maximum) in _COUNTS.items():
+            for key in _first_present(section, keys):
+                found[name] = _bounded(section, key, section.integer(key), minimum, maximum)
+        if any(name in found for name in _RANDOM_SAMPLING):
             found["do_sample"] = section.flag("do_sample", True)
     if found.get("temperature") == 0:
         found["do_sample"] = False
     if not found.get("do_sample", True):
-        found = {name: value for name, value in found.items() if name not in _DRAWING}
+        found = {name: value for name, value in found.items() if name not in _RANDOM_SAMPLING}
     if tokens is not None:
         found |= {"eos_token_id": [tokens.answer_end], "pad_token_id": tokens.padding}
     return found
 
 
 def read_guards(section: ConfigReader | None, tokens: ControlTokens) -> Guards:
-    """The family's guards; `generation:` may state another `max_newlines` (0: any number)."""
-    most: int | None = MAX_NEWLINES
+    """Return the guards of the chat format; `generation:` may set `max_newlines` (0: no limit)."""
+    max_newlines: int | None = MAX_NEWLINES
     if section is not None:
-        for key in _stated(section, _NEWLINES):
-            most = _bounded(section, key, section.integer(key), 0, _MOST) or None
-    return Guards(most, single_think_end=tokens.reasoning is not None)
+        for key in _first_present(section, _NEWLINES):
+            max_newlines = _bounded(section, key, section.integer(key), 0, _MAX) or None
+    return Guards(max_newlines, single_think_end=tokens.reasoning is not None)
 
 
 def _token(value: object, role: str, where: str, vocabulary: Vocabulary) -> int:
     index = vocabulary.id(value) if isinstance(value, str) else value
     if not isinstance(index, int) or isinstance(index, bool) or not vocabulary.text(index):
-        raise CheckpointError(f"{where}: {role} is {show(value)}, no token of {vocabulary.where}: correct its id")
+        raise CheckpointError(
+            f"{where}: {role} is {show(value)}, which is not a token of {vocabulary.where}: correct its id"
+        )
     if not vocabulary.is_control(index):
         text = f"{show(vocabulary.text(index))} in {vocabulary.where}"
-        raise CheckpointError(f"{where}: {role} is token {index}, {text}, which stands for text: correct its id")
+        raise CheckpointError(
+            f"{where}: {role} is token {index}, {text}, which is an ordinary text token: correct its id"
+        )
     return index
 
 
@@ -193,18 +197,18 @@ def _suffixed(names: tuple[str, ...]) -> set[str]:
     return {name + suffix for name in names for suffix in _SUFFIXES}
 
 
-def _stated(section: ConfigReader, keys: tuple[str, ...]) -> tuple[str, ...]:
+def _first_present(section: ConfigReader, keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in keys if key in section)[:1]
 
 
 def _bounded(section: ConfigReader, key: str, value: Any, low: float, high: float) -> Any:
-    if not low <= value <= high:  # NaN is not
-        section.fail(f"{key} is {show(value)}; {low:g} to {high:g} are possible")
+    if not low <= value <= high:  # also rejects NaN
+        section.fail(f"{key} is {show(value)}; it must be {low:g} to {high:g}")
     return value
 
 
-def _literal(text: str) -> str:
-    """A string of Jinja."""
+def _jinja_string(text: str) -> str:
+    """Return a Jinja string literal."""
 
     def escaped(char: str) -> str:
         return f"\\{char}" if char in "'\\" else char if char.isprintable() else f"\\U{ord(char):08x}"

@@ -1,15 +1,14 @@
-"""What flags and a config file say of a model in Meta's naming. Knows no tensors and no tokenizer.
+"""Settings of a model with Meta's tensor names, from command-line flags and a config file.
 
-Three kinds of file are read, and told apart by their keys, not by their names:
+Three kinds of files are supported, distinguished by their keys rather than their names:
 
-    config.yaml   `model:` (dim, ffn_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len, norm_eps, rope_theta),
-                  `paths:`, `tokens:` and `generation:`, all of them optional
-    params.json   of Meta's own releases: dim, n_layers, n_heads, n_kv_heads, vocab_size, norm_eps, rope_theta,
+    config.yaml   optional sections `model:` (dim, ffn_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len,
+                  norm_eps, rope_theta), `paths:`, `tokens:` and `generation:`
+    params.json   of Meta's releases: dim, n_layers, n_heads, n_kv_heads, vocab_size, norm_eps, rope_theta,
                   use_scaled_rope; also Mistral's hidden_dim and head_dim
-    config.json   of a Hugging Face llama: hidden_size, num_attention_heads and so on
+    config.json   of a Hugging Face llama: hidden_size, num_attention_heads, …
 
-`multiple_of` and `ffn_dim_multiplier` only say how Meta's code computes the width of the feed-forward network, which
-the weights show themselves. What else a file may say, and what is refused, is in `meta_keys.py`.
+`config_keys.py` lists the keys that are ignored or rejected.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from llm_edge.checkpoint.meta.config_keys import KEYS, SCALED_ROPE, check_keys
-from llm_edge.checkpoint.meta.yaml_file import read_yaml
+from llm_edge.checkpoint.meta.safe_yaml import read_yaml
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json
@@ -28,8 +27,8 @@ from llm_edge.runtime.show import show
 
 T = TypeVar("T")
 
-BESIDE = ("config.yaml", "config.yml", "params.json", "config.json")
-"""Names of config files that are looked for beside a checkpoint, the first one found counts."""
+CONFIG_NAMES = ("config.yaml", "config.yml", "params.json", "config.json")
+"""Config files that are searched for beside a checkpoint; the first one found is used."""
 
 _FLAGS: Mapping[str, str] = {  # name of a setting -> its flag
     "n_heads": "--n-heads",
@@ -43,18 +42,18 @@ _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 @dataclass(frozen=True, slots=True)
 class StateDictOptions:
-    """What a state dict cannot say by itself. What is None is looked for in the config file; a value given wins.
+    """Settings that a state dict does not contain. They override the config file; None reads it from there.
 
     Attributes:
-        config: the config file (`--config`); None takes the one beside the checkpoint, if there is one.
-        tokenizer: a tokenizer's folder or file (`--tokenizer`); None takes the config's, or the one beside the
+        config: config file (`--config`); None uses the one beside the checkpoint, if any.
+        tokenizer: folder or file of the tokenizer (`--tokenizer`); None uses the config's, or the one beside the
             checkpoint.
-        n_heads: H, query heads.
-        n_kv_heads: K, key/value heads.
-        rope_theta: base of the rotary frequencies.
+        n_heads: H, number of query heads.
+        n_kv_heads: K, number of key/value heads.
+        rope_theta: rotary base.
         norm_eps: epsilon of the norms.
-        max_seq_len: tokens a context holds at most. No part of the model's own config where the file states one:
-            scalings of the rotary positions derive from that; `source.open_checkpoint` shortens it afterwards.
+        max_seq_len: maximum context length in tokens. It does not replace the config file's value, from which
+            rotary scalings derive their defaults; `source.open_checkpoint` shortens the context afterwards.
     """
 
     config: Path | None = None
@@ -67,28 +66,28 @@ class StateDictOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Stated(Generic[T]):
-    """A value, and who states it: a flag, or a key of a file."""
+class Setting(Generic[T]):
+    """A value and the flag or file key that specifies it."""
 
     value: T
     where: str
 
     def fail(self, reason: str) -> NoReturn:
-        """Refuse the value."""
+        """Raise a `CheckpointError` about this value."""
         raise CheckpointError(f"{self.where} is {show(self.value)}{reason}")
 
 
 class Settings:
-    """Flags over a config file.
+    """Command-line flags and a config file; flags take precedence.
 
     Attributes:
-        path: the config file; None where there is none.
-        content: of the file, unchecked; empty where there is none.
-        paths: its section of the tokenizer's paths, or None.
-        tokens: its section of control tokens, or None.
-        generation: its section of sampling, or None.
-        tokenizer: the tokenizer the user gives, or None.
-        rope: keys of a Hugging Face config that scale the rotary positions; empty where nothing does.
+        path: the config file, or None.
+        content: unchecked content of the file; empty without a file.
+        paths: section of the tokenizer's paths, or None.
+        tokens: section of control tokens, or None.
+        generation: section of sampling parameters, or None.
+        tokenizer: tokenizer given by a flag, or None.
+        rope: Hugging Face config keys that scale the rotary positions; empty without scaling.
     """
 
     def __init__(self, options: StateDictOptions, path: Path | None) -> None:
@@ -102,95 +101,94 @@ class Settings:
         self._model = root if section is None else section
         check_keys(self._model, self.content if section is None else self.content["model"])
         self._rope_section = self._find_rope_section()
-        self.rope = self._scaled_rope() or self._sections_rope()
+        self.rope = self._use_scaled_rope() or self._section_scaling()
 
     @classmethod
     def of(cls, options: StateDictOptions, checkpoint: Path) -> Settings:
-        """The options over the config file they name, or else over the one beside the checkpoint.
+        """Combine the options with the config file that they name, or with the one beside the checkpoint.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or asks for what is not supported.
+            CheckpointError: the file is missing or damaged, or has a setting that is not supported.
         """
         path = options.config
         if path is None:
-            found = (checkpoint.parent / name for name in BESIDE)
+            found = (checkpoint.parent / name for name in CONFIG_NAMES)
             path = next((beside for beside in found if beside.is_file()), None)
         return cls(options, path)
 
-    def integer(self, name: str) -> Stated[int] | None:
-        """A whole number of `KEYS`."""
-        given = self._flag(name)
-        if given is not None:
-            return given
+    def integer(self, name: str) -> Setting[int] | None:
+        """Return an integer setting of `KEYS`, or None if it is not specified."""
+        flag = self._flag(name)
+        if flag is not None:
+            return flag
         key = self._key(name)
-        return None if key is None else Stated(self._model.integer(key), f"{self._model.where}: {key}")
+        return None if key is None else Setting(self._model.integer(key), f"{self._model.where}: {key}")
 
-    def number(self, name: str) -> Stated[float] | None:
-        """A number of `KEYS`."""
-        given = self._flag(name)
-        if given is not None:
-            return given
+    def number(self, name: str) -> Setting[float] | None:
+        """Return a float setting of `KEYS`, or None if it is not specified."""
+        flag = self._flag(name)
+        if flag is not None:
+            return flag
         key, reader = self._key(name), self._model
         if name == "rope_theta" and self._rope_section is not None and name in self._rope_section:
             inner = self._rope_section.number(name)
             if key is not None and reader.number(key) != inner:
-                reader.fail(f"rope_theta is {reader.number(key)}, but {inner} in the section of its scaling")
+                reader.fail(f"rope_theta is {reader.number(key)}, but {inner} in the section of the rotary scaling")
             key, reader = name, self._rope_section
-        return None if key is None else Stated(reader.number(key), f"{reader.where}: {key}")
+        return None if key is None else Setting(reader.number(key), f"{reader.where}: {key}")
 
-    def context(self) -> Stated[int] | None:
-        """Tokens a context of the model holds: what the file states, else what the flag does.
+    def context(self) -> Setting[int] | None:
+        """Return the context length of the file, else of the flag.
 
-        Scalings of the rotary positions derive from it what they leave out, so a flag that shortens the context must
-        not come in between; nor is it taken for the model's own where a scaling would derive from it.
+        Rotary scalings derive defaults from the model's context length, so the flag is not used if that would
+        change a scaling.
         """
-        stated = self.integer("max_seq_len")
+        setting = self.integer("max_seq_len")
         scaling = self.rope.get("rope_scaling")
-        if stated is not None:
-            return stated
+        if setting is not None:
+            return setting
         if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "linear":
             missing = [key for key in ("factor", _ORIGINAL) if key not in {**self.rope, **scaling}]
             if missing:
                 self._model.fail(
-                    f"neither {missing[0]} of the rotary scaling nor max_seq_len, which it derives from, is stated: "
-                    "add one of them"
+                    f"neither {missing[0]} of the rotary scaling nor max_seq_len, its default, is set: add one of them"
                 )
         length = self._options.max_seq_len
-        return None if length is None else Stated(length, "--max-seq-len")
+        return None if length is None else Setting(length, "--max-seq-len")
 
-    def tied(self) -> Stated[bool] | None:
-        """Whether the head is said to be the embedding."""
+    def tied(self) -> Setting[bool] | None:
+        """Return whether the config ties the head to the embedding, or None if it is not specified."""
         key = self._key("tied")
-        return None if key is None else Stated(self._model.flag(key), f"{self._model.where}: {key}")
+        return None if key is None else Setting(self._model.flag(key), f"{self._model.where}: {key}")
 
-    def needs(self, name: str, checkpoint: Path, why: str) -> NoReturn:
-        """Refuse a checkpoint for which nobody states a setting."""
-        silent = f" and {self.path} does not state {KEYS[name][0]}" if self.path is not None else ""
-        raise CheckpointError(f"{checkpoint}: {why}{silent}: give --config FILE or {_FLAGS[name]} N")
+    def fail_missing(self, name: str, checkpoint: Path, reason: str) -> NoReturn:
+        """Raise a `CheckpointError` about a required setting that is not specified."""
+        also = f" and {self.path} does not set {KEYS[name][0]}" if self.path is not None else ""
+        raise CheckpointError(f"{checkpoint}: {reason}{also}: give --config FILE or {_FLAGS[name]} N")
 
-    def _flag(self, name: str) -> Stated[Any] | None:
+    def _flag(self, name: str) -> Setting[Any] | None:
         value = getattr(self._options, name) if name in _FLAGS else None
-        return None if value is None else Stated(value, _FLAGS[name])
+        return None if value is None else Setting(value, _FLAGS[name])
 
     def _key(self, name: str) -> str | None:
         return next((key for key in KEYS[name] if key in self._model), None)
 
     def _find_rope_section(self) -> ConfigReader | None:
-        """`rope_parameters` as transformers 5 writes them, or `rope_scaling` as 4 did."""
+        """Return `rope_parameters` (transformers 5) or `rope_scaling` (transformers 4)."""
         model = self._model
         keys = "use_scaled_rope", "rope_parameters", "rope_scaling"
-        given = [key for key in keys if model.value(key) not in (None, False)]
-        if len(given) > 1:
-            model.fail(f"{' and '.join(given)} are given together: keep one of them")
+        present = [key for key in keys if model.value(key) not in (None, False)]
+        if len(present) > 1:
+            model.fail(f"{' and '.join(present)} are both set: keep one of them")
         section = model.section("rope_parameters") or model.section("rope_scaling")
         if section is not None:
-            section.only("partial_rotary_factor", 1)
+            section.require("partial_rotary_factor", 1)
         return section
 
-    def _scaled_rope(self) -> Mapping[str, Any]:
-        """Meta's `use_scaled_rope` is llama3's scaling; a file may state its factors, the others are Meta's defaults.
+    def _use_scaled_rope(self) -> Mapping[str, Any]:
+        """Translate Meta's `use_scaled_rope` to llama3 scaling. Factors that are not set are Meta's defaults.
 
-        Llama 3.2's small models were trained with a factor of 32, which their params.json does not say.
+        The small Llama 3.2 models were trained with a factor of 32, which their params.json does not contain.
         """
         model = self._model
         if not model.flag("use_scaled_rope"):
@@ -201,23 +199,23 @@ class Settings:
         scaling = {
             "rope_type": "llama3",
             **_LLAMA3,
-            "factor": model.factor("rope_scaling_factor", _LLAMA3["factor"]),
-            "high_freq_factor": model.factor("rope_high_freq_factor", _LLAMA3["high_freq_factor"]),
+            "factor": model.positive("rope_scaling_factor", _LLAMA3["factor"]),
+            "high_freq_factor": model.positive("rope_high_freq_factor", _LLAMA3["high_freq_factor"]),
             _ORIGINAL: model.integer(_ORIGINAL, 8192),
         }
         return {"rope_scaling": scaling}
 
-    def _sections_rope(self) -> Mapping[str, Any]:
-        """The scaling of `rope_parameters` or `rope_scaling`, and the context of pre-training beside it."""
+    def _section_scaling(self) -> Mapping[str, Any]:
+        """Return the scaling of `rope_parameters` or `rope_scaling`, and the original context length beside it."""
         section = self._rope_section
         if section is None:
             return {}
         content = self._model.value("rope_parameters") or self._model.value("rope_scaling") or {}
         content = {key: value for key, value in content.items() if value is not None}
         untyped = not {"rope_type", "type"} & content.keys()
-        if section.nests or (untyped and not content.keys() <= {"rope_theta", "partial_rotary_factor"}):
+        if section.has_sections or (untyped and not content.keys() <= {"rope_theta", "partial_rotary_factor"}):
             section.fail(
-                "no rope_type, or nested by type of layer: give one section for all layers, with its rope_type"
+                "has no rope_type or one entry per layer type: give one section with a rope_type for all layers"
             )
         if untyped or section.text("rope_type", section.text("type", "")) == "default":
             return {}
@@ -230,4 +228,4 @@ def _content(path: Path) -> dict[str, Any]:
         return read_yaml(path)
     if path.suffix == ".json":
         return read_json(path, MIB, error=CheckpointError)
-    raise CheckpointError(f"{path}: not a config file that is known here: give a .yaml, .yml or .json file")
+    raise CheckpointError(f"{path}: not a supported config file: give a .yaml, .yml or .json file")

@@ -1,8 +1,7 @@
-"""Which keys the config of a model in Meta's naming may have. Knows no tensors, and no value of what is computed.
+"""Keys that the config of a model with Meta's tensor names may have.
 
-A key that is not known may stand for something the model computes, so it is refused by name; left alone are those of
-training, of names and of memory. The `config.json` of a Hugging Face llama is exempt: transformers, which defines it,
-passes over what it does not know.
+An unknown key may affect what the model computes, so it is rejected; keys of training, naming and memory use are
+ignored. The `config.json` of a Hugging Face llama is exempt, because transformers ignores unknown keys too.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.runtime.show import show
 
-KEYS: Mapping[str, tuple[str, ...]] = {  # name of a setting -> its keys in files
+KEYS: Mapping[str, tuple[str, ...]] = {  # setting -> its keys in files
     "dim": ("dim", "hidden_size"),
     "ffn_dim": ("ffn_dim", "hidden_dim", "intermediate_size"),
     "n_layers": ("n_layers", "num_hidden_layers"),
@@ -27,111 +26,43 @@ KEYS: Mapping[str, tuple[str, ...]] = {  # name of a setting -> its keys in file
     "tied": ("tie_word_embeddings", "tie_embeddings", "tied_embeddings", "tie_weights", "weight_tying"),
 }
 SCALED_ROPE = ("rope_scaling_factor", "rope_high_freq_factor")
-"""Keys that mean something with `use_scaled_rope` only."""
+"""Keys that require `use_scaled_rope`."""
 
 _ROPE = frozenset(
     {"use_scaled_rope", "rope_parameters", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor"}
 )
 _SECTIONS = frozenset({"model", "paths", "tokens", "generation"})
-# Left out, null, false, 0 or empty is a LLaMA; anything else leaves no trace in the weights and is not computed here.
-_OFF = frozenset(
-    {
-        "attention_bias",
-        "attn_logit_softcapping",
-        "bias",
-        "final_logit_softcapping",
-        "lora_args",
-        "mlp_bias",
-        "moe",
-        "num_experts",
-        "parallel_residual",
-        "qk_norm",
-        "qkv_bias",
-        "quantization",
-        "quantization_args",
-        "sliding_window",
-        "use_bias",
-        "use_biases",
-        "use_qk_norm",
-        "window",
-        "window_size",
-    }
-)
+# Must be missing, null, false, 0 or empty: the weights do not show these settings, and the decoder lacks them.
+_UNSUPPORTED = frozenset({
+    "attention_bias", "attn_logit_softcapping", "bias", "final_logit_softcapping", "lora_args", "mlp_bias", "moe",
+    "num_experts", "parallel_residual", "qk_norm", "qkv_bias", "quantization", "quantization_args", "sliding_window",
+    "use_bias", "use_biases", "use_qk_norm", "window", "window_size",
+})  # fmt: skip
 _SILU = frozenset({"silu", "swish", "swiglu"})
 _RMS_NORM = frozenset({"rmsnorm", "rms_norm", "rms"})
 _ROTARY = frozenset({"rope", "rotary"})
-_NAMES: Mapping[str, frozenset[str]] = {  # key -> its values that are a LLaMA's
-    "act_fn": _SILU,
-    "activation": _SILU,
-    "activation_function": _SILU,
-    "ffn_type": _SILU,
-    "hidden_act": _SILU,
-    "mlp_type": _SILU,
-    "norm": _RMS_NORM,
-    "norm_type": _RMS_NORM,
-    "pos_encoding": _ROTARY,
-    "position_embedding_type": _ROTARY,
-    "positional_encoding": _ROTARY,
+_NAMES: Mapping[str, frozenset[str]] = {  # key -> supported values
+    **dict.fromkeys(("act_fn", "activation", "activation_function", "ffn_type", "hidden_act", "mlp_type"), _SILU),
+    **dict.fromkeys(("norm", "norm_type"), _RMS_NORM),
+    **dict.fromkeys(("pos_encoding", "position_embedding_type", "positional_encoding"), _ROTARY),
 }
-_HARMLESS = frozenset(
-    {
-        # how Meta's code finds the width of the feed-forward network, which the weights show
-        "multiple_of",
-        "ffn_dim_multiplier",
-        # training
-        "attention_dropout",
-        "attn_dropout",
-        "checkpoint_activations",
-        "dropout",
-        "embd_dropout",
-        "ffn_dropout",
-        "grad_checkpointing",
-        "gradient_checkpointing",
-        "hidden_dropout",
-        "init_std",
-        "initializer_range",
-        "resid_dropout",
-        "residual_dropout",
-        "seed",
-        "use_gradient_checkpointing",
-        "z_loss",
-        # names
-        "_name_or_path",
-        "architecture",
-        "architectures",
-        "description",
-        "model_name",
-        "name",
-        "size",
-        "transformers_version",
-        "version",
-        # numbers and memory
-        "compile",
-        "device",
-        "dtype",
-        "flash",
-        "flash_attention",
-        "flash_attn",
-        "max_batch_size",
-        "model_parallel_size",
-        "precision",
-        "pretraining_tp",
-        "torch_dtype",
-        "use_cache",
-        "use_flash",
-        "use_flash_attention",
-        "use_flash_attn",
-        "use_sdpa",
-        # tokens, which the tokenizer's files tell
-        "bos_id",
-        "bos_token_id",
-        "eos_id",
-        "eos_token_id",
-        "pad_id",
-        "pad_token_id",
-        "padding_idx",
-    }
-)
+_IGNORED = frozenset({
+    # determine the width of the MLP, which is read from the weights
+    "multiple_of", "ffn_dim_multiplier",
+    # training
+    "attention_dropout", "attn_dropout", "checkpoint_activations", "dropout", "embd_dropout", "ffn_dropout",
+    "grad_checkpointing", "gradient_checkpointing", "hidden_dropout", "init_std", "initializer_range",
+    "resid_dropout", "residual_dropout", "seed", "use_gradient_checkpointing", "z_loss",
+    # names
+    "_name_or_path", "architecture", "architectures", "description", "model_name", "name", "size",
+    "transformers_version", "version",
+    # numbers and memory
+    "compile", "device", "dtype", "flash", "flash_attention", "flash_attn", "max_batch_size", "model_parallel_size",
+    "precision", "pretraining_tp", "torch_dtype", "use_cache", "use_flash", "use_flash_attention", "use_flash_attn",
+    "use_sdpa",
+    # tokens, which are read from the tokenizer's files
+    "bos_id", "bos_token_id", "eos_id", "eos_token_id", "pad_id", "pad_token_id", "padding_idx",
+})  # fmt: skip
 _KNOWN = frozenset(
     {
         "model_type",
@@ -139,27 +70,27 @@ _KNOWN = frozenset(
         *SCALED_ROPE,
         *_ROPE,
         *_SECTIONS,
-        *_OFF,
+        *_UNSUPPORTED,
         *_NAMES,
-        *_HARMLESS,
+        *_IGNORED,
     }
 )
-_MOST_SHOWN = 3
+_MAX_SHOWN = 3
 
 
 def check_keys(model: ConfigReader, content: Mapping[str, Any]) -> None:
-    """Refuse what asks for another model than a LLaMA, and what nobody knows.
+    """Reject unknown keys, and values that describe another model than a LLaMA.
 
     Args:
-        model: the section `model`, or the whole file where it has none.
+        model: the section `model`, or the whole file if it has no such section.
         content: the same as a mapping.
 
     Raises:
-        CheckpointError: a key is not known, or has a value that is not a LLaMA's.
+        CheckpointError: a key is unknown, or its value is not supported.
     """
-    model.only("model_type", "llama")
-    model.only("partial_rotary_factor", 1)
-    model.refuse(*sorted(_OFF))
+    model.require("model_type", "llama")
+    model.require("partial_rotary_factor", 1)
+    model.reject(*sorted(_UNSUPPORTED))
     for key, allowed in _NAMES.items():
         name = model.text(key, "")
         if name and name.lower() not in allowed:
@@ -168,8 +99,8 @@ def check_keys(model: ConfigReader, content: Mapping[str, Any]) -> None:
         return  # a Hugging Face llama
     unknown = [show(key) for key, value in content.items() if value is not None and key not in _KNOWN]
     if unknown:
-        more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
+        more = f" and {len(unknown) - _MAX_SHOWN} more" if len(unknown) > _MAX_SHOWN else ""
         model.fail(
-            f"no key that is known here: {', '.join(unknown[:_MOST_SHOWN])}{more}: remove what does not change the "
-            "model's computation (a LLaMA's: RMSNorm, rotary positions, SwiGLU); a model that needs it is not supported"
+            f"unknown key: {', '.join(unknown[:_MAX_SHOWN])}{more}: remove keys that do not affect the model's "
+            "output; other models than LLaMA (RMSNorm, rotary positions, SwiGLU) are not supported"
         )

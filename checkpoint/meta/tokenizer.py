@@ -1,7 +1,7 @@
-"""Finds the tokenizer of a state dict and makes a `tokenizer.json` of it. Knows no tensors, no roles and no template.
+"""Finds the tokenizer of a state dict and converts it to a `tokenizer.json`.
 
-Either there is a `tokenizer.json`, or the two files of a byte-level BPE, `…vocab.json` and `…merges.txt`, which are
-read as `tokenizers.ByteLevelBPETokenizer` reads them by default: cut by GPT-2's rule, no space put in front.
+Supported are a `tokenizer.json`, or the two files of a byte-level BPE, `…vocab.json` and `…merges.txt`, which are read
+with the defaults of `tokenizers.ByteLevelBPETokenizer`: GPT-2's pre-tokenizer and no prefix space.
 """
 
 from __future__ import annotations
@@ -19,31 +19,35 @@ from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text
 
 _JSON, _VOCAB, _MERGES, _SENTENCEPIECE = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
-_MOST_BYTES = 64 * MIB
-_MOST_TOKENS = 4_000_000
+_MAX_BYTES = 64 * MIB
+_MAX_TOKENS = 4_000_000
 _PATHS = ("tokenizer_dir", "vocab_file", "merges_file")
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-_UNREAD = "a SentencePiece or tiktoken model, which is not read"
-_WANTED = f"a {_JSON}, or …{_VOCAB} with its …{_MERGES}"
+_UNSUPPORTED = "a SentencePiece or tiktoken model, which is not supported"
+_SUPPORTED = f"a {_JSON}, or …{_VOCAB} with its …{_MERGES}"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """Where a tokenizer lies: one file, or a vocabulary and its merges."""
+    """Files of a tokenizer.
+
+    Attributes:
+        main: `tokenizer.json`, or the vocabulary of a byte-level BPE.
+        merges: the merges of a byte-level BPE, or None.
+    """
 
     main: Path
     merges: Path | None
 
 
 class Vocabulary:
-    """The content of a tokenizer.json.
+    """Tokens of a `tokenizer.json`.
 
     Args:
         spec: the parsed file.
-        where: its path, for messages.
 
     Attributes:
-        where: as above.
+        where: path of the file, for error messages.
     """
 
     def __init__(self, spec: Mapping[str, Any], where: str) -> None:
@@ -53,40 +57,40 @@ class Vocabulary:
         tokens = model.get("vocab") if isinstance(model, Mapping) else None
         added = spec.get("added_tokens") or []
         if not isinstance(model, Mapping) or not isinstance(tokens, Mapping | list) or not isinstance(added, list):
-            self._fail("not a tokenizer that can be used: it has no vocabulary")
+            self._fail("invalid tokenizer: no vocabulary")
         if isinstance(tokens, list):  # Unigram: [text, score]
             if not all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in tokens):
-                self._fail("not a tokenizer that can be used: an entry of its vocabulary is no token with a score")
+                self._fail("invalid tokenizer: a vocabulary entry is not a token with a score")
             tokens = {entry[0]: index for index, entry in enumerate(tokens)}
         if not all(isinstance(entry, Mapping) and _is_id(entry.get("id")) for entry in added):
-            self._fail("not a tokenizer that can be used: an entry of added_tokens has no id")
+            self._fail("invalid tokenizer: an entry of added_tokens has no id")
         if not all(isinstance(entry.get("content"), str) for entry in added):
-            self._fail("not a tokenizer that can be used: an entry of added_tokens has no text for its content")
+            self._fail("invalid tokenizer: an entry of added_tokens has no content")
         self._added: dict[int, Mapping[str, Any]] = {entry["id"]: entry for entry in added}
         self._ids = {**tokens, **{entry["content"]: index for index, entry in self._added.items()}}
         if not all(isinstance(text, str) and _is_id(index) for text, index in self._ids.items()):
-            self._fail("not a tokenizer that can be used: an entry of its vocabulary is no token with an id")
+            self._fail("invalid tokenizer: a vocabulary entry is not a token with an id")
         self._texts: dict[int, str] = {index: text for text, index in self._ids.items()}
         merges = model.get("merges") if model.get("type") == "BPE" else None
-        self._made = {"".join(pair) for pair in map(_pair, merges)} if isinstance(merges, list) else None
+        self._merged = {"".join(pair) for pair in map(_pair, merges)} if isinstance(merges, list) else None
 
     def id(self, text: str) -> int | None:
-        """Id of the token that is written so."""
+        """Return the id of a token, or None."""
         return self._ids.get(text)
 
     def text(self, index: int) -> str | None:
-        """How a token is written."""
+        """Return the text of a token, or None."""
         return self._texts.get(index)
 
     def is_control(self, index: int) -> bool:
-        """Whether there is a token of this id that no text is cut into: in a BPE, one that no merges lead to."""
+        """Whether this id is a token that encoding text never produces: in a BPE, one that no merge produces."""
         text = self._texts.get(index)
         if not text or index in self._added:
             return bool(text)
-        return self._made is None or not (text in self._made or len(text) == 1)
+        return self._merged is None or not (text in self._merged or len(text) == 1)
 
     def with_special(self, indices: Iterable[int]) -> str:
-        """Text of the tokenizer.json with these tokens special, under their own spellings."""
+        """Return the text of the tokenizer.json with these tokens marked as special."""
         added = dict(self._added)
         for index in indices:
             entry = {**_ADDED, "id": index, "content": self._texts[index]}
@@ -96,7 +100,7 @@ class Vocabulary:
         try:
             text.encode()
         except UnicodeEncodeError:
-            self._fail("not a tokenizer that can be used: half a surrogate pair, which is no character, is in it")
+            self._fail("invalid tokenizer: a token contains an unpaired surrogate")
         return text
 
     def _fail(self, reason: str) -> NoReturn:
@@ -106,50 +110,53 @@ class Vocabulary:
 def find_tokenizer(
     checkpoint: Path, given: Path | None, config: Path | None, paths: ConfigReader | None
 ) -> TokenizerFiles:
-    """The tokenizer a user gives, else the one its config names, else the one beside the checkpoint or the config.
+    """Find the tokenizer given by a flag, else by the config, else beside the checkpoint or the config.
 
-    Paths in a config may be relative to its folder, to one of the two above, to that of the checkpoint, or to the one
-    above that; `vocab_file` and `merges_file` lie in `tokenizer_dir` or are relative to the same places.
+    Paths in a config may be relative to its folder, to the two folders above, to the checkpoint's folder, or to the
+    folder above that; `vocab_file` and `merges_file` may also be relative to `tokenizer_dir`.
 
     Args:
-        checkpoint: the file of weights.
-        given: folder or file (`--tokenizer`), or None.
+        checkpoint: the weight file.
+        given: folder or file given by `--tokenizer`, or None.
         config: the config file, or None.
-        paths: its section `paths`, or None.
+        paths: the config's section `paths`, or None.
 
     Raises:
-        CheckpointError: there is none, or it is not clear which.
+        CheckpointError: there is no tokenizer, or several.
     """
     if given is not None:
-        return _given(given)
+        return _from_flag(given)
     beside = [checkpoint.parent] if config is None else [checkpoint.parent, config.parent]
-    roots = [*_up(config, 3), *_up(checkpoint, 2)]
-    named = _named(paths, roots) if paths is not None else None
-    found = named or next(filter(None, map(_inside, beside)), None)
+    roots = [*_parents(config, 3), *_parents(checkpoint, 2)]
+    named = _from_config(paths, roots) if paths is not None else None
+    found = named or next(filter(None, map(_in_folder, beside)), None)
     if found is not None:
         return found
     names = [f"{key}: {paths.text(key)}" for key in _PATHS if paths is not None and key in paths]
-    looked = f"; {paths.where} names {', '.join(names)}, not found there" if paths is not None and names else ""
-    where = f"{checkpoint}: no tokenizer beside it{_sentencepiece(beside)}{looked}"
-    raise CheckpointError(f"{where}: give --tokenizer with the folder of {_WANTED}")
+    missing = f"; {paths.where} names {', '.join(names)}, which do not exist" if paths is not None and names else ""
+    raise CheckpointError(
+        f"{checkpoint}: no tokenizer beside it{_unsupported_note(beside)}{missing}: "
+        f"give --tokenizer with the folder of {_SUPPORTED}"
+    )
 
 
 def read_vocabulary(files: TokenizerFiles) -> Vocabulary:
-    """Read a tokenizer's files.
+    """Read the files of a tokenizer.
 
     Raises:
-        CheckpointError: they are damaged, or do not belong together.
+        CheckpointError: a file is damaged, or the files do not match.
     """
-    content = read_json(files.main, _MOST_BYTES, error=CheckpointError)
+    content = read_json(files.main, _MAX_BYTES, error=CheckpointError)
     if files.merges is None:
         return Vocabulary(content, str(files.main))
     if not all(map(_is_id, content.values())):
-        raise CheckpointError(f"{files.main}: not a vocabulary: a JSON object from tokens to their ids is needed")
+        raise CheckpointError(f"{files.main}: not a vocabulary: a JSON object from tokens to ids is required")
     texts = {index: text for text, index in content.items()}
     if len(texts) != len(content):
-        twice = next(text for text, index in content.items() if texts[index] != text)
+        duplicate = next(text for text, index in content.items() if texts[index] != text)
         raise CheckpointError(
-            f"{files.main}: {twice[:80]!a} and {texts[content[twice]][:80]!a} have the same id: the file is damaged"
+            f"{files.main}: {duplicate[:80]!a} and {texts[content[duplicate]][:80]!a} have the same id: the file is "
+            "damaged"
         )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     spec: dict[str, Any] = {
@@ -170,8 +177,8 @@ def read_vocabulary(files: TokenizerFiles) -> Vocabulary:
 
 
 def _merges(path: Path, vocabulary: Mapping[str, int]) -> Iterator[list[str]]:
-    """Lines of two tokens each; those that begin with `#version` are skipped, as `tokenizers` does."""
-    lines = read_text(path, _MOST_BYTES, error=CheckpointError).split("\n")
+    """Yield the pairs of tokens in a merges file; lines that start with `#version` are skipped, as in `tokenizers`."""
+    lines = read_text(path, _MAX_BYTES, error=CheckpointError).split("\n")
     for number, line in enumerate(lines, 1):
         line = line.removesuffix("\r")
         if not line or line.startswith("#version"):
@@ -179,16 +186,16 @@ def _merges(path: Path, vocabulary: Mapping[str, int]) -> Iterator[list[str]]:
         pair = line.split(" ")
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
             raise CheckpointError(
-                f"{path}: line {number} is not a merge of two tokens into one of the vocabulary: {line[:80]!a}"
+                f"{path}: line {number} does not join two tokens of the vocabulary into a third: {line[:80]!a}"
             )
         yield pair
 
 
-def _given(path: Path) -> TokenizerFiles:
+def _from_flag(path: Path) -> TokenizerFiles:
     if _is_dir(path):
-        found = _inside(path)
+        found = _in_folder(path)
         if found is None:
-            raise CheckpointError(f"--tokenizer: {path} holds no tokenizer{_sentencepiece([path])}: give {_WANTED}")
+            raise CheckpointError(f"--tokenizer: {path} has no tokenizer{_unsupported_note([path])}: give {_SUPPORTED}")
         return found
     if not _is_file(path):
         raise CheckpointError(f"--tokenizer: {path}: no such file or folder")
@@ -196,16 +203,16 @@ def _given(path: Path) -> TokenizerFiles:
         suffix, other = (_VOCAB, _MERGES) if path.name.endswith(_VOCAB) else (_MERGES, _VOCAB)
         pair = path, path.with_name(path.name.removesuffix(suffix) + other)
         if not _is_file(pair[1]):
-            raise CheckpointError(f"--tokenizer: {path} needs {pair[1].name} beside it, which is missing")
+            raise CheckpointError(f"--tokenizer: {path} requires {pair[1].name} beside it, which is missing")
         return TokenizerFiles(*(pair if suffix == _VOCAB else pair[::-1]))
     if path.name != _JSON:
-        why = _UNREAD if path.suffix == ".model" else "no known tokenizer"
-        raise CheckpointError(f"--tokenizer: {path}: {why}: give {_WANTED}")
+        why = _UNSUPPORTED if path.suffix == ".model" else "not a supported tokenizer"
+        raise CheckpointError(f"--tokenizer: {path}: {why}: give {_SUPPORTED}")
     return TokenizerFiles(path, None)
 
 
-def _inside(folder: Path) -> TokenizerFiles | None:
-    """The tokenizer in a folder; a tokenizer.json before all others."""
+def _in_folder(folder: Path) -> TokenizerFiles | None:
+    """Return the tokenizer in a folder, preferring tokenizer.json, or None."""
     if _is_file(folder / _JSON):
         return TokenizerFiles(folder / _JSON, None)
     if not _is_dir(folder):
@@ -220,12 +227,12 @@ def _inside(folder: Path) -> TokenizerFiles | None:
         pairs = [TokenizerFiles(vocabularies[0], merges[0])]
     if len(pairs) > 1:
         names = ", ".join(pair.main.name for pair in pairs[:3])
-        raise CheckpointError(f"{folder} holds {len(pairs)} tokenizers ({names}): name one with --tokenizer FILE")
+        raise CheckpointError(f"{folder} has {len(pairs)} tokenizers ({names}): select one with --tokenizer FILE")
     return pairs[0] if pairs else None
 
 
-def _named(paths: ConfigReader, roots: Iterable[Path]) -> TokenizerFiles | None:
-    """The tokenizer that a config names, in the first place that holds it."""
+def _from_config(paths: ConfigReader, roots: Iterable[Path]) -> TokenizerFiles | None:
+    """Return the tokenizer that a config names, from the first root folder that contains it."""
     folder, vocab, merges = (paths.text(key, "") for key in _PATHS)
     if vocab and not merges and vocab.endswith(_VOCAB):
         merges = vocab.removesuffix(_VOCAB) + _MERGES
@@ -234,19 +241,19 @@ def _named(paths: ConfigReader, roots: Iterable[Path]) -> TokenizerFiles | None:
             for base in dict.fromkeys((root / folder, root)):
                 if _is_file(base / vocab) and _is_file(base / merges):
                     return TokenizerFiles(base / vocab, base / merges)
-        elif folder and (found := _inside(root / folder)) is not None:
+        elif folder and (found := _in_folder(root / folder)) is not None:
             return found
     return None
 
 
-def _up(path: Path | None, levels: int) -> list[Path]:
-    """The folder of a file and those above it."""
+def _parents(path: Path | None, levels: int) -> list[Path]:
+    """Return the folder of a file and the folders above it."""
     return [] if path is None else list(path.absolute().parents[:levels])
 
 
-def _sentencepiece(folders: Iterable[Path]) -> str:
+def _unsupported_note(folders: Iterable[Path]) -> str:
     found = next((folder / _SENTENCEPIECE for folder in folders if _is_file(folder / _SENTENCEPIECE)), None)
-    return f" but {found}, {_UNREAD}" if found is not None else ""
+    return f" but {found}, {_UNSUPPORTED}" if found is not None else ""
 
 
 def _is_file(path: Path) -> bool:
@@ -264,7 +271,7 @@ def _is_dir(path: Path) -> bool:
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_TOKENS
 
 
 def _pair(merge: Any) -> list[str]:

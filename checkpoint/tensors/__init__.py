@@ -1,1 +1,1 @@
-"""Files of plain tensors: torch.save archives and safetensors."""
+"""Files of plain tensors: safetensors and torch.save."""

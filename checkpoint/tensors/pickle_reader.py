@@ -1,15 +1,15 @@
-"""Reads the pickle inside of what torch.save writes, without pickle. It knows no file and reads no tensor's values.
+"""`unpickle`: a restricted pickle interpreter for files of torch.save, which never runs code from the file.
 
-A pickle is a program for a small stack machine. This one knows only the instructions that build plain values, and
-the few names that torch.save uses; a name stays a word, and "calling" one makes a description (`torch_names.py`):
+A pickle is a program for a stack machine. This one implements only the opcodes that build plain values, and accepts
+only the globals of `pickle_globals.py`. It produces:
 
-    numbers, texts, lists, tuples, dicts     themselves (a key of a dict that is no text becomes an Opaque)
-    tensors                                  StoredTensor: which storage, from where, which shape
-    bytes, sets, devices and the like        OPAQUE
+    numbers, strings, lists, tuples, dicts   as such (a dict key that is not a string becomes an `Opaque`)
+    tensors                                  `StoredTensor`: storage, offset, shape, strides
+    bytes, sets, devices, …                  `OPAQUE`
 
-Nothing is imported, called or built that the program names, and nothing it builds is walked, compared, hashed or
-printed here: values may be shared or contain themselves, and cost what the bytes cost that made them. Instructions:
-PEP 307 (protocol 2), PEP 3154 (4) and PEP 574 (5). Any other instruction or name ends the reading.
+Any other opcode or global is an error. Values are never traversed, compared, hashed or printed, because they may be
+shared or contain themselves; memory and time stay proportional to the size of the pickle. The opcodes are those of
+PEP 307 (protocol 2), PEP 3154 (4) and PEP 574 (5).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
-from llm_edge.checkpoint.tensors.torch_names import (
+from llm_edge.checkpoint.tensors.pickle_globals import (
     DAMAGED,
-    NAMES,
+    GLOBALS,
     ONLY_WEIGHTS,
     OPAQUE,
     Opaque,
@@ -32,47 +32,47 @@ from llm_edge.checkpoint.tensors.torch_names import (
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.show import show
 
-MAX_PICKLE = 1 << 26  # bytes; a tensor takes about 130
-MAX_STEPS = 1 << 21  # instructions; a tensor takes about 45
+MAX_PICKLE = 1 << 26  # bytes; about 130 per tensor
+MAX_STEPS = 1 << 21  # opcodes; about 45 per tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Pickled:
-    """What a pickle holds, and the storages it refers to, by key."""
+    """The value of a pickle, and the storages it refers to by key."""
 
     value: Any
     storages: Mapping[str, Storage]
 
 
-def unpickle(stream: BinaryIO, left: int, where: str) -> Pickled:
-    """Read one pickle; the stream is left behind its end.
+def unpickle(stream: BinaryIO, available: int, where: str) -> Pickled:
+    """Read one pickle and leave the stream after its end.
 
     Args:
-        stream: bytes from the beginning of the pickle on.
-        left: how many bytes there are at most.
-        where: the file, for messages.
+        stream: stream positioned at the start of the pickle.
+        available: maximum number of bytes to read.
+        where: path of the file, for error messages.
 
     Raises:
-        CheckpointError: it is damaged, too large, or asks for more than plain values and tensors.
+        CheckpointError: the pickle is damaged, too large, or contains more than plain values and tensors.
     """
-    machine = _Machine(stream, left, where)
+    machine = _Machine(stream, available, where)
     try:
         value = machine.run()
-    except (IndexError, UnicodeDecodeError):  # an instruction takes what is not there
-        machine.fail(f"the pickle in it cannot be followed: {DAMAGED}")
+    except (IndexError, UnicodeDecodeError):  # an opcode with missing or invalid operands
+        machine.fail(f"contains an invalid pickle: {DAMAGED}")
     except OSError as e:
         machine.fail(f"cannot be read: {e.strerror or e}")
     return Pickled(value, machine.storages)
 
 
 class _Machine:
-    """A stack, marks in it, and a memo of values to come back to."""
+    """The interpreter: a stack, marks in it, and a memo of shared values."""
 
-    def __init__(self, stream: BinaryIO, left: int, where: str) -> None:
+    def __init__(self, stream: BinaryIO, available: int, where: str) -> None:
         self.storages: dict[str, Storage] = {}
         self._stream = stream
-        self._left = min(left, MAX_PICKLE)
-        self._whole = left <= MAX_PICKLE
+        self._left = min(available, MAX_PICKLE)
+        self._complete = available <= MAX_PICKLE
         self._where = where
         self._stack: list[Any] = []
         self._marks: list[int] = []
@@ -85,21 +85,18 @@ class _Machine:
             code = self._take(1)
             if code == b".":
                 return self._result()
-            step = _STEPS.get(code)
+            step = _OPCODES.get(code)
             if step is None:
-                self.fail(
-                    f"has the pickle instruction {code[0]:#04x}, which plain tensors do not need and which is not "
-                    f"followed: {ONLY_WEIGHTS}"
-                )
+                self.fail(f"contains the pickle opcode {code[0]:#04x}, which is not supported: {ONLY_WEIGHTS}")
             step(self)
-        if not self._left and self._whole:
-            self.fail("ends within the pickle in it; the file is cut short: download it again")
-        return self.fail(f"the pickle in it goes on for too long: {ONLY_WEIGHTS}")
+        if not self._left and self._complete:
+            self.fail("ends within its pickle; the file is truncated: download it again")
+        return self.fail(f"its pickle is too long: {ONLY_WEIGHTS}")
 
     def _result(self) -> Any:
         value = self._stack.pop()
         if self._stack or self._marks:
-            self.fail(f"the pickle in it ends with something left over: {DAMAGED}")
+            self.fail(f"its pickle leaves more than one value: {DAMAGED}")
         return value
 
     def fail(self, reason: str) -> NoReturn:
@@ -124,7 +121,7 @@ class _Machine:
     def proto(self) -> None:
         version = self._number(1)
         if not 2 <= version <= 5:
-            self.fail(f"holds pickle protocol {version}, 2 to 5 are read: save it with torch.save again")
+            self.fail(f"uses pickle protocol {version}; 2 to 5 are supported: save it with torch.save again")
 
     def frame(self) -> None:
         if self._number(8) > self._left:
@@ -207,7 +204,7 @@ class _Machine:
         index = self._number(count)
         if index < len(self._memo):
             self._memo[index] = self._stack[-1]
-        elif index == len(self._memo):  # picklers count up
+        elif index == len(self._memo):  # picklers number values consecutively
             self._memo.append(self._stack[-1])
         else:
             raise IndexError
@@ -218,17 +215,17 @@ class _Machine:
     def get(self, count: int) -> None:
         self._stack.append(self._memo[self._number(count)])
 
-    # ---- names
+    # ---- globals
 
-    def line_name(self) -> None:
+    def global_from_line(self) -> None:
         module, name = self._line(), self._line()
-        self._name(module, name)
+        self._push_global(module, name)
 
-    def stack_name(self) -> None:
+    def global_from_stack(self) -> None:
         module, name = self.pair()
         if not isinstance(module, str) or not isinstance(name, str):
             raise IndexError
-        self._name(module, name)
+        self._push_global(module, name)
 
     def _line(self) -> str:
         line = self._stream.readline(min(256, self._left))
@@ -237,14 +234,14 @@ class _Machine:
         self._left -= len(line)
         return line[:-1].decode("utf-8")
 
-    def _name(self, module: str, name: str) -> None:
-        text = f"{module[:256]}.{name[:256]}"
-        known = NAMES.get(text)
-        if known is None:
+    def _push_global(self, module: str, name: str) -> None:
+        full_name = f"{module[:256]}.{name[:256]}"
+        found = GLOBALS.get(full_name)
+        if found is None:
             if module == "torch._utils" and name.startswith("_rebuild_"):
-                self.fail(f"holds a tensor of a kind that is not read ({show(text)}): save plain, dense tensors")
-            self.fail(f"asks for {show(text)}, and nothing but plain tensors and values is read: {ONLY_WEIGHTS}")
-        self._stack.append(known)
+                self.fail(f"contains an unsupported kind of tensor ({show(full_name)}): save plain, dense tensors")
+            self.fail(f"refers to {show(full_name)}; only plain tensors and values are supported: {ONLY_WEIGHTS}")
+        self._stack.append(found)
 
     def reduce(self) -> None:
         function, arguments = self.pair()
@@ -258,11 +255,11 @@ class _Machine:
     def persistent(self) -> None:
         storage = describe_storage(self._stack.pop(), self.fail)
         if self.storages.setdefault(storage.key, storage) != storage:
-            self.fail(f"describes storage {show(storage.key)} in two ways: save it with torch.save again")
+            self.fail(f"describes storage {show(storage.key)} inconsistently: save it with torch.save again")
         self._stack.append(storage)
 
 
-_STEPS: Mapping[bytes, Callable[[_Machine], None]] = {
+_OPCODES: Mapping[bytes, Callable[[_Machine], None]] = {
     b"\x80": _Machine.proto,
     b"\x95": _Machine.frame,
     b"N": lambda m: m.push(None),
@@ -300,8 +297,8 @@ _STEPS: Mapping[bytes, Callable[[_Machine], None]] = {
     b"\x94": _Machine.memoize,
     b"h": lambda m: m.get(1),
     b"j": lambda m: m.get(4),
-    b"c": _Machine.line_name,
-    b"\x93": _Machine.stack_name,
+    b"c": _Machine.global_from_line,
+    b"\x93": _Machine.global_from_stack,
     b"R": _Machine.reduce,
     b"b": _Machine.build,
     b"Q": _Machine.persistent,

@@ -14,7 +14,7 @@ from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.explain.graph import describe_weights
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.formats import Dense
+from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.validation.parity import model_shape
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, ReasoningTags, manifest_entry

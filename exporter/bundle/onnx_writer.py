@@ -21,6 +21,8 @@ from llm_edge.exporter.quantization.hadamard import rotation
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.model.config import ModelConfig
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
+from llm_edge.runtime.backend.open import open_graph
 from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import ONNX, ModelShape
 
@@ -88,6 +90,6 @@ class OnnxWriter:
         return sorted(folder.glob(f"{recipe.stem}.onnx*"))
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
-        share_buffer = self.style is GraphStyle.FUSED
-        path = folder / self.file_name(recipe)
-        return Session(path, shape, share_buffer, provider="cpu", spinning=False, hidden_size=self.hidden_size)
+        fused = self.style is GraphStyle.FUSED
+        file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=fused, hidden_size=self.hidden_size)
+        return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))

@@ -28,7 +28,8 @@ from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, rotary_tables
-from llm_edge.runtime.backend.session import AnySession, open_session
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
+from llm_edge.runtime.backend.open import AnySession, open_session
 from llm_edge.runtime.bundle import TORCHSCRIPT, ModelShape
 from llm_edge.runtime.errors import ParameterError
 
@@ -129,7 +130,8 @@ class TorchScriptWriter:
         return [folder / self.file_name(recipe)]
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> AnySession:
-        return open_session(folder / self.file_name(recipe), shape, TORCHSCRIPT, False, provider="cpu")
+        file = GraphFile(folder / self.file_name(recipe), shape, TORCHSCRIPT, share_buffer=False)
+        return open_session(file, ExecutionOptions("cpu"))
 
 
 def write_torchscript(path: Path, config: ModelConfig, weights: Mapping[str, Tensor], progress: Progress) -> None:

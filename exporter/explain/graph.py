@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.calibrate import StoredFormat
-from llm_edge.exporter.quantization.formats import Dense
+from llm_edge.exporter.quantization.formats.dense import Dense
 
 
 def describe_weights(

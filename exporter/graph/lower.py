@@ -19,7 +19,7 @@ from llm_edge.exporter.graph.passes.int8_cache import check_cache, quantize_cach
 from llm_edge.exporter.graph.trace import LINEAR_DOMAIN, GraphStyle
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat
-from llm_edge.exporter.quantization.formats import WeightFormat
+from llm_edge.exporter.quantization.formats.base import WeightFormat
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import rotary_tables

@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from llm_edge.exporter.module_names import HEAD, HEAD_MIX
-from llm_edge.exporter.quantization.formats import Blocks, Dense, Int8Static, Source, WeightFormat
+from llm_edge.exporter.quantization.formats.base import WeightFormat
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.formats.dense import Dense
+from llm_edge.exporter.quantization.formats.int8_static import Int8Static
+from llm_edge.exporter.quantization.formats.source import Source
 from llm_edge.runtime.errors import ParameterError
 
 

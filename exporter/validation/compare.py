@@ -99,7 +99,7 @@ class Quality:
 class Runnable(Protocol):
     """A model with a cache: a session of the runtime, or `Reference`."""
 
-    def reset(self) -> None:
+    def clear_cache(self) -> None:
         """Start from an empty context."""
 
     def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
@@ -113,7 +113,7 @@ class Reference:
         self._decoder = decoder
         self._past = decoder.empty_past()
 
-    def reset(self) -> None:
+    def clear_cache(self) -> None:
         self._past = self._decoder.empty_past()
 
     @torch.inference_mode()
@@ -221,7 +221,7 @@ def compare(expected: ReferenceLogits, session: Runnable) -> Parity:
     differences = {}
     for name in ("prefill", "steps", "chunk"):
         run: Run = getattr(expected, name)
-        session.reset()
+        session.clear_cache()
         largest, total, offset = 0.0, 0.0, run.offset
         for chunk in run.chunks:
             logits = torch.from_numpy(session.step(chunk, num_logits=0))
@@ -235,7 +235,7 @@ def compare(expected: ReferenceLogits, session: Runnable) -> Parity:
 def compare_hidden_states(expected: ReferenceLogits, session: Session) -> Difference:
     """Run a model on the same prompt and compare its hidden states; see `Parity`."""
     (prompt,) = expected.prefill.chunks
-    session.reset()
+    session.clear_cache()
     difference = torch.from_numpy(session.hidden_states(prompt)) - expected.hidden_states
     relative = difference.norm(dim=-1) / expected.hidden_states.norm(dim=-1)
     return Difference(relative.max().item(), relative.mean().item())
@@ -254,7 +254,7 @@ def score(expected: ReferenceLogits, session: Runnable, progress: Callable[[floa
     same, loss, loss_reference, done = 0, 0.0, 0.0, 0
     for run in expected.windows:
         (window,) = run.chunks
-        session.reset()
+        session.clear_cache()
         logits = torch.from_numpy(session.step(window, num_logits=0))[:-1]
         for start in range(0, len(logits), _KL_CHUNK):
             positions = slice(start, start + _KL_CHUNK)

@@ -1,1 +1,1 @@
-"""Families of decoders: how each one's config and tensors become ours. One file for families that are alike."""
+"""Supported model families, one module each; every module defines `FAMILY`."""

@@ -1,6 +1,6 @@
-"""Keys and values of one conversation, on the device where the graph reads them. Knows nothing of tokens or text.
+"""KV cache of one conversation, on the device where the graph reads it.
 
-Shapes are [1, K, capacity or tokens, D] for K key/value heads of size D.
+Tensors are [1, K, capacity or tokens, D] for K key/value heads of size D.
 """
 
 from __future__ import annotations
@@ -13,45 +13,41 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-_FIRST_CAPACITY = 256
+from llm_edge.runtime.backend.graph import Graph
+
+_INITIAL_CAPACITY = 256
 
 
 class KVCache(Protocol):
-    """The cache side of a step: `bind` before the session runs, `advance` behind it."""
+    """The cache side of a step: `bind` before the graph runs, `advance` after it."""
 
     def bind(self, binding: Any, past: int, new: int) -> None:
-        """Bind past and present tensors of a step over `new` tokens behind `past`."""
+        """Bind past and present tensors of a step over `new` tokens after `past`."""
 
     def advance(self, binding: Any) -> None:
-        """Keep what the step made."""
+        """Keep the keys and values that the step computed."""
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens but the first ones."""
+        """Keep only the first `length` tokens."""
 
-    def unbound(self) -> None:
-        """The binding has lost its outputs: bind them again."""
+    def outputs_cleared(self) -> None:
+        """The outputs of the binding were cleared, so the next `bind` has to bind them again."""
 
 
 class SharedCache:
-    """One buffer a tensor that is past and present at once: nothing is copied from step to step.
+    """One buffer per tensor that is both past and present, so that nothing is copied between steps.
 
-    Buffers start small and double, up to `limit` tokens; they are bound again only when they grow.
+    Buffers start small and double, up to the context's limit; they are bound again only when they grow.
     """
 
-    def __init__(
-        self, names: list[str], heads: int, head_dim: int, dtype: np.dtype[Any], device: str, limit: int
-    ) -> None:
-        self._names = names
-        self._shape = (heads, head_dim)
-        self._dtype = dtype
-        self._device = device
-        self._limit = limit
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._names = graph.cache_names
         self._values: list[Any] = []
         self._bound = True
         self.capacity = 0
 
     def bind(self, binding: Any, past: int, new: int) -> None:
-        """See `KVCache`."""
         if past + new > self.capacity:
             self._grow(binding, past, past + new)
         elif not self._bound:
@@ -60,27 +56,26 @@ class SharedCache:
         self._bound = True
 
     def advance(self, binding: Any) -> None:
-        """See `KVCache`: the step wrote in place."""
+        """Nothing to do: the step wrote in place."""
 
     def rewind(self, length: int) -> None:
-        """See `KVCache`: what is forgotten is overwritten."""
+        """Nothing to do: later steps overwrite the rest."""
 
-    def unbound(self) -> None:
-        """See `KVCache`."""
+    def outputs_cleared(self) -> None:
         self._bound = False
 
     def _grow(self, binding: Any, used: int, needed: int) -> None:
-        """Bind larger buffers; each takes its old one's place at once, so that not all are there twice."""
-        heads, head_dim = self._shape
-        capacity = max(needed, min(max(2 * self.capacity, _FIRST_CAPACITY), self._limit))
+        """Bind larger buffers, one at a time, so that only one exists twice."""
+        shape = self._graph.shape
+        capacity = max(needed, min(max(2 * self.capacity, _INITIAL_CAPACITY), self._graph.limit))
         old, self._values = self._values, []
-        self.capacity = 0  # should memory run out half-way, the next step begins anew
+        self.capacity = 0  # if memory runs out half-way, the next step starts over
         for index, name in enumerate(self._names):
-            buffer = _zeros((1, heads, capacity, head_dim), self._dtype)
+            buffer = _zeros((1, shape.num_key_value_heads, capacity, shape.head_dim), self._graph.cache_dtype)
             if old:
                 buffer[:, :, :used] = old[index].numpy()[:, :, :used]
                 old[index] = None
-            value = ort.OrtValue.ortvalue_from_numpy(buffer, self._device, 0)
+            value = ort.OrtValue.ortvalue_from_numpy(buffer, self._graph.cache_device, 0)
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
             self._values.append(value)
@@ -88,37 +83,34 @@ class SharedCache:
 
 
 class GrowingCache:
-    """A new present tensor each step, for graphs whose operators cannot write in place."""
+    """A new present tensor in every step, for graphs whose operators cannot write in place."""
 
-    def __init__(self, names: list[str], heads: int, head_dim: int, dtype: np.dtype[Any], device: str) -> None:
-        self._names = names
-        self._device = device
-        empty = np.zeros((1, heads, 0, head_dim), dtype=dtype)
-        self._empty = ort.OrtValue.ortvalue_from_numpy(empty, device, 0)
+    def __init__(self, graph: Graph) -> None:
+        self._names = graph.cache_names
+        self._device = graph.cache_device
+        self._empty = graph.cache_zeros((1, graph.shape.num_key_value_heads, 0, graph.shape.head_dim))
         self._values: list[Any] = []
 
     def bind(self, binding: Any, past: int, new: int) -> None:  # noqa: ARG002
-        """See `KVCache`."""
         for index, name in enumerate(self._names):
             binding.bind_ortvalue_input(f"past_key_values.{name}", self._values[index] if past else self._empty)
             binding.bind_output(f"present.{name}", self._device, 0)
 
     def advance(self, binding: Any) -> None:
-        """See `KVCache`."""
         self._values = binding.get_outputs()[-len(self._names) :]
 
     def rewind(self, length: int) -> None:
-        """See `KVCache`; what stays is copied, but all or nothing."""
+        """Copy the first tokens."""
         if not length or not self._values or length == self._values[0].shape()[2]:
             return
         for index, value in enumerate(self._values):
             kept = np.ascontiguousarray(value.numpy()[:, :, :length])
             self._values[index] = ort.OrtValue.ortvalue_from_numpy(kept, self._device, 0)
 
-    def unbound(self) -> None:
-        """See `KVCache`: every step binds all."""
+    def outputs_cleared(self) -> None:
+        """Nothing to do: every step binds everything."""
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Zeros in pages of their own: they take memory once they are written to, and give it back when they go."""
+    """Zeros in separately mapped pages, which take memory only once written to and return it when freed."""
     return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).reshape(shape)

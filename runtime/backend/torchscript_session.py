@@ -1,7 +1,7 @@
-"""A TorchScript file at work: `Session`'s door, torch behind it. Knows nothing of text or sampling.
+"""`TorchScriptSession`: the interface of `Session` over a TorchScript module.
 
-torch is imported when a session is made, and nowhere else in the runtime. A TorchScript file is a program of torch's
-operators: it is read by `check_program` before torch loads it.
+torch is imported when a session is created, and nowhere else in the runtime. A TorchScript file is a program of torch
+operators, so `check_program` inspects it before torch loads it.
 """
 
 from __future__ import annotations
@@ -15,48 +15,46 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_edge.runtime.backend.session import Logits, check_provider, check_step, check_threads, one_line
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile, one_line
+from llm_edge.runtime.backend.providers import check_provider, check_threads
+from llm_edge.runtime.backend.session import Logits, check_step
 from llm_edge.runtime.backend.torchscript_check import check_program
-from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import BundleError, InputError, MachineError, ProviderError
 
 _NO_MEMORY = ("not enough memory", "out of memory", "alloc")
 
 
 class TorchScriptSession:
-    """One conversation's cache over one TorchScript module.
-
-    Args:
-        path: the `.pt` file.
-        shape: what the module must look like.
-        provider: `cpu`, `cuda`, or `auto`: CUDA where this torch has it, else the CPU.
-        threads: of torch inside an operator, for the whole process; None leaves it as it is.
+    """One conversation's cache over a TorchScript module.
 
     Attributes:
-        length: tokens in the cache.
+        shape: dimensions of the model.
+        provider: `cpu` or `cuda`.
+        length: number of tokens in the cache.
         run_seconds: time spent inside torch so far.
 
     Raises:
         InputError: torch is not installed.
-        BundleError: the file does not load, or is no decoder of the shape the manifest says.
-        ProviderError: CUDA was asked for and is not there.
+        BundleError: the file does not load, or is not a decoder with the dimensions in the manifest.
+        ProviderError: CUDA was requested and is not available.
     """
 
-    def __init__(self, path: Path, shape: ModelShape, provider: str = "auto", threads: int | None = None) -> None:
-        check_provider(provider)
-        check_threads(threads)
+    def __init__(self, file: GraphFile, execution: ExecutionOptions) -> None:
+        check_provider(execution.provider)
+        check_threads(execution.threads)
+        path, shape = file.path, file.shape
         try:
             import torch
         except ImportError as error:
             raise InputError(f"{path}: a TorchScript bundle needs torch: pip install torch") from error
         self._torch: Any = torch
         self.shape = shape
-        self.provider = self._choose_provider(provider)
+        self.provider = self._resolve_provider(execution.provider)
         self.length = 0
         self.run_seconds = 0.0
         check_program(path)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if execution.threads is not None:
+            torch.set_num_threads(execution.threads)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings(
@@ -74,11 +72,11 @@ class TorchScriptSession:
 
     @property
     def limit(self) -> int:
-        """Tokens the context holds at most."""
+        """Maximum number of tokens in the context."""
         return self.shape.max_position_embeddings
 
     def step(self, tokens: Sequence[int] | npt.NDArray[np.int64], num_logits: int = 1) -> Logits:
-        """Run new tokens over the cache and keep theirs in it; see `Session.step`."""
+        """Run new tokens after the cached ones and add them to the cache; see `Session.step`."""
         new, past = len(tokens), self.length
         check_step(new, past, num_logits, self.limit)
         ids = self._torch.tensor([[*tokens]], dtype=self._torch.int64, device=self.provider)
@@ -87,52 +85,51 @@ class TorchScriptSession:
             logits, presents = self._run(ids, num_logits)
         except Exception as error:
             if _is_memory(error):
-                raise MachineError(f"not enough memory for a step over {new} tokens behind {past}") from error
-            raise MachineError(f"a step over {new} tokens behind {past} failed ({one_line(error)})") from error
+                raise MachineError(f"not enough memory for a step over {new} tokens after {past}") from error
+            raise MachineError(f"a step over {new} tokens after {past} failed ({one_line(error)})") from error
         self.run_seconds += time.perf_counter() - began
         self._past, self.length = presents, past + new
         return logits
 
-    rewinds = False
-    """See `Session.rewinds`."""
+    rewinds_in_place = False
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens but the first ones."""
+        """Keep only the first `length` tokens in the cache."""
         parts = [(key[:, :, :length], value[:, :, :length]) for key, value in self._past]
         self._past, self.length = parts if length else self._empty, length
 
-    def reset(self) -> None:
-        """Forget the conversation."""
+    def clear_cache(self) -> None:
+        """Remove all tokens from the cache."""
         self.rewind(0)
 
     def _run(self, ids: Any, num_logits: int) -> tuple[Logits, Any]:
         """Logits [n, V] of ids [1, S] and the present keys and values."""
         torch = self._torch
         mask = torch.ones(1, self.length + ids.shape[1], dtype=torch.int64, device=self.provider)
-        # Unoptimized: every step has shapes of its own, which no compiler shall specialize on. It is no slower on CPUs.
+        # Every step has other shapes, so compiling for one would not pay. It is no slower on CPUs.
         with torch.inference_mode(), torch.jit.optimized_execution(False):
             logits, presents = self._module(ids, mask, self._past, num_logits)
             found: Logits = logits[0].to("cpu", torch.float32).numpy()
         return found, presents
 
     def _check(self, path: Path) -> None:
-        """One token must give what the manifest promises."""
-        wanted = "it is no decoder of the shape the manifest says: export the bundle again"
+        """Run one token and compare the shapes of the outputs with the manifest."""
+        problem = "it is not a decoder with the dimensions in the manifest: export the bundle again"
         try:
             logits, presents = self._run(self._torch.zeros(1, 1, dtype=self._torch.int64, device=self.provider), 1)
             found = {tuple(part.shape) for present in presents for part in present}
         except Exception as error:
             if _is_memory(error):
                 raise MachineError(f"{path}: not enough memory to run it") from error
-            raise BundleError(f"{path}: {wanted} ({one_line(error)})") from error
+            raise BundleError(f"{path}: {problem} ({one_line(error)})") from error
         shape = self.shape
         if logits.shape != (1, shape.vocab_size) or found != {(1, shape.num_key_value_heads, 1, shape.head_dim)}:
-            raise BundleError(f"{path}: {wanted}")
+            raise BundleError(f"{path}: {problem}")
 
-    def _choose_provider(self, provider: str) -> str:
+    def _resolve_provider(self, provider: str) -> str:
         available = self._torch.cuda.is_available()
         if provider == "cuda" and not available:
-            raise ProviderError("provider cuda: this torch has no CUDA here; use provider='cpu' or 'auto'")
+            raise ProviderError("provider cuda: this torch has no CUDA; use provider='cpu' or 'auto'")
         if provider == "auto":
             return "cuda" if available else "cpu"
         return provider

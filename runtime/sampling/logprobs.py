@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_edge.runtime.sampling.params import refused
+from llm_edge.runtime.sampling.parameter_spec import refused
 from llm_edge.runtime.sampling.transforms import Row, keep_top_k, log_total
 
 

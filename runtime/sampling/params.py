@@ -1,207 +1,363 @@
-"""What a caller may ask of the draws, checked; it knows neither how they are done nor anything of models."""
+"""`SamplingParams`: how the tokens of an answer are drawn and when it ends.
+
+This class is the one table of sampling parameters. Validation, command-line options, the chat's panel, presets,
+endpoint requests, checkpoint defaults and docs/sampling.md are derived from `PARAMETERS`, which is read off it. To add
+a parameter, add a field here and, if it filters tokens, a function with `@filter_of` in `transforms.py`.
+"""
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
 
-from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
+from llm_edge.runtime.sampling.parameter_spec import Api, ParameterSpec, Slider, parameter, specs_of
 
 # Below this a temperature is greedy: dividing float32 logits by less only makes infinities.
 GREEDY_BELOW = 1e-5
+_MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn, and when to stop; a value out of its range raises ParameterError.
+    """How the tokens of an answer are drawn and when it ends; docs/sampling.md describes each parameter.
 
-    Listed in the order in which they act on the logits:
+    Fields stand in the order in which they act on the logits [V] of a token.
 
-    max_newlines        newline characters, 0 = off, and so is None, which becomes 0. A token that would put more
-                        than this many in a row, the prompt's too, cannot be drawn; tokens without text break a
-                        row, and those that end the text can always be drawn.
-    single_think_end    true or false. What ends the reasoning, a token or a text, cannot be completed once it stands
-                        behind the last one that starts it; nothing happens for models that have neither.
-    logit_bias          token id -> -100 to 100, as a mapping (its ids may be texts, as JSON's are) or as pairs,
-                        kept as pairs in the order of ids. Added to the logit; -100 is nearly a ban, 100 nearly
-                        forces. Ids the model has no logit for do nothing, here and in what follows.
-    banned_tokens       token ids that cannot be drawn.
-    min_tokens          tokens, 0 = off. Those that end the text cannot be drawn before so many others.
-    no_repeat_ngram     2 to 64 tokens, or 1 = none twice, 0 = off. What would repeat so many tokens in a row, the
-                        prompt's too, cannot be drawn (as transformers' no_repeat_ngram_size).
-    repetition_penalty  0.01 to 100, 1 = off. Logits of the tokens in the window, each token once: a positive
-                        logit is divided by it, a negative one multiplied.
-    repetition_window   tokens; how many of the latest, the prompt's too, the repetition penalty looks at.
-                        -1 = all, 0 = none.
-    presence_penalty    -2 to 2, 0 = off. Subtracted once from the logit of every token generated so far.
-    frequency_penalty   -2 to 2, 0 = off. Subtracted once for every time the token was generated.
-    dry_multiplier      0 to 100, 0 = off. DRY, "don't repeat yourself": if the latest L tokens stand earlier in
-                        the text too, multiplier * base ** (L - allowed length), 100 at most, is subtracted from
-                        the logit of the token that came next there. The longest L of a token counts.
-    dry_base            1 to 10; see above.
-    dry_allowed_length  1 to 64 tokens. Shorter repetitions are free.
-    dry_range           tokens; how many of the latest, the prompt's too, DRY looks at. -1 = all, 0 = none.
-    dry_breakers        strings. A token with one of them in its text ends what counts as a repetition, and is
-                        never pushed down itself.
-    temperature         0 to 100. Logits are divided by it. 0 (or below 1e-5) = greedy: the largest logit
-                        after the penalties, the lowest id among equals; all below is skipped then.
-    mirostat_tau        0 to 100 bits, 0 = off. Mirostat 2 takes the place of all the filters below: it keeps the
-                        tokens up to a surprise (-log2 of the probability) that it moves after every token, so
-                        that the surprise is mirostat_tau on average. 5 is usual. At least one is kept.
-    mirostat_eta        0 to 1. How far it moves: this times what the last surprise was off by.
-    top_n_sigma         0 to 100, 0 = off. Keeps logits at most so many standard deviations of all logits below
-                        the largest; logits of -inf do not count. Temperature does not change what it keeps.
-    top_k               tokens, 0 = off. Keeps the k largest logits, and every logit equal to the k-th.
-    top_p               0 to 1, 1 = off. Keeps the fewest most probable tokens that together reach this
-                        probability; at least one; among equals the highest ids.
-    min_p               0 to 1, 0 = off. Keeps tokens at least min_p times as probable as the most probable.
-    typical_p           0 to 1, 1 = off. Keeps the fewest tokens, those of a surprise nearest to the mean one
-                        (the entropy) first, that together reach this probability, and all as near as the last
-                        of them. The most probable token may go.
-    xtc_probability     0 to 1, 0 = off. "Exclude top choices": how often, of all tokens drawn, all tokens at
-                        least xtc_threshold probable are left out except the least probable of them.
-    xtc_threshold       0 to 1; above 0.5 there are no two such tokens, and nothing happens.
-    seed                0 to 2**64 - 1, or None = different every time. A seed and a machine give one text.
-
-    The first two are `LogitsProcessor`s (as are constraint and reasoning_budget), which whoever drives the sampler
-    gives to it, together with the ids of the tokens that end the text and of those that dry_breakers name. It does not
-    act on the rest either:
-
-    max_tokens          tokens, 1 or more, those of the reasoning included.
-    stop                strings that end the answer; one string may stand alone. What they spell in a reasoning
-                        does not end it.
-    stop_token_ids      token ids that end the text, the reasoning too.
-    constraint          a `Constraint` that the answer keeps to: JSON, a schema, an expression, a grammar, a choice;
-                        the reasoning does not. None = off.
-    reasoning_budget    tokens of a reasoning at most, 0 or more; then only the tokens that end it can be drawn, one
-                        after another. None = off.
-    logprobs            0 to 20, or None = off. Reports the log-probability of every token drawn, and so many of
-                        the most probable ones, in the model's own distribution: before any of the above.
+    Raises:
+        ParameterError: a value is of the wrong kind or out of range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    repetition_window: int = 64
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    max_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    max_newlines: int | None = 0
-    single_think_end: bool = False
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    banned_tokens: tuple[int, ...] = ()
-    min_tokens: int = 0
-    no_repeat_ngram: int = 0
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2
-    dry_range: int = -1
-    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    mirostat_tau: float = 0.0
-    mirostat_eta: float = 0.1
-    top_n_sigma: float = 0.0
-    typical_p: float = 1.0
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    logprobs: int | None = None
-    constraint: Constraint | None = None
-    reasoning_budget: int | None = None
+    max_newlines: int = parameter(
+        0,
+        "Newlines",
+        "allow at most this many newlines in a row; 0 = no limit",
+        detail="Newlines at the end of the prompt count; tokens without text end a run, and end tokens stay allowed.",
+        group="tokens",
+        between=(0, _MAX_INT),
+        slider=Slider(0, 20, 1),
+    )
+    single_think_end: bool = parameter(
+        False,
+        "Single think end",
+        "do not let reasoning end a second time",
+        detail="Bans the end of reasoning where it follows the last start of reasoning already. No effect on models "
+        "without reasoning.",
+        group="reasoning",
+    )
+    logit_bias: tuple[tuple[int, float], ...] = parameter(
+        (),
+        "Logit bias",
+        "add -100 to 100 to the logits of these token ids",
+        detail="A mapping (JSON's string keys are accepted) or pairs; of pairs with the same id the last counts. -100 "
+        "nearly bans a token, 100 nearly forces it. Ids outside the vocabulary are ignored.",
+        group="tokens",
+        api=Api(openai="logit_bias", llamacpp="logit_bias"),
+    )
+    banned_tokens: tuple[int, ...] = parameter(
+        (),
+        "Banned tokens",
+        "never draw these token ids",
+        group="tokens",
+        detail="Ids outside the vocabulary are ignored.",
+    )
+    min_tokens: int = parameter(
+        0,
+        "Min tokens",
+        "minimum answer length in tokens; 0 = none",
+        detail="End tokens are banned until then.",
+        group="limits",
+        between=(0, _MAX_INT),
+        slider=Slider(0, 4096, 16),
+    )
+    no_repeat_ngram: int = parameter(
+        0,
+        "No-repeat n-gram",
+        "ban tokens that would repeat an n-gram of this size; 0 = off",
+        detail="2 to 64 tokens; 1 allows no token twice. The prompt counts. As transformers' no_repeat_ngram_size.",
+        group="penalties",
+        between=(0, 64),
+        slider=Slider(0, 20, 1),
+    )
+    repetition_penalty: float = parameter(
+        1.0,
+        "Repetition penalty",
+        "above 1 makes recent tokens less likely",
+        detail="Positive logits of the tokens in the repetition window are divided by it, negative ones multiplied, "
+        "each token once; 1 = off.",
+        group="penalties",
+        between=(0.01, 100.0),
+        order=5,
+        slider=Slider(0.5, 2.0, 0.05),
+        api=Api(llamacpp="repeat_penalty", generation_config="repetition_penalty"),
+    )
+    repetition_window: int = parameter(
+        64,
+        "Repetition window",
+        "how many of the latest tokens the repetition penalty covers; -1 = all",
+        detail="The prompt counts. 0 = none.",
+        group="penalties",
+        between=(-1, _MAX_INT),
+        slider=Slider(-1, 4096, 32),
+        api=Api(llamacpp="repeat_last_n", generation_config="repetition_window"),
+    )
+    presence_penalty: float = parameter(
+        0.0,
+        "Presence penalty",
+        "above 0 makes tokens the answer already used less likely",
+        detail="Subtracted once from the logit of every token generated so far.",
+        group="penalties",
+        between=(-2.0, 2.0),
+        order=6,
+        slider=Slider(-2.0, 2.0, 0.1),
+        api=Api(openai="presence_penalty", llamacpp="presence_penalty"),
+    )
+    frequency_penalty: float = parameter(
+        0.0,
+        "Frequency penalty",
+        "above 0 makes tokens less likely each time the answer uses them",
+        detail="Subtracted once for every time a token was generated.",
+        group="penalties",
+        between=(-2.0, 2.0),
+        order=7,
+        slider=Slider(-2.0, 2.0, 0.1),
+        api=Api(openai="frequency_penalty", llamacpp="frequency_penalty"),
+    )
+    dry_multiplier: float = parameter(
+        0.0,
+        "DRY",
+        "above 0 discourages repeating whole passages",
+        detail='"Don\'t repeat yourself": if the latest L tokens occur earlier in the text, multiplier * base ** (L - '
+        "allowed length), at most 100, is subtracted from the logit of the token that followed there. The longest L "
+        "counts. https://github.com/oobabooga/text-generation-webui/pull/5677",
+        group="dry",
+        between=(0.0, 100.0),
+        order=8,
+        slider=Slider(0.0, 5.0, 0.1),
+        api=Api(llamacpp="dry_multiplier"),
+    )
+    dry_base: float = parameter(
+        1.75,
+        "DRY base",
+        "how fast DRY's penalty grows with the length of the repetition",
+        group="dry",
+        between=(1.0, 10.0),
+        slider=Slider(1.0, 4.0, 0.05),
+        api=Api(llamacpp="dry_base"),
+    )
+    dry_allowed_length: int = parameter(
+        2,
+        "DRY allowed length",
+        "DRY ignores repetitions shorter than this many tokens",
+        group="dry",
+        between=(1, 64),
+        slider=Slider(1, 64, 1),
+        api=Api(llamacpp="dry_allowed_length"),
+    )
+    dry_range: int = parameter(
+        -1,
+        "DRY range",
+        "how many of the latest tokens DRY covers; -1 = all, 0 = none",
+        detail="The prompt counts.",
+        group="dry",
+        between=(-1, _MAX_INT),
+        slider=Slider(-1, 4096, 64),
+        api=Api(llamacpp="dry_penalty_last_n"),
+    )
+    dry_breakers: tuple[str, ...] = parameter(
+        ("\n", ":", '"', "*"),
+        "DRY breakers",
+        "text that ends a repetition for DRY",
+        detail="A token that contains one of them ends a repetition and is never penalized itself.",
+        group="penalties",
+        api=Api(llamacpp="dry_sequence_breakers"),
+    )
+    temperature: float = parameter(
+        1.0,
+        "Temperature",
+        "0 always takes the most likely token; higher is more random",
+        detail="Logits are divided by it. At 0 (below 1e-5) the largest logit after the penalties wins, the lowest id "
+        "among equals, and the filters below are skipped.",
+        group="sampling",
+        between=(0.0, 100.0),
+        order=1,
+        slider=Slider(0.0, 2.0, 0.05),
+        api=Api(openai="temperature", llamacpp="temperature", generation_config="temperature"),
+    )
+    mirostat_tau: float = parameter(
+        0.0,
+        "Mirostat",
+        "target surprise in bits per token; replaces the other filters; 0 = off",
+        detail="Mirostat 2, https://arxiv.org/abs/2007.14966: keeps the tokens up to a surprise (-log2 of the "
+        "probability) that is adjusted after every token so that it is this on average; 5 is usual. At least one token "
+        "is kept.",
+        group="sampling",
+        between=(0.0, 100.0),
+        order=10,
+        slider=Slider(0.0, 10.0, 0.5),
+        api=Api(llamacpp="mirostat_tau"),
+    )
+    mirostat_eta: float = parameter(
+        0.1,
+        "Mirostat rate",
+        "how fast Mirostat adjusts",
+        detail="The fraction of the last error by which the surprise limit moves.",
+        group="sampling",
+        between=(0.0, 1.0),
+        slider=Slider(0.0, 1.0, 0.05),
+        api=Api(llamacpp="mirostat_eta"),
+    )
+    top_n_sigma: float = parameter(
+        0.0,
+        "Top-n sigma",
+        "keep logits within n standard deviations of the largest; 0 = off",
+        detail="Logits of -inf do not count; temperature does not change what is kept. https://arxiv.org/abs/2411.07641",
+        group="sampling",
+        between=(0.0, 100.0),
+        slider=Slider(0.0, 5.0, 0.1),
+        api=Api(llamacpp="top_n_sigma"),
+    )
+    top_k: int = parameter(
+        0,
+        "Top-k",
+        "sample from the k most likely tokens; 0 = all",
+        detail="Logits equal to the k-th are kept too.",
+        group="sampling",
+        between=(0, _MAX_INT),
+        order=3,
+        slider=Slider(0, 200, 5),
+        api=Api(llamacpp="top_k", generation_config="top_k"),
+    )
+    top_p: float = parameter(
+        1.0,
+        "Top-p",
+        "sample from the most likely tokens that together reach this probability; 1 = all",
+        detail="At least one is kept; among equals the highest ids.",
+        group="sampling",
+        between=(0.0, 1.0),
+        order=2,
+        slider=Slider(0.05, 1.0, 0.05),
+        api=Api(openai="top_p", llamacpp="top_p", generation_config="top_p"),
+    )
+    min_p: float = parameter(
+        0.0,
+        "Min-p",
+        "drop tokens less likely than this fraction of the most likely one",
+        group="sampling",
+        between=(0.0, 1.0),
+        order=4,
+        slider=Slider(0.0, 1.0, 0.01),
+        api=Api(llamacpp="min_p", generation_config="min_p"),
+    )
+    typical_p: float = parameter(
+        1.0,
+        "Typical-p",
+        "sample from the tokens of most typical surprise that together reach this probability; 1 = all",
+        detail="Those whose surprise is nearest to the entropy come first; all as near as the last are kept. The most "
+        "likely token may be dropped. https://arxiv.org/abs/2202.00666",
+        group="sampling",
+        between=(0.0, 1.0),
+        slider=Slider(0.05, 1.0, 0.05),
+        api=Api(llamacpp="typical_p"),
+    )
+    epsilon_cutoff: float = parameter(
+        0.0,
+        "Epsilon cutoff",
+        "drop tokens less likely than this probability; 0 = off",
+        detail="At least one is kept. Usual values are 3e-4 to 9e-4. https://arxiv.org/abs/2210.15191",
+        group="sampling",
+        between=(0.0, 1.0),
+        slider=Slider(0.0, 0.01, 0.0005),
+    )
+    xtc_probability: float = parameter(
+        0.0,
+        "XTC",
+        "how often the most likely tokens are excluded; 0 = off",
+        detail='"Exclude top choices": for this fraction of tokens, all candidates at least xtc_threshold likely are '
+        "dropped except the least likely of them. https://github.com/oobabooga/text-generation-webui/pull/6335",
+        group="sampling",
+        between=(0.0, 1.0),
+        order=9,
+        slider=Slider(0.0, 1.0, 0.05),
+        api=Api(llamacpp="xtc_probability"),
+    )
+    xtc_threshold: float = parameter(
+        0.1,
+        "XTC threshold",
+        "probability from which XTC counts a token as a top choice",
+        detail="Above 0.5 there are no two such tokens, and nothing happens.",
+        group="sampling",
+        between=(0.0, 1.0),
+        slider=Slider(0.0, 0.5, 0.01),
+        api=Api(llamacpp="xtc_threshold"),
+    )
+    seed: int | None = parameter(
+        None,
+        "Seed",
+        "the same seed gives the same answer; off = random each time",
+        detail="On the same machine.",
+        group="output",
+        between=(0, 2**64 - 1),
+        order=12,
+        slider=Slider(0, 2**32, 1, start=1),
+        api=Api(openai="seed", llamacpp="seed"),
+    )
+    max_tokens: int = parameter(
+        512,
+        "Max tokens",
+        "maximum answer length in tokens, reasoning included",
+        group="limits",
+        between=(1, _MAX_INT),
+        order=11,
+        slider=Slider(1, 32_768, 64),
+        api=Api(openai="max_tokens", llamacpp="n_predict", generation_config="max_new_tokens"),
+    )
+    stop: tuple[str, ...] = parameter(
+        (),
+        "Stop strings",
+        "end the answer before any of these texts",
+        detail="One string may be given alone. Reasoning is not searched.",
+        group="limits",
+        order=15,
+        api=Api(openai="stop", llamacpp="stop"),
+    )
+    stop_token_ids: tuple[int, ...] = parameter(
+        (), "Stop tokens", "end the text, reasoning included, at these token ids", group="limits"
+    )
+    constraint: Constraint | None = parameter(  # noqa: RUF009
+        None,
+        "Constraint",
+        "what the answer must conform to: JSON, a JSON schema, a regular expression, a grammar or a choice",
+        detail="Reasoning is not constrained.",
+        group="output",
+    )
+    reasoning_budget: int | None = parameter(
+        None,
+        "Reasoning budget",
+        "maximum reasoning length in tokens; off = no limit",
+        detail="After that many, only the tokens that end the reasoning can be drawn.",
+        group="reasoning",
+        between=(0, _MAX_INT),
+        order=13,
+        slider=Slider(0, 32_768, 64, start=256),
+    )
+    logprobs: int | None = parameter(
+        None,
+        "Log-probabilities",
+        "report this many alternatives for each token; off = none",
+        detail="0 to 20 alternatives besides the token drawn, from the model's own distribution, before any "
+        "parameter acts.",
+        group="output",
+        between=(0, 20),
+        order=14,
+        slider=Slider(0, 20, 1, start=5),
+        api=Api(openai="top_logprobs", llamacpp="n_probs"),
+    )
 
     def __post_init__(self) -> None:
-        self._within("temperature", 0.0, 100.0)
-        self._within("top_p", 0.0, 1.0)
-        self._within("min_p", 0.0, 1.0)
-        self._within("repetition_penalty", 0.01, 100.0)
-        self._within("presence_penalty", -2.0, 2.0)
-        self._within("frequency_penalty", -2.0, 2.0)
-        self._within("dry_multiplier", 0.0, 100.0)
-        self._within("dry_base", 1.0, 10.0)
-        self._within("mirostat_tau", 0.0, 100.0)
-        self._within("mirostat_eta", 0.0, 1.0)
-        self._within("top_n_sigma", 0.0, 100.0)
-        self._within("typical_p", 0.0, 1.0)
-        self._within("xtc_probability", 0.0, 1.0)
-        self._within("xtc_threshold", 0.0, 1.0)
-        self._within("top_k", 0, 2**31 - 1)
-        self._within("repetition_window", -1, 2**31 - 1)
-        self._within("max_tokens", 1, 2**31 - 1)
-        self._within("min_tokens", 0, 2**31 - 1)
-        self._within("no_repeat_ngram", 0, 64)
-        self._within("dry_allowed_length", 1, 64)
-        self._within("dry_range", -1, 2**31 - 1)
-        if self.max_newlines is None:
-            object.__setattr__(self, "max_newlines", 0)
-        self._within("max_newlines", 0, 2**31 - 1)
-        if not isinstance(self.single_think_end, bool):
-            raise refused("single_think_end", self.single_think_end, "true or false")
-        if self.seed is not None:
-            self._within("seed", 0, 2**64 - 1)
-        if self.logprobs is not None:
-            self._within("logprobs", 0, 20)
-        if self.reasoning_budget is not None:
-            self._within("reasoning_budget", 0, 2**31 - 1)
-        if not isinstance(self.constraint, Constraint | None):
-            raise refused("constraint", self.constraint, "a Constraint")
-        self._strings("stop")
-        self._strings("dry_breakers")
-        self._items("stop_token_ids", "integers of 0 or more", _is_token)
-        self._items("banned_tokens", "integers of 0 or more", _is_token)
-        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
-
-    def _within(self, name: str, low: float, high: float) -> None:
-        value, whole = getattr(self, name), isinstance(low, int)
-        right = _is_integer(value) or (isinstance(value, float) and not whole)
-        if not right or not low <= value <= high:  # NaN compares false; an int beyond any float compares too
-            raise refused(name, value, f"{'an integer' if whole else 'a number'} from {low} to {high}")
-        object.__setattr__(self, name, value if whole else float(value))
-
-    def _strings(self, name: str) -> None:
-        if isinstance(getattr(self, name), str):
-            object.__setattr__(self, name, (getattr(self, name),))
-        self._items(name, "strings, none of them empty", lambda item: isinstance(item, str) and item != "")
-
-    def _items(self, name: str, wanted: str, allowed: Callable[[object], bool]) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, list | tuple) or not all(map(allowed, value)):
-            raise refused(name, value, f"a list of {wanted}")
-        object.__setattr__(self, name, tuple(value))
+        for name, spec in PARAMETERS.items():
+            object.__setattr__(self, name, spec.checked(getattr(self, name)))
 
 
-def refused(name: str, value: object, wanted: str) -> ParameterError:
-    """The error for a value that a parameter cannot have."""
-    return ParameterError(f"{name}: {reprlib.repr(value)} is not allowed, give {wanted}")
-
-
-def _biases(value: object) -> tuple[tuple[int, float], ...]:
-    """Pairs in the order of their ids; of pairs with one id the last counts."""
-    wanted = "a mapping of token ids of 0 or more to numbers from -100.0 to 100.0"
-    pairs = value.items() if isinstance(value, Mapping) else value
-    biases: dict[int, float] = {}
-    if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes):
-        raise refused("logit_bias", value, wanted)
-    for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise refused("logit_bias", value, wanted)
-        token, bias = pair
-        if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
-            token = int(token)
-        if not _is_token(token) or not (_is_integer(bias) or isinstance(bias, float)) or not -100 <= bias <= 100:
-            raise refused("logit_bias", pair, wanted)
-        biases[token] = float(bias)
-    return tuple(sorted(biases.items()))
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_token(value: object) -> TypeGuard[int]:
-    return _is_integer(value) and value >= 0
+PARAMETERS: Mapping[str, ParameterSpec] = specs_of(SamplingParams)
+"""Every sampling parameter by name, in the order in which they act."""

@@ -1,4 +1,4 @@
-"""Ways to draw under a name, of values that are usual; it knows nothing of models and their own defaults."""
+"""Presets: named combinations of sampling parameters that suit any model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_edge.runtime.errors import ParameterError
-from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.sampling.params import PARAMETERS, SamplingParams
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -23,29 +23,26 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
     {
-        "greedy": "always the most probable token: for facts, code and tests",
-        "precise": "little chance: for summaries, extraction and translation",
+        "greedy": "always the most likely token: for facts, code and tests",
+        "precise": "little randomness: for summaries, extraction and translation",
         "balanced": "for conversation",
-        "creative": "for stories; does not repeat itself",
-        "wild": "for ideas; the most obvious word is often left out",
-        "steady": "for long texts; mirostat holds the surprise of each token at 5 bits on average",
+        "creative": "for stories, without repetition",
+        "wild": "for ideas: often skips the most obvious word",
+        "steady": "for long texts: Mirostat keeps the surprise of each token at 5 bits on average",
     }
 )
 
-# What a preset decides, by its own value or by the default one; a seed, limits, stops, bans and penalties stay.
-DECIDED = frozenset(
-    {"temperature", "top_n_sigma", "top_k", "top_p", "min_p", "typical_p", "mirostat_tau", "mirostat_eta"}
-    | {"xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_range"}
-)
+# A preset sets these, to its own values or the defaults; the seed, limits, stops, bans and penalties are kept.
+PRESET_PARAMETERS = frozenset(name for name, spec in PARAMETERS.items() if spec.group in ("sampling", "dry"))
 
 
 def apply_preset(name: str, base: SamplingParams) -> SamplingParams:
-    """The parameters `base`, drawing as this preset says; what another preset decided is gone.
+    """`base` with the sampling parameters of a preset, which replaces any earlier preset.
 
     Raises:
         ParameterError: there is no such preset.
     """
     if name not in PRESETS:
-        raise ParameterError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-    usual = {field.name: field.default for field in dataclasses.fields(SamplingParams) if field.name in DECIDED}
-    return dataclasses.replace(base, **{**usual, **PRESETS[name]})
+        raise ParameterError(f"unknown preset {name!r}; available: {', '.join(PRESETS)}")
+    defaults = {parameter: PARAMETERS[parameter].default for parameter in PRESET_PARAMETERS}
+    return dataclasses.replace(base, **{**defaults, **PRESETS[name]})

@@ -1,4 +1,4 @@
-"""Logits processors against bad habits: endless newlines, a reasoning that ends twice or late. They see ids."""
+"""Logits processors that limit newlines and control where reasoning ends."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from llm_edge.runtime.sampling.transforms import Ids, Row
+from llm_edge.runtime.sampling.transforms import Row, mask_tokens
 from llm_edge.runtime.text.reasoning_parser import ReasoningParser
 
 _NEWLINES = re.compile("\n+")
 
 
-class Newlines:
-    """The newline characters in a vocabulary, of which the sampler's logits have one each.
+class NewlineCounter:
+    """Counts newline characters in the tokens of a vocabulary.
 
     Args:
-        texts: the texts of all tokens with a newline character in them, by id.
+        texts: the texts of all tokens that contain a newline character, by id.
     """
 
     def __init__(self, texts: Mapping[int, str]) -> None:
@@ -27,104 +27,92 @@ class Newlines:
         self.leading = np.array([len(text) - len(text.lstrip("\n")) for text in texts.values()], np.intp)  # [N]
         self.longest = np.array([max(map(len, _NEWLINES.findall(text))) for text in texts.values()], np.intp)  # [N]
 
-    def before(self, tokens: Sequence[int], most: int) -> int:
-        """How many newline characters these tokens end with; counted no further than `most` or a little more."""
+    def trailing_newlines(self, tokens: Sequence[int], limit: int) -> int:
+        """The number of newline characters at the end of these tokens; counting stops at `limit` or a little above."""
         count = 0
         for token in reversed(tokens):
             if token not in self.whole:
                 return count + self.trailing.get(token, 0)
             count += self.whole[token]
-            if count >= most:
+            if count >= limit:
                 break
         return count
 
 
 class NewlineLimit:
-    """Bans tokens that would put more than `most` newline characters in a row; those in `allowed` never.
+    """Bans tokens that would give more than `limit` consecutive newline characters, except those in `allowed`.
 
-    A character is in a row with those of the tokens before it, the prompt's too. A token without text, as
-    special ones are, ends a row. A row in the prompt that is too long already just cannot grow.
+    Newlines at the end of the prompt count. A token without text, such as a special token, ends a run. A run in the
+    prompt that is too long already just cannot grow.
     """
 
-    def __init__(self, newlines: Newlines, most: int, allowed: Iterable[int] = ()) -> None:
+    def __init__(self, newlines: NewlineCounter, limit: int, allowed: Iterable[int] = ()) -> None:
         allowed = frozenset(allowed)
         free = np.array([token not in allowed for token in newlines.ids.tolist()], np.bool_)
-        self._newlines, self._most = newlines, most
+        self._newlines, self._limit = newlines, limit
         self._ids, self._leading = newlines.ids[free], newlines.leading[free]
-        self._always = newlines.longest[free] > most
+        self._always = newlines.longest[free] > limit
 
     def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
-        """See `LogitsProcessor`."""
-        room = self._most - self._newlines.before(tokens, self._most)
-        banned = self._ids[self._always | ((self._leading > room) & (self._leading > 0))]
-        return _without(row, banned)
+        left = self._limit - self._newlines.trailing_newlines(tokens, self._limit)
+        banned = self._ids[self._always | ((self._leading > left) & (self._leading > 0))]
+        return mask_tokens(row, banned)
 
 
 class SingleThinkEnd:
-    """Bans what would write the end of a reasoning where it stands in the context already, and no start behind it.
+    """Bans tokens that would complete the end of reasoning again, if no new reasoning has started.
 
     Args:
-        borders: of the answer; they have taken all tokens that were drawn, before each call.
+        parser: of the answer; it must have received all tokens drawn so far before each call.
     """
 
-    def __init__(self, borders: ReasoningParser) -> None:
-        self._borders = borders
-        borders.ending()  # looks through the vocabulary here, and not while others wait for a step
+    def __init__(self, parser: ReasoningParser) -> None:
+        self._parser = parser
+        parser.ending()  # searches the vocabulary now rather than during a step
 
     def __call__(self, row: Row, tokens: Sequence[int]) -> Row:  # noqa: ARG002 (a name of the protocol)
-        """See `LogitsProcessor`."""
-        return _without(row, self._borders.ending()[0]) if self._borders.ended else row
+        return mask_tokens(row, self._parser.ending()[0]) if self._parser.ended else row
 
 
-class TidyThinkEnd:
-    """Bans tokens that would end a reasoning and begin the answer at once, of whose form nothing can be said then.
+class SplitThinkEnd:
+    """Bans tokens that would both end the reasoning and begin the answer, which a constraint could not check.
 
     Args:
-        borders: as of `SingleThinkEnd`.
+        parser: see `SingleThinkEnd`.
     """
 
-    def __init__(self, borders: ReasoningParser) -> None:
-        self._borders = borders
-        borders.ending()  # looks through the vocabulary here, and not while others wait for a step
+    def __init__(self, parser: ReasoningParser) -> None:
+        self._parser = parser
+        parser.ending()  # searches the vocabulary now rather than during a step
 
     def __call__(self, row: Row, tokens: Sequence[int]) -> Row:  # noqa: ARG002 (a name of the protocol)
-        """See `LogitsProcessor`."""
-        return _without(row, self._borders.ending()[1]) if self._borders.inside else row
+        return mask_tokens(row, self._parser.ending()[1]) if self._parser.inside else row
 
 
-class ThinkBudget:
-    """Lets nothing be drawn but the tokens that end a reasoning, one after another, where it has had its tokens.
+class ReasoningBudget:
+    """Once reasoning has used its budget, allows only the tokens that end it, one after another.
 
     Args:
-        borders: as of `SingleThinkEnd`. What stands in the prompt is not counted.
-        closing: ids of the tokens that write the end.
-        budget: how many tokens are drawn for reasoning, all of an answer's together, without those of its marks.
+        parser: see `SingleThinkEnd`. Reasoning in the prompt does not count.
+        closing: ids of the tokens that write the end delimiter.
+        budget: number of reasoning tokens in an answer, without delimiters.
     """
 
-    def __init__(self, borders: ReasoningParser, closing: Sequence[int], budget: int) -> None:
-        self._borders, self._closing, self._budget = borders, list(closing), budget
+    def __init__(self, parser: ReasoningParser, closing: Sequence[int], budget: int) -> None:
+        self._parser, self._closing, self._budget = parser, list(closing), budget
 
     def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
-        """See `LogitsProcessor`."""
-        spent = self._borders.spent
-        if not self._borders.inside or spent < self._budget:
+        spent = self._parser.spent
+        if not self._parser.inside or spent < self._budget:
             return row
-        token = self._closing[self._begun(tokens, spent)]
+        token = self._closing[self._written(tokens, spent)]
         if token >= row.size:
             return row
         out = np.full_like(row, -np.inf)
-        out[token] = 0 if np.isneginf(row[token]) else row[token]  # other guards may have banned it
+        out[token] = 0 if np.isneginf(row[token]) else row[token]  # another processor may have banned it
         return out
 
-    def _begun(self, tokens: Sequence[int], spent: int) -> int:
-        """How many of the closing tokens were drawn last, by this or by chance."""
-        most = min(len(self._closing) - 1, spent)
-        return next((n for n in range(most, 0, -1) if list(tokens[-n:]) == self._closing[:n]), 0)
-
-
-def _without(row: Row, ids: Ids) -> Row:
-    if ids.size == 0:
-        return row
-    out = row.copy()
-    out[ids[ids < row.size]] = -np.inf
-    return out
+    def _written(self, tokens: Sequence[int], spent: int) -> int:
+        """How many of the closing tokens were drawn last."""
+        limit = min(len(self._closing) - 1, spent)
+        return next((n for n in range(limit, 0, -1) if list(tokens[-n:]) == self._closing[:n]), 0)

@@ -1,8 +1,7 @@
-"""Next-token sampling over one row of logits; it knows nothing of tokenization, sessions or text.
+"""`Sampler`: draws the next token from the logits [V] of the latest one.
 
-A draw is a list of small pure functions of `transforms`, in the order of `SamplingParams`: processors (see
-`LogitsProcessor`), then what changes a row [V], then the filters, then `draw`. After each filter the row shrinks
-to what was kept, so all that follows works on few numbers.
+Sampling applies the pure functions of `transforms.py` in the order of `SamplingParams`: processors, then what changes
+logits [V], then the filters, then `draw`. Each filter shrinks the row to what it keeps, so later ones see few numbers.
 """
 
 from __future__ import annotations
@@ -16,42 +15,38 @@ import numpy as np
 from llm_edge.runtime.errors import LogitsError
 from llm_edge.runtime.sampling import transforms
 from llm_edge.runtime.sampling.history import Counts, History, Ngrams, Repetitions
-from llm_edge.runtime.sampling.logprobs import TokenLogprob as TokenLogprob
-from llm_edge.runtime.sampling.logprobs import log_probabilities as log_probabilities
-from llm_edge.runtime.sampling.params import GREEDY_BELOW, refused
-from llm_edge.runtime.sampling.params import SamplingParams as SamplingParams
-from llm_edge.runtime.sampling.transforms import Ids as Ids
-from llm_edge.runtime.sampling.transforms import Row as Row
+from llm_edge.runtime.sampling.parameter_spec import refused
+from llm_edge.runtime.sampling.params import GREEDY_BELOW, PARAMETERS, SamplingParams
+from llm_edge.runtime.sampling.transforms import Ids, Row
 
 
 class LogitsProcessor(Protocol):
-    """Something that changes logits before all else, by what stands before the token to be drawn.
+    """Changes logits before any other transform, depending on the tokens so far.
 
-    One belongs to one answer, and may keep what it has learned of the tokens: they only grow.
+    A processor belongs to one answer and may cache what it derived from the tokens, which are only ever appended to.
     """
 
     def __call__(self, row: Row, tokens: Sequence[int]) -> Row:
-        """Return logits [V], `row` itself or a new one; -inf for what must not be drawn.
+        """Return logits [V], `row` itself or a new array, with -inf for tokens that must not be drawn.
 
         Args:
-            row: logits [V], to be left as they are.
-            tokens: the prompt and what was drawn so far, to be left as they are.
+            row: logits [V]; not to be modified.
+            tokens: the prompt and the tokens drawn so far; not to be modified.
         """
 
 
 class Sampler:
-    """Draws the tokens of one answer, one after another; `tokens` is the prompt and what was drawn so far.
+    """Draws the tokens of one answer, one after another.
 
-    A processor that leaves nothing to be drawn is passed over for that token, and so is each of the parameters
-    that ban tokens. Only `sample` changes the state, and only by the token it draws: whoever guesses tokens
-    ahead samples row after row for as long as the guesses are right.
+    A processor or banning parameter that would leave no token is ignored for that token. Only `sample` changes the
+    state, and only by the token it draws, so draft tokens are verified by sampling row after row while they match.
 
     Args:
-        params: how to draw.
-        prompt_tokens: what stands before the answer.
+        params: sampling parameters.
+        prompt_tokens: token ids before the answer.
         processors: see `LogitsProcessor`.
         end_tokens: ids that end the text, for `min_tokens`.
-        dry_breakers: ids of the tokens with one of the parameter's strings in their text.
+        dry_breakers: ids of the tokens whose text contains one of `params.dry_breakers`.
         generated: tokens of the answer that another sampler drew.
     """
 
@@ -86,9 +81,9 @@ class Sampler:
         histories: tuple[History | None, ...] = (self._generated, self._seen, self._ngrams, self._repetitions)
         self._histories = [history for history in histories if history is not None]
         self._filters = _filters(params)
-        self._most_surprise = 2 * params.mirostat_tau  # bits; mirostat's mu
+        self._mirostat_mu = 2 * params.mirostat_tau  # bits
         self._random = np.random.Generator(np.random.PCG64(params.seed))
-        # XTC has numbers of its own, so that it changes no draw where it excludes nothing.
+        # XTC has a separate generator, so that it changes no draw where it excludes nothing.
         self._xtc_random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=(1,))))
         self._xtc_uniform = self._xtc_random.random()  # for the next token
         for token in generated:
@@ -105,20 +100,20 @@ class Sampler:
         return tuple(self._tokens[self._prompt_length :])
 
     def sample(self, logits: Row) -> int:
-        """Draw the next token from logits [V], which stay as they are, and add it to the history.
+        """Draw the next token from logits [V] and append it.
 
         Raises:
             LogitsError: the largest logit is not a finite number.
-            ParameterError: these logits are no row.
+            ParameterError: `logits` is not a non-empty vector.
         """
-        ids, row = self.survivors(logits)
-        uniform = self._random.random()  # one a token, needed or not
+        ids, row = self.candidates(logits)
+        uniform = self._random.random()  # one per token, needed or not
         position = transforms.draw(row, uniform) if row.size > 1 else 0
         token = position if ids is None else int(ids[position])
         if self.params.mirostat_tau:
-            off = transforms.surprise(row, position) - self.params.mirostat_tau
-            self._most_surprise -= self.params.mirostat_eta * off
-        self._xtc_uniform = self._xtc_random.random()  # one a token, too
+            error = transforms.surprise(row, position) - self.params.mirostat_tau
+            self._mirostat_mu -= self.params.mirostat_eta * error
+        self._xtc_uniform = self._xtc_random.random()  # one per token
         self._add(token)
         return token
 
@@ -127,16 +122,16 @@ class Sampler:
         for history in self._histories:
             history.add(token)
 
-    def survivors(self, logits: Row) -> tuple[Ids | None, Row]:
-        """What the next draw chooses from: token ids, ascending (None = all V), and their new logits."""
+    def candidates(self, logits: Row) -> tuple[Ids | None, Row]:
+        """The token ids that the next draw chooses from, ascending (None = all V), and their transformed logits."""
         if logits.ndim != 1 or logits.size == 0:
             raise refused("logits", logits.shape, "one row of logits, of shape [V]")
         row = logits.astype(np.float32, copy=False)
         for process in self._processors:
-            row = _unless_nothing_is_left(row, process(row, self._tokens))
-        with np.errstate(all="ignore"):  # what overflows is caught by the check below
-            row = self._changed(row)
-            best = int(row.argmax())  # NaN counts as the largest, so this one position tells all
+            row = _unless_all_masked(row, process(row, self._tokens))
+        with np.errstate(all="ignore"):  # overflows are caught by the check below
+            row = self._transform(row)
+            best = int(row.argmax())  # NaN counts as the largest, so checking this position is enough
             if not np.isfinite(row[best]):
                 raise LogitsError(
                     f"logits: the largest of {row.size} is {row[best]}, so no token can be drawn: "
@@ -144,15 +139,15 @@ class Sampler:
                 )
             if self.params.temperature < GREEDY_BELOW:
                 return np.array([best]), row[best : best + 1]
-            return self._filtered(row)
+            return self._filter(row)
 
-    def _changed(self, row: Row) -> Row:
-        """Biases, bans, penalties and temperature: logits [V] in and out."""
+    def _transform(self, row: Row) -> Row:
+        """Apply biases, bans, penalties and temperature to logits [V]."""
         params = self.params
         if self._biased.size:
             row = transforms.add(row, self._biased, self._biases)
         for banned in self._bans():
-            row = _unless_nothing_is_left(row, transforms.without(row, banned))
+            row = _unless_all_masked(row, transforms.mask_tokens(row, banned))
         if self._repeats:
             row = transforms.repetition_penalty(row, self._window(), params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
@@ -173,10 +168,10 @@ class Sampler:
         if self._ngrams is not None:
             yield self._ngrams.repeating()
 
-    def _filtered(self, row: Row) -> tuple[Ids | None, Row]:
+    def _filter(self, row: Row) -> tuple[Ids | None, Row]:
         filters = self._filters
         if self.params.mirostat_tau:
-            filters = [partial(transforms.keep_mirostat, most=self._most_surprise)]
+            filters = [partial(transforms.keep_mirostat, limit=self._mirostat_mu)]
         elif self._xtc_uniform < self.params.xtc_probability:
             filters = [*filters, partial(transforms.keep_xtc, threshold=self.params.xtc_threshold)]
         ids: Ids | None = None
@@ -193,18 +188,13 @@ class Sampler:
 
 
 def _filters(params: SamplingParams) -> list[Callable[[Row], Ids]]:
-    filters: list[Callable[[Row], Ids]] = []
-    if params.top_n_sigma > 0:
-        filters.append(partial(transforms.keep_top_n_sigma, n=params.top_n_sigma))
-    if params.top_k > 0:
-        filters.append(partial(transforms.keep_top_k, k=params.top_k))
-    if params.top_p < 1:
-        filters.append(partial(transforms.keep_top_p, p=params.top_p))
-    if params.min_p > 0:
-        filters.append(partial(transforms.keep_min_p, p=params.min_p))
-    if params.typical_p < 1:
-        filters.append(partial(transforms.keep_typical, p=params.typical_p))
-    return filters
+    values = {name: getattr(params, name) for name in PARAMETERS if name in transforms.FILTERS}
+    changed = {name: value for name, value in values.items() if value != PARAMETERS[name].default}
+    return [partial(_apply, transforms.FILTERS[name], value) for name, value in changed.items()]
+
+
+def _apply(keep: transforms.Filter, value: object, row: Row) -> Ids:
+    return keep(row, value)
 
 
 _LARGEST_ID = 2**31 - 1  # no vocabulary has more, and arrays of ids hold it
@@ -214,5 +204,5 @@ def _ids(tokens: Iterable[int]) -> Ids:
     return np.array([token for token in tokens if token <= _LARGEST_ID], np.intp)
 
 
-def _unless_nothing_is_left(row: Row, processed: Row) -> Row:
+def _unless_all_masked(row: Row, processed: Row) -> Row:
     return row if processed is not row and np.isneginf(processed.max()) else processed

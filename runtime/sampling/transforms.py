@@ -1,25 +1,27 @@
-"""What sampling does to one row of logits, as small pure functions; they know nothing of texts, seeds or history.
+"""Sampling transforms: small pure functions of the logits of one token.
 
-    add, without, repetition_penalty, presence_frequency,
-    dry, temperature                                         a row [V] in, a new row [V] out
-    keep_*                                                   a row [N] in, the positions kept out, ascending
-    draw                                                     a row [N], a uniform number in, a position out
-    log_total, surprise                                      numbers about a row [N]
+    add, mask_tokens, repetition_penalty,
+    presence_frequency, dry, temperature     logits [V] -> new logits [V]
+    keep_*                                   logits [N] -> positions kept, ascending
+    draw                                     logits [N], uniform number -> position
+    log_total, surprise                      logits [N] -> number
 
-Rows stay as they are. The `keep_*` functions are exact: they look at few candidates first, and only where those
-provably hold the answer. Token ids that a row has no logit for do nothing.
+Arguments are never modified. The `keep_*` functions are exact: they consider a few candidates first where these
+provably contain the result. Token ids outside the vocabulary are ignored.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 Row = NDArray[np.float32]
 Ids = NDArray[np.intp]
+Filter = Callable[[Row, Any], Ids]
 
 # keep_top_p looks first at the tokens at least this probable (there are at most 1 / floor), then at all.
 NUCLEUS_FLOORS = (2.0**-9, 2.0**-13, 2.0**-17)
@@ -27,10 +29,23 @@ NUCLEUS_FLOORS = (2.0**-9, 2.0**-13, 2.0**-17)
 TYPICAL_REACHES = (1.0, 4.0)
 # exp of less is 0 in float32.
 LEAST_EXPONENT = np.float32(-200)
-# The most that DRY takes from a logit: as good as a ban, and the order of what it takes it from remains.
-DRY_MOST = 100.0
+# The most that DRY subtracts: in effect a ban that keeps the order of the banned.
+MAX_DRY = 100.0
 # Weights are summed in float32 within a block of this many and in float64 across blocks.
 BLOCK = 256
+
+FILTERS: dict[str, Filter] = {}
+"""Filters by the name of the parameter that controls them; `Sampler` applies them in the order of `PARAMETERS`."""
+
+
+def filter_of(parameter: str) -> Callable[[Filter], Filter]:
+    """Register a function as the filter of a parameter; it is applied when the value is not the default one."""
+
+    def register(keep: Filter) -> Filter:
+        FILTERS[parameter] = keep
+        return keep
+
+    return register
 
 
 def add(row: Row, ids: Ids, amounts: Row) -> Row:
@@ -41,8 +56,8 @@ def add(row: Row, ids: Ids, amounts: Row) -> Row:
     return out
 
 
-def without(row: Row, ids: Ids) -> Row:
-    """-inf at `ids`; the row itself, where that changes nothing."""
+def mask_tokens(row: Row, ids: Ids) -> Row:
+    """Set the logits at `ids` to -inf; returns `row` itself if that changes nothing."""
     ids = ids[ids < row.size]
     if ids.size == 0:
         return row
@@ -52,7 +67,7 @@ def without(row: Row, ids: Ids) -> Row:
 
 
 def repetition_penalty(row: Row, ids: Ids, penalty: float) -> Row:
-    """Push the logits at `ids` down (penalty above 1) or up (below 1); an id listed twice counts once."""
+    """Lower (penalty above 1) or raise (below 1) the logits at `ids`; an id listed twice counts once."""
     ids = ids[ids < row.size]  # a tokenizer may know ids that the model has no logit for
     seen = row[ids]
     out = row.copy()
@@ -68,9 +83,9 @@ def presence_frequency(row: Row, ids: Ids, counts: Row, presence: float, frequen
 
 
 def dry(row: Row, ids: Ids, lengths: Ids, multiplier: float, base: float, allowed_length: int) -> Row:
-    """Push down `ids`, all distinct: each would go on with a repetition of `lengths` tokens, allowed_length or more.
+    """Lower the logits at `ids`, all distinct, each of which would continue a repetition of `lengths` tokens.
 
-    multiplier * base ** (length - allowed_length) is subtracted, `DRY_MOST` at most
+    multiplier * base ** (length - allowed_length) is subtracted, at most `MAX_DRY`
     (https://github.com/oobabooga/text-generation-webui/pull/5677).
     """
     inside = ids < row.size
@@ -78,7 +93,7 @@ def dry(row: Row, ids: Ids, lengths: Ids, multiplier: float, base: float, allowe
         return row
     amounts = multiplier * np.power(base, (lengths[inside] - allowed_length).astype(np.float64))
     out = row.copy()
-    out[ids[inside]] -= np.minimum(amounts, DRY_MOST).astype(np.float32)
+    out[ids[inside]] -= np.minimum(amounts, MAX_DRY).astype(np.float32)
     return out
 
 
@@ -87,6 +102,7 @@ def temperature(row: Row, value: float) -> Row:
     return row / np.float32(value)
 
 
+@filter_of("top_n_sigma")
 def keep_top_n_sigma(row: Row, n: float) -> Ids:
     """Positions of the logits at most `n` standard deviations of the finite logits below the largest.
 
@@ -99,6 +115,7 @@ def keep_top_n_sigma(row: Row, n: float) -> Ids:
     return np.flatnonzero(row >= np.float32(float(row.max()) - n * sigma))
 
 
+@filter_of("top_k")
 def keep_top_k(row: Row, k: int) -> Ids:
     """Positions of all logits that are at least the k-th largest; ties with it stay."""
     if k >= row.size:
@@ -115,26 +132,27 @@ def keep_top_k(row: Row, k: int) -> Ids:
     return ids[few >= _kth_largest(few, k)]
 
 
+@filter_of("top_p")
 def keep_top_p(row: Row, p: float) -> Ids:
     """Positions of the nucleus: the fewest largest logits whose probabilities sum to `p` or more.
 
-    As in transformers, a token goes if it and all less probable ones sum to 1 - p or less; one always stays.
-    Of equal logits those at lower positions go first, as by a stable sort (torch's need not be one).
+    As in transformers, a token is dropped if it and all less probable ones sum to 1 - p or less; one is always kept.
+    Of equal logits those at lower positions are dropped first, as with a stable sort (torch's need not be stable).
     """
     top = row.max()
     total = float(_block_sums(_weights(row, top)).sum(dtype=np.float64))
     rest = np.float32(1.0 - p)
     for floor in (*(NUCLEUS_FLOORS if row.size > BLOCK else ()), 0.0):
-        # {logits >= bound} is the head of the sorted row, whatever the bound: its running sums are the row's.
+        # For any bound {logits >= bound} is the head of the sorted row, so its running sums are the row's.
         bound = float(top) + math.log(total * floor) if floor else -math.inf
         ids = np.flatnonzero(row >= np.float32(min(bound, float(top))))
         few = row[ids]
         descending = np.sort(few)[::-1]
         running = np.cumsum(_weights(descending, top), dtype=np.float64)
-        after = ((total - running) / total).astype(np.float32)  # [n] what stands below each token
+        after = ((total - running) / total).astype(np.float32)  # [n] probability of all less likely tokens
         if floor == 0 or after[-1] <= rest:
             break  # the nucleus ends among these
-    # A token stays when what stands below its predecessor, itself included, is more than 1 - p.
+    # A token is kept if it and all less likely ones together exceed 1 - p.
     size = 1 + int(np.count_nonzero(after[:-1] > rest))
     least = descending[size - 1]
     kept: NDArray[np.bool_] = few >= least
@@ -144,19 +162,21 @@ def keep_top_p(row: Row, p: float) -> Ids:
     return ids[kept]
 
 
+@filter_of("min_p")
 def keep_min_p(row: Row, p: float) -> Ids:
     """Positions of the tokens at least `p` (above 0) times as probable as the most probable."""
     top = row.max()
-    # The bound in logits, with room for float32 rounding; the definition itself runs on what passes it.
+    # A bound in logits with a margin for float32 rounding; the exact definition is applied to what passes it.
     bound = float(top) + math.log(p) - 1e-3 - 1e-6 * abs(float(top))
     ids = np.flatnonzero(row >= np.float32(max(bound, float(np.finfo(np.float32).min))))
     return ids[_weights(row[ids], top) >= np.float32(p)]
 
 
+@filter_of("typical_p")
 def keep_typical(row: Row, p: float) -> Ids:
-    """Positions of the tokens whose surprise -ln(probability) is nearest to the mean one, which reach `p` together.
+    """Positions of the tokens whose surprise -ln(probability) is nearest to the entropy and that together reach `p`.
 
-    As in transformers, all that are as near as the last of them stay too (https://arxiv.org/abs/2202.00666).
+    As in transformers, all that are as near as the last of them are kept too (https://arxiv.org/abs/2202.00666).
     """
     shifted = np.maximum(row - row.max(), LEAST_EXPONENT)  # no infinities, which 0 * inf would make NaN
     weights = np.exp(shifted)
@@ -175,10 +195,22 @@ def keep_typical(row: Row, p: float) -> Ids:
     return cast(Ids, ids[few <= farthest])
 
 
-def keep_xtc(row: Row, threshold: float) -> Ids:
-    """Positions of all tokens but those at least `threshold` probable, of which only the least probable stays.
+@filter_of("epsilon_cutoff")
+def keep_epsilon_cutoff(row: Row, epsilon: float) -> Ids:
+    """Positions of the tokens at least `epsilon` probable; of the most probable one in any case.
 
-    Among equals that is the one at the highest position. Nothing goes where fewer than two are so probable
+    Epsilon sampling, https://arxiv.org/abs/2210.15191; as in transformers, ties with the most probable are kept too.
+    """
+    top = row.max()
+    weights = _weights(row, top)
+    bound = epsilon * float(_block_sums(weights).sum(dtype=np.float64))
+    return np.flatnonzero((weights >= bound) | (row == top))
+
+
+def keep_xtc(row: Row, threshold: float) -> Ids:
+    """Positions of all tokens except those at least `threshold` probable, of which only the least probable is kept.
+
+    Among equals that is the one at the highest position. Nothing is dropped if fewer than two are so probable
     (https://github.com/oobabooga/text-generation-webui/pull/6335).
     """
     weights = _weights(row, row.max())
@@ -191,21 +223,21 @@ def keep_xtc(row: Row, threshold: float) -> Ids:
     return np.flatnonzero(kept)
 
 
-def keep_mirostat(row: Row, most: float) -> Ids:
-    """Positions of the tokens whose surprise is at most `most` bits; of the most probable in any case."""
-    bound = log_total(row) - most * math.log(2)
+def keep_mirostat(row: Row, limit: float) -> Ids:
+    """Positions of the tokens whose surprise is at most `limit` bits; the most probable one in any case."""
+    bound = log_total(row) - limit * math.log(2)
     return np.flatnonzero(row >= np.float32(min(bound, float(row.max()))))
 
 
 def draw(row: Row, uniform: float) -> int:
-    """Position at which the running sum of probabilities passes `uniform`, which is in [0, 1)."""
+    """Position at which the cumulative probability exceeds `uniform`, which is in [0, 1)."""
     weights = _weights(row, row.max())
     blocks = np.cumsum(_block_sums(weights), dtype=np.float64)
-    goal = uniform * float(blocks[-1])
-    block = _passes(blocks, goal)
+    target = uniform * float(blocks[-1])
+    block = _passes(blocks, target)
     before = float(blocks[block - 1]) if block else 0.0
     inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    return block * BLOCK + _passes(inside, goal - before)
+    return block * BLOCK + _passes(inside, target - before)
 
 
 def log_total(row: Row) -> float:
@@ -230,10 +262,10 @@ def _block_sums(weights: Row) -> Row:
     return np.add.reduceat(weights, np.arange(0, weights.size, BLOCK))
 
 
-def _passes(running: NDArray[np.float64], goal: float) -> int:
-    """First position whose running sum is above `goal`; never one of weight 0, whatever the rounding."""
+def _passes(running: NDArray[np.float64], target: float) -> int:
+    """First position whose running sum exceeds `target`; never one of weight 0, even with rounding errors."""
     last = running.searchsorted(running[-1], side="left")
-    return int(min(running.searchsorted(goal, side="right"), last))
+    return int(min(running.searchsorted(target, side="right"), last))
 
 
 def _kth_largest(row: Row, k: int) -> np.float32:

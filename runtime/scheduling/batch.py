@@ -1,8 +1,8 @@
-"""Several conversations in one graph: rows of keys and values, and steps over some of them. Knows no text or sampling.
+"""`Batch`: the KV caches of several sequences over one graph, and steps over some of them.
 
-A row is one conversation's cache. A step over one token each takes rows that lie side by side, of whatever lengths; a
-step over several tokens takes one row, as onnxruntime's GroupQueryAttention does on a CPU. Where they lie on the host
-the largest context is reserved as addresses only: memory is taken page by page as tokens come.
+A slot is the cache of one sequence. A decode step (one token each) covers adjacent slots of any lengths; a step over
+several tokens covers one slot, as onnxruntime's GroupQueryAttention does on CPUs. On the host only address space is
+reserved for the largest context: memory is taken page by page as tokens arrive.
 """
 
 from __future__ import annotations
@@ -13,168 +13,169 @@ from typing import Any, cast
 
 import numpy as np
 
-from llm_edge.runtime.backend.session import NUM_HIDDEN_STATES, Logits, Session, check_step, one_line
+from llm_edge.runtime.backend.graph import NUM_HIDDEN_STATES, Graph, one_line
+from llm_edge.runtime.backend.session import Logits, check_step
 from llm_edge.runtime.errors import MachineError
 from llm_edge.runtime.scheduling.slot_memory import Array, DeviceSlots, HostSlots, SlotMemory
 
-_RESERVED = 2**36  # bytes of addresses at most to begin with; rows double from there
-_FEWEST = 256  # tokens a row holds to begin with
-_BINDINGS = 64  # kept
+_RESERVED_BYTES = 2**36  # of address space at first; slots double in size from there
+_MIN_CAPACITY = 256  # tokens per slot at first
+_MAX_BINDINGS = 64  # cached
 
 
 class Batch:
-    """Rows of keys and values over a session's graph.
+    """Slots for the keys and values of several sequences.
 
     Args:
-        session: of a fused graph; its own cache stays unused.
-        rows: how many conversations there is room for.
+        graph: a fused graph.
+        slots: number of sequences.
 
     Attributes:
-        device: `cpu` or `cuda`, where the rows lie.
-        lengths: tokens in the cache of each row; may be set lower, which forgets the last ones.
+        slots: number of sequences.
+        device: `cpu` or `cuda`, where the slots are.
+        dtype: type of keys and values.
+        limit: maximum number of tokens in a slot.
+        lengths: number of tokens in each slot; may be lowered, which drops the last ones.
         run_seconds: time spent inside onnxruntime so far.
     """
 
-    def __init__(self, session: Session, rows: int) -> None:
-        self._session = session
-        self._graph = session.graph
-        self._has_hidden_states = session.has_hidden_states
-        self._shape = session.shape
-        self.dtype = session.cache_dtype
-        self._names = session.cache_names
-        self.rows = rows
-        self.limit = session.limit
-        self.lengths = [0] * rows
+    def __init__(self, graph: Graph, slots: int) -> None:
+        self._graph = graph
+        self.slots = slots
+        self.device = graph.cache_device
+        self.dtype = graph.cache_dtype
+        self.limit = graph.limit
+        self.lengths = [0] * slots
         self.run_seconds = 0.0
         self._bindings: dict[tuple[int, int], Any] = {}
         self._keep = np.zeros((), dtype=np.int64)
         self._one = np.ones((), dtype=np.int64)
         self._ones = np.ones((1, self.limit), dtype=np.int64)
-        self._options = session.run_options()
-        self.device = session.cache_device
-        possible = _RESERVED // (self.token_bytes * rows) if self.device == "cpu" else 0
-        self._memory = self._reserve(min(self.limit, max(1 << max(possible.bit_length() - 1, 0), _FEWEST)))
+        self._options = graph.run_options()
+        affordable = _RESERVED_BYTES // (self.token_bytes * slots) if self.device == "cpu" else 0
+        self._memory = self._reserve(min(self.limit, max(1 << max(affordable.bit_length() - 1, 0), _MIN_CAPACITY)))
 
     @property
     def capacity(self) -> int:
-        """Tokens a row has room for now."""
+        """Number of tokens that a slot can hold without growing."""
         return self._memory.shape[2]
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of keys and values a token takes."""
-        return len(self._names) * self._shape.num_key_value_heads * self._shape.head_dim * self.dtype.itemsize
+        """Bytes of keys and values per token."""
+        shape = self._graph.shape
+        return len(self._graph.cache_names) * shape.num_key_value_heads * shape.head_dim * self.dtype.itemsize
 
     def decode(self, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Logits:
-        """One token more in each of the rows that lie side by side from `first` on.
+        """Add one token to each active slot of an adjacent range.
 
         Args:
-            first: the first row.
-            tokens: one a row.
-            active: which rows go on; others are computed for nothing and stay as they are.
+            first: the first slot.
+            tokens: one per slot.
+            active: which slots to advance; the others are computed too, but not changed.
 
         Returns:
-            logits [rows, V], of the rows that go on; the next step overwrites nothing of it.
+            logits [slots, V], valid for the active ones; a new array for every step.
         """
         totals = np.empty(len(tokens), dtype=np.int64)
         for index in range(len(tokens)):
             length = self.lengths[first + index]
             if active[index]:
                 check_step(1, length, 1, self.limit)
-            elif length >= self.limit:  # what is computed for nothing lands on the last place
+            elif length >= self.limit:  # the unused result overwrites the last position
                 self.lengths[first + index] = length = self.limit - 1
             totals[index] = length + 1
         longest = int(totals.max())
         self._grow(longest)
         mask = (np.arange(longest) < totals[:, None]).astype(np.int64)
         logits = self._run(first, np.array(tokens, dtype=np.int64)[:, None], mask, 1)
-        for index, goes in enumerate(active):
-            if goes:
+        for index, advances in enumerate(active):
+            if advances:
                 self.lengths[first + index] += 1
         return cast("Logits", logits[:, 0])
 
-    def extend(self, row: int, tokens: Sequence[int], num_logits: int = 1) -> Logits:
-        """Tokens more in one row; see `Session.step`.
+    def extend(self, slot: int, tokens: Sequence[int], num_logits: int = 1) -> Logits:
+        """Add several tokens to one slot; see `Session.step`.
 
         Returns:
-            logits [n, V] of the last n of them; 0 gives all.
+            logits [n, V] of the last n tokens; 0 = all.
         """
-        past, new = self.lengths[row], len(tokens)
+        past, new = self.lengths[slot], len(tokens)
         check_step(new, past, num_logits, self.limit)
         self._grow(past + new)
-        logits = self._run(row, np.array([tokens], dtype=np.int64), self._ones[:, : past + new], num_logits)
-        self.lengths[row] = past + new
+        logits = self._run(slot, np.array([tokens], dtype=np.int64), self._ones[:, : past + new], num_logits)
+        self.lengths[slot] = past + new
         return cast("Logits", logits[0])
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first tokens of a row into another one."""
+        """Copy the first tokens of a slot to another one."""
         self._memory.copy(source, target, length)
         self.lengths[target] = length
 
-    def read(self, row: int, length: int) -> list[Array]:
+    def read(self, slot: int, length: int) -> list[Array]:
         """Copies of the first tokens' keys and values, layer by layer, [K, length, D] each."""
-        return self._memory.read(row, length)
+        return self._memory.read(slot, length)
 
-    def write(self, row: int, values: Sequence[Array]) -> None:
-        """Put in what `read` gave."""
+    def write(self, slot: int, values: Sequence[Array]) -> None:
+        """Fill a slot with what `read` returned."""
         length = values[0].shape[1]
         self._grow(length)
-        self._memory.write(row, values)
-        self.lengths[row] = length
+        self._memory.write(slot, values)
+        self.lengths[slot] = length
 
-    def release(self, row: int) -> None:
-        """Forget a row and give its memory back."""
-        self.lengths[row] = 0
-        self._memory.release(row)
+    def release(self, slot: int) -> None:
+        """Empty a slot and free its memory."""
+        self.lengths[slot] = 0
+        self._memory.release(slot)
 
     def terminate(self) -> None:
-        """End the step that runs now, from another thread; it and all after it raise MachineError until `resume`."""
+        """Terminate the running step, from another thread; it and all later ones raise MachineError until `resume`."""
         self._options.terminate = True
 
     def resume(self) -> None:
-        """Steps may run again."""
+        """Allow steps again after `terminate`."""
         self._options.terminate = False
 
     def _run(self, first: int, ids: Array, mask: Array, num_logits: int) -> Array:
-        rows, new = ids.shape
-        binding = self._binding(first, rows)
+        slots, new = ids.shape
+        binding = self._binding(first, slots)
         self._keep[...] = num_logits
         mask = np.ascontiguousarray(mask)
-        logits = np.empty((rows, num_logits or new, self._shape.vocab_size), dtype=np.float32)
+        logits = np.empty((slots, num_logits or new, self._graph.shape.vocab_size), dtype=np.float32)
         for name, array in (("input_ids", ids), ("attention_mask", mask), ("num_logits_to_keep", self._keep)):
             binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         began = time.perf_counter()
         try:
-            self._graph.run_with_iobinding(binding, self._options)
+            self._graph.inference.run_with_iobinding(binding, self._options)
         except MemoryError as error:
-            raise MachineError(f"not enough memory for a step over {rows} x {new} tokens") from error
+            raise MachineError(f"not enough memory for a step over {slots} x {new} tokens") from error
         except Exception as error:
-            raise MachineError(f"a step over {rows} x {new} tokens failed ({one_line(error)})") from error
+            raise MachineError(f"a step over {slots} x {new} tokens failed ({one_line(error)})") from error
         finally:
             self.run_seconds += time.perf_counter() - began
         return logits
 
-    def _binding(self, first: int, rows: int) -> Any:
-        """Keys and values of some rows, bound by address."""
-        binding = self._bindings.get((first, rows))
+    def _binding(self, first: int, slots: int) -> Any:
+        """A binding of the keys and values of adjacent slots by address."""
+        binding = self._bindings.get((first, slots))
         if binding is not None:
             return binding
-        if len(self._bindings) >= _BINDINGS:
+        if len(self._bindings) >= _MAX_BINDINGS:
             self._bindings.clear()
-        binding = self._graph.io_binding()
-        if self._has_hidden_states:  # computed, asked for or not
+        binding = self._graph.inference.io_binding()
+        if self._graph.has_hidden_states:  # computed in every step
             binding.bind_input(NUM_HIDDEN_STATES, "cpu", 0, np.int64, [], self._one.ctypes.data)
-        shape = (rows, *self._memory.shape[1:])
-        for name, address in zip(self._names, self._memory.addresses(first), strict=True):
-            where = (self._memory.device, 0, self.dtype.type, shape, address)
-            binding.bind_input(f"past_key_values.{name}", *where)
-            binding.bind_output(f"present.{name}", *where)
-        self._bindings[first, rows] = binding
+        shape = (slots, *self._memory.shape[1:])
+        for name, address in zip(self._graph.cache_names, self._memory.addresses(first), strict=True):
+            buffer = (self._memory.device, 0, self.dtype.type, shape, address)
+            binding.bind_input(f"past_key_values.{name}", *buffer)
+            binding.bind_output(f"present.{name}", *buffer)
+        self._bindings[first, slots] = binding
         return binding
 
     def _grow(self, needed: int) -> None:
-        """Room for so many tokens a row: twice as many as before, up to the limit."""
+        """Double the capacity, up to the limit, until a slot can hold `needed` tokens."""
         if needed <= self.capacity:
             return
         capacity = self.capacity
@@ -186,5 +187,5 @@ class Batch:
         self._memory = larger
 
     def _reserve(self, capacity: int) -> SlotMemory:
-        shape = (self.rows, self._shape.num_key_value_heads, capacity, self._shape.head_dim)
-        return (HostSlots if self.device == "cpu" else DeviceSlots)(self._session, shape)
+        shape = (self.slots, self._graph.shape.num_key_value_heads, capacity, self._graph.shape.head_dim)
+        return (HostSlots if self.device == "cpu" else DeviceSlots)(self._graph, shape)

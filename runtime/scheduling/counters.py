@@ -1,4 +1,4 @@
-"""What an engine counts. Knows nothing else."""
+"""`Counters`: what an engine has done."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """What an engine has done since it was made, in requests, tokens and seconds; `Engine.counters` copies them.
+    """What an engine has done since it was created; `Engine.counters` returns a copy.
 
     Attributes:
-        requests: that were taken; each is finished, cancelled, failed, waiting or active.
-        refused: because too many were waiting.
-        prompt_tokens: of requests that have begun, and how many of them were
-        cached_tokens: computed for an earlier request.
-        completion_tokens: drawn.
-        guessed_tokens: computed on a guess, and how many of them were
-        accepted_tokens: right.
-        prefill_steps: of prompts, and
-        decode_steps: of answers, one or many at a time.
-        prefill_seconds: in onnxruntime, for prompts, and
-        decode_seconds: for answers.
-        evictions: times that tokens of an idle row were let go.
-        kept_tokens: in idle rows now, and
-        kept_bytes: their memory.
+        requests: requests accepted; each is finished, cancelled, failed, waiting or active.
+        finished: requests that ended with a complete generation.
+        cancelled: requests that were cancelled.
+        failed: requests that ended with an error.
+        refused: requests rejected because too many were waiting.
+        waiting: requests waiting for a slot now.
+        active: requests that have a slot now.
+        prompt_tokens: prompt tokens of requests that got a slot.
+        cached_tokens: how many of `prompt_tokens` were cached.
+        completion_tokens: tokens generated.
+        draft_tokens: draft tokens verified.
+        accepted_tokens: how many of `draft_tokens` were accepted.
+        prefill_steps: steps over chunks of prompts.
+        decode_steps: steps over generated tokens, of one sequence or several.
+        prefill_seconds: duration of the prefill steps.
+        decode_seconds: duration of the decode steps.
+        evictions: how many times the tokens of an idle slot were dropped.
+        kept_tokens: tokens cached in idle slots now.
+        kept_bytes: memory of `kept_tokens`.
     """
 
     requests: int = 0
@@ -36,7 +41,7 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    guessed_tokens: int = 0
+    draft_tokens: int = 0
     accepted_tokens: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0

@@ -1,7 +1,7 @@
-"""The order of an engine's steps: who sits down, whose prompt goes on, who gets tokens. Knows no callers, no threads.
+"""`Scheduler`: decides the order of an engine's steps.
 
-A round takes a piece of one prompt and then a token of every answer, in one step where rows lie side by side. Whatever
-goes wrong in a step or with an answer ends the answers it is about, and no others.
+Each step computes a chunk of one prompt, then a token for every active sequence, in one decode where their slots are
+adjacent. An error in a step or a sequence fails the affected requests and no others.
 """
 
 from __future__ import annotations
@@ -11,208 +11,216 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, Logits, one_line
+from llm_edge.runtime.backend.graph import one_line
+from llm_edge.runtime.backend.session import PREFILL_CHUNK, Logits
 from llm_edge.runtime.errors import LlmEdgeError, MachineError
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
-from llm_edge.runtime.scheduling.prefixes import common_prefix
+from llm_edge.runtime.scheduling.prefix import common_prefix
 from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
-_LEAST, _MOST = 1.0, 1.4  # steps of the others that a piece of a prompt is to take meanwhile
-_WORTH_WAITING = 8 * CHUNK_ALIGNMENT  # tokens that another prompt is about to compute
+# A chunk of a prompt, while others decode, should take this many times as long as a decode step.
+_MIN_CHUNK_RATIO, _MAX_CHUNK_RATIO = 1.0, 1.4
+_WORTH_WAITING = 8 * CHUNK_ALIGNMENT  # shared prefix that another prompt is about to compute, in tokens
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """An answer, from its prompt to its end; `row` is where it sits, once it does."""
+    """A sequence and the caller's handle on it.
 
-    lane: TokenSequence
-    answer: AsyncGeneration = field(init=False)
-    row: int = -1
+    Attributes:
+        sequence: the decoding state.
+        generation: what the caller iterates.
+        slot: of the KV cache; -1 while the request waits.
+    """
+
+    sequence: TokenSequence
+    generation: AsyncGeneration = field(init=False)
+    slot: int = -1
 
     def __post_init__(self) -> None:
-        self.answer = AsyncGeneration(self.lane.adjust)
+        self.generation = AsyncGeneration(self.sequence.adjust)
 
 
 class Scheduler:
-    """Makes the steps of all answers, on one thread.
+    """Runs the steps of all active requests, on one thread.
 
     Args:
-        batch: that computes them.
-        rows: of the batch.
-        counters: of tokens and steps, and of answers by how they ended.
-        watched: around each step.
+        batch: computes the steps.
+        slots: of the batch.
+        counters: to update.
+        watched: a context manager to run each step in.
 
     Attributes:
-        active: answers on their way.
+        active: requests that have a slot.
     """
 
     def __init__(
-        self, batch: Batch, rows: SlotManager, counters: Counters, watched: Callable[[], AbstractContextManager[None]]
+        self, batch: Batch, slots: SlotManager, counters: Counters, watched: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.active: list[Request] = []
         self._batch = batch
-        self._rows = rows
+        self._slots = slots
         self._counters = counters
         self._watched = watched
         self._turn = 0
-        self._decode_step = 0.0  # seconds, of late
-        # Tokens of a prompt that are computed at once while others wait; a GPU takes no longer for many than for few.
-        self._piece = 2 * CHUNK_ALIGNMENT if batch.device == "cpu" else PREFILL_CHUNK
+        self._decode_step = 0.0  # average duration of recent steps in seconds
+        # Prompt tokens per step while others decode; a GPU takes hardly longer for many than for few.
+        self._chunk = 2 * CHUNK_ALIGNMENT if batch.device == "cpu" else PREFILL_CHUNK
 
-    def seat(self, request: Request) -> bool:
-        """Find an answer its row; False where it better waits, for a prompt that begins alike is being computed.
+    def admit(self, request: Request) -> bool:
+        """Assign a slot to a request, or fail it if that is impossible; the caller adds it to `active`.
 
-        It is for the caller to make it one of the `active` ones, if it has a row then: one that nothing can be done for
-        has been told so.
+        Returns:
+            False if the request should wait, because another prompt with the same prefix is being computed.
         """
-        tokens = request.lane.tokens
-        source, length = self._rows.longest(tokens)
-        prompts = [each.lane.tokens for each in self.active if each.lane.prefilling]
+        tokens = request.sequence.tokens
+        source, length = self._slots.longest_prefix(tokens)
+        prompts = [each.sequence.tokens for each in self.active if each.sequence.prefilling]
         if max((common_prefix(prompt, tokens) for prompt in prompts), default=0) >= length + _WORTH_WAITING:
             return False
-        length = request.lane.reuse(length)
+        length = request.sequence.reuse(length)
         try:
-            request.row = self._rows.take(tokens, source, length)
-        except Exception as error:  # noqa: BLE001 (the others' answers go on, whatever it is)
-            self._refuse(request, error)
+            request.slot = self._slots.assign(tokens, source, length)
+        except Exception as error:  # noqa: BLE001 (other requests continue, whatever it is)
+            self._report(request, error)
             return True
         self._counters.prompt_tokens += len(tokens)
         self._counters.cached_tokens += length
         return True
 
-    def round(self) -> None:
-        """A step for everybody."""
-        self.end(lambda request: request.answer.cancelled)
+    def step(self) -> None:
+        """Advance every active request."""
+        self.cancel(lambda request: request.generation.cancelled)
         self._prefill()
         self._decode()
 
-    def end(self, which: Callable[[Request], bool]) -> None:
-        """End answers with `FinishReason.CANCELLED`."""
+    def cancel(self, which: Callable[[Request], bool]) -> None:
+        """End active requests with `FinishReason.CANCELLED`."""
         for request in [each for each in self.active if which(each)]:
             self._counters.cancelled += 1
-            self._leave(request, request.lane.end(FinishReason.CANCELLED))
+            self._finish(request, request.sequence.finish(FinishReason.CANCELLED))
 
     def _prefill(self) -> None:
-        """One piece of one prompt, each of them in turn."""
-        prompts = [request for request in self.active if request.lane.prefilling]
+        """Compute a chunk of one prompt; prompts take turns."""
+        prompts = [request for request in self.active if request.sequence.prefilling]
         if not prompts:
             return
         self._turn += 1
         request = prompts[self._turn % len(prompts)]
         others = len(prompts) < len(self.active)
         began = time.perf_counter()
-        asked = self._asked(request, self._piece if others else PREFILL_CHUNK)
-        if not asked:
+        tokens = self._pending(request, self._chunk if others else PREFILL_CHUNK)
+        if not tokens:
             return
-        self._extend(request, asked, 1)
-        took = time.perf_counter() - began
+        self._extend(request, tokens, 1)
+        seconds = time.perf_counter() - began
         self._counters.prefill_steps += 1
-        self._counters.prefill_seconds += took
-        if others and took < _LEAST * self._decode_step:
-            self._piece = min(self._piece + CHUNK_ALIGNMENT, PREFILL_CHUNK)
-        elif others and took > _MOST * self._decode_step:
-            self._piece = max(self._piece - CHUNK_ALIGNMENT, CHUNK_ALIGNMENT)
+        self._counters.prefill_seconds += seconds
+        if others and seconds < _MIN_CHUNK_RATIO * self._decode_step:
+            self._chunk = min(self._chunk + CHUNK_ALIGNMENT, PREFILL_CHUNK)
+        elif others and seconds > _MAX_CHUNK_RATIO * self._decode_step:
+            self._chunk = max(self._chunk - CHUNK_ALIGNMENT, CHUNK_ALIGNMENT)
 
     def _decode(self) -> None:
-        """The next token of every answer; several of those that guess."""
+        """Generate the next token of every sequence, or several where draft tokens are accepted."""
         single: dict[int, Request] = {}
         began = time.perf_counter()
         steps = 0
-        for request in [each for each in self.active if not each.lane.prefilling]:
-            asked = self._asked(request, 1)
-            if len(asked) > 1:
-                self._extend(request, asked, 0)
+        for request in [each for each in self.active if not each.sequence.prefilling]:
+            tokens = self._pending(request, 1)
+            if len(tokens) > 1:
+                self._extend(request, tokens, 0)
                 steps += 1
-            elif asked:
-                single[request.row] = request
+            elif tokens:
+                single[request.slot] = request
         for span in spans(list(single)):
             steps += 1
             self._decode_span(span, single)
         if steps:
-            took = time.perf_counter() - began
+            seconds = time.perf_counter() - began
             self._counters.decode_steps += steps
-            self._counters.decode_seconds += took
-            self._decode_step = _mean(self._decode_step, took)
+            self._counters.decode_seconds += seconds
+            self._decode_step = _moving_average(self._decode_step, seconds)
 
     def _decode_span(self, span: range, single: Mapping[int, Request]) -> None:
-        """One token more for the answers in rows that lie side by side, others among them."""
-        going = [row in single for row in span]
-        tokens = [single[row].lane.tokens[-1] if row in single else 0 for row in span]
-        requests = [single[row] for row in span if row in single]
-        logits = self._step(requests, lambda: self._batch.decode(span.start, tokens, going))
+        """One decode step over adjacent slots, some of which may be idle."""
+        active = [slot in single for slot in span]
+        tokens = [single[slot].sequence.tokens[-1] if slot in single else 0 for slot in span]
+        requests = [single[slot] for slot in span if slot in single]
+        logits = self._run(requests, lambda: self._batch.decode(span.start, tokens, active))
         if logits is not None:
             for request in requests:
-                self._take(request, logits[request.row - span.start][None])
+                self._advance(request, logits[request.slot - span.start][None])
 
-    def _asked(self, request: Request, most: int) -> list[int]:
-        """Tokens to compute next; none where that came to nothing."""
+    def _pending(self, request: Request, max_prompt_tokens: int) -> list[int]:
+        """The tokens to compute next; none if the request failed."""
         try:
-            return request.lane.pending(most)
-        except Exception as error:  # noqa: BLE001 (the others' answers go on, whatever it is)
+            return request.sequence.pending(max_prompt_tokens)
+        except Exception as error:  # noqa: BLE001 (other requests continue, whatever it is)
             self._fail(request, error)
             return []
 
-    def _extend(self, request: Request, asked: Sequence[int], num_logits: int) -> None:
-        """Several tokens more for one answer."""
-        logits = self._step([request], lambda: self._batch.extend(request.row, asked, num_logits))
+    def _extend(self, request: Request, tokens: Sequence[int], num_logits: int) -> None:
+        """A step over several tokens of one sequence."""
+        logits = self._run([request], lambda: self._batch.extend(request.slot, tokens, num_logits))
         if logits is not None:
-            self._take(request, logits)
+            self._advance(request, logits)
 
-    def _step(self, requests: Sequence[Request], step: Callable[[], Logits]) -> Logits | None:
-        """A step; where it fails, so do the answers it was for."""
+    def _run(self, requests: Sequence[Request], step: Callable[[], Logits]) -> Logits | None:
+        """Run a step; if it fails, so do its requests."""
         try:
             with self._watched():
                 return step()
-        except Exception as error:  # noqa: BLE001 (the others' answers go on, whatever it is)
+        except Exception as error:  # noqa: BLE001 (other requests continue, whatever it is)
             for request in requests:
                 self._fail(request, error)
             return None
 
-    def _take(self, request: Request, logits: Logits) -> None:
-        """Hand on what the logits make; stand up where the answer is done."""
-        lane = request.lane
+    def _advance(self, request: Request, logits: Logits) -> None:
+        """Sample, pass the chunks on, and release the slot if the generation is complete."""
+        sequence = request.sequence
         last: GenerationChunk | None = None
         try:
-            for last in lane.take(logits):
+            for last in sequence.advance(logits):
                 if last.timings is None:
-                    request.answer.put(last)
-        except Exception as error:  # noqa: BLE001 (as in `_step`)
+                    request.generation.put(last)
+        except Exception as error:  # noqa: BLE001 (as in `_run`)
             self._fail(request, error)
             return
-        self._batch.lengths[request.row] = lane.computed  # wrong guesses go
+        self._batch.lengths[request.slot] = sequence.computed  # drops rejected draft tokens
         if last is not None and last.timings is not None:
             self._counters.finished += 1
-            self._leave(request, last)
+            self._finish(request, last)
 
-    def _leave(self, request: Request, last: GenerationChunk) -> None:
-        """Stand up, and hand on the last piece: whoever asks again then finds room, and counters that know of it."""
+    def _finish(self, request: Request, last: GenerationChunk) -> None:
+        """Release the slot, then pass on the last chunk, so that a caller's next request sees current counters."""
         if last.timings is not None:
             self._counters.completion_tokens += last.timings.completion_tokens
-            self._counters.guessed_tokens += last.timings.guessed_tokens
+            self._counters.draft_tokens += last.timings.draft_tokens
             self._counters.accepted_tokens += last.timings.accepted_tokens
-        self._rows.leave(request.row)
+        self._slots.release(request.slot)
         self.active.remove(request)
-        request.answer.put(last)
+        request.generation.put(last)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        self._rows.leave(request.row, keep=False)
+        self._slots.release(request.slot, keep=False)
         self.active.remove(request)
-        self._refuse(request, error)
+        self._report(request, error)
 
-    def _refuse(self, request: Request, error: Exception) -> None:
-        """Hand on an error, as one of ours."""
+    def _report(self, request: Request, error: Exception) -> None:
+        """Pass an error to the caller as an LlmEdgeError."""
         if not isinstance(error, LlmEdgeError):
-            why = one_line(error) or type(error).__name__
-            cause, error = error, MachineError(f"an answer failed unexpectedly ({why})")
+            reason = one_line(error) or type(error).__name__
+            cause, error = error, MachineError(f"generation failed unexpectedly ({reason})")
             error.__cause__ = cause
         self._counters.failed += 1
-        request.answer.put(error)
+        request.generation.put(error)
 
 
-def _mean(before: float, now: float) -> float:
-    """A mean of late values."""
-    return now if not before else 0.8 * before + 0.2 * now
+def _moving_average(before: float, value: float) -> float:
+    """Exponential moving average; the first value counts fully."""
+    return value if not before else 0.8 * before + 0.2 * value

@@ -1,7 +1,7 @@
-"""One answer on its way: which tokens to compute next, and what their logits make of it.
+"""`TokenSequence`: the decoding state of one generation, from its prompt to its last token.
 
-`Model` or `Engine`, whichever holds the cache, drives a `TokenSequence`: it computes the `pending` tokens after the
-`computed` ones and passes their logits to `take`. Knows no session, thread or chat template.
+`Model` or `Scheduler`, whichever holds the KV cache, drives it: it computes the `pending` tokens after the `computed`
+ones and passes their logits to `advance`, which samples and yields chunks.
 """
 
 from __future__ import annotations
@@ -15,208 +15,220 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
-from llm_edge.runtime.sampling.constraint import ConstraintProcessor
+from llm_edge.runtime.sampling.grammar import ConstraintProcessor
 from llm_edge.runtime.sampling.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
-from llm_edge.runtime.speculative.prompt_lookup import MOST, DraftProposer
-from llm_edge.runtime.text.answer_stream import AnswerStream, TextDelta, joined
+from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS, DraftProposer
+from llm_edge.runtime.text.answer_stream import AnswerStream, TextDelta, merge
 
 if TYPE_CHECKING:
-    from llm_edge.runtime.backend.session import Logits  # onnxruntime, which who only shows answers does not need
+    from llm_edge.runtime.backend.session import Logits
 
 CHUNK_ALIGNMENT = 8
-"""Prompts are cut at multiples of this many tokens, so that no cut shows in the result; see docs/decisions.md."""
+"""Prompts are split at multiples of this many tokens, so that splits do not affect results; see docs/decisions.md."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """How the next tokens of an answer are drawn.
+    """How the next tokens of a sequence are sampled.
 
     Attributes:
-        sampler: for this answer alone.
-        stops: strings that end it, and
-        ends: tokens that do.
-        room: tokens to draw at most, those that are drawn already among them.
+        sampler: of this sequence.
+        stop_strings: strings that end the answer.
+        end_tokens: token ids that end the answer.
+        max_new_tokens: number of tokens to generate at most, including those generated already.
     """
 
     sampler: Sampler
-    stops: tuple[str, ...]
-    ends: frozenset[int]
-    room: int
+    stop_strings: tuple[str, ...]
+    end_tokens: frozenset[int]
+    max_new_tokens: int
 
 
 SamplingStateFactory = Callable[[SamplingParams, Sequence[int]], SamplingState]
-"""From parameters, and the tokens that were drawn already."""
+"""Builds the state from parameters and the tokens generated so far."""
 
 
 class TokenSequence:
-    """One answer on its way.
+    """The decoding state of one generation.
 
     Args:
-        prompt: its tokens, at least one.
-        params: how to draw, and
-        make: what that takes.
-        stream: of its text, and
-        guesses: of its tokens; None for none.
-        began: when the caller asked, by `time.perf_counter`.
-        constraint: what the answer's form is held to.
+        prompt: token ids, at least one.
+        params: sampling parameters.
+        sampling_state: builds the state of sampling.
+        stream: turns tokens into text.
+        began: `time.perf_counter()` at the caller's request.
+        proposer: proposes draft tokens; None = none.
+        constraint: the processor that holds the answer to a constraint.
 
     Attributes:
-        tokens: the prompt and all that was drawn.
-        computed: how many of them the cache holds.
-        done: the last piece has been made.
+        tokens: the prompt and the generated tokens.
+        computed: how many of them are in the KV cache.
+        done: the last chunk has been produced.
     """
 
     def __init__(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
-        make: SamplingStateFactory,
+        sampling_state: SamplingStateFactory,
         stream: AnswerStream,
         began: float,
-        guesses: DraftProposer | None = None,
+        proposer: DraftProposer | None = None,
         constraint: ConstraintProcessor | None = None,
     ) -> None:
         self.tokens = list(prompt)
         self.computed = 0
         self.done = False
         self._prompt_length = len(prompt)
-        self._make = make
-        self._making = make(params, ())
-        self._wanted: SamplingParams | None = None  # other parameters, from the next step on
+        self._sampling_state = sampling_state
+        self._state = sampling_state(params, ())
+        self._next_params: SamplingParams | None = None  # to apply before the next step
         self._stream = stream
-        self._guesses = guesses
+        self._proposer = proposer
         self._constraint = constraint
-        self._asked: list[int] = []
+        self._step_tokens: list[int] = []
         self._began = began
         self._started = self._prefilled = self._first = self._last = began
-        self._cached = self._guessed = self._accepted = 0
+        self._cached = self._drafted = self._accepted = 0
 
     @property
     def prefilling(self) -> bool:
-        """Whether the prompt is still being computed."""
+        """Whether part of the prompt is still to be computed."""
         return self.computed < self._prompt_length
 
     def adjust(self, params: SamplingParams) -> None:
-        """Draw by other parameters from the next step on; from any thread. The constraint stays what it was."""
-        self._wanted = params
+        """Use other parameters from the next step on, except the constraint. Thread-safe."""
+        self._next_params = params
 
     def reuse(self, length: int) -> int:
-        """Say how many of the prompt's tokens the cache could hold already; returns how many it shall hold.
+        """Skip prompt tokens that are in the cache.
 
-        The last tokens are computed anyway, because their logits are needed; cuts lie at multiples of
-        `CHUNK_ALIGNMENT`.
+        Args:
+            length: how many of the first tokens the cache could provide.
+
+        Returns:
+            how many to use: the last tokens are computed anyway because their logits are needed, and prompts are split
+            at multiples of `CHUNK_ALIGNMENT` only.
         """
-        self.computed = self._cached = max(min(length, self._prompt_length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
+        self.computed = self._cached = aligned_prefix(length, self._prompt_length)
         return self.computed
 
-    def pending(self, most: int) -> list[int]:
-        """Tokens to compute now: of the prompt about `most`, then the last one drawn and guesses behind it.
+    def pending(self, max_prompt_tokens: int) -> list[int]:
+        """The tokens of the next step: about `max_prompt_tokens` of the prompt, or the latest token and draft tokens.
 
-        Logits are wanted of the last one of a prompt's tokens, and of all others.
+        `advance` needs the logits of the last of a prompt's tokens, or of all others.
         """
         if self._started == self._began:
             self._started = time.perf_counter()
-        self._adjust()
+        self._apply_next_params()
         if self.prefilling:
-            end = self.computed + max(most // CHUNK_ALIGNMENT, 1) * CHUNK_ALIGNMENT
-            if end >= self._prompt_length - 1:  # a single last token would take another way through the kernels
+            end = self.computed + max(max_prompt_tokens // CHUNK_ALIGNMENT, 1) * CHUNK_ALIGNMENT
+            if end >= self._prompt_length - 1:  # a step over a single last token would use other kernels
                 end = self._prompt_length
-            self._asked = self.tokens[self.computed : end]
+            self._step_tokens = self.tokens[self.computed : end]
         else:
-            self._asked = [self.tokens[-1], *self._guess(self._making.room - self._drawn - 1)]
-        return self._asked
+            self._step_tokens = [self.tokens[-1], *self._propose(self._state.max_new_tokens - self._generated - 1)]
+        return self._step_tokens
 
-    def take(self, logits: Logits) -> Iterator[GenerationChunk]:
-        """Draw tokens from the logits [n, V] of what was `pending`: the next one, and one behind each right guess.
+    def advance(self, logits: Logits) -> Iterator[GenerationChunk]:
+        """Sample from the logits [n, V] of the `pending` tokens: one token, and one more per accepted draft token.
 
-        To be read to its end before the next step. Those of a step that leaves some of the prompt are not looked at.
+        Must be read to its end before the next step. Yields nothing while the prompt is incomplete.
 
         Raises:
-            LogitsError: they are no numbers.
-            ParameterError: the constraint came to nothing.
+            LogitsError: the logits are not finite.
+            ParameterError: the constraint cannot be satisfied.
         """
-        asked, self._asked = self._asked, []
+        step_tokens, self._step_tokens = self._step_tokens, []
         if self.prefilling:
-            self.computed += len(asked)
+            self.computed += len(step_tokens)
             if self.prefilling:
                 return
             self._prefilled = time.perf_counter()
-            yield from self._draw(logits[-1])
+            yield from self._sample(logits[-1])
             return
-        draft = asked[1:]
-        self._guessed += len(draft)
+        draft = step_tokens[1:]
+        self._drafted += len(draft)
         before = self._accepted
         for index, row in enumerate(logits):
             self._accepted = before + index
-            yield from self._draw(row)
+            yield from self._sample(row)
             if self.done or index == len(draft) or self.tokens[-1] != draft[index]:
                 break
         self.computed += 1 + index
-        if self._guesses is not None:
-            self._guesses.tell(len(draft), index, len(self.tokens))
+        if self._proposer is not None:
+            self._proposer.record_acceptance(len(draft), index, len(self.tokens))
 
-    def end(self, reason: FinishReason) -> GenerationChunk:
-        """The last piece, where no token ends the answer."""
-        return self._end([self._stream.flush()], None, reason)[-1]
+    def finish(self, reason: FinishReason) -> GenerationChunk:
+        """The last chunk of a generation that no token ends."""
+        return self._finish([self._stream.flush()], None, reason)[-1]
 
-    def _adjust(self) -> None:
-        wanted, self._wanted = self._wanted, None
-        if wanted is not None:
-            self._making = self._make(wanted, self.tokens[self._prompt_length :])
-            self._stream.change_stops(self._making.stops)
+    def _apply_next_params(self) -> None:
+        params, self._next_params = self._next_params, None
+        if params is not None:
+            self._state = self._sampling_state(params, self.tokens[self._prompt_length :])
+            self._stream.change_stops(self._state.stop_strings)
 
     @property
-    def _drawn(self) -> int:
+    def _generated(self) -> int:
         return len(self.tokens) - self._prompt_length
 
-    def _guess(self, most: int) -> list[int]:
-        if self._guesses is None or most < 1:
+    def _propose(self, limit: int) -> list[int]:
+        if self._proposer is None or limit < 1:
             return []
-        forced = self._constraint.guesses(min(most, MOST)) if self._constraint is not None else []
-        return forced or self._guesses.guess(self.tokens, most)
+        forced = self._constraint.forced_tokens(min(limit, MAX_DRAFT_TOKENS)) if self._constraint is not None else []
+        return forced or self._proposer.propose(self.tokens, limit)
 
-    def _draw(self, row: NDArray[np.float32]) -> list[GenerationChunk]:
-        token = self._making.sampler.sample(row)
-        top = self._making.sampler.params.logprobs
-        logprob = None if top is None else log_probabilities(row, token, top)
-        passages = [self._stream.flush()] if token in self._making.ends else self._stream.push(token)
+    def _sample(self, row: NDArray[np.float32]) -> list[GenerationChunk]:
+        """Draw a token from logits [V]; returns its chunks."""
+        state = self._state
+        token = state.sampler.sample(row)
+        alternatives = state.sampler.params.logprobs
+        logprob = None if alternatives is None else log_probabilities(row, token, alternatives)
+        ends = token in state.end_tokens
+        deltas = [self._stream.flush()] if ends else self._stream.push(token)
         if self._constraint is not None:
             self._constraint.accept(token)
         self._last = time.perf_counter()
-        if not self._drawn:
+        if not self._generated:
             self._first = self._last
         self.tokens.append(token)
-        if token in self._making.ends or self._stream.stopped:
-            return self._end(passages, token, FinishReason.STOP, logprob)
-        whole = self._constraint is not None and self._constraint.finished
-        if whole or self._drawn >= self._making.room:
-            passages = joined([*passages, self._stream.flush()])
-            stopped = whole or self._stream.stopped
-            return self._end(passages, token, FinishReason.STOP if stopped else FinishReason.LENGTH, logprob)
-        *before, last = passages
-        return [*_aside(before), GenerationChunk(last.text, token, reasoning=last.reasoning, logprob=logprob)]
+        if ends or self._stream.stopped:
+            return self._finish(deltas, token, FinishReason.STOP, logprob)
+        complete = self._constraint is not None and self._constraint.finished
+        if complete or self._generated >= state.max_new_tokens:
+            deltas = merge([*deltas, self._stream.flush()])
+            stopped = complete or self._stream.stopped
+            return self._finish(deltas, token, FinishReason.STOP if stopped else FinishReason.LENGTH, logprob)
+        *before, last = deltas
+        return [*_without_token(before), GenerationChunk(last.text, token, reasoning=last.reasoning, logprob=logprob)]
 
-    def _end(
-        self, passages: list[TextDelta], token: int | None, reason: FinishReason, logprob: TokenLogprob | None = None
+    def _finish(
+        self, deltas: list[TextDelta], token: int | None, reason: FinishReason, logprob: TokenLogprob | None = None
     ) -> list[GenerationChunk]:
         self.done = True
         timings = Timings(
             prompt_tokens=self._prompt_length,
-            completion_tokens=self._drawn,
-            time_to_first_token=self._first - self._began if self._drawn else 0.0,
+            completion_tokens=self._generated,
+            time_to_first_token=self._first - self._began if self._generated else 0.0,
             prefill_seconds=self._prefilled - self._started if self._prefilled > self._started else 0.0,
-            decode_seconds=self._last - self._first if self._drawn else 0.0,
+            decode_seconds=self._last - self._first if self._generated else 0.0,
             reasoning_tokens=self._stream.reasoning_tokens,
             cached_tokens=self._cached,
-            guessed_tokens=self._guessed,
+            draft_tokens=self._drafted,
             accepted_tokens=self._accepted,
         )
-        *before, last = passages
-        return [*_aside(before), GenerationChunk(last.text, token, reason, timings, last.reasoning, logprob)]
+        *before, last = deltas
+        return [*_without_token(before), GenerationChunk(last.text, token, reason, timings, last.reasoning, logprob)]
 
 
-def _aside(passages: Iterable[TextDelta]) -> list[GenerationChunk]:
-    """What a token ends before the passage that it is told with."""
-    return [GenerationChunk(text, None, reasoning=reasoning) for text, reasoning in passages]
+def aligned_prefix(length: int, prompt_length: int) -> int:
+    """How many of `length` cached tokens a prompt can reuse; see `TokenSequence.reuse`."""
+    return max(min(length, prompt_length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
+
+
+def _without_token(deltas: Iterable[TextDelta]) -> list[GenerationChunk]:
+    """Chunks of text that a token completes, ahead of the chunk that carries the token itself."""
+    return [GenerationChunk(text, None, reasoning=reasoning) for text, reasoning in deltas]

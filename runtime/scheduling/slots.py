@@ -1,10 +1,11 @@
-"""Who sits in which row of a batch, and what earlier answers left there. Knows no text, thread or graph.
+"""`SlotManager`: assigns the slots of a batch to sequences, and keeps finished ones as a prefix cache.
 
-A row is taken by one answer at a time. What it computed stays when it is done, so that a prompt that begins alike need
-not be computed again: in place where most of it serves, else as a copy. What was not used for longest goes first.
+A slot is assigned to one sequence at a time. What a finished sequence computed stays, so that a prompt with the same
+prefix need not compute it again: in place if most of it can be reused, otherwise as a copy. The least recently used
+goes first.
 
-Answers sit near each other, for a step takes rows that lie side by side: to copy what was computed takes milliseconds
-once, a step of its own takes milliseconds for every token.
+Active slots are kept close together, because a decode step covers adjacent slots: copying a prefix costs milliseconds
+once, a separate step costs milliseconds for every token.
 """
 
 from __future__ import annotations
@@ -12,143 +13,147 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm_edge.runtime.scheduling.batch import Batch
-from llm_edge.runtime.scheduling.prefixes import common_prefix
+from llm_edge.runtime.scheduling.prefix import common_prefix
 
-GAP = 4  # rows computed for nothing rather than one step more
-_WORTH = 0.5  # share of a row's tokens that must serve for it to be taken over
+MAX_GAP = 4  # idle slots that a decode step may span rather than run a second step
+_REUSE_IN_PLACE = 0.5  # fraction of a slot's tokens that a prompt must share to take the slot over
 
 
 class SlotManager:
-    """The rows of a batch.
+    """The slots of a batch and the tokens in them.
 
     Args:
-        batch: whose rows.
-        budget: bytes that rows nobody sits in may keep.
+        batch: the slots.
+        budget: maximum bytes of keys and values in idle slots.
 
     Attributes:
-        evicted: how many times tokens were let go.
+        evictions: how many times the tokens of an idle slot were dropped.
     """
 
     def __init__(self, batch: Batch, budget: int) -> None:
         self._batch = batch
         self._budget = budget
-        self._texts: list[Sequence[int]] = [[] for _ in range(batch.rows)]
-        self._taken: set[int] = set()
-        self._used = [0] * batch.rows
+        self._tokens: list[Sequence[int]] = [[] for _ in range(batch.slots)]
+        self._assigned: set[int] = set()
+        self._last_used = [0] * batch.slots
         self._clock = 0
-        self.evicted = 0
+        self.evictions = 0
 
     @property
-    def kept(self) -> int:
-        """Tokens in rows that nobody sits in."""
-        return sum(self._batch.lengths[row] for row in range(self._batch.rows) if row not in self._taken)
+    def cached_tokens(self) -> int:
+        """Number of tokens in idle slots."""
+        return sum(self._batch.lengths[slot] for slot in self._idle())
 
-    def longest(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """The row that begins like a prompt for longest, and for how many tokens."""
-        found = [(common_prefix(self._text(row), prompt), row) for row in range(self._batch.rows)]
-        length, row = max(found, key=lambda each: (each[0], -each[1]))
-        return row, length
+    def longest_prefix(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """The slot that shares the longest prefix with a prompt, and its length."""
+        found = [(common_prefix(self._cached(slot), prompt), slot) for slot in range(self._batch.slots)]
+        length, slot = max(found, key=lambda each: (each[0], -each[1]))
+        return slot, length
 
-    def take(self, prompt: list[int], source: int, length: int) -> int:
-        """Sit down: a row that holds the first `length` tokens, which are those of row `source`.
+    def assign(self, tokens: list[int], source: int, length: int) -> int:
+        """Assign a slot that holds the first `length` tokens, which are cached in slot `source`.
 
         Args:
-            prompt: the answer's tokens; the list may grow later, as the row does.
+            tokens: of the sequence; the list grows as the sequence does.
+            source: see `longest_prefix`.
+            length: number of tokens to reuse.
         """
         batch = self._batch
         idle = self._idle()
-        whole = source in idle and length > 0 and length >= _WORTH * batch.lengths[source]
-        row = source if source in idle and (len(idle) == 1 or (whole and self._near(source))) else self._place(source)
-        if row != source:
-            self._clear(row, source)
+        whole = source in idle and length > 0 and length >= _REUSE_IN_PLACE * batch.lengths[source]
+        in_place = source in idle and (len(idle) == 1 or (whole and self._near(source)))
+        slot = source if in_place else self._choose(source)
+        if slot != source:
+            self._make_empty(slot, source)
             if length:
-                batch.copy(source, row, length)
+                batch.copy(source, slot, length)
                 self._touch(source)
             if whole:
                 batch.release(source)
-        batch.lengths[row] = length
-        self._taken.add(row)
-        self._texts[row] = prompt
-        self._touch(row)
-        return row
+        batch.lengths[slot] = length
+        self._assigned.add(slot)
+        self._tokens[slot] = tokens
+        self._touch(slot)
+        return slot
 
-    def leave(self, row: int, *, keep: bool = True) -> None:
-        """Stand up; what was computed stays unless `keep` says no."""
-        self._taken.discard(row)
-        self._texts[row] = list(self._text(row))
-        self._touch(row)
+    def release(self, slot: int, *, keep: bool = True) -> None:
+        """Make a slot idle; what it holds stays cached if `keep` is true."""
+        self._assigned.discard(slot)
+        self._tokens[slot] = list(self._cached(slot))
+        self._touch(slot)
         if not keep:
-            self._batch.release(row)
-        self.shrink()
+            self._batch.release(slot)
+        self.enforce_budget()
 
-    def put(self, tokens: Sequence[int]) -> int:
-        """A row for tokens whose keys and values the caller will write; nobody sits in it."""
-        row = min(self._idle(), key=lambda row: (self._batch.lengths[row] > 0, self._used[row]))
-        self._evict(row)
-        self._texts[row] = list(tokens)
-        self._touch(row)
-        return row
+    def reserve(self, tokens: Sequence[int]) -> int:
+        """An idle slot for tokens whose keys and values the caller is about to write."""
+        slot = min(self._idle(), key=lambda slot: (self._batch.lengths[slot] > 0, self._last_used[slot]))
+        self._evict(slot)
+        self._tokens[slot] = list(tokens)
+        self._touch(slot)
+        return slot
 
-    def shrink(self) -> None:
-        """Let the rows that were not used for longest go until the budget holds."""
-        while self.kept * self._batch.token_bytes > self._budget:
+    def enforce_budget(self) -> None:
+        """Evict the least recently used slots until the budget holds."""
+        while self.cached_tokens * self._batch.token_bytes > self._budget:
             self._evict(self._oldest(self._idle()))
 
-    def _text(self, row: int) -> Sequence[int]:
-        return self._texts[row][: self._batch.lengths[row]]
+    def _cached(self, slot: int) -> Sequence[int]:
+        return self._tokens[slot][: self._batch.lengths[slot]]
 
     def _idle(self) -> list[int]:
-        return [row for row in range(self._batch.rows) if row not in self._taken]
+        return [slot for slot in range(self._batch.slots) if slot not in self._assigned]
 
-    def _distance(self, row: int) -> int:
-        """Rows between this one and those that are taken."""
-        if not self._taken:
+    def _distance(self, slot: int) -> int:
+        """Number of slots between this one and the assigned ones."""
+        if not self._assigned:
             return 0
-        return max(min(self._taken) - row, row - max(self._taken), 0)
+        return max(min(self._assigned) - slot, slot - max(self._assigned), 0)
 
-    def _near(self, row: int) -> bool:
-        return self._distance(row) <= GAP
+    def _near(self, slot: int) -> bool:
+        return self._distance(slot) <= MAX_GAP
 
-    def _place(self, source: int) -> int:
-        """An idle row to sit in, another than `source`: near the others, and empty if one is."""
-        others = [row for row in self._idle() if row != source]
+    def _choose(self, source: int) -> int:
+        """An idle slot other than `source`: near the assigned ones, and empty if one of those is."""
+        others = [slot for slot in self._idle() if slot != source]
         lengths = self._batch.lengths
         return min(
-            others, key=lambda row: (not self._near(row), lengths[row] > 0, self._distance(row), self._used[row])
+            others,
+            key=lambda slot: (not self._near(slot), lengths[slot] > 0, self._distance(slot), self._last_used[slot]),
         )
 
-    def _clear(self, row: int, source: int) -> None:
-        """Make a row empty: what it keeps moves to an empty one, for which the oldest of all may have to go."""
-        if not self._batch.lengths[row]:
+    def _make_empty(self, slot: int, source: int) -> None:
+        """Empty a slot: its cached tokens move to an empty one, for which the least recently used may be evicted."""
+        if not self._batch.lengths[slot]:
             return
         others = [each for each in self._idle() if each != source]
         empty = [each for each in others if not self._batch.lengths[each]]
-        other = empty[0] if empty else self._oldest(others)
-        self._evict(other)
-        if other != row:
-            self._batch.copy(row, other, self._batch.lengths[row])
-            self._texts[other], self._used[other] = self._texts[row], self._used[row]
-            self._batch.release(row)
+        target = empty[0] if empty else self._oldest(others)
+        self._evict(target)
+        if target != slot:
+            self._batch.copy(slot, target, self._batch.lengths[slot])
+            self._tokens[target], self._last_used[target] = self._tokens[slot], self._last_used[slot]
+            self._batch.release(slot)
 
-    def _oldest(self, rows: Sequence[int]) -> int:
-        """Of those that keep something, the one that was not used for longest."""
-        return min((row for row in rows if self._batch.lengths[row]), key=self._used.__getitem__)
+    def _oldest(self, slots: Sequence[int]) -> int:
+        """The least recently used of those that hold tokens."""
+        return min((slot for slot in slots if self._batch.lengths[slot]), key=self._last_used.__getitem__)
 
-    def _evict(self, row: int) -> None:
-        self.evicted += bool(self._batch.lengths[row])
-        self._batch.release(row)
+    def _evict(self, slot: int) -> None:
+        self.evictions += bool(self._batch.lengths[slot])
+        self._batch.release(slot)
 
-    def _touch(self, row: int) -> None:
+    def _touch(self, slot: int) -> None:
         self._clock += 1
-        self._used[row] = self._clock
+        self._last_used[slot] = self._clock
 
 
-def spans(rows: Sequence[int]) -> list[range]:
-    """Rows that lie side by side, taken together across gaps of at most `GAP` others."""
+def spans(slots: Sequence[int]) -> list[range]:
+    """Group slots into ranges with gaps of at most `MAX_GAP`."""
     found: list[range] = []
-    for row in sorted(rows):
-        if found and row - found[-1].stop <= GAP:
-            found[-1] = range(found[-1].start, row + 1)
+    for slot in sorted(slots):
+        if found and slot - found[-1].stop <= MAX_GAP:
+            found[-1] = range(found[-1].start, slot + 1)
         else:
-            found.append(range(row, row + 1))
+            found.append(range(slot, slot + 1))
     return found

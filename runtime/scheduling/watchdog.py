@@ -1,4 +1,4 @@
-"""Ends what takes too long, from a thread of its own. Knows not what it is."""
+"""`Watchdog`: a timeout for steps that cannot be interrupted from their own thread."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from llm_edge.runtime.errors import ParameterError
 
 
 class Watchdog:
-    """Watches one piece of work after another.
+    """Terminates a step that exceeds a timeout.
 
     Args:
-        seconds: what a piece may take; None for any time.
-        end: called where one takes longer, and
-        resume: called behind that piece, before the next one.
+        seconds: the timeout; None = none.
+        terminate: called from another thread when a step exceeds it.
+        resume: called after every step, before the next one.
 
     Raises:
-        ParameterError: `seconds` is no time.
+        ParameterError: `seconds` is not a positive finite number.
     """
 
-    def __init__(self, seconds: float | None, end: Callable[[], None], resume: Callable[[], None]) -> None:
+    def __init__(self, seconds: float | None, terminate: Callable[[], None], resume: Callable[[], None]) -> None:
         if seconds is not None and not 0 < seconds < math.inf:
-            raise ParameterError(f"step_seconds is {seconds!r}; numbers above 0, or None, are possible")
-        self._end, self._resume = end, resume
+            raise ParameterError(f"step_seconds is {seconds!r}; use a number above 0, or None")
+        self._terminate, self._resume = terminate, resume
         self._began: float | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -35,21 +35,21 @@ class Watchdog:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A piece of work."""
+        """Apply the timeout to the body of the `with` statement."""
         self._began = time.monotonic()
         try:
             yield
         finally:
-            with self._lock:  # the next one is not ended for this one's time
+            with self._lock:  # so that the next step is not terminated for this one
                 self._began = None
                 self._resume()
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._closed.set()
 
-    def _watch(self, most: float) -> None:
-        while not self._closed.wait(min(most / 4, 1.0)):
+    def _watch(self, limit: float) -> None:
+        while not self._closed.wait(min(limit / 4, 1.0)):
             with self._lock:
-                if self._began is not None and time.monotonic() - self._began > most:
-                    self._end()
+                if self._began is not None and time.monotonic() - self._began > limit:
+                    self._terminate()

@@ -1,209 +1,199 @@
-"""Guesses at the next tokens by a smaller model of the same vocabulary. Knows no text and no sampling.
+"""`DraftModel`: a smaller model with the same vocabulary that proposes draft tokens.
 
-After Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), with guesses that take the
-draft's most likely token always: one counts where the model itself draws it, so no text changes. How many tokens are
-guessed follows from the sizes of both models and from which guesses were right, never from time or load.
+After Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), with greedy draft tokens: a
+draft token is accepted if the main model samples it too, so texts do not change. How many tokens are proposed depends
+on the sizes of both models and on earlier acceptances, never on time or load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session, tries_cuda
+from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
 from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import ParameterError
-from llm_edge.runtime.loading import open_bundle
-from llm_edge.runtime.scheduling.prefixes import common_prefix
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
-from llm_edge.runtime.speculative.prompt_lookup import MOST, DraftProposer, PromptLookup
-from llm_edge.runtime.text.tokenizer import Tokenizer
+from llm_edge.runtime.loading import LoadedBundle, LoadOptions, load
+from llm_edge.runtime.scheduling.prefix import common_prefix
+from llm_edge.runtime.scheduling.sequence import aligned_prefix
+from llm_edge.runtime.speculative.prompt_lookup import PromptLookup
+from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS, DraftProposer
 
-_LAYER = 6 << 20  # what a layer takes beside reading its weights, as bytes of them
-_VERIFIED = 0.07  # of a step, for each token more that it computes
-_WORTH = 16  # tokens that may be computed afresh for each that may come
-_MEMORY = 32.0  # guessed tokens that the share of right ones is taken of, at most
-_REST = 16  # tokens drawn without guesses where they did not pay; twice as many each time
+_LAYER_BYTES = 6 << 20  # cost of a layer besides reading its weights, in bytes read
+_VERIFY_COST = 0.07  # cost of each further token in a step, relative to the step
+_MAX_CATCH_UP = 16  # tokens the draft model may have to compute per token it can propose
+_MEMORY = 32.0  # number of draft tokens that the acceptance rate is averaged over
+_INITIAL_PAUSE = 16  # tokens without proposals after they did not pay off; doubles each time
 
 
 class DraftModel:
-    """A smaller model that guesses for another one, one answer at a time.
+    """A smaller model that drafts for another one, for one generation at a time.
 
     Args:
-        session: the smaller model's.
-        vocabulary: ids it may guess.
-        price: of guessing and verifying a token, as a share of a step of the model it guesses for.
+        session: of the smaller model.
+        vocabulary: number of token ids it may propose.
+        cost_ratio: cost of proposing and verifying a token relative to a step of the main model.
     """
 
-    def __init__(self, session: Session, vocabulary: int, price: float) -> None:
-        self.price = price
+    def __init__(self, session: Session, vocabulary: int, cost_ratio: float) -> None:
+        self.cost_ratio = cost_ratio
         self._session = session
         self._vocabulary = vocabulary
-        self._held: list[int] = []  # tokens in its cache
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path | None,
-        precision: str | None,
-        bundle: Bundle,
-        info: PrecisionInfo,
-        tokenizer: Tokenizer,
-        provider: str = "auto",
-        threads: int | None = None,
-        *,
-        verify: bool = True,
-    ) -> DraftModel | None:
-        """Load a bundle that guesses for `bundle` in the precision `info`; None for no path.
-
-        The other arguments are those of `Model.load`.
-
-        Raises:
-            BundleError: the folder is missing, damaged or changed.
-            ParameterError: it cannot guess for this bundle, or there is a precision and no path.
-            ProviderError: CUDA was asked for and is not there.
-        """
-        if path is None:
-            if precision is not None:
-                raise ParameterError(f"draft_precision is {precision!r}, and there is no draft: name its bundle")
-            return None
-        half = precision is None and tries_cuda(provider)
-        own, its, other = open_bundle(path, precision, verify=verify, half=half)
-        for each, graph in ((bundle, info), (own, its)):
-            if graph.format != ONNX or not graph.share_buffer:
-                raise ParameterError(
-                    f"draft: {each.path} in {graph.name} cannot take guesses back: export it with --graph fused"
-                )
-        for number in range(max(bundle.shape.vocab_size, own.shape.vocab_size)):
-            if other.token_text(number) != tokenizer.token_text(number):
-                raise ParameterError(
-                    f"draft: {own.path} has another vocabulary than {bundle.path} (token {number} is "
-                    f"{other.token_text(number)!r}, not {tokenizer.token_text(number)!r}): take a model of its family"
-                )
-        graph_file, width = own.file(its.model), its.hidden_size
-        session = Session(graph_file, own.shape, True, provider, threads, in_turns=True, hidden_size=width)
-        price = _cost(own, its) / _cost(bundle, info) + _VERIFIED
-        return cls(session, min(bundle.shape.vocab_size, own.shape.vocab_size), price)
+        self._cached: list[int] = []  # tokens in its KV cache
 
     @property
     def run_seconds(self) -> float:
         """Time spent inside onnxruntime so far."""
         return self._session.run_seconds
 
-    def forget(self) -> None:
-        """Let go what earlier texts computed."""
+    def clear_cache(self) -> None:
+        """Drop what earlier texts computed."""
         self._rewind(0)
 
-    def begin(self, tokens: Sequence[int]) -> None:
-        """Take a text over from the one before; as with prompts, cuts lie at multiples of `CHUNK_ALIGNMENT` only."""
-        self._rewind(
-            max(min(common_prefix(self._held, tokens), len(tokens) - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
-        )
+    def start(self, tokens: Sequence[int]) -> None:
+        """Begin another text; like prompts, it is split at multiples of `CHUNK_ALIGNMENT` only."""
+        self._rewind(aligned_prefix(common_prefix(self._cached, tokens), len(tokens)))
 
-    def guess(self, tokens: list[int], count: int) -> list[int]:
-        """The `count` most likely tokens behind `tokens`, one after another; fewer where its context ends.
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        """The `count` most likely tokens after `tokens`, one after another; fewer where the context ends.
 
-        Where many tokens are new to it, it computes some and guesses nothing: a call takes no longer than a step does.
+        If many of `tokens` are new to it, it computes some and proposes nothing, so that a call never takes longer
+        than a step of a prompt.
         """
         count = min(count, self._session.limit - len(tokens) + 1)
         if count < 1:
             return []
-        self._rewind(min(common_prefix(self._held, tokens), len(tokens) - 1))
-        asked = tokens[len(self._held) :]
-        if len(asked) > PREFILL_CHUNK + 1:  # a single last token would take another way through the kernels
-            self._step(asked[:PREFILL_CHUNK])
+        self._rewind(min(common_prefix(self._cached, tokens), len(tokens) - 1))
+        new = tokens[len(self._cached) :]
+        if len(new) > PREFILL_CHUNK + 1:  # a step over a single last token would use other kernels
+            self._step(new[:PREFILL_CHUNK])
             return []
-        guess = [self._step(asked)]
-        while len(guess) < count:
-            guess.append(self._step(guess[-1:]))
-        return guess
+        draft = [self._step(new)]
+        while len(draft) < count:
+            draft.append(self._step(draft[-1:]))
+        return draft
 
     def missing(self, tokens: list[int]) -> int:
-        """How many tokens of a text it would have to compute."""
-        return len(tokens) - common_prefix(self._held, tokens)
+        """How many of `tokens` it would have to compute."""
+        return len(tokens) - common_prefix(self._cached, tokens)
 
     def _step(self, tokens: list[int]) -> int:
-        """The most likely token behind those held and these, which are held then."""
-        known = self._session.shape.vocab_size  # something else stands for ids that it does not have
-        logits = self._session.step([token if token < known else 0 for token in tokens])
-        self._held += tokens
+        """Add tokens to the cache; returns the most likely next one."""
+        vocab_size = self._session.shape.vocab_size  # ids it does not have are replaced
+        logits = self._session.step([token if token < vocab_size else 0 for token in tokens])
+        self._cached += tokens
         return int(logits[-1, : self._vocabulary].argmax())
 
     def _rewind(self, length: int) -> None:
-        if length < len(self._held):
+        if length < len(self._cached):
             self._session.rewind(length)
-            del self._held[length:]
+            del self._cached[length:]
 
 
-class DraftGuesses:
-    """The guesses of one answer: what the text itself suggests (`PromptLookup`), else what a draft does.
+class DraftModelProposer:
+    """Draft tokens for one generation: from prompt lookup, else from a draft model.
 
-    A draft's guesses are as long as pays best for the share of right ones of late; where none pays, they rest, for
+    The number of draft tokens maximizes throughput at the recent acceptance rate; if none pays off, proposing pauses,
     longer each time.
     """
 
-    def __init__(self, draft: DraftModel) -> None:
+    def __init__(self, model: DraftModel) -> None:
         self._lookup = PromptLookup()
-        self._draft = draft
-        self._begun = False
-        self._drafted = False  # the last guess is the draft's
-        self._right, self._wrong = 3.0, 1.0
-        self._rest = _REST
-        self._until = 0  # tokens in the text before the next guess
+        self._model = model
+        self._started = False
+        self._from_model = False  # the last proposal came from the draft model
+        self._accepted, self._rejected = 3.0, 1.0
+        self._pause = _INITIAL_PAUSE
+        self._paused_until = 0  # tokens in the text before the next proposal
 
-    def guess(self, tokens: list[int], most: int) -> list[int]:
-        """What may follow `tokens`, at most so many; none for nothing. `tokens` only grows from call to call."""
-        found = self._lookup.guess(tokens, most)
-        if found or len(tokens) < self._until:
-            return found
-        count = best_length(self._right / (self._right + self._wrong), self._draft.price, min(most, MOST))
-        if not count or self._draft.missing(tokens) > _WORTH * most:
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        """See `DraftProposer`."""
+        draft = self._lookup.propose(tokens, limit)
+        if draft or len(tokens) < self._paused_until:
+            return draft
+        rate = self._accepted / (self._accepted + self._rejected)
+        count = optimal_draft_length(rate, self._model.cost_ratio, min(limit, MAX_DRAFT_TOKENS))
+        if not count or self._model.missing(tokens) > _MAX_CATCH_UP * limit:
             return []
-        if not self._begun:
-            self._begun = True
-            self._draft.begin(tokens)
-        found = self._draft.guess(tokens, count)
-        self._drafted = bool(found)
-        return found
+        if not self._started:
+            self._started = True
+            self._model.start(tokens)
+        draft = self._model.propose(tokens, count)
+        self._from_model = bool(draft)
+        return draft
 
-    def tell(self, length: int, right: int, drawn: int) -> None:
-        """Of a guess of `length` tokens the first `right` ones came; `drawn` tokens stand in the text now."""
-        drafted, self._drafted = self._drafted, False
-        if not drafted:
-            self._lookup.tell(length, right, drawn)
+    def record_acceptance(self, proposed: int, accepted: int, total: int) -> None:
+        """See `DraftProposer`."""
+        from_model, self._from_model = self._from_model, False
+        if not from_model:
+            self._lookup.record_acceptance(proposed, accepted, total)
             return
-        self._right += right
-        self._wrong += right < length
-        known = self._right + self._wrong
+        self._accepted += accepted
+        self._rejected += accepted < proposed
+        known = self._accepted + self._rejected
         if known > _MEMORY:
-            self._right, self._wrong = self._right * _MEMORY / known, self._wrong * _MEMORY / known
-        price = self._draft.price
-        if self._right <= price * (self._right + self._wrong):
-            self._until, self._rest = drawn + self._rest, 2 * self._rest
-            self._right, self._wrong = price + 0.05, 1 - price  # the next guess is a try: one wrong token is enough
+            self._accepted, self._rejected = self._accepted * _MEMORY / known, self._rejected * _MEMORY / known
+        cost = self._model.cost_ratio
+        if self._accepted <= cost * (self._accepted + self._rejected):
+            self._paused_until, self._pause = total + self._pause, 2 * self._pause
+            self._accepted, self._rejected = (
+                cost + 0.05,
+                1 - cost,
+            )  # the next proposal is a trial: one rejection ends it
 
 
-def proposer_for(draft: DraftModel | None) -> DraftProposer:
-    """Those of a new answer."""
-    return DraftGuesses(draft) if draft is not None else PromptLookup()
+def load_draft_model(options: LoadOptions, target: LoadedBundle) -> DraftModel | None:
+    """Load the draft model that the options name, to draft for `target`; None if they name none.
+
+    Raises:
+        ParameterError: it cannot draft for this bundle, or `draft_precision` is given without `draft`.
+        BundleError, InputError, ProviderError: as in `load`.
+    """
+    if options.draft is None:
+        if options.draft_precision is not None:
+            raise ParameterError(f"draft_precision is {options.draft_precision!r} without draft: name a bundle")
+        return None
+    draft = load(options.draft, options.draft_options, interleaved=True)
+    for each in (target, draft):
+        if each.precision.format != ONNX or not each.precision.share_buffer:
+            raise ParameterError(
+                f"draft: {each.bundle.path} in {each.precision.name} cannot rewind its cache: "
+                "export it with --graph fused"
+            )
+    bundle, own = target.bundle, draft.bundle
+    for token in range(max(bundle.shape.vocab_size, own.shape.vocab_size)):
+        found, expected = draft.tokenizer.token_text(token), target.tokenizer.token_text(token)
+        if found != expected:
+            raise ParameterError(
+                f"draft: {own.path} has another vocabulary than {bundle.path} "
+                f"(token {token} is {found!r}, not {expected!r}): use a model of the same family"
+            )
+    assert isinstance(draft.session, Session)
+    ratio = _step_cost(own, draft.precision) / _step_cost(bundle, target.precision) + _VERIFY_COST
+    return DraftModel(draft.session, min(bundle.shape.vocab_size, own.shape.vocab_size), ratio)
 
 
-def best_length(chance: float, price: float, most: int) -> int:
-    """How many tokens to guess, 0 to `most`, for the most tokens a unit of time.
+def proposer_for(model: DraftModel | None) -> DraftProposer:
+    """The proposer of a new generation."""
+    return DraftModelProposer(model) if model is not None else PromptLookup()
+
+
+def optimal_draft_length(acceptance_rate: float, cost_ratio: float, limit: int) -> int:
+    """The number of draft tokens, 0 to `limit`, that gives the most tokens per unit of time.
 
     Args:
-        chance: that a guessed token is right, if all before it are.
-        price: of a guessed token, as a share of a step.
+        acceptance_rate: probability that a draft token is accepted if all before it are.
+        cost_ratio: cost of a draft token relative to a step.
+        limit: maximum number of draft tokens.
     """
     best, length, tokens, reached = 1.0, 0, 1.0, 1.0
-    for count in range(1, most + 1):
-        reached *= chance
+    for count in range(1, limit + 1):
+        reached *= acceptance_rate
         tokens += reached
-        if tokens / (1 + count * price) > best:
-            best, length = tokens / (1 + count * price), count
+        if tokens / (1 + count * cost_ratio) > best:
+            best, length = tokens / (1 + count * cost_ratio), count
     return length
 
 
-def _cost(bundle: Bundle, info: PrecisionInfo) -> int:
-    """What a step over one token takes, as bytes: weights are read once, and each layer costs something beside that."""
-    return info.size + _LAYER * bundle.shape.num_hidden_layers
+def _step_cost(bundle: Bundle, precision: PrecisionInfo) -> int:
+    """Cost of a step over one token in bytes read: the weights once, and a constant per layer."""
+    return precision.size + _LAYER_BYTES * bundle.shape.num_hidden_layers

@@ -1,71 +1,59 @@
-"""Guesses at the next tokens from what stands in the text already (prompt lookup). Knows ids alone.
+"""`PromptLookup`: proposes the tokens that followed the latest ones earlier in the text.
 
-Where the last few tokens stood earlier, whatever followed there is guessed again: quoted passages and edited files come
-out several tokens a step. After Saxena, "Prompt Lookup Decoding" (2023). What is guessed depends on the text and on
-what became of earlier guesses alone, never on time or load.
+Quoted passages and edited files are then generated several tokens per step. After Saxena, "Prompt Lookup Decoding"
+(2023). Proposals depend only on the text and on earlier acceptances, never on time or load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-MOST = 15
-"""Tokens a guess holds at most."""
-_SIZES = (5, 3)  # tokens that must agree, the longer ones tried first
-_FIRST = 4  # tokens of the first guess
-_PATIENCE = 64  # tokens drawn in vain make guessing rest at most
+from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS
 
-
-class DraftProposer(Protocol):
-    """The guesses of one answer, wherever they come from."""
-
-    def guess(self, tokens: list[int], most: int) -> list[int]:
-        """What may follow `tokens`, at most so many; none for nothing. `tokens` only grows from call to call."""
-
-    def tell(self, length: int, right: int, drawn: int) -> None:
-        """Of a guess of `length` tokens the first `right` ones came; `drawn` tokens stand in the text now."""
+_NGRAM_SIZES = (5, 3)  # tokens that must match, longer ones first
+_INITIAL_LENGTH = 4  # draft tokens of the first proposal
+_MAX_PAUSE = 64  # tokens generated without a proposal after rejections
 
 
 class PromptLookup:
-    """The guesses of one answer.
+    """Draft tokens for one generation, from its own text.
 
-    Guesses grow while they are right and shrink while they are wrong; wrong from the first token on, they rest, for
-    longer each time.
+    Proposals grow while they are accepted and shrink otherwise; after a rejection from the first token on, proposing
+    pauses, longer each time.
     """
 
     def __init__(self) -> None:
-        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in _SIZES]
-        self._known = 0  # tokens whose endings are among the places
-        self._length = _FIRST
-        self._rest = 0
-        self._until = 0  # tokens in the text before the next guess
+        self._positions: list[dict[tuple[int, ...], int]] = [{} for _ in _NGRAM_SIZES]  # where an n-gram ends
+        self._indexed = 0  # tokens whose n-grams are among the positions
+        self._length = _INITIAL_LENGTH
+        self._pause = 0
+        self._paused_until = 0  # tokens in the text before the next proposal
 
-    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
-        """What may follow `tokens`, at most so many; none for nothing. `tokens` only grows from call to call."""
-        for end in range(self._known, len(tokens)):  # the last token's own ending is not among them yet
-            for size, places in zip(_SIZES, self._places, strict=True):
+    def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
+        """See `DraftProposer`."""
+        for end in range(self._indexed, len(tokens)):  # the n-gram of the last token itself is not indexed yet
+            for size, positions in zip(_NGRAM_SIZES, self._positions, strict=True):
                 if end >= size:
-                    places[tuple(tokens[end - size : end])] = end
-        self._known = len(tokens)
-        if len(tokens) < self._until:
+                    positions[tuple(tokens[end - size : end])] = end
+        self._indexed = len(tokens)
+        if len(tokens) < self._paused_until:
             return []
-        for size, places in zip(_SIZES, self._places, strict=True):
-            place = places.get(tuple(tokens[-size:])) if len(tokens) >= size else None
-            if place is not None:
-                return list(tokens[place : place + min(self._length, most)])
+        for size, positions in zip(_NGRAM_SIZES, self._positions, strict=True):
+            position = positions.get(tuple(tokens[-size:])) if len(tokens) >= size else None
+            if position is not None:
+                return list(tokens[position : position + min(self._length, limit)])
         return []
 
-    def tell(self, length: int, right: int, drawn: int) -> None:
-        """Of a guess of `length` tokens the first `right` ones came; `drawn` tokens stand in the text now."""
-        if not length:
+    def record_acceptance(self, proposed: int, accepted: int, total: int) -> None:
+        """See `DraftProposer`."""
+        if not proposed:
             return
-        if right == length:
-            self._length = min(2 * self._length, MOST)
+        if accepted == proposed:
+            self._length = min(2 * self._length, MAX_DRAFT_TOKENS)
         else:
-            self._length = max(right, _FIRST)
-        if right:
-            self._rest = 0
+            self._length = max(accepted, _INITIAL_LENGTH)
+        if accepted:
+            self._pause = 0
         else:
-            self._rest = min(2 * self._rest + 1, _PATIENCE)
-            self._until = drawn + self._rest
+            self._pause = min(2 * self._pause + 1, _MAX_PAUSE)
+            self._paused_until = total + self._pause

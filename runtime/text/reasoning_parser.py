@@ -1,8 +1,8 @@
-"""Where reasoning and answer meet, found while they are drawn: by token or by text. Knows no sampler, graph or chat.
+"""`ReasoningParser`: finds the boundaries between reasoning and answer in the tokens of a generation.
 
-A model marks its reasoning by two tokens (`ReasoningTokens`), or by two texts of several tokens (`ReasoningTags`),
+A model delimits its reasoning with two tokens (`ReasoningTokens`), or by two texts of several tokens (`ReasoningTags`),
 which may begin and end within a token. `ReasoningDelimiters` are those of a bundle; a `ReasoningParser` follows the
-tokens of one answer and tells whether they are reasoning.
+tokens of one answer.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _NONE: Ids = np.array([], np.intp)
 
 
 class ReasoningDelimiters:
-    """The two marks around a bundle's reasonings; for any threads at once.
+    """The delimiters around the reasoning of a bundle's model. Thread-safe.
 
     Args:
-        reasoning: what the bundle says of them.
+        reasoning: the delimiters in the manifest.
         tokenizer: of the bundle.
 
     Attributes:
-        start, end: how they are written.
-        opening, closing: ids of the tokens that write them; one each, where they are tokens.
-        tags: they are looked for in the text.
+        start, end: their text.
+        opening, closing: ids of the tokens that write them; one each if they are tokens.
+        tags: they are searched for in the text, not among the tokens.
         special: those of these ids that are special tokens.
 
     Raises:
-        BundleError: the tokenizer has no such tokens, or cannot write such texts.
+        BundleError: the tokenizer does not have these tokens, or cannot write these texts.
     """
 
     def __init__(self, reasoning: ReasoningTokens | ReasoningTags, tokenizer: Tokenizer) -> None:
@@ -50,29 +50,29 @@ class ReasoningDelimiters:
         self._ending: dict[int, tuple[Ids, Ids]] = {}
 
     def ending(self, tail: str) -> tuple[Ids, Ids]:
-        """The tokens that would complete the end text behind a text that ends with `tail`.
+        """The tokens that would complete the end delimiter after a text that ends with `tail`.
 
         Returns:
-            All of them, and those that would bring something of the answer with them.
+            all of them, and those that would also begin the answer.
         """
-        begun = overlap(tail, self.end)
-        if begun not in self._ending:
-            texts = {token: self.end[:begun] + text for token, text in self._candidates.items()}
-            behind = {token: text.partition(self.end)[2] for token, text in texts.items() if self.end in text}
-            some = [token for token, rest in behind.items() if rest.strip() or (rest and not rest.endswith("\n"))]
-            self._ending[begun] = np.array([*behind], np.intp), np.array(some, np.intp)
-        return self._ending[begun]
+        written = overlap(tail, self.end)
+        if written not in self._ending:
+            texts = {token: self.end[:written] + text for token, text in self._candidates.items()}
+            after = {token: text.partition(self.end)[2] for token, text in texts.items() if self.end in text}
+            some = [token for token, rest in after.items() if rest.strip() or (rest and not rest.endswith("\n"))]
+            self._ending[written] = np.array([*after], np.intp), np.array(some, np.intp)
+        return self._ending[written]
 
     @functools.cached_property
     def _candidates(self) -> Mapping[int, str]:
-        """Tokens that have the end text's last character, and their texts."""
+        """Tokens that contain the end delimiter's last character, and their texts."""
         found = self.tokenizer.texts_with(self.end[-1], range(self.tokenizer.vocab_size))
         return found | {token: self.tokenizer.token_text(token) or "" for token in self.special}
 
     def _text(self, token: int) -> str:
         text = self.tokenizer.token_text(token)
         if text is None:
-            raise BundleError("tokenizer.json does not have the tokens of 'reasoning': export the bundle again")
+            raise BundleError("tokenizer.json lacks the tokens of 'reasoning': export the bundle again")
         return text
 
     def _written(self, text: str) -> tuple[int, ...]:
@@ -83,53 +83,51 @@ class ReasoningDelimiters:
 
 
 class ReasoningParser:
-    """The borders of one answer; those of this class are none, for all is answer.
+    """Follows the tokens of one answer; this class is for models without reasoning and finds no boundaries.
 
     Attributes:
         inside: the next token belongs to the reasoning, as far as is known.
-        ended: the last mark that was seen, in the prompt too, is an end.
-        bordered: the prompt ends with a mark.
-        count: how many of the answer's tokens were reasoning, those that write its marks included; a second end
-            is not.
-        spent: the same without marks. Tokens that begin an end text count until it is complete.
+        ended: the last delimiter seen, including those in the prompt, is an end.
+        at_delimiter: the prompt ends with a delimiter.
+        count: number of reasoning tokens, including those of its delimiters; a second end is not included.
+        spent: the same without delimiters. Tokens that begin an end delimiter count until it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, shown: Iterable[int] = ()) -> None:
         self._text = TextStream(tokenizer, shown=shown)
-        self.inside = self.ended = self.bordered = False
+        self.inside = self.ended = self.at_delimiter = False
         self.count = self.spent = 0
 
     def push(self, token: int) -> list[str]:
-        """Take a token; return the text that is certain now, cut at the borders in it.
+        """Add a token; returns the text that is final now, split at the boundaries in it.
 
-        The first text belongs to the side that was before, each other one to the other side than the one before it.
-        Marks have no text.
+        The first part belongs to the current section, and each further part to the other section than the part before
+        it. Delimiters have no text.
         """
         return [self._text.push(token)]
 
     def flush(self) -> str:
-        """Return what was held back of the side that is now."""
+        """Return the held-back text of the current section."""
         return self._text.flush()
 
     def ending(self) -> tuple[Ids, Ids]:
-        """The tokens that would end a reasoning now: all, and those that bring something of the answer with them."""
+        """The tokens that would end reasoning now: all of them, and those that would also begin the answer."""
         return _NONE, _NONE
 
 
-class TokenBorders(ReasoningParser):
-    """Borders where one of two tokens comes, whatever its text."""
+class TokenParser(ReasoningParser):
+    """Finds delimiters that are tokens."""
 
-    def __init__(self, marks: ReasoningDelimiters, prompt: Sequence[int], turns: Iterable[int] = ()) -> None:
-        super().__init__(marks.tokenizer)
-        (self._start,), (self._end,) = marks.opening, marks.closing
+    def __init__(self, delimiters: ReasoningDelimiters, prompt: Sequence[int], turns: Iterable[int] = ()) -> None:
+        super().__init__(delimiters.tokenizer)
+        (self._start,), (self._end,) = delimiters.opening, delimiters.closing
         pair = ReasoningTokens(self._start, self._end)
-        self.inside = opens_reasoning(prompt, pair, marks.tokenizer.special_ids.union(turns))
+        self.inside = opens_reasoning(prompt, pair, delimiters.tokenizer.special_ids.union(turns))
         seen = [token for token in prompt if token in (self._start, self._end)]
         self.ended = seen[-1:] == [self._end]
-        self.bordered = bool(seen) and prompt[-1] == seen[-1]
+        self.at_delimiter = bool(seen) and prompt[-1] == seen[-1]
 
     def push(self, token: int) -> list[str]:
-        """See `ReasoningParser`."""
         if token not in (self._start, self._end):
             self.count += self.inside
             self.spent += self.inside
@@ -143,33 +141,30 @@ class TokenBorders(ReasoningParser):
         return [self._text.flush(), ""]
 
     def ending(self) -> tuple[Ids, Ids]:
-        """See `ReasoningParser`."""
         return np.array([self._end]), _NONE
 
 
-class TagBorders(ReasoningParser):
-    """Borders where one of two texts is complete.
+class TagParser(ReasoningParser):
+    """Finds delimiters that are text.
 
-    The start text opens a reasoning only where nothing but white space of the answer came before: further on, an
-    answer may quote it, and so it may the end text. A start text that repeats the one before has no text. Text that
-    may still become a tag is held back.
+    The start tag opens reasoning only if nothing but white space precedes it in the answer: later on, an answer may
+    quote both tags. A repeated start tag is dropped. Text that may still become a tag is held back.
     """
 
-    def __init__(self, marks: ReasoningDelimiters, prompt: Sequence[int], turns: Iterable[int] = ()) -> None:
-        super().__init__(marks.tokenizer, marks.special)
-        self._marks = marks
-        self._hidden = [marks.tokenizer.token_text(token) or "" for token in marks.special]
+    def __init__(self, delimiters: ReasoningDelimiters, prompt: Sequence[int], turns: Iterable[int] = ()) -> None:
+        super().__init__(delimiters.tokenizer, delimiters.special)
+        self._delimiters = delimiters
+        self._hidden = [delimiters.tokenizer.token_text(token) or "" for token in delimiters.special]
         self._held = self._tail = ""
-        self._waiting = 0  # tokens of the answer that hold what may become the start text
-        self._prompt(prompt, marks.tokenizer.special_ids.union(turns) - {*marks.opening, *marks.closing})
-        self._blank = self.bordered or not self.inside  # the side has nothing but white space so far
+        self._waiting = 0  # answer tokens that contain what may become the start tag
+        self._prompt(prompt, delimiters.tokenizer.special_ids.union(turns) - {*delimiters.opening, *delimiters.closing})
+        self._blank = self.at_delimiter or not self.inside  # the section is white space only so far
 
     def push(self, token: int) -> list[str]:
-        """See `ReasoningParser`."""
         was, waiting, text = self.inside, self._waiting, self._text.push(token)
         seen = self._tail + text
-        self._tail = seen[1 - len(self._marks.end) :]
-        self.ended |= self._marks.end in seen
+        self._tail = seen[1 - len(self._delimiters.end) :]
+        self.ended |= self._delimiters.end in seen
         parts = self._cut(self._held + text)
         self._waiting = waiting + (not was) if self._held and not self.inside else 0
         if len(parts) > 1:
@@ -181,26 +176,24 @@ class TagBorders(ReasoningParser):
         return [self._without_special(part) for part in parts]
 
     def flush(self) -> str:
-        """See `ReasoningParser`."""
         text, self._held = self._held + self._text.flush(), ""
         return self._without_special(text)
 
     def ending(self) -> tuple[Ids, Ids]:
-        """See `ReasoningParser`."""
-        return self._marks.ending(self._tail)
+        return self._delimiters.ending(self._tail)
 
     def _prompt(self, prompt: Sequence[int], closing: frozenset[int]) -> None:
-        """What the prompt leaves: a start text that a special token or the end of a turn follows is somebody's."""
-        start, end, decode = self._marks.start, self._marks.end, self._marks.tokenizer.decode
+        """Set the initial state: a start tag followed by a special token or the end of a turn is quoted text."""
+        start, end, decode = self._delimiters.start, self._delimiters.end, self._delimiters.tokenizer.decode
         whole = decode(prompt, skip_special=False)
         self.ended = whole.rfind(end) > whole.rfind(start)
         last = next((place for place in reversed(range(len(prompt))) if prompt[place] in closing), -1)
         text = decode(prompt[last + 1 :], skip_special=False)
         self.inside = text.rfind(start) > text.rfind(end)
-        self.bordered = text.rstrip().endswith((start, end))
+        self.at_delimiter = text.rstrip().endswith((start, end))
 
     def _cut(self, text: str) -> list[str]:
-        start, end = self._marks.start, self._marks.end
+        start, end = self._delimiters.start, self._delimiters.end
         parts = [""]
         while True:
             lead = text.lstrip() if self._blank else ""
@@ -231,27 +224,27 @@ class TagBorders(ReasoningParser):
 
 
 def opens_reasoning(prompt: Sequence[int], tokens: ReasoningTokens, closing: Iterable[int] = ()) -> bool:
-    """Whether the last start token has no end token behind it, and none of `closing`.
+    """Whether the last start token is followed by neither the end token nor any of `closing`.
 
-    Those are special tokens and what ends a turn: a start token before them is somebody's text. (`<think>` is no
-    special token in many vocabularies, so whoever types it gets it.)
+    Those are special tokens and the end of a turn: a start token before them is quoted text. (In many vocabularies
+    `<think>` is not a special token, so users can type it.)
     """
-    borders = {*closing, tokens.end} - {tokens.start}
-    last = next((token for token in reversed(prompt) if token == tokens.start or token in borders), None)
+    boundaries = {*closing, tokens.end} - {tokens.start}
+    last = next((token for token in reversed(prompt) if token == tokens.start or token in boundaries), None)
     return last == tokens.start
 
 
 def reasoning_parser(
-    marks: ReasoningDelimiters | None, tokenizer: Tokenizer, prompt: Sequence[int] = (), turns: Iterable[int] = ()
+    delimiters: ReasoningDelimiters | None, tokenizer: Tokenizer, prompt: Sequence[int] = (), turns: Iterable[int] = ()
 ) -> ReasoningParser:
-    """The borders of an answer to a prompt.
+    """The parser for an answer to a prompt.
 
     Args:
-        marks: None = all is answer.
+        delimiters: None = everything is answer.
         tokenizer: of the model.
-        prompt: what stands before; it may end within a reasoning.
+        prompt: token ids before the answer; they may end within reasoning.
         turns: ids that end a turn.
     """
-    if marks is None:
+    if delimiters is None:
         return ReasoningParser(tokenizer)
-    return TagBorders(marks, prompt, turns) if marks.tags else TokenBorders(marks, prompt, turns)
+    return (TagParser if delimiters.tags else TokenParser)(delimiters, prompt, turns)

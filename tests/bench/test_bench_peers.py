@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from calling import call
+from sessions import open_file
 
 from llm_edge.bench.driver import COLUMNS, Figures, Worker
 from llm_edge.bench.peers import fidelity, machine, report, run
 from llm_edge.bench.peers.engines import PEERS, choose
-from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.errors import InputError, MachineError
 
@@ -203,7 +203,9 @@ def test_our_logits_are_the_sessions(tiny_bundle: Path, tmp_path: Path) -> None:
     finally:
         worker.close()
     info = bundle.precision("int8")
-    expected = Session(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 1).step([5, 6, 7], num_logits=0)
+    expected = open_file(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 1).step(
+        [5, 6, 7], num_logits=0
+    )
     found = np.fromfile(target, "<f4").reshape(3, -1)
     np.testing.assert_array_equal(found, expected)
 

@@ -20,10 +20,10 @@ from llm_edge.chat.endpoint.client import Endpoint, EndpointResponder, base_url,
 from llm_edge.chat.figures import figures_line
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.history.store import Store
-from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.session import ChatSession
 from llm_edge.chat.settings import Settings
-from llm_edge.chat.stream_reader import Feed
+from llm_edge.chat.stream_reader import StreamReader
 from llm_edge.runtime import Constraint, FinishReason, GenerationChunk, SamplingParams
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError, ParameterError
 
@@ -481,7 +481,7 @@ def test_cancel_takes_effect_at_once_and_the_server_is_told(
 
     server.events = events
     responder = open_endpoint()
-    feed = Feed(lambda: responder.answer(QUESTION, responder.default_params))
+    feed = StreamReader(lambda: responder.answer(QUESTION, responder.default_params))
     assert reached.wait(10)
     began = time.monotonic()
     feed.cancel()
@@ -516,7 +516,7 @@ def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None
         thread = threading.Thread(target=serve)
         thread.start()
         responder = EndpointResponder(Endpoint(url, "any"))
-        feed = Feed(lambda: responder.answer(QUESTION, responder.default_params))
+        feed = StreamReader(lambda: responder.answer(QUESTION, responder.default_params))
         assert asked.wait(10)
         began = time.monotonic()
         feed.cancel()
@@ -581,7 +581,7 @@ def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
     server.models = None
     server.refuse = lambda asked: (400, refusal) if len(asked["messages"]) > 3 else None
     server.events = lambda: said("x" * 400)
-    session = ChatSession(Store(tmp_path / "x.db"), Knobs(SamplingParams()))
+    session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
     session.use(open_endpoint("any"))
 
     def ended(message: Message) -> Message:
@@ -615,13 +615,13 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
         yield from said("y")
 
     server.events = events
-    session = ChatSession(Store(tmp_path / "x.db"), Knobs(SamplingParams()))
+    session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
     session.use(open_endpoint())
     answer = session.ask("Hi")
     while not answer.content:
         session.poll()
         time.sleep(0.005)
-    session.turn(lambda knobs: knobs.set("temperature", 0.1))
+    session.apply_change(lambda knobs: knobs.set("temperature", 0.1))
     go.set()
     while session.answering is not None:
         session.poll()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_edge.chat.parameters import BY_NAME, KNOBS, Knobs, told
+from llm_edge.chat.parameters import EDITABLE, ChatParameters, summarize
 from llm_edge.chat.presets import MODELS_OWN, Presets
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import ParameterError
@@ -37,11 +37,11 @@ DEFAULTS = SamplingParams(temperature=0.7, top_p=0.95, repetition_penalty=1.1, s
     ],
 )
 def test_what_is_typed_is_what_the_runtime_gets(name: str, text: str, value: Any) -> None:
-    knobs = Knobs(DEFAULTS)
-    knobs.type(name, text)
+    knobs = ChatParameters(DEFAULTS)
+    knobs.set_text(name, text)
     assert getattr(knobs.params, name) == value
-    again = Knobs(DEFAULTS)
-    again.type(name, knobs.text(name))  # what is shown can be typed
+    again = ChatParameters(DEFAULTS)
+    again.set_text(name, knobs.text(name))  # what is shown can be typed
     assert again.params == knobs.params
 
 
@@ -63,11 +63,11 @@ def test_what_is_typed_is_what_the_runtime_gets(name: str, text: str, value: Any
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line_and_changes_nothing(name: str, text: str) -> None:
-    knobs = Knobs(DEFAULTS)
-    knobs.type("top_k", "7")
+    knobs = ChatParameters(DEFAULTS)
+    knobs.set_text("top_k", "7")
     before = knobs.params
     with pytest.raises(ParameterError) as refusal:
-        knobs.type(name, text)
+        knobs.set_text(name, text)
     assert name in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert knobs.params == before
@@ -75,34 +75,37 @@ def test_what_cannot_be_is_refused_in_a_line_and_changes_nothing(name: str, text
 
 
 def test_a_value_like_the_models_own_is_not_a_change() -> None:
-    knobs = Knobs(DEFAULTS)
-    for knob in KNOBS:
-        knobs.type(knob.name, knobs.text(knob.name))
+    knobs = ChatParameters(DEFAULTS)
+    for knob in EDITABLE.values():
+        knobs.set_text(knob.name, knobs.text(knob.name))
     assert knobs.changed == {}
     assert knobs.params == DEFAULTS
 
 
-@pytest.mark.parametrize("knob", [knob for knob in KNOBS if knob.kind not in ("lines", "text")], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "knob", [knob for knob in EDITABLE.values() if knob.kind not in ("strings", "text")], ids=lambda k: k.name
+)
 def test_turning_goes_as_far_as_it_goes_and_back(knob: Any) -> None:
-    knobs = Knobs(SamplingParams(max_tokens=65))
+    knobs = ChatParameters(SamplingParams(max_tokens=65))
     start = knobs.value(knob.name)
-    knobs.turn(knob.name, 1)
-    assert knobs.value(knob.name) != start or start == knob.high
-    knobs.turn(knob.name, 10_000_000_000)
-    assert knobs.value(knob.name) == knob.high
-    knobs.turn(knob.name, -10_000_000_000)
-    lowest = None if knob.kind == "optional" else knob.low
+    knobs.step(knob.name, 1)
+    high, low = (knob.slider.high, knob.slider.low) if knob.slider else (True, False)
+    assert knobs.value(knob.name) != start or start == high
+    knobs.step(knob.name, 10_000_000_000)
+    assert knobs.value(knob.name) == high
+    knobs.step(knob.name, -10_000_000_000)
+    lowest = None if knob.optional else low
     assert knobs.value(knob.name) == lowest
     json.dumps(knobs.changed, allow_nan=False)
 
 
 def test_a_schema_becomes_a_constraint() -> None:
-    knobs = Knobs(DEFAULTS)
-    knobs.type("json_schema", " {} ")
+    knobs = ChatParameters(DEFAULTS)
+    knobs.set_text("json_schema", " {} ")
     assert knobs.params.constraint == Constraint.json()
-    knobs.type("json_schema", '{"type": "string"}')
+    knobs.set_text("json_schema", '{"type": "string"}')
     assert knobs.params.constraint == Constraint.json_schema({"type": "string"})
-    knobs.type("json_schema", "")
+    knobs.set_text("json_schema", "")
     assert knobs.params == DEFAULTS
 
 
@@ -129,24 +132,26 @@ def test_a_schema_that_can_be_followed_passes(schema: str) -> None:
 def test_a_preset_of_the_runtime_does_what_the_runtime_does(tmp_path: Path, name: str) -> None:
     odd = SamplingParams(temperature=0.2, typical_p=0.5, top_n_sigma=1.0, xtc_threshold=0.3, min_p=0.2)
     for defaults in (DEFAULTS, odd):
-        knobs = Knobs(defaults, {"max_tokens": 9, "top_k": 3, "system": "Be brief."})
+        knobs = ChatParameters(defaults, {"max_tokens": 9, "top_k": 3, "system": "Be brief."})
         expected = apply_preset(name, knobs.params)
         Presets(Settings(tmp_path)).use("m", name, knobs)
         assert knobs.params == expected
         assert knobs.system == "Be brief."
         assert Presets(Settings(tmp_path)).matching("m", knobs) == name
-        assert Knobs(defaults, json.loads(json.dumps(knobs.changed))).params == expected  # as it is kept with an answer
+        assert (
+            ChatParameters(defaults, json.loads(json.dumps(knobs.changed))).params == expected
+        )  # as it is kept with an answer
 
 
 def test_presets_are_kept_for_a_model(tmp_path: Path) -> None:
     presets = Presets(Settings(tmp_path))
-    knobs = Knobs(DEFAULTS, {"temperature": 0.1, "stop": ["a\nb"], "system": "Be brief."})
+    knobs = ChatParameters(DEFAULTS, {"temperature": 0.1, "stop": ["a\nb"], "system": "Be brief."})
     assert presets.save("m", "  my \x1b[31m own ", knobs) == "my [31m own"
     again = Presets(Settings(tmp_path))
     assert again.own("m") == ["my [31m own"]
     assert again.own("another") == []
     assert [*again.offered("m")][:2] == [MODELS_OWN, "my [31m own"]
-    fresh = Knobs(DEFAULTS, {"top_k": 4})
+    fresh = ChatParameters(DEFAULTS, {"top_k": 4})
     again.use("m", "my [31m own", fresh)
     assert fresh.changed == knobs.changed
     assert again.matching("m", fresh) == "my [31m own"
@@ -159,8 +164,8 @@ def test_presets_are_kept_for_a_model(tmp_path: Path) -> None:
 def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_path: Path) -> None:
     presets = Presets(Settings(tmp_path))
     for temperature in (0.1, 0.2):
-        presets.save("m", "mine", Knobs(DEFAULTS, {"temperature": temperature}))
-    knobs = Knobs(DEFAULTS)
+        presets.save("m", "mine", ChatParameters(DEFAULTS, {"temperature": temperature}))
+    knobs = ChatParameters(DEFAULTS)
     presets.use("m", "mine", knobs)
     assert knobs.changed == {"temperature": 0.2}
     for name in ("greedy", MODELS_OWN, "", "   ", "\x1b\x07", "x" * 41):
@@ -177,16 +182,17 @@ def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_p
 def test_a_preset_that_cannot_be_is_told_and_turns_nothing(tmp_path: Path, changed: dict[str, Any]) -> None:
     text = json.dumps({"presets": {"m": {"bad": {"min_p": 0.1, **changed}}}})
     (tmp_path / "settings.json").write_text(text, encoding="utf-8")
-    presets, knobs = Presets(Settings(tmp_path)), Knobs(DEFAULTS, {"top_k": 4})
+    presets, knobs = Presets(Settings(tmp_path)), ChatParameters(DEFAULTS, {"top_k": 4})
     with pytest.raises(ParameterError, match="the preset bad cannot be used"):
         presets.use("m", "bad", knobs)
     assert knobs.changed == {"top_k": 4}
 
 
 def test_what_an_answer_was_made_with_fits_on_a_line() -> None:
-    line = told({"temperature": 0.3, "seed": None, "stop": ["\n"], "system": "Be\nbrief. " * 20, "xtc_threshold": 0.2})
-    assert line.startswith("temperature 0.3 · seed off · stop at '\\n' · system prompt Be brief.")
-    assert line.endswith("… · xtc threshold 0.2")
+    line = summarize(
+        {"temperature": 0.3, "seed": None, "stop": ["\n"], "system": "Be\nbrief. " * 20, "xtc_threshold": 0.2}
+    )
+    assert line.startswith("temperature 0.3 · seed off · stop strings '\\n' · system prompt Be brief.")
+    assert line.endswith("… · XTC threshold 0.2")
     assert "\n" not in line
-    assert told({}) == ""
-    assert {knob.name for knob in KNOBS} == set(BY_NAME)
+    assert summarize({}) == ""

@@ -1,7 +1,7 @@
-"""GGUF files of four architectures against transformers: one random model as a folder and as what llama.cpp writes.
+"""Compare GGUF files of four architectures with transformers: one random model saved as a folder and as GGUF.
 
-`write_gguf` does what llama.cpp's converter does (its `conversion/llama.py`, `qwen.py`, `gemma.py` and `base.py`), by
-the format's own writer, so that names, the order of rows and defaults are checked from outside.
+`write_gguf` reimplements llama.cpp's converter (`conversion/llama.py`, `qwen.py`, `gemma.py` and `base.py`) with the
+gguf package's writer, so that names, row order and defaults are checked independently.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
-from llm_edge.model.rope import DividedFrequencies
+from llm_edge.model.rope import FrequencyDivisors
 from llm_edge.runtime.errors import CheckpointError
 
 VOCABULARY = 337
@@ -121,7 +121,7 @@ GEMMA_LAYER = LAYER | {
 
 
 def save_folder(folder: Path, case: dict[str, Any]) -> Any:
-    """A random model of transformers, with every norm and bias away from its beginning, and its folder."""
+    """Save a random model of transformers whose norms and biases differ from their initial values."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case), attn_implementation="eager").eval()
     with torch.no_grad():
@@ -142,7 +142,7 @@ def save_folder(folder: Path, case: dict[str, Any]) -> Any:
 
 
 def write_gguf(folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = lambda _: None) -> Path:
-    """What llama.cpp's converter makes of a folder, as float32; `edit` adds what the folder does not have."""
+    """Convert a folder to GGUF in float32 as llama.cpp does; `edit` adds keys and tensors."""
     config = json.loads((folder / "config.json").read_text())
     model_type = config["model_type"]
     writer = GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
@@ -200,7 +200,7 @@ def _write_tokenizer(writer: GGUFWriter, rows: int) -> None:
 
 
 def _divisors(rope: dict[str, Any], dim: int) -> np.ndarray:
-    """llama3's scaling as one divisor a frequency."""
+    """Return llama3 scaling as one divisor per frequency."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     divisors = []
     for exponent in range(0, dim, 2):
@@ -228,7 +228,7 @@ def _converted(name: str, values: np.ndarray, config: dict[str, Any]) -> tuple[s
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One model, read from both formats, and transformers' own."""
+    """One model, read from both formats and by transformers."""
 
     folder: Checkpoint
     gguf: Checkpoint
@@ -238,7 +238,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Every case once."""
+    """Build each case once."""
     folder = tmp_path_factory.mktemp("model")
     model = save_folder(folder, CASES[request.param])
     path = write_gguf(folder, folder / "model.gguf")
@@ -252,14 +252,14 @@ def test_weights_are_the_same_bit_for_bit(pair: Pair) -> None:
 
 
 def unscaled(config: ModelConfig) -> ModelConfig:
-    """Without the scaling of rotary positions."""
+    """Return the checkpoint without rotary scaling."""
     layers = [dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, scaling=None)) for layer in config.layers]
     return dataclasses.replace(config, layers=tuple(layers))
 
 
 def test_configs_are_the_same(pair: Pair) -> None:
     ours, theirs = pair.gguf.config, pair.folder.config
-    if isinstance(ours.ropes[0].scaling, DividedFrequencies):  # the format keeps the result, not the numbers behind it
+    if isinstance(ours.ropes[0].scaling, FrequencyDivisors):  # the format keeps the result, not the numbers behind it
         for mine, other in zip(ours.ropes[0].tables(256), theirs.ropes[0].tables(256), strict=True):
             torch.testing.assert_close(mine, other, atol=2e-5, rtol=0)
         ours, theirs = unscaled(ours), unscaled(theirs)
@@ -328,7 +328,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without(*keys: str) -> Callable[[GGUFWriter], None]:
-    """Edit that takes keys away."""
+    """Return an edit that removes keys."""
 
     def edit(writer: GGUFWriter) -> None:
         for key in keys:
@@ -338,7 +338,7 @@ def without(*keys: str) -> Callable[[GGUFWriter], None]:
 
 
 def replaced(**keys: Any) -> Callable[[GGUFWriter], None]:
-    """Edit that sets keys, `__` for a point and `_0` for the architecture, whatever was there."""
+    """Return an edit that sets keys; `__` stands for a dot and `_0` for the architecture."""
 
     def edit(writer: GGUFWriter) -> None:
         for name, value in keys.items():
@@ -442,30 +442,30 @@ def test_sampling_that_the_file_recommends(llama: Path, tmp_path: Path) -> None:
             {"general__architecture": "mamba"},
             r"'mamba' is not supported; supported: 'llama', 'qwen2', 'qwen3', 'gemma3'",
         ),
-        ({"general__type": "adapter"}, "holds no model but 'adapter'"),
-        ({"_0__expert_count": 8}, r"llama\.expert_count is 8, which is not supported"),
+        ({"general__type": "adapter"}, "contains 'adapter' instead of a model"),
+        ({"_0__expert_count": 8}, r"llama\.expert_count is 8; only 0 is supported"),
         ({"_0__attention__scale": 0.5}, r"llama\.attention\.scale is 0\.5"),
         ({"_0__logit_scale": 2.0}, r"llama\.logit_scale is 2\.0"),
         ({"_0__final_logit_softcapping": 30.0}, r"llama\.final_logit_softcapping is 30"),
         ({"_0__attention__causal": False}, r"llama\.attention\.causal is False"),
         ({"_0__pooling_type": 3}, r"llama\.pooling_type is 3"),
         ({"_0__rope__scaling__yarn_log_multiplier": 0.1}, r"yarn_log_multiplier is 0\.1"),
-        ({"_0__rope__scaling__yarn_attn_factor": 1.0}, r"yarn_attn_factor' \(1\.0\) is not known here"),
+        ({"_0__rope__scaling__yarn_attn_factor": 1.0}, r"yarn_attn_factor' \(1\.0\), which may affect the result"),
         ({"_0__rope__scaling__attn_factor": 1.5}, r"attn_factor is 1\.5, which is supported with yarn only"),
         ({"_0__rope__scaling__type": "longrope"}, r"llama\.rope\.scaling\.type 'longrope' is not supported"),
         ({"_0__rope__scaling__factor": -2.0}, r"factor is -2\.0, not a positive number"),
-        ({"_0__rope__dimension_count": 6}, r"llama\.rope\.dimension_count is 6, only heads of 12"),
+        ({"_0__rope__dimension_count": 6}, r"llama\.rope\.dimension_count is 6; only the head size 12"),
         ({"_0__attention__value_length": 6}, r"llama\.attention\.value_length is 6"),
-        ({"_0__attention__head_count": [6, 6]}, r"attention\.head_count is an array, an integer is needed"),
-        ({"_0__attention__head_count": 0}, r"attention\.head_count is 0, at least 1"),
-        ({"_0__attention__sliding_window_pattern": 2}, r"sliding_window_pattern' \(2\) is not known here"),
-        ({"_0__rope__freq_base_swa": 5.0}, r"rope\.freq_base_swa' \(5\.0\) is not known here"),
-        ({"_0__new\n\x1b[2Jline": 1}, r"'llama\.new\\n\\x1b\[2Jline' \(1\) is not known here"),
-        ({"_0__block_count": 1_000_000}, r"block_count is 1000000, at most 1024"),
+        ({"_0__attention__head_count": [6, 6]}, r"attention\.head_count is an array, not an integer"),
+        ({"_0__attention__head_count": 0}, r"attention\.head_count is 0; it must be at least 1"),
+        ({"_0__attention__sliding_window_pattern": 2}, r"sliding_window_pattern' \(2\), which may affect the result"),
+        ({"_0__rope__freq_base_swa": 5.0}, r"rope\.freq_base_swa' \(5\.0\), which may affect the result"),
+        ({"_0__new\n\x1b[2Jline": 1}, r"'llama\.new\\n\\x1b\[2Jline' \(1\), which may affect the result"),
+        ({"_0__block_count": 1_000_000}, r"block_count is 1000000; it must be at most 1024"),
         ({"_0__block_count": 2}, r"tensor blk\.1\.\w+\.weight is missing"),
-        ({"_0__swin_norm": True}, r"'llama\.swin_norm' \(True\) is not known here"),
-        ({"general__sampling__temp": -1.0}, r"general\.sampling\.temp is -1\.0, at least 0"),
-        ({"_0__rope__freq_base": "high"}, r"rope\.freq_base is 'high', a finite number is needed"),
+        ({"_0__swin_norm": True}, r"'llama\.swin_norm' \(True\), which may affect the result"),
+        ({"general__sampling__temp": -1.0}, r"general\.sampling\.temp is -1\.0; it must be at least 0"),
+        ({"_0__rope__freq_base": "high"}, r"rope\.freq_base is 'high', not a finite number"),
     ],
 )
 def test_what_would_change_the_result_is_refused_by_name(
@@ -482,11 +482,11 @@ def test_other_tensors_are_refused_by_name(llama: Path, gemma: Path, tmp_path: P
         with pytest.raises(CheckpointError, match=reason):
             read(folder, tmp_path, lambda writer: writer.add_tensor(name, np.full(shape, 2.0, np.float32)))
 
-    refused(llama, "output.bias", (VOCABULARY,), r"output\.bias has no place")
-    refused(llama, "blk.0.attn_q_norm.weight", (12,), r"attn_q_norm\.weight has no place")
+    refused(llama, "output.bias", (VOCABULARY,), r"unexpected tensor output\.bias")
+    refused(llama, "blk.0.attn_q_norm.weight", (12,), r"unexpected tensor blk\.0\.attn_q_norm\.weight")
     refused(llama, "blk.0.attn_q.bias", (72,), r"blk\.0\.attn_k\.bias is missing")
     refused(llama, "rope_freqs.weight", (12,), "is not 6 positive numbers")
-    refused(gemma, "rope_freqs.weight", (6,), r"rope_freqs\.weight has no place")
+    refused(gemma, "rope_freqs.weight", (6,), r"unexpected tensor rope_freqs\.weight")
 
 
 def test_divisors_that_are_no_numbers_or_come_with_a_scaling(llama: Path, tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_divisors_that_are_no_numbers_or_come_with_a_scaling(llama: Path, tmp_pa
         writer.add_tensor("rope_freqs.weight", np.ones(6, np.float32))
         writer.add_rope_scaling_factor(2.0)
 
-    with pytest.raises(CheckpointError, match="scales rotary positions twice"):
+    with pytest.raises(CheckpointError, match="both scale the rotary positions"):
         read(llama, tmp_path, twice)
 
 

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies out of GGUF metadata: held against sentencepiece itself and against transformers."""
+"""Compare SentencePiece vocabularies of GGUF files with sentencepiece and with transformers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.gguf import sentencepiece as gguf_sentencepiece
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.gguf.tokenizer import tokenizer_assets
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.text import tokenizer as runtime
 
@@ -42,7 +42,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A vocabulary: sentencepiece's own, its file, and what a GGUF keeps of it."""
+    """A vocabulary: its sentencepiece processor, its file, and the part that GGUF stores."""
 
     theirs: SentencePieceProcessor
     proto: bytes
@@ -95,14 +95,14 @@ def trained(name: str) -> Trained:
 
 
 def build(path: Path, name: str = "llama", changes: Mapping[str, Any] | None = None) -> TokenizerAssets:
-    """The assets of a file with this vocabulary; a change to None leaves the key out."""
+    """Return the assets of a file with this vocabulary; None removes a key."""
     keys = {**trained(name).metadata, **(changes or {})}
     template = keys.pop("chat_template", None)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
     metadata["general.architecture"] = "llama"
     if template is not None:
         metadata["tokenizer.chat_template"] = template
-    return tokenizer_assets(GGUFFile(with_metadata(path / "small.gguf", metadata)))
+    return read_tokenizer(GGUFFile(with_metadata(path / "small.gguf", metadata)))
 
 
 def backend(assets: TokenizerAssets) -> Tokenizer:
@@ -110,7 +110,7 @@ def backend(assets: TokenizerAssets) -> Tokenizer:
 
 
 def cases(seed: int) -> list[str]:
-    """Prose, code, scripts, noise, runs of one character, and mixtures of what is user-defined in `gemma`."""
+    """Return prose, code, scripts, noise, repeated characters, and mixtures of the user-defined tokens of `gemma`."""
     rng = random.Random(seed)
     parts = (*USER_DEFINED, *CODE, " ", "  ", "the", "<", "<b", "x y", "x  y", "\r\n", "")
     mixed = ["".join(rng.choices(parts, k=rng.randrange(12))).replace("▁", " ") for _ in range(300)]
@@ -252,18 +252,22 @@ def test_conversations_are_encoded_as_in_transformers(name: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("llama", {"model": "t5"}, r"kind 't5'; byte-level BPE \('gpt2'\) and SentencePiece BPE \('llama'\)"),
-        ("llama", {"scores": None}, r"scores is not an array of 1800 numbers"),
-        ("llama", {"scores": np.zeros(7, np.float32)}, r"scores is not an array of 1800 numbers"),
-        ("llama", {"scores": ["a"] * 1800}, r"scores is not an array of 1800 numbers"),
+        (
+            "llama",
+            {"model": "t5"},
+            r"type 't5' is not supported; supported: 'gpt2' \(byte-level BPE\), 'llama' \(SentencePiece BPE\)",
+        ),
+        ("llama", {"scores": None}, r"scores is not an array of 1800 floats"),
+        ("llama", {"scores": np.zeros(7, np.float32)}, r"scores is not an array of 1800 floats"),
+        ("llama", {"scores": ["a"] * 1800}, r"scores is not an array of 1800 floats"),
         ("llama", {"scores": np.full(1800, np.nan, np.float32)}, "not finite"),
         ("llama", {"token_type": None}, r"no tokenizer\.ggml\.token_type"),
-        ("llama", {"token_type": [1]}, "has 1 entries, 1800 are needed"),
-        ("llama", {"token_type": [1] * 1800}, "neither a token for what is unknown nor one for each byte"),
+        ("llama", {"token_type": [1]}, "has 1 entries; 1800 are required"),
+        ("llama", {"token_type": [1] * 1800}, "neither an unknown token nor a token for each byte"),
         ("llama", {"remove_extra_whitespaces": True}, "remove_extra_whitespaces is set"),
         ("llama", {"precompiled_charsmap": [1, 2]}, "precompiled_charsmap"),
         ("llama", {"add_space_prefix": "yes"}, "true or false"),
-        ("llama", {"bos_token_id": 1800}, "bos_token_id is 1800, at most 1799"),
+        ("llama", {"bos_token_id": 1800}, "bos_token_id is 1800; it must be at most 1799"),
     ],
 )
 def test_unclear_vocabularies_are_refused_in_one_line(
@@ -278,8 +282,8 @@ def test_unclear_vocabularies_are_refused_in_one_line(
 
 def test_a_vocabulary_cannot_ask_for_endless_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = list(trained("llama").metadata["tokens"])
-    with pytest.raises(CheckpointError, match=r"token 1799 has 100000 characters, more than the 512 of a piece"):
+    with pytest.raises(CheckpointError, match=r"token 1799 has 100000 characters; the limit is 512"):
         build(tmp_path, "llama", {"tokens": [*tokens[:-1], "a" * 100_000]})
-    monkeypatch.setattr(gguf_sentencepiece, "_MOST_MERGES", 100)
+    monkeypatch.setattr(gguf_sentencepiece, "_MAX_MERGES", 100)
     with pytest.raises(CheckpointError, match=r"more than 100 merges"):
         build(tmp_path)

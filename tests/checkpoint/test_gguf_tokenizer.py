@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF metadata: held against transformers' own, refused where they are unclear."""
+"""Compare tokenizers of GGUF files with those of transformers; ambiguous ones are rejected."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.gguf.tokenizer import tokenizer_assets
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.runtime.errors import CheckpointError
 
 NUMBERS = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)).startswith("N")]
@@ -65,7 +65,7 @@ SPACES = (" ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", " \t ", "\u00a0", "\u30
 
 
 def strings(count: int, seed: int) -> list[str]:
-    """Code, prose, scripts, whitespace, special tokens, digits of many scripts and noise, always the same."""
+    """Return a fixed set of code, prose, scripts, whitespace, special tokens, digits of many scripts and noise."""
     rng = random.Random(seed)
 
     def anything() -> str:
@@ -83,7 +83,7 @@ def strings(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def assets() -> TokenizerAssets:
-    return tokenizer_assets(GGUFFile(smollm2_gguf()))
+    return read_tokenizer(GGUFFile(smollm2_gguf()))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_other_pre_tokenizers_cut_as_transformers_does(pre: str, tmp_path: Path)
     metadata["tokenizer.ggml.tokens"] = metadata["tokenizer.ggml.tokens"][:-cut]
     metadata["tokenizer.ggml.token_type"] = metadata["tokenizer.ggml.token_type"][:-cut]
     path = with_metadata(tmp_path / "a.gguf", metadata)
-    backend = Tokenizer.from_str(tokenizer_assets(GGUFFile(path)).tokenizer_json)
+    backend = Tokenizer.from_str(read_tokenizer(GGUFFile(path)).tokenizer_json)
     reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for case in strings(1000, seed=4):
         # Qwen's own tokenizer composes characters first (NFC), which transformers leaves out for a GGUF.
@@ -240,7 +240,7 @@ MERGED = ["ab", "Ġab", "Ã©"]
 
 
 def build(path: Path, changes: dict[str, Any] | None = None) -> TokenizerAssets:
-    """The assets of a small file; a change to None leaves the key out."""
+    """Return the assets of a small file; None removes a key."""
     keys: dict[str, Any] = {
         "model": "gpt2",
         "pre": "smollm",
@@ -256,7 +256,7 @@ def build(path: Path, changes: dict[str, Any] | None = None) -> TokenizerAssets:
     metadata["general.architecture"] = "llama"
     if template is not None:
         metadata["tokenizer.chat_template"] = template
-    return tokenizer_assets(GGUFFile(with_metadata(path / "small.gguf", metadata)))
+    return read_tokenizer(GGUFFile(with_metadata(path / "small.gguf", metadata)))
 
 
 def encode(assets: TokenizerAssets, text: str) -> list[str]:
@@ -355,29 +355,29 @@ def test_what_ends_an_answer(changes: dict[str, Any], expected: tuple[int, ...],
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model": "bert"}, "kind 'bert'"),
+        ({"model": "bert"}, "tokenizer type 'bert'"),
         ({"model": None}, r"no tokenizer\.ggml\.model"),
         (
             {"pre": "somebody-else"},
-            "pre-tokenizer 'somebody-else', which is not known here; known are codeshell",
+            "pre-tokenizer 'somebody-else' is not supported; supported: codeshell",
         ),
         ({"pre": "default"}, "does not name its pre-tokenizer"),
         ({"pre": None}, "does not name its pre-tokenizer"),
         ({"tokens": None}, r"no tokenizer\.ggml\.tokens"),
         ({"tokens": [*TOKENS, *LETTERS, *MERGED[:-1], "ab"]}, "the token 'ab' twice"),
-        ({"token_type": [1]}, "has 1 entries, 17 are needed"),
+        ({"token_type": [1]}, "has 1 entries; 17 are required"),
         ({"merges": None}, r"no tokenizer\.ggml\.merges"),
-        ({"merges": ["a b", "ab"]}, "merge 1 is not of two tokens into one: 'ab'"),
+        ({"merges": ["a b", "ab"]}, "merge 1 does not join two tokens of the vocabulary into a third: 'ab'"),
         ({"merges": ["a 1"]}, "merge 0"),
         ({"merges": ["a b c"]}, "merge 0"),
-        ({"eos_token_id": 17}, "eos_token_id is 17, at most 16"),
-        ({"bos_token_id": "1"}, "an integer is needed"),
-        ({"eot_token_id": 17}, "eot_token_id is 17, at most 16"),
+        ({"eos_token_id": 17}, "eos_token_id is 17; it must be at most 16"),
+        ({"bos_token_id": "1"}, "not an integer"),
+        ({"eot_token_id": 17}, "eot_token_id is 17; it must be at most 16"),
         ({"add_bos_token": 1}, "true or false"),
-        ({"add_bos_token": True, "bos_token_id": None}, r"add_bos_token is true, but there is no"),
-        ({"chat_template": 5}, "a string is needed"),
-        ({"add_bos_token": True, "tokens": ["x", "$A", *TOKENS[2:], *LETTERS, *MERGED]}, "cannot say"),
-        ({"add_eos_token": True, "tokens": ["x:0", *TOKENS[1:], *LETTERS, *MERGED]}, "cannot say"),
+        ({"add_bos_token": True, "bos_token_id": None}, r"add_bos_token is true, but .* is missing"),
+        ({"chat_template": 5}, "not a string"),
+        ({"add_bos_token": True, "tokens": ["x", "$A", *TOKENS[2:], *LETTERS, *MERGED]}, "cannot express"),
+        ({"add_eos_token": True, "tokens": ["x:0", *TOKENS[1:], *LETTERS, *MERGED]}, "cannot express"),
     ],
 )
 def test_unclear_tokenizers_are_refused_in_one_line(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ten thousand damaged files of each format a checkpoint may come in: each is read, or refused in one line."""
+"""Ten thousand damaged files of each checkpoint format: each is read, or rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from mutate import memory_limit, mutations
 
-from llm_edge.checkpoint.gguf.reader import GGUFFile
+from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file
 from llm_edge.runtime.errors import CheckpointError
 
@@ -81,13 +81,13 @@ def small_gguf(path: Path) -> None:
 
 
 def read_gguf(path: Path) -> None:
-    with GGUFFile(path) as file:
-        for name in file.tensors:
-            file.load(name)
+    file = GGUFFile(path)
+    for name in file.tensors:
+        file.load(name)
 
 
 def all_but_data(content: bytes, data: Sequence[bytes]) -> list[range]:
-    """The parts of a file between the values of its tensors."""
+    """Return the parts of a file outside the tensor data."""
     taken = sorted((content.find(chunk), len(chunk)) for chunk in data)
     ends = [0, *(at + size for at, size in taken)]
     begins = [*(at for at, _ in taken), len(content)]
@@ -97,7 +97,7 @@ def all_but_data(content: bytes, data: Sequence[bytes]) -> list[range]:
 def survives(
     content: bytes, headers: Sequence[range], count: int, seed: int, read: Callable[[Path], Any], path: Path
 ) -> tuple[int, int]:
-    """How many damaged copies were read and how many refused; anything else fails the test."""
+    """Return how many damaged copies were read and how many rejected; any other outcome fails the test."""
     done = refused = 0
     with memory_limit(GIB):
         for index, damaged in enumerate(mutations(content, count, seed, headers)):

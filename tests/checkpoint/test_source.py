@@ -1,4 +1,4 @@
-"""What a user names, and what they say beside it: names of bundles, shorter contexts, options that have no use."""
+"""Opening sources: bundle names, shortened contexts, options that do not apply."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_shorter_context_changes_nothing_within_it(tiny_checkpoint: Path) -> N
 
 @pytest.mark.parametrize("length", [0, 1, -5, 1025, 10**9])
 def test_a_context_that_cannot_be(tiny_checkpoint: Path, length: int) -> None:
-    with pytest.raises(ParameterError, match=r"--max-seq-len is .*1024 is the most"):
+    with pytest.raises(ParameterError, match=r"--max-seq-len is .*2 to 1024"):
         opened(tiny_checkpoint, max_seq_len=length)
 
 
@@ -136,7 +136,7 @@ def test_a_model_that_does_not_reason(folder: Path, texts: tuple[str, ...]) -> N
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="is a LoRA adapter: give its base model, with --adapter"):
+    with pytest.raises(CheckpointError, match="is a LoRA adapter: export its base model with --adapter"):
         opened(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""docs/checkpoints.md: every command is run as it stands there, on small models; what is said of them is so."""
+"""docs/checkpoints.md: every command is run verbatim on small models, and its statements are checked."""
 
 from __future__ import annotations
 
@@ -36,20 +36,19 @@ from test_gguf_families import save_folder, write_gguf
 from test_lora import adapt
 from tokenizers import ByteLevelBPETokenizer
 
-from llm_edge.checkpoint.gguf.checkpoint import _table, read_gguf
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.huggingface import folder as huggingface
+from llm_edge.checkpoint.gguf.checkpoint import read_gguf, weight_table
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.huggingface.weight_files import WeightFiles
 from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
 from llm_edge.exporter.validation import parity
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder, count_parameters
-from llm_edge.model.families.table import FAMILIES
-from llm_edge.model.registry import find_family
+from llm_edge.model.registry import BUILT_IN, find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime import Bundle, Model, SamplingParams
-from llm_edge.runtime.backend.session import open_session
+from llm_edge.runtime.backend.open import open_session
 from llm_edge.runtime.errors import CheckpointError
 
 DOCUMENT = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
@@ -69,7 +68,7 @@ def sections() -> dict[str, str]:
 
 
 def tables(title: str) -> list[list[list[str]]]:
-    """Cells of each table of a section, heads left out."""
+    """Return the cells of each table of a section, without headers."""
     found = re.findall(r"(?:^\|.*\n)+", sections()[title], flags=re.MULTILINE)
     return [
         [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]] for table in found
@@ -81,7 +80,7 @@ def spans(cell: str) -> list[str]:
 
 
 def shown(title: str) -> list[str]:
-    """Indented lines of a section."""
+    """Return the indented lines of a section."""
     return re.findall(r"^    (.*)$", sections()[title], flags=re.MULTILINE)
 
 
@@ -90,13 +89,13 @@ COMMANDS = [spans(row[1])[0] for row in tables("Sources")[0]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a command in this process and in an empty folder, as it is written; gives exit code, stdout and stderr."""
+    """Run a command verbatim in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     return lambda line: call(cli.main, capsys, *shlex.split(line))
 
 
 def quick(line: str, *more: str) -> str:
-    """A command without what takes time and is not its point."""
+    """Return a command without slow options that it does not test."""
     given = shlex.split(line)
     missing = [word for option, value in QUICK.items() if option not in given for word in (option, value)]
     return shlex.join([*given, *missing, *more])
@@ -110,7 +109,7 @@ def bundle_of(printed: str) -> Path:
 
 @torch.inference_mode()
 def agrees(folder: Path, reference: Reference) -> None:
-    """The bundle computes what the source's own model does, and says the same."""
+    """Check that the bundle has the logits and the greedy answer of the reference."""
     bundle = Bundle.open(folder)
     info = bundle.precision("fp32")
     ids = torch.randint(bundle.shape.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -223,7 +222,7 @@ def hf_plugin(folder: Path) -> Reference:
 
 @dataclass
 class Row:
-    """What makes a command's files in the current folder, and where its bundle lies."""
+    """Creates the files of a command in the current folder, and names its bundle."""
 
     make: Callable[[Path], Reference]
     within: str
@@ -323,7 +322,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 @pytest.mark.slow
 def test_the_hub_and_then_without_it(hub: FakeHub, tmp_path: Path) -> None:
-    """In processes of their own, which is how the variables take effect."""
+    """In subprocesses, so that the environment variables take effect."""
     (offline,) = shown("Offline")
     assert offline == f"HF_HUB_OFFLINE=1 {HUB} -o out"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -352,7 +351,7 @@ def test_the_hub_and_then_without_it(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_the_families_are_those_there_are() -> None:
-    assert [spans(row[0]) for row in tables("Families")[0]] == [[name] for name in sorted(FAMILIES)]
+    assert [spans(row[0]) for row in tables("Families")[0]] == [[name] for name in sorted(BUILT_IN)]
 
 
 def config_of(model_type: str) -> dict[str, Any]:
@@ -370,25 +369,25 @@ REFUSED = [(spans(row[0])[0], key) for row in tables("Families")[0] for key in s
 def test_a_family_refuses(model_type: str, key: str) -> None:
     config = config_of(model_type)
     assert key in config or key.endswith("softcapping") or key.startswith("use_bi")  # transformers knows it, or did
-    FAMILIES[model_type].config(ConfigReader(config))
+    find_family(model_type).read_config(ConfigReader(config))
     with pytest.raises(CheckpointError, match=key):
-        FAMILIES[model_type].config(ConfigReader({**config, key: 30.0 if "softcapping" in key else True}))
+        find_family(model_type).read_config(ConfigReader({**config, key: 30.0 if "softcapping" in key else True}))
 
 
 def test_what_all_families_refuse() -> None:
-    for model_type, family in FAMILIES.items():
-        config = config_of(model_type)
+    for model_type in BUILT_IN:
+        family, config = find_family(model_type), config_of(model_type)
         for key in config.keys() & {"hidden_act", "hidden_activation", "activation_function"}:
             for name in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"):
-                family.config(ConfigReader({**config, key: name}))
+                family.read_config(ConfigReader({**config, key: name}))
             with pytest.raises(CheckpointError, match=f"{key} 'mish' is not supported"):
-                family.config(ConfigReader({**config, key: "mish"}))
+                family.read_config(ConfigReader({**config, key: "mish"}))
         if "rope_parameters" in config:
             dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
             nests = any(isinstance(value, dict) for value in config["rope_parameters"].values())
             rope = dict.fromkeys(config["rope_parameters"], dynamic) if nests else dynamic
             with pytest.raises(CheckpointError, match="'dynamic' is not supported; supported: default, linear, llama3"):
-                family.config(ConfigReader({**config, "rope_parameters": rope}))
+                family.read_config(ConfigReader({**config, "rope_parameters": rope}))
 
 
 @pytest.mark.parametrize("model_type", [name for row in tables("Families")[1] for name in spans(row[0])])
@@ -435,7 +434,7 @@ def test_without_a_head_count(run: Run, tmp_path: Path) -> None:
     assert (code, [err.rstrip()]) == (2, shown("When the head count is not known"))
     code, _, err = run(quick("llm-export model.safetensors --tokenizer tokenizer -o out --n-heads 16"))
     assert code == 2
-    assert "the base of the rotary frequencies cannot be seen" in err
+    assert "a state dict does not contain the rotary base" in err
 
 
 def test_a_wrong_head_count_passes(run: Run, tmp_path: Path, few_tokens: None) -> None:
@@ -467,7 +466,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
     load = functools.cache(file.load)
 
     def perplexity(heads: int, theta: float) -> float:
-        """As if the file said so; keys keep their width."""
+        """Return the perplexity with these settings; the width of the keys is kept."""
         old = checkpoint.config
         width = old.query_size // heads
         rope = dataclasses.replace(old.ropes[0], dim=width, theta=theta)
@@ -481,7 +480,7 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         with torch.device("meta"):
             decoder = Decoder(config).eval()
-        decoder.load_weights(bind_weights(config, _table(config, "llama"), shapes, load, "smollm2"))
+        decoder.load_weights(bind_weights(config, weight_table(config, "llama"), shapes, load, "smollm2"))
         logits, _ = decoder(ids, torch.ones_like(ids), decoder.empty_past())
         return math.exp(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
 
@@ -497,14 +496,14 @@ def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validate on a little of the text."""
+    """Validate on less text."""
     tiny.shorten_texts(monkeypatch, 200)
 
 
 def test_weights_are_held_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
     read, most = [], 0
-    load = huggingface._TensorFiles.load
+    load = WeightFiles.load
 
     def counted(self: Any, name: str) -> torch.Tensor:
         nonlocal most
@@ -515,14 +514,14 @@ def test_weights_are_held_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: p
         return tensor
 
     hf_folder(tmp_path / "folder")
-    monkeypatch.setattr(huggingface._TensorFiles, "load", counted)
+    monkeypatch.setattr(WeightFiles, "load", counted)
     assert run("llm-export folder -o out --no-validate --progress none")[0] == 0
     assert len(set(read)) == len(load_file(tmp_path / "folder" / "model.safetensors"))
     assert most == 3  # queries, keys and values, which are one weight of the bundle
 
 
 def test_what_validation_takes() -> None:
-    said = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes a weight and (\d+) kB an entry", PROSE)
+    said = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes per weight and (\d+) kB per vocabulary entry", PROSE)
     assert said is not None
     base, weight, entry = map(float, said.groups())
     config = ModelConfig(
@@ -540,7 +539,7 @@ def test_what_validation_takes() -> None:
     expected = base * 1e9 + weight * count_parameters(config) + entry * 1e3 * config.vocab_size
     assert parity.memory_for(config, 24) == pytest.approx(expected, rel=0.1)
     options = {parameter.name: parameter.default for parameter in cli_options()}
-    limit = re.search(r"it may take \(([\d.]+) unless given\)", PROSE)
+    limit = re.search(r"limits it in GB \(default: ([\d.]+)\)", PROSE)
     cut = re.search(r"fit into ([\d.]+) GB or the limit", PROSE)
     assert limit is not None
     assert cut is not None
@@ -568,7 +567,7 @@ def test_a_model_that_does_not_fit(run: Run, tmp_path: Path, monkeypatch: pytest
 
 
 class Command:
-    """Unpickled by Python, it makes a file."""
+    """Creates a file when unpickled by Python."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

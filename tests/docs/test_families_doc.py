@@ -1,4 +1,4 @@
-"""docs/families.md: its example, installed as a package, is proven against transformers; what it says is so."""
+"""docs/families.md: its example, installed as a package, is compared with transformers; its statements are checked."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ import pytest
 import tiny
 import torch
 from project import ROOT
+from sessions import open_file
 from transformers import CohereConfig, CohereForCausalLM, OPTConfig, OPTForCausalLM
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.bundle.side_files import hf_config
 from llm_edge.model.config import LayerConfig, ModelConfig, Norm, QKNorm
-from llm_edge.model.config_reader import ConfigReader, read_rope
+from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder
-from llm_edge.model.families.llama import LLAMA, hf_weights, times
-from llm_edge.model.registry import Family, find_family
-from llm_edge.model.weights import Part, WeightTable, bind_weights, half_split
+from llm_edge.model.families.common import llama_weights, multiply_by
+from llm_edge.model.families.llama import FAMILY as LLAMA
+from llm_edge.model.family import Family
+from llm_edge.model.registry import find_family
+from llm_edge.model.rope_reader import read_rope
+from llm_edge.model.weights import SourceTensor, WeightTable, bind_weights, half_split
 from llm_edge.runtime import Bundle, Model, SamplingParams
-from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import CheckpointError
 
 EXAMPLE = Path(__file__).parent / "example_family"
@@ -43,7 +46,7 @@ PROMPT = "What is the capital of France?"
 
 
 def loud(model: Any, seed: int) -> Any:
-    """Random weights large enough that attention looks around, norms and biases away from ones and zeros."""
+    """Set random weights large enough for non-uniform attention, and norms and biases other than one and zero."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -67,7 +70,7 @@ def save(model: Any, folder: Path) -> Path:
 
 
 def install(folder: Path) -> Path:
-    """Where pip has installed the example; building writes into the source, so it gets a copy."""
+    """Install a copy of the example with pip and return the folder; building writes to the source."""
     shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
     words = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", folder / "site"]
     done = subprocess.run(
@@ -88,7 +91,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The example is there, for this process."""
+    """Make the example importable in this process."""
     monkeypatch.syspath_prepend(str(site))
     yield
     sys.modules.pop("llm_edge_opt", None)
@@ -106,7 +109,7 @@ def folder(theirs: OPTForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def bundle(site: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's bundle, made by the command in a process that has the package."""
+    """The example's bundle, exported by the command in a process with the package."""
     out = tmp_path_factory.mktemp("opt-bundle") / "opt"
     words = [LLM_EXPORT, folder, "-o", out, "--precision", "fp32", "--no-validate"]
     done = subprocess.run(
@@ -148,11 +151,11 @@ def their_logits(model: Any, ids: list[int]) -> torch.Tensor:
 def test_the_bundle_has_the_logits_of_transformers(bundle: Path, theirs: OPTForCausalLM, ids: list[int]) -> None:
     opened = Bundle.open(bundle)
     info = opened.precision("fp32")
-    session = Session(opened.file(info.model), opened.shape, info.share_buffer, "cpu", spinning=False)
+    session = open_file(opened.file(info.model), opened.shape, info.share_buffer, "cpu", spinning=False)
     expected = their_logits(theirs, ids).numpy()
     assert expected.std() > 0.5  # or closeness would say little
     for pieces in ((LENGTH,), (50, 1, 1, 30, LENGTH - 82)):
-        session.reset()
+        session.clear_cache()
         found, start = [], 0
         for length in pieces:
             found.append(session.step(ids[start : start + length], num_logits=0).copy())
@@ -182,7 +185,7 @@ def test_its_switches(installed: None, changes: dict[str, Any], ids: list[int], 
 
 
 def test_the_quirk_matters(installed: None, folder: Path, theirs: OPTForCausalLM, ids: list[int]) -> None:
-    """With the first rows of the table in place of the right ones, the logits are others."""
+    """Using the first rows of the table instead of the correct ones changes the logits."""
     checkpoint = read_folder(folder)
     right = checkpoint.weights["embed_positions.weight"]
     assert right.shape == (256, 64)
@@ -216,7 +219,7 @@ def test_the_bundles_config_makes_the_same_model(
         ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm is set, which is not supported"),
         ({"activation_function": "silu"}, "activation_function 'silu' is not supported; supported: 'relu', 'gelu'"),
         ({"num_attention_heads": 5}, "hidden_size (64) is not a multiple of num_attention_heads (5)"),
-        ({"max_position_embeddings": 255}, "embed_positions.weight has shape (258, 64), the config asks for (255, 64)"),
+        ({"max_position_embeddings": 255}, "embed_positions.weight has shape (258, 64), the config requires (255, 64)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -243,7 +246,7 @@ def test_it_is_not_there_unless_installed(folder: Path, llm_export: Callable[...
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Installs a module with entry points as pip would leave them; its modules are forgotten afterwards."""
+    """Return a function that installs a module with entry points; its modules are unloaded afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
@@ -278,7 +281,7 @@ def folder_of(tmp_path: Path, model_type: str) -> Path:
         ("import sys; sys.exit(0)", "cannot be imported (SystemExit: 0)"),
         ("", "has no attribute 'FAMILY'"),
         ("FAMILY = {}", "strangers:FAMILY is a dict, not a Family"),
-        ("from llm_edge.model.registry import Family as FAMILY", "is a type, not a Family"),
+        ("from llm_edge.model.family import Family as FAMILY", "is a type, not a Family"),
     ],
 )
 def test_a_broken_package_is_one_line(
@@ -299,7 +302,7 @@ def test_a_broken_package_is_one_line(
 
 
 def test_a_defect_of_a_package_keeps_its_traceback(package: Callable[..., None], tmp_path: Path) -> None:
-    code = "from llm_edge.model.registry import Family\nFAMILY = Family(lambda raw: 1 // 0, None)"
+    code = "from llm_edge.model.family import Family\nFAMILY = Family(lambda raw: 1 // 0, None)"
     package("strangers", code, odd="strangers:FAMILY")
     with pytest.raises(ZeroDivisionError):
         read_folder(folder_of(tmp_path, "odd"))
@@ -314,7 +317,7 @@ def test_a_built_in_name_stays_built_in(package: Callable[..., None]) -> None:
 def test_two_packages_of_one_name(package: Callable[..., None]) -> None:
     package("strangers", "raise SystemExit('imported')", odd="strangers:FAMILY")
     package("strangers2", "raise SystemExit('imported')", odd="strangers2:FAMILY")
-    with pytest.raises(CheckpointError, match="brought by strangers2:FAMILY and strangers:FAMILY: uninstall"):
+    with pytest.raises(CheckpointError, match="registered by strangers2:FAMILY and strangers:FAMILY: uninstall"):
         find_family("odd")
     assert not {"strangers", "strangers2"} & set(sys.modules)
 
@@ -327,9 +330,9 @@ def test_a_config_makes_nothing_be_imported(
     monkeypatch: pytest.MonkeyPatch,
     llm_export: Callable[..., tuple[int, str, str]],
 ) -> None:
-    """Not what its model_type or auto_map name, not what lies in its folder, nor a family that it does not name."""
+    """Neither its model_type nor auto_map, files in its folder, or families that it does not name."""
     leave = f"open({str(tmp_path / 'witness')!r}, 'w').close()"
-    witness = f"{leave}; from llm_edge.model.families.llama import LLAMA as FAMILY"
+    witness = f"{leave}; from llm_edge.model.families.llama import FAMILY"
     package("strangers", witness, another="strangers:FAMILY")
     source = folder_of(tmp_path, model_type)
     config = json.loads((source / "config.json").read_text())
@@ -353,7 +356,7 @@ def blocks(language: str) -> list[str]:
 
 
 def table(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading, without its head."""
+    """Return the cells of the table under a heading, without the header."""
     section = DOCUMENT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
@@ -366,26 +369,26 @@ def names(cell: str) -> list[str]:
 def test_the_example_is_the_file_that_is_tested() -> None:
     assert blocks("toml") == [(EXAMPLE / "pyproject.toml").read_text(encoding="utf-8")]
     assert blocks("python")[0] == CODE
-    assert len(CODE.splitlines()) < 60
+    assert len(CODE.splitlines()) < 75
 
 
 def test_the_proof_runs(installed: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks("python")[1]
     assert code.count('"path/to/opt"') == 1
     exec(compile(code.replace("path/to/opt", str(folder)), "families.md", "exec"), {})
-    printed = re.search(r"^spread (\S+) difference (\S+)$", capsys.readouterr().out, flags=re.MULTILINE)
+    printed = re.search(r"^std (\S+) max difference (\S+)$", capsys.readouterr().out, flags=re.MULTILINE)
     assert printed is not None
     assert float(printed[1]) > 0.5
     assert float(printed[2]) < 1e-4
 
 
 def test_every_switch_is_in_the_document() -> None:
-    listed = [name for row in table("What the decoder can be told") for name in names(row[0])]
+    listed = [name for row in table("What the decoder supports") for name in names(row[0])]
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(ModelConfig))
     layer = f"`LayerConfig({', '.join(field.name for field in dataclasses.fields(LayerConfig))})`"
     assert layer in DOCUMENT
     for field in dataclasses.fields(ModelConfig):
-        row = next(row for row in table("What the decoder can be told") if field.name in names(row[0]))
+        row = next(row for row in table("What the decoder supports") if field.name in names(row[0]))
         told, default = row[1].strip("`"), field.default
         if field.name == "attention_scale":
             assert (told, default) == ("1 / √`head_dim", None)
@@ -396,13 +399,13 @@ def test_every_switch_is_in_the_document() -> None:
 
 
 def test_every_method_of_the_reader_is_in_the_document() -> None:
-    listed = [name for row in table("From config.json to a shape") for name in names(row[0])]
+    listed = [name for row in table("Reading config.json") for name in names(row[0])]
     public = [name for name in vars(ConfigReader) if not name.startswith("_")]
     assert sorted(listed) == sorted([*public, "in"])
 
 
 def test_every_weight_is_in_the_document() -> None:
-    """Decoders with all switches one way or the other have these weights and no more."""
+    """Decoders with all switches on, gated and not gated, have exactly these weights."""
     shape: dict[str, Any] = {
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"), 8),
         **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1),
@@ -416,16 +419,14 @@ def test_every_weight_is_in_the_document() -> None:
         for gated in (True, False)
         for name, _ in Decoder(ModelConfig(**all_on, gated_mlp=gated, tie_word_embeddings=False)).named_parameters()
     }
-    assert sorted(name for row in table("Which tensors make up which weight") for name in names(row[0])) == sorted(
-        found
-    )
+    assert sorted(name for row in table("Weight tables") for name in names(row[0])) == sorted(found)
 
 
 # ---- the quirks that the document lists, in a model that has most of them
 
 
 def cohere_config(raw: ConfigReader) -> ModelConfig:
-    raw.refuse("use_qk_norm")
+    raw.reject("use_qk_norm")
     hidden, heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
     head_dim = raw.head_dim(hidden, heads)
     return ModelConfig(
@@ -436,7 +437,7 @@ def cohere_config(raw: ConfigReader) -> ModelConfig:
         num_key_value_heads=raw.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         max_position_embeddings=raw.integer("max_position_embeddings"),
-        layers=(LayerConfig(read_rope(raw, head_dim, theta=500_000.0)),) * raw.count("num_hidden_layers"),
+        layers=(LayerConfig(read_rope(raw, head_dim, theta=500_000.0)),) * raw.layer_count("num_hidden_layers"),
         norm=Norm.LAYER,
         norm_eps=raw.number("layer_norm_eps", 1e-5),
         tie_word_embeddings=raw.flag("tie_word_embeddings", True),
@@ -445,23 +446,25 @@ def cohere_config(raw: ConfigReader) -> ModelConfig:
 
 
 def cohere_weights(config: ModelConfig, raw: ConfigReader) -> WeightTable:
-    turned = half_split(config.head_dim)
+    convert = half_split(config.head_dim)
     query, key, value = (f"self_attn.{name}_proj.weight" for name in "qkv")
-    norm, no_bias = (Part("input_layernorm.weight"),), (Part("input_layernorm.weight", torch.zeros_like),)
-    table = hf_weights(
-        norm__weight=(Part("model.norm.weight", times(raw.factor("logit_scale"))),),
-        attention_norm__weight=norm,
-        attention_norm__bias=no_bias,
-        mlp_norm__weight=norm,
-        mlp_norm__bias=no_bias,
-        attention__qkv__weight=(Part(query, turned), Part(key, turned), Part(value)),
+    return llama_weights(
+        outer={
+            "norm.weight": SourceTensor("model.norm.weight", multiply_by(raw.positive("logit_scale"))),
+            "norm.bias": SourceTensor("model.norm.weight", torch.zeros_like),
+        },
+        layer={
+            "attention_norm.weight": "input_layernorm.weight",
+            "attention_norm.bias": SourceTensor("input_layernorm.weight", torch.zeros_like),
+            "attention.qkv.weight": (SourceTensor(query, convert), SourceTensor(key, convert), value),
+            "mlp_norm.weight": "input_layernorm.weight",
+            "mlp_norm.bias": SourceTensor("input_layernorm.weight", torch.zeros_like),
+        },
     )
-    last = (Part("model.norm.weight", torch.zeros_like),)
-    return dataclasses.replace(table, outer={**table.outer, "norm.bias": last})
 
 
 def test_quirks(ids: list[int]) -> None:
-    """Neighbouring pairs, a scale folded in, norms without bias, one norm for two parallel blocks."""
+    """Interleaved rotary positions, a folded scale, norms without bias, one norm for two parallel blocks."""
     config = CohereConfig(
         vocab_size=331,
         hidden_size=64,
@@ -477,9 +480,9 @@ def test_quirks(ids: list[int]) -> None:
     model = loud(CohereForCausalLM(config), 3)
     family = Family(cohere_config, cohere_weights)
     raw = ConfigReader(config.to_dict())
-    ours, state = family.config(raw), {name: weight.detach() for name, weight in model.state_dict().items()}
+    ours, state = family.read_config(raw), {name: weight.detach() for name, weight in model.state_dict().items()}
     shapes = {name: tuple(weight.shape) for name, weight in state.items()}
-    weights = bind_weights(ours, family.weights(ours, raw), shapes, state.__getitem__, "cohere")
+    weights = bind_weights(ours, family.weight_table(ours, raw), shapes, state.__getitem__, "cohere")
     expected = their_logits(model, ids)
     assert expected.std() > 0.5
     assert (our_logits(ours, weights, ids) - expected).abs().max() < 1e-4

@@ -1,4 +1,4 @@
-"""Configs that no model has are refused at once, before anything of their size is made."""
+"""Absurd configs are rejected quickly, before anything of their size is allocated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.runtime.errors import CheckpointError
 
 DEEP: Any = {}

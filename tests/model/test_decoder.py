@@ -1,4 +1,4 @@
-"""The reference decoder against transformers' LlamaForCausalLM: the same weights, the same logits."""
+"""Compare the reference decoder with transformers' LlamaForCausalLM: same weights, same logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.model.decoder import Decoder, Past, count_parameters
 
 BOUND = 1e-4
@@ -45,13 +45,13 @@ class Pair:
     theirs: Any
 
     def expect(self, tokens: Tensor) -> Tensor:
-        """transformers' logits [S, V] of one row that knows no padding and no cache."""
+        """Return the logits [S, V] of transformers for one sequence, without padding or cache."""
         logits: Tensor = self.theirs(input_ids=tokens[None], use_cache=False).logits[0]
         return logits
 
 
 def save_checkpoint(folder: Path, **config: Any) -> Path:
-    """As `tiny.save_checkpoint`, with weights that matter: larger ones, and norms that are not all ones."""
+    """Like `tiny.save_checkpoint`, with larger weights and norms that are not all one."""
     tiny.save_checkpoint(folder, initializer_range=0.15, **config)
     weights = load_file(folder / "model.safetensors")
     torch.manual_seed(1)
@@ -83,7 +83,7 @@ def text(pair: Pair, length: int, seed: int = 0) -> Tensor:
 
 
 def run(decoder: Decoder, tokens: Tensor, pieces: Sequence[int]) -> tuple[Tensor, Past]:
-    """Logits [S, V] of one row, fed in pieces."""
+    """Return the logits [S, V] of one sequence, fed in chunks."""
     past, done, logits = decoder.empty_past(), 0, []
     for size in pieces:
         mask = torch.ones(1, done + size, dtype=torch.int64)
@@ -136,7 +136,7 @@ def test_the_cache_is_that_of_transformers(pair: Pair) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_of_unequal_length(pair: Pair, side: str) -> None:
-    """Each row of a padded batch, over its prompt and then token by token, is as that row alone."""
+    """Each sequence of a padded batch, through prefill and decode, matches the sequence on its own."""
     prompts, steps = [9, 1, 17, 5], 4
     rows = [text(pair, length + steps, seed) for seed, length in enumerate(prompts)]
     wanted = [pair.expect(row) for row in rows]

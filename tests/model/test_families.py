@@ -1,4 +1,4 @@
-"""Every family against transformers: logits in one go, in chunks and step by step, greedy text, both graphs."""
+"""Compare every family with transformers: logits in one step, in chunks and per token, greedy text, both graphs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import families
 import numpy as np
 import pytest
 import torch
+from project import ROOT
+from sessions import open_file
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import hf_config
 from llm_edge.exporter.graph.trace import GraphStyle
@@ -25,9 +27,8 @@ from llm_edge.exporter.validation.parity import model_shape
 from llm_edge.model.config import LayerConfig, ModelConfig, Norm
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder
-from llm_edge.model.families.table import FAMILIES
+from llm_edge.model.registry import BUILT_IN, find_family
 from llm_edge.model.weights import bind_weights
-from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import CheckpointError
 
 BOUND = 1e-4  # ten times closer than what is asked for
@@ -51,7 +52,7 @@ GRAPHS = [
 
 
 class Case:
-    """A family's model in transformers, and the same read by us."""
+    """A family's model in transformers, and its checkpoint as read here."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.theirs = families.model(name)
@@ -62,7 +63,7 @@ class Case:
 
     @torch.inference_mode()
     def logits(self, pieces: tuple[int, ...]) -> Tensor:
-        """Logits of transformers, [T, V]."""
+        """Return the logits of transformers, [T, V]."""
         cache, found, start = None, [], 0
         for length in pieces:
             step = self.theirs(self.ids[:, start : start + length], past_key_values=cache, use_cache=True)
@@ -109,7 +110,7 @@ def our_logits(made: Decoder, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
 
 
 def test_mistral_with_layers_of_two_kinds() -> None:
-    """transformers takes such a config for the family Ministral, whose only difference this is."""
+    """transformers has the family Ministral for such configs, which differs only in this."""
     from transformers import MinistralConfig, MinistralForCausalLM
 
     config = {
@@ -126,11 +127,11 @@ def test_mistral_with_layers_of_two_kinds() -> None:
             weight.mul_(8 if weight.ndim == 2 else 1)
     state = theirs.state_dict()
     raw = ConfigReader(config)
-    family = FAMILIES["mistral"]
-    shape = family.config(raw)
+    family = find_family("mistral")
+    shape = family.read_config(raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     ours = Decoder(shape).eval()
-    ours.load_weights(bind_weights(shape, family.weights(shape, raw), shapes, lambda name: state[name], "state"))
+    ours.load_weights(bind_weights(shape, family.weight_table(shape, raw), shapes, lambda name: state[name], "state"))
     ids = torch.arange(60)[None] % 331
     with torch.inference_mode():
         assert (our_logits(ours, ids, (60,)) - theirs(ids).logits[0]).abs().max() < BOUND
@@ -140,11 +141,11 @@ def test_mistral_with_layers_of_two_kinds() -> None:
 def test_a_window_that_the_context_cannot_fill_is_none(
     window: int, case: Callable[[str], Case], tmp_path: Path
 ) -> None:
-    """2^32 + 4 would be 4 to an operator that counts in 32 bits."""
+    """2^32 + 4 would overflow to 4 in an operator with 32-bit integers."""
     checkpoint = case("mistral").checkpoint
     config, weights = without(checkpoint.config, window=window), checkpoint.weights
     OnnxWriter(GraphStyle.FUSED).write(tmp_path, config, weights, (RECIPES["fp32"],), [], lambda *_: None)
-    session = Session(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
+    session = open_file(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
     unlimited = decoder(dataclasses.replace(checkpoint, config=without(checkpoint.config, window=None)))
     ids = case("mistral").ids
     wanted = our_logits(unlimited, ids, (LENGTH,))
@@ -152,7 +153,12 @@ def test_a_window_that_the_context_cannot_fill_is_none(
 
 
 def test_every_family_has_a_case() -> None:
-    assert {kind for kind, _ in families.CASES.values()} == FAMILIES.keys()
+    assert {kind for kind, _ in families.CASES.values()} == BUILT_IN.keys()
+
+
+def test_every_family_module_is_registered() -> None:
+    modules = {path.stem for path in (ROOT / "model" / "families").glob("*.py")} - {"__init__", "common"}
+    assert set(BUILT_IN.values()) == modules
 
 
 @pytest.mark.parametrize("pieces", [(LENGTH,), PIECES], ids=["at once", "in pieces"])
@@ -172,18 +178,18 @@ def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callabl
     found, graph = case(name), GraphStyle(style)
     config = found.checkpoint.config
     OnnxWriter(graph).write(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), [], lambda *_: None)
-    session = Session(
+    session = open_file(
         tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
     )
     ids = found.ids[0].tolist()
     for pieces in ((LENGTH,), PIECES):
-        session.reset()
+        session.clear_cache()
         parts, start = [], 0
         for length in pieces:
             parts.append(session.step(ids[start : start + length], num_logits=0).copy())
             start += length
         assert np.abs(np.concatenate(parts) - found.logits(pieces).numpy()).max() < BOUND
-    session.reset()
+    session.clear_cache()
     logits, tokens = session.step(ids), []
     for _ in range(GREEDY):
         tokens.append(int(logits[-1].argmax()))
@@ -192,7 +198,7 @@ def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callabl
 
 
 def without(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """A config with a switch turned off; `rope` and `window` are those of all layers."""
+    """Return a config with a switch turned off; `rope` and `window` apply to all layers."""
     layer = {key: changes.pop(key) for key in ("rope", "window") if key in changes}
     layers = tuple(dataclasses.replace(entry, **layer) for entry in config.layers)
     return dataclasses.replace(config, layers=layers, **changes)
@@ -217,7 +223,7 @@ def without(config: ModelConfig, **changes: Any) -> ModelConfig:
     ],
 )
 def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable[[str], Case]) -> None:
-    """Otherwise agreement would prove nothing about it."""
+    """Otherwise agreement with transformers would not test the switch."""
     checkpoint = case(name).checkpoint
     rope = checkpoint.config.ropes[0] if checkpoint.config.ropes else None
     given = {"unscaled": rope and dataclasses.replace(rope, scaling=None), "everywhere": rope}
@@ -230,7 +236,7 @@ def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3_text"])
 def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], tmp_path: Path) -> None:
-    """`AutoModel.save_pretrained` leaves out the prefix and the tied head."""
+    """`AutoModel.save_pretrained` omits the prefix and the tied head."""
     found = case(name)
     families.save(found.theirs.base_model, tmp_path)
     ours = read_folder(tmp_path)
@@ -256,12 +262,12 @@ def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], 
     ],
 )
 def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
-    """Configs on the Hub are older than those that transformers writes today."""
+    """Configs on the Hub are often older than those that transformers writes today."""
     from transformers import CONFIG_MAPPING
 
     raw = {**BARE, **config}
     theirs = CONFIG_MAPPING[kind](**copy.deepcopy(raw))
-    ours = FAMILIES[kind].config(ConfigReader(raw))
+    ours = find_family(kind).read_config(ConfigReader(raw))
     sliding = theirs.layer_types if hasattr(theirs, "layer_types") else ["sliding_attention"] * 8
     window = getattr(theirs, "sliding_window", None)
     assert [layer.window for layer in ours.layers] == [window if "sliding" in entry else None for entry in sliding]
@@ -277,7 +283,7 @@ def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", families.CASES)
 def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]) -> None:
-    """What a family read is what the bundle's config.json says: transformers makes the same model of it."""
+    """The bundle's config.json has the keys that the family read, and transformers builds the same model from it."""
     from transformers import CONFIG_MAPPING
 
     found = case(name)
@@ -328,7 +334,7 @@ def test_a_window_of_nothing_is_refused() -> None:
         ("mistral", {"sliding_window": -1}, "sliding_window"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types is not a list"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "x"]}, "layer_types has entries other"),
-        ("qwen2", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "no sliding_window"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "sliding_window is not set"),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
         ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
@@ -342,21 +348,25 @@ def test_a_window_of_nothing_is_refused() -> None:
         ("gpt_neo", {"attention_layers": None, "attention_types": {"a": 1}}, "attention_types"),
         ("gpt_neo", {"attention_layers": None, "attention_types": [[["local"] * 4000, 4000]]}, "attention_types"),
         ("gpt_neo", {"attention_layers": ["local", "near"]}, "attention_types"),
-        ("gpt_neo", {"num_attention_heads": 2}, "they are the same"),
-        ("gpt2", {"num_attention_heads": 2}, "they are the same"),
+        ("gpt_neo", {"num_attention_heads": 2}, "but its alias"),
+        ("gpt2", {"num_attention_heads": 2}, "but its alias"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is set"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is set"),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "both given"),
-        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "nested by type of layer"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "both set"),
+        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "one entry per layer type"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": None}}, "no sliding_attention"),
         ("llama, yarn", {"rope_parameters": {"beta_fast": 1e308}}, "beta_fast is 1e+308"),
         ("llama, yarn", {"rope_parameters": {"mscale": 1.0, "mscale_all_dim": -1e-9}}, "mscale_all_dim is -1e-09"),
-        ("phi3, longrope on a part of each head", {"original_max_position_embeddings": None}, "but 4096 in the config"),
+        (
+            "phi3, longrope on a part of each head",
+            {"original_max_position_embeddings": None},
+            "but 4096 at the top level of the config",
+        ),
         ("llama", {"is_causal": False}, "is_causal is False"),
         ("llama", {"max_position_embeddings": 1}, "max_position_embeddings is 1"),
         ("gpt_neo", {"num_layers": 10**9}, "num_layers is 1000000000"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
-        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.1}}, "rotary positions of 3 dimensions"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.1}}, "rotary dimension 3 is invalid"),
         ("qwen3", {"model_type": "qwen9"}, "'qwen9' is not supported; supported: gemma3_text, gpt2"),
         ("qwen3", {"model_type": ["llama"]}, "model_type"),
         ("olmo2", {"hidden_size": 10**4000}, "hidden_size is"),

@@ -18,8 +18,8 @@ QUESTION = [{"role": "user", "content": "The quick brown fox"}]
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Model:
-    found = Model.load(tiny_bundle, "fp32", "cpu", 1)
-    found.guess = False
+    found = Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
+    found.speculative = False
     return found
 
 
@@ -91,17 +91,17 @@ def test_an_engines_answers_change_alone(model: Model, load_engine: Callable[...
 
 def test_an_answer_continues_what_it_begins_with(model: Model) -> None:
     prompt = [*model.encode_chat(QUESTION), *model.tokenizer.encode("It jumps")]
-    rest = model.chat(QUESTION, GREEDY, begin="It jumps").result()
+    rest = model.chat(QUESTION, GREEDY, assistant_prefix="It jumps").result()
     assert rest.tokens == model.generate(prompt, GREEDY).result().tokens
     assert rest.tokens != model.chat(QUESTION, GREEDY).result().tokens
 
 
 def test_a_reasoning_goes_on_too(tiny_bundle: Path, tmp_path: Path) -> None:
-    reasoner = Model.load(bundle_of(tiny_bundle, tmp_path / "r", special=True), "fp32", "cpu", 1)
+    reasoner = Model.load(bundle_of(tiny_bundle, tmp_path / "r", special=True), "fp32", provider="cpu", threads=1)
     params = SamplingParams(temperature=0, max_tokens=8)
-    thinking = reasoner.chat(QUESTION, params, thought="I think").result()
+    thinking = reasoner.chat(QUESTION, params, reasoning_prefix="I think").result()
     assert thinking.reasoning
     assert not thinking.text
-    answering = reasoner.chat(QUESTION, params, thought="I think", begin="So").result()
+    answering = reasoner.chat(QUESTION, params, reasoning_prefix="I think", assistant_prefix="So").result()
     assert answering.text
     assert not answering.reasoning

@@ -17,8 +17,9 @@ import onnxruntime as ort
 import pytest
 import tiny
 import torch
+from sessions import open_file
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph import trace as graph_module
 from llm_edge.exporter.graph.passes.hidden_states import add_hidden_states
@@ -112,7 +113,7 @@ def plain_bundle(llama: Case) -> Path:
 
 @pytest.fixture(scope="module")
 def model(llama: Case) -> Model:
-    return Model.load(llama.bundle("fused"), "fp32", "cpu", 1)
+    return Model.load(llama.bundle("fused"), "fp32", provider="cpu", threads=1)
 
 
 def cosine(one: Array, other: Array) -> Any:
@@ -132,7 +133,7 @@ def test_hidden_states_are_those_of_transformers(name: str, style: str, case: Ca
     wanted = found.states(found.ids)
     assert wanted.std() > 0.5  # so that the bounds mean something
     for precision in PRECISIONS:
-        model = Model.load(found.bundle(style), precision, "cpu", 1)
+        model = Model.load(found.bundle(style), precision, provider="cpu", threads=1)
         states = {pooling: model.embed(found.ids, pooling) for pooling in POOLINGS}
         assert all(each.dtype == np.float32 for each in states.values())
         assert states["none"].shape == wanted.shape
@@ -173,7 +174,7 @@ def test_normalized(pooling: str, model: Model) -> None:
 @pytest.mark.parametrize("style", ["fused", "portable"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_embedding_and_answering_do_not_disturb_each_other(style: str, precision: str, llama: Case) -> None:
-    model = Model.load(llama.bundle(style), precision, "cpu", 1)
+    model = Model.load(llama.bundle(style), precision, provider="cpu", threads=1)
     wanted, vector, score = model.generate(TEXT, GREEDY).result(), model.embed(TEXT), model.score(TEXT)
     running = model.generate(TEXT, GREEDY)
     next(iter(running))
@@ -187,11 +188,13 @@ def test_embedding_and_answering_do_not_disturb_each_other(style: str, precision
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_answers_are_those_of_a_bundle_without(precision: str, llama: Case, plain_bundle: Path) -> None:
     """The same model in both: logits are bitwise the same, alone and among others."""
-    plain, offering = (Model.load(path, precision, "cpu", 1) for path in (plain_bundle, llama.bundle("fused")))
+    plain, offering = (
+        Model.load(path, precision, provider="cpu", threads=1) for path in (plain_bundle, llama.bundle("fused"))
+    )
     assert plain.score(IDS[:700]) == offering.score(IDS[:700])
     wanted = plain.generate(TEXT, GREEDY).result().tokens
     assert offering.generate(TEXT, GREEDY).result().tokens == wanted
-    with Engine.load(llama.bundle("fused"), precision, 1) as engine:
+    with Engine.load(llama.bundle("fused"), precision, threads=1) as engine:
         answers = [engine.generate(TEXT, GREEDY) for _ in range(3)]
         assert [answer.result().tokens for answer in answers] == [wanted] * 3
 
@@ -227,7 +230,7 @@ def test_what_a_step_does_not_yield_is_computed_of_one_position(llama: Case, mon
         assert asked() == (["hidden_states"], 1, 2)
         session.step(IDS[90:97], num_logits=0)
         assert asked() == (["logits"], 0, 1)
-    batch = Batch(opened(llama.bundle("fused")), 2)
+    batch = Batch(opened(llama.bundle("fused")).graph, 2)
     batch.extend(0, IDS[:40], 0)
     assert asked() == (["logits"], 0, 1)
     batch.decode(0, [5, 6], [True, True])
@@ -306,9 +309,9 @@ def test_torchscript_offers_none(
 
 
 def test_a_bundle_without_hidden_states(plain_bundle: Path) -> None:
-    model = Model.load(plain_bundle, "int8", "cpu", 1)
+    model = Model.load(plain_bundle, "int8", provider="cpu", threads=1)
     assert model.precision.hidden_size is None
-    with pytest.raises(BundleError, match=r"^[^\n]*int8 offers no hidden states[^\n]*llm-export --hidden-states$"):
+    with pytest.raises(BundleError, match=r"^[^\n]*int8 has no hidden states[^\n]*llm-export --hidden-states$"):
         model.embed(TEXT)
     with pytest.raises(BundleError, match="llm-export --hidden-states"):
         opened(plain_bundle).hidden_states(IDS[:5])
@@ -323,7 +326,7 @@ def test_poolings_that_are_none(pooling: Any, model: Model) -> None:
 def test_texts_that_cannot_be_embedded(model: Model) -> None:
     with pytest.raises(ParameterError, match="empty"):
         model.embed("")
-    with pytest.raises(ParameterError, match="outside of the vocabulary"):
+    with pytest.raises(ParameterError, match="outside the vocabulary"):
         model.embed([5, 331])
     with pytest.raises(ContextLengthError) as refused:
         model.embed([5] * 1025)
@@ -357,7 +360,7 @@ def test_a_manifest_and_a_graph_that_disagree(llama: Case, plain_bundle: Path, t
         bundle = changed(source, tmp_path / str(size), hidden_size=size)
         for load in (Model.load, Engine.load):
             with pytest.raises(
-                BundleError, match=rf"^[^\n]*no hidden states of {size}, [^\n]*: export the bundle again$"
+                BundleError, match=rf"^[^\n]*no hidden states of width {size}, [^\n]*: export the bundle again$"
             ):
                 load(bundle, "fp32")
 
@@ -371,7 +374,7 @@ def opened(path: Path) -> Session:
     """The session of a bundle's fp32."""
     bundle = Bundle.open(path)
     info = bundle.precision("fp32")
-    return Session(
+    return open_file(
         bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 1, hidden_size=info.hidden_size, spinning=False
     )
 

@@ -50,7 +50,7 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path, precision: str) -> Model:
-    return Model.load(tiny_bundle, precision, "cpu", 1)
+    return Model.load(tiny_bundle, precision, provider="cpu", threads=1)
 
 
 @pytest.fixture
@@ -197,7 +197,10 @@ def test_a_seed_gives_one_text_however_it_is_made(
     fresh.generate(SYSTEM + "What?", DRAWN).result()
     reusing = fresh.generate(prompt, params).result()
     assert reusing.timings.cached_tokens > 0
-    found += [said(reusing), said(load_engine(precision, guess=precision == "int8").generate(prompt, params).result())]
+    found += [
+        said(reusing),
+        said(load_engine(precision, speculative=precision == "int8").generate(prompt, params).result()),
+    ]
     assert len(found) == 20
     assert set(found) == {wanted}
 
@@ -205,7 +208,7 @@ def test_a_seed_gives_one_text_however_it_is_made(
 def test_several_answers_share_their_prompt(load_engine: Load, model: Model, precision: str) -> None:
     engine = load_engine(precision)
     prompt = PROMPTS[4]
-    results = [answer.result() for answer in engine.answers(prompt, replace(DRAWN, seed=2**64 - 2), 3)]
+    results = [answer.result() for answer in engine.generate_many(prompt, replace(DRAWN, seed=2**64 - 2), 3)]
     seeds = (2**64 - 2, 2**64 - 1, 0)
     assert [said(each) for each in results] == [
         said(model.generate(prompt, replace(DRAWN, seed=seed)).result()) for seed in seeds
@@ -215,14 +218,14 @@ def test_several_answers_share_their_prompt(load_engine: Load, model: Model, pre
         0,
         *[(length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT] * 2,
     ]
-    unseeded = engine.answers(prompt, replace(DRAWN, seed=None), 3)
+    unseeded = engine.generate_many(prompt, replace(DRAWN, seed=None), 3)
     assert len({answer.result().text for answer in unseeded}) == 3
 
 
 @pytest.mark.parametrize("count", [0, 129, True, 1.5])
 def test_counts_that_nobody_can_mean(load_engine: Load, count: Any) -> None:
     with pytest.raises(ParameterError, match=r"^count is .*; 1 to 128 are possible$"):
-        load_engine().answers("Hi", DRAWN, count)
+        load_engine().generate_many("Hi", DRAWN, count)
 
 
 # What was computed before
@@ -351,7 +354,7 @@ def test_a_full_queue_refuses(load_engine: Load, slow: None) -> None:
     waiting[0].cancel()
     waiting[0].result()
     with pytest.raises(BusyError):
-        engine.answers(PROMPTS[2], GREEDY, 2)  # there is room for one: all are refused
+        engine.generate_many(PROMPTS[2], GREEDY, 2)  # there is room for one: all are refused
     assert engine.counters().waiting == 1
     last = engine.generate(PROMPTS[2], GREEDY)
     running.cancel()
@@ -385,9 +388,9 @@ def test_nobody_hears_of_another_ones_word(smollm2_bundle: Path) -> None:
         first = engine.generate(text, params).result()
         return [first, engine.generate(f"{text}{first.text} The secret word is", params).result()]
 
-    with Engine.load(smollm2_bundle, "fp32", 2, cache_bytes=0) as engine:
+    with Engine.load(smollm2_bundle, "fp32", threads=2, cache_bytes=0) as engine:
         wanted = [[said(result) for result in turns(engine, word)] for word in words]
-    with Engine.load(smollm2_bundle, "fp32", 2) as engine:
+    with Engine.load(smollm2_bundle, "fp32", threads=2) as engine:
         replies = in_threads([lambda w=w: turns(engine, w) for w in words])  # type: ignore[misc]
     assert [[said(result) for result in each] for each in replies] == wanted
     assert all(second.timings.cached_tokens >= 16 for _, second in replies)

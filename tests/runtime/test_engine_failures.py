@@ -27,7 +27,7 @@ from llm_edge.runtime.errors import (
     MachineError,
     ParameterError,
 )
-from llm_edge.runtime.loading import open_bundle
+from llm_edge.runtime.loading import LoadOptions, load
 from llm_edge.runtime.scheduling.batch import Batch
 
 Load = Callable[..., Engine]
@@ -50,7 +50,7 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Model:
-    return Model.load(tiny_bundle, "fp32", "cpu", 1)
+    return Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
 
 
 def said(result: GenerationResult) -> tuple[Any, ...]:
@@ -82,9 +82,9 @@ def fails_among_others(engine: Engine, model: Model, kind: type[LlmEdgeError], *
 def test_a_constraint_that_comes_to_nothing(load_engine: Load, tiny_bundle: Path, precision: str) -> None:
     grammar = 'start: "go " c\nc: ' + " | ".join(f'"x{n}"' for n in range(2500))  # too many for the lexer
     params = replace(DRAWN, constraint=Constraint.lark(grammar))
-    engine, model = load_engine(precision), Model.load(tiny_bundle, precision, "cpu", 1)
+    engine, model = load_engine(precision), Model.load(tiny_bundle, precision, provider="cpu", threads=1)
     said = fails_among_others(engine, model, ParameterError, prompt="go x", params=params)
-    assert said.startswith("constraint (lark): the answer cannot go on")
+    assert said.startswith("constraint (lark): the answer cannot continue")
 
 
 def test_a_constraint_that_is_none_is_refused_at_once(load_engine: Load) -> None:
@@ -127,7 +127,7 @@ def test_what_nobody_expects_is_an_error_too(load_engine: Load, monkeypatch: pyt
         patch.setattr(Batch, method, lambda *_: [][1])
         answer = engine.generate(PROMPTS[1], GREEDY)
         with pytest.raises(
-            MachineError, match=r"^an answer failed unexpectedly \(list index out of range\)$"
+            MachineError, match=r"^generation failed unexpectedly \(list index out of range\)$"
         ) as failed:
             answer.result()
         assert isinstance(failed.value.__cause__, IndexError)
@@ -178,10 +178,10 @@ class Stuck:
 
 
 def test_a_stuck_step_is_ended(tiny_bundle: Path, model: Model) -> None:
-    bundle, info, tokenizer = open_bundle(tiny_bundle, "fp32", verify=True)
-    session = Session(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 1)
-    stuck = session.graph = Stuck(session.graph, 1)
-    with Engine(bundle, session, tokenizer, info, active=1, step_seconds=0.2) as engine:
+    loaded = load(tiny_bundle, LoadOptions("fp32", "cpu", 1))
+    assert isinstance(loaded.session, Session)
+    stuck = loaded.session.graph.inference = Stuck(loaded.session.graph.inference, 1)
+    with Engine(loaded, active=1, step_seconds=0.2) as engine:
         began = time.monotonic()
         first, second = engine.generate(PROMPTS[0], GREEDY), engine.generate(PROMPTS[1], GREEDY)
         with pytest.raises(MachineError, match=r"^a step over 1 x \d+ tokens failed \([^\n]*\)$"):
@@ -222,7 +222,7 @@ def test_constrained_answers_in_a_batch(load_engine: Load, precision: str) -> No
     assert len(texts) == 40
     assert plain.result().finish_reason is FinishReason.LENGTH
     if precision == "fp32":
-        without = load_engine(guess=False)
+        without = load_engine(speculative=False)
         for seed in range(10):
             assert said(without.generate("The capital", replace(params, seed=seed)).result()) == wanted[seed]
 
@@ -230,7 +230,7 @@ def test_constrained_answers_in_a_batch(load_engine: Load, precision: str) -> No
 def test_an_answer_that_is_chosen(load_engine: Load) -> None:
     engine = load_engine()
     params = SamplingParams(temperature=1, constraint=Constraint.choice(["fox", "dog"]))
-    answers = engine.answers("The quick brown", replace(params, seed=0), 30)
+    answers = engine.generate_many("The quick brown", replace(params, seed=0), 30)
     assert Counter(answer.result().text for answer in answers).keys() == {"fox", "dog"}
 
 
@@ -267,7 +267,7 @@ def test_the_context_has_an_end(load_engine: Load) -> None:
     with pytest.raises(ContextLengthError, match=r"1024 tokens.* holds 1024") as refused:
         engine.generate([5] * 1024)
     assert (refused.value.prompt_tokens, refused.value.limit) == (1024, 1024) == (1024, engine.context_length)
-    results = [answer.result() for answer in engine.answers([5] * 1000, replace(GREEDY, max_tokens=900), 2)]
+    results = [answer.result() for answer in engine.generate_many([5] * 1000, replace(GREEDY, max_tokens=900), 2)]
     assert [len(result.tokens) for result in results] == [24, 24]
     assert {result.finish_reason for result in results} == {FinishReason.LENGTH}
     beside = [engine.generate([5] * 1020, COPYING), engine.generate(PROMPTS[0], GREEDY)]
@@ -278,7 +278,7 @@ def test_a_portable_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> 
     portable = tmp_path / "portable"
     options = ExportOptions(portable, precision="fp32", graph=GraphChoice.PORTABLE, validate=False)
     export(str(tiny_checkpoint), options)
-    with pytest.raises(BundleError, match=r"^[^\n]*needs a fused ONNX graph: export with --graph fused[^\n]*$"):
+    with pytest.raises(BundleError, match=r"^[^\n]*is not a fused ONNX graph: export with --graph fused[^\n]*$"):
         Engine.load(portable)
 
 
@@ -297,5 +297,5 @@ def test_a_portable_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> 
     ],
 )
 def test_sizes_that_nobody_can_mean(load_engine: Load, options: dict[str, Any]) -> None:
-    with pytest.raises(ParameterError, match=rf"^{next(iter(options))} is .* are possible$"):
+    with pytest.raises(ParameterError, match=rf"^{next(iter(options))} is .*; use [^\n]+$"):
         load_engine(**options)

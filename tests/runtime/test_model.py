@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeSession
+from sessions import model_over
 from tiny import CHAT_TEMPLATE
 
 from llm_edge.runtime import Bundle, FinishReason, Generation, GenerationChunk, GenerationResult, Model, SamplingParams
@@ -29,7 +30,7 @@ IM_START, IM_END = 1, 2
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Model:
-    return Model.load(tiny_bundle, "fp32", "cpu", 1)
+    return Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def saying(tiny_bundle: Path) -> Callable[..., Model]:
     """Makes models that answer any prompt with given tokens, over and over."""
 
     def make(tokens: list[int], **shape: Any) -> Model:
-        whole = Model.load(tiny_bundle, "fp32", "cpu", 1)
+        whole = Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
         session = FakeSession(tokens, dataclasses.replace(whole.bundle.shape, **shape))
-        return Model(whole.bundle, session, whole.tokenizer, whole.precision)  # type: ignore[arg-type]
+        return model_over(session, whole)  # type: ignore[arg-type]
 
     return make
 
@@ -84,7 +85,7 @@ def test_a_result_is_all_of_its_pieces(model: Model) -> None:
 
 def test_figures_of_a_generation(model: Model) -> None:
     prompt = model.tokenizer.encode(PROMPT)
-    model.forget()  # what earlier tests computed of it
+    model.clear_cache()  # what earlier tests computed of it
     result = model.generate(PROMPT, GREEDY).result()
     timings = result.timings
     assert timings.prompt_tokens == len(prompt) > 1
@@ -96,7 +97,7 @@ def test_figures_of_a_generation(model: Model) -> None:
 
 
 def test_a_prompt_that_begins_alike_is_not_computed_again(model: Model) -> None:
-    model.forget()
+    model.clear_cache()
     first, again = (model.generate(PROMPT, GREEDY).result() for _ in range(2))
     assert (first.timings.cached_tokens, again.timings.cached_tokens) == (0, (first.timings.prompt_tokens - 2) // 8 * 8)
     assert again.tokens == first.tokens
@@ -173,7 +174,7 @@ def test_ids_may_come_in_any_sequence_of_integers(model: Model) -> None:
 def test_precisions_are_chosen_by_name(tiny_bundle: Path) -> None:
     assert Model.load(tiny_bundle).precision.name == "int8"
     for name in ("fp32", "int8", "int4"):
-        loaded = Model.load(tiny_bundle, name, "cpu", 1)
+        loaded = Model.load(tiny_bundle, name, provider="cpu", threads=1)
         assert loaded.precision.name == name
         assert len(loaded.generate(PROMPT, GREEDY).result().tokens) == 40
     assert (loaded.provider, loaded.context_length) == ("cpu", 1024)
@@ -224,7 +225,7 @@ def test_a_template_may_refuse_a_conversation(tiny_bundle: Path, tmp_path: Path)
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["files"]["chat_template.jinja"] = manifest_entry(path / "chat_template.jinja")
     (path / MANIFEST).write_text(json.dumps(manifest))
-    model = Model.load(path, "fp32", "cpu", 1)
+    model = Model.load(path, "fp32", provider="cpu", threads=1)
     with pytest.raises(TemplateError, match="user goes first"):
         model.chat([{"role": "assistant", "content": "Hi"}], GREEDY)
     assert model.chat([{"role": "user", "content": "Hi"}], GREEDY).result().tokens
@@ -235,7 +236,7 @@ def test_a_model_without_a_template_does_not_chat(tiny_bundle: Path, tmp_path: P
     manifest = json.loads((path / MANIFEST).read_text())
     del manifest["files"]["chat_template.jinja"]
     (path / MANIFEST).write_text(json.dumps(manifest))
-    model = Model.load(path, "fp32", "cpu", 1)
+    model = Model.load(path, "fp32", provider="cpu", threads=1)
     with pytest.raises(TemplateError, match="no chat template"):
         model.chat([{"role": "user", "content": "Hi"}], GREEDY)
     assert model.generate("Hi", GREEDY).result().tokens
@@ -314,9 +315,9 @@ def test_stop_token_ids(saying: Callable[..., Model]) -> None:
 
 def test_end_tokens_may_be_several(tiny_bundle: Path, tmp_path: Path) -> None:
     path = changed(tiny_bundle, tmp_path / "ends", generation_config={"eos_token_id": [2, 0, 71]})
-    whole = Model.load(path, "fp32", "cpu", 1)
+    whole = Model.load(path, "fp32", provider="cpu", threads=1)
     session = FakeSession([70, 71], whole.bundle.shape)
-    result = Model(whole.bundle, session, whole.tokenizer, whole.precision).generate("x", GREEDY).result()  # type: ignore[arg-type]
+    result = model_over(session, whole).generate("x", GREEDY).result()  # type: ignore[arg-type]
     assert (result.tokens, result.finish_reason) == ((70, 71), FinishReason.STOP)
 
 
@@ -573,7 +574,7 @@ def test_two_models_in_two_threads(tiny_bundle: Path, model: Model) -> None:
     def run(results: list[tuple[Any, ...]], own: Model) -> None:
         results += [without_times(own.generate(PROMPT, dataclasses.replace(DRAWN, seed=n)).result()) for n in range(6)]
 
-    models = [Model.load(tiny_bundle, "fp32", "cpu", 1) for _ in found]
+    models = [Model.load(tiny_bundle, "fp32", provider="cpu", threads=1) for _ in found]
     threads = [threading.Thread(target=run, args=pair) for pair in zip(found, models, strict=True)]
     for thread in threads:
         thread.start()
@@ -605,13 +606,17 @@ def test_two_models_in_two_threads(tiny_bundle: Path, model: Model) -> None:
     ],
 )
 def test_default_params(tiny_bundle: Path, tmp_path: Path, config: Any, wanted: Any) -> None:
-    model = Model.load(changed(tiny_bundle, tmp_path / "own", generation_config=config), "fp32", "cpu", 1)
+    model = Model.load(
+        changed(tiny_bundle, tmp_path / "own", generation_config=config), "fp32", provider="cpu", threads=1
+    )
     assert model.default_params == SamplingParams(**wanted)
 
 
 def test_default_params_are_used(tiny_bundle: Path, tmp_path: Path, model: Model) -> None:
     config = {"do_sample": False, "repetition_penalty": 10.0}
-    own = Model.load(changed(tiny_bundle, tmp_path / "own", generation_config=config), "fp32", "cpu", 1)
+    own = Model.load(
+        changed(tiny_bundle, tmp_path / "own", generation_config=config), "fp32", provider="cpu", threads=1
+    )
     assert own.generate(PROMPT).result().tokens[:30] == model.generate(PROMPT, GREEDY).result().tokens[:30]
 
 
@@ -635,7 +640,7 @@ def test_default_params_are_used(tiny_bundle: Path, tmp_path: Path, model: Model
 def test_a_generation_config_that_cannot_be_used(tiny_bundle: Path, tmp_path: Path, config: Any, reason: str) -> None:
     path = changed(tiny_bundle, tmp_path / "own", generation_config=config)
     with pytest.raises(BundleError) as caught:
-        Model.load(path, "fp32", "cpu", 1)
+        Model.load(path, "fp32", provider="cpu", threads=1)
     assert str(caught.value).startswith(f"{path / 'generation_config.json'}: {reason}")
     assert "\n" not in str(caught.value)
 
@@ -646,9 +651,9 @@ def test_a_changed_file_is_found_at_load(tiny_bundle: Path, tmp_path: Path) -> N
     content[-2] ^= 1
     (path / "tokenizer.json").write_bytes(content)
     with pytest.raises(BundleError, match="checksum"):
-        Model.load(path, "fp32", "cpu", 1)
+        Model.load(path, "fp32", provider="cpu", threads=1)
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Model.load(path, "fp32", "cpu", 1, verify=False)
+        Model.load(path, "fp32", provider="cpu", threads=1, verify=False)
 
 
 def test_a_tokenizer_of_another_model(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -658,4 +663,4 @@ def test_a_tokenizer_of_another_model(tiny_bundle: Path, tmp_path: Path) -> None
     tokenizer["added_tokens"] += [extra | {"id": 320 + n, "content": f"<extra{n}>"} for n in range(20)]
     path = changed(tiny_bundle, tmp_path / "own", tokenizer=tokenizer)
     with pytest.raises(BundleError, match="more tokens than the model"):
-        Model.load(path, "fp32", "cpu", 1)
+        Model.load(path, "fp32", provider="cpu", threads=1)

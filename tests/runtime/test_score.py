@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Model:
-    return Model.load(tiny_bundle, "fp32", "cpu", 1)
+    return Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_what_a_greedy_answer_takes_is_the_most_probable(model: Model) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_other_precisions_come_close(tiny_bundle: Path, model: Model, precision: str) -> None:
-    score = Model.load(tiny_bundle, precision, "cpu", 1).score(TEXT)
+    score = Model.load(tiny_bundle, precision, provider="cpu", threads=1).score(TEXT)
     assert score.logprobs != model.score(TEXT).logprobs
     assert score.perplexity == pytest.approx(model.score(TEXT).perplexity, rel=0.05)
 
@@ -89,7 +89,7 @@ def test_too_little_to_score(model: Model, text: Any) -> None:
 
 
 def test_what_cannot_be_scored(model: Model) -> None:
-    with pytest.raises(ParameterError, match="outside of the vocabulary"):
+    with pytest.raises(ParameterError, match="outside the vocabulary"):
         model.score([5, 331])
     with pytest.raises(ContextLengthError) as refused:
         model.score([5] * 1025)

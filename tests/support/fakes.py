@@ -106,7 +106,7 @@ class FakeSession:
 
     provider = "cpu"
     run_seconds = 0.0
-    rewinds = False
+    rewinds_in_place = False
 
     def __init__(self, tokens: Sequence[int], shape: ModelShape) -> None:
         self.shape = shape

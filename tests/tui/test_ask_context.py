@@ -21,7 +21,7 @@ from project import SUPPORT
 
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.history.store import Store
-from llm_edge.chat.recorder import Kept
+from llm_edge.chat.recorder import ConversationRecorder
 from llm_edge.runtime import SamplingParams
 from llm_edge.runtime.errors import LogitsError, MachineError
 from llm_edge.tui.plain import PlainChat
@@ -367,7 +367,7 @@ def test_a_store_that_fails_does_not_silence_the_answer(tmp_path: Path, monkeypa
     notes: list[str] = []
     out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
     with contextlib.closing(Store(tmp_path / "chats.db")) as store, out, err:
-        kept = Kept(store, "tiny", "fp32", SamplingParams(), "", notes.append)
+        kept = ConversationRecorder(store, "tiny", "fp32", SamplingParams(), "", notes.append)
         model = FakeModel("One.", "Two.", Answer(["Three."], failure=LogitsError("no")))
         chat = PlainChat(model, SamplingParams(), None, out, err, kept=kept, with_figures=False)
         monkeypatch.setattr(Store, "update", full)

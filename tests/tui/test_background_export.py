@@ -13,7 +13,7 @@ from textual.command import CommandPalette
 from textual.widgets import Checkbox, Input, OptionList
 from tui_driving import app_with, ask, drive, screen, until
 
-from llm_edge.chat.export_process import Wish
+from llm_edge.chat.export_process import ExportRequest
 from llm_edge.chat.history.store import Store
 from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.settings import Settings
@@ -141,7 +141,7 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
                 await pilot.press("ctrl+b")
                 await until(pilot, lambda: len(app.screen_stack) == 1)
             with pytest.raises(InputError, match="still at work"):
-                app.exports.begin(Wish("second"))
+                app.exports.begin(ExportRequest("second"))
             assert len(begun(place)) == 1
 
     drive(scene())

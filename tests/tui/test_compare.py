@@ -15,10 +15,10 @@ from textual.widgets import Button
 from tui_driving import app_with, ask, drive, screen, until, views
 from tui_driving import shown as drawn
 
-from llm_edge.chat.comparison import Comparison, Nowhere, Side
+from llm_edge.chat.comparison import Comparison, ComparisonSide, InMemoryStore
 from llm_edge.chat.fake import FakeResponder, Said
 from llm_edge.chat.history.conversation import ASSISTANT, Conversation, Message
-from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.runtime.errors import MachineError
 from llm_edge.tui.app import ChatApp
@@ -27,12 +27,12 @@ from llm_edge.tui.screens.models import ModelsScreen
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.widgets.composer import Composer
 from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.parameter_panel import Number
+from llm_edge.tui.widgets.parameter_panel import NumberField
 
 
-def side(*said: Said | str, pause: float = 0.0, name: str = "script") -> tuple[Side, FakeResponder]:
+def side(*said: Said | str, pause: float = 0.0, name: str = "script") -> tuple[ComparisonSide, FakeResponder]:
     fake = FakeResponder(*said, pause=pause, name=name)
-    return Side(fake, Knobs(fake.default_params)), fake
+    return ComparisonSide(fake, ChatParameters(fake.default_params)), fake
 
 
 def wait(comparison: Comparison) -> None:
@@ -82,7 +82,7 @@ def test_both_are_asked_the_same_and_nothing_is_kept() -> None:
 
 def test_one_responder_on_both_sides_takes_turns() -> None:
     fake = FakeResponder("first", "second")
-    left, right = (Side(fake, Knobs(fake.default_params, {"temperature": t})) for t in (0.1, 0.9))
+    left, right = (ComparisonSide(fake, ChatParameters(fake.default_params, {"temperature": t})) for t in (0.1, 0.9))
     comparison = Comparison(left, right, [])
     comparison.ask("Why?")
     assert right.waiting
@@ -111,7 +111,7 @@ def test_two_go_together_unless_they_are_told_to_take_turns() -> None:
 
 def test_stopping_stops_both_and_one_that_fails_leaves_the_other() -> None:
     fake = FakeResponder("word " * 1000, pause=0.001)
-    left, right = (Side(fake, Knobs(fake.default_params)) for _ in range(2))
+    left, right = (ComparisonSide(fake, ChatParameters(fake.default_params)) for _ in range(2))
     comparison = Comparison(left, right, [])
     comparison.ask("Why?")
     comparison.stop()
@@ -132,7 +132,7 @@ def test_stopping_stops_both_and_one_that_fails_leaves_the_other() -> None:
 
 
 def test_nowhere_takes_messages_as_a_store_does() -> None:
-    store, conversation = Nowhere(), Conversation(messages={5: Message(5, None, "user", "Hi")}, leaf=5)
+    store, conversation = InMemoryStore(), Conversation(messages={5: Message(5, None, "user", "Hi")}, leaf=5)
     answer = store.add(conversation, ASSISTANT, model="m")
     again = store.add(conversation, ASSISTANT, parent=5)
     assert conversation.siblings(answer.id) == [answer.id, again.id]
@@ -251,7 +251,7 @@ def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
             ]
             await pilot.press("f3")
             await pilot.pause()
-            assert shown.query_one("#value-temperature", Number).has_focus
+            assert shown.query_one("#value-temperature", NumberField).has_focus
             await pilot.press("up")
             await pilot.press("f2", "down")
             await pilot.pause()

@@ -16,7 +16,7 @@ from textual.widgets import Checkbox, Input
 from tui_driving import app_with, ask, drive, screen, until
 
 from llm_edge.chat.choice import BundleChoice
-from llm_edge.chat.export_process import PRECISIONS, Export, Wish, named_options
+from llm_edge.chat.export_process import PRECISIONS, Export, ExportRequest, named_options
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.export import Checkpoints, ExportScreen, Tick
@@ -96,7 +96,7 @@ def test_a_bare_state_dict_asks_for_what_it_does_not_say_and_then_answers(place:
             assert app.session.responder is not None
             assert app.session.responder.detail == "fp32"
             assert (place / "artifacts/model/manifest.json").exists()
-            app.session.turn(lambda knobs: knobs.set("max_tokens", 4))
+            app.session.apply_change(lambda knobs: knobs.set("max_tokens", 4))
             await ask(pilot, "Second?")
             path = app.session.conversation.path()
             assert [each.content for each in path[:2]] == ["First?", "From the script."]
@@ -134,7 +134,7 @@ def test_stages_and_shares_show_while_an_export_works(place: Path, tiny_bundle: 
 
 def test_arguments_are_what_was_chosen(place: Path, stand_in: StandIn) -> None:
     stand_in("print('error: ' + json.dumps(sys.argv[1:]), file=sys.stderr); sys.exit(2)")
-    wish = Wish("-x.pt", ("int8", "int4"), {"config": " a b.yaml ", "n-heads": " "}, force=True)
+    wish = ExportRequest("-x.pt", ("int8", "int4"), {"config": " a b.yaml ", "n-heads": " "}, force=True)
     export = Export(wish)
     assert export.result() is None
     expected = ["--progress", "json", "--precision", "int8,int4", "--config=a b.yaml", "--force", "--", "-x.pt"]
@@ -231,7 +231,7 @@ def test_without_the_extra_there_is_one_line_with_the_remedy(place: Path, monkey
     without.mkdir()
     (without / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
     monkeypatch.setenv("PYTHONPATH", str(without))
-    export = Export(Wish("smollm2"))
+    export = Export(ExportRequest("smollm2"))
     assert export.result() is None
     assert export.error() == "llm-export needs torch: pip install 'llm-edge[export]'"
 
@@ -249,7 +249,7 @@ def test_without_the_extra_there_is_one_line_with_the_remedy(place: Path, monkey
 )
 def test_what_goes_wrong_is_one_line(place: Path, stand_in: StandIn, code: str, expected: str) -> None:
     stand_in(code)
-    export = Export(Wish("x"))
+    export = Export(ExportRequest("x"))
     assert export.result() is None
     error = export.error()
     assert expected in error

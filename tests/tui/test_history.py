@@ -494,11 +494,11 @@ def test_import_of_our_own(tmp_path: Path) -> None:
 def test_the_system_prompt_of_a_conversation_returns(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Arr.", "Yes.", "Hm.", "So.", size=(120, 40)) as (app, pilot, fake):
-            app.session.turn(lambda knobs: knobs.type("system", "You are a pirate."))
+            app.session.apply_change(lambda knobs: knobs.set_text("system", "You are a pirate."))
             await ask(pilot, "Who are you?")
             pirate = app.session.conversation.id
             await pilot.press("ctrl+n")
-            app.session.turn(lambda knobs: knobs.type("system", "Be brief."))
+            app.session.apply_change(lambda knobs: knobs.set_text("system", "Be brief."))
             await ask(pilot, "Is it so?")
             brief = app.session.conversation.id
             assert [app.session.store.load(number).system for number in (pirate, brief)] == [
@@ -561,7 +561,7 @@ from tui_driving import app_with, ask, until
 
 async def scene():
     async with app_with(Path({folder!r}), "word " * 10**5, pause=0.002, context_length=10**6) as (app, pilot, _):
-        app.session.turn(lambda knobs: knobs.set("max_tokens", 10**5))
+        app.session.apply_change(lambda knobs: knobs.set("max_tokens", 10**5))
         await ask(pilot, "Count", wait=False)
         await until(pilot, lambda: app.session.answering.content.count("word") > 400)
         print("now", flush=True)

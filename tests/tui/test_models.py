@@ -126,7 +126,7 @@ def test_a_bundle_is_found_by_typing_and_the_conversation_goes_on_with_it(two: P
             assert app.session.responder is not None
             assert app.session.responder.detail == "int4"
             await until(pilot, lambda: fake.closed)
-            app.session.turn(lambda knobs: knobs.set("max_tokens", 5))
+            app.session.apply_change(lambda knobs: knobs.set("max_tokens", 5))
             await ask(pilot, "Second?")
             path = app.session.conversation.path()
             assert [each.content for each in path[:3]] == ["First?", "From the script.", "Second?"]

@@ -12,16 +12,16 @@ from textual.widgets import Button, Select, Static
 from tui_driving import app_with, ask, drive, screen, shown, until, views
 
 from llm_edge.chat.figures import figures_line
-from llm_edge.chat.parameters import KNOBS
+from llm_edge.chat.parameters import EDITABLE
 from llm_edge.chat.presets import MODELS_OWN
 from llm_edge.runtime.sampling.constraint import Constraint
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.widgets.composer import Composer
-from llm_edge.tui.widgets.parameter_panel import Controls, KnobLine, Name, Number, Text, Turn
+from llm_edge.tui.widgets.parameter_panel import Name, NumberField, ParameterLine, ParameterPanel, StepButton, Text
 
 LONG = "word " * 400
 PER_TOKEN = 0.02  # seconds; an answer of 8
-NUMBERS = [knob for knob in KNOBS if knob.kind not in ("lines", "text")]
+NUMBERS = [knob for knob in EDITABLE.values() if knob.kind not in ("strings", "text")]
 
 
 def error_under(app: ChatApp, name: str) -> str:
@@ -34,7 +34,7 @@ async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
     pilot.app.query_one(f"#value-{name}").focus()
     await pilot.pause()
     await pilot.press("end", "ctrl+u", *text)
-    if isinstance(pilot.app.query_one(f"#value-{name}"), Number):
+    if isinstance(pilot.app.query_one(f"#value-{name}"), NumberField):
         await pilot.press("enter")
     await pilot.pause()
 
@@ -54,7 +54,7 @@ def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> N
                 value = app.session.knobs.value(knob.name)
                 assert value != app.session.knobs.default(knob.name)
                 assert getattr(fake.replies[-1].params, knob.name) == value
-                assert app.query_one(f"#value-{knob.name}", Number).value == app.session.knobs.text(knob.name)
+                assert app.query_one(f"#value-{knob.name}", NumberField).value == app.session.knobs.text(knob.name)
                 assert app.query_one(f"#title-{knob.name}").has_class("turned")
             assert app.session.answering is answer  # it all happened while it came
             changes = {each["name"]: each for each in answer.figures["changes"]}
@@ -110,7 +110,7 @@ def test_typing_counts_on_enter_and_on_leaving_and_errors_stand_under_the_field(
             await type_into(pilot, "temperature", "99")  # beyond where keys turn it, within what it can be
             assert error_under(app, "temperature") == ""
             assert app.session.knobs.changed == {"temperature": 99.0}
-            field = app.query_one("#value-top_k", Number)
+            field = app.query_one("#value-top_k", NumberField)
             field.focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", *"12", "tab")
@@ -125,8 +125,8 @@ def test_the_mouse_turns(tmp_path: Path) -> None:
         async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
             await pilot.press("f3")
             await pilot.pause()
-            line = app.query(KnobLine).first()
-            less, more = line.query(Turn)
+            line = app.query(ParameterLine).first()
+            less, more = line.query(StepButton)
             await pilot.click(more)
             await pilot.click(more)
             await pilot.click(less)
@@ -135,7 +135,7 @@ def test_the_mouse_turns(tmp_path: Path) -> None:
             await pilot.click("#reset")
             await pilot.pause()
             assert app.session.knobs.changed == {}
-            assert line.query_one(Number).value == "0.7"
+            assert line.query_one(NumberField).value == "0.7"
 
     drive(scene())
 
@@ -198,7 +198,7 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             await until(pilot, lambda: app.session.knobs.value("temperature") == 0)
             select.value = "mine"
             await until(pilot, lambda: app.session.knobs.changed == {"temperature": 1.1})
-            assert app.query_one("#value-temperature", Number).value == "1.1"
+            assert app.query_one("#value-temperature", NumberField).value == "1.1"
 
             await type_into(pilot, "temperature", "1.2")
             await pilot.press("ctrl+s", "end", "ctrl+u", *"mine", "enter")
@@ -274,12 +274,12 @@ def test_leaving_the_panel_untouched_changes_nothing_even_without_a_model(tmp_pa
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
             await pilot.press("f3")
-            for _ in range(len(KNOBS) + 6):
+            for _ in range(len(EDITABLE) + 6):
                 await pilot.press("tab")
             await pilot.press("f3")
             await pilot.pause()
             assert app.session.knobs.changed == {}
-            assert not app.query_one(Controls).has_class("open")
+            assert not app.query_one(ParameterPanel).has_class("open")
             assert app.focused is app.query_one(Composer)
 
     drive(scene())

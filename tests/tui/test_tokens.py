@@ -20,7 +20,7 @@ from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.tokens import TokensScreen
-from llm_edge.tui.widgets.parameter_panel import Number
+from llm_edge.tui.widgets.parameter_panel import NumberField
 from llm_edge.tui.widgets.token_text import TokenText, visible
 
 RECORD = TokenLogprob(7, math.log(0.2), tuple((t, math.log(p)) for t, p in ((3, 0.5), (7, 0.2), (1, 0.1), (2, 0.05))))
@@ -161,13 +161,13 @@ def test_turning_shows_at_once_what_it_cuts_and_counts_for_the_chat(tmp_path: Pa
         async with app_with(tmp_path, "one two three", size=(120, 40)) as (app, pilot, fake):
             await asked(pilot, app)
             assert "cut by Top-k" not in screen(app)
-            field = app.screen.query_one("#value-top_k", Number)
+            field = app.screen.query_one("#value-top_k", NumberField)
             field.focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", "2", "enter")
             await until(pilot, lambda: "cut by Top-k" in screen(app))
             assert app.session.knobs.value("top_k") == 2
-            app.screen.query_one("#value-temperature", Number).focus()
+            app.screen.query_one("#value-temperature", NumberField).focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", "0", "enter")
             await until(pilot, lambda: "cut by greedy" in screen(app))
@@ -176,7 +176,7 @@ def test_turning_shows_at_once_what_it_cuts_and_counts_for_the_chat(tmp_path: Pa
             assert app.session.knobs.value("temperature") == 0
             await pilot.press("escape")
             await pilot.pause()
-            assert app.query_one("#value-top_k", Number).value == "2"
+            assert app.query_one("#value-top_k", NumberField).value == "2"
             await ask(pilot, "Again.")
             assert (fake.asked[-1][1].top_k, fake.asked[-1][1].temperature) == (2, 0)
 

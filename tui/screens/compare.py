@@ -15,20 +15,20 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Footer, Static
 
 from llm_edge.chat.choice import is_of
-from llm_edge.chat.comparison import Comparison, Side
+from llm_edge.chat.comparison import Comparison, ComparisonSide
 from llm_edge.chat.history.conversation import Message
-from llm_edge.chat.parameters import Knobs
+from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.presets import Presets
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.runtime.sampling.presets import DECIDED
+from llm_edge.runtime.sampling.presets import PRESET_PARAMETERS
 from llm_edge.tui.screens.models import ModelsScreen, loading
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.widgets.compare_column import NAMES, Column
 from llm_edge.tui.widgets.composer import Composer
 from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.parameter_panel import Controls, Turned, turn
+from llm_edge.tui.widgets.parameter_panel import ParameterChanged, ParameterPanel, apply_change
 
 if TYPE_CHECKING:
     from llm_edge.tui.app import ChatApp
@@ -45,7 +45,7 @@ class Kept:
     """Answers that are to join the conversation, behind a question; the last one is that which shows."""
 
     question: str
-    sides: tuple[Side, ...]
+    sides: tuple[ComparisonSide, ...]
 
 
 class CompareScreen(ModalScreen[Kept | None]):
@@ -55,7 +55,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         responder: of the chat, and
         knobs: its parameters: the left side begins with them.
         history: of the conversation.
-        presets: see `Controls`.
+        presets: see `ParameterPanel`.
         question: what stands there to be asked.
         choose: asks for another model for the right side; None = there are none to choose.
     """
@@ -91,24 +91,24 @@ class CompareScreen(ModalScreen[Kept | None]):
     def __init__(
         self,
         responder: Responder,
-        knobs: Knobs,
+        knobs: ChatParameters,
         history: Sequence[Message] = (),
         presets: Presets | None = None,
         question: str = "",
         choose: Callable[[], Awaitable[Loader | None]] | None = None,
     ) -> None:
         super().__init__()
-        left = Knobs(responder.default_params, knobs.changed)
+        left = ChatParameters(responder.default_params, knobs.changed)
         right = _other_settings(left)
         self._chat = responder
         self._presets, self._question, self._choose = presets, question, choose
-        self._comparison = Comparison(Side(responder, left), Side(responder, right), history)
+        self._comparison = Comparison(ComparisonSide(responder, left), ComparisonSide(responder, right), history)
         self._asked = ""
         self._turning = 1
         self._given_up = False
 
     @property
-    def sides(self) -> list[Side]:
+    def sides(self) -> list[ComparisonSide]:
         """Both."""
         return self._comparison.sides
 
@@ -118,7 +118,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         with Horizontal(id="compare"):
             yield Column(0)
             yield Column(1)
-            yield Controls(self.sides[1].session.knobs, self._presets, self.sides[1].responder.name)
+            yield ParameterPanel(self.sides[1].session.knobs, self._presets, self.sides[1].responder.name)
         yield Composer()
         yield Footer(compact=True, show_command_palette=False)
 
@@ -190,7 +190,7 @@ class CompareScreen(ModalScreen[Kept | None]):
 
     def action_controls(self, number: int) -> None:
         """Show the parameters of a side, or hide them."""
-        controls, side = self.query_one(Controls), self.sides[number]
+        controls, side = self.query_one(ParameterPanel), self.sides[number]
         if controls.has_class("open") and self._turning == number:
             controls.remove_class("open")
             self.query_one(Composer).focus()
@@ -201,10 +201,10 @@ class CompareScreen(ModalScreen[Kept | None]):
         controls.add_class("open")
         self.query_one("#value-temperature").focus()
 
-    def on_turned(self, event: Turned) -> None:
+    def on_turned(self, event: ParameterChanged) -> None:
         """A parameter of a side was turned."""
         event.stop()
-        turn(event, self.query_one(Controls), self.sides[self._turning].session.turn)
+        apply_change(event, self.query_one(ParameterPanel), self.sides[self._turning].session.apply_change)
         self._show()
 
     @work
@@ -232,7 +232,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         if before is not self._chat:
             before.close()
         await self._columns()[1].begin(self.sides[1])
-        controls, side = self.query_one(Controls), self.sides[1]
+        controls, side = self.query_one(ParameterPanel), self.sides[1]
         if self._turning == 1:
             controls.use(side.session.knobs, responder.name)
         self._show()
@@ -253,7 +253,7 @@ class CompareScreen(ModalScreen[Kept | None]):
             session = side.session
             records = session.record_of(side.answer)
             why_not = "" if records else "There is no record: turn 'Token view' on (F2, F3) and ask again."
-            await self.app.push_screen(TokensScreen(side.answer, records, session.knobs, session.turn, why_not))
+            await self.app.push_screen(TokensScreen(side.answer, records, session.knobs, session.apply_change, why_not))
 
     # ---- leaving
 
@@ -270,7 +270,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         """Take both, as versions; the left one shows."""
         self._keep(self.sides[1], self.sides[0])
 
-    def _keep(self, *sides: Side) -> None:
+    def _keep(self, *sides: ComparisonSide) -> None:
         if self._comparison.busy or any(side.answer is None or not side.answer.content for side in sides):
             self._say("There is nothing to keep yet.")
         else:
@@ -280,7 +280,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         """Stop; with nothing on its way, return to the chat."""
         if self._comparison.busy:
             self._comparison.stop()
-        elif self.query_one(Controls).has_class("open"):
+        elif self.query_one(ParameterPanel).has_class("open"):
             self.action_controls(self._turning)
         else:
             self._close(None)
@@ -312,14 +312,14 @@ class CompareScreen(ModalScreen[Kept | None]):
         self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
 
 
-def _other_settings(knobs: Knobs) -> Knobs:
+def _other_settings(knobs: ChatParameters) -> ChatParameters:
     """Something to compare with: the model's own way to draw, or where that is what it is, another one."""
-    kept = {name: value for name, value in knobs.changed.items() if name not in DECIDED}
-    other = Knobs(knobs.defaults, kept)
+    kept = {name: value for name, value in knobs.changed.items() if name not in PRESET_PARAMETERS}
+    other = ChatParameters(knobs.defaults, kept)
     for preset in _TO_COMPARE:
         if other.changed != knobs.changed:
             break
-        other.load(knobs.drawing(preset))
+        other.load(knobs.with_preset(preset))
     return other
 
 

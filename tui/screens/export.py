@@ -19,7 +19,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Checkbox, DirectoryTree, Footer, Input, Static
 
 from llm_edge.chat.choice import BundleChoice
-from llm_edge.chat.export_process import OPTIONS, PRECISIONS, SUFFIXES, Export, Wish, named_options
+from llm_edge.chat.export_process import OPTIONS, PRECISIONS, SUFFIXES, Export, ExportRequest, named_options
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.background_export import Exports, Job
@@ -100,7 +100,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         source: str = "",
         *,
         browse: bool = False,
-        wish: Wish | None = None,
+        wish: ExportRequest | None = None,
         command: Iterable[str] = (),
         job: Job | None = None,
     ) -> None:
@@ -214,7 +214,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
             return
         self._begin(wish)
 
-    def _begin(self, wish: Wish) -> None:
+    def _begin(self, wish: ExportRequest) -> None:
         try:
             job = self._exports.begin(wish, browse=self._browse, command=self._command)
         except LlmEdgeError as error:
@@ -257,7 +257,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
             self._exports.forget(self._job)
         self.dismiss(None)
 
-    def _fill(self, wish: Wish) -> None:
+    def _fill(self, wish: ExportRequest) -> None:
         """Fill in the form."""
         for name in PRECISIONS:
             self.query_one(f"#precision-{name}", Checkbox).value = name in wish.precisions
@@ -267,7 +267,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         force = self.query_one("#force", Checkbox)
         force.value = force.display = wish.force
 
-    def _wish(self) -> Wish:
+    def _wish(self) -> ExportRequest:
         options = {
             name: self.query_one(f"#option-{name} Input", Input).value
             for name in OPTIONS
@@ -278,7 +278,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         before = self._filled
         again = before is not None and before.source == source and {*before.precisions} == {*chosen}
         validate = before is None or before.validate or not again  # what was to be quick is, the second time too
-        return Wish(source, chosen, options, self.query_one("#force", Checkbox).value, validate)
+        return ExportRequest(source, chosen, options, self.query_one("#force", Checkbox).value, validate)
 
     def _ended(self, job: Job) -> None:
         if job.bundle is not None:

@@ -20,13 +20,13 @@ from textual.widgets import Footer, Static
 
 from llm_edge.chat.candidates import Candidate, candidates
 from llm_edge.chat.history.conversation import ASSISTANT, Message
-from llm_edge.chat.parameters import BY_NAME, Knobs
+from llm_edge.chat.parameters import EDITABLE, ChatParameters
 from llm_edge.chat.text import printable
 from llm_edge.chat.token_records import TokenRecord
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.tui.themes import coloured
 from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.parameter_panel import KnobLine, Turned
+from llm_edge.tui.widgets.parameter_panel import ParameterChanged, ParameterLine
 from llm_edge.tui.widgets.token_text import TokenText, visible
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ class TokensScreen(ModalScreen[bool]):
         self,
         message: Message,
         records: Sequence[TokenRecord],
-        knobs: Knobs,
-        turn: Callable[[Callable[[Knobs], None]], None],
+        knobs: ChatParameters,
+        turn: Callable[[Callable[[ChatParameters], None]], None],
         why_not: str = "",
     ) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class TokensScreen(ModalScreen[bool]):
                 with Container(id="token-side"):
                     with Grid(id="token-knobs"):
                         for name in _TURNED_HERE:
-                            yield KnobLine(BY_NAME[name], printable(self._knobs.text(name)))
+                            yield ParameterLine(EDITABLE[name], printable(self._knobs.text(name)))
                     with VerticalScroll(id="runners-up", can_focus=False):
                         yield Static("", id="runners-up-text", markup=False)
         yield Footer(compact=True, show_command_palette=False)
@@ -115,7 +115,7 @@ class TokensScreen(ModalScreen[bool]):
             self.query_one("#tokens-title", Static).update(printable(title))
             return
         self._grow()
-        for line in self.query(KnobLine):
+        for line in self.query(ParameterLine):
             line.show(self._knobs)
         self.query_one(TokenText).focus()
         self._show_candidates()
@@ -143,14 +143,14 @@ class TokensScreen(ModalScreen[bool]):
         """Another token."""
         self._show_candidates()
 
-    def on_turned(self, event: Turned) -> None:
+    def on_turned(self, event: ParameterChanged) -> None:
         """A parameter was turned: from now on the chat has it so, too."""
         event.stop()
         try:
             self._turn(event.change)
         except ParameterError as error:
             self.notify(printable(str(error)), severity="warning", markup=False)
-        for line in self.query(KnobLine):
+        for line in self.query(ParameterLine):
             line.show(self._knobs)
         self._show_candidates()
 
@@ -183,7 +183,7 @@ class TokensScreen(ModalScreen[bool]):
         text.append(_bar(each.before), Style(dim=True) if each.cut else colour)
         text.append(f" {_percent(each.before)} ", Style(dim=bool(each.cut)))
         if each.cut:
-            title = "greedy" if each.cut == "greedy" else BY_NAME[each.cut].title
+            title = "greedy" if each.cut == "greedy" else EDITABLE[each.cut].title
             text.append(f"  cut by {title}", coloured(variables, "warning"))
         else:
             text.append(f"→ {_percent(each.after)}")
@@ -222,14 +222,14 @@ def show_tokens(app: ChatApp, message: Message | None = None) -> None:
         app.controls.show()
         if again:
             try:
-                session.turn(lambda knobs: knobs.set("logprobs", KEPT))
+                session.apply_change(lambda knobs: knobs.set("logprobs", KEPT))
             except LlmEdgeError as error:
                 app.say(str(error), "warning")
                 return
             app.controls.show()
             await app.answering(lambda session: session.regenerate(answer))
 
-    app.push_screen(TokensScreen(answer, records, session.knobs, session.turn, why_not), done)
+    app.push_screen(TokensScreen(answer, records, session.knobs, session.apply_change, why_not), done)
 
 
 def _percent(chance: float) -> str:

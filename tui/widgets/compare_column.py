@@ -8,8 +8,8 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Button, Static
 
-from llm_edge.chat.comparison import Side
-from llm_edge.chat.parameters import told
+from llm_edge.chat.comparison import ComparisonSide
+from llm_edge.chat.parameters import summarize
 from llm_edge.chat.presets import MODELS_OWN
 from llm_edge.chat.text import printable
 from llm_edge.tui.widgets.message_view import MessageView
@@ -38,13 +38,13 @@ class Column(Vertical):
             yield Button(f"Keep this ({self._number + 1})", id=f"keep-{self._number}", compact=True, disabled=True)
             yield Static("", classes="side-state", markup=False)
 
-    def show(self, side: Side) -> None:
+    def show(self, side: ComparisonSide) -> None:
         """Who answers, and how."""
         self.query_one(".side-who", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
-        how = told(side.session.knobs.changed) or MODELS_OWN
+        how = summarize(side.session.knobs.changed) or MODELS_OWN
         self.query_one(".side-how", Static).update(printable(how))
 
-    async def begin(self, side: Side) -> None:
+    async def begin(self, side: ComparisonSide) -> None:
         """A question was asked; who asked and who looks may both find out."""
         scroll = self.query_one(VerticalScroll)
         async with self._beginning:
@@ -57,7 +57,7 @@ class Column(Vertical):
                     await scroll.mount(view)
         self.state(side)
 
-    def look(self, side: Side) -> None:
+    def look(self, side: ComparisonSide) -> None:
         """The answer has grown; who reads its end goes on doing so."""
         scroll = self.query_one(VerticalScroll)
         at_end = scroll.scroll_y >= scroll.max_scroll_y - 1
@@ -68,7 +68,7 @@ class Column(Vertical):
             scroll.scroll_end(animate=False)
         self.state(side)
 
-    def state(self, side: Side) -> None:
+    def state(self, side: ComparisonSide) -> None:
         """A word on what goes on."""
         answer, text = side.answer, ""
         if side.waiting:

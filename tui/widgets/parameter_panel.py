@@ -1,6 +1,6 @@
 """The panel of parameters: each a line that keys, the mouse and typing can turn, also while an answer comes.
 
-It says what is to be turned by an event, `Turned`; whoever handles that calls `show`, or `refuse` with the reason.
+It requests changes by posting `ParameterChanged`, whose handler calls `show`, or `refuse` with the reason.
 Presets are read, saved and deleted here.
 """
 
@@ -17,17 +17,18 @@ from textual.content import Content
 from textual.message import Message as Event
 from textual.widgets import Button, Input, Select, Static, TextArea
 
-from llm_edge.chat.parameters import KNOBS, Knob, Knobs
+from llm_edge.chat.parameters import EDITABLE, ChatParameters
 from llm_edge.chat.presets import MODELS_OWN, Presets
 from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
+from llm_edge.runtime.sampling.parameter_spec import ParameterSpec
 
-_LONG = ("lines", "text")
+_LONG = ("strings", "text")
 _SCHEMA = "json_schema"
 
 
-class Turned(Event):
+class ParameterChanged(Event):
     """Something is to be turned.
 
     Attributes:
@@ -35,22 +36,22 @@ class Turned(Event):
         knob: which knob, if it is one alone.
     """
 
-    def __init__(self, change: Callable[[Knobs], None], knob: Knob | None = None) -> None:
+    def __init__(self, change: Callable[[ChatParameters], None], knob: ParameterSpec | None = None) -> None:
         super().__init__()
         self.change, self.knob = change, knob
 
 
-def by_steps(knob: Knob, steps: int) -> Turned:
+def by_steps(knob: ParameterSpec, steps: int) -> ParameterChanged:
     """A knob is to be turned by so many steps."""
-    return Turned(lambda knobs: knobs.turn(knob.name, steps), knob)
+    return ParameterChanged(lambda knobs: knobs.step(knob.name, steps), knob)
 
 
-def typed(knob: Knob, text: str) -> Turned:
+def typed(knob: ParameterSpec, text: str) -> ParameterChanged:
     """A knob is to be turned to what was typed."""
-    return Turned(lambda knobs: knobs.type(knob.name, text), knob)
+    return ParameterChanged(lambda knobs: knobs.set_text(knob.name, text), knob)
 
 
-class Number(Input):
+class NumberField(Input):
     """A value on one line; up and down turn it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -60,7 +61,7 @@ class Number(Input):
         Binding("pagedown", "turn(-5)", "Much less", show=False),
     ]
 
-    def __init__(self, knob: Knob, text: str) -> None:
+    def __init__(self, knob: ParameterSpec, text: str) -> None:
         super().__init__(text, id=f"value-{knob.name}", compact=True, select_on_focus=True)
         self._knob = knob
         self._shown = text
@@ -108,7 +109,7 @@ class Text(TextArea):
     class Refused(Event):
         """What stands here cannot be used."""
 
-        def __init__(self, knob: Knob, error: LlmEdgeError) -> None:
+        def __init__(self, knob: ParameterSpec, error: LlmEdgeError) -> None:
             super().__init__()
             self.knob, self.error = knob, error
 
@@ -117,7 +118,7 @@ class Text(TextArea):
             super().__init__()
             self.text, self.error = text, error
 
-    def __init__(self, knob: Knob, text: str) -> None:
+    def __init__(self, knob: ParameterSpec, text: str) -> None:
         super().__init__(text, id=f"value-{knob.name}", compact=True, tab_behavior="focus", highlight_cursor_line=False)
         self._knob = knob
         self._checking = False
@@ -162,10 +163,10 @@ class Text(TextArea):
         event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))  # Textual goes on from there
 
 
-class Turn(Static):
+class StepButton(Static):
     """An arrow for the mouse."""
 
-    def __init__(self, knob: Knob, steps: int) -> None:
+    def __init__(self, knob: ParameterSpec, steps: int) -> None:
         super().__init__("▸" if steps > 0 else "◂", classes="turn", markup=False)
         self._knob, self._steps = knob, steps
 
@@ -174,24 +175,24 @@ class Turn(Static):
         self.post_message(by_steps(self._knob, self._steps))
 
 
-class KnobLine(Horizontal):
+class ParameterLine(Horizontal):
     """A knob with one value: title, arrows, value."""
 
-    def __init__(self, knob: Knob, text: str) -> None:
+    def __init__(self, knob: ParameterSpec, text: str) -> None:
         super().__init__(classes="knob")
         self._knob, self._text = knob, text
 
     def compose(self) -> ComposeResult:
         """The parts."""
         yield _title(self._knob)
-        yield Turn(self._knob, -1)
-        yield Number(self._knob, self._text)
-        yield Turn(self._knob, 1)
+        yield StepButton(self._knob, -1)
+        yield NumberField(self._knob, self._text)
+        yield StepButton(self._knob, 1)
 
-    def show(self, knobs: Knobs) -> bool:
+    def show(self, knobs: ChatParameters) -> bool:
         """The value of now; says whether another one stood here."""
         self.query_one(".knob-title").set_class(self._knob.name in knobs.changed, "turned")
-        return self.query_one(Number).put(printable(knobs.text(self._knob.name)))
+        return self.query_one(NumberField).put(printable(knobs.text(self._knob.name)))
 
 
 class Name(Input):
@@ -203,7 +204,7 @@ class Name(Input):
         event.text = printable(event.text)  # Textual calls the one of Input behind this one
 
 
-class Controls(VerticalScroll, can_focus=False):
+class ParameterPanel(VerticalScroll, can_focus=False):
     """All knobs, presets above them.
 
     Args:
@@ -218,7 +219,7 @@ class Controls(VerticalScroll, can_focus=False):
         Binding("escape", "app.controls", "Close"),
     ]
 
-    def __init__(self, knobs: Knobs, presets: Presets | None = None, model: str = "") -> None:
+    def __init__(self, knobs: ChatParameters, presets: Presets | None = None, model: str = "") -> None:
         super().__init__(id="controls")
         self._knobs, self._presets, self._model = knobs, presets, model
         self._offered: list[str] = []
@@ -233,13 +234,13 @@ class Controls(VerticalScroll, can_focus=False):
             yield Button("Delete", id="delete-preset", compact=True, tooltip="Forget this preset of yours")
         yield Name(placeholder="name of the preset, ⏎", id="preset-name", compact=True)
         yield Static("", id="error-presets", classes="knob-error", markup=False)
-        for knob in KNOBS:
+        for knob in EDITABLE.values():
             text = printable(self._knobs.text(knob.name))
             if knob.kind in _LONG:
                 yield _title(knob)
                 yield Text(knob, text)
             else:
-                yield KnobLine(knob, text)
+                yield ParameterLine(knob, text)
             yield Static("", id=f"error-{knob.name}", classes="knob-error", markup=False)
 
     def on_mount(self) -> None:
@@ -249,7 +250,7 @@ class Controls(VerticalScroll, can_focus=False):
         self.query_one(Name).display = False
         self.show()
 
-    def use(self, knobs: Knobs, model: str | None = None) -> None:
+    def use(self, knobs: ChatParameters, model: str | None = None) -> None:
         """Show these, of this model or the one before."""
         self._knobs = knobs
         self._model = self._model if model is None else model
@@ -257,17 +258,19 @@ class Controls(VerticalScroll, can_focus=False):
 
     def show(self) -> None:
         """The values of now; what is not the model's own value is marked."""
-        for line, knob in zip(self.query(KnobLine), (each for each in KNOBS if each.kind not in _LONG), strict=True):
+        for line, knob in zip(
+            self.query(ParameterLine), (each for each in EDITABLE.values() if each.kind not in _LONG), strict=True
+        ):
             if line.show(self._knobs):
                 self.refuse(knob, None)
-        for knob in KNOBS:
+        for knob in EDITABLE.values():
             if knob.kind in _LONG:
                 self.query_one(f"#title-{knob.name}").set_class(knob.name in self._knobs.changed, "turned")
                 if self.query_one(f"#value-{knob.name}", Text).put(printable(self._knobs.text(knob.name))):
                     self.refuse(knob, None)
         self._show_presets()
 
-    def refuse(self, knob: Knob | None, error: LlmEdgeError | None) -> None:
+    def refuse(self, knob: ParameterSpec | None, error: LlmEdgeError | None) -> None:
         """Why a value cannot be, under its knob; of None, why a preset cannot. Without an error, nothing."""
         line = self.query_one(f"#error-{knob.name if knob is not None else 'presets'}", Static)
         line.update(printable(str(error)) if error is not None else "")
@@ -299,7 +302,7 @@ class Controls(VerticalScroll, can_focus=False):
         event.stop()
         name, presets, model = event.value, self._presets, self._model
         if isinstance(name, str) and presets is not None:
-            self.post_message(Turned(lambda knobs: presets.use(model, name, knobs)))
+            self.post_message(ParameterChanged(lambda knobs: presets.use(model, name, knobs)))
         else:
             self._show_presets()
 
@@ -315,7 +318,7 @@ class Controls(VerticalScroll, can_focus=False):
 
     def action_reset(self) -> None:
         """All is to be the model's own."""
-        self.post_message(Turned(lambda knobs: knobs.load({})))
+        self.post_message(ParameterChanged(lambda knobs: knobs.load({})))
 
     def action_save(self) -> None:
         """Ask for a name."""
@@ -366,8 +369,10 @@ class Controls(VerticalScroll, can_focus=False):
         self.refuse(event.knob, event.error)
 
 
-def turn(event: Turned, controls: Controls, session_turn: Callable[[Callable[[Knobs], None]], None]) -> None:
-    """Do what a `Turned` asks for, and show what came of it."""
+def apply_change(
+    event: ParameterChanged, controls: ParameterPanel, session_turn: Callable[[Callable[[ChatParameters], None]], None]
+) -> None:
+    """Do what a `ParameterChanged` asks for, and show what came of it."""
     try:
         session_turn(event.change)
     except ParameterError as error:
@@ -379,7 +384,7 @@ def turn(event: Turned, controls: Controls, session_turn: Callable[[Callable[[Kn
         controls.show()
 
 
-def _title(knob: Knob) -> Static:
+def _title(knob: ParameterSpec) -> Static:
     title = Static(knob.title, id=f"title-{knob.name}", classes="knob-title", markup=False)
     title.tooltip = knob.help
     return title

@@ -24,7 +24,7 @@ import torch
 from project import ROOT
 from torch import Tensor
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter import cli
 from llm_edge.exporter.bundle import torchscript_writer
 from llm_edge.exporter.bundle.torchscript_writer import write_torchscript
@@ -198,7 +198,7 @@ def test_other_processes_make_the_same_file(written: dict[str, Written], tmp_pat
     code = """
 import sys
 from pathlib import Path
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.bundle.torchscript_writer import write_torchscript
 for number, source in enumerate(sys.argv[2:]):
     checkpoint = read_folder(Path(source))
@@ -565,7 +565,7 @@ def session(bundle: Path) -> TorchScriptSession:
 
 def test_steps_are_those_of_the_onnx_session(session: TorchScriptSession, written: dict[str, Written]) -> None:
     ids, whole = written["smollm3"].ids[0].numpy(), written["smollm3"].found["at once"].numpy()
-    session.reset()
+    session.clear_cache()
     start = 0
     for length, count in ((30, 1), (3, 2), (1, 1), (1, 0), (5, 0), (5, 5)):
         found = session.step(ids[start : start + length].tolist() if length < 5 else ids[start : start + length], count)
@@ -574,13 +574,13 @@ def test_steps_are_those_of_the_onnx_session(session: TorchScriptSession, writte
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, whole[start - rows : start], atol=BOUND, rtol=0)
         assert session.length == start
-    session.reset()
+    session.clear_cache()
     np.testing.assert_allclose(session.step(ids[:9]), whole[8:9], atol=BOUND, rtol=0)
     assert session.run_seconds > 0
 
 
 def test_steps_that_cannot_be_made(session: TorchScriptSession) -> None:
-    session.reset()
+    session.clear_cache()
     for tokens, count in (([], 1), ([1] * (MAX_STEP_TOKENS + 1), 1), ([1], 2), ([1], -1)):
         with pytest.raises(ParameterError):
             session.step(tokens, count)

@@ -19,7 +19,10 @@ from PIL import Image
 
 from llm_edge.exporter import cli
 from llm_edge.exporter.explain.report import explain
-from llm_edge.exporter.quantization.formats import Blocks, Dense, Int8Static, OriginalBlocks
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.formats.dense import Dense
+from llm_edge.exporter.quantization.formats.int8_static import Int8Static
+from llm_edge.exporter.quantization.formats.source import OriginalBlocks
 from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.runtime import Bundle
 

@@ -15,13 +15,13 @@ import pytest
 import tiny
 import torch
 from onnx import TensorProto
+from sessions import open_file
 
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.exporter.quantization.recipes import RECIPES, parse_precisions
 from llm_edge.runtime import Engine, Model, SamplingParams
 from llm_edge.runtime.backend import session as session_module
-from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import CheckpointError, ProviderError
 
@@ -55,7 +55,7 @@ def path_of(bundle: Bundle, precision: str) -> Path:
 
 def logits_of(bundle: Bundle, precision: str, cuts: list[int]) -> npt.NDArray[Any]:
     info = bundle.precision(precision)
-    session = Session(bundle.file(info.model), bundle.shape, info.share_buffer, provider="cpu", threads=1)
+    session = open_file(bundle.file(info.model), bundle.shape, info.share_buffer, provider="cpu", threads=1)
     ids = np.random.default_rng(0).integers(3, 300, sum(cuts))
     return np.concatenate([session.step(part, 0).copy() for part in np.split(ids, np.cumsum(cuts)[:-1])])
 
@@ -128,13 +128,13 @@ def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_on_cuda_it_is_what_one_gets_unasked(bundle: Bundle, tiny_bundle: Path, cuda_on_paper: list[str]) -> None:
     def loaded(precision: str | None, provider: str) -> tuple[str, str]:
-        model = Model.load(bundle.path, precision, provider, 1)
+        model = Model.load(bundle.path, precision, provider=provider, threads=1)
         return model.precision.name, model.provider
 
     assert loaded(None, "auto") == loaded(None, "cuda") == ("fp16", "cuda")
     assert loaded("fp32", "auto") == ("fp32", "cuda")
     assert loaded(None, "cpu") == ("fp32", "cpu")
-    assert Model.load(tiny_bundle, None, "auto", 1).precision.name == "int8"  # holds no fp16
+    assert Model.load(tiny_bundle, None, provider="auto", threads=1).precision.name == "int8"  # holds no fp16
     cuda_on_paper.append("CUDA failure 2: out of memory")
     assert loaded(None, "auto") == ("fp32", "cpu")
     assert loaded("fp16", "auto") == ("fp16", "cpu")  # whoever names it gets it
@@ -146,7 +146,7 @@ def test_an_engine_takes_it_where_it_is_told_to_try_cuda(tmp_path: Path, cuda_on
     made = exported(families.save(families.model("llama"), tmp_path / "source"), tmp_path / "bundle", GraphChoice.FUSED)
 
     def loaded(**options: Any) -> tuple[str, str, int]:
-        with Engine.load(made.path, None, 1, **options) as engine:
+        with Engine.load(made.path, None, threads=1, **options) as engine:
             length = len(engine.generate([5, 6, 7], SamplingParams(max_tokens=4)).result().tokens)
             return engine.precision.name, engine.provider, length
 

@@ -23,7 +23,7 @@ import torch
 from google.protobuf.message import Message
 from safetensors.torch import load_file, save_file
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, GraphChoice

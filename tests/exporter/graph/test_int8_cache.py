@@ -16,6 +16,7 @@ import pytest
 import tiny
 from onnx import TensorProto, numpy_helper
 from project import DATA
+from sessions import open_file
 
 from llm_edge.exporter.bundle.side_files import preferred
 from llm_edge.exporter.export import export
@@ -59,7 +60,7 @@ def path_of(bundle: Bundle, precision: str) -> Path:
 
 
 def opened(bundle: Bundle, path: Path) -> Session:
-    return Session(path, bundle.shape, share_buffer=True, provider="cpu", threads=1)
+    return open_file(path, bundle.shape, share_buffer=True, provider="cpu", threads=1)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -67,7 +68,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 
 def logits_of(session: Session, ids: list[int], cuts: list[int] | None = None) -> Array:
-    session.reset()
+    session.clear_cache()
     ends = np.cumsum(cuts or [len(ids)])
     return np.concatenate([session.step(part, 0).copy() for part in np.split(np.array(ids), ends[:-1])])
 
@@ -226,12 +227,12 @@ def test_an_engine_over_it_answers_as_a_model_does(bundle: Bundle) -> None:
         SamplingParams(temperature=0, max_tokens=24, logprobs=0),
         SamplingParams(temperature=1, seed=3, max_tokens=24, logprobs=0),
     ):
-        model = Model.load(bundle.path, "int8-kv8", "cpu", 1)
+        model = Model.load(bundle.path, "int8-kv8", provider="cpu", threads=1)
         wanted = []
         for prompt in prompts:
-            model.forget()
+            model.clear_cache()
             wanted.append(made(model.generate(prompt, params).result()))
-        with Engine.load(bundle.path, "int8-kv8", 1, guess=True) as engine:
+        with Engine.load(bundle.path, "int8-kv8", threads=1, speculative=True) as engine:
             alone = [made(engine.generate(prompt, params).result()) for prompt in prompts]
             answers = [engine.generate(prompt, params) for prompt in prompts]
             together = [made(answer.result()) for answer in answers]

@@ -24,7 +24,8 @@ from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, calibrate
-from llm_edge.exporter.quantization.formats import Blocks, Int8Static
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.int8_static import QuantizedInt8
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config

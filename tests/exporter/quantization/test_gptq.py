@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.exporter.quantization.blocks import quantize_blocks, quantize_channels
-from llm_edge.exporter.quantization.formats import Blocks
+from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.gptq import gptq
 from llm_edge.runtime.errors import CheckpointError
 

@@ -19,8 +19,8 @@ from llm_edge.exporter.graph.editor import Editor
 from llm_edge.exporter.graph.emitters.int8_static import FusedInt8, PortableInt8
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions
-from llm_edge.exporter.quantization.formats import Int8Static
 from llm_edge.exporter.quantization.formats.base import ObservedInputs
+from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.int8_static import QuantizedInt8
 from llm_edge.exporter.quantization.recipes import RECIPES
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.module_names import HEAD
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks, quantize_blocks
-from llm_edge.exporter.quantization.formats import Blocks, Dense
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.model.decoder import Decoder, count_parameters
 from llm_edge.runtime.errors import ParameterError

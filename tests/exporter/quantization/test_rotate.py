@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.quantization.hadamard import hadamard_matrix, rotation
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.model.config import ModelConfig

@@ -17,6 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from onnx import numpy_helper
+from sessions import open_file
 from test_gguf_families import save_folder, write_gguf
 
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
@@ -25,7 +26,6 @@ from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime import Bundle
-from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import CheckpointError
 
 BLOCK = 32
@@ -122,7 +122,7 @@ def kept_weight(tensors: Tensors, name: str, bits: int, portable: bool) -> npt.N
 def logits_of(bundle: Path, style: GraphStyle, tokens: list[int]) -> npt.NDArray[np.float32]:
     """Logits of a prompt and of the tokens behind it, one by one."""
     shape = Bundle.open(bundle).shape
-    session = Session(bundle / "onnx" / "model_source.onnx", shape, style is GraphStyle.FUSED, provider="cpu")
+    session = open_file(bundle / "onnx" / "model_source.onnx", shape, style is GraphStyle.FUSED, provider="cpu")
     steps = [session.step(tokens[:30], 0).copy()]
     steps += [session.step([token]).copy() for token in tokens[30:]]
     return np.concatenate([step.reshape(-1, step.shape[-1]) for step in steps])

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from llm_edge.checkpoint.huggingface.folder import read_folder
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter import cli as export_cli
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions

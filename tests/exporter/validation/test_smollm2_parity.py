@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from project import DATA
+from sessions import open_file
 from torch import Tensor
 
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
@@ -42,7 +43,9 @@ Reference = Callable[[tuple[int, ...]], Tensor]
 
 @pytest.fixture(scope="module")
 def model(smollm2_bundle: Path) -> Model:
-    return Model.load(smollm2_bundle, "fp32", "cpu", threads=1)  # others test beside it, and idle threads wait busily
+    return Model.load(
+        smollm2_bundle, "fp32", provider="cpu", threads=1
+    )  # others test beside it, and idle threads wait busily
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def theirs(smollm2_file: Path) -> Any:
 def session(smollm2_bundle: Path) -> Session:
     bundle = Bundle.open(smollm2_bundle)
     info = bundle.precision("fp32")
-    return Session(bundle.file(info.model), bundle.shape, info.share_buffer, provider="cpu", spinning=False)
+    return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, provider="cpu", spinning=False)
 
 
 def in_pieces(decoder: Decoder, tokens: Sequence[int], pieces: Sequence[int]) -> Tensor:
@@ -149,7 +152,7 @@ def test_the_reference_in_pieces_is_transformers(
 
 def assert_session(session: Session, reference: Reference, tokens: list[int], pieces: Sequence[int]) -> None:
     wanted = reference(tuple(tokens))
-    session.reset()
+    session.clear_cache()
     done = 0
     for size in pieces:
         logits = session.step(tokens[done : done + size], num_logits=0)
@@ -183,7 +186,7 @@ def test_token_by_token(session: Session, reference: Reference, prompt: Prompt, 
 
 def test_only_the_last_logits(session: Session, reference: Reference, prompt: Prompt) -> None:
     tokens = prompt(512)
-    session.reset()
+    session.clear_cache()
     differ(session.step(tokens), reference(tuple(tokens))[-1:], 1e-3, 1e-4)
 
 

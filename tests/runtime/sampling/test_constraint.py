@@ -17,11 +17,12 @@ import tiny
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from llm_edge.checkpoint.gguf.reader import GGUFFile
-from llm_edge.checkpoint.gguf.tokenizer import tokenizer_assets
+from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.runtime.errors import ParameterError
-from llm_edge.runtime.sampling import constraint
-from llm_edge.runtime.sampling.constraint import CACHED, MOST_BYTES, Constraint, ConstraintProcessor, Constraints
+from llm_edge.runtime.sampling import grammar
+from llm_edge.runtime.sampling.constraint import MAX_BYTES, Constraint
+from llm_edge.runtime.sampling.grammar import MAX_CACHED, ConstraintCompiler, ConstraintProcessor
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
 from llm_edge.runtime.sampling.transforms import Row
@@ -57,12 +58,12 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def backend(smollm2_file: Any) -> Backend:
-    return Backend.from_str(tokenizer_assets(GGUFFile(smollm2_file)).tokenizer_json)
+    return Backend.from_str(read_tokenizer(GGUFFile(smollm2_file)).tokenizer_json)
 
 
 @pytest.fixture(scope="module")
-def constraints(backend: Backend) -> Constraints:
-    return Constraints(backend.to_str(), PADDED, ENDS)
+def constraints(backend: Backend) -> ConstraintCompiler:
+    return ConstraintCompiler(backend.to_str(), PADDED, ENDS)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,8 @@ def rows() -> Row:
 
 
 @pytest.fixture(scope="module")
-def small() -> Constraints:
-    return Constraints(tiny.tokenizer().to_str(), 331, [2])
+def small() -> ConstraintCompiler:
+    return ConstraintCompiler(tiny.tokenizer().to_str(), 331, [2])
 
 
 def answer(processor: ConstraintProcessor, rows: Row, seed: int, most: int = 300) -> list[int]:
@@ -130,7 +131,7 @@ def allowed(processor: ConstraintProcessor, tokens: Sequence[int], size: int = 3
 # ---- what comes out
 
 
-def test_json_schemas_hold_200_times_of_200(constraints: Constraints, backend: Backend, rows: Row) -> None:
+def test_json_schemas_hold_200_times_of_200(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
     seen = set()
     for seed in range(200):
         schema = SCHEMAS[seed % len(SCHEMAS)]
@@ -140,7 +141,7 @@ def test_json_schemas_hold_200_times_of_200(constraints: Constraints, backend: B
     assert len(seen) > 100
 
 
-def test_any_json_object(constraints: Constraints, backend: Backend, rows: Row) -> None:
+def test_any_json_object(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
     steered = rows.copy()
     likely = {token for text in ('"', "}", '":', '"}', "]", "1") for token in backend.encode(text).ids}
     steered[:, sorted(likely)] += 12  # else strings go on for long
@@ -152,13 +153,13 @@ def test_any_json_object(constraints: Constraints, backend: Backend, rows: Row) 
 @pytest.mark.parametrize(
     "pattern", [r"[A-Z][a-z]{1,9} [0-9]{4}-[0-9]{2}", r"(?:ab|c{1,3}d){2,5}é?", r"[^a]{3}|漢{1,4}🙂"]
 )
-def test_regular_expressions(pattern: str, constraints: Constraints, backend: Backend, rows: Row) -> None:
+def test_regular_expressions(pattern: str, constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
     for seed in range(30):
         text = backend.decode(answer(constraints.start(Constraint.regex(pattern)), rows, seed))
         assert re.fullmatch(pattern, text), text
 
 
-def test_choices_whatever_their_characters(constraints: Constraints, backend: Backend, rows: Row) -> None:
+def test_choices_whatever_their_characters(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
     options = [
         "yes",
         "yes, please",
@@ -186,7 +187,7 @@ def test_choices_whatever_their_characters(constraints: Constraints, backend: Ba
         assert processor.finished == (option != "yes")
 
 
-def test_thousands_of_choices(constraints: Constraints, backend: Backend, rows: Row) -> None:
+def test_thousands_of_choices(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
     options = [f"item {n} text" for n in range(20_000)]
     for seed in range(5):
         text = backend.decode(answer(constraints.start(Constraint.choice(options)), rows, seed))
@@ -194,7 +195,7 @@ def test_thousands_of_choices(constraints: Constraints, backend: Backend, rows: 
         assert text in options
 
 
-def test_lark_grammars_nest(constraints: Constraints, backend: Backend, rows: Row) -> None:
+def test_lark_grammars_nest(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
     steered = rows.copy()
     steered[:, backend.encode(")").ids] += 9
     grammar = 'start: "(" (start | /[a-z]{1,4}/) ")"'
@@ -210,7 +211,7 @@ def test_lark_grammars_nest(constraints: Constraints, backend: Backend, rows: Ro
 # ---- ends
 
 
-def test_an_answer_ends_only_where_the_grammar_does(small: Constraints) -> None:
+def test_an_answer_ends_only_where_the_grammar_does(small: ConstraintCompiler) -> None:
     text = tiny.tokenizer()
     (a,), (b,), (c,) = (text.encode(char).ids for char in "abc")
     processor = small.start(Constraint.regex("ab+"))
@@ -230,15 +231,15 @@ def test_an_answer_ends_only_where_the_grammar_does(small: Constraints) -> None:
     assert allowed(processor, [7]) == {2}
 
 
-def test_padding_and_special_tokens_are_never_allowed(small: Constraints) -> None:
+def test_padding_and_special_tokens_are_never_allowed(small: ConstraintCompiler) -> None:
     processor = small.start(Constraint.regex("(?s:.){5}"))
     assert not allowed(processor, []) & {0, 1, 2, *range(320, 331)}
     assert allowed(processor, [], size=400) < set(range(320))  # logits wider than they were said to be
 
 
-def test_nothing_left_is_an_error_and_not_passed_over(small: Constraints) -> None:
+def test_nothing_left_is_an_error_and_not_passed_over(small: ConstraintCompiler) -> None:
     sampler = Sampler(SamplingParams(seed=0), [1], [small.start(Constraint.choice(["ä"]))])
-    with pytest.raises(ParameterError, match=r"^constraint \(choice\): no token of .* can go on here$"):
+    with pytest.raises(ParameterError, match=r"^constraint \(choice\): no token of .* fits here$"):
         sampler.sample(np.zeros(3, np.float32))  # a vocabulary that ends before it
     row = np.zeros(331, np.float32)
     row[3:] = -np.inf
@@ -246,14 +247,14 @@ def test_nothing_left_is_an_error_and_not_passed_over(small: Constraints) -> Non
         small.start(Constraint.choice(["ä"]))(row, [1])
 
 
-def test_what_the_grammar_does_not_allow_is_an_error(small: Constraints) -> None:
+def test_what_the_grammar_does_not_allow_is_an_error(small: ConstraintCompiler) -> None:
     processor = small.start(Constraint.regex("a+"))
     processor(np.zeros(331, np.float32), [1])
-    with pytest.raises(ParameterError, match=r"^constraint \(regex\): the answer cannot go on: [^\n]+$"):
+    with pytest.raises(ParameterError, match=r"^constraint \(regex\): the answer cannot continue: [^\n]+$"):
         processor(np.zeros(331, np.float32), [1, *tiny.tokenizer().encode("x").ids])
 
 
-def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_end(small: Constraints) -> None:
+def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_end(small: ConstraintCompiler) -> None:
     grammar = 'start: "go " c\nc: ' + " | ".join(f'"x{n}"' for n in range(2500))
     processor, tokens = small.start(Constraint.lark(grammar)), [7]
 
@@ -263,7 +264,7 @@ def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_end(small: Constr
             tokens.append(token)
         processor(np.zeros(331, np.float32), tokens)
 
-    with pytest.raises(ParameterError, match=r"^constraint \(lark\): the answer cannot go on: [^\n]+ 2000[^\n]+$"):
+    with pytest.raises(ParameterError, match=r"^constraint \(lark\): the answer cannot continue: [^\n]+ 2000[^\n]+$"):
         draw("go x")
     assert len(tokens) > 1
 
@@ -280,7 +281,7 @@ class Thinking:
 
 def test_the_mask_waits_for_the_end_of_the_reasoning() -> None:
     start, end = 318, 319
-    waiting = Constraints(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
+    waiting = ConstraintCompiler(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
     (a,) = tiny.tokenizer().encode("a").ids
     rule = Constraint.regex("(?s:.)+")
     everything = set(range(331))
@@ -291,7 +292,7 @@ def test_the_mask_waits_for_the_end_of_the_reasoning() -> None:
         for token in (9, 2, 0, 330, start):
             assert allowed(processor, tokens) == everything
             assert not processor.finished
-            assert processor.guesses(5) == []
+            assert processor.forced_tokens(5) == []
             tokens.append(token)
         assert allowed(processor, tokens) == everything
         thinking.inside = False
@@ -301,7 +302,7 @@ def test_the_mask_waits_for_the_end_of_the_reasoning() -> None:
 
 def test_a_model_may_open_its_reasoning_or_answer_at_once() -> None:
     start, end = 318, 319
-    waiting = Constraints(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
+    waiting = ConstraintCompiler(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
     (a,) = tiny.tokenizer().encode("a").ids
     for first, rest in ((start, set(range(331))), (a, {2})):
         thinking = Thinking(False)
@@ -317,7 +318,7 @@ def test_a_model_may_open_its_reasoning_or_answer_at_once() -> None:
 
 
 def test_masks_are_the_same_step_by_step_and_several_at_once(
-    constraints: Constraints, backend: Backend, rows: Row
+    constraints: ConstraintCompiler, backend: Backend, rows: Row
 ) -> None:
     rule = Constraint.json_schema(PERSON)
     drawn = answer(constraints.start(rule), rows, 3)
@@ -333,15 +334,15 @@ def test_masks_are_the_same_step_by_step_and_several_at_once(
                 accepting.accept(token)
 
 
-def test_guesses_are_what_must_come(constraints: Constraints, backend: Backend, rows: Row) -> None:
+def test_guesses_are_what_must_come(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
     rule = Constraint.json_schema(PERSON)
     drawn = answer(constraints.start(rule), rows, 4)
     processor, untouched = constraints.start(rule), constraints.start(rule)
     text, guessed = backend.decode(drawn), 0
     for n, token in enumerate(drawn):
-        guesses = processor.guesses(8)
-        assert processor.guesses(2) == guesses[:2]
-        assert processor.guesses(0) == []
+        guesses = processor.forced_tokens(8)
+        assert processor.forced_tokens(2) == guesses[:2]
+        assert processor.forced_tokens(0) == []
         assert text.startswith(backend.decode([*drawn[:n], *guesses]))
         assert np.array_equal(processor(rows[0], drawn[:n]), untouched(rows[0], drawn[:n]))
         guessed += bool(guesses)
@@ -349,15 +350,15 @@ def test_guesses_are_what_must_come(constraints: Constraints, backend: Backend, 
         untouched.accept(token)
     assert guessed > 3
     assert processor.finished
-    assert processor.guesses(8) == []
+    assert processor.forced_tokens(8) == []
 
 
 # ---- many at once, and again
 
 
 def test_two_threads_have_processors_of_their_own(backend: Backend, rows: Row) -> None:
-    shared = Constraints(backend.to_str(), PADDED, ENDS)  # not used yet: they build it together
-    alone = Constraints(backend.to_str(), PADDED, ENDS)
+    shared = ConstraintCompiler(backend.to_str(), PADDED, ENDS)  # not used yet: they build it together
+    alone = ConstraintCompiler(backend.to_str(), PADDED, ENDS)
     rule = Constraint.json_schema(PERSON)
     wanted = {seed: answer(alone.start(rule), rows, seed) for seed in range(12)}
     found: dict[int, list[int]] = {}
@@ -374,7 +375,7 @@ def test_two_threads_have_processors_of_their_own(backend: Backend, rows: Row) -
     assert found == wanted
 
 
-def test_a_schema_is_compiled_once(constraints: Constraints) -> None:
+def test_a_schema_is_compiled_once(constraints: ConstraintCompiler) -> None:
     schema = {"enum": [f"value {n}" for n in range(20_000)]}
     text = json.dumps(schema, indent=2)
     began = time.process_time()
@@ -387,23 +388,23 @@ def test_a_schema_is_compiled_once(constraints: Constraints) -> None:
     assert time.process_time() - began < 100 * first
 
 
-def test_more_constraints_than_are_kept(small: Constraints) -> None:
-    rules = [Constraint.choice([f"{'a' * n}b"]) for n in range(3 * CACHED)]
+def test_more_constraints_than_are_kept(small: ConstraintCompiler) -> None:
+    rules = [Constraint.choice([f"{'a' * n}b"]) for n in range(3 * MAX_CACHED)]
     for rule in rules + rules[::-1]:
         assert allowed(small.start(rule), [])
 
 
 def test_an_answer_does_not_fail_of_those_before_it(
-    constraints: Constraints, backend: Backend, rows: Row, monkeypatch: pytest.MonkeyPatch
+    constraints: ConstraintCompiler, backend: Backend, rows: Row, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema = {"type": "array", "items": {"type": "string", "pattern": "^(.*a.{4}|b.*c{3}d.*)$"}, "maxItems": 1}
     rule = Constraint.json_schema(schema)
     wanted = [answer(constraints.start(rule), rows, seed, most=25) for seed in range(60)]
-    monkeypatch.setattr(constraint, "LEXER_STATES", 200)  # one answer needs fewer, and all of them need more
-    narrow = Constraints(backend.to_str(), PADDED, ENDS)
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 200)  # one answer needs fewer, and all of them need more
+    narrow = ConstraintCompiler(backend.to_str(), PADDED, ENDS)
     assert [answer(narrow.start(rule), rows, seed, most=25) for seed in range(60)] == wanted
-    monkeypatch.setattr(constraint, "LEXER_STATES", 40)  # one answer needs more
-    narrow = Constraints(backend.to_str(), PADDED, ENDS)
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 40)  # one answer needs more
+    narrow = ConstraintCompiler(backend.to_str(), PADDED, ENDS)
     with pytest.raises(ParameterError, match=r"^constraint \(json_schema\): [^\n]*too many states[^\n]*$"):
         answer(narrow.start(rule), rows, 0, most=25)
 
@@ -432,14 +433,14 @@ LOOP.append(LOOP)
         *(("regex", lambda v=value: Constraint.regex(v)) for value in (*NO_TEXT, "\ud800", "a" * 40_000)),
         *(("lark", lambda v=value: Constraint.lark(v)) for value in (*NO_TEXT, "a" * 40_000)),
         *(("choice", lambda v=v: Constraint.choice(v)) for v in ([], "ab", ["a", "a"], ["a", ""], [1], {"a"}, None)),
-        ("choice", lambda: Constraint.choice(["a" * MOST_BYTES, "b"])),
+        ("choice", lambda: Constraint.choice(["a" * MAX_BYTES, "b"])),
         *(
             ("json_schema", lambda v=value: Constraint.json_schema(v))
             for value in (None, 1, [], False, "", "1", "[]", "{", "NaN", "false", {"a": object()}, {"a": 1e999})
         ),
         *(("json_schema", lambda v=v: Constraint.json_schema(v)) for v in ({"a": LOOP}, {"\ud800": 1}, '"\\ud800"')),
         ("json_schema", lambda: Constraint.json_schema("[" * 100_000)),
-        ("json_schema", lambda: Constraint.json_schema({"enum": ["a" * MOST_BYTES]})),
+        ("json_schema", lambda: Constraint.json_schema({"enum": ["a" * MAX_BYTES]})),
     ],
 )
 def test_no_constraint(kind: str, make: Callable[[], Constraint]) -> None:
@@ -448,7 +449,7 @@ def test_no_constraint(kind: str, make: Callable[[], Constraint]) -> None:
 
 
 def test_no_kind() -> None:
-    with pytest.raises(ParameterError, match=r"^constraint: 'gbnf' is no kind, give one of json, [^\n]+$"):
+    with pytest.raises(ParameterError, match=r"^constraint: unknown kind 'gbnf'; use one of json, [^\n]+$"):
         Constraint("gbnf", "x")
 
 
@@ -470,7 +471,7 @@ def test_no_kind() -> None:
     ],
 )
 def test_a_grammar_that_is_none(
-    rule: Constraint, reason: str, small: Constraints, capfd: pytest.CaptureFixture[str]
+    rule: Constraint, reason: str, small: ConstraintCompiler, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ParameterError, match=rf"^constraint \({rule.kind}\): [^\n]+$") as refused:
         small.start(rule)
@@ -512,7 +513,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_grammars_end_in_seconds(name: str, constraints: Constraints, rows: Row) -> None:
+def test_hostile_grammars_end_in_seconds(name: str, constraints: ConstraintCompiler, rows: Row) -> None:
     constraints.start(Constraint.choice(["a"]))  # the tokenizer is there
     began = time.process_time()
     refusal = ""
@@ -527,11 +528,13 @@ def test_hostile_grammars_end_in_seconds(name: str, constraints: Constraints, ro
 @pytest.mark.parametrize("ends", [[], [400], [-1]])
 def test_a_model_without_an_end(ends: list[int]) -> None:
     with pytest.raises(ParameterError, match=r"^constraint: the model has no end token[^\n]+$"):
-        Constraints(tiny.tokenizer().to_str(), 331, ends).start(Constraint.json())
+        ConstraintCompiler(tiny.tokenizer().to_str(), 331, ends).start(Constraint.json())
 
 
 def test_a_tokenizer_without_bytes() -> None:
     words = Backend(models.WordLevel({"a": 0, "b": 1, "end": 2}, unk_token="a"))
     for text, size in ((words.to_str(), 3), ("tokenizer.json", 331), ("{}", 331), (tiny.tokenizer().to_str(), 100)):
-        with pytest.raises(ParameterError, match=r"^constraint: this model's tokenizer cannot be held to [^\n]+$"):
-            Constraints(text, size, [2]).start(Constraint.json())
+        with pytest.raises(
+            ParameterError, match=r"^constraint: constraints do not work with this model's tokenizer: [^\n]+$"
+        ):
+            ConstraintCompiler(text, size, [2]).start(Constraint.json())

@@ -7,7 +7,7 @@ import pytest
 
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.params import SamplingParams
-from llm_edge.runtime.sampling.presets import DECIDED, DESCRIPTIONS, PRESETS, apply_preset
+from llm_edge.runtime.sampling.presets import DESCRIPTIONS, PRESET_PARAMETERS, PRESETS, apply_preset
 from llm_edge.runtime.sampling.sampler import Sampler
 
 BASE = SamplingParams(
@@ -20,7 +20,7 @@ def test_a_preset_sets_its_values_and_leaves_what_it_does_not_decide(name: str) 
     found = apply_preset(name, BASE)
     for field in dataclasses.fields(SamplingParams):
         kept = getattr(BASE, field.name)
-        wanted = PRESETS[name].get(field.name, field.default) if field.name in DECIDED else kept
+        wanted = PRESETS[name].get(field.name, field.default) if field.name in PRESET_PARAMETERS else kept
         assert getattr(found, field.name) == wanted
 
 
@@ -58,4 +58,4 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ParameterError) as caught:
         apply_preset(name, BASE)
     known = "greedy, precise, balanced, creative, wild, steady"
-    assert str(caught.value) == f"there is no preset {name!r}; there are {known}"
+    assert str(caught.value) == f"unknown preset {name!r}; available: {known}"

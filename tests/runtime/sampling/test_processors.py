@@ -8,7 +8,7 @@ import tiny
 
 from llm_edge.runtime.bundle import ReasoningTokens
 from llm_edge.runtime.sampling.params import SamplingParams
-from llm_edge.runtime.sampling.processors import ThinkBudget
+from llm_edge.runtime.sampling.processors import ReasoningBudget
 from llm_edge.runtime.sampling.sampler import Sampler
 from llm_edge.runtime.sampling.transforms import Row
 from llm_edge.runtime.text.reasoning_parser import ReasoningDelimiters, ReasoningParser, reasoning_parser
@@ -26,7 +26,7 @@ def borders(prompt: list[int]) -> ReasoningParser:
 def answer(budget: int, prompt: list[int], *, weights: dict[int, float], count: int = 60) -> list[int]:
     """Draw from random logits, to some of which a number is added."""
     random, own = np.random.default_rng(1), borders(prompt)
-    sampler = Sampler(SamplingParams(seed=1), prompt, [ThinkBudget(own, [END], budget)])
+    sampler = Sampler(SamplingParams(seed=1), prompt, [ReasoningBudget(own, [END], budget)])
     for _ in range(count):
         row = random.standard_normal(SIZE).astype(np.float32)
         for token, weight in weights.items():
@@ -59,7 +59,7 @@ def test_the_budget_covers_all_reasoning_of_an_answer() -> None:
 def test_a_reasoning_may_end_before_its_budget_does() -> None:
     rows = [np.random.default_rng(n).standard_normal(SIZE).astype(np.float32) for n in range(4)]
     own, tokens = borders([START]), [START]
-    guard = ThinkBudget(own, [END], 3)
+    guard = ReasoningBudget(own, [END], 3)
     for row, token in zip(rows, (9, END, 9, 9), strict=True):
         assert guard(row, tokens) is row
         tokens.append(token)
@@ -70,7 +70,7 @@ def test_tokens_that_come_together_count_like_single_ones() -> None:
     row: Row = np.zeros(SIZE, np.float32)
     for tokens, forced in (([START, 9, 9], True), ([START, 9], False), ([START, START, 9, 9], True)):
         own = borders([1, 2])
-        guard = ThinkBudget(own, [END], 2)
+        guard = ReasoningBudget(own, [END], 2)
         assert guard(row, [1, 2]) is row
         for token in tokens:
             own.push(token)

@@ -207,7 +207,7 @@ def transformers_outcome(params: SamplingParams, logits: Row, history: list[int]
 
 
 def our_outcome(params: SamplingParams, logits: Row, history: list[int]) -> Outcome:
-    kept, left = Sampler(params, history).survivors(logits)
+    kept, left = Sampler(params, history).candidates(logits)
     if kept is None:
         kept = np.arange(logits.size)
     weights = np.exp(left.astype(np.float64) - left.max())
@@ -317,7 +317,7 @@ def test_greedy_heeds_the_penalties() -> None:
 )
 def test_the_window_is_the_latest_tokens_prompt_included(window: int, penalised: list[int]) -> None:
     params = SamplingParams(repetition_penalty=2.0, repetition_window=window)
-    _, out = Sampler(params, [0, 1, 2, 2, 3]).survivors(row(2.0, 2.0, 2.0, 2.0, 2.0))
+    _, out = Sampler(params, [0, 1, 2, 2, 3]).candidates(row(2.0, 2.0, 2.0, 2.0, 2.0))
     assert np.flatnonzero(out == 1.0).tolist() == penalised
 
 
@@ -326,7 +326,7 @@ def test_generated_tokens_enter_the_window(window: int) -> None:
     sampler = Sampler(SamplingParams(repetition_penalty=2.0, repetition_window=window), [0])
     for token in (1, 2):
         sampler.sample(np.where(np.arange(4) == token, np.float32(8), np.float32(-np.inf)))
-    _, out = sampler.survivors(row(2.0, 2.0, 2.0, 2.0))
+    _, out = sampler.candidates(row(2.0, 2.0, 2.0, 2.0))
     assert out.tolist() == ([2.0, 1.0, 1.0, 2.0] if window == 2 else [1.0, 1.0, 1.0, 2.0])
 
 
@@ -334,7 +334,7 @@ def test_presence_and_frequency_look_at_generated_tokens_only() -> None:
     sampler = Sampler(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), [0, 0, 3])
     for token in (1, 1, 2):
         sampler.sample(np.where(np.arange(4) == token, np.float32(8), np.float32(-np.inf)))
-    _, out = sampler.survivors(row(1.0, 1.0, 1.0, 1.0))
+    _, out = sampler.candidates(row(1.0, 1.0, 1.0, 1.0))
     assert out.tolist() == [1.0, 0.0, 0.25, 1.0]
 
 
@@ -570,7 +570,38 @@ def test_parameters_are_normalised_and_frozen() -> None:
 
 
 def test_the_defaults() -> None:
-    assert dataclasses.astuple(SamplingParams()) == (
-        *(1.0, 0, 1.0, 0.0, 1.0, 64, 0.0, 0.0, None, 512, (), (), 0, False),
-        *((), (), 0, 0, 0.0, 1.75, 2, -1, ("\n", ":", '"', "*"), 0.0, 0.1, 0.0, 1.0, 0.0, 0.1, None, None, None),
-    )
+    assert dataclasses.asdict(SamplingParams()) == {
+        "max_newlines": 0,
+        "single_think_end": False,
+        "logit_bias": (),
+        "banned_tokens": (),
+        "min_tokens": 0,
+        "no_repeat_ngram": 0,
+        "repetition_penalty": 1.0,
+        "repetition_window": 64,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "dry_multiplier": 0.0,
+        "dry_base": 1.75,
+        "dry_allowed_length": 2,
+        "dry_range": -1,
+        "dry_breakers": ("\n", ":", '"', "*"),
+        "temperature": 1.0,
+        "mirostat_tau": 0.0,
+        "mirostat_eta": 0.1,
+        "top_n_sigma": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "xtc_probability": 0.0,
+        "xtc_threshold": 0.1,
+        "seed": None,
+        "max_tokens": 512,
+        "stop": (),
+        "stop_token_ids": (),
+        "constraint": None,
+        "reasoning_budget": None,
+        "logprobs": None,
+    }

@@ -29,7 +29,7 @@ from transformers.generation.logits_process import (
 from llm_edge.runtime.errors import LogitsError
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
-from llm_edge.runtime.sampling.transforms import DRY_MOST, Row
+from llm_edge.runtime.sampling.transforms import MAX_DRY, Row
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -42,7 +42,7 @@ def forced(token: int, size: int) -> Row:
 
 def changed(sampler: Sampler, logits: Row) -> Row:
     """The logits [V] behind everything but the filters, of which there must be none."""
-    kept, out = sampler.survivors(logits)
+    kept, out = sampler.candidates(logits)
     assert kept is None
     return out
 
@@ -140,7 +140,7 @@ def test_all_that_transformers_knows_together() -> None:
         scores, tokens = torch.from_numpy(logits.copy())[None], torch.tensor([prompt])
         for step in steps:
             scores = step(tokens, scores)
-        kept, left = Sampler(params, prompt, end_tokens={1, 2}).survivors(logits)
+        kept, left = Sampler(params, prompt, end_tokens={1, 2}).candidates(logits)
         assert kept is not None
         assert kept.tolist() == np.flatnonzero(scores[0].isfinite().numpy()).tolist()
         assert np.abs(left - scores[0].numpy()[kept]).max() < 1e-5
@@ -163,7 +163,7 @@ def literal_dry(history: Sequence[int], params: SamplingParams, breakers: set[in
     for token, length in longest.items():
         if token not in breakers and token < size:
             amount = params.dry_multiplier * params.dry_base ** (length - params.dry_allowed_length)
-            out[token] = -min(amount, DRY_MOST)
+            out[token] = -min(amount, MAX_DRY)
     return out
 
 
@@ -198,7 +198,7 @@ def test_dry_on_one_token_over_and_over_is_neither_slow_nor_infinite() -> None:
     sampler = Sampler(SamplingParams(dry_multiplier=100, dry_base=10), [1] * 20_000)
     for _ in range(300):
         sampler.sample(forced(1, 3))
-    assert changed(sampler, np.zeros(3, np.float32)).tolist() == [0.0, -DRY_MOST, 0.0]
+    assert changed(sampler, np.zeros(3, np.float32)).tolist() == [0.0, -MAX_DRY, 0.0]
     assert time.perf_counter() - began < 5  # a pass over the text for each place in it would take minutes
 
 
@@ -227,7 +227,7 @@ def test_mirostat_holds_the_mean_surprise() -> None:
         sampler = Sampler(SamplingParams(mirostat_tau=tau, seed=1), [])
         most, surprises = 2 * tau, []
         for _ in range(400):
-            kept, left = sampler.survivors(logits)
+            kept, left = sampler.candidates(logits)
             assert kept is not None
             allowed = -np.log2(p) <= most
             allowed[p.argmax()] = True
@@ -258,7 +258,7 @@ def test_xtc_acts_as_often_as_it_is_told() -> None:
         sampler = Sampler(SamplingParams(xtc_probability=probability, xtc_threshold=0.15, seed=3), [])
         acted = 0
         for _ in range(2000):
-            kept, _ = sampler.survivors(logits)
+            kept, _ = sampler.candidates(logits)
             acted += kept is not None and kept.tolist() == [2, 3]
             sampler.sample(logits)
         assert acted == pytest.approx(2000 * probability, abs=90)  # more than four standard deviations
@@ -275,7 +275,7 @@ def test_xtc_takes_one_number_a_token_of_its_own() -> None:
     for first in (logits, logits[:1]):
         sampler, kept = Sampler(params, []), []
         for step in range(20):
-            kept.append(sampler.survivors(logits)[0] is None)
+            kept.append(sampler.candidates(logits)[0] is None)
             sampler.sample(first if step % 2 else logits)
         if first is logits:
             wanted = kept
@@ -287,7 +287,7 @@ def test_a_seed_gives_known_choices_of_xtc() -> None:
     # The second stream of seed 0 begins .677, .243, .612, .423, .823, .771.
     sampler, acted = Sampler(SamplingParams(seed=0, xtc_probability=0.5), []), []
     for _ in range(6):
-        acted.append(sampler.survivors(row(0.0, 0.0))[0] is not None)
+        acted.append(sampler.candidates(row(0.0, 0.0))[0] is not None)
         sampler.sample(row(0.0, 0.0))
     assert acted == [False, True, False, True, False, False]
 
@@ -323,7 +323,7 @@ def test_a_seed_repeats_with_everything_on(mirostat: float) -> None:
         sampler = Sampler(given, [1, 2, 3, 1, 2], end_tokens={5, 6}, dry_breakers={9})
         found = []
         for logits in rows:
-            sampler.survivors(logits)  # to look at what could be drawn changes nothing
+            sampler.candidates(logits)  # to look at what could be drawn changes nothing
             found.append(sampler.sample(logits))
         return found
 

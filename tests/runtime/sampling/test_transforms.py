@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from test_sampler import ids, kinds_of_rows, logs, row
-from transformers.generation.logits_process import TypicalLogitsWarper
+from transformers.generation.logits_process import EpsilonLogitsWarper, TypicalLogitsWarper
 
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling import transforms
 from llm_edge.runtime.sampling.logprobs import log_probabilities
+from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.sampling.sampler import Sampler
 from llm_edge.runtime.sampling.transforms import Row
 
 
@@ -35,14 +37,14 @@ def test_add_adds_and_skips_ids_without_a_logit() -> None:
 
 def test_without_makes_logits_minus_infinity_and_leaves_a_row_as_it_is_where_nothing_changes() -> None:
     given = row(1.0, 2.0, 3.0)
-    assert transforms.without(given, ids(2, 0, 3, 99)).tolist() == [-math.inf, 2.0, -math.inf]
-    assert transforms.without(given, ids(3)) is given
-    assert transforms.without(given, ids()) is given
+    assert transforms.mask_tokens(given, ids(2, 0, 3, 99)).tolist() == [-math.inf, 2.0, -math.inf]
+    assert transforms.mask_tokens(given, ids(3)) is given
+    assert transforms.mask_tokens(given, ids()) is given
 
 
 def test_dry_grows_with_the_repetition_up_to_its_limit() -> None:
     out = transforms.dry(row(0, 0, 0, 0), ids(1, 0, 2, 9), np.array([5, 2, 60, 3]), 0.5, 2.0, 2)
-    assert out.tolist() == [-0.5, -4.0, -transforms.DRY_MOST, 0.0]
+    assert out.tolist() == [-0.5, -4.0, -transforms.MAX_DRY, 0.0]
 
 
 # --- filters ------------------------------------------------------------------------------------------------
@@ -80,6 +82,26 @@ def test_typical_may_leave_out_the_most_probable() -> None:
     assert transforms.keep_typical(logs(0.7, 0.1, 0.1, 0.1), 0.3).tolist() == [0]
     # The mean surprise is 2.06 nats; those here are 0.92 (1.14 away) and 2.81 (0.75 away).
     assert transforms.keep_typical(logs(0.4, *[0.06] * 10), 0.3).tolist() == list(range(1, 11))
+
+
+@pytest.mark.parametrize("size", [1, 2, 300, 49_152])
+@pytest.mark.parametrize("epsilon", [1e-6, 3e-4, 0.05, 0.9])
+def test_epsilon_cutoff_is_that_of_transformers(size: int, epsilon: float) -> None:
+    for seed in range(3):
+        for logits in kinds_of_rows(size, seed):
+            scores = EpsilonLogitsWarper(epsilon)(torch.zeros(1, 1), torch.from_numpy(logits.copy())[None].double())
+            expected = np.flatnonzero(scores[0].isfinite().numpy())
+            kept = transforms.keep_epsilon_cutoff(logits, epsilon)
+            assert np.array_equal(kept[np.isfinite(logits[kept])], expected)
+
+
+def test_epsilon_cutoff_keeps_what_is_probable_enough_or_else_the_most_probable() -> None:
+    assert transforms.keep_epsilon_cutoff(logs(0.5, 0.125, 0.25, 0.125), 0.2).tolist() == [0, 2]
+    assert transforms.keep_epsilon_cutoff(logs(0.4, 0.2, 0.4), 0.9).tolist() == [0, 2]
+    sampler = Sampler(SamplingParams(epsilon_cutoff=0.2, seed=1), ())
+    ids, _ = sampler.candidates(logs(0.5, 0.125, 0.25, 0.125))
+    assert ids is not None
+    assert ids.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(

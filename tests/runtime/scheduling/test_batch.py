@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mutate import memory_limit
+from sessions import open_file
 
 from llm_edge.runtime import Bundle
 from llm_edge.runtime.backend.session import Session
@@ -25,7 +26,7 @@ LENGTHS = (3, 300, 17, 64, 129, 2, 40, 255)
 def opened(bundle_path: Path, precision: str) -> Session:
     bundle = Bundle.open(bundle_path)
     info = bundle.precision(precision)
-    return Session(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
+    return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8"])
@@ -40,7 +41,7 @@ def text(length: int, seed: int) -> list[int]:
 
 def alone(session: Session, prompt: Sequence[int], behind: Sequence[int]) -> list[Any]:
     """The logits behind a prompt and behind each token after it, in the session's own cache."""
-    session.reset()
+    session.clear_cache()
     rows = [session.step(prompt)[0].copy()]
     return rows + [session.step([token])[0].copy() for token in behind]
 
@@ -52,7 +53,7 @@ def filled(batch: Batch, lengths: Sequence[int]) -> list[Any]:
 def test_rows_of_unequal_length_are_bitwise_as_alone(session: Session) -> None:
     wanted = [alone(session, text(length, row), text(5, 100 + row)) for row, length in enumerate(LENGTHS)]
     for width in (1, 2, 3, 8):
-        batch = Batch(session, len(LENGTHS))
+        batch = Batch(session.graph, len(LENGTHS))
         found = [[logits] for logits in filled(batch, LENGTHS)]
         for step in range(5):
             for first in range(0, len(LENGTHS), width):
@@ -68,7 +69,7 @@ def test_rows_of_unequal_length_are_bitwise_as_alone(session: Session) -> None:
 
 
 def test_idle_rows_stay_as_they_are(session: Session) -> None:
-    batch = Batch(session, len(LENGTHS))
+    batch = Batch(session.graph, len(LENGTHS))
     filled(batch, LENGTHS)
     before = [batch.read(row, length) for row, length in enumerate(LENGTHS)]
     going = [row % 2 == 0 for row in range(8)]
@@ -84,7 +85,7 @@ def test_idle_rows_stay_as_they_are(session: Session) -> None:
 
 
 def test_a_full_idle_row_does_not_stop_the_others(session: Session) -> None:
-    batch = Batch(session, 2)
+    batch = Batch(session.graph, 2)
     for start in range(0, 1024, 256):
         batch.extend(0, text(1024, 0)[start : start + 256])
     batch.extend(1, text(20, 1))
@@ -103,9 +104,9 @@ def test_a_full_idle_row_does_not_stop_the_others(session: Session) -> None:
 
 def test_growing_keeps_what_is_there(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [alone(session, text(length, row), [5, 6]) for row, length in enumerate(LENGTHS)]
-    monkeypatch.setattr(batch_module, "_RESERVED", 1)
-    monkeypatch.setattr(batch_module, "_FEWEST", 16)
-    batch = Batch(session, len(LENGTHS))
+    monkeypatch.setattr(batch_module, "_RESERVED_BYTES", 1)
+    monkeypatch.setattr(batch_module, "_MIN_CAPACITY", 16)
+    batch = Batch(session.graph, len(LENGTHS))
     capacities = [batch.capacity]
     found = []
     for row in (0, 5, 2, 6, 3, 4, 7, 1):  # shortest first
@@ -130,7 +131,7 @@ def test_cuts_do_not_show(session: Session, last: int) -> None:
     prompt = text(192 + last, 3)
     wanted = alone(session, prompt, [5])
     for cut in (CHUNK_ALIGNMENT, 2 * CHUNK_ALIGNMENT, 3 * CHUNK_ALIGNMENT, 6 * CHUNK_ALIGNMENT, 12 * CHUNK_ALIGNMENT):
-        batch = Batch(session, 2)
+        batch = Batch(session.graph, 2)
         for start in range(0, 192, cut):
             batch.extend(1, prompt[start : min(start + cut, 192)])
             batch.extend(0, text(21, start))
@@ -141,7 +142,7 @@ def test_cuts_do_not_show(session: Session, last: int) -> None:
 def test_rows_are_copied_written_and_rewound(session: Session) -> None:
     prompt = text(96, 4)
     wanted = alone(session, [*prompt, *text(32, 5)], [5])
-    batch = Batch(session, 3)
+    batch = Batch(session.graph, 3)
     batch.extend(2, [*prompt, *text(50, 6)])
     batch.copy(2, 0, 96)
     batch.write(1, batch.read(2, 96))
@@ -154,7 +155,7 @@ def test_rows_are_copied_written_and_rewound(session: Session) -> None:
 
 
 def test_all_logits_of_a_piece(session: Session) -> None:
-    batch = Batch(session, 2)
+    batch = Batch(session.graph, 2)
     batch.extend(1, text(32, 7))
     every = batch.extend(1, text(32, 8), 0)
     assert every.shape == (32, 331)
@@ -163,7 +164,7 @@ def test_all_logits_of_a_piece(session: Session) -> None:
 
 
 def test_logits_belong_to_the_caller(session: Session) -> None:
-    batch = Batch(session, 2)
+    batch = Batch(session.graph, 2)
     filled(batch, (5, 6))
     first = batch.decode(0, [1, 2], [True, True])
     kept = first.copy()
@@ -178,7 +179,7 @@ def test_released_rows_give_their_memory_back(session: Session) -> None:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
 
     rows = 64
-    batch = Batch(session, rows)
+    batch = Batch(session.graph, rows)
     values = [np.ones((2, 1024, 32), batch.dtype) for _ in range(4)]
     empty = resident()
     for row in range(rows):
@@ -194,7 +195,7 @@ def test_released_rows_give_their_memory_back(session: Session) -> None:
 
 
 def test_a_neighbour_keeps_its_memory(session: Session) -> None:
-    batch = Batch(session, 3)
+    batch = Batch(session.graph, 3)
     filled(batch, (200, 200, 200))
     before = [batch.read(row, 200) for row in (0, 2)]
     batch.release(1)
@@ -204,7 +205,7 @@ def test_a_neighbour_keeps_its_memory(session: Session) -> None:
 
 
 def test_steps_end_until_they_may_run_again(session: Session) -> None:
-    batch = Batch(session, 2)
+    batch = Batch(session.graph, 2)
     filled(batch, (40, 20))
     batch.terminate()
     with pytest.raises(MachineError, match=r"^a step over 2 x 1 tokens failed \([^\n]+\)$"):
@@ -219,7 +220,7 @@ def test_steps_end_until_they_may_run_again(session: Session) -> None:
 
 @pytest.mark.parametrize(("tokens", "keep"), [([], 1), ([5] * 513, 1), ([5, 6], 3), ([5], -1)])
 def test_steps_that_cannot_be_made(session: Session, tokens: list[int], keep: int) -> None:
-    batch = Batch(session, 1)
+    batch = Batch(session.graph, 1)
     with pytest.raises(ParameterError):
         batch.extend(0, tokens, keep)
     assert batch.lengths == [0]
@@ -227,6 +228,6 @@ def test_steps_that_cannot_be_made(session: Session, tokens: list[int], keep: in
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
 def test_more_rows_than_there_are_addresses(session: Session) -> None:
-    message = r"^no room for 1000 conversations of 1024 tokens: take fewer$"
+    message = r"^not enough memory for 1000 sequences of 1024 tokens: reduce active or kept$"
     with memory_limit(64 << 20), pytest.raises(MachineError, match=message):
-        Batch(session, 1000)
+        Batch(session.graph, 1000)

@@ -34,14 +34,14 @@ Load = Callable[..., Engine]
 
 @pytest.fixture(scope="module")
 def reader(tiny_bundle: Path) -> Iterator[Engine]:
-    with Engine.load(tiny_bundle, "fp32", 1) as engine:
+    with Engine.load(tiny_bundle, "fp32", threads=1) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def saved(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caches") / "system.npz"
-    with Engine.load(tiny_bundle, "fp32", 1) as engine:
+    with Engine.load(tiny_bundle, "fp32", threads=1) as engine:
         engine.generate(SYSTEM, GREEDY).result()
         assert engine.save_cache(path, SYSTEM) > 50
     return path
@@ -140,7 +140,7 @@ def test_another_bundle_is_refused(saved: Path, tmp_path: Path) -> None:
     checkpoint = tiny.save_checkpoint(tmp_path / "other", seed=1)
     bundle = tmp_path / "bundle"
     export(str(checkpoint), ExportOptions(bundle, precision="fp32", validate=False))
-    with Engine.load(bundle, "fp32", 1) as engine:
+    with Engine.load(bundle, "fp32", threads=1) as engine:
         assert "another bundle or precision" in refused(engine, saved)
 
 

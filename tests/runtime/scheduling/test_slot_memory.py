@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sessions import open_file
 
 from llm_edge.runtime import Bundle
 from llm_edge.runtime.backend.session import Session
@@ -27,11 +28,11 @@ LENGTHS = (3, 70, 17, 40)
 def session(tiny_bundle: Path) -> Session:
     bundle = Bundle.open(tiny_bundle)
     info = bundle.precision("fp32")
-    return Session(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
+    return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
 
 
 def made(kind: str, session: Session, shape: tuple[int, int, int, int] = SHAPE) -> SlotMemory:
-    return HostSlots(session, shape) if kind == "host" else DeviceSlots(session, shape)
+    return HostSlots(session.graph, shape) if kind == "host" else DeviceSlots(session.graph, shape)
 
 
 def values(length: int, seed: int) -> list[Any]:
@@ -76,8 +77,8 @@ def test_rows_lie_side_by_side(session: Session, kind: str) -> None:
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches keep their rows as they do on a GPU."""
-    monkeypatch.setattr(batch_module, "_RESERVED", 0)
-    monkeypatch.setattr(batch_module, "_FEWEST", 32)
+    monkeypatch.setattr(batch_module, "_RESERVED_BYTES", 0)
+    monkeypatch.setattr(batch_module, "_MIN_CAPACITY", 32)
     monkeypatch.setattr(batch_module, "HostSlots", DeviceSlots)
 
 
@@ -86,10 +87,10 @@ def test_a_batch_computes_the_same_over_both(session: Session, on_device: None) 
     texts = [[order.randrange(331) for _ in range(length)] for length in LENGTHS]
     wanted = []
     for text in texts:
-        session.reset()
+        session.clear_cache()
         session.step(text)
         wanted.append([session.step([token])[0].copy() for token in (5, 6, 7)])
-    batch = Batch(session, len(LENGTHS))
+    batch = Batch(session.graph, len(LENGTHS))
     assert batch.capacity == 32
     for row, text in enumerate(texts):
         batch.extend(row, text)
@@ -110,18 +111,18 @@ def test_an_engine_answers_the_same_over_both(tiny_bundle: Path, on_device: None
     def answers(engine: Engine) -> list[str]:
         return [answer.result().text for answer in [engine.generate(prompt, params) for prompt in prompts * 2]]
 
-    with Engine.load(tiny_bundle, "fp32", 1, active=3, kept=2) as engine:
+    with Engine.load(tiny_bundle, "fp32", threads=1, active=3, kept=2) as engine:
         assert isinstance(engine._batch._memory, DeviceSlots)
         found = answers(engine)
         assert engine.counters().cached_tokens > 0
         engine.save_cache(tmp_path / "cache", prompts[1])
-    with Engine.load(tiny_bundle, "fp32", 1) as engine:
+    with Engine.load(tiny_bundle, "fp32", threads=1) as engine:
         assert engine.load_cache(tmp_path / "cache") > 0
         assert engine.generate(prompts[1], params).result().text == found[1]
     assert found[:4] == found[4:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_module, "HostSlots", HostSlots)
-        with Engine.load(tiny_bundle, "fp32", 1, active=3, kept=2) as engine:
+        with Engine.load(tiny_bundle, "fp32", threads=1, active=3, kept=2) as engine:
             assert isinstance(engine._batch._memory, HostSlots)
             assert answers(engine) == found
 
@@ -131,5 +132,5 @@ def test_memory_that_is_not_there(session: Session, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
 
     monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", full)
-    with pytest.raises(MachineError, match=r"^no room for 3 conversations of 16 tokens: take fewer$"):
+    with pytest.raises(MachineError, match=r"^not enough memory for 3 sequences of 16 tokens: reduce active or kept$"):
         made("device", session)

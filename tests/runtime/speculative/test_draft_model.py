@@ -16,6 +16,7 @@ import pytest
 import tiny
 from calling import call
 from safetensors.torch import load_file, save_file
+from sessions import open_file
 
 from llm_edge.bench import draft as measured
 from llm_edge.exporter.export import export
@@ -24,8 +25,8 @@ from llm_edge.runtime import Constraint, Engine, FinishReason, GenerationResult,
 from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
 from llm_edge.runtime.bundle import MANIFEST, Bundle, manifest_entry
 from llm_edge.runtime.errors import BundleError, ParameterError
-from llm_edge.runtime.speculative.draft_model import DraftGuesses, DraftModel, best_length
-from llm_edge.runtime.speculative.prompt_lookup import MOST
+from llm_edge.runtime.speculative.draft_model import DraftModel, DraftModelProposer, optimal_draft_length
+from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS
 from llm_edge.tui import cli
 
 LIVELY: dict[str, Any] = {"initializer_range": 0.3, "tie_word_embeddings": False}  # does not repeat its last token
@@ -59,7 +60,7 @@ def changed(bundle: Path, to: Path, name: str, change: Callable[[str], str], **m
 def session_of(bundle: Path) -> Session:
     opened = Bundle.open(bundle)
     info = opened.precision("fp32")
-    return Session(opened.file(info.model), opened.shape, info.share_buffer, "cpu", 1)
+    return open_file(opened.file(info.model), opened.shape, info.share_buffer, "cpu", 1)
 
 
 def watched(draft: DraftModel, patch: pytest.MonkeyPatch) -> list[int]:
@@ -106,12 +107,12 @@ def stranger(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def plain(large: Path) -> Model:
     """Without a draft."""
-    return Model.load(large, "fp32", "cpu", 1)
+    return Model.load(large, "fp32", provider="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
 def helped(large: Path, small: Path) -> Model:
-    return Model.load(large, "fp32", "cpu", 1, draft=small)
+    return Model.load(large, "fp32", provider="cpu", threads=1, draft=small)
 
 
 # What a draft guesses
@@ -125,8 +126,8 @@ def draft(small: Path) -> DraftModel:
 @pytest.fixture(scope="module")
 def own(small: Path) -> Callable[[list[int], int], list[int]]:
     """What the small model goes on with by itself."""
-    model = Model.load(small, "fp32", "cpu", 1)
-    model.guess = False
+    model = Model.load(small, "fp32", provider="cpu", threads=1)
+    model.speculative = False
     banned = replace(GREEDY, banned_tokens=tuple(range(320, 331)))
 
     def answer(tokens: list[int], count: int) -> list[int]:
@@ -143,13 +144,13 @@ def test_a_draft_guesses_what_it_would_say(draft: DraftModel, own: Callable[[lis
     order = random.Random(0)
     text = [order.randrange(320) for _ in range(30)]
     for _ in range(25):
-        guess = draft.guess(text, count := order.randrange(1, 9))
+        guess = draft.propose(text, count := order.randrange(1, 9))
         assert guess == own(text, count)
         right = order.randrange(count + 1)
         text = [*text, *guess[:right], order.randrange(320)]  # at times what it would have guessed
         if order.random() < 0.3:
             text = text[: order.randrange(2, len(text))]
-            draft.begin(text)
+            draft.start(text)
 
 
 def test_a_long_text_is_caught_up_with_in_pieces(
@@ -159,7 +160,7 @@ def test_a_long_text_is_caught_up_with_in_pieces(
     text = [order.randrange(320) for _ in range(3 * PREFILL_CHUNK)]
     steps = watched(draft, monkeypatch)
     vain = 0
-    while not (guess := draft.guess(text, 4)):
+    while not (guess := draft.propose(text, 4)):
         vain += 1
         assert len(steps) == vain
     assert (vain, guess) == (2, own(text, 4))
@@ -169,21 +170,21 @@ def test_a_long_text_is_caught_up_with_in_pieces(
 def test_what_texts_begin_with_is_not_computed_again(draft: DraftModel, monkeypatch: pytest.MonkeyPatch) -> None:
     order = random.Random(2)
     text = [order.randrange(320) for _ in range(100)]
-    draft.guess(text, 4)
+    draft.propose(text, 4)
     steps = watched(draft, monkeypatch)
-    draft.begin(text)  # the last two tokens are computed anyway, and cuts lie at multiples of 8
-    draft.guess(text, 1)
+    draft.start(text)  # the last two tokens are computed anyway, and cuts lie at multiples of 8
+    draft.propose(text, 1)
     assert steps == [4]
-    draft.begin([*text[:50], 0, 0, 0])
-    draft.guess([*text[:50], 0, 0, 0], 1)
+    draft.start([*text[:50], 0, 0, 0])
+    draft.propose([*text[:50], 0, 0, 0], 1)
     assert steps == [4, 5]
-    draft.forget()
-    draft.guess(text, 1)
+    draft.clear_cache()
+    draft.propose(text, 1)
     assert steps == [4, 5, 100]
 
 
 def test_tokens_that_a_draft_does_not_have(draft: DraftModel) -> None:
-    guess = draft.guess([5, 6, 331, 100_000, 7], 5)
+    guess = draft.propose([5, 6, 331, 100_000, 7], 5)
     assert len(guess) == 5
     assert all(0 <= token < 320 for token in guess)
 
@@ -192,9 +193,9 @@ def test_a_draft_does_not_guess_beyond_its_context(draft: DraftModel) -> None:
     limit = draft._session.limit
     text = [3, 4] * (limit // 2)
     for _ in range(limit // PREFILL_CHUNK):
-        draft.guess(text[: limit - 2], 1)
-    assert [len(draft.guess(text[:length], 5)) for length in (limit - 2, limit - 1, limit)] == [3, 2, 1]
-    assert draft.guess([*text, 3], 5) == []
+        draft.propose(text[: limit - 2], 1)
+    assert [len(draft.propose(text[:length], 5)) for length in (limit - 2, limit - 1, limit)] == [3, 2, 1]
+    assert draft.propose([*text, 3], 5) == []
 
 
 # How much is guessed
@@ -209,7 +210,7 @@ def test_guesses_are_as_long_as_pays_best(price: float) -> None:
         def speed(count: int, chance: float = chance) -> float:
             return sum(chance**index for index in range(count + 1)) / (1 + count * price)
 
-        lengths.append(best_length(chance, price, 12))
+        lengths.append(optimal_draft_length(chance, price, 12))
         assert speed(lengths[-1]) == pytest.approx(max(speed(count) for count in range(13)))
         assert (lengths[-1] > 0) == (chance > price)
     assert lengths == sorted(lengths)
@@ -219,15 +220,15 @@ class Oracle(DraftModel):
     """Knows how a text goes on, or does not."""
 
     def __init__(self, text: list[int], price: float = 0.4) -> None:
-        self.price = price
+        self.cost_ratio = price
         self.right = True
         self.behind = 0
         self._text = text
 
-    def begin(self, tokens: Any) -> None:
+    def start(self, tokens: Any) -> None:
         pass
 
-    def guess(self, tokens: list[int], count: int) -> list[int]:
+    def propose(self, tokens: list[int], count: int) -> list[int]:
         guess = self._text[len(tokens) : len(tokens) + count]
         return guess if self.right else [token + 1 for token in guess]
 
@@ -235,27 +236,27 @@ class Oracle(DraftModel):
         return self.behind
 
 
-def answered(oracle: Oracle, guesses: DraftGuesses, known: int, until: int) -> list[tuple[int, int, int]]:
+def answered(oracle: Oracle, guesses: DraftModelProposer, known: int, until: int) -> list[tuple[int, int, int]]:
     """Draw the oracle's text up to a length: how long it was before each guess, the guess, and what was right of it."""
     text, tokens, steps = oracle._text, oracle._text[:known], []
     while len(tokens) < until:
-        guess = guesses.guess(tokens, 1000)
+        guess = guesses.propose(tokens, 1000)
         right = 0
         while right < len(guess) and guess[right] == text[len(tokens) + right]:
             right += 1
         if guess:
             steps.append((len(tokens), len(guess), right))
         tokens = text[: len(tokens) + right + 1]
-        guesses.tell(len(guess), right, len(tokens))
+        guesses.record_acceptance(len(guess), right, len(tokens))
     return steps
 
 
 def test_right_guesses_grow_and_wrong_ones_rest() -> None:
     oracle = Oracle(list(range(0, 40_000, 2)))  # nothing to look up
-    guesses = DraftGuesses(oracle)
+    guesses = DraftModelProposer(oracle)
     lengths = [length for _, length, _ in answered(oracle, guesses, 10, 500)]
     assert lengths == sorted(lengths)
-    assert lengths[0] < MOST == lengths[-1]
+    assert lengths[0] < MAX_DRAFT_TOKENS == lengths[-1]
 
     oracle.right = False
     wrong = answered(oracle, guesses, 600, 10_000)
@@ -277,7 +278,7 @@ def test_guesses_follow_from_the_text_alone() -> None:
     text = [order.randrange(1000) for _ in range(2000)]
     for _ in range(2):
         oracle = Oracle(text)
-        guesses = DraftGuesses(oracle)
+        guesses = DraftModelProposer(oracle)
         steps = []
         for start in range(10, 1500, 100):
             oracle.right = start % 300 < 200
@@ -290,19 +291,19 @@ def test_what_stands_in_the_text_comes_first() -> None:
     text = [*range(1, 40), *range(1, 40)]
     oracle = Oracle(text)
     oracle.right = False
-    assert all(right for _, _, right in answered(oracle, DraftGuesses(oracle), 45, 70))
+    assert all(right for _, _, right in answered(oracle, DraftModelProposer(oracle), 45, 70))
 
 
 def test_nothing_is_guessed_at_a_price_above_what_it_gives() -> None:
     oracle = Oracle(list(range(1000)), price=1.07)  # as large as the model itself
-    assert answered(oracle, DraftGuesses(oracle), 10, 900) == []
+    assert answered(oracle, DraftModelProposer(oracle), 10, 900) == []
 
 
 def test_a_long_prompt_is_not_computed_for_a_short_answer() -> None:
     oracle = Oracle(list(range(1000)))
     oracle.behind = 500
-    assert DraftGuesses(oracle).guess(oracle._text[:500], 10) == []
-    assert DraftGuesses(oracle).guess(oracle._text[:500], 100)
+    assert DraftModelProposer(oracle).propose(oracle._text[:500], 10) == []
+    assert DraftModelProposer(oracle).propose(oracle._text[:500], 100)
 
 
 # Texts
@@ -312,14 +313,14 @@ def test_a_long_prompt_is_not_computed_for_a_short_answer() -> None:
 def test_a_draft_changes_no_text(
     plain: Model, helped: Model, large: Path, stranger: Path, params: SamplingParams
 ) -> None:
-    misled = Model.load(large, "fp32", "cpu", 1, draft=stranger)
+    misled = Model.load(large, "fp32", provider="cpu", threads=1, draft=stranger)
     for prompt in (PROMPT, "What is the capital of France?", list(range(3, 300, 7))):
         wanted = plain.generate(prompt, params).result()
         alike, other = (model.generate(prompt, params).result() for model in (helped, misled))
         assert said(alike) == said(other) == said(wanted)
         assert alike.timings.accepted_tokens > wanted.timings.accepted_tokens + 15
         assert other.timings.accepted_tokens <= wanted.timings.accepted_tokens + 3
-        assert wanted.timings.guessed_tokens < other.timings.guessed_tokens < 15
+        assert wanted.timings.draft_tokens < other.timings.draft_tokens < 15
     assert len(wanted.tokens) == 60
 
 
@@ -329,13 +330,13 @@ def test_a_draft_that_is_right_saves_steps(helped: Model, monkeypatch: pytest.Mo
     monkeypatch.setattr(helped._session, "step", lambda *given: steps.append(len(given[0])) or step(*given))
     result = helped.generate(PROMPT, replace(GREEDY, max_tokens=200)).result()
     timings = result.timings
-    assert timings.guessed_tokens >= timings.accepted_tokens >= 0.8 * timings.guessed_tokens
+    assert timings.draft_tokens >= timings.accepted_tokens >= 0.8 * timings.draft_tokens
     assert len(steps) - 1 == timings.completion_tokens - timings.accepted_tokens - 1 < 50
-    assert max(steps) <= MOST + 1 or steps.index(max(steps)) == 0
+    assert max(steps) <= MAX_DRAFT_TOKENS + 1 or steps.index(max(steps)) == 0
 
 
 def test_the_next_turn_and_one_that_was_cancelled(large: Path, small: Path, plain: Model) -> None:
-    model = Model.load(large, "fp32", "cpu", 1, draft=small)
+    model = Model.load(large, "fp32", provider="cpu", threads=1, draft=small)
     messages = [SYSTEM, {"role": "user", "content": "Who jumps?"}]
     for number in range(3):
         given_up = model.chat(messages, DRAWN)
@@ -343,7 +344,7 @@ def test_the_next_turn_and_one_that_was_cancelled(large: Path, small: Path, plai
             next(iter(given_up))
         given_up.cancel()
         assert next(iter(given_up)).finish_reason is FinishReason.CANCELLED
-        plain.forget()
+        plain.clear_cache()
         wanted = plain.chat(messages, replace(GREEDY, max_tokens=30)).result()
         result = model.chat(messages, replace(GREEDY, max_tokens=30)).result()
         assert said(result) == said(wanted)
@@ -353,7 +354,7 @@ def test_the_next_turn_and_one_that_was_cancelled(large: Path, small: Path, plai
 
 
 def test_a_next_turn_computes_little_again(large: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model.load(large, "fp32", "cpu", 1, draft=small)
+    model = Model.load(large, "fp32", provider="cpu", threads=1, draft=small)
     assert model._draft is not None
     steps = watched(model._draft, monkeypatch)
     question = [SYSTEM, {"role": "user", "content": "Who jumps?"}]
@@ -362,7 +363,7 @@ def test_a_next_turn_computes_little_again(large: Path, small: Path, monkeypatch
     steps.clear()
     model.chat([*question, {"role": "assistant", "content": "I"}, {"role": "user", "content": "?"}], GREEDY).result()
     assert 0 < max(steps) < 50
-    model.forget()
+    model.clear_cache()
     steps.clear()
     model.chat(question, GREEDY).result()
     assert steps[0] > 100
@@ -371,7 +372,7 @@ def test_a_next_turn_computes_little_again(large: Path, small: Path, monkeypatch
 
 def test_a_draft_of_a_shorter_context_stops_guessing(plain: Model, large: Path, small: Path, folder: Path) -> None:
     short = changed(small, folder / "short", "config.json", str, max_position_embeddings=40)
-    model = Model.load(large, "fp32", "cpu", 1, draft=short)
+    model = Model.load(large, "fp32", provider="cpu", threads=1, draft=short)
     assert model.context_length == plain.context_length == 1024
     wanted = plain.generate(PROMPT, GREEDY).result()
     result = model.generate(PROMPT, GREEDY).result()
@@ -389,15 +390,15 @@ def test_a_constraint_and_a_draft(plain: Model, helped: Model) -> None:
 
 
 def test_a_draft_may_be_told_to_rest(helped: Model) -> None:
-    helped.guess = False
+    helped.speculative = False
     try:
-        assert helped.generate(PROMPT, GREEDY).result().timings.guessed_tokens == 0
+        assert helped.generate(PROMPT, GREEDY).result().timings.draft_tokens == 0
     finally:
-        helped.guess = True
+        helped.speculative = True
 
 
 def test_a_draft_as_large_as_the_model_is_never_asked(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model.load(small, "fp32", "cpu", 1, draft=small, draft_precision="fp32")
+    model = Model.load(small, "fp32", provider="cpu", threads=1, draft=small, draft_precision="fp32")
     assert model._draft is not None
     steps = watched(model._draft, monkeypatch)
     assert len(model.generate(PROMPT, GREEDY).result().tokens) == 60
@@ -405,7 +406,7 @@ def test_a_draft_as_large_as_the_model_is_never_asked(small: Path, monkeypatch: 
 
 
 def test_an_engine_for_one_answer_at_a_time(large: Path, small: Path, plain: Model) -> None:
-    with Engine.load(large, "fp32", 1, draft=small, active=1) as engine:
+    with Engine.load(large, "fp32", threads=1, draft=small, active=1) as engine:
         answers = [(params, engine.generate(PROMPT, params)) for params in [*WAYS, *WAYS]]
         for params, answer in answers:
             assert said(answer.result()) == said(plain.generate(PROMPT, params).result())
@@ -417,8 +418,8 @@ def test_an_engine_for_one_answer_at_a_time(large: Path, small: Path, plain: Mod
 
 @pytest.mark.parametrize("options", [{}, {"active": 2}, {"active": 1, "step_seconds": 5}])
 def test_an_engine_for_many_takes_no_draft(large: Path, small: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(ParameterError, match="draft: it guesses for an engine of active=1 and without step_seconds"):
-        Engine.load(large, "fp32", 1, draft=small, **options)
+    with pytest.raises(ParameterError, match="draft: it needs an engine with active=1 and without step_seconds"):
+        Engine.load(large, "fp32", threads=1, draft=small, **options)
 
 
 def test_another_vocabulary_is_refused(large: Path, small: Path, folder: Path) -> None:
@@ -436,7 +437,7 @@ def test_another_vocabulary_is_refused(large: Path, small: Path, folder: Path) -
 def test_a_graph_that_cannot_take_guesses_back_is_refused(folder: Path, large: Path, small: Path) -> None:
     portable = exported(folder / "small-checkpoint", folder / "portable", GraphChoice.PORTABLE)
     for bundle, draft in ((large, portable), (portable, small)):
-        with pytest.raises(ParameterError, match=r"draft: .*portable in fp32 cannot take guesses back: export it with"):
+        with pytest.raises(ParameterError, match=r"draft: .*portable in fp32 cannot rewind its cache: export it with"):
             Model.load(bundle, draft=draft)
 
 
@@ -445,7 +446,7 @@ def test_a_draft_that_is_none(large: Path, small: Path, tmp_path: Path) -> None:
         Model.load(large, draft=tmp_path / "none")
     with pytest.raises(BundleError, match="small holds no precision 'int4'"):
         Model.load(large, draft=small, draft_precision="int4")
-    with pytest.raises(ParameterError, match="draft_precision is 'fp32', and there is no draft"):
+    with pytest.raises(ParameterError, match="draft_precision is 'fp32' without draft"):
         Model.load(large, draft_precision="fp32")
 
 

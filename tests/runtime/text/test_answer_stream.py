@@ -1,4 +1,4 @@
-"""Reasoning and answer apart: in streams cut anywhere, in conversations, and the guards of reasoning models."""
+"""Reasoning separated from answers: in streams split anywhere, in conversations, and the guards of reasoning models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fakes import FakeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reasoning_bundle import bundle_with
+from sessions import model_over
 from test_chat_template import TEMPLATES
 from test_tokenizer import BACKENDS, SPECIALS
 from tokenizers import Tokenizer as Backend
@@ -24,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from llm_edge.runtime import FinishReason, GenerationResult, Model, SamplingParams
 from llm_edge.runtime.bundle import ReasoningTokens
 from llm_edge.runtime.errors import BundleError, ParameterError, TemplateError
-from llm_edge.runtime.sampling.processors import NewlineLimit, Newlines, SingleThinkEnd
-from llm_edge.runtime.text.answer_stream import AnswerStream, apart
+from llm_edge.runtime.sampling.processors import NewlineCounter, NewlineLimit, SingleThinkEnd
+from llm_edge.runtime.text.answer_stream import AnswerStream, separate_reasoning
 from llm_edge.runtime.text.reasoning_parser import ReasoningDelimiters, opens_reasoning, reasoning_parser
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
@@ -52,7 +53,9 @@ def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[b
     """Reasoning models whose two tokens are special, and are not."""
     folder = tmp_path_factory.mktemp("reasoning")
     return {
-        special: Model.load(bundle_of(tiny_bundle, folder / str(special), special=special), "fp32", "cpu", 1)
+        special: Model.load(
+            bundle_of(tiny_bundle, folder / str(special), special=special), "fp32", provider="cpu", threads=1
+        )
         for special in (True, False)
     }
 
@@ -67,7 +70,7 @@ def saying(request: pytest.FixtureRequest, whole: dict[bool, Model]) -> Saying:
     def make(tokens: Sequence[int]) -> Model:
         own = whole[request.param]
         session: Any = FakeSession(tokens, own.bundle.shape)
-        return Model(own.bundle, session, own.tokenizer, own.precision)
+        return model_over(session, own)
 
     return make
 
@@ -134,10 +137,10 @@ def test_a_border_flushes_what_waits_for_the_rest_of_a_character(saying: Saying)
 
 
 def test_a_model_without_reasoning_tokens_has_only_answers(tiny_bundle: Path) -> None:
-    model = Model.load(tiny_bundle, "fp32", "cpu", 1)
+    model = Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
     text = "<think>\nhm\n</think>\n\n4"
     session: Any = FakeSession(model.tokenizer.encode(text), model.bundle.shape)
-    own = Model(model.bundle, session, model.tokenizer, model.precision)
+    own = model_over(session, model)
     result = own.generate("x", dataclasses.replace(GREEDY, max_tokens=len(model.tokenizer.encode(text)))).result()
     assert (result.text, result.reasoning, result.timings.reasoning_tokens) == (text, "", 0)
 
@@ -272,14 +275,14 @@ def test_a_long_run_of_blank_lines_costs_little(saying: Saying) -> None:
 
 def test_a_vocabulary_without_newlines_needs_no_limit() -> None:
     logits = np.zeros(20, np.float32)
-    assert not NewlineLimit(Newlines({}), 1)(logits, [1, 2]).any()
+    assert not NewlineLimit(NewlineCounter({}), 1)(logits, [1, 2]).any()
 
 
 def test_tokens_that_the_tokenizer_lacks_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     for number, tokens in enumerate(({"start": START, "end": LACKING}, {"start": LACKING, "end": END})):
         path = bundle_of(tiny_bundle, tmp_path / str(number), special=True, reasoning=tokens)
-        with pytest.raises(BundleError, match=r"tokenizer\.json does not have the tokens of 'reasoning'"):
-            Model.load(path, "fp32", "cpu", 1)
+        with pytest.raises(BundleError, match=r"tokenizer\.json lacks the tokens of 'reasoning'"):
+            Model.load(path, "fp32", provider="cpu", threads=1)
 
 
 # Conversations
@@ -310,7 +313,7 @@ def test_earlier_turns_are_what_transformers_makes_of_them(
 ) -> None:
     template = {"qwen3": TEMPLATES["qwen3"], "family": FAMILY}[name]
     path = bundle_of(tiny_bundle, tmp_path / "own", special=special, template=template)
-    model, theirs = Model.load(path, "fp32", "cpu", 1), reference(path)
+    model, theirs = Model.load(path, "fp32", provider="cpu", threads=1), reference(path)
     for reply in REPLIES:
         for more in ({}, {"reasoning_content": "2+2"}, {"reasoning_content": None}):
             for rest in ([], QUESTION):
@@ -326,7 +329,9 @@ def test_earlier_turns_are_what_transformers_makes_of_them(
 
 
 def test_a_special_end_is_found_in_earlier_turns_and_nowhere_else(tiny_bundle: Path, tmp_path: Path) -> None:
-    model = Model.load(bundle_of(tiny_bundle, tmp_path / "own", special=True, template=FAMILY), "fp32", "cpu", 1)
+    model = Model.load(
+        bundle_of(tiny_bundle, tmp_path / "own", special=True, template=FAMILY), "fp32", provider="cpu", threads=1
+    )
     text = "a</think>b"
     ids = model.encode_chat(
         [{"role": "user", "content": text}, {"role": "assistant", "content": f"{text}\n\n</think>\n\n4"}]
@@ -338,7 +343,7 @@ def test_a_special_end_is_found_in_earlier_turns_and_nowhere_else(tiny_bundle: P
 def test_a_turn_goes_back_as_it_was_streamed(saying: Saying) -> None:
     result = said(saying, START, "\nhm\n", END, "\n\n  It is 4.", prompt=[70])
     raw = f"<think>\nhm\n</think>\n\n{result.text}"
-    (message,) = apart([{"role": "assistant", "content": raw}], "<think>", "</think>")
+    (message,) = separate_reasoning([{"role": "assistant", "content": raw}], "<think>", "</think>")
     assert message == {"role": "assistant", "reasoning_content": result.reasoning.strip(), "content": result.text}
 
 
@@ -355,12 +360,12 @@ def test_a_turn_goes_back_as_it_was_streamed(saying: Saying) -> None:
     ],
 )
 def test_messages_that_stay_as_they_are(messages: Any) -> None:
-    assert apart(messages, "<think>", "</think>") == messages
+    assert separate_reasoning(messages, "<think>", "</think>") == messages
 
 
 def test_the_callers_messages_stay_as_they_are() -> None:
     messages = [{"role": "assistant", "content": "a</think>b", "name": "x"}]
-    assert apart(messages, "<think>", "</think>") == [
+    assert separate_reasoning(messages, "<think>", "</think>") == [
         {"role": "assistant", "content": "b", "name": "x", "reasoning_content": "a"}
     ]
     assert messages == [{"role": "assistant", "content": "a</think>b", "name": "x"}]
@@ -368,9 +373,9 @@ def test_the_callers_messages_stay_as_they_are() -> None:
 
 def test_template_variables(tiny_bundle: Path, tmp_path: Path) -> None:
     path = bundle_of(tiny_bundle, tmp_path / "own", special=True, template=FAMILY)
-    own = Model.load(path, "fp32", "cpu", 1)
+    own = Model.load(path, "fp32", provider="cpu", threads=1)
     session: Any = FakeSession([70, IM_END], own.bundle.shape)
-    model = Model(own.bundle, session, own.tokenizer, own.precision)
+    model = model_over(session, own)
     text = own.tokenizer.decode([70])
     thought = model.chat(QUESTION, GREEDY).result()
     assert (thought.reasoning, thought.text) == (text, "")
@@ -388,16 +393,11 @@ def test_template_variables(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_threads_that_are_no_number(tiny_bundle: Path) -> None:
     for wrong in ("2", 1.0, True):
-        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; 1 to 1024 are possible"):
-            Model.load(tiny_bundle, "fp32", "cpu", wrong)  # type: ignore[arg-type]
+        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; use 1 to 1024"):
+            Model.load(tiny_bundle, "fp32", provider="cpu", threads=wrong)  # type: ignore[arg-type]
 
 
 # Guards
-
-
-def test_no_limit_of_newlines_is_one_of_0() -> None:
-    assert SamplingParams(max_newlines=None) == SamplingParams(max_newlines=0)
-    assert SamplingParams(max_newlines=None).max_newlines == 0
 
 
 class NoisySession(FakeSession):
@@ -417,7 +417,7 @@ class NoisySession(FakeSession):
 
 def noisy(whole: Model, *often: str | int, seed: int = 0) -> Model:
     session: Any = NoisySession(whole, spelled(whole, *often), seed)
-    return Model(whole.bundle, session, whole.tokenizer, whole.precision)
+    return model_over(session, whole)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
@@ -436,7 +436,9 @@ def test_newlines_in_a_row(whole: dict[bool, Model], most: int, temperature: flo
         assert re.search(rf"\n{{{most}}}", kept)
 
 
-NEWLINES = Newlines({5: "\n", 6: "\n\n", 7: "a\n", 8: "\nb", 9: "\n\n\nc", 10: "c\n\n\n", 11: "d\n\n\ne", 12: "\n\n\n"})
+NEWLINES = NewlineCounter(
+    {5: "\n", 6: "\n\n", 7: "a\n", 8: "\nb", 9: "\n\n\nc", 10: "c\n\n\n", 11: "d\n\n\ne", 12: "\n\n\n"}
+)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +502,7 @@ def test_a_new_reasoning_may_end_again(saying: Saying) -> None:
 
 
 def test_a_model_without_reasoning_passes_over_the_guard(tiny_bundle: Path) -> None:
-    model = Model.load(tiny_bundle, "fp32", "cpu", 1)
+    model = Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
     params = SamplingParams(max_tokens=20, seed=1)
     guarded = dataclasses.replace(params, single_think_end=True)
     assert model.generate("x", guarded).result().tokens == model.generate("x", params).result().tokens
@@ -509,7 +511,7 @@ def test_a_model_without_reasoning_passes_over_the_guard(tiny_bundle: Path) -> N
 def test_guards_are_defaults(tiny_bundle: Path, tmp_path: Path) -> None:
     guards = {"max_newlines": 1, "single_think_end": True}
     path = bundle_of(tiny_bundle, tmp_path / "own", special=True, guards=guards)
-    model = noisy(Model.load(path, "fp32", "cpu", 1), "\n", END)
+    model = noisy(Model.load(path, "fp32", provider="cpu", threads=1), "\n", END)
     assert model.default_params == SamplingParams(temperature=0, max_newlines=1, single_think_end=True)
     result = model.generate([70, START]).result()
     assert result.tokens.count(END) == 1

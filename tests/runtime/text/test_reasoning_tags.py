@@ -18,6 +18,7 @@ from fakes import FakeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reasoning_bundle import bundle_with
+from sessions import model_over
 from test_tokenizer import BACKENDS
 
 from llm_edge.checkpoint.reasoning import find_reasoning
@@ -71,7 +72,7 @@ def folders(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture(scope="module")
 def models(folders: dict[str, Path]) -> dict[str, Model]:
-    return {name: Model.load(folder, "fp32", "cpu", 1) for name, folder in folders.items()}
+    return {name: Model.load(folder, "fp32", provider="cpu", threads=1) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def spelled(model: Model, *parts: str | int) -> list[int]:
 def saying(model: Model, tokens: Sequence[int]) -> Model:
     """The same, but it answers any prompt with given tokens, over and over."""
     session: Any = FakeSession(tokens, model.bundle.shape)
-    return Model(model.bundle, session, model.tokenizer, model.precision)
+    return model_over(session, model)
 
 
 def said(model: Model, *parts: str | int, prompt: str | Sequence[int] = (70,), **params: Any) -> GenerationResult:
@@ -168,14 +169,14 @@ def test_tags_share_tokens_with_what_stands_around(model: Model) -> None:
 
 def test_a_token_with_text_of_both_sides_makes_two_pieces(tiny_bundle: Path, tmp_path: Path) -> None:
     tags = {"start": "hin", "end": "/thi"}  # the second ends within a token
-    own = Model.load(bundle_of(tiny_bundle, tmp_path / "own", reasoning_tags=tags), "fp32", "cpu", 1)
+    own = Model.load(bundle_of(tiny_bundle, tmp_path / "own", reasoning_tags=tags), "fp32", provider="cpu", threads=1)
     tokens = [267, *spelled(own, "a/"), THINK, IM_END]
     pieces = list(saying(own, tokens).generate([70], GREEDY))
     assert [(piece.text, piece.reasoning, piece.token) for piece in pieces[:-1]] == [
         ("", False, 267), ("a", True, 67), ("", True, 17), ("nk", False, THINK)
     ]  # fmt: skip
     tags = {"start": "ain", "end": "hin"}
-    own = Model.load(bundle_of(tiny_bundle, tmp_path / "two", reasoning_tags=tags), "fp32", "cpu", 1)
+    own = Model.load(bundle_of(tiny_bundle, tmp_path / "two", reasoning_tags=tags), "fp32", provider="cpu", threads=1)
     generation = saying(own, [298, THINK, *spelled(own, "4"), IM_END]).generate([70], GREEDY)
     pieces = list(generation)
     assert [(piece.text, piece.reasoning, piece.token) for piece in pieces] == [
@@ -313,7 +314,7 @@ def test_prompts_of_a_template_open_and_close_it(model: Model) -> None:
 def test_what_a_user_types_opens_no_reasoning(folders: dict[str, Path], tmp_path: Path) -> None:
     template = OPENED.partition("{% if")[0]
     path = bundle_of(folders["think"], tmp_path / "own", template=template)
-    whole = Model.load(path, "fp32", "cpu", 1)
+    whole = Model.load(path, "fp32", provider="cpu", threads=1)
     for typed in ("What is <think>?", "<think>"):
         result = saying(whole, spelled(whole, "A tag.", IM_END)).chat([{"role": "user", "content": typed}], GREEDY)
         assert result.result().text == "A tag."
@@ -339,7 +340,7 @@ class Noisy(FakeSession):
 
 def noisy(model: Model, *often: str | int, weight: float = 4.0, seed: int = 0) -> Model:
     session: Any = Noisy(model, spelled(model, *often), weight, seed)
-    return Model(model.bundle, session, model.tokenizer, model.precision)
+    return model_over(session, model)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -417,7 +418,7 @@ def test_a_constrained_model_opens_its_reasoning_or_answers_at_once(model: Model
 
 def test_the_same_of_a_model_whose_marks_are_tokens(tiny_bundle: Path, tmp_path: Path) -> None:
     marks = {"start": CHANNEL, "end": CHANNEL_END}
-    own = Model.load(bundle_of(tiny_bundle, tmp_path / "own", reasoning=marks), "fp32", "cpu", 1)
+    own = Model.load(bundle_of(tiny_bundle, tmp_path / "own", reasoning=marks), "fp32", provider="cpu", threads=1)
     rule = Constraint.choice(["a", "b"])
     for prompt, parts, reasoning in (
         ([70], [CHANNEL, "hm", CHANNEL_END, "b"], "hm"),
@@ -449,10 +450,10 @@ def test_an_engine_answers_as_a_model_does(folders: dict[str, Path]) -> None:
         SamplingParams(temperature=1.5, max_tokens=40, seed=seed, reasoning_budget=seed, single_think_end=True)
         for seed in range(8)
     ]
-    own = Model.load(folders["think"], "fp32", "cpu", 1)
+    own = Model.load(folders["think"], "fp32", provider="cpu", threads=1)
     wanted = [own.chat(QUESTION, each).result() for each in params]
     assert all(each.reasoning or not number for number, each in enumerate(wanted))
-    with Engine.load(folders["think"], "fp32", 1) as engine:
+    with Engine.load(folders["think"], "fp32", threads=1) as engine:
         answers = [engine.chat(QUESTION, each) for each in params]
         found = [answer.result() for answer in answers]
     assert [(each.reasoning, each.text, each.tokens) for each in found] == [
@@ -550,7 +551,7 @@ def test_an_export_tells_the_tags_of_the_chat_template(tiny_checkpoint: Path, tm
     assert manifest["reasoning_tags"] == {"start": "<think>", "end": "</think>"}
     assert "reasoning" not in manifest
     result = (
-        Model.load(path, "fp32", "cpu", 1)
+        Model.load(path, "fp32", provider="cpu", threads=1)
         .chat(QUESTION, SamplingParams(seed=1, max_tokens=20, reasoning_budget=5))
         .result()
     )

@@ -1,4 +1,4 @@
-"""All that belongs to a state dict beside its weights: tokenizer, conversation, sampling. Knows no tensors."""
+"""Reads what accompanies the weights of a state dict: tokenizer, chat template, sampling parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import TokenizerAssets
-from llm_edge.checkpoint.huggingface import folder as huggingface
+from llm_edge.checkpoint.huggingface import tokenizer as huggingface
 from llm_edge.checkpoint.meta.chat import (
     ControlTokens,
     chat_template,
@@ -24,8 +24,8 @@ from llm_edge.runtime.safe_io import read_json
 
 
 @dataclass(frozen=True, slots=True)
-class TextSide:
-    """Fields of `Checkpoint`."""
+class TextAssets:
+    """The fields of `Checkpoint` that are not read from the tensor file."""
 
     tokenizer: TokenizerAssets
     generation: Mapping[str, Any]
@@ -33,19 +33,19 @@ class TextSide:
     guards: Guards | None
 
 
-def read_text_side(checkpoint: Path, settings: Settings, context: int) -> TextSide:
-    """Find and read it.
+def read_text_assets(checkpoint: Path, settings: Settings, context: int) -> TextAssets:
+    """Find and read the files beside a state dict.
 
-    A config with `tokens:`, or a `…vocab.json` that has the family's control tokens, makes it the family's
-    conversation. All else keeps what the tokenizer's folder says.
+    A config with `tokens:`, or a `…vocab.json` with all default control tokens, selects the chat format of
+    `chat.py`. Otherwise the files of the tokenizer's folder determine it.
 
     Args:
-        checkpoint: the file of weights.
+        checkpoint: the weight file.
         settings: flags and config file.
-        context: tokens a context holds at most.
+        context: maximum context length in tokens.
 
     Raises:
-        CheckpointError: there is no tokenizer, it is damaged, or the config's control tokens are not in it.
+        CheckpointError: the tokenizer is missing or damaged, or lacks the config's control tokens.
     """
     files = find_tokenizer(checkpoint, settings.tokenizer, settings.path, settings.paths)
     vocabulary = read_vocabulary(files)
@@ -54,21 +54,16 @@ def read_text_side(checkpoint: Path, settings: Settings, context: int) -> TextSi
         tokens = read_control_tokens(settings.content.get("tokens"), f"{settings.path}: tokens", vocabulary)
     generation = read_generation(settings.generation, tokens)
     if tokens is not None:
-        tokenizer = _family_tokenizer(vocabulary, tokens, context)
-        return TextSide(tokenizer, generation, tokens.reasoning, read_guards(settings.generation, tokens))
+        tokenizer = _assets(vocabulary, context, tokens)
+        return TextAssets(tokenizer, generation, tokens.reasoning, read_guards(settings.generation, tokens))
     if files.merges is not None:
-        return TextSide(_assets(vocabulary, context, {}, None), generation, None, None)
+        return TextAssets(_assets(vocabulary, context, None), generation, None, None)
     generation = {**_folder_generation(files.main.parent, settings.content, vocabulary), **generation}
-    return TextSide(huggingface.read_tokenizer(files.main.parent, generation), generation, None, None)
+    return TextAssets(huggingface.read_tokenizer(files.main.parent, generation), generation, None, None)
 
 
-def _family_tokenizer(vocabulary: Vocabulary, tokens: ControlTokens, context: int) -> TokenizerAssets:
-    return _assets(vocabulary, context, {"eos_token": tokens.answer_end, "pad_token": tokens.padding}, tokens)
-
-
-def _assets(
-    vocabulary: Vocabulary, context: int, roles: Mapping[str, int], tokens: ControlTokens | None
-) -> TokenizerAssets:
+def _assets(vocabulary: Vocabulary, context: int, tokens: ControlTokens | None) -> TokenizerAssets:
+    roles = {} if tokens is None else {"eos_token": tokens.answer_end, "pad_token": tokens.padding}
     named = {role: vocabulary.text(index) for role, index in roles.items()}
     return TokenizerAssets(
         tokenizer_json=vocabulary.with_special(tokens.ids if tokens is not None else ()),
@@ -87,9 +82,9 @@ def _assets(
 
 
 def _folder_generation(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """generation_config.json of a Hugging Face folder, with the ids of the tokens that tokenizer_config.json names.
+    """Read generation_config.json; missing token ids are looked up by the names in tokenizer_config.json.
 
-    Those are taken where no other file has them: without an end token no answer would end.
+    Without an end token, answers would never end.
     """
     generation = huggingface.read_generation(folder, config)
     path = folder / "tokenizer_config.json"

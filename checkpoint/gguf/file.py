@@ -1,4 +1,4 @@
-"""Reads a GGUF file: metadata, the table of tensors, a tensor's values. It knows no model and no tokenizer."""
+"""`GGUFFile`: metadata and tensors of a GGUF file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import mmap
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +19,11 @@ from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind, SourceBlocks
 from llm_edge.runtime.errors import CheckpointError, MachineError
 from llm_edge.runtime.show import show
 
-CHUNK_ELEMENTS = 1 << 16  # dequantized at a time: few enough for the cache (2^14 and 2^18 took 1.5 times as long)
+CHUNK_ELEMENTS = 1 << 16  # dequantized at a time to stay in the CPU cache (2^14 and 2^18 took 1.5 times as long)
 
-# Blocks whose numbers other runtimes take as they are, by ggml's block_q4_0, block_q4_1 and block_q8_0 (ggml-common.h):
-# d is the scale and m the least weight; the low halves of q are the first 16 weights, the high halves the others.
+# Blocks that ONNX operators can use without requantization: block_q4_0, block_q4_1 and block_q8_0 of ggml-common.h.
+# d is the scale and m the minimum; in 4-bit blocks the low nibbles of q are the first 16 weights, the high nibbles
+# the rest.
 _Q4 = ("q", "u1", (SOURCE_BLOCK // 2,))
 _BLOCKS = {
     GGMLQuantizationType.Q4_0: (BlockKind(4, offsets=False), np.dtype([("d", "<f2"), _Q4])),
@@ -35,7 +35,15 @@ _BLOCKS = {
 class GGUFFile:
     """A GGUF file (version 2 or 3, little-endian), mapped into memory and read on demand.
 
-    A context manager, though leaving one out does no harm: the mapping goes with its last array.
+    The mapping is released with the file object and its last array.
+
+    Attributes:
+        path: the file.
+        metadata: values of all keys; numeric arrays are NumPy arrays.
+        tensors: shape, type and location of every tensor.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,39 +53,25 @@ class GGUFFile:
         self.metadata: dict[str, Any] = header.metadata
         self.tensors: dict[str, GGUFTensor] = header.tensors
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file; arrays that `raw` gave out keep it mapped until they are gone."""
-        self._map = None
-
     def __repr__(self) -> str:
         return f"GGUFFile({str(self.path)!r}, {len(self.metadata)} keys, {len(self.tensors)} tensors)"
 
     # ---- tensors
 
     def tensor(self, name: str) -> GGUFTensor:
-        """The row of the table for `name`."""
+        """Return shape, type and location of a tensor."""
         found = self.tensors.get(name)
         if found is None:
-            self._fail(f"has no tensor {show(name)}")
+            self.fail(f"has no tensor {show(name)}")
         return found
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """The stored bytes of a tensor, read-only and not copied: quantized types as their blocks."""
+        """Return the stored bytes of a tensor as a read-only view; quantized types as their blocks."""
         tensor = self.tensor(name)
-        if self._map is None:
-            raise ValueError(f"{self.path}: closed")
         return np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
 
     def load(self, name: str) -> torch.Tensor:
-        """The values of a tensor: F16 and BF16 in their own dtype, every other type as float32."""
+        """Read a tensor: F16 and BF16 in their own dtype, every other type as float32."""
         tensor = self.tensor(name)
         stored = self.raw(name)
         try:
@@ -87,26 +81,26 @@ class GGUFFile:
                 return torch.from_numpy(stored.view("<i2").copy()).view(torch.bfloat16).view(tensor.shape)
             if tensor.ggml_type == GGMLQuantizationType.F32:
                 return torch.from_numpy(stored.view("<f4").copy()).view(tensor.shape)
-            return torch.from_numpy(self._dequantized(tensor, stored)).view(tensor.shape)
+            return torch.from_numpy(self._dequantize(tensor, stored)).view(tensor.shape)
         except MemoryError as e:
             raise self._no_memory(tensor, 4) from e
 
     def block_kind(self, name: str) -> BlockKind | None:
-        """See `BlockReader`."""
+        """Return the block layout of a tensor, or None if it is stored in another way."""
         tensor = self.tensor(name)
         kind, _ = _BLOCKS.get(tensor.ggml_type, (None, None))
         return kind if len(tensor.shape) == 2 else None
 
     def blocks(self, name: str) -> SourceBlocks:
-        """See `BlockReader`; offsets are the sum of m and 8 d, rounded to float32."""
+        """Read the blocks of a tensor; offsets are m + 8 d, rounded to float32."""
         tensor = self.tensor(name)
         kind, layout = _BLOCKS[tensor.ggml_type]
         stored = self.raw(name).view(layout).reshape(tensor.shape[0], -1)  # [N, K / 32]
         try:
             scales = stored["d"].astype(np.float32)
-            whole = stored["q"]
-            # Of 8 bits, from numbers with a sign to those whose zero is 128
-            levels = np.concatenate([whole & 15, whole >> 4], axis=-1) if kind.bits == 4 else whole ^ 128
+            packed = stored["q"]
+            # 8-bit levels are converted from signed to unsigned with zero at 128.
+            levels = np.concatenate([packed & 15, packed >> 4], axis=-1) if kind.bits == 4 else packed ^ 128
             offsets = None
             if kind.offsets:
                 with np.errstate(all="ignore"):
@@ -119,36 +113,36 @@ class GGUFFile:
         size = bytes_per_weight * tensor.n_elements / 2**20
         return MachineError(f"{self.path}: no memory for tensor {show(tensor.name)} ({size:.0f} MiB)")
 
-    def _dequantized(self, tensor: GGUFTensor, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _dequantize(self, tensor: GGUFTensor, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         block, block_bytes = GGML_QUANT_SIZES[tensor.ggml_type]
         step = max(CHUNK_ELEMENTS // block, 1) * block_bytes
         values = np.empty(tensor.n_elements, np.float32)
         done = 0
-        # Blocks do not know of each other, so a run of them is given as one long row: gguf loops over rows.
+        # Blocks are independent, so each chunk is passed as one long row: gguf loops over rows in Python.
         with np.errstate(all="ignore"):
             for begin in range(0, tensor.nbytes, step):
                 chunk = stored[begin : begin + step].reshape(1, -1)
                 try:
-                    part = dequantize(chunk, tensor.ggml_type)
+                    chunk_values = dequantize(chunk, tensor.ggml_type)
                 except NotImplementedError as e:
                     raise CheckpointError(
                         f"{self.path}: tensor {show(tensor.name)} is stored as {tensor.ggml_type.name}, "
-                        "which cannot be dequantized here: convert the model to another type"
+                        "which is not supported: convert the model to another type"
                     ) from e
-                values[done : done + part.size] = part[0]
-                done += part.size
+                values[done : done + chunk_values.size] = chunk_values[0]
+                done += chunk_values.size
         return values
 
-    # ---- metadata, checked
+    # ---- metadata, type-checked; a missing key without a default is an error
 
     def meta_int(
         self, key: str, *, minimum: int | None = None, maximum: int | None = None, default: int | None = None
     ) -> int:
-        """An integer of the metadata; `default` stands in where the key is missing."""
+        """Return an integer."""
         value = self._meta(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            self._wrong(key, value, "an integer")
-        self._in_range(key, value, minimum, maximum)
+            self._fail_type(key, value, "an integer")
+        self._check_range(key, value, minimum, maximum)
         return value
 
     def meta_float(
@@ -159,62 +153,63 @@ class GGUFFile:
         maximum: float | None = None,
         default: float | None = None,
     ) -> float:
-        """A finite number of the metadata, integers included."""
+        """Return an integer or finite float as a float."""
         value = self._meta(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self._wrong(key, value, "a finite number")
-        self._in_range(key, value, minimum, maximum)
+            self._fail_type(key, value, "a finite number")
+        self._check_range(key, value, minimum, maximum)
         return float(value)
 
     def meta_bool(self, key: str, *, default: bool | None = None) -> bool:
-        """A truth value of the metadata."""
+        """Return a boolean."""
         value = self._meta(key, default)
         if not isinstance(value, bool):
-            self._wrong(key, value, "true or false")
+            self._fail_type(key, value, "true or false")
         return value
 
     def meta_str(self, key: str, *, default: str | None = None) -> str:
-        """A string of the metadata."""
+        """Return a string."""
         value = self._meta(key, default)
         if not isinstance(value, str):
-            self._wrong(key, value, "a string")
+            self._fail_type(key, value, "a string")
         return value
 
     def meta_strings(self, key: str) -> list[str]:
-        """An array of strings."""
+        """Return an array of strings."""
         value = self._meta(key, None)
         if isinstance(value, np.ndarray) and value.size == 0:
             return []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self._wrong(key, value, "an array of strings")
+            self._fail_type(key, value, "an array of strings")
         return value
 
     def meta_ints(self, key: str, *, length: int | None = None) -> list[int]:
-        """An array of integers, of `length` where that is given."""
+        """Return an array of integers, checking its length if given."""
         value = self._meta(key, None)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
-            self._wrong(key, value, "an array of integers")
+            self._fail_type(key, value, "an array of integers")
         if length is not None and len(value) != length:
-            self._fail(f"{key} has {len(value)} entries, {length} are needed")
+            self.fail(f"{key} has {len(value)} entries; {length} are required")
         return [int(item) for item in value.tolist()]
 
     def _meta(self, key: str, default: Any) -> Any:
         value = self.metadata.get(key, default)
         if value is None:
-            self._fail(f"the metadata has no {key}: convert the model again with a current llama.cpp")
+            self.fail(f"the metadata has no {key}: convert the model again with a current llama.cpp")
         return value
 
-    def _in_range(self, key: str, value: float, minimum: float | None, maximum: float | None) -> None:
+    def _check_range(self, key: str, value: float, minimum: float | None, maximum: float | None) -> None:
         if minimum is not None and value < minimum:
-            self._fail(f"{key} is {value}, at least {minimum} is needed")
+            self.fail(f"{key} is {value}; it must be at least {minimum}")
         if maximum is not None and value > maximum:
-            self._fail(f"{key} is {value}, at most {maximum} is possible")
+            self.fail(f"{key} is {value}; it must be at most {maximum}")
 
-    def _wrong(self, key: str, value: Any, wanted: str) -> NoReturn:
+    def _fail_type(self, key: str, value: Any, expected: str) -> NoReturn:
         is_array = isinstance(value, list | np.ndarray)
-        self._fail(f"{key} is {'an array' if is_array else show(value)}, {wanted} is needed")
+        self.fail(f"{key} is {'an array' if is_array else show(value)}, not {expected}")
 
-    def _fail(self, reason: str) -> NoReturn:
+    def fail(self, reason: str) -> NoReturn:
+        """Raise a `CheckpointError` about this file."""
         raise CheckpointError(f"{self.path}: {reason}")
 
 

@@ -1,9 +1,8 @@
-"""The directory of a zip archive whose records are stored as they are. It knows nothing of what they hold.
+"""`read_records`: reads the directory of an uncompressed zip archive.
 
-Stricter than zipfile: whatever two parts of the archive say differently is refused, records may not share bytes,
-and nothing is decompressed, so that a record is a run of bytes in the file. Layout and names of the fields:
-PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.9 (data descriptor), 4.3.12 (directory),
-4.3.14 to 4.3.16 (end) and 4.5.3 (zip64).
+Stricter than zipfile: contradictions within the archive, overlapping records and compression are errors, so every
+record is a range of bytes in the file. Layout and field names follow PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7
+(local header), 4.3.9 (data descriptor), 4.3.12 (directory), 4.3.14 to 4.3.16 (end) and 4.5.3 (zip64).
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from llm_edge.checkpoint.tensors.tensor_bytes import FileBytes
+from llm_edge.checkpoint.tensors.tensor_data import TensorReader
 from llm_edge.runtime.show import show
 
-MAX_RECORDS = 1 << 17  # torch.save writes one a tensor
+MAX_RECORDS = 1 << 17  # torch.save writes one per storage
 MAX_DIRECTORY = 1 << 25
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -24,14 +23,14 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _DESCRIPTORS = (struct.Struct("<4s3L"), struct.Struct("<4sL2Q"))
 _HAS_DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
-_IN_ZIP64 = 0xFFFFFFFF  # a size or an offset that stands in the zip64 field instead
+_IN_ZIP64 = 0xFFFFFFFF  # marks a size or an offset that is in the zip64 field instead
 _DAMAGED = "the file is damaged: download it again"
-_CUT = "the file is cut short: download it again"
+_TRUNCATED = "the file is truncated: download it again"
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record: its name, where its bytes lie in the file, and their CRC-32 (0: the writer made none)."""
+    """A record: name, range of bytes in the file, and CRC-32 (0 if the writer computed none)."""
 
     name: str
     offset: int
@@ -41,21 +40,21 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A line of the directory."""
+    """An entry of the directory; `header` is the offset of the local header."""
 
     name: str
     raw_name: bytes
     flags: int
     crc32: int
     size: int
-    header: int  # offset of the local header
+    header: int
 
 
-def read_records(file: FileBytes) -> dict[str, Record]:
-    """Every record of an archive, checked against its local header.
+def read_records(file: TensorReader) -> dict[str, Record]:
+    """Return all records of an archive, checked against their local headers.
 
     Raises:
-        CheckpointError: the archive is damaged, contradicts itself, or holds compressed or encrypted records.
+        CheckpointError: the archive is damaged, contradicts itself, or has compressed or encrypted records.
     """
     begin, size, count = _find_directory(file)
     entries = _read_directory(file, file.read(begin, size), count)
@@ -63,57 +62,57 @@ def read_records(file: FileBytes) -> dict[str, Record]:
     end = 0
     for entry in sorted(entries, key=lambda entry: entry.header):
         if entry.name in records:
-            file.fail(f"has the record {show(entry.name)} twice: {_DAMAGED}")
+            file.fail(f"has a duplicate record {show(entry.name)}: {_DAMAGED}")
         if entry.header < end:
-            file.fail(f"record {show(entry.name)} shares bytes with the one before it: {_DAMAGED}")
+            file.fail(f"record {show(entry.name)} overlaps the previous one: {_DAMAGED}")
         record, end = _check_local(file, entry, begin)
         records[entry.name] = record
     return {entry.name: records[entry.name] for entry in entries}
 
 
-def _find_directory(file: FileBytes) -> tuple[int, int, int]:
-    """Offset, size and number of entries of the directory, from the end of the archive."""
+def _find_directory(file: TensorReader) -> tuple[int, int, int]:
+    """Return offset, size and number of entries of the directory, which the end of the archive states."""
     tail = file.read(tail_at := max(file.size - _END.size - 0xFFFF, 0), file.size - tail_at)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < _END.size:
-        file.fail(f"begins as a zip archive but has no directory: {_CUT}")
+        file.fail(f"starts like a zip archive but has no directory: {_TRUNCATED}")
     _, disk, first_disk, here, count, size, begin, comment = _END.unpack_from(tail, at)
     if at + _END.size + comment != len(tail):
-        file.fail(f"goes on after the end of the zip archive: {_DAMAGED}")
+        file.fail(f"has data after the end of the zip archive: {_DAMAGED}")
     at += tail_at
     locator_at = at - _LOCATOR64.size
     if locator_at >= 0 and (locator := file.read(locator_at, _LOCATOR64.size)).startswith(b"PK\x06\x07"):
         _, disk64, end64_at, disks = _LOCATOR64.unpack(locator)
         if end64_at + _END64.size != locator_at or disk64 or disks > 1:
-            file.fail(f"the end of its zip64 directory is not where it should be: {_DAMAGED}")
+            file.fail(f"its zip64 end record is at the wrong position: {_DAMAGED}")
         short = (disk, first_disk, here, count, size, begin)
         magic, length, _, _, *wide = _END64.unpack(file.read(end64_at, _END64.size))
         limits = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, _IN_ZIP64, _IN_ZIP64)
         agree = all(a in (b, limit) for a, b, limit in zip(short, wide, limits, strict=True))
         if magic != b"PK\x06\x06" or length != _END64.size - 12 or not agree:
-            file.fail(f"its two ends of the directory contradict each other: {_DAMAGED}")
+            file.fail(f"its two end records contradict each other: {_DAMAGED}")
         disk, first_disk, here, count, size, begin = wide
         at = end64_at
     if disk or first_disk or here != count:
-        file.fail("is one part of a zip archive in several: join them")
+        file.fail("is one volume of a multi-volume zip archive: join them")
     if begin + size != at:
-        file.fail(f"the directory of the zip archive is not where its end says: {_DAMAGED}")
+        file.fail(f"its zip directory is at the wrong position: {_DAMAGED}")
     if count > MAX_RECORDS or size > MAX_DIRECTORY:
-        file.fail(f"has {count} records in a directory of {size} bytes, more than are read here: save it in parts")
+        file.fail(f"has {count} records in a directory of {size} bytes, which is too many: save it in several files")
     return begin, size, count
 
 
-def _read_directory(file: FileBytes, data: bytes, count: int) -> list[_Entry]:
+def _read_directory(file: TensorReader, data: bytes, count: int) -> list[_Entry]:
     entries: list[_Entry] = []
     at = 0
     for _ in range(count):
         if len(data) - at < _ENTRY.size:
-            file.fail(f"claims {count} records, its directory has {len(entries)}: {_DAMAGED}")
+            file.fail(f"states {count} records, but its directory has {len(entries)}: {_DAMAGED}")
         magic, _, _, flags, method, _, _, crc, packed, size, n, m, k, disk, _, _, header = _ENTRY.unpack_from(data, at)
         name_at = at + _ENTRY.size
         at = name_at + n + m + k
         if magic != b"PK\x01\x02" or at > len(data) or disk:
-            file.fail(f"entry {len(entries)} of the zip directory is none: {_DAMAGED}")
+            file.fail(f"entry {len(entries)} of its zip directory is invalid: {_DAMAGED}")
         raw_name = data[name_at : name_at + n]
         try:
             name = raw_name.decode("utf-8")
@@ -123,57 +122,57 @@ def _read_directory(file: FileBytes, data: bytes, count: int) -> list[_Entry]:
             file.fail(f"record {show(name)} is encrypted: save it with torch.save again")
         if method or flags & ~(_HAS_DESCRIPTOR | _UTF8):
             file.fail(
-                f"record {show(name)} is compressed as torch.save never does (in a TorchScript archive it is so): "
+                f"record {show(name)} is compressed, which torch.save never does (TorchScript archives are): "
                 "save the model's state_dict() with torch.save"
             )
         wide = _widen(file, name, data[name_at + n : name_at + n + m], (size, packed, header))
         size, packed, header = wide
         if packed != size:
-            file.fail(f"record {show(name)} has two sizes, {size} and {packed}: {_DAMAGED}")
+            file.fail(f"record {show(name)} has contradictory sizes {size} and {packed}: {_DAMAGED}")
         entries.append(_Entry(name, raw_name, flags, crc, size, header))
     if at != len(data):
-        file.fail(f"the zip directory has {len(data) - at} bytes too many: {_DAMAGED}")
+        file.fail(f"its zip directory has {len(data) - at} extra bytes: {_DAMAGED}")
     return entries
 
 
-def _check_local(file: FileBytes, entry: _Entry, limit: int) -> tuple[Record, int]:
-    """The record, and where it ends; its local header and data descriptor must say what the directory says."""
+def _check_local(file: TensorReader, entry: _Entry, limit: int) -> tuple[Record, int]:
+    """Return the record and its end; its local header and data descriptor must match the directory."""
     what = f"record {show(entry.name)}"
     names_at = entry.header + _LOCAL.size
     if names_at + len(entry.raw_name) > limit:
-        file.fail(f"{what} lies outside of the file: {_DAMAGED}")
+        file.fail(f"{what} is outside the file: {_DAMAGED}")
     head = file.read(entry.header, _LOCAL.size + len(entry.raw_name))
     magic, _, flags, method, _, _, crc, packed, size, n, m = _LOCAL.unpack_from(head)
     offset = names_at + n + m
     end = offset + entry.size
     if magic != b"PK\x03\x04" or end > limit:
-        file.fail(f"{what} lies outside of the file: {_DAMAGED}")
+        file.fail(f"{what} is outside the file: {_DAMAGED}")
     size, packed = _widen(
         file, entry.name, file.read(names_at + n, m) if _IN_ZIP64 in (size, packed) else b"", (size, packed)
     )
     stated = (crc, packed, size)
-    told = (entry.crc32, entry.size, entry.size)
-    later = bool(entry.flags & _HAS_DESCRIPTOR)
+    listed = (entry.crc32, entry.size, entry.size)
+    has_descriptor = bool(entry.flags & _HAS_DESCRIPTOR)
     if (
         head[_LOCAL.size :] != entry.raw_name
         or n != len(entry.raw_name)
         or (flags, method) != (entry.flags, 0)
-        or not all(a == b or (later and a == 0) for a, b in zip(stated, told, strict=True))
+        or not all(a == b or (has_descriptor and a == 0) for a, b in zip(stated, listed, strict=True))
     ):
-        file.fail(f"{what} and the zip directory contradict each other: {_DAMAGED}")
-    if later:
+        file.fail(f"{what} contradicts the zip directory: {_DAMAGED}")
+    if has_descriptor:
         after = file.read(end, min(limit - end, _DESCRIPTORS[-1].size))
         for layout in _DESCRIPTORS:
-            if len(after) >= layout.size and layout.unpack_from(after) == (b"PK\x07\x08", *told):
+            if len(after) >= layout.size and layout.unpack_from(after) == (b"PK\x07\x08", *listed):
                 end += layout.size
                 break
         else:
-            file.fail(f"{what} and what follows it contradict each other: {_DAMAGED}")
+            file.fail(f"{what} contradicts its data descriptor: {_DAMAGED}")
     return Record(entry.name, offset, entry.size, entry.crc32), end
 
 
-def _widen(file: FileBytes, name: str, extra: bytes, values: tuple[int, ...]) -> list[int]:
-    """Sizes and offsets with those in place that stand in the zip64 field."""
+def _widen(file: TensorReader, name: str, extra: bytes, values: tuple[int, ...]) -> list[int]:
+    """Replace the sizes and offsets that are in the zip64 field by its values."""
     wide = b""
     at = 0
     while _IN_ZIP64 in values and len(extra) - at >= 4:
@@ -186,7 +185,7 @@ def _widen(file: FileBytes, name: str, extra: bytes, values: tuple[int, ...]) ->
     for value in values:
         if value == _IN_ZIP64:
             if len(wide) < 8:
-                file.fail(f"record {show(name)} lacks the zip64 field it refers to: {_DAMAGED}")
+                file.fail(f"record {show(name)} has no zip64 field: {_DAMAGED}")
             value, wide = int.from_bytes(wide[:8], "little"), wide[8:]
         widened.append(value)
     return widened

@@ -1,6 +1,6 @@
-"""Plain tensors inside of a file: where their bytes lie, and reading them. It knows no format that puts them there.
+"""Reads the data of plain tensors from a file, given their locations.
 
-Nothing is kept open and nothing but the tensor asked for is held, whatever the size of the file.
+Files are not kept open, and only the requested tensor is held in memory.
 """
 
 from __future__ import annotations
@@ -27,44 +27,31 @@ MAX_DIMS = 16  # real weights have 1 to 4
 MAX_ELEMENTS = 1 << 48
 MAX_NAME = 1 << 12
 TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-"""Types that weights may have, and what people call them."""
-LOADABLE = frozenset(
-    {
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float64,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint64,
-        torch.uint32,
-        torch.uint16,
-        torch.uint8,
-        torch.bool,
-    }
-)
+"""Supported types of weights and their display names."""
+LOADABLE = frozenset({
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+})  # fmt: skip
 
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Shape and type of a tensor as its file states them."""
+    """Shape and type of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its numbers."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """A run of bytes in the file and the CRC-32 it must have."""
+    """A range of bytes in the file and its expected CRC-32."""
 
     offset: int
     size: int
@@ -72,12 +59,14 @@ class Checksum:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor lies: `info.nbytes` bytes without gaps from `offset` (in the file) on.
+class TensorLocation:
+    """Location of a tensor's data: `info.nbytes` contiguous bytes.
 
     Attributes:
-        order: the tensor's dimensions as memory has them, slowest first; None where that is their own order.
-        checksum: of the bytes around the tensor, where the format has one.
+        info: shape and type.
+        offset: position in the file.
+        order: dimensions in memory order, slowest first; None for row-major order.
+        checksum: checksum of a byte range that contains the data, or None if the format has none.
     """
 
     info: TensorInfo
@@ -86,13 +75,20 @@ class Place:
     checksum: Checksum | None = None
 
 
-class FileBytes:
-    """A regular file, open while the `with` block lasts. Every failure is a CheckpointError that names the file."""
+class TensorReader:
+    """A regular file of tensors, open for the duration of a `with` block.
+
+    All methods raise a `CheckpointError` if the file cannot be read or is damaged.
+
+    Attributes:
+        path: the file.
+        size: size of the file in bytes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # Not to hang on a pipe, the file is opened without waiting and looked at before it is read.
+            # Opened without blocking and checked before reading, so that a pipe does not hang.
             raw = io.FileIO(path, "rb", opener=lambda p, f: os.open(p, f | getattr(os, "O_NONBLOCK", 0)))
             self._file = io.BufferedReader(raw)
             status = os.fstat(self._file.fileno())
@@ -116,40 +112,40 @@ class FileBytes:
         self._file.close()
 
     def fail(self, reason: str) -> NoReturn:
-        """Raise a CheckpointError about this file."""
+        """Raise a `CheckpointError` about this file."""
         raise CheckpointError(f"{self.path}: {reason}")
 
     def stream(self) -> BinaryIO:
-        """The file from its beginning on; every other read moves it."""
+        """Return the open file, positioned at its start; other reads change the position."""
         self._file.seek(0)
         return self._file
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on; both were held against `self.size` before."""
-        return self._filled(offset, size).tobytes()
+        """Return `size` bytes from `offset`; the caller has checked both against `self.size`."""
+        return self._fill(offset, size).tobytes()
 
     def verify(self, checksum: Checksum, what: str) -> None:
-        """Compare a CRC-32 in one pass that holds a MiB at most."""
+        """Check a CRC-32, reading at most 1 MiB at a time."""
         crc = 0
         end = checksum.offset + checksum.size
         for offset in range(checksum.offset, end, _BLOCK):
-            crc = zlib.crc32(self._filled(offset, min(_BLOCK, end - offset)).data, crc)
+            crc = zlib.crc32(self._fill(offset, min(_BLOCK, end - offset)).data, crc)
         if crc != checksum.crc32:
-            self.fail(f"{what} does not have the checksum the file states: the file is damaged, download it again")
+            self.fail(f"{what} does not match its checksum: the file is damaged, download it again")
 
-    def tensor(self, place: Place) -> torch.Tensor:
-        """The tensor at `place`, contiguous, in memory of its own."""
-        info = place.info
+    def tensor(self, location: TensorLocation) -> torch.Tensor:
+        """Return the tensor at a location, contiguous and in newly allocated memory."""
+        info = location.info
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        stored = self._filled(place.offset, info.nbytes)
+        stored = self._fill(location.offset, info.nbytes)
         flat = torch.from_numpy(stored != 0 if info.dtype is torch.bool else stored).view(info.dtype)
-        if place.order is None:
+        if location.order is None:
             return flat.view(info.shape)
-        inverse = [place.order.index(dim) for dim in range(len(info.shape))]
-        return flat.view([info.shape[dim] for dim in place.order]).permute(inverse).contiguous()
+        inverse = [location.order.index(dim) for dim in range(len(info.shape))]
+        return flat.view([info.shape[dim] for dim in location.order]).permute(inverse).contiguous()
 
-    def _filled(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
+    def _fill(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
         try:
             buffer = np.empty(size, np.uint8)
         except MemoryError as e:
@@ -162,24 +158,24 @@ class FileBytes:
         except OSError as e:
             self.fail(f"cannot be read: {e.strerror or e}")
         if rest:
-            self.fail("became shorter while it was read: try again")
+            self.fail("was truncated while it was read: try again")
         return buffer
 
 
-def check_name(file: FileBytes, name: object) -> str:
-    """The name of a tensor, if it is text that can be printed."""
+def check_name(file: TensorReader, name: object) -> str:
+    """Return the name of a tensor if it is a printable string, else fail."""
     if not isinstance(name, str):
-        file.fail("names a tensor with something else than a text: save a state_dict")
+        file.fail("has a tensor name that is not a string: save a state_dict")
     if len(name) > MAX_NAME or not name.isprintable():
-        file.fail(f"names a tensor {show(name)}, which cannot be printed: the file is damaged, download it again")
+        file.fail(f"has an unprintable tensor name {show(name)}: the file is damaged, download it again")
     return name
 
 
 def is_shape(shape: Sequence[object]) -> bool:
-    """Whether these are sizes of a tensor that can be: integers, not too many, their product within bounds."""
+    """Whether a shape is valid: non-negative integers, with a limited number of dimensions and elements."""
     elements = 1
     for size in shape[: MAX_DIMS + 1]:
         if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
             return False
-        elements *= max(size, 1)  # torch multiplies strides past an empty dimension
+        elements *= max(size, 1)  # torch computes strides as if an empty dimension had size 1
     return len(shape) <= MAX_DIMS and elements <= MAX_ELEMENTS

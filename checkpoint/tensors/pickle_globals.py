@@ -1,7 +1,7 @@
-"""The names that a pickle of torch.save may use, and what each stands for. It knows no pickle and no file.
+"""Globals that a pickle of torch.save may refer to, and the descriptions that calls of them produce.
 
-A name stays a word; "calling" one makes a description from the arguments. Nothing is imported by these names, no
-function they belong to is called, and no argument is walked, compared or printed but the few that describe a tensor.
+Nothing is imported and no function is called: a global is kept as its name, and a call of one produces a description
+such as `StoredTensor`. Only arguments that describe a tensor are inspected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from llm_edge.checkpoint.tensors.tensor_bytes import MAX_ELEMENTS, is_shape
+from llm_edge.checkpoint.tensors.tensor_data import MAX_ELEMENTS, is_shape
 
 Fail = Callable[[str], NoReturn]
 
@@ -21,7 +21,7 @@ DAMAGED = "the file is damaged: download it again"
 
 
 class Opaque:
-    """Something that is there but of no use here."""
+    """A value that is not used."""
 
     __slots__ = ()
 
@@ -30,15 +30,15 @@ OPAQUE = Opaque()
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
-    """One of the names of this module, as a word."""
+class Global:
+    """One of `GLOBALS`, by its full name."""
 
-    text: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of numbers outside of the pickle."""
+    """A contiguous array outside the pickle."""
 
     key: str
     dtype: torch.dtype
@@ -46,13 +46,13 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its numbers."""
+        """Size in bytes."""
         return self.items * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A view of a storage; offset and strides count numbers of `dtype`."""
+    """A view of a storage; offset and strides are in elements of `dtype`."""
 
     storage: Storage
     dtype: torch.dtype
@@ -61,37 +61,37 @@ class StoredTensor:
     strides: tuple[int, ...]
 
 
-def describe_storage(claim: object, fail: Fail) -> Storage:
-    """The storage that ("storage", type, key, device, number of items) refers to; the old format adds None."""
-    if not isinstance(claim, tuple) or len(claim) not in (5, 6) or claim[0] != "storage":
-        fail(f"refers to something that is no storage of a tensor: {ONLY_WEIGHTS}")
-    if any(view is not None for view in claim[5:]):  # of torch before 0.2; None ever since
+def describe_storage(reference: object, fail: Fail) -> Storage:
+    """Return the storage of ("storage", type, key, device, number of items); the legacy format adds None."""
+    if not isinstance(reference, tuple) or len(reference) not in (5, 6) or reference[0] != "storage":
+        fail(f"refers to something other than a tensor storage: {ONLY_WEIGHTS}")
+    if any(view is not None for view in reference[5:]):  # used before torch 0.2
         fail("describes a storage as a view of another: save it with torch.save again")
-    _, kind, key, device, items = claim[:5]
-    dtype = _STORAGES.get(kind.text) if isinstance(kind, Name) else None
+    _, kind, key, device, items = reference[:5]
+    dtype = _STORAGES.get(kind.name) if isinstance(kind, Global) else None
     if dtype is None or not isinstance(key, str) or not isinstance(device, str) or not _is_count(items):
-        fail(f"describes a storage that cannot be: {DAMAGED}")
+        fail(f"describes an invalid storage: {DAMAGED}")
     return Storage(key, dtype, items)
 
 
 def describe_call(function: object, arguments: object, fail: Fail) -> object:
-    """What `function(*arguments)` stands for."""
-    call = _CALLS.get(function.text) if isinstance(function, Name) else None
+    """Return the description of `function(*arguments)`."""
+    call = _CALLS.get(function.name) if isinstance(function, Global) else None
     if call is None or not isinstance(arguments, tuple):
-        fail(f"calls something that is no function: {ONLY_WEIGHTS}")
+        fail(f"calls something other than a supported function: {ONLY_WEIGHTS}")
     return call(fail, arguments)
 
 
 # ---- calls
 
 
-def _inert(_fail: Fail, _arguments: tuple[Any, ...]) -> Opaque:
+def _opaque(_fail: Fail, _arguments: tuple[Any, ...]) -> Opaque:
     return OPAQUE
 
 
 def _ordered_dict(fail: Fail, arguments: tuple[Any, ...]) -> dict[Any, Any]:
     if arguments:
-        fail(f"builds a dict from something else than its items: {ONLY_WEIGHTS}")
+        fail(f"builds a dict from unsupported arguments: {ONLY_WEIGHTS}")
     return {}
 
 
@@ -107,29 +107,29 @@ def _tensor_v1(fail: Fail, arguments: tuple[Any, ...]) -> StoredTensor:
 
 def _tensor_v2(fail: Fail, arguments: tuple[Any, ...]) -> StoredTensor:
     _count(fail, arguments, 6, 7)  # …, requires_grad, hooks, metadata
-    _no_metadata(fail, arguments[6:])
+    _reject_metadata(fail, arguments[6:])
     return _tensor(fail, arguments[:4], None)
 
 
 def _tensor_v3(fail: Fail, arguments: tuple[Any, ...]) -> StoredTensor:
     _count(fail, arguments, 7, 8)  # …, requires_grad, hooks, dtype, metadata
-    _no_metadata(fail, arguments[7:])
+    _reject_metadata(fail, arguments[7:])
     return _tensor(fail, arguments[:4], arguments[6])
 
 
 def _parameter(fail: Fail, arguments: tuple[Any, ...]) -> StoredTensor:
     _count(fail, arguments, 3, 4)  # tensor, requires_grad, hooks, state
     if not isinstance(arguments[0], StoredTensor):
-        fail(f"wraps a parameter around something that is no tensor: {DAMAGED}")
+        fail(f"wraps something other than a tensor in a parameter: {DAMAGED}")
     return arguments[0]
 
 
 def _typed_tensor(fail: Fail, arguments: tuple[Any, ...]) -> StoredTensor:
     _count(fail, arguments, 4, 4)  # function, class, arguments of the function, state
     function, kind, inner, _ = arguments
-    rebuild = _REBUILDS.get(function.text) if isinstance(function, Name) else None
-    if rebuild is None or not isinstance(kind, Name) or kind.text not in _TYPES or not isinstance(inner, tuple):
-        fail("holds a tensor of a class of its own: save plain tensors")
+    rebuild = _REBUILDS.get(function.name) if isinstance(function, Global) else None
+    if rebuild is None or not isinstance(kind, Global) or kind.name not in _TYPES or not isinstance(inner, tuple):
+        fail("contains a tensor of a custom class: save plain tensors")
     return rebuild(fail, inner)
 
 
@@ -137,7 +137,7 @@ def _tensor(fail: Fail, arguments: tuple[Any, ...], kind: object) -> StoredTenso
     storage, offset, shape, strides = arguments
     dtype = storage.dtype if isinstance(storage, Storage) else None
     if kind is not None:
-        dtype = _DTYPES.get(kind.text) if isinstance(kind, Name) else None
+        dtype = _DTYPES.get(kind.name) if isinstance(kind, Global) else None
     if (
         not isinstance(storage, Storage)
         or dtype is None
@@ -148,17 +148,17 @@ def _tensor(fail: Fail, arguments: tuple[Any, ...], kind: object) -> StoredTenso
         or len(strides) != len(shape)
         or not all(_is_count(stride) for stride in strides)
     ):
-        fail(f"describes a tensor that cannot be: {DAMAGED}")
+        fail(f"describes an invalid tensor: {DAMAGED}")
     return StoredTensor(storage, dtype, offset, shape, strides)
 
 
-def _no_metadata(fail: Fail, metadata: tuple[Any, ...]) -> None:
+def _reject_metadata(fail: Fail, metadata: tuple[Any, ...]) -> None:
     if metadata and metadata[0]:
-        fail("holds a tensor that is conjugated or negated only when read: save a clone of it")
+        fail("contains a lazily conjugated or negated tensor: save a clone of it")
 
 
-def _count(fail: Fail, arguments: tuple[Any, ...], least: int, most: int) -> None:
-    if not least <= len(arguments) <= most:
+def _count(fail: Fail, arguments: tuple[Any, ...], minimum: int, maximum: int) -> None:
+    if not minimum <= len(arguments) <= maximum:
         fail(f"rebuilds a tensor from {len(arguments)} values: {DAMAGED}")
 
 
@@ -166,7 +166,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_ELEMENTS
 
 
-# ---- names
+# ---- supported globals
 
 _STORAGES: Mapping[str, torch.dtype] = {
     "torch.FloatStorage": torch.float32,
@@ -187,20 +187,14 @@ _STORAGES: Mapping[str, torch.dtype] = {
 _DTYPES: Mapping[str, torch.dtype] = {
     str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
 }
-_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter"})  # never called
-_INERT = (
+_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter"})
+_OPAQUE_CALLS = (
     "_codecs.encode",  # bytes, in protocol 2
-    "__builtin__.bytearray",
-    "__builtin__.complex",
-    "__builtin__.frozenset",
-    "__builtin__.set",
-    "builtins.bytearray",
-    "builtins.complex",
-    "builtins.frozenset",
-    "builtins.set",
-    "collections.Counter",  # in the state of a learning rate's schedule
+    "__builtin__.bytearray", "__builtin__.complex", "__builtin__.frozenset", "__builtin__.set",
+    "builtins.bytearray", "builtins.complex", "builtins.frozenset", "builtins.set",
+    "collections.Counter",  # in the state of learning-rate schedulers
     "torch.device",
-)
+)  # fmt: skip
 _REBUILDS: Mapping[str, Callable[[Fail, tuple[Any, ...]], StoredTensor]] = {
     "torch._utils._rebuild_tensor": _tensor_v1,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
@@ -208,11 +202,11 @@ _REBUILDS: Mapping[str, Callable[[Fail, tuple[Any, ...]], StoredTensor]] = {
 }
 _CALLS: Mapping[str, Callable[[Fail, tuple[Any, ...]], object]] = {
     **_REBUILDS,
-    **dict.fromkeys(_INERT, _inert),
+    **dict.fromkeys(_OPAQUE_CALLS, _opaque),
     "collections.OrderedDict": _ordered_dict,
     "torch.Size": _size,
     "torch._tensor._rebuild_from_type_v2": _typed_tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
 }
-NAMES: Mapping[str, Name] = {text: Name(text) for text in (*_CALLS, *_STORAGES, *_DTYPES, *_TYPES)}
+GLOBALS: Mapping[str, Global] = {name: Global(name) for name in (*_CALLS, *_STORAGES, *_DTYPES, *_TYPES)}

@@ -1,17 +1,17 @@
-"""What two texts begin with alike. Knows ids alone."""
+"""`common_prefix`: the length of the prefix that two token sequences share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_TOGETHER = 64  # ids compared at once
+_BLOCK = 64  # ids compared at once
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts, both of one type of sequence, begin with alike."""
+    """The number of leading tokens that two sequences of the same type share."""
     length = min(len(one), len(other))
-    for start in range(0, length, _TOGETHER):
-        end = min(start + _TOGETHER, length)
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
         if one[start:end] != other[start:end]:
             return next(index for index in range(start, end) if one[index] != other[index])
     return length

@@ -1,0 +1,124 @@
+"""Helpers shared by several families: config fields, weight names and conversions. Sources: transformers 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_edge.model.config import Activation, LayerConfig, Norm
+from llm_edge.model.config_reader import ConfigReader
+from llm_edge.model.weights import Convert, Sources, WeightTable
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
+
+LLAMA_OUTER: Mapping[str, Sources] = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+LLAMA_LAYER: Mapping[str, Sources] = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "attention.output.bias": "self_attn.o_proj.bias",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.gate_up.bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+    "mlp.down.weight": "mlp.down_proj.weight",
+    "mlp.down.bias": "mlp.down_proj.bias",
+}
+GPT2_OUTER: Mapping[str, Sources] = {
+    "embed_tokens.weight": "transformer.wte.weight",
+    "embed_positions.weight": "transformer.wpe.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "norm.bias": "transformer.ln_f.bias",
+    "lm_head.weight": "lm_head.weight",
+}
+
+
+def llama_weights(
+    outer: Mapping[str, Sources] | None = None, layer: Mapping[str, Sources] | None = None
+) -> WeightTable:
+    """Return the weight table of LLaMA-like models in transformers, with entries replaced by those given."""
+    return WeightTable(
+        {**LLAMA_OUTER, **(outer or {})},
+        {**LLAMA_LAYER, **(layer or {})},
+        "model.layers.{}.",
+        ignored=r".*\.rotary_emb\.inv_freq",
+    )
+
+
+def llama_fields(raw: ConfigReader, **overrides: Any) -> dict[str, Any]:
+    """Return the `ModelConfig` arguments that LLaMA-like families share, with overrides."""
+    heads, hidden = raw.integer("num_attention_heads"), raw.integer("hidden_size")
+    return {
+        "vocab_size": raw.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": raw.integer("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": raw.integer("num_key_value_heads", heads),
+        "head_dim": raw.head_dim(hidden, heads),
+        "max_position_embeddings": raw.integer("max_position_embeddings", 2048),
+        "norm_eps": raw.number("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": raw.flag("tie_word_embeddings"),
+        "activation": raw.choice("hidden_act", ACTIVATIONS, "silu"),
+        **overrides,
+    }
+
+
+def gpt_fields(raw: ConfigReader, heads: int, hidden: int, intermediate: int, eps_key: str) -> dict[str, Any]:
+    """Return the `ModelConfig` arguments that the GPT families share: LayerNorm, biases, no gate in the MLP."""
+    return {
+        "vocab_size": raw.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": raw.head_dim(hidden, heads),
+        "norm_eps": raw.number(eps_key, 1e-5),
+        "norm": Norm.LAYER,
+        "output_bias": True,
+        "mlp_bias": True,
+        "gated_mlp": False,
+    }
+
+
+def attention_biases(raw: ConfigReader) -> dict[str, bool]:
+    """Return the `ModelConfig` arguments set by the key `attention_bias`."""
+    bias = raw.flag("attention_bias")
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def identical_layers(raw: ConfigReader, layer: LayerConfig) -> tuple[LayerConfig, ...]:
+    """Repeat a layer `num_hidden_layers` times."""
+    return (layer,) * raw.layer_count("num_hidden_layers")
+
+
+def layer_windows(raw: ConfigReader, default: int | None) -> list[int | None]:
+    """Return the attention window of each layer by `layer_types`, or `default` for all layers if it is missing."""
+    count = raw.layer_count("num_hidden_layers")
+    types = raw.per_layer("layer_types", count)
+    if types is None:
+        return [default] * count
+    is_sliding = {"full_attention": False, "sliding_attention": True}
+    if not all(isinstance(name, str) and name in is_sliding for name in types):
+        raw.fail("layer_types has entries other than 'full_attention' and 'sliding_attention'")
+    window = raw.nullable_integer("sliding_window", default)
+    if window is None and "sliding_attention" in types:
+        raw.fail("layer_types has sliding_attention, but sliding_window is not set")
+    return [window if is_sliding[name] else None for name in types]
+
+
+def multiply_by(factor: float) -> Convert | None:
+    """Return a conversion that multiplies a weight, in float32 because half precision would round the product."""
+    return None if factor == 1 else lambda weight: weight.float() * factor

@@ -1,0 +1,204 @@
+"""`Graph`: a loaded ONNX graph on one execution provider, shared by every cache over it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from llm_edge.runtime.backend import huge_pages, mapped_files
+from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
+from llm_edge.runtime.errors import BundleError, MachineError
+
+HIDDEN_STATES = "hidden_states"
+NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
+_EXECUTION_PROVIDERS: Mapping[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    # TF32 would round the factors of fp32 matmuls to 10 bits (bench/RESULTS.md).
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+}
+_CACHE_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int8)": np.dtype(np.int8),  # the graph holds the scales
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """A model file and what its manifest says about it.
+
+    Attributes:
+        path: the `.onnx` or TorchScript file.
+        shape: dimensions of the model.
+        format: one of `bundle.FORMATS`.
+        share_buffer: past and present keys and values may be the same buffer.
+        hidden_size: width of the hidden states output; None if the graph has none.
+    """
+
+    path: Path
+    shape: ModelShape
+    format: str = ONNX
+    share_buffer: bool = True
+    hidden_size: int | None = None
+
+    @staticmethod
+    def of(bundle: Bundle, precision: PrecisionInfo) -> GraphFile:
+        """The file of a bundle's precision."""
+        return GraphFile(
+            bundle.file(precision.model),
+            bundle.shape,
+            precision.format,
+            precision.share_buffer,
+            precision.hidden_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionOptions:
+    """How a graph is executed.
+
+    Attributes:
+        provider: `cpu`, `cuda`, or `auto`: CUDA where it works and has kernels for the graph's matmuls, else the CPU.
+        threads: per operator; None = the number of physical cores. TorchScript: of torch, for the whole process.
+        spinning: idle threads busy-wait and weights move to huge pages: for a graph that has the machine to itself.
+        interleaved: another graph runs between this one's steps, so idle threads busy-wait only during a step.
+    """
+
+    provider: str = "auto"
+    threads: int | None = None
+    spinning: bool = True
+    interleaved: bool = False
+
+
+class Graph:
+    """An ONNX graph loaded on `cpu` or `cuda`.
+
+    Attributes:
+        file: what was loaded.
+        provider: `cpu` or `cuda`.
+        inference: onnxruntime's session.
+        cache_names: names of the cache tensors without `past_key_values.` and `present.`, such as `0.key`.
+        cache_dtype: their type.
+        cache_device: `cpu` or `cuda`, where the graph reads them.
+        has_hidden_states: every step computes hidden states, of as many positions as requested.
+
+    Raises:
+        BundleError: the file does not load or contradicts the manifest.
+        MachineError: not enough memory.
+    """
+
+    def __init__(self, file: GraphFile, provider: str, execution: ExecutionOptions) -> None:
+        self.file = file
+        self.shape = file.shape
+        self.provider = provider
+        try:
+            # onnxruntime's own provider fallback prints to stdout.
+            self.inference = ort.InferenceSession(
+                file.path,
+                _session_options(provider, execution),
+                providers=_EXECUTION_PROVIDERS[provider],
+                enable_fallback=0,
+                # It would copy a shared embedding; the fused graphs have nothing else to fold.
+                disabled_optimizers=["ConstantFolding"] if file.share_buffer else [],
+            )
+        except MemoryError as error:
+            raise MachineError(f"{file.path}: not enough memory to load it") from error
+        except Exception as error:
+            raise BundleError(f"{file.path}: onnxruntime cannot load it ({one_line(error)})") from error
+        self.cache_names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
+        self.has_hidden_states = any(node.name == HIDDEN_STATES for node in self.inference.get_outputs())
+        self.cache_dtype = self._check_signature()
+        self.cache_device = self._device_of(f"past_key_values.{self.cache_names[0]}")
+        if provider == "cpu":
+            mapped_files.release(file.path.with_name(f"{file.path.name}_data"))
+            if execution.spinning:  # takes 0.2 s for 150 MB: concurrently with the first steps, not before them
+                threading.Thread(target=huge_pages.collapse_pages, name="llm-edge-huge-pages", daemon=True).start()
+
+    @property
+    def limit(self) -> int:
+        """Maximum number of tokens in the context."""
+        return self.shape.max_position_embeddings
+
+    def cache_zeros(self, shape: tuple[int, ...]) -> Any:
+        """An OrtValue of zeros of the cache's type, where the graph reads the cache."""
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.cache_dtype), self.cache_device, 0)
+
+    @staticmethod
+    def run_options() -> Any:
+        """onnxruntime's options of a step, through which another thread can terminate it."""
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", "0")  # the default; looking it up would cost 80 us per step
+        return options
+
+    def matmuls_on_cpu(self) -> int:
+        """Number of matmuls that CUDA has no kernel for; each costs copies in both directions."""
+        parts = self.inference.get_provider_graph_assignment_info()
+        nodes = [node.op_type for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
+        return sum("MatMul" in op_type or op_type == "Gemm" for op_type in nodes)
+
+    def _device_of(self, name: str) -> str:
+        """Where the graph reads an input; the CPU, also on a GPU, if the operator has no kernel for the type.
+
+        A cache on another device would be copied when it is bound, and in-place updates would be lost.
+        """
+        names = [node.name for node in self.inference.get_inputs()]
+        memory = self.inference.get_input_memory_infos()[names.index(name)]
+        return "cuda" if memory.name == "Cuda" else "cpu"
+
+    def _check_signature(self) -> np.dtype[Any]:
+        """Check inputs and outputs against the manifest; returns the type of the cache."""
+        path, shape = self.file.path, self.shape
+        inputs = {node.name: node for node in self.inference.get_inputs()}
+        expected = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in self.cache_names)}
+        outputs = {node.name: node for node in self.inference.get_outputs()}
+        optional = {node.name for node in self.inference.get_overridable_initializers()}
+        hidden = outputs.pop(HIDDEN_STATES, None)
+        if (
+            not optional >= {"num_logits_to_keep", *([NUM_HIDDEN_STATES] if hidden is not None else [])}
+            or inputs.keys() != expected
+            or outputs.keys() != {"logits", *(f"present.{name}" for name in self.cache_names)}
+        ):
+            raise BundleError(f"{path}: the graph's inputs and outputs are not those of a decoder with a KV cache")
+        vocab_size = outputs["logits"].shape[-1]
+        if vocab_size != shape.vocab_size:
+            raise BundleError(f"{path}: the graph's vocabulary is {vocab_size}, not {shape.vocab_size}")
+        width = self.file.hidden_size
+        if width and (hidden is None or (hidden.type, hidden.shape[-1]) != ("tensor(float)", width)):
+            raise BundleError(
+                f"{path}: the graph has no hidden states of width {width}, unlike the manifest says: "
+                "export the bundle again"
+            )
+        cache = inputs[f"past_key_values.{self.cache_names[0]}"]
+        if cache.type not in _CACHE_DTYPES:
+            raise BundleError(f"{path}: a cache of type {cache.type} is not supported")
+        if [cache.shape[1], cache.shape[3]] != [shape.num_key_value_heads, shape.head_dim]:
+            raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, unlike the manifest says")
+        return _CACHE_DTYPES[cache.type]
+
+
+def _session_options(provider: str, execution: ExecutionOptions) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as exceptions
+    options.enable_mem_pattern = False  # steps differ in length: patterns would accumulate
+    if execution.threads is not None:
+        options.intra_op_num_threads = execution.threads
+    # Threads take their share of an operator in smaller and smaller blocks; see bench/RESULTS.md.
+    options.add_session_config_entry("session.dynamic_block_base", "16")
+    if not execution.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if execution.interleaved:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    if provider == "cuda":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line of limited length."""
+    return " ".join(str(error).split())[:300]
