@@ -23,7 +23,7 @@ def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; see `errors.py`.
 
     0 success, 2 bad usage or input, 3 the machine failed, 130 interrupted (SIGTERM and SIGHUP act like Ctrl-C, so that
-    a command cleans up), 141 broken pipe. An `LlmEdgeError`, a full disk or memory and Ctrl-C become one line on stderr;
+    a command cleans up), 141 broken pipe. An `LlmEdgeError`, a full disk or memory and Ctrl-C print one line to stderr;
     anything else is a bug and keeps its traceback.
     """
     with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives

@@ -117,7 +117,8 @@ def read_control_tokens(section: Mapping[str, Any] | None, where: str, vocabular
             ids[role] = None if no_reasoning else _token(values[role], role, where, vocabulary)
         elif unknown and not reasoning:
             raise CheckpointError(
-                f"{where}: no key for the token {role} (found {', '.join(map(short_repr, unknown[:8]))}): name it {role}"
+                f"{where}: no key for the token {role} "
+                f"(found {', '.join(map(short_repr, unknown[:8]))}): name it {role}"
             )
         elif reasoning and not vocabulary.is_control(default):
             ids[role] = None

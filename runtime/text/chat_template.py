@@ -1,8 +1,8 @@
 """`ChatTemplate`: renders a conversation into the prompt's text, in a sandbox with limits.
 
 Chat templates are untrusted Jinja programs. They run in Jinja's immutable sandbox, restricted to allow-lists of
-methods, filters and functions, and on a budget: statements, loops, calls, operators and filters deduct their cost, and no
-value is built before its size is known to be acceptable. `_Instrumenter` rewrites the syntax tree so that what Jinja
+methods, filters and functions, and on a budget: statements, loops, calls, operators and filters deduct their cost, and
+no value is built before its size is known to be acceptable. `_Instrumenter` rewrites the syntax tree so that what Jinja
 compiles to plain Python is accounted for too. Apart from that the text equals transformers'
 `apply_chat_template(tokenize=False)`.
 """
