@@ -18,13 +18,13 @@ SCREENS = ("textual", "fastapi", "starlette", "uvicorn")
 # package -> which packages it may import besides itself, and of those listed as sets which modules only
 ARROWS: dict[str, dict[str, set[str] | None]] = {
     "runtime": {},
-    "model": {"runtime": {"errors", "safe_io", "show"}},
-    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "safe_io", "show"}},
+    "model": {"runtime": {"errors", "safe_io"}},
+    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "safe_io"}},
     # The reader owns the folder format; the backend runs graphs for validation.
     "exporter": {
         "model": None,
         "checkpoint": None,
-        "runtime": {"backend", "bundle", "command", "errors", "safe_io", "show"},
+        "runtime": {"backend", "bundle", "command", "errors", "safe_io"},
     },
     "finetune": {"model": None, "checkpoint": None, "runtime": None},
     "chat": {"runtime": None},

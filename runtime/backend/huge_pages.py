@@ -1,8 +1,8 @@
-"""Weights in large pages of memory. A hint to the kernel, on Linux alone; knows nothing of models.
+"""Moves weights into huge pages: a hint to the kernel on Linux 6.1 or newer, and nothing elsewhere.
 
-Decoding sweeps all weights once a token; in pages of 4 KiB a good part of that goes into address translation
-(bench/RESULTS.md). onnxruntime keeps its packed weights in ordinary memory, so the kernel is asked to gather what
-has been allocated into pages of 2 MiB: madvise(2), MADV_COLLAPSE, Linux 6.1 or newer. Elsewhere nothing happens.
+Decoding reads all weights for every token; with pages of 4 KiB much of that time is address translation
+(bench/RESULTS.md). onnxruntime allocates its packed weights in ordinary memory, so the kernel is asked to collapse it
+into pages of 2 MiB (madvise(2), MADV_COLLAPSE).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from llm_edge.runtime.backend import smaps
 PAGE = 2 << 20
 _MADV_COLLAPSE = 25
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_FULL = 0.9  # of a region must be in use: gathering fills it up
+_FULL = 0.9  # fraction of a region that must be resident: collapsing allocates the rest
 
 
 def collapse_pages() -> int:
-    """Ask for large pages in this process's own memory, where the machine's settings allow them.
+    """Collapse this process's private memory into huge pages, if the system's settings allow it.
 
     Returns:
-        bytes that lie in large pages now thanks to this call; never raises.
+        bytes moved to huge pages; never raises.
     """
     try:
         if "[never]" in _SETTING.read_text(encoding="ascii"):
@@ -32,7 +32,7 @@ def collapse_pages() -> int:
 
 
 def _regions(text: str) -> list[tuple[int, int]]:
-    """Start and size of private memory that is in use, in whole large pages, out of /proc/self/smaps (proc(5))."""
+    """Start and size, in whole huge pages, of resident private memory in the text of /proc/self/smaps (proc(5))."""
     found: list[tuple[int, int]] = []
     for region in smaps.parse(text):
         own = region.access == "rw-p" and (region.device, region.inode) == ("00:00", 0)

@@ -1,8 +1,8 @@
-"""Gives back memory that holds copies of a file's pages. A hint to the kernel, on Linux alone.
+"""Releases the resident pages of a memory-mapped file: a hint to the kernel on Linux, and nothing elsewhere.
 
-onnxruntime maps a bundle's weights, packs most of them into memory of its own, and leaves those mapped that another
-operator reads too (an embedding shared with the head): they were read once and would stay. What is needed again comes
-back from the file by itself.
+onnxruntime maps a bundle's weights, packs most of them into other memory, and keeps the mapping for those that another
+operator reads too (an embedding shared with the head). Pages that were read once would stay resident; those needed
+again are read from the file automatically.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _MADV_DONTNEED = 4
 
 
 def release(path: Path) -> int:
-    """Drop this process's copies of the pages of a mapped file, where nothing was written to them (madvise(2)).
+    """Release this process's clean pages of a mapped file (madvise(2)).
 
     Returns:
-        bytes that were dropped; never raises.
+        bytes released; never raises.
     """
     try:
         name = str(path.resolve())

@@ -1,7 +1,4 @@
-"""This process's memory, region by region, and hints to the kernel about it. Knows nothing of models or of files.
-
-Linux alone tells of regions (/proc/self/smaps, proc(5)) and takes such hints (madvise(2)); elsewhere there are none.
-"""
+"""The memory regions of this process (/proc/self/smaps, proc(5)) and hints about them (madvise(2)); Linux only."""
 
 from __future__ import annotations
 
@@ -15,17 +12,17 @@ _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ (\S+) (\d+) *(.*)$")
 
 @dataclass(slots=True)
 class Region:
-    """A part of the address space.
+    """A region of the address space.
 
     Attributes:
-        start: its first address.
+        start: first address.
         size: bytes.
-        access: letters for read, write, execute, and private or shared: `rw-p`.
-        device: of the mapped file; `00:00` where there is none.
-        inode: of the mapped file; 0 where there is none.
-        name: path of the mapped file, `[heap]` and the like, or nothing.
-        resident: bytes that are in memory.
-        dirty: bytes in memory that this process alone has changed.
+        access: permissions and whether it is private or shared, such as `rw-p`.
+        device: of the mapped file; `00:00` if there is none.
+        inode: of the mapped file; 0 if there is none.
+        name: path of the mapped file, a name such as `[heap]`, or empty.
+        resident: bytes in memory.
+        dirty: private bytes in memory that were modified.
     """
 
     start: int
@@ -39,7 +36,7 @@ class Region:
 
 
 def read() -> str:
-    """The kernel's text about this process; nothing where it tells nothing."""
+    """The content of /proc/self/smaps; empty where there is none."""
     try:
         return Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -47,7 +44,7 @@ def read() -> str:
 
 
 def parse(smaps: str) -> list[Region]:
-    """Regions out of the kernel's text."""
+    """The regions in the content of /proc/self/smaps."""
     found: list[Region] = []
     for line in smaps.splitlines():
         header = _HEADER.match(line)
@@ -62,7 +59,7 @@ def parse(smaps: str) -> list[Region]:
 
 
 def advise(start: int, size: int, advice: int) -> bool:
-    """Give the kernel a hint about some bytes of memory; whether it took it."""
+    """Call madvise(2); returns whether it succeeded."""
     try:
         madvise = ctypes.CDLL(None).madvise
     except (OSError, AttributeError):
