@@ -98,13 +98,11 @@ def verify_parity(
         writer: writer of the bundle.
         texts: texts for validation, and for calibration of models exported here.
         memory: memory limit in bytes.
-        progress: see `Progress`.
 
     Raises:
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
-    config = checkpoint.config
-    total_layers = config.num_hidden_layers
+    config, total_layers = checkpoint.config, checkpoint.config.num_hidden_layers
     required = memory_for(config, total_layers)
     layers = total_layers if required <= memory else _layers_within(config, min(memory, _TRUNCATED_GB * 1e9))
     truncated = dataclasses.replace(config, layers=config.layers[:layers])
@@ -136,9 +134,8 @@ def verify_parity(
         if recipe in recipes:
             qualities[recipe.name] = score(expected, session, partial(update, number, recipe.name))
         del session  # only one model in memory at a time
-        if recipe in temporary:
-            for file in writer.files(check, recipe):
-                file.unlink()
+        for file in writer.files(check, recipe) if recipe in temporary else ():
+            file.unlink()
     expected.path.unlink()
     check.rmdir()
     return Validation(layers, parities, qualities, required)

@@ -1,8 +1,8 @@
 """`check_program`: inspects the code in a TorchScript archive and accepts only arithmetic on tensors.
 
 TorchScript is a small language with Python's syntax. Some of its operators access files or arbitrary memory, and its
-classes may have methods that run when they are loaded. A decoder needs none of these: everything outside the allow-lists
-below is rejected. A file can then only compute, though possibly for a very long time.
+classes may have methods that run when they are loaded. A decoder needs none of these: everything outside the
+allow-lists below is rejected. A file can then only compute, though possibly for a very long time.
 """
 
 from __future__ import annotations
