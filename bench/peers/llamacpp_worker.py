@@ -29,7 +29,6 @@ def main() -> None:
     quiet = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(quiet, None)
     lib.llama_backend_init()
-
     model, context = load(lib, path, threads, sys.argv[3:])
     memory, vocab = lib.llama_get_memory(context), lib.llama_model_get_vocab(model)
     width = lib.llama_vocab_n_tokens(vocab)

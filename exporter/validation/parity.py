@@ -108,8 +108,7 @@ def verify_parity(
     truncated = dataclasses.replace(config, layers=config.layers[:layers])
     auxiliary = () if any(recipe.lossless for recipe in recipes) else (RECIPES["fp32"],)
     temporary = auxiliary if layers == total_layers else (*auxiliary, *recipes)
-    check = folder.parent / "check"
-    check.mkdir()
+    (check := folder.parent / "check").mkdir()
     if temporary:
         writer.write(check, truncated, checkpoint.weights, temporary, texts.calibration, progress)
     progress("validating", 0.0, "PyTorch")
