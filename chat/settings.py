@@ -8,11 +8,9 @@ be used is told (`Settings.trouble`), and kept under another name before anythin
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from llm_edge.runtime.errors import InputError, MachineError
-from llm_edge.runtime.safe_io import MIB, read_json
+from llm_edge.runtime.safe_io import MIB, read_json, write_atomically
 
 FILE: Final = "settings.json"
 _LIMIT = 4 * MIB
@@ -126,7 +124,9 @@ class Settings:
             try:
                 if self._file_trouble or section.name in self._section_troubles:
                     self._keep_damaged()
-                _replace(self.path, text)
+                path = Path(os.path.realpath(self.path))  # so that a link stays one
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, text.encode(), private=True)
             except OSError as e:
                 raise MachineError(f"{self.path}: cannot be written: {e.strerror or e}: make room, or allow it") from e
             self._values = values
@@ -188,20 +188,3 @@ def user_folder(variable: str, function: str) -> Path:
         raise InputError("saving needs platformdirs: pip install 'llm-edge[tui]'") from e
     path: Path = getattr(platformdirs, function)("llm-edge", appauthor=False)
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file of the user's alone in one step; where it is a link, what it leads to."""
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".settings-", suffix=".json")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 (a descriptor, not a path)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise

@@ -531,7 +531,7 @@ def test_save_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     def full(path: Path, mode: str, **options: Any) -> Any:
         opened(path, mode, **options).close()
-        return opened(Path("/dev/full"), "w", **options)
+        return opened(Path("/dev/full"), "wb", **options)
 
     monkeypatch.setattr(Path, "open", full)
     chat = Chat("Hello.")
@@ -612,7 +612,7 @@ def test_lines_that_cannot_be_answered(tiny_bundle: Path) -> None:
     assert done.stdout == chat(tiny_bundle, "--ask", "Hi", *FEW).stdout
     errors = done.stderr.decode().splitlines()[:3]
     assert errors[0] == "error: this line is not valid UTF-8: convert it first"
-    assert errors[1].endswith("tokens, the model's context holds 1024: shorten the prompt")
+    assert errors[1].endswith("tokens, but the model's context holds 1024: shorten the prompt")
     assert errors[2] == "error: /nonsense: unknown command; /help lists them"
     assert b"Traceback" not in done.stderr
 
@@ -622,7 +622,7 @@ def test_lines_that_cannot_be_answered(tiny_bundle: Path) -> None:
     [
         (["--ask", "  "], "--ask is empty"),
         (["--temperature", "-1"], "temperature"),
-        (["--precision", "fp8"], "holds no precision 'fp8'"),
+        (["--precision", "fp8"], "no precision 'fp8'"),
         (["--threads", "0"], "threads is 0"),
         (["--provider", "tpu"], "provider is 'tpu'"),
     ],
