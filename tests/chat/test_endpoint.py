@@ -398,7 +398,7 @@ def test_a_model_that_is_not_listed_and_a_list_that_is_not_there(
 def malformed() -> dict[str, Callable[[], Iterator[bytes]]]:
     deep = b'{"a":' * 20_000
     return {
-        "no JSON": lambda: iter([b"data: {\n\n"]),
+        "invalid JSON": lambda: iter([b"data: {\n\n"]),
         "no UTF-8": lambda: iter([b"data: \xff\xfe\n\n"]),
         "deep JSON": lambda: iter([b"data: " + deep + b"\n\n"]),
         "an array": lambda: iter([b"data: [1, 2]\n\n"]),

@@ -311,7 +311,7 @@ def test_escape_codes_pasted_into_a_field_do_not_reach_the_terminal(tmp_path: Pa
     [
         ("{", "not JSON"),
         ('{"presets": 3}', "presets: an object of models"),
-        ('{"presets": {"script": {"bad": 1}}}', "script, bad: an object of parameters"),
+        ('{"presets": {"script": {"bad": 1}}}', "script, bad: expected an object of parameters"),
         ('{"presets": {"script": {"b\\u001b[2Jd": {"temperature": "hot"}}}}', ""),
     ],
 )
