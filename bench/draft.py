@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from llm_edge.bench.copying import COPYING, PROSE
 from llm_edge.runtime.command import run
-from llm_edge.runtime.loading import LoadOptions
+from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.model import Model
 from llm_edge.runtime.sampling.params import SamplingParams
 

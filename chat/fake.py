@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,8 +151,8 @@ class FakeResponder:
         *,
         assistant_prefix: str = "",
         reasoning_prefix: str = "",
+        template_variables: Mapping[str, Any] | None = None,  # noqa: ARG002
     ) -> FakeReply:
-        """See `Responder`."""
         prompt = self.count(messages)
         assert self.context_length is not None
         if prompt >= self.context_length:

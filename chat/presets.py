@@ -50,7 +50,7 @@ class Presets:
         own = dict.fromkeys(self.own(model), "yours")
         return {MODELS_OWN: "", **own, **{name: DESCRIPTIONS[name] for name in PRESETS if name not in own}}
 
-    def values(self, model: str, name: str, knobs: ChatParameters) -> Mapping[str, Any]:
+    def values(self, model: str, name: str, parameters: ChatParameters) -> Mapping[str, Any]:
         """What `ChatParameters.changed` is with a preset.
 
         Raises:
@@ -59,26 +59,26 @@ class Presets:
         if name == MODELS_OWN:
             return {}
         own = self._of(model).get(name)
-        return own if own is not None else knobs.with_preset(name)
+        return own if own is not None else parameters.with_preset(name)
 
-    def use(self, model: str, name: str, knobs: ChatParameters) -> None:
-        """Turn the knobs to a preset.
+    def use(self, model: str, name: str, parameters: ChatParameters) -> None:
+        """Turn the parameters to a preset.
 
         Raises:
             ParameterError: there is none of this name, or it holds what a parameter cannot be.
         """
         try:
-            knobs.load(self.values(model, name, knobs))
+            parameters.load(self.values(model, name, parameters))
         except ParameterError as error:
             if name in self._of(model):
                 raise ParameterError(f"the preset {name} cannot be used: {error}") from error
             raise
 
-    def matching(self, model: str, knobs: ChatParameters) -> str | None:
+    def matching(self, model: str, parameters: ChatParameters) -> str | None:
         """Which preset has the values of now, if one has."""
-        return next((n for n in self.offered(model) if self.values(model, n, knobs) == knobs.changed), None)
+        return next((n for n in self.offered(model) if self.values(model, n, parameters) == parameters.changed), None)
 
-    def save(self, model: str, name: str, knobs: ChatParameters) -> str:
+    def save(self, model: str, name: str, parameters: ChatParameters) -> str:
         """Keep the values of now; a preset of a person's own of this name is replaced. Returns the name.
 
         Raises:
@@ -94,7 +94,7 @@ class Presets:
             raise ParameterError(f"preset: {name} is there already for all models: choose another name")
 
         def add(own: Own) -> Own:
-            return {**own, model: {**own.get(model, {}), name: dict(knobs.changed)}}
+            return {**own, model: {**own.get(model, {}), name: dict(parameters.changed)}}
 
         self._settings.change(SECTION, add)
         return name

@@ -8,21 +8,17 @@ be used is told (`Settings.trouble`), and kept under another name before anythin
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-import platformdirs
-
 from llm_edge.runtime.errors import InputError, MachineError
-from llm_edge.runtime.safe_io import MIB, read_json
+from llm_edge.runtime.safe_io import MIB, read_json, write_atomically
 
 FILE: Final = "settings.json"
 _LIMIT = 4 * MIB
@@ -128,7 +124,9 @@ class Settings:
             try:
                 if self._file_trouble or section.name in self._section_troubles:
                     self._keep_damaged()
-                _replace(self.path, text)
+                path = Path(os.path.realpath(self.path))  # so that a link stays one
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, text.encode(), private=True)
             except OSError as e:
                 raise MachineError(f"{self.path}: cannot be written: {e.strerror or e}: make room, or allow it") from e
             self._values = values
@@ -164,30 +162,29 @@ class Settings:
 
 
 def default_folder() -> Path:
-    """Where settings are kept: the folder that LLM_EDGE_CONFIG names, or the user's configuration folder.
+    """Where settings are stored: in the folder that LLM_EDGE_CONFIG names, or in the user's configuration folder.
 
     Raises:
-        InputError: the variable names no folder.
+        InputError: LLM_EDGE_CONFIG is not a folder, or platformdirs is not installed.
     """
-    folder = os.environ.get("LLM_EDGE_CONFIG", "")
-    try:
-        return Path(folder).expanduser() if folder else platformdirs.user_config_path("llm-edge", appauthor=False)
-    except RuntimeError as e:  # a ~ of nobody
-        raise InputError(f"LLM_EDGE_CONFIG: {folder}: {e}: name a folder") from e
+    return user_folder("LLM_EDGE_CONFIG", "user_config_path")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file of the user's alone in one step; where it is a link, what it leads to."""
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".settings-", suffix=".json")
+def user_folder(variable: str, function: str) -> Path:
+    """The folder that an environment variable names, or else what a function of platformdirs returns.
+
+    Raises:
+        InputError: the variable is not a folder, or platformdirs is needed and not installed.
+    """
+    folder = os.environ.get(variable, "")
     try:
-        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 (a descriptor, not a path)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
+        if folder:
+            return Path(folder).expanduser()
+    except RuntimeError as e:  # a home folder of an unknown user
+        raise InputError(f"{variable}: {folder}: {e}: set it to a folder") from e
+    try:
+        import platformdirs
+    except ImportError as e:
+        raise InputError("saving needs platformdirs: pip install 'llm-edge[tui]'") from e
+    path: Path = getattr(platformdirs, function)("llm-edge", appauthor=False)
+    return path

@@ -19,7 +19,8 @@ from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.base_model import BaseModel
 from llm_edge.runtime.errors import BusyError, InputError, MachineError, ParameterError
 from llm_edge.runtime.generation import AsyncGeneration
-from llm_edge.runtime.loading import LoadedBundle, LoadOptions, load
+from llm_edge.runtime.load_options import LoadOptions
+from llm_edge.runtime.loading import LoadedBundle, load
 from llm_edge.runtime.results import FinishReason
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.scheduling import cache_file

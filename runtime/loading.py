@@ -1,4 +1,4 @@
-"""Loads bundles: `LoadOptions` and `load`, which `Model`, `Engine` and draft models share."""
+"""Loads bundles: `load`, which `Model`, `Engine` and draft models share."""
 
 from __future__ import annotations
 
@@ -10,33 +10,8 @@ from llm_edge.runtime.backend.open import AnySession, open_session
 from llm_edge.runtime.backend.providers import cuda_works
 from llm_edge.runtime.bundle import TORCHSCRIPT, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, ParameterError
+from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How a bundle is loaded.
-
-    Attributes:
-        precision: one that the bundle contains; None = int8 if there is one, on CUDA fp16.
-        provider: `cpu`, `cuda`, or `auto`: CUDA where it works and has kernels for the graph's matmuls, else the CPU.
-        threads: per operator; None = the number of physical cores. TorchScript: of torch, for the whole process.
-        verify: compare the checksums of everything that is loaded. TorchScript is code and always needs it.
-        draft: folder of a smaller bundle with the same vocabulary, which proposes draft tokens; see `DraftModel`.
-        draft_precision: of that bundle; None as above.
-    """
-
-    precision: str | None = None
-    provider: str = "auto"
-    threads: int | None = None
-    verify: bool = True
-    draft: str | Path | None = None
-    draft_precision: str | None = None
-
-    @property
-    def draft_options(self) -> LoadOptions:
-        """The options for loading the draft model."""
-        return replace(self, precision=self.draft_precision, draft=None, draft_precision=None)
 
 
 @dataclass(frozen=True, slots=True)

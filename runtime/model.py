@@ -12,7 +12,8 @@ from llm_edge.runtime.base_model import BaseModel
 from llm_edge.runtime.embed import check_pooling, pooled
 from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.generation import Generation
-from llm_edge.runtime.loading import LoadedBundle, LoadOptions, load
+from llm_edge.runtime.load_options import LoadOptions
+from llm_edge.runtime.loading import LoadedBundle, load
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.scheduling.prefix import common_prefix

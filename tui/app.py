@@ -100,7 +100,7 @@ class ChatApp(App[None]):
         self.history = HistoryPanel(self.session)
         self.chat = ChatView()
         self.composer = Composer()
-        self.controls = ParameterPanel(self.session.knobs, Presets(self.settings))
+        self.controls = ParameterPanel(self.session.parameters, Presets(self.settings))
         self.instruments = Instruments()
         self._heading = Static("llm-edge", id="title", markup=False)
         self._load = load
@@ -219,16 +219,16 @@ class ChatApp(App[None]):
     async def _loaded(self, responder: Responder) -> None:
         self.loading = False
         before = self.session.responder
-        self.session.use(responder)
+        self.session.set_responder(responder)
         changed, self._changed = self._changed, {}
         try:
             for name, value in changed.items():
-                self.session.knobs.set(name, value)
+                self.session.parameters.set(name, value)
         except LlmEdgeError as error:
             self.say(str(error), "error")
         if before is not None and before is not responder:
             before.close()
-        self.controls.use(self.session.knobs, responder.name)
+        self.controls.use(self.session.parameters, responder.name)
         await self.show()
         if self._waiting is not None:
             question, self._waiting = self._waiting, None
@@ -372,7 +372,7 @@ class ChatApp(App[None]):
     async def action_go_on(self) -> None:
         """More of the last answer."""
         if path := self.session.conversation.path():
-            await self.answering(lambda session: session.go_on(path[-1]))
+            await self.answering(lambda session: session.continue_answer(path[-1]))
 
     def action_stop(self) -> None:
         """Stop the answer; with none on its way, write the next question."""

@@ -21,6 +21,7 @@ from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
+from llm_edge.runtime.model import Model
 from llm_edge.tui.app import ChatApp
 
 SIZES = ((80, 24), (120, 36))
@@ -76,7 +77,7 @@ Scene = Callable[[Stage], Awaitable[None]]
 
 async def _conversation(stage: Stage) -> None:
     for name, value in (("temperature", 0.0), ("max_tokens", 200)):
-        stage.app.session.knobs.set(name, value)
+        stage.app.session.parameters.set(name, value)
     await stage.ask("What is the capital of France?")
     await stage.ask(_CODE)
 
@@ -99,7 +100,7 @@ async def _questions(stage: Stage) -> None:
 
 
 async def _tokens(stage: Stage) -> None:
-    stage.app.session.knobs.set("logprobs", 5)
+    stage.app.session.parameters.set("logprobs", 5)
     await stage.ask("What is the capital of France?")
     await stage.press("f6")
     await stage.press("right", "right")
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     def draw() -> None:
-        responder = LocalResponder(options.bundle, options.precision)
+        responder = LocalResponder(Model.load(options.bundle, options.precision))
         options.folder.mkdir(parents=True, exist_ok=True)
         for name in options.scenes:
             svg = asyncio.run(play(SCENES[name], responder, SIZES[-1], lambda app: app.export_screenshot()))

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -88,6 +88,24 @@ def endpoints(settings: Settings) -> list[Endpoint]:
         with contextlib.suppress(InputError):
             found.append(Endpoint.from_stored(stored))
     return found
+
+
+def named_endpoint(url: str, model: str, key: str | None) -> Endpoint:
+    """The endpoint that a command line names.
+
+    Args:
+        url: base of the API, as `base_url` takes it.
+        model: the model's name.
+        key: where the API key is; None = where it was when this URL was last used, else there is none.
+
+    Raises:
+        InputError: the URL cannot be used.
+    """
+    url = base_url(url)
+    if key is None:
+        with contextlib.suppress(InputError):  # no settings without platformdirs
+            key = next((each.key for each in endpoints(Settings()) if each.url == url), "")
+    return Endpoint(url, model.strip(), key or "")
 
 
 def used(settings: Settings, endpoint: Endpoint) -> None:
@@ -215,9 +233,10 @@ class EndpointResponder:
         params: SamplingParams,
         *,
         assistant_prefix: str = "",
-        reasoning_prefix: str = "",  # noqa: ARG002 (nobody takes it back)
+        reasoning_prefix: str = "",  # noqa: ARG002 (endpoints do not accept it)
+        template_variables: Mapping[str, Any] | None = None,
     ) -> EndpointReply:
-        """See `Responder`. The request is made when the reply is iterated.
+        """Prepare a request, which is sent when the reply is iterated.
 
         Raises:
             InputError: there is something to be continued, and the endpoint is known not to do that, or the
@@ -227,16 +246,18 @@ class EndpointResponder:
         from llm_edge.chat.endpoint.reply import EndpointReply
 
         body = endpoint_body.body(self.name, messages, params)
+        if template_variables:  # as vLLM and llama.cpp call it
+            body["extra_body"]["chat_template_kwargs"] = dict(template_variables)
         characters = sum(len(each["content"]) for each in body["messages"])
         tokens = math.ceil(characters * self._density)
         if self.context_length is not None and tokens > self.context_length:
             raise ContextLengthError(tokens, self.context_length)
         if assistant_prefix:
-            endpoint_body.let_continue(body, assistant_prefix, self.endpoint.url, self._owner)
+            endpoint_body.add_prefix(body, assistant_prefix, self.endpoint.url, self._owner)
         stream = partial(self._stream, body, characters)
         return EndpointReply(stream, params, assistant_prefix, self._id, self._patience)
 
-    def _stream(self, body: Mapping[str, Any], characters: int, on_socket: OnSocket) -> Iterator[Any]:
+    def _stream(self, body: Mapping[str, Any], characters: int, on_socket: OnSocket) -> Generator[Any]:
         """The chunks of an answer; learns from a refusal how long a conversation may be."""
         try:
             yield from self._wire.stream(body, on_socket)

@@ -6,12 +6,12 @@ import contextlib
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llm_edge.chat.endpoint.thinking import Thinking
+from llm_edge.chat.stream_reader import StreamReader
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
 from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
@@ -22,94 +22,56 @@ if TYPE_CHECKING:
     from llm_edge.chat.endpoint.http import OnSocket
 
 MOST_TEXT = 4 << 20  # characters of an answer
-_WAITING = 512  # chunks that may wait to be looked at
+_MAX_QUEUED = 512  # chunks read ahead
 _ECHO = 16  # characters: what is shorter may well be said again
 _MOST_TOKENS = 1 << 31
 _RUNNERS_UP = 20
 _AFTERWARDS = 2.0  # seconds
 
 
-class Exchange:
-    """A thread that reads chunks ahead, so that nobody has to wait for the network where an answer is to be ended.
+class Connection:
+    """The chunks of one streamed answer; cancelling shuts the socket down, which the endpoint notices.
 
     Args:
-        stream: gives the chunks, and tells of the socket they come through.
+        stream: opens the stream, and passes its socket to the callback.
     """
 
-    def __init__(self, stream: Callable[[OnSocket], Iterator[Any]]) -> None:
+    def __init__(self, stream: Callable[[OnSocket], Generator[Any]]) -> None:
         self._stream = stream
-        self._chunks: deque[Any] = deque()
-        self._ended = False
-        self._failure: LlmEdgeError | None = None
         self._cancelled = False
         self._socket: socket.socket | None = None
-        self._changed = threading.Condition()
-        threading.Thread(target=self._run, name="llm-chat-endpoint", daemon=True).start()
-
-    def next(self, seconds: float) -> Any | None:
-        """The next chunk; None at the end, also where it was cancelled.
-
-        Raises:
-            LlmEdgeError: what ended it.
-            TimeoutError: nothing came for so long.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._chunks or self._ended or self._cancelled, seconds):
-                raise TimeoutError
-            if self._cancelled:
-                return None
-            if self._chunks:
-                self._changed.notify_all()
-                return self._chunks.popleft()
-            if self._failure is not None:
-                raise self._failure
-            return None
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._cancelled
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """End it now; the connection is cut, so that the endpoint knows too."""
-        with self._changed:
+        """End the stream now."""
+        with self._lock:
             self._cancelled = True
-            self._cut()
-            self._changed.notify_all()
+            self._shut_down()
 
-    def _run(self) -> None:
-        failure: LlmEdgeError | None = None
+    def __iter__(self) -> Iterator[Any]:
         try:
-            chunks = self._stream(self._on_socket)
-            try:
+            with contextlib.closing(self._stream(self._on_socket)) as chunks:
                 for chunk in chunks:
-                    with self._changed:
-                        self._changed.wait_for(lambda: len(self._chunks) < _WAITING or self._cancelled)
-                        if self._cancelled:
-                            break
-                        self._chunks.append(chunk)
-                        self._changed.notify_all()
-            finally:
-                if hasattr(chunks, "close"):
-                    chunks.close()
-        except LlmEdgeError as error:
-            failure = error
-        except Exception as error:  # noqa: BLE001 (whatever a stranger's stream makes of the client)
-            failure = MachineError(f"the endpoint's answer could not be read ({type(error).__name__})")
-        with self._changed:
-            self._socket, self._failure, self._ended = None, failure, True
-            self._changed.notify_all()
+                    if self._cancelled:
+                        return
+                    yield chunk
+        except LlmEdgeError:
+            raise
+        except Exception as error:  # whatever an untrusted stream makes the client raise
+            raise MachineError(f"the endpoint's answer could not be read ({type(error).__name__})") from error
+        finally:
+            self._socket = None
 
     def _on_socket(self, found: socket.socket) -> None:
-        with self._changed:
+        with self._lock:
             self._socket = found
             if self._cancelled:
-                self._cut()
+                self._shut_down()
 
-    def _cut(self) -> None:
+    def _shut_down(self) -> None:
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # wakes a reader, which closing does not
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # unlike closing, this wakes a blocked reader
 
 
 class EndpointReply:
@@ -125,7 +87,7 @@ class EndpointReply:
 
     def __init__(
         self,
-        stream: Callable[[OnSocket], Iterator[Any]],
+        stream: Callable[[OnSocket], Generator[Any]],
         params: SamplingParams,
         begin: str,
         number: Callable[[str], int | None],
@@ -137,7 +99,7 @@ class EndpointReply:
         self._echo = begin if len(begin) >= _ECHO else ""
         self._number = number
         self._patience = patience
-        self._exchange: Exchange | None = None
+        self._reader: StreamReader[Any] | None = None
         self._cancelled = False
         self._lock = threading.Lock()
 
@@ -145,8 +107,8 @@ class EndpointReply:
         """See `Reply`."""
         with self._lock:
             self._cancelled = True
-            if self._exchange is not None:
-                self._exchange.cancel()
+            if self._reader is not None:
+                self._reader.cancel()
 
     def adjust(self, params: SamplingParams) -> None:
         """See `Reply`: an endpoint cannot be told anything once it answers."""
@@ -156,20 +118,20 @@ class EndpointReply:
             if self._cancelled:
                 yield GenerationChunk("", None, FinishReason.CANCELLED, Timings(0, 0, 0.0, 0.0, 0.0))
                 return
-            exchange = self._exchange = Exchange(self._stream)
+            reader = self._reader = StreamReader(Connection(self._stream), _MAX_QUEUED)
         try:
-            yield from self._pieces(exchange)
+            yield from self._chunks(reader)
         finally:
-            exchange.cancel()
+            reader.cancel()
 
-    def _pieces(self, exchange: Exchange) -> Iterator[GenerationChunk]:
+    def _chunks(self, reader: StreamReader[Any]) -> Iterator[GenerationChunk]:
         began = first = last = time.perf_counter()
         chunks = tokens = thought = length = 0
         thinking = Thinking(not self._begun)
         reason: FinishReason | None = None
         usage: Any = None
         held = ""
-        while (chunk := self._next(exchange, ending=reason is not None)) is not None:
+        while (chunk := self._next(reader, ending=reason is not None)) is not None:
             usage = getattr(chunk, "usage", None) or usage
             choice = _first(getattr(chunk, "choices", None))
             chunks += 1
@@ -199,7 +161,7 @@ class EndpointReply:
             if tokens > 2 * self._params.max_tokens + 64:  # it was told the limit, and passes over it
                 reason = FinishReason.LENGTH
                 break
-        if exchange.cancelled:
+        if reader.cancelled:
             reason = FinishReason.CANCELLED
         if held:
             tokens += 1
@@ -222,10 +184,10 @@ class EndpointReply:
         )
         yield GenerationChunk("", None, reason, timings)
 
-    def _next(self, exchange: Exchange, *, ending: bool) -> Any | None:
+    def _next(self, reader: StreamReader[Any], *, ending: bool) -> Any | None:
         """The next chunk; behind the end of the answer only figures can follow, and not every endpoint sends them."""
         try:
-            return exchange.next(_AFTERWARDS if ending else self._patience)
+            return reader.next(_AFTERWARDS if ending else self._patience)
         except TimeoutError:
             if ending:
                 return None

@@ -1,4 +1,4 @@
-"""Import of the archive that ChatGPT exports. Knows the store only by `adopt`, and nothing of screens.
+"""Import of the archive that ChatGPT exports. Knows the store only by `import_conversation`, and nothing of screens.
 
 The archive is a zip with conversations.json, or conversations-000.json and so on: an array of conversations, each a
 tree of nodes in `mapping`, linked by `parent`; `current_node` is the last one that was shown. An answer is often
@@ -47,7 +47,7 @@ class Imported:
 class Shelf(Protocol):
     """What an import needs of a store."""
 
-    def adopt(self, conversation: Conversation, foreign_id: str, foreign_ids: dict[int, str]) -> bool:
+    def import_conversation(self, conversation: Conversation, foreign_id: str, foreign_ids: dict[int, str]) -> bool:
         """Store a conversation, if it is not there already; returns whether anything was stored."""
 
 
@@ -66,7 +66,7 @@ def import_archive(path: Path, shelf: Shelf) -> Imported:
             except (TypeError, ValueError):
                 unreadable += 1
             else:
-                new += shelf.adopt(conversation, name, names)
+                new += shelf.import_conversation(conversation, name, names)
     except _DamageError as e:
         so_far = f" ({new} conversations before that were imported)" if new else ""
         raise InputError(f"{path}: {e}{so_far}") from e

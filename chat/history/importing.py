@@ -49,7 +49,7 @@ def import_file(name: str, store: Store, tell: Callable[[int], bool] | None = No
         conversation = transcript.read(path)
         for message in conversation.messages.values():
             message.figures = _figures(message.figures)
-        return Imported(int(store.adopt(conversation)), 0)
+        return Imported(int(store.import_conversation(conversation)), 0)
     return chatgpt.import_archive(path, _Told(store, tell))
 
 
@@ -59,11 +59,11 @@ class _Told:
     def __init__(self, store: Store, tell: Callable[[int], bool] | None) -> None:
         self._store, self._tell, self._count = store, tell, 0
 
-    def adopt(self, conversation: Conversation, foreign_id: str, foreign_ids: dict[int, str]) -> bool:
+    def import_conversation(self, conversation: Conversation, foreign_id: str, foreign_ids: dict[int, str]) -> bool:
         self._count += 1
         if self._tell is not None and not self._tell(self._count):
             raise InputError(f"the import was ended after {self._count - 1} conversations: what came before stays")
-        return self._store.adopt(conversation, foreign_id, foreign_ids)
+        return self._store.import_conversation(conversation, foreign_id, foreign_ids)
 
 
 def _begins_an_object(path: Path) -> bool:

@@ -9,32 +9,29 @@ How conversations are listed and found stands in `finder.py`.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import platformdirs
-
 from llm_edge.chat.history.conversation import ROLES, USER, Conversation, Message, title_of
 from llm_edge.chat.history.search import Finder
+from llm_edge.chat.settings import user_folder
 from llm_edge.chat.text import one_line, without_surrogates
 from llm_edge.runtime.errors import InputError
 
 LEAF: Final = -1  # as a parent: the last message that is shown
-KEEP_EVERY = 0.5  # seconds between writes of an answer that grows
+SAVE_INTERVAL = 0.5  # seconds between writes of an answer that is being generated
 KEPT_DAYS = 30  # how long a deleted conversation can be restored
 
 
 def default_path() -> Path:
-    """Where conversations are kept: the folder that LLM_EDGE_DATA names, or the user's data folder."""
-    folder = os.environ.get("LLM_EDGE_DATA", "")
-    try:
-        data = Path(folder).expanduser() if folder else platformdirs.user_data_path("llm-edge", appauthor=False)
-    except RuntimeError as e:  # a ~ of nobody
-        raise InputError(f"LLM_EDGE_DATA: {folder}: {e}: name a folder") from e
-    return data / "conversations.sqlite3"
+    """Where conversations are stored: in the folder that LLM_EDGE_DATA names, or in the user's data folder.
+
+    Raises:
+        InputError: LLM_EDGE_DATA is not a folder, or platformdirs is not installed.
+    """
+    return user_folder("LLM_EDGE_DATA", "user_data_path") / "conversations.sqlite3"
 
 
 class Store(Finder):
@@ -234,17 +231,7 @@ class Store(Finder):
             if not self._database.execute("UPDATE conversations SET deleted = NULL WHERE id = ?", (number,)).rowcount:
                 raise InputError(f"conversation {number} cannot be restored: it was deleted for good")
 
-    def purge(self) -> int:
-        """Delete for good whatever was deleted, and leave no trace of it in the file; returns how many went."""
-        with self._database.change():
-            gone = self._database.execute("DELETE FROM conversations WHERE deleted IS NOT NULL").rowcount
-            if gone and self._database.indexed:
-                self._database.execute("INSERT INTO message_index (message_index) VALUES ('rebuild')")
-        with self._database.use():
-            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        return gone
-
-    def adopt(
+    def import_conversation(
         self, conversation: Conversation, foreign_id: str = "", foreign_ids: Mapping[int, str] | None = None
     ) -> bool:
         """Store a conversation that was made elsewhere, under new ids, which the given one does not learn.

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
 from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import ParameterError
-from llm_edge.runtime.loading import LoadedBundle, LoadOptions, load
+from llm_edge.runtime.load_options import LoadOptions
+from llm_edge.runtime.loading import LoadedBundle, load
 from llm_edge.runtime.scheduling.prefix import common_prefix
 from llm_edge.runtime.scheduling.sequence import aligned_prefix
 from llm_edge.runtime.speculative.prompt_lookup import PromptLookup

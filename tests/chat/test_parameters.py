@@ -37,12 +37,12 @@ DEFAULTS = SamplingParams(temperature=0.7, top_p=0.95, repetition_penalty=1.1, s
     ],
 )
 def test_what_is_typed_is_what_the_runtime_gets(name: str, text: str, value: Any) -> None:
-    knobs = ChatParameters(DEFAULTS)
-    knobs.set_text(name, text)
-    assert getattr(knobs.params, name) == value
+    parameters = ChatParameters(DEFAULTS)
+    parameters.set_text(name, text)
+    assert getattr(parameters.params, name) == value
     again = ChatParameters(DEFAULTS)
-    again.set_text(name, knobs.text(name))  # what is shown can be typed
-    assert again.params == knobs.params
+    again.set_text(name, parameters.text(name))  # what is shown can be typed
+    assert again.params == parameters.params
 
 
 @pytest.mark.parametrize(
@@ -63,50 +63,52 @@ def test_what_is_typed_is_what_the_runtime_gets(name: str, text: str, value: Any
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line_and_changes_nothing(name: str, text: str) -> None:
-    knobs = ChatParameters(DEFAULTS)
-    knobs.set_text("top_k", "7")
-    before = knobs.params
+    parameters = ChatParameters(DEFAULTS)
+    parameters.set_text("top_k", "7")
+    before = parameters.params
     with pytest.raises(ParameterError) as refusal:
-        knobs.set_text(name, text)
+        parameters.set_text(name, text)
     assert name in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    assert knobs.params == before
-    assert knobs.changed == {"top_k": 7}
+    assert parameters.params == before
+    assert parameters.changed == {"top_k": 7}
 
 
 def test_a_value_like_the_models_own_is_not_a_change() -> None:
-    knobs = ChatParameters(DEFAULTS)
-    for knob in EDITABLE.values():
-        knobs.set_text(knob.name, knobs.text(knob.name))
-    assert knobs.changed == {}
-    assert knobs.params == DEFAULTS
+    parameters = ChatParameters(DEFAULTS)
+    for parameter in EDITABLE.values():
+        parameters.set_text(parameter.name, parameters.text(parameter.name))
+    assert parameters.changed == {}
+    assert parameters.params == DEFAULTS
 
 
 @pytest.mark.parametrize(
-    "knob", [knob for knob in EDITABLE.values() if knob.kind not in ("strings", "text")], ids=lambda k: k.name
+    "parameter",
+    [parameter for parameter in EDITABLE.values() if parameter.kind not in ("strings", "text")],
+    ids=lambda k: k.name,
 )
-def test_turning_goes_as_far_as_it_goes_and_back(knob: Any) -> None:
-    knobs = ChatParameters(SamplingParams(max_tokens=65))
-    start = knobs.value(knob.name)
-    knobs.step(knob.name, 1)
-    high, low = (knob.slider.high, knob.slider.low) if knob.slider else (True, False)
-    assert knobs.value(knob.name) != start or start == high
-    knobs.step(knob.name, 10_000_000_000)
-    assert knobs.value(knob.name) == high
-    knobs.step(knob.name, -10_000_000_000)
-    lowest = None if knob.optional else low
-    assert knobs.value(knob.name) == lowest
-    json.dumps(knobs.changed, allow_nan=False)
+def test_turning_goes_as_far_as_it_goes_and_back(parameter: Any) -> None:
+    parameters = ChatParameters(SamplingParams(max_tokens=65))
+    start = parameters.value(parameter.name)
+    parameters.step(parameter.name, 1)
+    high, low = (parameter.slider.high, parameter.slider.low) if parameter.slider else (True, False)
+    assert parameters.value(parameter.name) != start or start == high
+    parameters.step(parameter.name, 10_000_000_000)
+    assert parameters.value(parameter.name) == high
+    parameters.step(parameter.name, -10_000_000_000)
+    lowest = None if parameter.optional else low
+    assert parameters.value(parameter.name) == lowest
+    json.dumps(parameters.changed, allow_nan=False)
 
 
 def test_a_schema_becomes_a_constraint() -> None:
-    knobs = ChatParameters(DEFAULTS)
-    knobs.set_text("json_schema", " {} ")
-    assert knobs.params.constraint == Constraint.json()
-    knobs.set_text("json_schema", '{"type": "string"}')
-    assert knobs.params.constraint == Constraint.json_schema({"type": "string"})
-    knobs.set_text("json_schema", "")
-    assert knobs.params == DEFAULTS
+    parameters = ChatParameters(DEFAULTS)
+    parameters.set_text("json_schema", " {} ")
+    assert parameters.params.constraint == Constraint.json()
+    parameters.set_text("json_schema", '{"type": "string"}')
+    assert parameters.params.constraint == Constraint.json_schema({"type": "string"})
+    parameters.set_text("json_schema", "")
+    assert parameters.params == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -132,28 +134,28 @@ def test_a_schema_that_can_be_followed_passes(schema: str) -> None:
 def test_a_preset_of_the_runtime_does_what_the_runtime_does(tmp_path: Path, name: str) -> None:
     odd = SamplingParams(temperature=0.2, typical_p=0.5, top_n_sigma=1.0, xtc_threshold=0.3, min_p=0.2)
     for defaults in (DEFAULTS, odd):
-        knobs = ChatParameters(defaults, {"max_tokens": 9, "top_k": 3, "system": "Be brief."})
-        expected = apply_preset(name, knobs.params)
-        Presets(Settings(tmp_path)).use("m", name, knobs)
-        assert knobs.params == expected
-        assert knobs.system == "Be brief."
-        assert Presets(Settings(tmp_path)).matching("m", knobs) == name
+        parameters = ChatParameters(defaults, {"max_tokens": 9, "top_k": 3, "system": "Be brief."})
+        expected = apply_preset(name, parameters.params)
+        Presets(Settings(tmp_path)).use("m", name, parameters)
+        assert parameters.params == expected
+        assert parameters.system == "Be brief."
+        assert Presets(Settings(tmp_path)).matching("m", parameters) == name
         assert (
-            ChatParameters(defaults, json.loads(json.dumps(knobs.changed))).params == expected
+            ChatParameters(defaults, json.loads(json.dumps(parameters.changed))).params == expected
         )  # as it is kept with an answer
 
 
 def test_presets_are_kept_for_a_model(tmp_path: Path) -> None:
     presets = Presets(Settings(tmp_path))
-    knobs = ChatParameters(DEFAULTS, {"temperature": 0.1, "stop": ["a\nb"], "system": "Be brief."})
-    assert presets.save("m", "  my \x1b[31m own ", knobs) == "my [31m own"
+    parameters = ChatParameters(DEFAULTS, {"temperature": 0.1, "stop": ["a\nb"], "system": "Be brief."})
+    assert presets.save("m", "  my \x1b[31m own ", parameters) == "my [31m own"
     again = Presets(Settings(tmp_path))
     assert again.own("m") == ["my [31m own"]
     assert again.own("another") == []
     assert [*again.offered("m")][:2] == [MODELS_OWN, "my [31m own"]
     fresh = ChatParameters(DEFAULTS, {"top_k": 4})
     again.use("m", "my [31m own", fresh)
-    assert fresh.changed == knobs.changed
+    assert fresh.changed == parameters.changed
     assert again.matching("m", fresh) == "my [31m own"
     again.use("m", MODELS_OWN, fresh)
     assert fresh.params == DEFAULTS
@@ -165,12 +167,12 @@ def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_p
     presets = Presets(Settings(tmp_path))
     for temperature in (0.1, 0.2):
         presets.save("m", "mine", ChatParameters(DEFAULTS, {"temperature": temperature}))
-    knobs = ChatParameters(DEFAULTS)
-    presets.use("m", "mine", knobs)
-    assert knobs.changed == {"temperature": 0.2}
+    parameters = ChatParameters(DEFAULTS)
+    presets.use("m", "mine", parameters)
+    assert parameters.changed == {"temperature": 0.2}
     for name in ("greedy", MODELS_OWN, "", "   ", "\x1b\x07", "x" * 41):
         with pytest.raises(ParameterError):
-            presets.save("m", name, knobs)
+            presets.save("m", name, parameters)
     for name in ("greedy", "nobody's", ""):
         with pytest.raises(ParameterError):
             presets.delete("m", name)
@@ -182,10 +184,10 @@ def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_p
 def test_a_preset_that_cannot_be_is_told_and_turns_nothing(tmp_path: Path, changed: dict[str, Any]) -> None:
     text = json.dumps({"presets": {"m": {"bad": {"min_p": 0.1, **changed}}}})
     (tmp_path / "settings.json").write_text(text, encoding="utf-8")
-    presets, knobs = Presets(Settings(tmp_path)), ChatParameters(DEFAULTS, {"top_k": 4})
+    presets, parameters = Presets(Settings(tmp_path)), ChatParameters(DEFAULTS, {"top_k": 4})
     with pytest.raises(ParameterError, match="the preset bad cannot be used"):
-        presets.use("m", "bad", knobs)
-    assert knobs.changed == {"top_k": 4}
+        presets.use("m", "bad", parameters)
+    assert parameters.changed == {"top_k": 4}
 
 
 def test_what_an_answer_was_made_with_fits_on_a_line() -> None:

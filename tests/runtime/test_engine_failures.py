@@ -27,7 +27,8 @@ from llm_edge.runtime.errors import (
     MachineError,
     ParameterError,
 )
-from llm_edge.runtime.loading import LoadOptions, load
+from llm_edge.runtime.load_options import LoadOptions
+from llm_edge.runtime.loading import load
 from llm_edge.runtime.scheduling.batch import Batch
 
 Load = Callable[..., Engine]

@@ -68,7 +68,7 @@ def test_a_theme_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_themes_of_every_kind_draw_every_part(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, Said(MARKDOWN, reasoning="So."), size=(120, 40)) as (app, pilot, _):
-            app.session.knobs.set("logprobs", 3)
+            app.session.parameters.set("logprobs", 3)
             await ask(pilot, "Show me all.")
             await pilot.press("f3")
             for name in ("ansi-dark", "ansi-light", "textual-light", "high-contrast"):
@@ -227,7 +227,7 @@ def test_what_was_thought_stays_when_an_answer_goes_on(tmp_path: Path) -> None:
     async def scene() -> None:
         said = Said("one two three four", reasoning="Let me count")
         async with app_with(tmp_path, said, size=(80, 24)) as (app, pilot, fake):
-            app.session.knobs.set("max_tokens", 5)
+            app.session.parameters.set("max_tokens", 5)
             await ask(pilot, "Count.")
             answer = app.session.conversation.path()[-1]
             assert (answer.reasoning, answer.content) == ("Let me count", "one two")

@@ -15,12 +15,14 @@ from textual.widgets import Button
 from tui_driving import app_with, ask, drive, screen, until, views
 from tui_driving import shown as drawn
 
-from llm_edge.chat.comparison import Comparison, ComparisonSide, InMemoryStore
+from llm_edge.chat.comparison import Comparison, ComparisonSide
 from llm_edge.chat.fake import FakeResponder, Said
 from llm_edge.chat.history.conversation import ASSISTANT, Conversation, Message
+from llm_edge.chat.history.memory_store import InMemoryStore
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.runtime.errors import MachineError
+from llm_edge.runtime.model import Model
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.compare import CompareScreen, Kept
 from llm_edge.tui.screens.models import ModelsScreen
@@ -157,7 +159,7 @@ def test_two_settings_of_one_model(tmp_path: Path, size: tuple[int, int]) -> Non
             assert "omega" in text
             assert "model's own" in text
             assert "temperature 0.0" in text
-            await until(pilot, lambda: all("1 tokens · " in drawn(view) for view in shown.query(MessageView)))
+            await until(pilot, lambda: all("1 token · " in drawn(view) for view in shown.query(MessageView)))
             assert [each[1].temperature for each in fake.asked] == [0.7, 0.0]
             assert app.focused is shown.query_one("#keep-0", Button)
             await pilot.press("2")
@@ -240,12 +242,12 @@ def test_leaving_keeps_nothing_and_escape_stops_first(tmp_path: Path) -> None:
 def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 40)) as (app, pilot, fake):
-            app.session.knobs.set("system", "Be brief.")
-            app.session.knobs.set("top_k", 9)
+            app.session.parameters.set("system", "Be brief.")
+            app.session.parameters.set("top_k", 9)
             await pilot.press("f7")
             await pilot.pause()
             shown = compare(app)
-            assert [each.session.knobs.changed for each in shown.sides] == [
+            assert [each.session.parameters.changed for each in shown.sides] == [
                 {"system": "Be brief.", "top_k": 9},
                 {"system": "Be brief."},
             ]
@@ -263,7 +265,7 @@ def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
             await both(pilot, "Why?")
             assert [each[1].temperature for each in fake.asked] == [0.65, 0.75]
             assert [each[1].top_k for each in fake.asked] == [9, 0]
-            assert app.session.knobs.changed == {"system": "Be brief.", "top_k": 9}  # the chat's stay
+            assert app.session.parameters.changed == {"system": "Be brief.", "top_k": 9}  # the chat's stay
 
     drive(scene())
 
@@ -281,7 +283,7 @@ async def with_another(tmp_path: Path, other: FakeResponder) -> AsyncIterator[tu
             kept.extend([found] if found is not None else [])
 
         assert app.session.responder is not None
-        app.push_screen(CompareScreen(app.session.responder, app.session.knobs, choose=choose), done)
+        app.push_screen(CompareScreen(app.session.responder, app.session.parameters, choose=choose), done)
         await until(pilot, lambda: isinstance(app.screen, CompareScreen))
         await pilot.press("f4")
         await until(pilot, lambda: compare(app).sides[1].responder is other)
@@ -319,7 +321,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
                 return fail
 
             assert app.session.responder is not None
-            app.push_screen(CompareScreen(app.session.responder, app.session.knobs, choose=choose))
+            app.push_screen(CompareScreen(app.session.responder, app.session.parameters, choose=choose))
             await until(pilot, lambda: isinstance(app.screen, CompareScreen))
             await pilot.press("f4")
             await until(pilot, lambda: "no [31mmemory" in screen(app))
@@ -331,7 +333,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
 def test_the_tokens_of_a_side(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "alpha", "omega") as (app, pilot, _):
-            app.session.knobs.set("logprobs", 3)
+            app.session.parameters.set("logprobs", 3)
             await pilot.press("f7")
             await pilot.pause()
             shown = await both(pilot, "Why?")
@@ -389,7 +391,7 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
     async def scene() -> None:
         async with app_with(tmp_path, "from the script", size=(120, 40)) as (app, pilot, fake):
             for name, value in (("max_tokens", 7), ("logprobs", 4)):
-                app.session.knobs.set(name, value)
+                app.session.parameters.set(name, value)
             await pilot.press("f7")
             await pilot.pause()
             shown = compare(app)
@@ -421,7 +423,7 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
 
 
 def test_what_tokens_say_makes_up_the_answer(tiny_bundle: Path) -> None:
-    responder = LocalResponder(tiny_bundle, "fp32")
+    responder = LocalResponder(Model.load(tiny_bundle, "fp32"))
     text = "Hi there,\n  how are you? "
     model = responder._model
     ids = model.tokenizer.encode(text)

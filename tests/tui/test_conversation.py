@@ -38,7 +38,7 @@ def test_an_answer_streams_and_stays(tmp_path: Path, size: tuple[int, int]) -> N
             await pilot.pause()
             question, answer = (shown(view) for view in views(app))
             assert "How?" in question
-            for text in ("def greet", "return 1", "ls", "Done.", "tokens", "tok/s", "first after", "fake", "complete"):
+            for text in ("def greet", "return 1", "ls", "Done.", "tokens", "tok/s", "first token", "fake", "complete"):
                 assert text in answer
             assert "```" not in answer
             assert fake.asked[0][0] == [{"role": "user", "content": "How?"}]
@@ -255,7 +255,7 @@ def test_editing_branches(tmp_path: Path) -> None:
 def test_go_on(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two three four") as (app, pilot, fake):
-            app.session.knobs.set("max_tokens", 2)
+            app.session.parameters.set("max_tokens", 2)
             await ask(pilot, "Count.")
             assert app.session.conversation.path()[-1].content == "one two"
             assert "cut off at the limit" in shown(views(app)[-1])
@@ -273,11 +273,11 @@ def test_a_thought_that_was_cut_off_is_thought_to_its_end(tmp_path: Path) -> Non
     async def scene() -> None:
         said = Said("The end.", reasoning="one two three four")
         async with app_with(tmp_path, said) as (app, pilot, _):
-            app.session.knobs.set("max_tokens", 2)
+            app.session.parameters.set("max_tokens", 2)
             await ask(pilot, "Count.")
             answer = app.session.conversation.path()[-1]
             assert (answer.reasoning, answer.content) == ("one two", "")
-            app.session.knobs.set("max_tokens", 50)
+            app.session.parameters.set("max_tokens", 50)
             await pilot.press("ctrl+g")
             await until(pilot, lambda: answer.content == "The end." and app.session.answering is None)
             assert answer.reasoning == "one two three four"
@@ -394,7 +394,7 @@ def test_an_answer_that_cannot_be_kept_goes_on(tmp_path: Path, monkeypatch: pyte
             monkeypatch.setattr(app.session.store, "update", full)
             await ask(pilot, "Count.")
             assert "one two three" in shown(views(app)[-1])
-            assert "not kept: no room on the disk" in shown(views(app)[-1])
+            assert "not saved: no room on the disk" in shown(views(app)[-1])
             monkeypatch.undo()
             await ask(pilot, "Again.")
             assert "not kept" not in shown(views(app)[-1])

@@ -96,7 +96,7 @@ def test_a_bare_state_dict_asks_for_what_it_does_not_say_and_then_answers(place:
             assert app.session.responder is not None
             assert app.session.responder.detail == "fp32"
             assert (place / "artifacts/model/manifest.json").exists()
-            app.session.apply_change(lambda knobs: knobs.set("max_tokens", 4))
+            app.session.apply_change(lambda parameters: parameters.set("max_tokens", 4))
             await ask(pilot, "Second?")
             path = app.session.conversation.path()
             assert [each.content for each in path[:2]] == ["First?", "From the script."]

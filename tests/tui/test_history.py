@@ -182,7 +182,7 @@ def test_thousands_come_as_they_are_looked_at(tmp_path: Path) -> None:
             old = Conversation(title=f"talk {number}", created=NOW - number * DAY, updated=NOW - number * DAY)
             old.attach(Message(1, None, "user", "needle"))
             old.leaf = 1
-            store.adopt(old)
+            store.import_conversation(old)
         store.pin(count)
 
     async def scene() -> None:
@@ -225,7 +225,7 @@ def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
         foreign.attach(Message(1, None, "user", foul))
         foreign.attach(Message(2, 1, "assistant", foul, reasoning=foul, model=foul, params={"seed": foul}))
         foreign.leaf = 2
-        store.adopt(foreign)
+        store.import_conversation(foreign)
         store._database.execute("UPDATE conversations SET title = ?", (foul,))  # past all that tidies it up
 
     async def scene() -> None:
@@ -483,7 +483,7 @@ def test_import_of_our_own(tmp_path: Path) -> None:
             await until(pilot, lambda: views(app))
             assert "complete" in shown(views(app)[1])
             assert app.session.conversation.messages[2].figures == {"finish_reason": "stop"}
-            assert app.session.knobs.system == "Be brief."
+            assert app.session.parameters.system == "Be brief."
 
     drive(scene())
 
@@ -494,11 +494,11 @@ def test_import_of_our_own(tmp_path: Path) -> None:
 def test_the_system_prompt_of_a_conversation_returns(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Arr.", "Yes.", "Hm.", "So.", size=(120, 40)) as (app, pilot, fake):
-            app.session.apply_change(lambda knobs: knobs.set_text("system", "You are a pirate."))
+            app.session.apply_change(lambda parameters: parameters.set_text("system", "You are a pirate."))
             await ask(pilot, "Who are you?")
             pirate = app.session.conversation.id
             await pilot.press("ctrl+n")
-            app.session.apply_change(lambda knobs: knobs.set_text("system", "Be brief."))
+            app.session.apply_change(lambda parameters: parameters.set_text("system", "Be brief."))
             await ask(pilot, "Is it so?")
             brief = app.session.conversation.id
             assert [app.session.store.load(number).system for number in (pirate, brief)] == [
@@ -527,7 +527,7 @@ def test_what_was_asked_before_is_at_hand(tmp_path: Path) -> None:
         store.add(pasted, "user", "x" * 10_000)
         foreign = Conversation(title="foreign")
         foreign.attach(Message(1, None, "user", "asked elsewhere"))
-        store.adopt(foreign, "chatgpt:1", {1: "n"})
+        store.import_conversation(foreign, "chatgpt:1", {1: "n"})
 
     async def scene() -> None:
         async with app_with(tmp_path) as (app, pilot, _):
@@ -561,7 +561,7 @@ from tui_driving import app_with, ask, until
 
 async def scene():
     async with app_with(Path({folder!r}), "word " * 10**5, pause=0.002, context_length=10**6) as (app, pilot, _):
-        app.session.apply_change(lambda knobs: knobs.set("max_tokens", 10**5))
+        app.session.apply_change(lambda parameters: parameters.set("max_tokens", 10**5))
         await ask(pilot, "Count", wait=False)
         await until(pilot, lambda: app.session.answering.content.count("word") > 400)
         print("now", flush=True)

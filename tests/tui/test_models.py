@@ -24,6 +24,7 @@ from llm_edge.chat.fake import FakeResponder
 from llm_edge.chat.history.store import Store
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.chat.settings import Settings
+from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.endpoint import EndpointScreen
 from llm_edge.tui.screens.export import ExportScreen
@@ -126,7 +127,7 @@ def test_a_bundle_is_found_by_typing_and_the_conversation_goes_on_with_it(two: P
             assert app.session.responder is not None
             assert app.session.responder.detail == "int4"
             await until(pilot, lambda: fake.closed)
-            app.session.apply_change(lambda knobs: knobs.set("max_tokens", 5))
+            app.session.apply_change(lambda parameters: parameters.set("max_tokens", 5))
             await ask(pilot, "Second?")
             path = app.session.conversation.path()
             assert [each.content for each in path[:3]] == ["First?", "From the script.", "Second?"]
@@ -138,7 +139,7 @@ def test_a_bundle_is_found_by_typing_and_the_conversation_goes_on_with_it(two: P
             assert "int4" in line(app, "●", "good")
             place = models.query_one(OptionList).highlighted
             assert place is not None
-            assert models._shown[place].choice == BundleChoice(Path("artifacts/good"), "int4")
+            assert models._shown[place].choice == BundleChoice(Path("artifacts/good"), LoadOptions("int4"))
             assert bundles.recent(app.settings) == [two / "artifacts/good"]
 
     drive(scene())
@@ -231,7 +232,7 @@ print(json.dumps({{"stage": "done", "path": {str(tiny_bundle)!r}, "seconds": 1.0
         async with app.run_test(size=(80, 24), notifications=True) as pilot:
             await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._rows)
             await pilot.pause()
-            assert "is not there yet" in screen(app)
+            assert ": not found" in screen(app)
             assert "SmolLM2" in line(app, "+ Make", "now")
             await pilot.press("enter")
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))

@@ -1,4 +1,4 @@
-"""The panel of parameters in the application: every knob by keys, mouse and typing, while an answer comes; presets."""
+"""The parameter panel: every parameter by keys, mouse and typing, while an answer is generated; presets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm_edge.tui.widgets.parameter_panel import Name, NumberField, ParameterLin
 
 LONG = "word " * 400
 PER_TOKEN = 0.02  # seconds; an answer of 8
-NUMBERS = [knob for knob in EDITABLE.values() if knob.kind not in ("strings", "text")]
+NUMBERS = [parameter for parameter in EDITABLE.values() if parameter.kind not in ("strings", "text")]
 
 
 def error_under(app: ChatApp, name: str) -> str:
@@ -47,18 +47,20 @@ def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> N
             answer = app.session.answering
             assert answer is not None
             await until(pilot, lambda: len(answer.content) > 10)
-            for knob in NUMBERS:
-                app.query_one(f"#value-{knob.name}").focus()
-                await pilot.press("up" if knob.name != "top_p" else "down")
+            for parameter in NUMBERS:
+                app.query_one(f"#value-{parameter.name}").focus()
+                await pilot.press("up" if parameter.name != "top_p" else "down")
                 await pilot.pause()
-                value = app.session.knobs.value(knob.name)
-                assert value != app.session.knobs.default(knob.name)
-                assert getattr(fake.replies[-1].params, knob.name) == value
-                assert app.query_one(f"#value-{knob.name}", NumberField).value == app.session.knobs.text(knob.name)
-                assert app.query_one(f"#title-{knob.name}").has_class("turned")
+                value = app.session.parameters.value(parameter.name)
+                assert value != app.session.parameters.default(parameter.name)
+                assert getattr(fake.replies[-1].params, parameter.name) == value
+                assert app.query_one(f"#value-{parameter.name}", NumberField).value == app.session.parameters.text(
+                    parameter.name
+                )
+                assert app.query_one(f"#title-{parameter.name}").has_class("turned")
             assert app.session.answering is answer  # it all happened while it came
             changes = {each["name"]: each for each in answer.figures["changes"]}
-            assert set(changes) == {knob.name for knob in NUMBERS}
+            assert set(changes) == {parameter.name for parameter in NUMBERS}
             assert all(0 < each["at"] < 400 for each in changes.values())
             await pilot.press("escape")
             await until(pilot, lambda: app.session.answering is None)
@@ -102,20 +104,20 @@ def test_typing_counts_on_enter_and_on_leaving_and_errors_stand_under_the_field(
         async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
             await pilot.press("f3")
             await type_into(pilot, "temperature", "1.3")
-            assert app.session.knobs.changed == {"temperature": 1.3}
+            assert app.session.parameters.changed == {"temperature": 1.3}
             await type_into(pilot, "temperature", "hot")
             assert "temperature" in error_under(app, "temperature")
             assert "a number" in error_under(app, "temperature")
-            assert app.session.knobs.changed == {"temperature": 1.3}
+            assert app.session.parameters.changed == {"temperature": 1.3}
             await type_into(pilot, "temperature", "99")  # beyond where keys turn it, within what it can be
             assert error_under(app, "temperature") == ""
-            assert app.session.knobs.changed == {"temperature": 99.0}
+            assert app.session.parameters.changed == {"temperature": 99.0}
             field = app.query_one("#value-top_k", NumberField)
             field.focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", *"12", "tab")
             await pilot.pause()
-            assert app.session.knobs.changed == {"temperature": 99.0, "top_k": 12}
+            assert app.session.parameters.changed == {"temperature": 99.0, "top_k": 12}
 
     drive(scene())
 
@@ -131,10 +133,10 @@ def test_the_mouse_turns(tmp_path: Path) -> None:
             await pilot.click(more)
             await pilot.click(less)
             await pilot.pause()
-            assert app.session.knobs.changed == {"temperature": 0.75}
+            assert app.session.parameters.changed == {"temperature": 0.75}
             await pilot.click("#reset")
             await pilot.pause()
-            assert app.session.knobs.changed == {}
+            assert app.session.parameters.changed == {}
             assert line.query_one(NumberField).value == "0.7"
 
     drive(scene())
@@ -162,11 +164,11 @@ def test_a_schema_that_cannot_be_followed_is_told_under_its_field(tmp_path: Path
             assert reason in error_under(app, "json_schema")
             assert "\x1b" not in error_under(app, "json_schema")
             assert "\x9b" not in error_under(app, "json_schema")
-            assert app.session.knobs.changed == {}
+            assert app.session.parameters.changed == {}
             area.load_text('{"type": "object"}')
             await until(pilot, lambda: not error_under(app, "json_schema"))
-            await until(pilot, lambda: app.session.knobs.changed == {"json_schema": '{"type": "object"}'})
-            assert app.session.knobs.params.constraint == Constraint.json_schema({"type": "object"})
+            await until(pilot, lambda: app.session.parameters.changed == {"json_schema": '{"type": "object"}'})
+            assert app.session.parameters.params.constraint == Constraint.json_schema({"type": "object"})
 
     drive(scene())
 
@@ -193,11 +195,11 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
 
             await pilot.click("#reset")
             await until(pilot, lambda: select.value == MODELS_OWN)
-            assert app.session.knobs.changed == {}
+            assert app.session.parameters.changed == {}
             select.value = "greedy"
-            await until(pilot, lambda: app.session.knobs.value("temperature") == 0)
+            await until(pilot, lambda: app.session.parameters.value("temperature") == 0)
             select.value = "mine"
-            await until(pilot, lambda: app.session.knobs.changed == {"temperature": 1.1})
+            await until(pilot, lambda: app.session.parameters.changed == {"temperature": 1.1})
             assert app.query_one("#value-temperature", NumberField).value == "1.1"
 
             await type_into(pilot, "temperature", "1.2")
@@ -205,7 +207,7 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             await until(pilot, lambda: select.value == "mine")
             await pilot.click("#delete-preset")
             await until(pilot, lambda: select.value is Select.NULL)
-            assert app.session.knobs.changed == {"temperature": 1.2}  # in force still
+            assert app.session.parameters.changed == {"temperature": 1.2}  # in force still
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             assert "mine" not in (tmp_path / "settings.json").read_text(encoding="utf-8")
 
@@ -226,7 +228,7 @@ def test_presets_are_there_for_the_next_program_and_chosen_by_keys(tmp_path: Pat
             await pilot.pause()
             assert "always the most probable token" in screen(app)
             await pilot.press("down", "enter")
-            await until(pilot, lambda: app.session.knobs.changed == {"top_k": 3})
+            await until(pilot, lambda: app.session.parameters.changed == {"top_k": 3})
             await pilot.press("f3")
             await ask(pilot, "Hello?")
             assert fake.asked[-1][1].top_k == 3
@@ -278,7 +280,7 @@ def test_leaving_the_panel_untouched_changes_nothing_even_without_a_model(tmp_pa
                 await pilot.press("tab")
             await pilot.press("f3")
             await pilot.pause()
-            assert app.session.knobs.changed == {}
+            assert app.session.parameters.changed == {}
             assert not app.query_one(ParameterPanel).has_class("open")
             assert app.focused is app.query_one(Composer)
 
@@ -299,7 +301,7 @@ def test_escape_codes_pasted_into_a_field_do_not_reach_the_terminal(tmp_path: Pa
                 await pilot.pause()
                 assert "\x1b" not in screen(app)
                 assert "\u202e" not in screen(app)
-            assert app.session.knobs.system == "]52;c;eA==1"
+            assert app.session.parameters.system == "]52;c;eA==1"
 
     drive(scene())
 

@@ -39,6 +39,8 @@ def by_token(record: TokenLogprob, params: SamplingParams) -> dict[int | None, C
         ({"top_k": 4}, {None: "top_k"}, {3: 0.5 / 0.85, 7: 0.2 / 0.85, 1: 0.1 / 0.85, 2: 0.05 / 0.85}),
         ({"top_p": 0.6}, {1: "top_p", 2: "top_p", None: "top_p"}, {3: 5 / 7, 7: 2 / 7}),
         ({"top_p": 0.5}, {7: "top_p", 1: "top_p", 2: "top_p", None: "top_p"}, {3: 1.0}),
+        ({"top_n_sigma": 0.5}, {7: "top_n_sigma", 1: "top_n_sigma", 2: "top_n_sigma", None: "top_n_sigma"}, {3: 1.0}),
+        ({"epsilon_cutoff": 0.15}, {1: "epsilon_cutoff", 2: "epsilon_cutoff", None: "epsilon_cutoff"}, {3: 5 / 7}),
         ({"min_p": 0.3}, {1: "min_p", 2: "min_p", None: "min_p"}, {3: 5 / 7, 7: 2 / 7}),
         ({"top_k": 3, "min_p": 0.3}, {1: "min_p", 2: "top_k", None: "top_k"}, {3: 5 / 7, 7: 2 / 7}),
         ({"top_k": 3, "top_p": 0.7}, {1: "top_p", 2: "top_k", None: "top_k"}, {3: 5 / 7, 7: 2 / 7}),
@@ -67,7 +69,7 @@ def test_whole_distributions_are_cut_as_the_sampler_cuts_them(seed: int) -> None
         SamplingParams(temperature=1.7, top_p=0.8),
         SamplingParams(temperature=0.3, min_p=0.1, top_k=3),
     ):
-        ids, left = Sampler(params, ()).survivors(logits)
+        ids, left = Sampler(params, ()).candidates(logits)
         assert ids is not None
         expected = np.exp(left - left.max())
         found = by_token(record, params)
@@ -112,7 +114,7 @@ def test_what_shows_of_a_token_is_on_one_line_and_safe() -> None:
 
 
 async def asked(pilot: Pilot[Any], app: ChatApp, logprobs: int | None = 8) -> TokensScreen:
-    app.session.knobs.set("logprobs", logprobs)
+    app.session.parameters.set("logprobs", logprobs)
     await ask(pilot, "Talk.")
     await pilot.press("f6")
     await until(pilot, lambda: isinstance(app.screen, TokensScreen))
@@ -166,14 +168,14 @@ def test_turning_shows_at_once_what_it_cuts_and_counts_for_the_chat(tmp_path: Pa
             await pilot.pause()
             await pilot.press("end", "ctrl+u", "2", "enter")
             await until(pilot, lambda: "cut by Top-k" in screen(app))
-            assert app.session.knobs.value("top_k") == 2
+            assert app.session.parameters.value("top_k") == 2
             app.screen.query_one("#value-temperature", NumberField).focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", "0", "enter")
             await until(pilot, lambda: "cut by greedy" in screen(app))
             await pilot.press("end", "ctrl+u", *"hot", "enter")
             await pilot.pause()
-            assert app.session.knobs.value("temperature") == 0
+            assert app.session.parameters.value("temperature") == 0
             await pilot.press("escape")
             await pilot.pause()
             assert app.query_one("#value-top_k", NumberField).value == "2"
@@ -204,7 +206,7 @@ def test_an_answer_without_a_record_says_how_to_get_one_and_gets_it(tmp_path: Pa
 def test_t_shows_the_tokens_of_the_answer_that_has_the_focus(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "alpha", "omega") as (app, pilot, _):
-            app.session.knobs.set("logprobs", 3)
+            app.session.parameters.set("logprobs", 3)
             await ask(pilot, "One?")
             await ask(pilot, "Two?")
             views(app)[1].focus()
@@ -232,8 +234,8 @@ def test_a_record_stays_with_its_answer(tmp_path: Path) -> None:
 
     async def first() -> None:
         async with app_with(tmp_path, "one two three four") as (app, pilot, fake):
-            app.session.knobs.set("logprobs", 3)
-            app.session.knobs.set("max_tokens", 2)
+            app.session.parameters.set("logprobs", 3)
+            app.session.parameters.set("max_tokens", 2)
             await ask(pilot, "Count.")
             fake.enqueue(" three four")
             await pilot.press("ctrl+g")
@@ -265,7 +267,7 @@ def test_a_record_stays_with_its_answer(tmp_path: Path) -> None:
 def test_a_damaged_record_says_so_and_harms_nothing(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two") as (app, pilot, fake):
-            app.session.knobs.set("logprobs", 3)
+            app.session.parameters.set("logprobs", 3)
             await ask(pilot, "Count.")
             answer = app.session.conversation.path()[-1]
             app.session.records.clear()
@@ -314,7 +316,7 @@ def test_it_grows_while_the_answer_comes_and_escape_codes_stay_out(tmp_path: Pat
     async def scene() -> None:
         said = "\x1b]52;c;eA==\x07 \u202eab \x9b31m " + "word " * 200
         async with app_with(tmp_path, said, pause=0.01) as (app, pilot, _):
-            app.session.knobs.set("logprobs", 3)
+            app.session.parameters.set("logprobs", 3)
             await ask(pilot, "Talk.", wait=False)
             answer = app.session.answering
             assert answer is not None
@@ -333,7 +335,7 @@ def test_it_grows_while_the_answer_comes_and_escape_codes_stay_out(tmp_path: Pat
 def test_a_long_answer_opens_and_walks_soon(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "word " * 3000 + "last", size=(80, 24), context_length=9000) as (app, pilot, _):
-            app.session.knobs.set("max_tokens", 5000)
+            app.session.parameters.set("max_tokens", 5000)
             tokens = (await asked(pilot, app)).query_one(TokenText)
             await pilot.press("end")
             await until(pilot, lambda: "last" in screen(app))

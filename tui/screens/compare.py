@@ -53,7 +53,7 @@ class CompareScreen(ModalScreen[Kept | None]):
 
     Args:
         responder: of the chat, and
-        knobs: its parameters: the left side begins with them.
+        parameters: its parameters: the left side begins with them.
         history: of the conversation.
         presets: see `ParameterPanel`.
         question: what stands there to be asked.
@@ -91,14 +91,14 @@ class CompareScreen(ModalScreen[Kept | None]):
     def __init__(
         self,
         responder: Responder,
-        knobs: ChatParameters,
+        parameters: ChatParameters,
         history: Sequence[Message] = (),
         presets: Presets | None = None,
         question: str = "",
         choose: Callable[[], Awaitable[Loader | None]] | None = None,
     ) -> None:
         super().__init__()
-        left = ChatParameters(responder.default_params, knobs.changed)
+        left = ChatParameters(responder.default_params, parameters.changed)
         right = _other_settings(left)
         self._chat = responder
         self._presets, self._question, self._choose = presets, question, choose
@@ -118,7 +118,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         with Horizontal(id="compare"):
             yield Column(0)
             yield Column(1)
-            yield ParameterPanel(self.sides[1].session.knobs, self._presets, self.sides[1].responder.name)
+            yield ParameterPanel(self.sides[1].session.parameters, self._presets, self.sides[1].responder.name)
         yield Composer()
         yield Footer(compact=True, show_command_palette=False)
 
@@ -196,7 +196,7 @@ class CompareScreen(ModalScreen[Kept | None]):
             self.query_one(Composer).focus()
             return
         self._turning = number
-        controls.use(side.session.knobs, side.responder.name)
+        controls.use(side.session.parameters, side.responder.name)
         controls.query_one(".panel-title", Static).update(f"Parameters, {NAMES[number]}")
         controls.add_class("open")
         self.query_one("#value-temperature").focus()
@@ -234,7 +234,7 @@ class CompareScreen(ModalScreen[Kept | None]):
         await self._columns()[1].begin(self.sides[1])
         controls, side = self.query_one(ParameterPanel), self.sides[1]
         if self._turning == 1:
-            controls.use(side.session.knobs, responder.name)
+            controls.use(side.session.parameters, responder.name)
         self._show()
 
     def action_in_turn(self) -> None:
@@ -253,7 +253,9 @@ class CompareScreen(ModalScreen[Kept | None]):
             session = side.session
             records = session.record_of(side.answer)
             why_not = "" if records else "There is no record: turn 'Token view' on (F2, F3) and ask again."
-            await self.app.push_screen(TokensScreen(side.answer, records, session.knobs, session.apply_change, why_not))
+            await self.app.push_screen(
+                TokensScreen(side.answer, records, session.parameters, session.apply_change, why_not)
+            )
 
     # ---- leaving
 
@@ -312,14 +314,14 @@ class CompareScreen(ModalScreen[Kept | None]):
         self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
 
 
-def _other_settings(knobs: ChatParameters) -> ChatParameters:
+def _other_settings(parameters: ChatParameters) -> ChatParameters:
     """Something to compare with: the model's own way to draw, or where that is what it is, another one."""
-    kept = {name: value for name, value in knobs.changed.items() if name not in PRESET_PARAMETERS}
-    other = ChatParameters(knobs.defaults, kept)
+    kept = {name: value for name, value in parameters.changed.items() if name not in PRESET_PARAMETERS}
+    other = ChatParameters(parameters.defaults, kept)
     for preset in _TO_COMPARE:
-        if other.changed != knobs.changed:
+        if other.changed != parameters.changed:
             break
-        other.load(knobs.with_preset(preset))
+        other.load(parameters.with_preset(preset))
     return other
 
 
@@ -363,10 +365,10 @@ def show_compare(app: ChatApp) -> None:
                 assert side.answer is not None
                 behind = history[-1].id if history else None
                 records = side.session.record_of(side.answer)
-                asked, _ = session.adopt(side.answer, asked or kept.question, behind, records)
+                asked, _ = session.add_answer(side.answer, asked or kept.question, behind, records)
         except LlmEdgeError as error:
             app.say(str(error), "error")
         await app.show()
 
-    screen = CompareScreen(session.responder, session.knobs, history, Presets(app.settings), question, choose)
+    screen = CompareScreen(session.responder, session.parameters, history, Presets(app.settings), question, choose)
     app.push_screen(screen, done)

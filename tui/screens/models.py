@@ -28,6 +28,7 @@ from llm_edge.chat.responder import Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import MachineError
+from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.tui.background_export import Exports, Job
 from llm_edge.tui.screens.endpoint import EndpointScreen
 from llm_edge.tui.screens.export import ExportScreen
@@ -167,7 +168,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
         self._show(self.query_one("#filter", Input).value)
 
     def _offer(self, offer: Offer) -> Row:
-        choice = BundleChoice(offer.path, offer.precision)
+        choice = BundleChoice(offer.path, LoadOptions(offer.precision))
         now = is_of(choice, self._current)
         name = printable(_called(offer.path))
         fidelity = printable(offer.fidelity)

@@ -52,7 +52,7 @@ class TokensScreen(ModalScreen[bool]):
     Args:
         message: the answer.
         records: of its tokens; may grow.
-        knobs: the parameters of now.
+        parameters: the parameters of now.
         turn: turns them; see `ChatSession.turn`.
         why_not: why there is nothing to be seen, if that has another reason than that there are no records.
     """
@@ -65,8 +65,8 @@ class TokensScreen(ModalScreen[bool]):
     TokensScreen #tokens { layout: vertical; height: 1fr; }
     TokensScreen TokenText { padding: 0 1; }
     TokensScreen #token-side { height: 12; padding: 0 1; border-top: solid $panel-lighten-2; }
-    TokensScreen #token-knobs { grid-size: 2; grid-gutter: 0 2; height: 2; margin: 0 0 1 0; }
-    TokensScreen #token-knobs .knob-title { width: 13; }
+    TokensScreen #token-parameters { grid-size: 2; grid-gutter: 0 2; height: 2; margin: 0 0 1 0; }
+    TokensScreen #token-parameters .parameter-title { width: 13; }
     TokensScreen #runners-up { height: 1fr; scrollbar-size-vertical: 1; }
     TokensScreen.wide #tokens { layout: horizontal; }
     TokensScreen.wide #token-side { height: 1fr; width: 64; border-top: none; border-left: solid $panel-lighten-2; }
@@ -83,13 +83,13 @@ class TokensScreen(ModalScreen[bool]):
         self,
         message: Message,
         records: Sequence[TokenRecord],
-        knobs: ChatParameters,
+        parameters: ChatParameters,
         turn: Callable[[Callable[[ChatParameters], None]], None],
         why_not: str = "",
     ) -> None:
         super().__init__()
         self._message, self._records = message, records
-        self._knobs, self._turn, self._why_not = knobs, turn, why_not
+        self._parameters, self._turn, self._why_not = parameters, turn, why_not
         self._texts: list[str] = []
 
     def compose(self) -> ComposeResult:
@@ -101,9 +101,9 @@ class TokensScreen(ModalScreen[bool]):
             with Container(id="tokens"):
                 yield TokenText()
                 with Container(id="token-side"):
-                    with Grid(id="token-knobs"):
+                    with Grid(id="token-parameters"):
                         for name in _TURNED_HERE:
-                            yield ParameterLine(EDITABLE[name], printable(self._knobs.text(name)))
+                            yield ParameterLine(EDITABLE[name], printable(self._parameters.text(name)))
                     with VerticalScroll(id="runners-up", can_focus=False):
                         yield Static("", id="runners-up-text", markup=False)
         yield Footer(compact=True, show_command_palette=False)
@@ -116,7 +116,7 @@ class TokensScreen(ModalScreen[bool]):
             return
         self._grow()
         for line in self.query(ParameterLine):
-            line.show(self._knobs)
+            line.show(self._parameters)
         self.query_one(TokenText).focus()
         self._show_candidates()
         self.set_interval(_LOOK, self._grow)
@@ -151,13 +151,13 @@ class TokensScreen(ModalScreen[bool]):
         except ParameterError as error:
             self.notify(printable(str(error)), severity="warning", markup=False)
         for line in self.query(ParameterLine):
-            line.show(self._knobs)
+            line.show(self._parameters)
         self._show_candidates()
 
     def _show_candidates(self) -> None:
         record = self._records[self.query_one(TokenText).cursor]
         own = record.logprob
-        found = candidates(own, self._knobs.params)
+        found = candidates(own, self._parameters.params)
         text = Text(no_wrap=True)
         text.append(f"{'token':<{_NAME}} {'':<{_BAR}} {'model':>7} {'drawn':>9}\n", Style(dim=True))
         if not found:
@@ -222,14 +222,14 @@ def show_tokens(app: ChatApp, message: Message | None = None) -> None:
         app.controls.show()
         if again:
             try:
-                session.apply_change(lambda knobs: knobs.set("logprobs", KEPT))
+                session.apply_change(lambda parameters: parameters.set("logprobs", KEPT))
             except LlmEdgeError as error:
                 app.say(str(error), "warning")
                 return
             app.controls.show()
             await app.answering(lambda session: session.regenerate(answer))
 
-    app.push_screen(TokensScreen(answer, records, session.knobs, session.apply_change, why_not), done)
+    app.push_screen(TokensScreen(answer, records, session.parameters, session.apply_change, why_not), done)
 
 
 def _percent(chance: float) -> str:

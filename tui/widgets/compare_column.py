@@ -41,7 +41,7 @@ class Column(Vertical):
     def show(self, side: ComparisonSide) -> None:
         """Who answers, and how."""
         self.query_one(".side-who", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
-        how = summarize(side.session.knobs.changed) or MODELS_OWN
+        how = summarize(side.session.parameters.changed) or MODELS_OWN
         self.query_one(".side-how", Static).update(printable(how))
 
     async def begin(self, side: ComparisonSide) -> None:

@@ -33,22 +33,22 @@ class ParameterChanged(Event):
 
     Attributes:
         change: what turns it; raises ParameterError where that cannot be.
-        knob: which knob, if it is one alone.
+        parameter: which parameter, if it is one alone.
     """
 
-    def __init__(self, change: Callable[[ChatParameters], None], knob: ParameterSpec | None = None) -> None:
+    def __init__(self, change: Callable[[ChatParameters], None], parameter: ParameterSpec | None = None) -> None:
         super().__init__()
-        self.change, self.knob = change, knob
+        self.change, self.parameter = change, parameter
 
 
-def by_steps(knob: ParameterSpec, steps: int) -> ParameterChanged:
-    """A knob is to be turned by so many steps."""
-    return ParameterChanged(lambda knobs: knobs.step(knob.name, steps), knob)
+def by_steps(parameter: ParameterSpec, steps: int) -> ParameterChanged:
+    """A parameter is to be turned by so many steps."""
+    return ParameterChanged(lambda parameters: parameters.step(parameter.name, steps), parameter)
 
 
-def typed(knob: ParameterSpec, text: str) -> ParameterChanged:
-    """A knob is to be turned to what was typed."""
-    return ParameterChanged(lambda knobs: knobs.set_text(knob.name, text), knob)
+def typed(parameter: ParameterSpec, text: str) -> ParameterChanged:
+    """A parameter is to be turned to what was typed."""
+    return ParameterChanged(lambda parameters: parameters.set_text(parameter.name, text), parameter)
 
 
 class NumberField(Input):
@@ -61,9 +61,9 @@ class NumberField(Input):
         Binding("pagedown", "turn(-5)", "Much less", show=False),
     ]
 
-    def __init__(self, knob: ParameterSpec, text: str) -> None:
-        super().__init__(text, id=f"value-{knob.name}", compact=True, select_on_focus=True)
-        self._knob = knob
+    def __init__(self, parameter: ParameterSpec, text: str) -> None:
+        super().__init__(text, id=f"value-{parameter.name}", compact=True, select_on_focus=True)
+        self._knob = parameter
         self._shown = text
 
     def put(self, text: str) -> bool:
@@ -109,18 +109,20 @@ class Text(TextArea):
     class Refused(Event):
         """What stands here cannot be used."""
 
-        def __init__(self, knob: ParameterSpec, error: LlmEdgeError) -> None:
+        def __init__(self, parameter: ParameterSpec, error: LlmEdgeError) -> None:
             super().__init__()
-            self.knob, self.error = knob, error
+            self.parameter, self.error = parameter, error
 
     class _Checked(Event):
         def __init__(self, text: str, error: LlmEdgeError | None) -> None:
             super().__init__()
             self.text, self.error = text, error
 
-    def __init__(self, knob: ParameterSpec, text: str) -> None:
-        super().__init__(text, id=f"value-{knob.name}", compact=True, tab_behavior="focus", highlight_cursor_line=False)
-        self._knob = knob
+    def __init__(self, parameter: ParameterSpec, text: str) -> None:
+        super().__init__(
+            text, id=f"value-{parameter.name}", compact=True, tab_behavior="focus", highlight_cursor_line=False
+        )
+        self._knob = parameter
         self._checking = False
 
     def put(self, text: str) -> bool:
@@ -166,9 +168,9 @@ class Text(TextArea):
 class StepButton(Static):
     """An arrow for the mouse."""
 
-    def __init__(self, knob: ParameterSpec, steps: int) -> None:
+    def __init__(self, parameter: ParameterSpec, steps: int) -> None:
         super().__init__("▸" if steps > 0 else "◂", classes="turn", markup=False)
-        self._knob, self._steps = knob, steps
+        self._knob, self._steps = parameter, steps
 
     def on_click(self) -> None:
         """Turn."""
@@ -176,11 +178,11 @@ class StepButton(Static):
 
 
 class ParameterLine(Horizontal):
-    """A knob with one value: title, arrows, value."""
+    """A parameter with one value: title, arrows, value."""
 
-    def __init__(self, knob: ParameterSpec, text: str) -> None:
-        super().__init__(classes="knob")
-        self._knob, self._text = knob, text
+    def __init__(self, parameter: ParameterSpec, text: str) -> None:
+        super().__init__(classes="parameter")
+        self._knob, self._text = parameter, text
 
     def compose(self) -> ComposeResult:
         """The parts."""
@@ -189,10 +191,10 @@ class ParameterLine(Horizontal):
         yield NumberField(self._knob, self._text)
         yield StepButton(self._knob, 1)
 
-    def show(self, knobs: ChatParameters) -> bool:
+    def show(self, parameters: ChatParameters) -> bool:
         """The value of now; says whether another one stood here."""
-        self.query_one(".knob-title").set_class(self._knob.name in knobs.changed, "turned")
-        return self.query_one(NumberField).put(printable(knobs.text(self._knob.name)))
+        self.query_one(".parameter-title").set_class(self._knob.name in parameters.changed, "turned")
+        return self.query_one(NumberField).put(printable(parameters.text(self._knob.name)))
 
 
 class Name(Input):
@@ -205,10 +207,10 @@ class Name(Input):
 
 
 class ParameterPanel(VerticalScroll, can_focus=False):
-    """All knobs, presets above them.
+    """All parameters, presets above them.
 
     Args:
-        knobs: whose values show.
+        parameters: whose values show.
         presets: a person's own are among them; None = there are none to choose.
         model: whose presets.
     """
@@ -219,13 +221,13 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         Binding("escape", "app.controls", "Close"),
     ]
 
-    def __init__(self, knobs: ChatParameters, presets: Presets | None = None, model: str = "") -> None:
+    def __init__(self, parameters: ChatParameters, presets: Presets | None = None, model: str = "") -> None:
         super().__init__(id="controls")
-        self._knobs, self._presets, self._model = knobs, presets, model
+        self._parameters, self._presets, self._model = parameters, presets, model
         self._offered: list[str] = []
 
     def compose(self) -> ComposeResult:
-        """A line a knob."""
+        """A line a parameter."""
         yield Static("Parameters", classes="panel-title", markup=False)
         yield Select[str]([], prompt="your own mixture", id="presets", compact=True)
         with Horizontal(id="control-buttons"):
@@ -233,46 +235,50 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             yield Button("Save as", id="save-preset", compact=True, tooltip="Keep these values under a name (Ctrl-S)")
             yield Button("Delete", id="delete-preset", compact=True, tooltip="Forget this preset of yours")
         yield Name(placeholder="name of the preset, ⏎", id="preset-name", compact=True)
-        yield Static("", id="error-presets", classes="knob-error", markup=False)
-        for knob in EDITABLE.values():
-            text = printable(self._knobs.text(knob.name))
-            if knob.kind in _LONG:
-                yield _title(knob)
-                yield Text(knob, text)
+        yield Static("", id="error-presets", classes="parameter-error", markup=False)
+        for parameter in EDITABLE.values():
+            text = printable(self._parameters.text(parameter.name))
+            if parameter.kind in _LONG:
+                yield _title(parameter)
+                yield Text(parameter, text)
             else:
-                yield ParameterLine(knob, text)
-            yield Static("", id=f"error-{knob.name}", classes="knob-error", markup=False)
+                yield ParameterLine(parameter, text)
+            yield Static("", id=f"error-{parameter.name}", classes="parameter-error", markup=False)
 
     def on_mount(self) -> None:
         """No errors so far."""
-        for line in self.query(".knob-error"):
+        for line in self.query(".parameter-error"):
             line.display = False
         self.query_one(Name).display = False
         self.show()
 
-    def use(self, knobs: ChatParameters, model: str | None = None) -> None:
+    def use(self, parameters: ChatParameters, model: str | None = None) -> None:
         """Show these, of this model or the one before."""
-        self._knobs = knobs
+        self._parameters = parameters
         self._model = self._model if model is None else model
         self.show()
 
     def show(self) -> None:
         """The values of now; what is not the model's own value is marked."""
-        for line, knob in zip(
+        for line, parameter in zip(
             self.query(ParameterLine), (each for each in EDITABLE.values() if each.kind not in _LONG), strict=True
         ):
-            if line.show(self._knobs):
-                self.refuse(knob, None)
-        for knob in EDITABLE.values():
-            if knob.kind in _LONG:
-                self.query_one(f"#title-{knob.name}").set_class(knob.name in self._knobs.changed, "turned")
-                if self.query_one(f"#value-{knob.name}", Text).put(printable(self._knobs.text(knob.name))):
-                    self.refuse(knob, None)
+            if line.show(self._parameters):
+                self.refuse(parameter, None)
+        for parameter in EDITABLE.values():
+            if parameter.kind in _LONG:
+                self.query_one(f"#title-{parameter.name}").set_class(
+                    parameter.name in self._parameters.changed, "turned"
+                )
+                if self.query_one(f"#value-{parameter.name}", Text).put(
+                    printable(self._parameters.text(parameter.name))
+                ):
+                    self.refuse(parameter, None)
         self._show_presets()
 
-    def refuse(self, knob: ParameterSpec | None, error: LlmEdgeError | None) -> None:
-        """Why a value cannot be, under its knob; of None, why a preset cannot. Without an error, nothing."""
-        line = self.query_one(f"#error-{knob.name if knob is not None else 'presets'}", Static)
+    def refuse(self, parameter: ParameterSpec | None, error: LlmEdgeError | None) -> None:
+        """Why a value cannot be, under its parameter; of None, why a preset cannot. Without an error, nothing."""
+        line = self.query_one(f"#error-{parameter.name if parameter is not None else 'presets'}", Static)
         line.update(printable(str(error)) if error is not None else "")
         line.display = error is not None
 
@@ -290,7 +296,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             if list(offered) != self._offered:
                 self._offered = list(offered)
                 select.set_options([(_offer(name, help_), name) for name, help_ in offered.items()])
-            matching = self._presets.matching(self._model, self._knobs)
+            matching = self._presets.matching(self._model, self._parameters)
             if matching is None:
                 select.clear()
             else:
@@ -302,7 +308,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         event.stop()
         name, presets, model = event.value, self._presets, self._model
         if isinstance(name, str) and presets is not None:
-            self.post_message(ParameterChanged(lambda knobs: presets.use(model, name, knobs)))
+            self.post_message(ParameterChanged(lambda parameters: presets.use(model, name, parameters)))
         else:
             self._show_presets()
 
@@ -318,7 +324,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
 
     def action_reset(self) -> None:
         """All is to be the model's own."""
-        self.post_message(ParameterChanged(lambda knobs: knobs.load({})))
+        self.post_message(ParameterChanged(lambda parameters: parameters.load({})))
 
     def action_save(self) -> None:
         """Ask for a name."""
@@ -336,7 +342,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             return
         event.stop()
         try:
-            saved = self._presets.save(self._model, event.value, self._knobs)
+            saved = self._presets.save(self._model, event.value, self._parameters)
         except LlmEdgeError as error:
             self.refuse(None, error)
             return
@@ -366,7 +372,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
     def on_text_refused(self, event: Text.Refused) -> None:
         """A schema that cannot be followed."""
         event.stop()
-        self.refuse(event.knob, event.error)
+        self.refuse(event.parameter, event.error)
 
 
 def apply_change(
@@ -376,17 +382,17 @@ def apply_change(
     try:
         session_turn(event.change)
     except ParameterError as error:
-        controls.refuse(event.knob, error)
-        if event.knob is None:
+        controls.refuse(event.parameter, error)
+        if event.parameter is None:
             controls.show()  # the preset that was chosen is not in force
     else:
-        controls.refuse(event.knob, None)
+        controls.refuse(event.parameter, None)
         controls.show()
 
 
-def _title(knob: ParameterSpec) -> Static:
-    title = Static(knob.title, id=f"title-{knob.name}", classes="knob-title", markup=False)
-    title.tooltip = knob.help
+def _title(parameter: ParameterSpec) -> Static:
+    title = Static(parameter.title, id=f"title-{parameter.name}", classes="parameter-title", markup=False)
+    title.tooltip = parameter.help
     return title
 
 
