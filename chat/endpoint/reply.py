@@ -1,4 +1,4 @@
-"""An answer of an endpoint on its way: chunks off the network become pieces. Knows no widgets."""
+"""`EndpointReply`: converts the chunks of a streamed response to `GenerationChunk`s."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from llm_edge.runtime.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from llm_edge.chat.endpoint.http import OnSocket
 
-MOST_TEXT = 4 << 20  # characters of an answer
+MAX_TEXT = 4 << 20  # characters of an answer
 _MAX_QUEUED = 512  # chunks read ahead
-_ECHO = 16  # characters: what is shorter may well be said again
-_MOST_TOKENS = 1 << 31
-_RUNNERS_UP = 20
-_AFTERWARDS = 2.0  # seconds
+_MIN_ECHO = 16  # characters; a shorter prefix may be repeated by chance
+_MAX_TOKENS = 1 << 31
+_MAX_ALTERNATIVES = 20
+_USAGE_TIMEOUT = 2.0  # seconds after the answer's end
 
 
 class Connection:
@@ -75,43 +75,43 @@ class Connection:
 
 
 class EndpointReply:
-    """See `Reply`.
+    """The `Reply` of an endpoint.
 
     Args:
-        stream: gives the chunks, and tells of the socket they come through.
-        params: how many tokens there may be.
-        begin: what is continued; where the endpoint repeats it first, that is left out.
-        number: gives an id for a token's text; None where there are too many.
-        patience: seconds to wait for a chunk.
+        stream: opens the stream of chunks, and passes its socket to the callback.
+        params: sampling parameters of the request.
+        prefix: start of the answer, which is removed if the endpoint repeats it.
+        token_id: returns an id for a token's text; None if there are too many.
+        patience: timeout in seconds for a chunk.
     """
 
     def __init__(
         self,
         stream: Callable[[OnSocket], Generator[Any]],
         params: SamplingParams,
-        begin: str,
-        number: Callable[[str], int | None],
+        prefix: str,
+        token_id: Callable[[str], int | None],
         patience: float,
     ) -> None:
         self._stream = stream
         self._params = params
-        self._begun = bool(begin)
-        self._echo = begin if len(begin) >= _ECHO else ""
-        self._number = number
+        self._begun = bool(prefix)
+        self._echo = prefix if len(prefix) >= _MIN_ECHO else ""
+        self._token_id = token_id
         self._patience = patience
         self._reader: StreamReader[Any] | None = None
         self._cancelled = False
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """See `Reply`."""
+        """Stop now, and close the connection."""
         with self._lock:
             self._cancelled = True
             if self._reader is not None:
                 self._reader.cancel()
 
     def adjust(self, params: SamplingParams) -> None:
-        """See `Reply`: an endpoint cannot be told anything once it answers."""
+        """Does nothing: endpoints cannot change the parameters of an answer that has started."""
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         with self._lock:
@@ -142,70 +142,70 @@ class EndpointReply:
             if self._echo and text:
                 held, text = self._without_echo(held + text)
             length += len(reasoning) + len(text)
-            if length > MOST_TEXT:
-                raise MachineError("the endpoint does not come to an end: the connection was cut")
+            if length > MAX_TEXT:
+                raise MachineError("the endpoint does not stop: the connection was closed")
             if reasoning or text:
                 last = time.perf_counter()
                 first = first if tokens else last
             if reasoning:
                 tokens += 1
                 thought += 1
-                thinking = Thinking(False)  # this endpoint tells it apart by itself
+                thinking = Thinking(False)  # this endpoint separates reasoning itself
                 yield self._piece(reasoning, reasoning=True)
             if text:
                 for piece in self._with_logprobs(text, choice):
                     tokens += 1
                     thought += thinking.inside
-                    yield from _apart(piece, thinking)
+                    yield from _separated(piece, thinking)
             reason = _reason(getattr(choice, "finish_reason", None)) or reason
-            if tokens > 2 * self._params.max_tokens + 64:  # it was told the limit, and passes over it
+            if tokens > 2 * self._params.max_tokens + 64:  # the endpoint ignores the limit
                 reason = FinishReason.LENGTH
                 break
         if reader.cancelled:
             reason = FinishReason.CANCELLED
         if held:
             tokens += 1
-            yield from _apart(self._piece(held), thinking)
+            yield from _separated(self._piece(held), thinking)
         for rest, inside in thinking.flush():
             yield GenerationChunk(rest, None, reasoning=inside)
         if reason is None:
             raise MachineError(_CUT if chunks else _NOTHING)
-        told = _count(usage, "completion_tokens") or tokens
+        total = _count(usage, "completion_tokens") or tokens
         details = getattr(usage, "completion_tokens_details", None)
         cached = _count(getattr(usage, "prompt_tokens_details", None), "cached_tokens")
         timings = Timings(
             prompt_tokens=_count(usage, "prompt_tokens"),
-            completion_tokens=told,
+            completion_tokens=total,
             time_to_first_token=first - began,
             prefill_seconds=first - began,
             decode_seconds=last - first,
-            reasoning_tokens=min(_count(details, "reasoning_tokens") or thought, told),
+            reasoning_tokens=min(_count(details, "reasoning_tokens") or thought, total),
             cached_tokens=cached,
         )
         yield GenerationChunk("", None, reason, timings)
 
     def _next(self, reader: StreamReader[Any], *, ending: bool) -> Any | None:
-        """The next chunk; behind the end of the answer only figures can follow, and not every endpoint sends them."""
+        """The next chunk; after the end of the answer only usage figures follow, which not every endpoint sends."""
         try:
-            return reader.next(_AFTERWARDS if ending else self._patience)
+            return reader.next(_USAGE_TIMEOUT if ending else self._patience)
         except TimeoutError:
             if ending:
                 return None
-            raise MachineError(f"the endpoint has sent nothing for {self._patience:g} seconds: try again") from None
+            raise MachineError(f"the endpoint sent nothing for {self._patience:g} seconds: try again") from None
 
     def _piece(self, text: str, *, reasoning: bool = False, logprob: TokenLogprob | None = None) -> GenerationChunk:
-        token = logprob.token if logprob is not None else self._number(text)
+        token = logprob.token if logprob is not None else self._token_id(text)
         return GenerationChunk(text, -1 if token is None else token, reasoning=reasoning, logprob=logprob)
 
     def _without_echo(self, text: str) -> tuple[str, str]:
-        """What may still be an echo of what is continued, and what is none."""
+        """Split text into what may still repeat the prefix, and the rest."""
         if len(text) < len(self._echo) and self._echo.startswith(text):
             return text, ""
         text, self._echo = text.removeprefix(self._echo), ""
         return "", text
 
     def _with_logprobs(self, text: str, choice: Any) -> Iterator[GenerationChunk]:
-        """A text as pieces, one for each token where the endpoint tells its tokens."""
+        """Yield the text as chunks, one per token if the endpoint reports tokens."""
         logprobs = getattr(choice, "logprobs", None)
         listed = getattr(logprobs, "content", None) if self._params.logprobs is not None else None
         entries = [(entry, made) for entry in _list(listed) if (made := self._logprob(entry))]
@@ -220,7 +220,7 @@ class EndpointReply:
         own = self._ranked(entry)
         if own is None:
             return None
-        ranked = [self._ranked(each) for each in _list(getattr(entry, "top_logprobs", None))[:_RUNNERS_UP]]
+        ranked = [self._ranked(each) for each in _list(getattr(entry, "top_logprobs", None))[:_MAX_ALTERNATIVES]]
         return TokenLogprob(*own, tuple(sorted((each for each in ranked if each), key=lambda each: -each[1])))
 
     def _ranked(self, entry: Any) -> tuple[int, float] | None:
@@ -228,20 +228,20 @@ class EndpointReply:
         logprob: Any = getattr(entry, "logprob", None)
         if not isinstance(token, str) or type(logprob) not in (int, float) or not -1e9 < logprob <= 1e-3:
             return None
-        number = self._number(token)
+        number = self._token_id(token)
         return None if number is None else (number, float(logprob))
 
 
-def _apart(piece: GenerationChunk, thinking: Thinking) -> Iterator[GenerationChunk]:
-    """A piece, and others before it where it holds reasoning and answer."""
+def _separated(piece: GenerationChunk, thinking: Thinking) -> Iterator[GenerationChunk]:
+    """Yield a chunk, split if it contains both reasoning and answer."""
     *before, (text, inside) = list(thinking.push(piece.text)) or [("", thinking.inside)]
     for part, reasoning in before:
         yield GenerationChunk(part, None, reasoning=reasoning)
     yield replace(piece, text=text, reasoning=inside)
 
 
-_NOTHING = "the endpoint sent no answer: is the base URL right? It usually ends in /v1"
-_CUT = "the endpoint's answer broke off in the middle: make it again, or continue it"
+_NOTHING = "the endpoint sent no answer: check the base URL, which usually ends in /v1"
+_CUT = "the endpoint's answer was cut off: regenerate or continue it"
 _REASONS: Mapping[str, FinishReason] = {
     "stop": FinishReason.STOP,
     "eos": FinishReason.STOP,
@@ -249,12 +249,12 @@ _REASONS: Mapping[str, FinishReason] = {
 }
 
 
-def _reason(told: Any) -> FinishReason | None:
-    if not isinstance(told, str) or not told:
+def _reason(value: Any) -> FinishReason | None:
+    if not isinstance(value, str) or not value:
         return None
-    if told not in _REASONS:
-        raise InputError(f"the endpoint ended the answer: {one_line(printable(told), 60)}")
-    return _REASONS[told]
+    if value not in _REASONS:
+        raise InputError(f"the endpoint ended the answer: {one_line(printable(value), 60)}")
+    return _REASONS[value]
 
 
 def _list(value: Any) -> list[Any]:
@@ -272,4 +272,4 @@ def _text(delta: Any, name: str) -> str:
 
 def _count(usage: Any, name: str) -> int:
     value = getattr(usage, name, None)
-    return value if type(value) is int and 0 <= value < _MOST_TOKENS else 0
+    return value if type(value) is int and 0 <= value < _MAX_TOKENS else 0

@@ -157,7 +157,7 @@ def test_two_settings_of_one_model(tmp_path: Path, size: tuple[int, int]) -> Non
             text = screen(app)
             assert "alpha" in text
             assert "omega" in text
-            assert "model's own" in text
+            assert "Model defaults" in text
             assert "temperature 0.0" in text
             await until(pilot, lambda: all("1 token · " in drawn(view) for view in shown.query(MessageView)))
             assert [each[1].temperature for each in fake.asked] == [0.7, 0.0]

@@ -332,12 +332,12 @@ def test_a_key_for_the_keyring_shows_nowhere(place: Path, server: Server, monkey
             )
             await until(pilot, lambda: isinstance(app.screen, EndpointScreen) and app.screen.is_mounted)
             await pilot.press("enter")
-            await until(pilot, lambda: "wants a key" in screen(app))
+            await until(pilot, lambda: "requires an API key" in screen(app))
             app.screen.query_one("#place", Select).value = "keyring"
             await pilot.pause()
             app.screen.query_one("#key", Input).focus()
             await pilot.press(*"sk-wrong", "enter")
-            await until(pilot, lambda: "refuses the key" in screen(app))
+            await until(pilot, lambda: "rejects the API key" in screen(app))
             app.screen.query_one("#key", Input).focus()
             await pilot.press(*CANARY)
             screens.append(screen(app))
@@ -368,7 +368,7 @@ def test_what_is_wrong_with_an_endpoint_is_told_where_it_is_typed(place: Path, s
             await until(pilot, lambda: "base URL is missing" in screen(app))
             await pilot.press(*"http://x.invalid/v1")
             app.screen.query_one("#place", Select).value = "environment"
-            await until(pilot, lambda: "plain http" in screen(app))
+            await until(pilot, lambda: "unencrypted http" in screen(app))
             app.screen.query_one("#url", Input).value = server.url
             app.screen.query_one("#place", Select).value = "none"
             app.screen.query_one("#model", Input).value = "huge"

@@ -544,7 +544,7 @@ def test_save_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_nothing_to_save(tmp_path: Path, system: str | None) -> None:
     chat = Chat("Hello.", system=system)
     assert chat.lines(f"/save {tmp_path}/a.md", "Hi", "", f"/save {tmp_path}/b.md", "/save") == 2
-    assert chat.errors[:2] == ["error: there is nothing to save yet: ask something first"] * 2
+    assert chat.errors[:2] == ["error: nothing to save yet: ask a question first"] * 2
     assert chat.errors[2] == "error: /save needs a file name, for example: /save talk.md"
     assert list(tmp_path.iterdir()) == []
 

@@ -23,7 +23,7 @@ from llm_edge.chat.bundles import Broken, Offer
 from llm_edge.chat.choice import BundleChoice, Choice, called, is_of, open_responder, remember
 from llm_edge.chat.endpoint import client as endpoint
 from llm_edge.chat.endpoint.client import Endpoint
-from llm_edge.chat.export_process import SMOLLM2_INT8, SMOLLM2_SOON, SUFFIXES
+from llm_edge.chat.export_process import SMOLLM2_UNVALIDATED, SMOLLM2_VALIDATED, SUFFIXES
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.chat.text import one_line, printable
@@ -270,8 +270,8 @@ class ModelsScreen(ModalScreen[Choice | None]):
         if work is not None and (not typed or not work[0].ended):
             self.app.push_screen(ExportScreen(job=work[0]), self._exported)
         elif way in _WAYS:
-            better = replace(SMOLLM2_INT8, precisions=(*SMOLLM2_INT8.precisions, *self._beside))
-            wish = {_SOON: SMOLLM2_SOON, _INT8: better}.get(way)
+            better = replace(SMOLLM2_VALIDATED, precisions=(*SMOLLM2_VALIDATED.precisions, *self._beside))
+            wish = {_SOON: SMOLLM2_UNVALIDATED, _INT8: better}.get(way)
             self.app.push_screen(ExportScreen(typed, browse=way == _FILE, wish=wish), self._exported)
 
     def _made(self, choice: Choice | None) -> None:

@@ -10,7 +10,7 @@ from textual.widgets import Button, Static
 
 from llm_edge.chat.comparison import ComparisonSide
 from llm_edge.chat.parameters import summarize
-from llm_edge.chat.presets import MODELS_OWN
+from llm_edge.chat.presets import MODEL_DEFAULTS
 from llm_edge.chat.text import printable
 from llm_edge.tui.widgets.message_view import MessageView
 
@@ -41,7 +41,7 @@ class Column(Vertical):
     def show(self, side: ComparisonSide) -> None:
         """Who answers, and how."""
         self.query_one(".side-who", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
-        how = summarize(side.session.parameters.changed) or MODELS_OWN
+        how = summarize(side.session.parameters.changed) or MODEL_DEFAULTS
         self.query_one(".side-how", Static).update(printable(how))
 
     async def begin(self, side: ComparisonSide) -> None:

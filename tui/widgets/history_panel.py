@@ -19,7 +19,7 @@ from textual.widgets import Button, OptionList, Static
 from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
-from llm_edge.chat.history.search import Finder, Summary
+from llm_edge.chat.history.search import ConversationReader, Summary
 from llm_edge.chat.session import ChatSession
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
@@ -77,7 +77,9 @@ class HistoryPanel(Vertical):
     def __init__(self, session: ChatSession) -> None:
         super().__init__(id="history")
         self._session = session
-        self._reader: Finder | None = None  # a connection of its own: a long search must not hold up the chat
+        self._reader: ConversationReader | None = (
+            None  # a connection of its own: a long search must not hold up the chat
+        )
         self._wanted = PAGE
         self._found: dict[int, Summary] = {}
         self._stand_on: int | None = None  # where the list goes once it has been fetched
@@ -140,7 +142,7 @@ class HistoryPanel(Vertical):
         worker = get_current_worker()
         try:
             if self._reader is None:
-                self._reader = Finder(self._session.store.path)
+                self._reader = ConversationReader(self._session.store.path)
             if text.strip():
                 found = self._reader.search(text, wanted + 1)[begin:]
             else:
