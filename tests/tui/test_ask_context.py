@@ -202,7 +202,7 @@ def test_what_the_context_does_not_hold(tiny_bundle: Path) -> None:
     notes = done.stderr.decode()
     assert notes.count("\n") == 1
     assert "standard input and the question make " in notes
-    assert "tokens, the model's context holds 1,024: give it a part" in notes
+    assert "tokens, but the model's context holds 1,024: give it a part" in notes
     part = int(notes.rsplit("tail -c ", 1)[1].rstrip(")\n"))
     data = (b"error 17\n" * 2000)[-part:]
     command += ["--max-tokens", "2"]
