@@ -532,7 +532,7 @@ def test_archives_in_other_clothes_are_refused(bundle: Path, changed: Callable[.
     whole = (bundle / MODEL).read_bytes()
     for model, message in (
         (rewritten(bundle / MODEL, lambda name, content: (name, content), stored=False), "contains compressed records"),
-        (b"in front" + whole, "is not laid out as the exporter does it"),
+        (b"in front" + whole, "has another layout than exported files"),
         (
             rewritten(bundle / MODEL, lambda name, content: (name.replace("/code/", "/CODE/"), content)),
             r"holds 'CODE/",
