@@ -43,7 +43,7 @@ types: setup
 check: lint types test
 
 pictures: setup $(BUNDLE)/manifest.json
-	$(BIN)/python -m llm_edge.tui.pictures $(BUNDLE) docs/pictures
+	$(BIN)/python -m llm_edge.tui.screenshots $(BUNDLE) docs/pictures
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)

@@ -54,7 +54,7 @@ def begun(place: Path) -> list[int]:
 
 async def open_models(app: ChatApp, pilot: Any) -> ModelsScreen:
     await pilot.press("f4")
-    await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._rows)
+    await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._entries)
     await pilot.pause()
     assert isinstance(app.screen, ModelsScreen)
     return app.screen
@@ -71,7 +71,7 @@ async def write(app: ChatApp, pilot: Any, field: str, text: str) -> None:
 async def open_export(app: ChatApp, pilot: Any, typed: str = "") -> None:
     await open_models(app, pilot)
     await write(app, pilot, "#filter", typed)
-    await until(pilot, lambda: isinstance(app.screen, ExportScreen) and app.screen.query("#failure"))
+    await until(pilot, lambda: isinstance(app.screen, ExportScreen) and app.screen.query("#error"))
     await pilot.pause()
 
 
@@ -131,8 +131,8 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
         async with app_with(place, size=(80, 24)) as (app, pilot, _):
             await leave_one(app, pilot, place)
             models = await open_models(app, pilot)
-            assert "an export is at work: quantizing 45%" in models._rows[0].shown.plain
-            assert models.query_one("#offers", OptionList).highlighted == 0
+            assert "an export is at work: quantizing 45%" in models._entries[0].shown.plain
+            assert models.query_one("#models", OptionList).highlighted == 0
             await pilot.press("escape")
             for row in ("", "export file", "hugging", "smollm2 now", "measured", "./other.pt", "an/other"):
                 await open_export(app, pilot, row)
@@ -189,7 +189,7 @@ def test_it_is_cancelled_where_it_is_seen_again(place: Path, stand_in: Callable[
             await pilot.press("escape", "escape")
             await until(pilot, lambda: len(app.screen_stack) == 1)
             models = await open_models(app, pilot)
-            assert all("export of" not in row.searched for row in models._rows)  # seen, and done with
+            assert all("export of" not in row.searched for row in models._entries)  # seen, and done with
 
     drive(scene())
 
@@ -223,8 +223,8 @@ def test_what_went_wrong_is_told_and_the_form_is_as_it_was(
             (place / "again").touch()
             app.clear_notifications()
             models = await open_models(app, pilot)
-            assert "✗ the export of owner/name failed: what is it?" in models._rows[0].shown.plain
-            assert models.query_one("#offers", OptionList).highlighted == 0
+            assert "✗ the export of owner/name failed: what is it?" in models._entries[0].shown.plain
+            assert models.query_one("#models", OptionList).highlighted == 0
             await write(app, pilot, "#filter", row)
             await until(pilot, lambda: isinstance(app.screen, ExportScreen) and "what is it?" in screen(app))
             shown = app.screen
@@ -299,7 +299,7 @@ def test_where_there_is_no_model_it_answers_at_once(
     async def scene() -> None:
         app = ChatApp(Store(place / "x.db"), load, Settings(place))
         async with app.run_test(size=(80, 24), notifications=True) as pilot:
-            await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._rows)
+            await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._entries)
             await write(app, pilot, "#filter", "smollm2 now")
             await until(pilot, lambda: "▸ reading" in screen(app))
             await pilot.press("ctrl+b")
@@ -349,11 +349,11 @@ def test_one_that_ends_before_it_is_shown_is_shown_with_its_end(
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
             await leave_one(app, pilot, place)
-            job = app.exports.at_work
+            job = app.exports.running
             assert job is not None
             (place / "go").touch()
             await until(pilot, lambda: job.ended)
-            await app.push_screen(ExportScreen(job=job), made.append)
+            await app.push_screen(ExportScreen(app.exports, job=job), made.append)
             await until(pilot, lambda: made)
             assert made[0].path == tiny_bundle
             await until(pilot, lambda: len(app.screen_stack) == 1)

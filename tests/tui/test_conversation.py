@@ -142,7 +142,7 @@ def test_a_question_that_cannot_fit_is_not_sent(tmp_path: Path) -> None:
             await pilot.press("enter")
             await until(pilot, lambda: app.query_one(Composer).text == long)
             await pilot.pause()
-            assert app.editing is not None  # it is edited still
+            assert app.chat_screen.composer.editing is not None  # it is edited still
             assert len(app.session.conversation.messages) == 2
 
     drive(scene())
@@ -243,10 +243,10 @@ def test_editing_branches(tmp_path: Path) -> None:
             composer.write("a draft")
             views(app)[0].focus()
             await pilot.press("e")
-            await until(pilot, lambda: app.editing is not None)
+            await until(pilot, lambda: app.chat_screen.composer.editing is not None)
             assert composer.text == "first question"
             await pilot.press("escape")
-            assert app.editing is None
+            assert app.chat_screen.composer.editing is None
             assert composer.text == "a draft"
 
     drive(scene())

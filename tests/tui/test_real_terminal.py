@@ -97,7 +97,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 
 def growing(question: str) -> Callable[[str], object]:
     """Whether an answer to a question has some words, and is on its way."""
-    return lambda shown: "Esc stops" in shown and len(_answer(shown, question).split()) > 8
+    return lambda shown: "Esc to stop" in shown and len(_answer(shown, question).split()) > 8
 
 
 def _answer(shown: str, question: str) -> str:
@@ -139,7 +139,7 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
 
     screen.keys("C-r")
     screen.until("2 of 2")
-    screen.until(lambda shown: "Esc stops" in shown)
+    screen.until(lambda shown: "Esc to stop" in shown)
     screen.run("resize-window", "-x", "200", "-y", "60")
     screen.until(lambda shown: "╭" + "─" * 198 + "╮" in shown)
     screen.keys("Escape")
@@ -183,7 +183,7 @@ def test_killed_in_mid_answer(screen: Screen, smollm2_bundle: Path) -> None:
     answer = " ".join(_answer(shown, LONG).split())
     assert " ".join(seen) in answer
     screen.keys("Escape", "C-g")
-    screen.until(lambda shown: "unfinished" not in shown and "Esc stops" in shown)
+    screen.until(lambda shown: "unfinished" not in shown and "Esc to stop" in shown)
     os.kill(int((screen.folder / "process").read_text()), signal.SIGTERM)  # as a machine that shuts down
     screen.until("left with 130")
 
