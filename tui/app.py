@@ -70,10 +70,8 @@ class ChatApp(App[None]):
         return self.chat_screen
 
     def on_mount(self) -> None:
-        """Restore the theme and report damaged settings."""
+        """Restore the theme."""
         restore_theme(self, self.settings, self.chat_screen.conversation_view.use_code_theme)
-        if self.settings.trouble:
-            notify(self, self.settings.trouble, "warning")
 
     def on_unmount(self) -> None:
         """Cancel a running export, and save what there is of an answer."""

@@ -236,7 +236,7 @@ def test_what_was_thought_stays_when_an_answer_goes_on(tmp_path: Path) -> None:
             await until(pilot, lambda: len(fake.asked) == 2 and app.session.answering is None)
             await pilot.pause()
             assert (answer.reasoning, answer.content) == ("Let me count", "one two three four")
-            assert "▸ reasoning" in shown(views(app)[-1])
+            assert "▸ Reasoning" in shown(views(app)[-1])
             assert app.session.store.load(1).path()[-1].reasoning == "Let me count"
 
     drive(scene())

@@ -99,18 +99,18 @@ def test_one_chats_beside_an_export_and_chooses_its_bundle(
     async def scene() -> None:
         async with app_with(place, answer, size=size, pause=0.05) as (app, pilot, fake):
             await open_export(app, pilot, "hugging")
-            assert "In the background" not in screen(app)
+            assert "Run in background" not in screen(app)
             await write(app, pilot, "#source", "owner/bob")
             await until(pilot, lambda: "45%" in screen(app))
-            assert "In the background" in screen(app)
+            assert "Run in background" in screen(app)
             await pilot.press(key)
             await until(pilot, lambda: len(app.screen_stack) == 1)
-            assert told(app, "The export of owner/bob goes on. F4 shows it.")
-            await until(pilot, lambda: "export: quantizing 45%" in screen(app))
+            assert told(app, "Exporting owner/bob in the background. Press F4 to see the progress.")
+            await until(pilot, lambda: "Export: quantizing 45%" in screen(app))
             await ask(pilot, "While it works?", wait=False)
             assert app.session.answering is not None
             (place / "go").touch()
-            await until(pilot, lambda: told(app, f"{tiny_bundle.name} is made. F4 chooses it."))
+            await until(pilot, lambda: told(app, f"Exported {tiny_bundle.name}. Press F4 to use it."))
             await until(pilot, lambda: app.session.answering is None)
             assert app.session.conversation.path()[-1].content == answer
             assert app.session.responder is fake
@@ -131,13 +131,13 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
         async with app_with(place, size=(80, 24)) as (app, pilot, _):
             await leave_one(app, pilot, place)
             models = await open_models(app, pilot)
-            assert "an export is at work: quantizing 45%" in models._entries[0].shown.plain
+            assert "Exporting owner/name: quantizing 45%" in models._entries[0].label.plain
             assert models.query_one("#models", OptionList).highlighted == 0
             await pilot.press("escape")
             for row in ("", "export file", "hugging", "smollm2 now", "measured", "./other.pt", "an/other"):
                 await open_export(app, pilot, row)
                 await until(pilot, lambda: "▸ quantizing" in screen(app))
-                assert "Export of owner/name" in screen(app)
+                assert "Exporting owner/name" in screen(app)
                 await pilot.press("ctrl+b")
                 await until(pilot, lambda: len(app.screen_stack) == 1)
             with pytest.raises(InputError, match="still at work"):
@@ -156,18 +156,18 @@ def test_the_list_shows_how_far_it_is_and_what_there_is_then(
         async with app_with(place, size=(100, 30)) as (app, pilot, _):
             await leave_one(app, pilot, place)
             await open_models(app, pilot)
-            assert "at work: reading" in screen(app)
+            assert ": reading" in screen(app)
             await write(app, pilot, "#filter", "connect")
             await until(pilot, lambda: isinstance(app.screen, EndpointScreen) and app.screen.query("#url"))
             await pilot.press("escape")
             await until(pilot, lambda: isinstance(app.screen, ModelsScreen))
             await pilot.pause()
-            assert "at work: reading" in screen(app)
+            assert ": reading" in screen(app)
             app.screen.query_one("#filter", Input).value = "tiny"
             (place / "go").touch()
-            await until(pilot, lambda: "at work: writing 90%" in screen(app))
+            await until(pilot, lambda: ": writing 90%" in screen(app))
             (place / "on").touch()
-            await until(pilot, lambda: "at work" not in screen(app) and "KL" in screen(app))
+            await until(pilot, lambda: "Exporting" not in screen(app) and "KL" in screen(app))
             assert app.screen.query_one("#filter", Input).value == "tiny"
             await pilot.press("enter")
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
@@ -219,11 +219,11 @@ def test_what_went_wrong_is_told_and_the_form_is_as_it_was(
             await pilot.press("ctrl+b")
             await until(pilot, lambda: len(app.screen_stack) == 1)
             (place / "go").touch()
-            await until(pilot, lambda: told(app, "The export of owner/name failed: what is it?[2J give --n-heads N"))
+            await until(pilot, lambda: told(app, "Export of owner/name failed: what is it?[2J give --n-heads N"))
             (place / "again").touch()
             app.clear_notifications()
             models = await open_models(app, pilot)
-            assert "✗ the export of owner/name failed: what is it?" in models._entries[0].shown.plain
+            assert "✗ Export of owner/name failed: what is it?" in models._entries[0].label.plain
             assert models.query_one("#models", OptionList).highlighted == 0
             await write(app, pilot, "#filter", row)
             await until(pilot, lambda: isinstance(app.screen, ExportScreen) and "what is it?" in screen(app))

@@ -374,7 +374,7 @@ def test_nothing_is_compared_while_an_answer_comes(tmp_path: Path) -> None:
             await pilot.press("f7")
             await pilot.pause()
             assert app.screen is app.chat_screen
-            assert "stop it first" in " ".join(screen(app).split())
+            assert "Press Esc to stop" in " ".join(screen(app).split())
 
     drive(scene())
 

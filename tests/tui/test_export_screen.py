@@ -313,7 +313,7 @@ def test_nothing_given_is_told(place: Path) -> None:
         async with app_with(place) as (app, pilot, _):
             await app.push_screen(ExportScreen(app.exports, browse=True))
             await pilot.press("enter")
-            await until(pilot, lambda: "what is to be exported" in screen(app))
+            await until(pilot, lambda: "Enter the path" in screen(app))
 
     drive(scene())
 

@@ -246,7 +246,7 @@ def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
             await look("Export to")
             await pilot.press("escape", "d", "u", "enter")
             await until(pilot, lambda: views(app))
-            await look("is back")
+            await look("Restored")
             for text in seen:
                 assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
 
@@ -326,7 +326,7 @@ def test_delete_and_undo(tmp_path: Path) -> None:
             await pilot.press("d")
             await until_titles(app, pilot, ["second", "third"])
             await until(pilot, lambda: not views(app))  # it was the one of now
-            assert told(app)[-1] == "Deleted “first”. In this list, u brings it back."
+            assert told(app)[-1] == "Deleted “first”. Press u in the list to undo."
             await pilot.press("delete")
             await until_titles(app, pilot, ["third"])
             await pilot.press("u")
@@ -337,7 +337,7 @@ def test_delete_and_undo(tmp_path: Path) -> None:
             await until(pilot, lambda: len(views(app)) == 2)  # as it was before
             assert app.session.conversation.id == numbers[0]
             await pilot.press("u")
-            await until(pilot, lambda: told(app)[-1] == "Nothing was deleted.")
+            await until(pilot, lambda: told(app)[-1] == "Nothing to undo.")
 
     drive(scene())
 
@@ -388,7 +388,7 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 await pilot.press("e")
                 await dialog(app, pilot, written.name)
                 await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
-                assert "is there already. Replace it?" in screen(app)
+                assert "already exists. Replace it?" in screen(app)
                 await pilot.press(answer)
                 await until(pilot, lambda: not isinstance(app.screen, ConfirmDialog))
                 await until(pilot, lambda content=content: content in written.read_text())
@@ -448,11 +448,11 @@ def test_import_of_chatgpt(tmp_path: Path) -> None:
         async with app_with(tmp_path, size=(120, 30)) as (app, pilot, _):
             await pilot.press("f2", "down", "i")
             await dialog(app, pilot, str(path))
-            await until(pilot, lambda: told(app)[-1:] == ["120 conversations imported."])
+            await until(pilot, lambda: told(app)[-1:] == ["Imported 120 conversations."])
             await until(pilot, lambda: len(titles(app)) > PAGE)
             await pilot.press("i")
             await dialog(app, pilot, str(path))
-            await until(pilot, lambda: told(app)[-1:] == ["0 conversations imported."])
+            await until(pilot, lambda: told(app)[-1:] == ["Imported 0 conversations."])
             await pilot.press("slash", *"Answer 77")
             await until_titles(app, pilot, ["Talk 77"])
             await pilot.press("enter")
@@ -477,7 +477,7 @@ def test_import_of_our_own(tmp_path: Path) -> None:
         async with app_with(tmp_path) as (app, pilot, _):
             await pilot.press("f2", "down", "i")
             await dialog(app, pilot, str(tmp_path / "talk.json"))
-            await until(pilot, lambda: told(app)[-1:] == ["1 conversation imported."])
+            await until(pilot, lambda: told(app)[-1:] == ["Imported 1 conversation."])
             await until_titles(app, pilot, ["Old [2J talk"])
             await pilot.press("enter")
             await until(pilot, lambda: views(app))
@@ -640,7 +640,7 @@ def test_opening_stops_an_answer_and_says_so(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             await pilot.press("down", "enter")
             await until(pilot, lambda: app.session.conversation.id == number)
-            assert "Ctrl-G continues it" in told(app)[-1]
+            assert "Press Ctrl-G there to continue it" in told(app)[-1]
             answer = app.session.store.load(counting.id).path()[1]
             assert (answer.figures["finish_reason"], answer.content[:5]) == ("cancelled", "word ")
 

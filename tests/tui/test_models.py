@@ -373,7 +373,7 @@ def test_what_is_wrong_with_an_endpoint_is_told_where_it_is_typed(place: Path, s
             app.screen.query_one("#key-location", Select).value = "none"
             app.screen.query_one("#model", Input).value = "huge"
             await pilot.press("f10")
-            await until(pilot, lambda: "no model 'huge'" in screen(app))
+            await until(pilot, lambda: "Model 'huge' not found" in screen(app))
             assert "large" in screen(app)
             await pilot.press("escape")
             await until(pilot, lambda: not isinstance(app.screen, EndpointScreen))

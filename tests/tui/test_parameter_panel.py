@@ -42,7 +42,7 @@ async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
 
 def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with app_with(tmp_path, LONG, pause=PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
+        async with app_with(tmp_path, LONG, pause=3 * PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
             await ask(pilot, "Talk.", wait=False)
             await pilot.press("f3")
             answer = app.session.answering
@@ -50,7 +50,7 @@ def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> N
             await until(pilot, lambda: len(answer.content) > 10)
             for parameter in NUMBERS:
                 app.query_one(f"#value-{parameter.name}").focus()
-                await pilot.press("up" if parameter.name != "top_p" else "down")
+                await pilot.press("up" if parameter.name not in ("top_p", "typical_p") else "down")
                 await pilot.pause()
                 value = app.session.parameters.value(parameter.name)
                 assert value != app.session.parameters.default(parameter.name)
@@ -95,7 +95,7 @@ def test_texts_are_live_too_and_what_can_only_begin_with_an_answer_waits_for_the
             assert messages[0] == {"role": "system", "content": "Be brief."}
             assert params.constraint == Constraint.json()
             assert params.stop == ("END",)
-            assert "with stop at 'END'" in shown(views(app)[-1])
+            assert "with stop strings 'END'" in shown(views(app)[-1])
 
     drive(scene())
 
@@ -149,7 +149,7 @@ def test_the_mouse_turns(tmp_path: Path) -> None:
         ('{"type": ', "not JSON"),
         ('{"type": "objec"}', "objec"),
         ('{"$ref": "#/nowhere"}', "nowhere"),
-        ("[1]", "give an object"),
+        ("[1]", "give a JSON object"),
         ('{"a": "\\u001b]52;c;x\\u0007", "type": "\\u009b31m"}', ""),
     ],
 )
@@ -227,7 +227,7 @@ def test_presets_are_there_for_the_next_program_and_chosen_by_keys(tmp_path: Pat
             app.query_one("#presets").focus()
             await pilot.press("enter")
             await pilot.pause()
-            assert "always the most probable token" in screen(app)
+            assert "always the most likely token" in screen(app)
             await pilot.press("down", "enter")
             await until(pilot, lambda: app.session.parameters.changed == {"top_k": 3})
             await pilot.press("f3")

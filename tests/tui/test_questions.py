@@ -184,7 +184,7 @@ def test_an_emptied_list_says_how_to_fill_it(tmp_path: Path) -> None:
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f5", *"dddddd")
             await pilot.pause()
-            assert "r brings back" in screen(app)
+            assert "Press r to restore" in screen(app)
             await pilot.press("enter", "space", "e", "d")  # nothing to do these with
             await pilot.press("r")
             await pilot.pause()

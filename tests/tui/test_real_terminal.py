@@ -21,7 +21,7 @@ import pytest
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
 PATIENCE = 90  # seconds until a test that waits for a screen gives up
-READY = "ready"
+READY = "Ready"
 ANSWERED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first after [\d.]+ s · fp32 · complete")
 STOPPED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first after [\d.]+ s · fp32 · stopped")
 LONG = "Write a very long story about a fox and a river."
@@ -130,9 +130,9 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
     early = len(_answer(screen.until(growing(LONG)), LONG))
     screen.until(lambda shown: len(_answer(shown, LONG)) > early + 40)  # it streams
     screen.keys("F3")
-    screen.until("Temperature     ◂ 0 ")
+    screen.until("Temperature        ◂ 0 ")
     screen.keys("Up")
-    screen.until("Temperature     ◂ 0.05")
+    screen.until("Temperature        ◂ 0.05")
     screen.keys("F3", "Escape")
     shown = screen.until(STOPPED)
     assert re.search(r"changed meanwhile: temperature 0\.05 from token \d+", " ".join(shown.split()), re.IGNORECASE)
@@ -194,7 +194,7 @@ def test_no_bundle_yet(screen: Screen) -> None:
     shown = screen.until("Make SmolLM2-135M now")
     assert "artifacts/smollm2-135m is not there yet" in shown
     screen.keys("Escape")
-    screen.until("no model: F4")
+    screen.until("No model: press F4")
     screen.keys("C-q")
     screen.until("left with 0")
     screen.chat("nowhere")

@@ -67,7 +67,7 @@ def test_whole_distributions_are_cut_as_the_sampler_cuts_them(seed: int) -> None
         SamplingParams(temperature=1.7, top_p=0.8),
         SamplingParams(temperature=0.3, min_p=0.1, top_k=3),
     ):
-        ids, left = Sampler(params, ()).survivors(logits)
+        ids, left = Sampler(params, ()).candidates(logits)
         assert ids is not None
         expected = np.exp(left - left.max())
         found = by_token(record, params)

@@ -112,6 +112,8 @@ class ChatScreen(Screen[None]):
         except LlmEdgeError as error:
             notify(self, str(error), "error")
         await self.show()
+        if self._settings.trouble:
+            notify(self, self._settings.trouble, "warning")
 
     async def show(self) -> None:
         """Show the session's conversation."""
@@ -156,7 +158,7 @@ class ChatScreen(Screen[None]):
         """Report the error; without any model, offer others."""
         self.loader.loading = False
         self.status_bar.refresh_state()
-        if self._session.responder is None and self.is_current:
+        if self._session.responder is None and self.app.screen is self:
             self.action_models(str(event.error))
         else:
             notify(self, str(event.error), "error")

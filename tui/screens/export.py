@@ -291,7 +291,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     def _finish(self) -> None:
         """Close with the bundle, unless another screen is on top."""
         job = self._job
-        if job is not None and job.bundle is not None and self.is_current:
+        if job is not None and job.bundle is not None and self.app.screen is self:
             self._job = None
             self._exports.dismiss(job)
             self.dismiss(BundleChoice(job.bundle))
