@@ -134,7 +134,7 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
             assert "Exporting owner/name: quantizing 45%" in models._entries[0].label.plain
             assert models.query_one("#models", OptionList).highlighted == 0
             await pilot.press("escape")
-            for row in ("", "export file", "hugging", "smollm2 now", "measured", "./other.pt", "an/other"):
+            for row in ("", "export file", "hugging", "smollm2 now", "validate", "./other.pt", "an/other"):
                 await open_export(app, pilot, row)
                 await until(pilot, lambda: "▸ quantizing" in screen(app))
                 assert "Exporting owner/name" in screen(app)

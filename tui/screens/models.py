@@ -29,14 +29,14 @@ from llm_edge.tui.export_manager import ExportJob, ExportManager
 from llm_edge.tui.screens.endpoint import EndpointScreen
 from llm_edge.tui.screens.export import ExportScreen
 
-_NAME_WIDTH, _PRECISION_WIDTH, _SIZE_WIDTH, _SOURCE_WIDTH = 22, 11, 8, 36  # columns
+_NAME_WIDTH, _PRECISION_WIDTH, _SIZE_WIDTH, _SOURCE_WIDTH = 22, 11, 8, 34  # columns
 _POLL_INTERVAL = 0.5  # seconds
 _QUICK_SMOLLM2, _SMOLLM2, _FILE, _HUB, _ENDPOINT, _EXPORT = "smollm2-quick", "smollm2", "file", "hub", "endpoint", "job"
 # Ways to add a model, with title and hint.
 _SOURCES = {
-    _QUICK_SMOLLM2: ("Make SmolLM2-135M now", "A first small model, int8; 1 to 2 minutes"),
-    _SMOLLM2: ("Make SmolLM2-135M and validate it", "int8, compared with PyTorch; minutes"),
-    _FILE: ("Export a file or folder …", ".pt .pth .bin .safetensors .gguf, folders"),
+    _QUICK_SMOLLM2: ("Make SmolLM2-135M now", "int8, ready in 1 to 2 minutes"),
+    _SMOLLM2: ("Make SmolLM2-135M and validate it", "int8, compared with PyTorch"),
+    _FILE: ("Export a file or folder …", ".pt .safetensors .gguf and folders"),
     _HUB: ("Export from Hugging Face …", "By its id, as owner/name"),
     _ENDPOINT: ("Connect to an endpoint …", "OpenAI-compatible, local or remote"),
 }
@@ -99,7 +99,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
     def compose(self) -> ComposeResult:
         with Vertical() as box:
             box.border_title = "Choose a model"
-            box.border_subtitle = "↑ ↓ ⏎"
+            box.border_subtitle = "↑ ↓ ⏎ to choose"
             yield Static(printable(self._reason), id="reason", markup=False)
             yield Input(id="filter", placeholder="Type to filter", compact=True)
             yield OptionList(Option("Searching for bundles …", disabled=True), id="models", markup=False)

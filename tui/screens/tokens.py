@@ -129,7 +129,7 @@ class TokensScreen(ModalScreen[bool]):
         logprobs = [record.logprob.logprob for record in records]
         self.query_one(TokenText).show(self._texts, logprobs)
         perplexity = math.exp(min(-sum(logprobs) / len(logprobs), 99))
-        title = f"{self._title()} · {len(records)} tokens · perplexity {perplexity:.3g} · stronger shade: less probable"
+        title = f"{self._title()} · {len(records)} tokens · perplexity {perplexity:.3g} · redder: less probable"
         self.query_one("#tokens-title", Static).update(printable(title))
 
     # ---- alternatives

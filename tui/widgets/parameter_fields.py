@@ -50,10 +50,10 @@ class ValueField(SafeInput):
     """A value on one line: a number, or on and off."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "step(1)", "Increase", key_display="↑"),
-        Binding("down", "step(-1)", "Decrease", key_display="↓"),
-        Binding("pageup", "step(5)", "Increase by 5 steps", show=False),
-        Binding("pagedown", "step(-5)", "Decrease by 5 steps", show=False),
+        Binding("up", "step(1)", "Raise", key_display="↑"),
+        Binding("down", "step(-1)", "Lower", key_display="↓"),
+        Binding("pageup", "step(5)", "Raise by 5 steps", show=False),
+        Binding("pagedown", "step(-5)", "Lower by 5 steps", show=False),
     ]
 
     def __init__(self, spec: ParameterSpec, text: str) -> None:
