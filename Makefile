@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check pictures bench bench-peers compat clean
+.PHONY: setup demo test lint types check docs pictures bench bench-peers compat clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 setup" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,9 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+docs: setup
+	$(BIN)/python docs/sampling.py > docs/sampling.md
 
 pictures: setup $(BUNDLE)/manifest.json
 	$(BIN)/python -m llm_edge.tui.screenshots $(BUNDLE) docs/pictures

@@ -11,7 +11,7 @@ from typing import Any
 from llm_edge.chat.text import one_line
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
-from llm_edge.runtime.sampling.parameter_spec import Api, ParameterSpec, refused
+from llm_edge.runtime.sampling.parameter_spec import ParameterSpec, refused
 from llm_edge.runtime.sampling.params import PARAMETERS, SamplingParams
 from llm_edge.runtime.sampling.presets import PRESET_PARAMETERS, apply_preset
 
@@ -20,7 +20,7 @@ MAX_SUMMARY_VALUE = 40  # characters of a value in a summary
 
 
 def _text(name: str, title: str, help_: str, order: int) -> ParameterSpec:
-    return ParameterSpec(name, "text", False, "", None, title, help_, "", "output", order, None, Api())
+    return ParameterSpec(name, "text", False, "", title, help_, "output", order=order)
 
 
 # What a chat sets beyond sampling; changes apply from the next answer on.

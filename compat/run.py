@@ -52,7 +52,7 @@ class InstallError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A chat (`messages`) or a plain text, and what our runtime makes of it."""
+    """A chat (`messages`) or a plain text, and the tokens that our runtime generates."""
 
     name: str
     job: Mapping[str, Any]
@@ -61,12 +61,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A runtime to prove.
+    """Another runtime to check.
 
     Attributes:
-        name: as the table and `--only` call it.
-        pins: files that say what its environment is made of.
-        make: fills an empty folder with the environment.
+        name: in the table and for `--only`.
+        pins: files that pin its environment.
+        make: creates the environment in an empty folder.
         command: starts its script in that folder.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 _MAX_LAYERS = 1_024
 
@@ -51,16 +51,16 @@ class ConfigReader:
         """Return an integer; without a default the key is required."""
         value = self._value_or(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            self.fail(f"{key} is {show(value)}, not an integer")
+            self.fail(f"{key} is {short_repr(value)}, not an integer")
         if value.bit_length() > 63:
-            self.fail(f"{key} is {show(value)}, which is too large")
+            self.fail(f"{key} is {short_repr(value)}, which is too large")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return an integer or float as a float; without a default the key is required."""
         value = self._value_or(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(f"{key} is {show(value)}, not a number")
+            self.fail(f"{key} is {short_repr(value)}, not a number")
         try:
             return float(value)
         except OverflowError:  # an integer of hundreds of digits
@@ -70,14 +70,14 @@ class ConfigReader:
         """Return a boolean."""
         value = self._value_or(key, default)
         if not isinstance(value, bool):
-            self.fail(f"{key} is {show(value)}, not true or false")
+            self.fail(f"{key} is {short_repr(value)}, not true or false")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return a string; without a default the key is required."""
         value = self._value_or(key, default)
         if not isinstance(value, str):
-            self.fail(f"{key} is {show(value)}, not a string")
+            self.fail(f"{key} is {short_repr(value)}, not a string")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
@@ -95,7 +95,7 @@ class ConfigReader:
         """Return a number of layers, limited because lists of this length are allocated."""
         value = self.integer(key, default)
         if not 1 <= value <= _MAX_LAYERS:
-            self.fail(f"{key} is {show(value)}; it must be 1 to {_MAX_LAYERS}")
+            self.fail(f"{key} is {short_repr(value)}; it must be 1 to {_MAX_LAYERS}")
         return value
 
     def per_layer(self, key: str, layers: int) -> list[Any] | None:
@@ -111,13 +111,15 @@ class ConfigReader:
         """Return the entry of `choices` that the value names."""
         name = self.text(key, default)
         if name not in choices:
-            self.fail(f"{key} {show(name)} is not supported; supported: {', '.join(map(repr, choices))}")
+            self.fail(f"{key} {short_repr(name)} is not supported; supported: {', '.join(map(repr, choices))}")
         return choices[name]
 
     def resolve_alias(self, name: str, alias: str) -> str:
         """Return which of two names of a key the config uses. Both with different values are an error."""
         if name in self and alias in self and self.value(name) != self.value(alias):
-            self.fail(f"{name} is {show(self.value(name))} but its alias {alias} is {show(self.value(alias))}")
+            self.fail(
+                f"{name} is {short_repr(self.value(name))} but its alias {alias} is {short_repr(self.value(alias))}"
+            )
         return alias if alias in self and name not in self else name
 
     def section(self, key: str) -> ConfigReader | None:
@@ -153,7 +155,7 @@ class ConfigReader:
         """Fail if the key is present with a different value."""
         found = self.value(key)
         if found is not None and found != value:
-            self.fail(f"{key} is {show(found)}; only {value!r} is supported")
+            self.fail(f"{key} is {short_repr(found)}; only {value!r} is supported")
 
     def fail(self, reason: str) -> NoReturn:
         """Raise a `CheckpointError` about this config."""

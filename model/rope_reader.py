@@ -15,7 +15,7 @@ from llm_edge.model.rope import (
     longrope_amplitude,
     yarn_amplitude,
 )
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 _MAX_DIVISORS = 2_048
 
@@ -111,7 +111,7 @@ def _scaling(
         short, long = (_divisors(section, key, dim // 2) for key in ("short_factor", "long_factor"))
         return LongRopeScaling(short, long, original, amplitude)
     supported = "default, linear, llama3, yarn, longrope"
-    return config.fail(f"{field} of type {show(kind)} is not supported; supported: {supported}")
+    return config.fail(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")
 
 
 def _original_length(config: ConfigReader, section: ConfigReader, length: int, default: int | None) -> int:

@@ -1,11 +1,11 @@
-"""The runtime: a bundle folder in, text out. Knows neither torch nor onnx nor how bundles are made.
+"""The runtime: loads a bundle and generates text. It needs neither torch nor onnx.
 
     from llm_edge.runtime import Model, SamplingParams
     model = Model.load("artifacts/smollm2-135m", precision="int8")
-    for piece in model.chat([{"role": "user", "content": "Hi"}], SamplingParams(temperature=0.7, seed=1)):
-        print(piece.text, end="")
+    for chunk in model.chat([{"role": "user", "content": "Hi"}], SamplingParams(temperature=0.7, seed=1)):
+        print(chunk.text, end="")
 
-Names are imported when they are first used, so that commands can parse their arguments before anything heavy loads.
+Names are imported on first use, so that commands can parse their arguments before heavy modules load.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The bundle folder: its manifest, and the proof that its files are whole. Knows nothing of onnxruntime or of text.
+"""`Bundle`: a bundle folder with its manifest and checksums; docs/bundle.md describes the format.
 
-docs/bundle.md describes the format. The exporter writes it through `FORMAT_VERSION` and `manifest_entry`;
-everybody reads it through `Bundle.open`.
+The exporter writes bundles with `FORMAT_VERSION` and `manifest_entry`; everything else reads them with `Bundle.open`.
 """
 
 from __future__ import annotations
@@ -20,32 +19,32 @@ from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ONNX, TORCHSCRIPT = FORMATS = ("onnx", "torchscript")
-_SHORTEST_TAG, _LONGEST_TAG = 3, 64  # characters; what may become a tag is held back
-MOST_NEWLINES = 2**31 - 1  # as of the parameter `max_newlines`
+_MIN_TAG, _MAX_TAG = 3, 64  # characters; text that may become a tag is held back
+MAX_NEWLINES = 2**31 - 1  # as of the parameter `max_newlines`
 
-# Far beyond any published model: what lies above is a damaged manifest, and would be allocated.
-_MOST: Mapping[str, int] = {
+# Far beyond any published model: larger values come from a damaged manifest and would be allocated.
+_MAX_DIMENSIONS: Mapping[str, int] = {
     "vocab_size": 4_000_000,
     "num_hidden_layers": 1_024,
     "num_key_value_heads": 4_096,
     "head_dim": 4_096,
     "max_position_embeddings": 16_777_216,
 }
-_MOST_HIDDEN = 65_536
+_MAX_HIDDEN = 65_536
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a caller of the graph has to know of the model.
+    """The dimensions of a model that callers of its graph need.
 
     Attributes:
         vocab_size: V, width of the logits.
-        num_hidden_layers: pairs of cache tensors.
-        num_key_value_heads: K of the cache's shape [B, K, tokens, D].
-        head_dim: D of the cache's shape.
-        max_position_embeddings: tokens a context holds at most.
+        num_hidden_layers: number of key/value pairs of cache tensors.
+        num_key_value_heads: K in the cache's shape [B, K, tokens, D].
+        head_dim: D in the cache's shape.
+        max_position_embeddings: maximum number of tokens in the context.
     """
 
     vocab_size: int
@@ -60,15 +59,15 @@ class PrecisionInfo:
     """One graph of a bundle.
 
     Attributes:
-        name: as `--precision` takes it.
-        format: of the graph, one of `FORMATS`.
-        model: path of the file inside the bundle; weights of an `.onnx` file lie beside it in `<file>_data`.
-        recipe: what is stored how, for people.
-        share_buffer: past and present may be one buffer (GroupQueryAttention).
+        name: a value of `--precision`.
+        format: of the file, one of `FORMATS`.
+        model: path of the file inside the bundle; an `.onnx` file has its weights beside it in `<file>_data`.
+        recipe: human-readable description of the weight formats.
+        share_buffer: past and present keys and values may share a buffer (GroupQueryAttention).
         size: bytes of graph and weights.
-        parity: figures of the comparison with the reference.
-        quality: figures of the comparison with fp32; empty for fp32 itself.
-        hidden_size: H, width of the graph's output `hidden_states`; None where it has none.
+        parity: results of the comparison with the reference.
+        quality: results of scoring the validation text.
+        hidden_size: H, width of the graph's output `hidden_states`; None if it has none.
     """
 
     name: str
@@ -84,10 +83,10 @@ class PrecisionInfo:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTokens:
-    """The tokens between which a model reasons before it answers.
+    """The tokens that delimit a model's reasoning.
 
     Attributes:
-        start: id of the token that opens the reasoning; the prompt's last token, or the model draws it.
+        start: id of the token that opens it; the prompt ends with it, or the model generates it.
         end: id of the token that closes it; the answer follows.
     """
 
@@ -97,11 +96,11 @@ class ReasoningTokens:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The texts between which a model reasons, where they are no tokens of their own.
+    """The texts that delimit a model's reasoning where they are not single tokens.
 
     Attributes:
-        start: what opens the reasoning; the prompt's last text, or the model writes it.
-        end: what closes it; the answer follows.
+        start: text that opens it; the prompt ends with it, or the model generates it.
+        end: text that closes it; the answer follows.
     """
 
     start: str
@@ -110,11 +109,11 @@ class ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """What keeps a model from its bad habits; defaults of the parameters of the same names in `SamplingParams`.
+    """A model's defaults for the parameters of the same names in `SamplingParams`.
 
     Attributes:
-        max_newlines: newline characters in a row at most; None = any number.
-        single_think_end: the end of the reasoning is drawn once.
+        max_newlines: maximum number of consecutive newlines; None = no limit.
+        single_think_end: reasoning ends only once.
     """
 
     max_newlines: int | None
@@ -122,18 +121,18 @@ class Guards:
 
 
 class Bundle:
-    """A bundle folder that has been opened: the manifest was read and every file is there in its full size.
+    """An open bundle folder: the manifest is valid and every file exists with the right size.
 
-    `verify` compares contents; `Model.load` does so for all it is about to read.
+    `verify` compares checksums, which loading does for every file it reads.
 
     Attributes:
         path: the folder.
         manifest: content of its manifest.json.
         name: of the bundle.
-        shape: what a caller of the graphs has to know.
-        precisions: by name.
-        reasoning: the tokens or texts around a reasoning; None for models that do not reason.
-        guards: None where the model needs none.
+        shape: dimensions of the model.
+        precisions: the graphs by name.
+        reasoning: delimiters of reasoning; None for models without reasoning.
+        guards: None if the model has no such defaults.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -141,11 +140,11 @@ class Bundle:
         self.manifest = manifest
         self.name = _field(manifest, "name", str)
         shape = _field(manifest, "model", dict)
-        self.shape = ModelShape(**{key: _count(shape, key, most=_MOST[key]) for key in ModelShape.__slots__})
+        self.shape = ModelShape(**{key: _count(shape, key, high=_MAX_DIMENSIONS[key]) for key in ModelShape.__slots__})
         self._files = _field(manifest, "files", dict)
         entries = _field(manifest, "precisions", dict)
         if not entries:
-            raise BundleError(f"{path / MANIFEST}: no precision in it: export the bundle again")
+            raise BundleError(f"{path / MANIFEST}: no precisions: export the bundle again")
         self.precisions: dict[str, PrecisionInfo] = {
             name: self._precision(name, entry) for name, entry in entries.items()
         }
@@ -161,18 +160,18 @@ class Bundle:
         """Open a folder.
 
         Raises:
-            BundleError: not a bundle, one of another format version, or one with missing or cut files.
+            BundleError: not a bundle, or of another format version, or files are missing or truncated.
         """
         path = Path(path)
         if not _is(stat.S_ISDIR, path):
-            raise BundleError(f"{path}: no such bundle folder: make one with llm-export")
+            raise BundleError(f"{path}: no such bundle folder: create one with llm-export")
         if not _is(stat.S_ISREG, path / MANIFEST):
-            raise BundleError(f"{path} has no {MANIFEST}, so it is no llm-edge bundle: make one with llm-export")
+            raise BundleError(f"{path} has no {MANIFEST}, so it is not an llm-edge bundle: create one with llm-export")
         manifest = read_json(path / MANIFEST)
         version = manifest.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise BundleError(
-                f"{path / MANIFEST}: format version {version!r}, this runtime reads {FORMAT_VERSION}: "
+                f"{path / MANIFEST}: format version {version!r}, but this runtime reads {FORMAT_VERSION}: "
                 "export the bundle again"
             )
         bundle = cls(path, manifest)
@@ -180,11 +179,9 @@ class Bundle:
             file = inside(path, name)
             if not _is(stat.S_ISREG, file):
                 raise BundleError(f"{file} is missing: export the bundle again")
-            size = _count(entry, "size", least=0)
+            size = _count(entry, "size", low=0)
             if file.stat().st_size != size:
-                raise BundleError(
-                    f"{file} has {file.stat().st_size} bytes, the manifest says {size}: export the bundle again"
-                )
+                raise BundleError(f"{file} has {file.stat().st_size} bytes instead of {size}: export the bundle again")
         return bundle
 
     def file(self, name: str) -> Path:
@@ -194,37 +191,37 @@ class Bundle:
             BundleError: it is not listed.
         """
         if name not in self._files:
-            raise BundleError(f"{self.path / MANIFEST} lists no {name}: export the bundle again")
+            raise BundleError(f"{self.path / MANIFEST} does not list {name}: export the bundle again")
         return inside(self.path, name)
 
     def json(self, name: str) -> dict[str, Any]:
-        """Content of one of the bundle's JSON files."""
+        """The content of a JSON file in the bundle."""
         return read_json(self.file(name), limit=256 * MIB)
 
     def chat_template(self) -> str | None:
-        """Source of the chat template, or None."""
+        """The source of the chat template, if there is one."""
         if "chat_template.jinja" not in self._files:
             return None
         return read_text(self.file("chat_template.jinja"), MIB)
 
     def precision(self, name: str | None = None, *, half: bool = False) -> PrecisionInfo:
-        """A precision by name; None takes fp16 if `half` is true, else int8, where there is one, else the first.
+        """A precision by name; None = fp16 if `half` is true, else int8, else the first one, as far as they exist.
 
         Raises:
-            BundleError: the bundle does not hold it.
+            BundleError: the bundle does not contain it.
         """
         if name is None:
             wanted = ("fp16", "int8") if half else ("int8",)
             name = next((each for each in wanted if each in self.precisions), next(iter(self.precisions)))
         if name not in self.precisions:
-            raise BundleError(f"{self.path} holds no precision {name!r}; it holds {', '.join(self.precisions)}")
+            raise BundleError(f"{self.path}: no precision {name!r}; available: {', '.join(self.precisions)}")
         return self.precisions[name]
 
     def verify(self, precision: str | None = None) -> None:
-        """Compare sha256 of every file, or of the files one precision needs.
+        """Check the sha256 of every file, or of the files that one precision needs.
 
         Raises:
-            BundleError: a file was changed.
+            BundleError: a file was modified.
         """
         others = {
             name
@@ -242,7 +239,7 @@ class Bundle:
             except OSError as error:
                 raise BundleError(f"{path} cannot be read ({error.strerror}): export the bundle again") from error
             if digest != entry.get("sha256"):
-                raise BundleError(f"{path} does not match its checksum: it was changed, export the bundle again")
+                raise BundleError(f"{path} does not match its checksum: it was modified, export the bundle again")
 
     def _precision(self, name: str, entry: Any) -> PrecisionInfo:
         if not isinstance(entry, dict):
@@ -251,15 +248,15 @@ class Bundle:
         kind = entry.get("format", ONNX)
         if kind not in FORMATS:
             raise BundleError(
-                f"{self.path / MANIFEST}: precisions.{name} is of format {kind!r}, this runtime runs "
+                f"{self.path / MANIFEST}: precisions.{name} has format {kind!r}, but this runtime supports "
                 f"{' and '.join(FORMATS)}: export the bundle again"
             )
         hidden_size = None
         if "hidden_size" in entry:
-            hidden_size = _count(entry, "hidden_size", most=_MOST_HIDDEN, where=f"precisions.{name}.")
+            hidden_size = _count(entry, "hidden_size", high=_MAX_HIDDEN, where=f"precisions.{name}.")
             if kind != ONNX:
                 raise BundleError(
-                    f"{self.path / MANIFEST}: precisions.{name} has a hidden_size, which {kind} does not offer: "
+                    f"{self.path / MANIFEST}: precisions.{name} has a hidden_size, which {kind} does not support: "
                     "export the bundle again"
                 )
         return PrecisionInfo(
@@ -268,39 +265,41 @@ class Bundle:
             model=model,
             recipe=_field(entry, "recipe", str),
             share_buffer=_field(entry, "share_buffer", bool),
-            size=sum(_count(_field(self._files, file, dict), "size", least=0) for file in _graph_files(model, kind)),
+            size=sum(_count(_field(self._files, file, dict), "size", low=0) for file in _graph_files(model, kind)),
             parity=_field(entry, "parity", dict),
             quality=_field(entry, "quality", dict),
             hidden_size=hidden_size,
         )
 
     def _reasoning(self) -> ReasoningTokens:
-        entry, most = _field(self.manifest, "reasoning", dict), self.shape.vocab_size - 1
-        tokens = ReasoningTokens(*(_count(entry, key, 0, most, "reasoning.") for key in ReasoningTokens.__slots__))
+        entry, high = _field(self.manifest, "reasoning", dict), self.shape.vocab_size - 1
+        tokens = ReasoningTokens(*(_count(entry, key, 0, high, "reasoning.") for key in ReasoningTokens.__slots__))
         if tokens.start == tokens.end:
-            raise BundleError(f"{self.path / MANIFEST}: reasoning starts and ends with one token: export it again")
+            raise BundleError(f"{self.path / MANIFEST}: reasoning starts and ends with the same token: export it again")
         return tokens
 
     def _reasoning_tags(self) -> ReasoningTags:
         if self.reasoning is not None:
-            raise BundleError(f"{self.path / MANIFEST}: 'reasoning' and 'reasoning_tags', of which one is enough")
+            raise BundleError(
+                f"{self.path / MANIFEST}: 'reasoning' and 'reasoning_tags' exclude each other: export it again"
+            )
         entry = _field(self.manifest, "reasoning_tags", dict)
         tags = ReasoningTags(*(_field(entry, key, str) for key in ReasoningTags.__slots__))
         for key, tag in (("start", tags.start), ("end", tags.end)):
-            if not _SHORTEST_TAG <= len(tag) <= _LONGEST_TAG or not tag.isprintable() or tag != tag.strip():
+            if not _MIN_TAG <= len(tag) <= _MAX_TAG or not tag.isprintable() or tag != tag.strip():
                 raise BundleError(
-                    f"{self.path / MANIFEST}: reasoning_tags.{key} is {reprlib.repr(tag)}, not {_SHORTEST_TAG} to "
-                    f"{_LONGEST_TAG} printable characters without white space around: export the bundle again"
+                    f"{self.path / MANIFEST}: reasoning_tags.{key} is {reprlib.repr(tag)}, not {_MIN_TAG} to "
+                    f"{_MAX_TAG} printable characters without surrounding white space: export the bundle again"
                 )
         if tags.start in tags.end or tags.end in tags.start:
-            raise BundleError(f"{self.path / MANIFEST}: one of reasoning_tags is within the other: export it again")
+            raise BundleError(f"{self.path / MANIFEST}: one of reasoning_tags contains the other: export it again")
         return tags
 
     def _guards(self) -> Guards:
         entry = _field(self.manifest, "guards", dict)
         newlines = None
-        if entry.get("max_newlines", 0) is not None:  # it has to be there
-            newlines = _count(entry, "max_newlines", 1, MOST_NEWLINES, "guards.")
+        if entry.get("max_newlines", 0) is not None:  # the key is required
+            newlines = _count(entry, "max_newlines", 1, MAX_NEWLINES, "guards.")
         guards = Guards(newlines, _field(entry, "single_think_end", bool))
         if guards.single_think_end and self.reasoning is None:
             raise BundleError(f"{self.path / MANIFEST}: guards.single_think_end without 'reasoning': export it again")
@@ -312,13 +311,13 @@ def _graph_files(model: str, kind: str) -> Iterable[str]:
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file: its size in bytes and its sha256."""
+    """A file's entry in the manifest: its size in bytes and its sha256."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _is(kind: Callable[[int], bool], path: Path) -> bool:
-    """Whether there is something of this kind; False too for a name that no file system can hold."""
+    """Whether a path exists and is of this kind; False also for names that no file system allows."""
     try:
         return kind(path.stat().st_mode)
     except (OSError, ValueError):
@@ -332,10 +331,10 @@ def _field(mapping: Mapping[str, Any], key: str, kind: type[T]) -> T:
     return value
 
 
-def _count(mapping: Mapping[str, Any], key: str, least: int = 1, most: int = 1 << 48, where: str = "") -> int:
+def _count(mapping: Mapping[str, Any], key: str, low: int = 1, high: int = 1 << 48, where: str = "") -> int:
     value = _field(mapping, key, int)
-    if isinstance(value, bool) or not least <= value <= most:
+    if isinstance(value, bool) or not low <= value <= high:
         raise BundleError(
-            f"{MANIFEST}: {where}{key} is {value!r}, not from {least:,} to {most:,}: export the bundle again"
+            f"{MANIFEST}: {where}{key} is {value!r}, not from {low:,} to {high:,}: export the bundle again"
         )
     return value

@@ -1,4 +1,4 @@
-"""What all commands share: how errors end them. Knows nothing of what any command does."""
+"""`run`: the exit codes and error messages of every command."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llm_edge.runtime.errors import LlmEdgeError
 _INPUT = 2
 _MACHINE = 3
 _INTERRUPTED = 130
-_CLOSED_PIPE = 141  # as a shell counts SIGPIPE
+_CLOSED_PIPE = 141  # as shells report SIGPIPE
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
-_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # a path that cannot be one
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # impossible paths
 
 
 def run(command: Callable[[], object]) -> int:
-    """Run a command and return its exit code, as `errors` lists them.
+    """Run a command and return its exit code; see `errors.py`.
 
-    0 done, 2 bad usage or input, 3 the machine failed, 130 interrupted (SIGTERM and SIGHUP count as Ctrl-C, so that a
-    command cleans up), 141 the reader of its output has gone. An error on purpose, a full disk or memory and Ctrl-C
-    become one line on stderr; anything else is a defect of ours and keeps its traceback.
+    0 success, 2 bad usage or input, 3 the machine failed, 130 interrupted (SIGTERM and SIGHUP act like Ctrl-C, so that
+    a command cleans up), 141 broken pipe. An `LlmEdgeError`, a full disk or memory and Ctrl-C print one line to stderr;
+    anything else is a bug and keeps its traceback.
     """
     with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
         for name in ("SIGTERM", "SIGHUP"):
@@ -33,20 +33,20 @@ def run(command: Callable[[], object]) -> int:
                 signal.signal(number, signal.default_int_handler)
     try:
         command()
-        sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end
+        sys.stdout.flush()  # raises BrokenPipeError here rather than at exit
     except LlmEdgeError as error:
-        _tell(str(error))
+        _print_error(str(error))
         return error.exit_code
     except MemoryError:
-        _tell("not enough memory")
+        _print_error("not enough memory")
         return _MACHINE
-    except BrokenPipeError:  # the reader of our output has gone: not worth a word
+    except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
     except OSError as error:
         if error.errno not in (*_MACHINE_ERRORS, *_NAME_ERRORS):
             raise
-        _tell(f"{error.filename or 'disk'}: {error.strerror}")
+        _print_error(f"{error.filename or 'disk'}: {error.strerror}")
         return _MACHINE if error.errno in _MACHINE_ERRORS else _INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,6 +54,6 @@ def run(command: Callable[[], object]) -> int:
     return 0
 
 
-def _tell(message: str) -> None:
-    """Print one line that cannot steer a terminal: a message may quote names out of a stranger's file."""
+def _print_error(message: str) -> None:
+    """Print one line without control characters: a message may quote untrusted names."""
     print("error:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in message), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A text as a vector, from the hidden states of its tokens. Knows no session: whoever holds one computes those."""
+"""Text embeddings: pools the hidden states of a text's tokens."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ POOLINGS = ("mean", "last", "none")
 
 
 def check_pooling(pooling: str) -> None:
-    """Refuse what is no pooling."""
+    """Raise ParameterError for an unknown pooling."""
     if pooling not in POOLINGS:
-        raise ParameterError(f"pooling is {pooling!r}; {', '.join(POOLINGS)} are possible")
+        raise ParameterError(f"pooling is {pooling!r}; use one of {', '.join(POOLINGS)}")
 
 
 def pooled(
     tokens: Sequence[int], step: Callable[[Sequence[int], int], HiddenStates], pooling: str, *, normalize: bool
 ) -> HiddenStates:
-    """Hidden states of a text, made one.
+    """Pool the hidden states of a text.
 
     Args:
-        tokens: of the text, at least one.
-        step: computes the hidden states [n, H] of the last n of the next tokens; 0 gives all.
-        pooling: `mean` of all positions, the `last` one's, or `none`.
-        normalize: divide by the Euclidean length.
+        tokens: token ids, at least one.
+        step: computes the hidden states [n, H] of the last n of the next tokens; 0 = all.
+        pooling: `mean` over all positions, the `last` position, or `none`.
+        normalize: divide by the Euclidean norm.
 
     Returns:
         float32 [H], or [tokens, H] without pooling.
 
     Raises:
-        LogitsError: hidden states are no numbers.
+        LogitsError: hidden states are not finite.
     """
     check_pooling(pooling)
     found: list[HiddenStates] = []
@@ -46,7 +46,7 @@ def pooled(
             found = [states] if pooling == "last" else [*found, states]
     result = total / len(tokens) if pooling == "mean" else np.concatenate(found).astype(np.float64)
     if not np.isfinite(result).all():
-        raise LogitsError("the hidden states of this text are no numbers: export the bundle again in a wider type")
+        raise LogitsError("the hidden states of this text are not finite: export the bundle again in a wider type")
     if pooling == "last":
         result = result[0]
     if normalize:

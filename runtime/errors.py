@@ -1,32 +1,32 @@
-"""Every error llm-edge raises on purpose. This module knows nothing of models, files or terminals.
+"""The errors that llm-edge raises.
 
-    LlmEdgeError                    exit 1    never raised itself
-    ├── InputError                  exit 2    what was given cannot be used; the message names it and the remedy
+    LlmEdgeError                    exit 1    base class, never raised itself
+    ├── InputError                  exit 2    unusable input; the message names it and the remedy
     │   ├── CheckpointError                   a checkpoint, its config or its tokenizer
     │   ├── BundleError                       a bundle folder: missing, damaged, of another format version
-    │   ├── TemplateError                     a chat template, or a conversation it refuses
-    │   ├── ParameterError                    a sampling or load parameter out of its range
+    │   ├── TemplateError                     a chat template, or a conversation it rejects
+    │   ├── ParameterError                    a sampling or loading parameter out of range
     │   ├── ContextLengthError                a prompt longer than the model's context
-    │   └── ProviderError                     an execution provider that was asked for is not there
-    ├── BusyError                   exit 1    an engine has too many requests waiting
-    ├── LogitsError                 exit 1    a step yielded logits that are not numbers
+    │   └── ProviderError                     the requested execution provider is not available
+    ├── BusyError                   exit 1    too many requests are waiting in an engine
+    ├── LogitsError                 exit 1    a step computed logits that are not finite
     ├── ParityError                 exit 1    an exported graph does not compute what the reference computes
-    └── MachineError                exit 3    the machine failed us: disk, memory
+    └── MachineError                exit 3    the machine failed: disk, memory
 
-Messages are one line: the file or field, the reason, the remedy.
+A message is one line: the file or field, the reason, the remedy.
 """
 
 from __future__ import annotations
 
 
 class LlmEdgeError(Exception):
-    """Root of the tree in this module's docstring; `exit_code` is what a command returns for it."""
+    """Base class of all errors; `exit_code` is the exit code of a command that fails with it."""
 
     exit_code = 1
 
 
 class InputError(LlmEdgeError):
-    """What the caller gave cannot be used."""
+    """The caller's input cannot be used."""
 
     exit_code = 2
 
@@ -36,30 +36,30 @@ class CheckpointError(InputError):
 
 
 class BundleError(InputError):
-    """A bundle folder is missing, damaged or of a format version this runtime does not read."""
+    """A bundle folder is missing, damaged or of an unsupported format version."""
 
 
 class TemplateError(InputError):
-    """A chat template failed, was refused by the sandbox, or refuses the conversation."""
+    """A chat template failed, was stopped by the sandbox, or rejects the conversation."""
 
 
 class ParameterError(InputError):
-    """A sampling or load parameter is out of its range."""
+    """A sampling or loading parameter is out of range."""
 
 
 class ContextLengthError(InputError):
-    """A prompt does not fit the model's context; `prompt_tokens` and `limit` count tokens."""
+    """A prompt does not fit the model's context; `prompt_tokens` and `limit` are numbers of tokens."""
 
     def __init__(self, prompt_tokens: int, limit: int) -> None:
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens, the model's context holds {limit}: shorten the prompt"
+            f"the prompt has {prompt_tokens} tokens, but the model's context holds {limit}: shorten the prompt"
         )
         self.prompt_tokens = prompt_tokens
         self.limit = limit
 
 
 class LogitsError(LlmEdgeError):
-    """A step yielded NaN, or no finite logit to draw from: the weights are damaged, or they overflowed."""
+    """A step computed NaN or no finite logit: the weights are damaged, or they overflowed."""
 
 
 class ParityError(LlmEdgeError):
@@ -67,17 +67,17 @@ class ParityError(LlmEdgeError):
 
 
 class MachineError(LlmEdgeError):
-    """The machine failed us: no room on disk, no memory, no permission to write."""
+    """The machine failed: disk full, out of memory, no write permission."""
 
     exit_code = 3
 
 
 class ProviderError(InputError):
-    """An execution provider that was asked for is not available here."""
+    """The requested execution provider is not available."""
 
 
 class BusyError(LlmEdgeError):
-    """An engine has as many requests waiting as it takes; `waiting` counts them. Try again later."""
+    """An engine's queue is full; `waiting` is the number of waiting requests."""
 
     def __init__(self, waiting: int) -> None:
         super().__init__(f"{waiting} requests are waiting already: try again later")

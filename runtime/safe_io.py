@@ -1,12 +1,10 @@
-"""Handling what nobody vouches for: files are read, and values are built, within bounds.
-
-Knows nothing of what the files mean, nor in which language the program is written that builds the values.
-"""
+"""Reads untrusted files within limits, and shows untrusted values in messages."""
 
 from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ MIB = 1 << 20
 
 
 def read_bytes(path: Path, limit: int, *, error: type[LlmEdgeError] = BundleError) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes; whatever else it is raises `error`."""
-    # Not to hang on a pipe, the file is opened without waiting and looked at before it is read.
+    """The content of a regular file of at most `limit` bytes; anything else raises `error`."""
+    # Opened without blocking and checked before reading, so that a pipe does not hang.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         with open(os.open(path, flags), "rb") as file:  # noqa: PTH123 (a descriptor, not a path)
@@ -28,16 +26,16 @@ def read_bytes(path: Path, limit: int, *, error: type[LlmEdgeError] = BundleErro
     except FileNotFoundError as e:
         raise error(f"{path}: no such file") from e
     except IsADirectoryError as e:
-        raise error(f"{path}: a folder, not a file") from e
+        raise error(f"{path}: is a folder, not a file") from e
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise error(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     if len(data) > limit:
-        raise error(f"{path}: larger than the {limit:,} bytes allowed for it")
+        raise error(f"{path}: larger than the limit of {limit:,} bytes")
     return data
 
 
 def read_text(path: Path, limit: int, *, error: type[LlmEdgeError] = BundleError) -> str:
-    """Return the UTF-8 text of a regular file, line ends untouched; anything else raises `error`."""
+    """The UTF-8 text of a regular file, with line ends unchanged; anything else raises `error`."""
     data = read_bytes(path, limit, error=error)
     try:
         return data.decode("utf-8")
@@ -46,18 +44,18 @@ def read_text(path: Path, limit: int, *, error: type[LlmEdgeError] = BundleError
 
 
 def read_json(path: Path, limit: int = 16 * MIB, *, error: type[LlmEdgeError] = BundleError) -> dict[str, Any]:
-    """Return the JSON object in a file; whatever else it is raises `error`."""
+    """The JSON object in a file; anything else raises `error`."""
     text = read_text(path, limit, error=error)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as e:
         raise error(f"{path}: not JSON: {e.msg} (line {e.lineno}, column {e.colno})") from e
     except RecursionError as e:
-        raise error(f"{path}: JSON nested too deep") from e
+        raise error(f"{path}: JSON nested too deeply") from e
     except ValueError as e:  # an integer of thousands of digits
-        raise error(f"{path}: not JSON that can be used: {e}") from e
+        raise error(f"{path}: unusable JSON: {e}") from e
     if not isinstance(value, dict):
-        raise error(f"{path}: a JSON object was expected, not {_KINDS.get(type(value), 'a number')}")
+        raise error(f"{path}: expected a JSON object, not {_KINDS.get(type(value), 'a number')}")
     return value
 
 
@@ -65,15 +63,39 @@ _KINDS: dict[type, str] = {list: "an array", str: "a string", bool: "true or fal
 
 
 def inside(folder: Path, name: str, *, error: type[LlmEdgeError] = BundleError) -> Path:
-    """Return `folder / name`; a name that leaves the folder, also by a symbolic link, raises `error`."""
+    """`folder / name`; a name that leaves the folder, also through a symbolic link, raises `error`."""
     parts = name.split("/")
     if not name or "\0" in name or "\\" in name or ":" in name or ".." in parts or "" in parts:
-        raise error(f"{folder}: the file name {name!r} is not a plain path inside this folder")
+        raise error(f"{folder}: {name!r} is not a plain path inside this folder")
     path = folder / name
     try:
         leaves = not path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError) as e:  # a loop of links, a name no file system can hold
+    except (OSError, RuntimeError, ValueError) as e:  # a loop of links, or a name that no file system allows
         raise error(f"{path}: cannot be followed: {e}") from e
     if leaves:
-        raise error(f"{path}: a link that leaves {folder}")
+        raise error(f"{path}: a link to outside of {folder}")
     return path
+
+
+_REPR_LIMIT = 80
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _REPR_LIMIT
+
+
+def short_repr(value: object) -> str:
+    """A value from an untrusted file as one short line of ASCII, for messages."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    shown = ascii(value[:_REPR_LIMIT]) if isinstance(value, str | bytes) else ascii(_Text(_repr.repr(value)))
+    return shown if len(shown) <= _REPR_LIMIT + 20 else shown[:_REPR_LIMIT] + "..."
+
+
+class _Text:
+    """Text that is a `repr` already."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text

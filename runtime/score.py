@@ -1,4 +1,4 @@
-"""How probable a model finds a text. Knows no session: whoever holds one computes the logits."""
+"""`Score`: the log-probabilities of a text's tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llm_edge.runtime.errors import LogitsError, ParameterError
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of a text.
+    """The log-probabilities of a text.
 
     Attributes:
-        tokens: of the text.
-        logprobs: natural logarithms of the probabilities of all tokens but the first, each after those before it.
+        tokens: token ids of the text.
+        logprobs: natural log-probabilities of all tokens but the first, each given the tokens before it.
     """
 
     tokens: tuple[int, ...]
@@ -26,7 +26,7 @@ class Score:
 
     @property
     def total(self) -> float:
-        """Logarithm of the probability of the text after its first token."""
+        """Log-probability of the text after its first token."""
         return math.fsum(self.logprobs)
 
     @property
@@ -40,10 +40,10 @@ def scored(tokens: Sequence[int], step: Callable[[Sequence[int]], Logits]) -> Sc
 
     Raises:
         ParameterError: fewer than two tokens.
-        LogitsError: logits are no numbers.
+        LogitsError: logits are not finite.
     """
     if len(tokens) < 2:
-        raise ParameterError("the text has fewer than two tokens: there is nothing to score")
+        raise ParameterError("the text has fewer than two tokens: nothing to score")
     found: list[float] = []
     for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
         following = np.array(tokens[start + 1 : start + PREFILL_CHUNK + 1])
@@ -52,5 +52,5 @@ def scored(tokens: Sequence[int], step: Callable[[Sequence[int]], Logits]) -> Sc
         chosen = logits[np.arange(len(following)), following]
         found += (chosen - np.log(np.exp(logits).sum(axis=1))).tolist()
     if not all(map(math.isfinite, found)):
-        raise LogitsError("the logits of this text are no numbers: export the bundle again in a wider type")
+        raise LogitsError("the logits of this text are not finite: export the bundle again in a wider type")
     return Score(tuple(tokens), tuple(found))

@@ -29,19 +29,7 @@ def main() -> None:
     quiet = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(quiet, None)
     lib.llama_backend_init()
-
-    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-    params = lib.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, BATCH
-    params.n_threads = params.n_threads_batch = threads
-    params.no_perf = True
-    if sys.argv[3:] == ["rows"]:
-        params.n_ctx, params.n_seq_max = ROWS * CONTEXT, ROWS
-    if sys.argv[3:] == ["no-flash"]:
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    context = lib.llama_init_from_model(model, params) if model else None
-    if not context:
-        sys.exit(f"error: llama.cpp cannot load {path}")
+    model, context = load(lib, path, threads, sys.argv[3:])
     memory, vocab = lib.llama_get_memory(context), lib.llama_model_get_vocab(model)
     width = lib.llama_vocab_n_tokens(vocab)
     greedy = lib.llama_sampler_init_greedy()
@@ -91,6 +79,23 @@ def main() -> None:
         return count * len(prompts) / took
 
     serve(generate, logits, replies, rows)
+
+
+def load(lib: Any, path: str, threads: int, mode: list[str]) -> tuple[Any, Any]:
+    """The model and a context; `mode` is empty, `rows` or `no-flash`."""
+    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, BATCH
+    params.n_threads = params.n_threads_batch = threads
+    params.no_perf = True
+    if mode == ["rows"]:
+        params.n_ctx, params.n_seq_max = ROWS * CONTEXT, ROWS
+    if mode == ["no-flash"]:
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = lib.llama_init_from_model(model, params) if model else None
+    if not context:
+        sys.exit(f"error: llama.cpp cannot load {path}")
+    return model, context
 
 
 def fill(batch: Any, entries: list[tuple[int, int, int]]) -> None:

@@ -118,6 +118,13 @@ def _peers(
         "engines": tables.summarise(sizes, figures, fidelities),
         "ratios": tables.ratios(sizes, figures),
     }
+    _show(report, markdown_file)
+
+
+def _show(report: dict[str, Any], markdown_file: Path | None) -> None:
+    """Print the tables, and the report as one JSON document; write it as Markdown too."""
+    from llm_edge.bench.peers import report as tables
+
     _print_table(tables.engine_table(report["engines"]))
     if report["ratios"]:
         print()

@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.model.rope import yarn_amplitude
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 _MAX_LAYERS = 1_024
@@ -58,10 +58,10 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     architecture = file.meta_str("general.architecture")
     if architecture not in _MODEL_TYPES:
         supported = ", ".join(map(repr, _MODEL_TYPES))
-        file.fail(f"architecture {show(architecture)} is not supported; supported: {supported}")
+        file.fail(f"architecture {short_repr(architecture)} is not supported; supported: {supported}")
     kind = file.meta_str("general.type", default="model")
     if kind != "model":
-        file.fail(f"contains {show(kind)} instead of a model (general.type): give the model's own file")
+        file.fail(f"contains {short_repr(kind)} instead of a model (general.type): give the model's own file")
     _reject_unknown_keys(file, architecture)
 
     def integer(key: str, default: int | None = None, minimum: int = 1, maximum: int | None = None) -> int:
@@ -150,7 +150,7 @@ def _rope_scaling(file: GGUFFile, architecture: str) -> dict[str, Any] | None:
     legacy_factor = _number(file, f"{architecture}.rope.scale_linear", 0.0)
     factor = _number(file, f"{prefix}.factor", legacy_factor) or 1.0
     if kind not in ("none", "linear", "yarn"):
-        file.fail(f"{prefix}.type {show(kind)} is not supported; supported: 'none', 'linear', 'yarn'")
+        file.fail(f"{prefix}.type {short_repr(kind)} is not supported; supported: 'none', 'linear', 'yarn'")
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -171,9 +171,11 @@ def _reject_unknown_keys(file: GGUFFile, architecture: str) -> None:
         prefix, _, key = name.partition(".")
         if prefix != architecture or key in known:
             continue
-        shown = "an array" if isinstance(value, list | np.ndarray) else show(value)
+        shown = "an array" if isinstance(value, list | np.ndarray) else short_repr(value)
         if key not in _NEUTRAL:
-            file.fail(f"unknown key {show(name)} ({shown}), which may affect the result: this variant is not supported")
+            file.fail(
+                f"unknown key {short_repr(name)} ({shown}), which may affect the result: this variant is not supported"
+            )
         if isinstance(value, list | np.ndarray) or value != _NEUTRAL[key]:
             file.fail(f"{name} is {shown}; only {_NEUTRAL[key]} is supported")
 

@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 from llm_edge.checkpoint.gguf.header import GGUFTensor, Header
 from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind, SourceBlocks
 from llm_edge.runtime.errors import CheckpointError, MachineError
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 CHUNK_ELEMENTS = 1 << 16  # dequantized at a time to stay in the CPU cache (2^14 and 2^18 took 1.5 times as long)
 
@@ -62,7 +62,7 @@ class GGUFFile:
         """Return shape, type and location of a tensor."""
         found = self.tensors.get(name)
         if found is None:
-            self.fail(f"has no tensor {show(name)}")
+            self.fail(f"has no tensor {short_repr(name)}")
         return found
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
@@ -111,7 +111,7 @@ class GGUFFile:
 
     def _no_memory(self, tensor: GGUFTensor, bytes_per_weight: int) -> MachineError:
         size = bytes_per_weight * tensor.n_elements / 2**20
-        return MachineError(f"{self.path}: no memory for tensor {show(tensor.name)} ({size:.0f} MiB)")
+        return MachineError(f"{self.path}: no memory for tensor {short_repr(tensor.name)} ({size:.0f} MiB)")
 
     def _dequantize(self, tensor: GGUFTensor, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         block, block_bytes = GGML_QUANT_SIZES[tensor.ggml_type]
@@ -126,7 +126,7 @@ class GGUFFile:
                     chunk_values = dequantize(chunk, tensor.ggml_type)
                 except NotImplementedError as e:
                     raise CheckpointError(
-                        f"{self.path}: tensor {show(tensor.name)} is stored as {tensor.ggml_type.name}, "
+                        f"{self.path}: tensor {short_repr(tensor.name)} is stored as {tensor.ggml_type.name}, "
                         "which is not supported: convert the model to another type"
                     ) from e
                 values[done : done + chunk_values.size] = chunk_values[0]
@@ -206,7 +206,7 @@ class GGUFFile:
 
     def _fail_type(self, key: str, value: Any, expected: str) -> NoReturn:
         is_array = isinstance(value, list | np.ndarray)
-        self.fail(f"{key} is {'an array' if is_array else show(value)}, not {expected}")
+        self.fail(f"{key} is {'an array' if is_array else short_repr(value)}, not {expected}")
 
     def fail(self, reason: str) -> NoReturn:
         """Raise a `CheckpointError` about this file."""

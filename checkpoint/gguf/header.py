@@ -25,7 +25,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 MAX_DIMS = 4
 MAX_KEYS = 1 << 16  # real files have dozens
@@ -99,7 +99,7 @@ class Header:
             self._read_key()
         if self.metadata.get("split.count", 0) not in (0, 1):
             self._fail(
-                f"is one of {show(self.metadata['split.count'])} files of a split model: "
+                f"is one of {short_repr(self.metadata['split.count'])} files of a split model: "
                 "merge them first (llama-gguf-split --merge)"
             )
         alignment = self._alignment()
@@ -126,30 +126,30 @@ class Header:
     def _read_key(self) -> None:
         name = self._name("key")
         if name in self.metadata:
-            self._fail(f"has a duplicate key {show(name)}: {_DAMAGED}")
-        kind = self._number(_U32, f"the type of {show(name)}")
+            self._fail(f"has a duplicate key {short_repr(name)}: {_DAMAGED}")
+        kind = self._number(_U32, f"the type of {short_repr(name)}")
         self.metadata[name] = self._value(kind, name, 0)
 
     def _value(self, kind: int, name: str, depth: int) -> Any:
         if kind == _STRING:
-            return self._string(f"the value of {show(name)}")
+            return self._string(f"the value of {short_repr(name)}")
         if kind == _ARRAY:
             return self._array(name, depth)
         if kind not in _SCALARS:
-            self._fail(f"key {show(name)} has the unknown type {kind}: {_DAMAGED}")
-        value = self._number(_SCALARS[kind][1], f"the value of {show(name)}")
+            self._fail(f"key {short_repr(name)} has the unknown type {kind}: {_DAMAGED}")
+        value = self._number(_SCALARS[kind][1], f"the value of {short_repr(name)}")
         if kind == _BOOL:
             if value > 1:
-                self._fail(f"key {show(name)} is {value}, not a boolean: {_DAMAGED}")
+                self._fail(f"key {short_repr(name)} is {value}, not a boolean: {_DAMAGED}")
             return bool(value)
         return value
 
     def _array(self, name: str, depth: int) -> Any:
         if depth >= MAX_NESTING:
-            self._fail(f"key {show(name)} nests arrays more than {MAX_NESTING} deep: {_DAMAGED}")
-        kind = self._number(_U32, f"the item type of {show(name)}")
-        count = self._number(_U64, f"the length of {show(name)}")
-        what = f"items in {show(name)}"
+            self._fail(f"key {short_repr(name)} nests arrays more than {MAX_NESTING} deep: {_DAMAGED}")
+        kind = self._number(_U32, f"the item type of {short_repr(name)}")
+        count = self._number(_U64, f"the length of {short_repr(name)}")
+        what = f"items in {short_repr(name)}"
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind][0])
             self._check_count(count, dtype.itemsize, self._size, what)
@@ -157,7 +157,7 @@ class Header:
             self._pos += items.nbytes
             return items != 0 if kind == _BOOL else items
         if kind not in (_STRING, _ARRAY):
-            self._fail(f"key {show(name)} is an array of the unknown type {kind}: {_DAMAGED}")
+            self._fail(f"key {short_repr(name)} is an array of the unknown type {kind}: {_DAMAGED}")
         self._check_count(count, 8 if kind == _STRING else 12, self._items_left, what)
         self._items_left -= count
         if kind == _STRING:
@@ -170,45 +170,45 @@ class Header:
         strings: list[str] = []
         for index in range(count):
             if size - pos < 8:
-                self._fail(f"ends within item {index} of {show(name)}; {_TRUNCATED}")
+                self._fail(f"ends within item {index} of {short_repr(name)}; {_TRUNCATED}")
             begin = pos + 8
             (length,) = unpack(data, pos)
             if length > size - begin:
-                self._fail(f"ends within item {index} of {show(name)}; {_TRUNCATED}")
+                self._fail(f"ends within item {index} of {short_repr(name)}; {_TRUNCATED}")
             pos = begin + length
             try:
                 strings.append(data[begin:pos].decode())
             except UnicodeDecodeError:
-                self._fail(f"item {index} of {show(name)} is not UTF-8: {_DAMAGED}")
+                self._fail(f"item {index} of {short_repr(name)} is not UTF-8: {_DAMAGED}")
         self._pos = pos
         return strings
 
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(value, int) or value < 8 or value & (value - 1):
-            self._fail(f"general.alignment is {show(value)}; it must be a power of two, at least 8: {_DAMAGED}")
+            self._fail(f"general.alignment is {short_repr(value)}; it must be a power of two, at least 8: {_DAMAGED}")
         return value
 
     # ---- tensors
 
     def _read_tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._name("tensor")
-        what = f"the shape of tensor {show(name)}"
+        what = f"the shape of tensor {short_repr(name)}"
         n_dims = self._number(_U32, what)
         if not 1 <= n_dims <= MAX_DIMS:
-            self._fail(f"tensor {show(name)} has {n_dims} dimensions; it must have 1 to {MAX_DIMS}: {_DAMAGED}")
+            self._fail(f"tensor {short_repr(name)} has {n_dims} dimensions; it must have 1 to {MAX_DIMS}: {_DAMAGED}")
         ne = [self._number(_U64, what) for _ in range(n_dims)]
         if 0 in ne:
-            self._fail(f"tensor {show(name)} has a dimension of 0: {_DAMAGED}")
-        raw_type = self._number(_U32, f"the type of tensor {show(name)}")
+            self._fail(f"tensor {short_repr(name)} has a dimension of 0: {_DAMAGED}")
+        raw_type = self._number(_U32, f"the type of tensor {short_repr(name)}")
         try:
             ggml_type = GGMLQuantizationType(raw_type)
         except ValueError:
-            self._fail(f"tensor {show(name)} has the unknown type {raw_type}: convert the model to another type")
+            self._fail(f"tensor {short_repr(name)} has the unknown type {raw_type}: convert the model to another type")
         block = GGML_QUANT_SIZES[ggml_type][0]
         if ne[0] % block:
-            self._fail(f"tensor {show(name)}: rows of {ne[0]} are not whole {ggml_type.name} blocks of {block}")
-        offset = self._number(_U64, f"the offset of tensor {show(name)}")
+            self._fail(f"tensor {short_repr(name)}: rows of {ne[0]} are not whole {ggml_type.name} blocks of {block}")
+        offset = self._number(_U64, f"the offset of tensor {short_repr(name)}")
         return name, tuple(reversed(ne)), ggml_type, offset
 
     def _locate(
@@ -218,21 +218,23 @@ class Header:
         begin = -(-self._pos // alignment) * alignment
         for name, shape, ggml_type, offset in entries:
             if name in self.tensors:
-                self._fail(f"has a duplicate tensor {show(name)}: {_DAMAGED}")
+                self._fail(f"has a duplicate tensor {short_repr(name)}: {_DAMAGED}")
             if offset % alignment:
-                self._fail(f"the offset {offset} of tensor {show(name)} is not aligned to {alignment}: {_DAMAGED}")
+                self._fail(
+                    f"the offset {offset} of tensor {short_repr(name)} is not aligned to {alignment}: {_DAMAGED}"
+                )
             block, block_bytes = GGML_QUANT_SIZES[ggml_type]
             nbytes = math.prod(shape) // block * block_bytes
             if begin + offset + nbytes > self._size:
                 self._fail(
-                    f"tensor {show(name)} needs bytes {begin + offset} to {begin + offset + nbytes} "
+                    f"tensor {short_repr(name)} needs bytes {begin + offset} to {begin + offset + nbytes} "
                     f"of a file of {self._size}; {_TRUNCATED}"
                 )
             self.tensors[name] = GGUFTensor(name, shape, ggml_type, begin + offset, nbytes)
         last: GGUFTensor | None = None
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
             if last is not None and tensor.offset < last.offset + last.nbytes:
-                self._fail(f"tensors {show(last.name)} and {show(tensor.name)} overlap: {_DAMAGED}")
+                self._fail(f"tensors {short_repr(last.name)} and {short_repr(tensor.name)} overlap: {_DAMAGED}")
             last = tensor
 
     # ---- bytes

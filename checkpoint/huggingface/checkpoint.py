@@ -16,8 +16,7 @@ from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.registry import find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import MIB, read_json, short_repr
 
 
 def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
@@ -62,7 +61,7 @@ def _read(
     raw.require("is_causal", True)
     quantization = raw.section("quantization_config")
     if quantization is not None:
-        method = show(quantization.value("quant_method"))
+        method = short_repr(quantization.value("quant_method"))
         raw.fail(
             f"quantization_config: weights quantized by {method} are not supported: give the model before quantization"
         )

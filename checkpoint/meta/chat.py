@@ -16,7 +16,7 @@ from llm_edge.checkpoint.meta.tokenizer import Vocabulary
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.runtime.bundle import Guards, ReasoningTokens
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 MAX_NEWLINES = 3
 """Default limit of consecutive newlines: two blank lines, as between Python functions."""
@@ -117,7 +117,8 @@ def read_control_tokens(section: Mapping[str, Any] | None, where: str, vocabular
             ids[role] = None if no_reasoning else _token(values[role], role, where, vocabulary)
         elif unknown and not reasoning:
             raise CheckpointError(
-                f"{where}: no key for the token {role} (found {', '.join(map(show, unknown[:8]))}): name it {role}"
+                f"{where}: no key for the token {role} "
+                f"(found {', '.join(map(short_repr, unknown[:8]))}): name it {role}"
             )
         elif reasoning and not vocabulary.is_control(default):
             ids[role] = None
@@ -183,10 +184,10 @@ def _token(value: object, role: str, where: str, vocabulary: Vocabulary) -> int:
     index = vocabulary.id(value) if isinstance(value, str) else value
     if not isinstance(index, int) or isinstance(index, bool) or not vocabulary.text(index):
         raise CheckpointError(
-            f"{where}: {role} is {show(value)}, which is not a token of {vocabulary.where}: correct its id"
+            f"{where}: {role} is {short_repr(value)}, which is not a token of {vocabulary.where}: correct its id"
         )
     if not vocabulary.is_control(index):
-        text = f"{show(vocabulary.text(index))} in {vocabulary.where}"
+        text = f"{short_repr(vocabulary.text(index))} in {vocabulary.where}"
         raise CheckpointError(
             f"{where}: {role} is token {index}, {text}, which is an ordinary text token: correct its id"
         )
@@ -203,7 +204,7 @@ def _first_present(section: ConfigReader, keys: tuple[str, ...]) -> tuple[str, .
 
 def _bounded(section: ConfigReader, key: str, value: Any, low: float, high: float) -> Any:
     if not low <= value <= high:  # also rejects NaN
-        section.fail(f"{key} is {show(value)}; it must be {low:g} to {high:g}")
+        section.fail(f"{key} is {short_repr(value)}; it must be {low:g} to {high:g}")
     return value
 
 

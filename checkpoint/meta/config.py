@@ -22,8 +22,7 @@ from llm_edge.checkpoint.meta.config_keys import KEYS, SCALED_ROPE, check_keys
 from llm_edge.checkpoint.meta.safe_yaml import read_yaml
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import MIB, read_json, short_repr
 
 T = TypeVar("T")
 
@@ -74,7 +73,7 @@ class Setting(Generic[T]):
 
     def fail(self, reason: str) -> NoReturn:
         """Raise a `CheckpointError` about this value."""
-        raise CheckpointError(f"{self.where} is {show(self.value)}{reason}")
+        raise CheckpointError(f"{self.where} is {short_repr(self.value)}{reason}")
 
 
 class Settings:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 KEYS: Mapping[str, tuple[str, ...]] = {  # setting -> its keys in files
     "dim": ("dim", "hidden_size"),
@@ -94,10 +94,10 @@ def check_keys(model: ConfigReader, content: Mapping[str, Any]) -> None:
     for key, allowed in _NAMES.items():
         name = model.text(key, "")
         if name and name.lower() not in allowed:
-            model.fail(f"{key} {show(name)} is not supported; supported: {', '.join(map(repr, sorted(allowed)))}")
+            model.fail(f"{key} {short_repr(name)} is not supported; supported: {', '.join(map(repr, sorted(allowed)))}")
     if "hidden_size" in content and ("model_type" in content or "architectures" in content):
         return  # a Hugging Face llama
-    unknown = [show(key) for key, value in content.items() if value is not None and key not in _KNOWN]
+    unknown = [short_repr(key) for key, value in content.items() if value is not None and key not in _KNOWN]
     if unknown:
         more = f" and {len(unknown) - _MAX_SHOWN} more" if len(unknown) > _MAX_SHOWN else ""
         model.fail(

@@ -30,7 +30,7 @@ from llm_edge.checkpoint.tensors.pickle_globals import (
     describe_storage,
 )
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 MAX_PICKLE = 1 << 26  # bytes; about 130 per tensor
 MAX_STEPS = 1 << 21  # opcodes; about 45 per tensor
@@ -239,8 +239,10 @@ class _Machine:
         found = GLOBALS.get(full_name)
         if found is None:
             if module == "torch._utils" and name.startswith("_rebuild_"):
-                self.fail(f"contains an unsupported kind of tensor ({show(full_name)}): save plain, dense tensors")
-            self.fail(f"refers to {show(full_name)}; only plain tensors and values are supported: {ONLY_WEIGHTS}")
+                self.fail(
+                    f"contains an unsupported kind of tensor ({short_repr(full_name)}): save plain, dense tensors"
+                )
+            self.fail(f"refers to {short_repr(full_name)}; only plain tensors and values are supported: {ONLY_WEIGHTS}")
         self._stack.append(found)
 
     def reduce(self) -> None:
@@ -255,7 +257,7 @@ class _Machine:
     def persistent(self) -> None:
         storage = describe_storage(self._stack.pop(), self.fail)
         if self.storages.setdefault(storage.key, storage) != storage:
-            self.fail(f"describes storage {show(storage.key)} inconsistently: save it with torch.save again")
+            self.fail(f"describes storage {short_repr(storage.key)} inconsistently: save it with torch.save again")
         self._stack.append(storage)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llm_edge.checkpoint.tensors.tensor_data import TensorInfo, TensorLocation, TensorReader, check_name, is_shape
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 MAX_HEADER = 1 << 23  # about 120 bytes per tensor
 DTYPES: Mapping[str, torch.dtype] = {
@@ -81,7 +81,7 @@ def _location(file: TensorReader, name: str, entry: Any, begin: int) -> TensorLo
         file.fail(f"tensor {name} does not have exactly dtype, shape and data_offsets: {_DAMAGED}")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        shown = show(kind) if isinstance(kind, str) else "not a string"
+        shown = short_repr(kind) if isinstance(kind, str) else "not a string"
         file.fail(f"tensor {name} is of an unsupported type ({shown}): save it as F32, F16 or BF16")
     if not isinstance(shape, list) or not is_shape(shape):
         file.fail(f"tensor {name} has an invalid shape: {_DAMAGED}")

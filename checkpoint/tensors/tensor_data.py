@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from llm_edge.runtime.errors import CheckpointError, MachineError
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 MAX_DIMS = 16  # real weights have 1 to 4
 MAX_ELEMENTS = 1 << 48
@@ -167,7 +167,7 @@ def check_name(file: TensorReader, name: object) -> str:
     if not isinstance(name, str):
         file.fail("has a tensor name that is not a string: save a state_dict")
     if len(name) > MAX_NAME or not name.isprintable():
-        file.fail(f"has an unprintable tensor name {show(name)}: the file is damaged, download it again")
+        file.fail(f"has an unprintable tensor name {short_repr(name)}: the file is damaged, download it again")
     return name
 
 

@@ -16,7 +16,7 @@ from llm_edge.checkpoint.tensors.safetensors_file import read_safetensors
 from llm_edge.checkpoint.tensors.tensor_data import LOADABLE, Checksum, TensorInfo, TensorLocation, TensorReader
 from llm_edge.checkpoint.tensors.torch_file import read_torch_legacy, read_torch_zip
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 _PREFIXES = ("module.", "_orig_mod.")  # added to every name by DistributedDataParallel and torch.compile
 
@@ -47,7 +47,7 @@ class TensorFile:
         """
         location = self._locations.get(name)
         if location is None:
-            raise CheckpointError(f"{self.path}: has no tensor {show(name)}")
+            raise CheckpointError(f"{self.path}: has no tensor {short_repr(name)}")
         if location.info.dtype not in LOADABLE:
             raise CheckpointError(
                 f"{self.path}: tensor {name} is of type {str(location.info.dtype).removeprefix('torch.')}, which is "
@@ -86,9 +86,7 @@ def open_tensor_file(path: Path) -> TensorFile:
         elif head.startswith(b"version https://git-lfs"):
             file.fail("is a Git LFS pointer instead of the file: download it with `git lfs pull`")
         else:
-            file.fail(
-                f"starts with {show(head[:8])}: damaged, or not a supported format (torch.save, safetensors, GGUF)"
-            )
+            file.fail(f"starts with {short_repr(head[:8])}: damaged, or not torch.save, safetensors or GGUF")
     stored = strip_prefixes(locations, str(path))
     return TensorFile(path, {name: locations[stored_name] for name, stored_name in stored.items()})
 
@@ -106,7 +104,7 @@ def strip_prefixes(names: Iterable[str], where: str) -> dict[str, str]:
             clean = clean.split(".", 1)[1]
         if clean in stored:
             raise CheckpointError(
-                f"{where}: {show(stored[clean])} and {show(name)} differ only in a wrapper's prefix: "
+                f"{where}: {short_repr(stored[clean])} and {short_repr(name)} differ only in a wrapper's prefix: "
                 "save the state_dict of the model itself"
             )
         stored[clean] = name

@@ -16,7 +16,7 @@ from llm_edge.checkpoint.tensors.pickle_globals import Storage, StoredTensor
 from llm_edge.checkpoint.tensors.pickle_reader import MAX_PICKLE, Pickled, unpickle
 from llm_edge.checkpoint.tensors.tensor_data import Checksum, TensorInfo, TensorLocation, TensorReader, check_name
 from llm_edge.checkpoint.tensors.zip_reader import Record, read_records
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 STATE_DICTS = ("model_state_dict", "state_dict", "model")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -38,7 +38,7 @@ def read_torch_zip(file: TensorReader) -> dict[str, TensorLocation]:
         file.fail("is a zip archive, but not one of torch.save: it has no data.pkl in a folder")
     prefix = pickles[0].removesuffix("data.pkl")
     if not all(name.startswith(prefix) for name in records):
-        file.fail(f"has records outside its folder {show(prefix)}: save it with torch.save again")
+        file.fail(f"has records outside its folder {short_repr(prefix)}: save it with torch.save again")
     order = records.get(prefix + "byteorder")
     if order is not None and file.read(order.offset, min(order.size, 8)) != b"little":
         file.fail("was written on a big-endian machine: save it again on a little-endian one")
@@ -54,9 +54,9 @@ def read_torch_zip(file: TensorReader) -> dict[str, TensorLocation]:
     for key, storage in pickled.storages.items():
         record = records.get(f"{prefix}data/{key}")
         if record is None:
-            file.fail(f"has no data for storage {show(key)}: {_DAMAGED}")
+            file.fail(f"has no data for storage {short_repr(key)}: {_DAMAGED}")
         if record.size != storage.nbytes:
-            file.fail(f"storage {show(key)} has {record.size} bytes; {storage.nbytes} are required: {_DAMAGED}")
+            file.fail(f"storage {short_repr(key)} has {record.size} bytes; {storage.nbytes} are required: {_DAMAGED}")
         stored[key] = record
 
     def checksum(storage: Storage) -> Checksum:
@@ -96,10 +96,10 @@ def read_torch_legacy(file: TensorReader) -> dict[str, TensorLocation]:
         storage = pickled.storages[key]
         offsets[key] = at + 8
         if offsets[key] + storage.nbytes > file.size:
-            file.fail(f"ends within storage {show(key)}; {_TRUNCATED}")
+            file.fail(f"ends within storage {short_repr(key)}; {_TRUNCATED}")
         count = int.from_bytes(file.read(at, 8), "little", signed=True)
         if count != storage.items:
-            file.fail(f"storage {show(key)} has {count} elements; {storage.items} are required: {_DAMAGED}")
+            file.fail(f"storage {short_repr(key)} has {count} elements; {storage.items} are required: {_DAMAGED}")
         at = offsets[key] + storage.nbytes
     return _locations(file, pickled, offsets, None)
 

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 
 from llm_edge.checkpoint.tensors.tensor_data import TensorReader
-from llm_edge.runtime.show import show
+from llm_edge.runtime.safe_io import short_repr
 
 MAX_RECORDS = 1 << 17  # torch.save writes one per storage
 MAX_DIRECTORY = 1 << 25
@@ -62,9 +62,9 @@ def read_records(file: TensorReader) -> dict[str, Record]:
     end = 0
     for entry in sorted(entries, key=lambda entry: entry.header):
         if entry.name in records:
-            file.fail(f"has a duplicate record {show(entry.name)}: {_DAMAGED}")
+            file.fail(f"has a duplicate record {short_repr(entry.name)}: {_DAMAGED}")
         if entry.header < end:
-            file.fail(f"record {show(entry.name)} overlaps the previous one: {_DAMAGED}")
+            file.fail(f"record {short_repr(entry.name)} overlaps the previous one: {_DAMAGED}")
         record, end = _check_local(file, entry, begin)
         records[entry.name] = record
     return {entry.name: records[entry.name] for entry in entries}
@@ -119,16 +119,16 @@ def _read_directory(file: TensorReader, data: bytes, count: int) -> list[_Entry]
         except UnicodeDecodeError:
             file.fail(f"the name of record {len(entries)} is not UTF-8: {_DAMAGED}")
         if flags & 1:
-            file.fail(f"record {show(name)} is encrypted: save it with torch.save again")
+            file.fail(f"record {short_repr(name)} is encrypted: save it with torch.save again")
         if method or flags & ~(_HAS_DESCRIPTOR | _UTF8):
             file.fail(
-                f"record {show(name)} is compressed, which torch.save never does (TorchScript archives are): "
+                f"record {short_repr(name)} is compressed, which torch.save never does (TorchScript archives are): "
                 "save the model's state_dict() with torch.save"
             )
         wide = _widen(file, name, data[name_at + n : name_at + n + m], (size, packed, header))
         size, packed, header = wide
         if packed != size:
-            file.fail(f"record {show(name)} has contradictory sizes {size} and {packed}: {_DAMAGED}")
+            file.fail(f"record {short_repr(name)} has contradictory sizes {size} and {packed}: {_DAMAGED}")
         entries.append(_Entry(name, raw_name, flags, crc, size, header))
     if at != len(data):
         file.fail(f"its zip directory has {len(data) - at} extra bytes: {_DAMAGED}")
@@ -137,7 +137,7 @@ def _read_directory(file: TensorReader, data: bytes, count: int) -> list[_Entry]
 
 def _check_local(file: TensorReader, entry: _Entry, limit: int) -> tuple[Record, int]:
     """Return the record and its end; its local header and data descriptor must match the directory."""
-    what = f"record {show(entry.name)}"
+    what = f"record {short_repr(entry.name)}"
     names_at = entry.header + _LOCAL.size
     if names_at + len(entry.raw_name) > limit:
         file.fail(f"{what} is outside the file: {_DAMAGED}")
@@ -185,7 +185,7 @@ def _widen(file: TensorReader, name: str, extra: bytes, values: tuple[int, ...])
     for value in values:
         if value == _IN_ZIP64:
             if len(wide) < 8:
-                file.fail(f"record {show(name)} has no zip64 field: {_DAMAGED}")
+                file.fail(f"record {short_repr(name)} has no zip64 field: {_DAMAGED}")
             value, wide = int.from_bytes(wide[:8], "little"), wide[8:]
         widened.append(value)
     return widened

@@ -98,20 +98,17 @@ def verify_parity(
         writer: writer of the bundle.
         texts: texts for validation, and for calibration of models exported here.
         memory: memory limit in bytes.
-        progress: see `Progress`.
 
     Raises:
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
-    config = checkpoint.config
-    total_layers = config.num_hidden_layers
+    config, total_layers = checkpoint.config, checkpoint.config.num_hidden_layers
     required = memory_for(config, total_layers)
     layers = total_layers if required <= memory else _layers_within(config, min(memory, _TRUNCATED_GB * 1e9))
     truncated = dataclasses.replace(config, layers=config.layers[:layers])
     auxiliary = () if any(recipe.lossless for recipe in recipes) else (RECIPES["fp32"],)
     temporary = auxiliary if layers == total_layers else (*auxiliary, *recipes)
-    check = folder.parent / "check"
-    check.mkdir()
+    (check := folder.parent / "check").mkdir()
     if temporary:
         writer.write(check, truncated, checkpoint.weights, temporary, texts.calibration, progress)
     progress("validating", 0.0, "PyTorch")
@@ -136,9 +133,8 @@ def verify_parity(
         if recipe in recipes:
             qualities[recipe.name] = score(expected, session, partial(update, number, recipe.name))
         del session  # only one model in memory at a time
-        if recipe in temporary:
-            for file in writer.files(check, recipe):
-                file.unlink()
+        for file in writer.files(check, recipe) if recipe in temporary else ():
+            file.unlink()
     expected.path.unlink()
     check.rmdir()
     return Validation(layers, parities, qualities, required)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from llm_edge.runtime.backend import huge_pages, mapped_files
+from llm_edge.runtime.backend import memory_hints
 from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, MachineError
 
@@ -116,9 +116,9 @@ class Graph:
         self.cache_dtype = self._check_signature()
         self.cache_device = self._device_of(f"past_key_values.{self.cache_names[0]}")
         if provider == "cpu":
-            mapped_files.release(file.path.with_name(f"{file.path.name}_data"))
+            memory_hints.release(file.path.with_name(f"{file.path.name}_data"))
             if execution.spinning:  # takes 0.2 s for 150 MB: concurrently with the first steps, not before them
-                threading.Thread(target=huge_pages.collapse_pages, name="llm-edge-huge-pages", daemon=True).start()
+                threading.Thread(target=memory_hints.collapse_pages, name="llm-edge-huge-pages", daemon=True).start()
 
     @property
     def limit(self) -> int:

@@ -1,9 +1,8 @@
-"""Reads a TorchScript archive's code before torch does, and lets arithmetic on tensors pass alone.
+"""`check_program`: inspects the code in a TorchScript archive and accepts only arithmetic on tensors.
 
-TorchScript is a small language in Python's syntax. Among its operators are some that read and write files or address
-memory at will; and a class may have methods that run while it is loaded. A decoder needs none of these: whatever is not
-in the tables below is refused. That keeps a file from doing anything but compute, not from computing for very long.
-Knows nothing of torch.
+TorchScript is a small language with Python's syntax. Some of its operators access files or arbitrary memory, and its
+classes may have methods that run when they are loaded. A decoder needs none of these: everything outside the
+allow-lists below is rejected. A file can then only compute, though possibly for a very long time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.safe_io import MIB
 
-_MOST_CODE = MIB  # eighty layers have less; to parse it takes up to a thousand times as much memory
+_MAX_CODE_BYTES = MIB  # 80 layers need less; parsing takes up to a thousand times as much memory
 _METHODS = {"forward", "empty_past"}
 _FUNCTIONS = {"annotate", "int", "range", "getattr"}
 _PRIMITIVES = {"NumToTensor", "device"}
@@ -45,27 +44,27 @@ _OTHERS = {"version", "byteorder", ".data/version"}
 
 
 def check_program(path: Path) -> None:
-    """Let a file pass whose code a decoder can have.
+    """Check that a file contains only code that a decoder needs.
 
     Raises:
-        BundleError: it is no archive as the exporter writes it, or its code does something else.
+        BundleError: it is not an archive as the exporter writes it, or contains other code.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if archive.comment or not records or min(record.header_offset for record in records) != 0:
-                raise _refused(path, "is not laid out as the exporter does it")
+                raise _refused(path, "has another layout than exported files")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise _refused(path, "holds compressed records")
-            # torch finds records whatever their case, and takes any of those that share a name: all are looked at.
+                raise _refused(path, "contains compressed records")
+            # torch ignores case in record names and may use any of several with the same name, so all are checked.
             names = [record.filename.lower().partition("/")[2] for record in records]
             codes = [
                 record
                 for record, name in zip(records, names, strict=True)
                 if not name.startswith(("data/", "constants/")) and name not in _OTHERS
             ]
-            if sum(record.file_size for record in codes) > _MOST_CODE:
-                raise _refused(path, f"holds more than {_MOST_CODE // MIB} MiB of code")
+            if sum(record.file_size for record in codes) > _MAX_CODE_BYTES:
+                raise _refused(path, f"contains more than {_MAX_CODE_BYTES // MIB} MiB of code")
             for record in codes:
                 name = record.filename.partition("/")[2]
                 if name in _STRUCTURE:
@@ -73,23 +72,25 @@ def check_program(path: Path) -> None:
                 elif name.startswith("code/__torch__") and name.endswith(".py"):
                     _check_code(path, archive.read(record))
                 else:
-                    raise _refused(path, f"holds {name[:100]!r}")
+                    raise _refused(path, f"contains {name[:100]!r}")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RecursionError, ValueError) as error:
-        raise BundleError(f"{path}: no TorchScript archive ({error}): export the bundle again") from error
+        raise BundleError(f"{path}: not a TorchScript archive ({error}): export the bundle again") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror or error}): export the bundle again") from error
 
 
 def _check_code(path: Path, code: bytes) -> None:
-    if not code.isascii() or any(sign in code for sign in b"#\\\r\f\v\0"):  # where the two languages might part
-        raise _refused(path, "is not written as torch writes code")
+    if not code.isascii() or any(
+        sign in code for sign in b"#\\\r\f\v\0"
+    ):  # where Python and TorchScript might be parsed differently
+        raise _refused(path, "contains code that torch would not write")
     try:
         tree = ast.parse(code.decode("ascii"))
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise _refused(path, "holds code that cannot be read") from error
+        raise _refused(path, "contains code that cannot be parsed") from error
     for node in ast.walk(tree):
         if not isinstance(node, _NODES):
-            raise _refused(path, f"holds code with {type(node).__name__}")
+            raise _refused(path, f"contains code with {type(node).__name__}")
         if isinstance(node, ast.FunctionDef) and node.name not in _METHODS:
             raise _refused(path, f"defines {node.name[:100]}")
         if isinstance(node, ast.Call) and not _is_known(node.func):
@@ -97,10 +98,10 @@ def _check_code(path: Path, code: bytes) -> None:
 
 
 def _check_structure(path: Path, pickled: bytes) -> None:
-    """Only tensors and modules whose code is in the file: classes built into torch may do anything when restored."""
+    """Allow tensors and modules defined in the file; classes built into torch may do anything when restored."""
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL":
-            name = str(argument)  # of module and class, with a space between
+            name = str(argument)  # module and class, separated by a space
             built_in = name.replace(" ", ".").startswith("__torch__.torch.classes.")
             if built_in or not (name in _GLOBALS or name.startswith("__torch__.")):
                 raise _refused(path, f"refers to {name[:100]}")
@@ -122,4 +123,4 @@ def _is_known(function: ast.expr) -> bool:
 
 
 def _refused(path: Path, what: str) -> BundleError:
-    return BundleError(f"{path}: it {what}, which no exported decoder does: do not trust it, export the bundle again")
+    return BundleError(f"{path}: it {what}, unlike an exported decoder: do not trust it, export the bundle again")

@@ -1,4 +1,4 @@
-"""What the tokens so far mean for the next one, kept up to date token by token; ids only, no logits and no text."""
+"""Incremental statistics of the tokens so far: counts, n-grams and repetitions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from llm_edge.runtime.sampling.transforms import Ids, Row
 
 
 class History(Protocol):
-    """Something that learns of every token."""
+    """Statistics that are updated with every token."""
 
     def add(self, token: int) -> None:
-        """Take note of the next token."""
+        """Append the next token."""
 
 
 class Counts:
@@ -28,7 +28,6 @@ class Counts:
             self.add(token)
 
     def add(self, token: int) -> None:
-        """See `History`."""
         slot = self._slots.setdefault(token, len(self._slots))
         if slot == self._ids.size:
             self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
@@ -43,7 +42,7 @@ class Counts:
 
 
 class Ngrams:
-    """Which tokens came after any `size - 1` tokens in a row."""
+    """The tokens that followed each (size - 1)-gram."""
 
     def __init__(self, tokens: Iterable[int], size: int) -> None:
         self._size = size
@@ -53,7 +52,6 @@ class Ngrams:
             self.add(token)
 
     def add(self, token: int) -> None:
-        """See `History`."""
         if len(self._latest) == self._size - 1:
             self._next.setdefault(self._latest, set()).add(token)
             self._latest = (*self._latest[1:], token) if self._latest else ()
@@ -61,34 +59,34 @@ class Ngrams:
             self._latest = (*self._latest, token)
 
     def repeating(self) -> Ids:
-        """The ids, in no order, each of which would make the latest `size` tokens stand there a second time."""
+        """The ids, unordered, that would repeat an n-gram of `size` tokens."""
         found = self._next.get(self._latest, ())
         return np.fromiter(found, np.intp, len(found))
 
 
 class Repetitions:
-    """Where the latest tokens stand earlier in the text, and how many of them; a breaker ends what is compared.
+    """Earlier occurrences of the latest tokens and their lengths; breakers end a match.
 
-    Holds the length of every match and updates all at once, in a step over arrays: a token costs the same
-    however repetitive the text is.
+    Keeps the length of every match and updates all of them with array operations, so that the cost of a token does not
+    depend on how repetitive the text is.
 
     Args:
         tokens: the tokens so far.
-        breakers: ids that no match holds or goes on with.
-        window: how many of the latest tokens to look at, -1 = all.
+        breakers: ids that no match contains or continues with.
+        window: number of latest tokens to search, -1 = all.
     """
 
-    # A match is taken to be no longer; no penalty could tell the difference.
+    # Longer matches count as this long; the penalty is at its maximum by then.
     LONGEST = 256
 
     def __init__(self, tokens: Sequence[int], breakers: Collection[int], window: int = -1) -> None:
         self._breakers = frozenset(breakers)
         self._window = window
         self._used = len(tokens)
-        # -1 stands for breakers, and for what may follow the text.
+        # -1 marks breakers and unused capacity.
         self._tokens = np.full(2 * max(self._used, 512), -1, np.intp)
         self._tokens[: self._used] = [-1 if token in self._breakers else token for token in tokens]
-        # How many of the latest tokens end at each earlier one, too.
+        # For each earlier position, the number of latest tokens that also precede it.
         self._lengths = np.zeros(self._tokens.size, np.intp)
         text = self._tokens[: self._used]  # [T]
         ends = np.arange(self._used - 1)
@@ -98,7 +96,6 @@ class Repetitions:
             self._lengths[ends] += 1
 
     def add(self, token: int) -> None:
-        """See `History`."""
         used = self._used
         if used == self._tokens.size:
             self._tokens = np.concatenate([self._tokens, np.full(used, -1, np.intp)])
@@ -115,7 +112,7 @@ class Repetitions:
         self._used += 1
 
     def following(self, least: int) -> tuple[Ids, Ids]:
-        """The ids that came after `least` or more of the latest tokens, and after how many at most: [N], [N]."""
+        """The ids that followed at least `least` of the latest tokens, and the longest such match of each: [N], [N]."""
         first = max(0, self._used - self._window) if self._window >= 0 else 0
         lengths = self._lengths[first : max(first, self._used - 1)]
         ends = np.flatnonzero(lengths >= least)

@@ -1,4 +1,4 @@
-"""The model's own log-probabilities of a row of logits, before anything that sampling does to it."""
+"""Log-probabilities in the model's own distribution, before any sampling transform."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_edge.runtime.sampling.transforms import Row, keep_top_k, log_total
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token id, its natural log-probability, and those of the most probable ids, the most probable first."""
+    """A token id, its natural log-probability, and those of the most probable ids in descending order."""
 
     token: int
     logprob: float
@@ -20,13 +20,13 @@ class TokenLogprob:
 
 
 def log_probabilities(logits: Row, token: int, top: int) -> TokenLogprob:
-    """The log-softmax of logits [V] at a token, and at the `top` largest; among equals the lowest ids.
+    """The log-softmax of logits [V] at a token and at the `top` largest logits; lower ids first among equals.
 
     Raises:
-        ParameterError: these logits are no row, or have none for this token.
+        ParameterError: `logits` is not a vector, or has no logit for this token.
     """
     if logits.ndim != 1 or not 0 <= token < logits.size:
-        raise refused("token", token, f"a token that logits of shape {logits.shape} hold")
+        raise refused("token", token, f"a token within logits of shape {logits.shape}")
     row = logits.astype(np.float32, copy=False)
     total = log_total(row)
     best = keep_top_k(row, top) if top > 0 else np.zeros(0, np.intp)

@@ -79,14 +79,14 @@ class ParameterSpec:
     kind: Kind
     optional: bool
     default: Any
-    between: tuple[float, float] | None
     title: str
     help: str
-    detail: str
     group: Group
-    order: int
-    slider: Slider | None
-    api: Api
+    detail: str = ""
+    between: tuple[float, float] | None = None
+    slider: Slider | None = None
+    order: int = 100
+    api: Api = Api()
 
     @property
     def option(self) -> str:
@@ -163,32 +163,9 @@ _CHECKS: Mapping[Kind, Callable[[ParameterSpec, Any], Any]] = {
 }
 
 
-def parameter(
-    default: Any,
-    title: str,
-    help: str,  # noqa: A002 (what every command-line library calls it)
-    *,
-    group: Group,
-    detail: str = "",
-    between: tuple[float, float] | None = None,
-    order: int = 100,
-    slider: Slider | None = None,
-    api: Api = Api(),
-) -> Any:
-    """A dataclass field that describes a sampling parameter; see `ParameterSpec`."""
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "title": title,
-            "help": help,
-            "detail": detail,
-            "group": group,
-            "between": between,
-            "order": order,
-            "slider": slider,
-            "api": api,
-        },
-    )
+def parameter(default: Any, title: str, help: str, **details: Any) -> Any:  # noqa: A002 (what command lines call it)
+    """A dataclass field that declares a sampling parameter; `details` are further fields of `ParameterSpec`."""
+    return dataclasses.field(default=default, metadata={"title": title, "help": help, **details})
 
 
 def specs_of(params: type) -> dict[str, ParameterSpec]:

@@ -324,7 +324,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = parameter(
         (), "Stop tokens", "end the text, reasoning included, at these token ids", group="limits"
     )
-    constraint: Constraint | None = parameter(  # noqa: RUF009
+    constraint: Constraint | None = parameter(  # noqa: RUF009 (a dataclass field)
         None,
         "Constraint",
         "what the answer must conform to: JSON, a JSON schema, a regular expression, a grammar or a choice",

@@ -1,6 +1,6 @@
-"""Keys and values of a text in a file: numpy's npz, uncompressed. Wherever the file comes from, it is believed nothing.
+"""Saves the keys and values of a text to a file (an uncompressed npz), and loads them as untrusted input.
 
-identity   the graph that computed them; they are of no use to another
+identity   hash of the graph that computed them; other graphs cannot use them
 tokens     int64 [T]
 0 … n-1    keys and values, layer by layer, [K, T, D] each
 """
@@ -25,17 +25,17 @@ from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.errors import InputError, MachineError
 
 Array = npt.NDArray[Any]
-_HEADER = 4096  # bytes of an array's own header at most
+_HEADER_BYTES = 4096  # maximum size of an array's header
 
 
 def identity(bundle: Bundle, precision: PrecisionInfo) -> str:
-    """What tells this graph and its weights from all others."""
+    """A hash that identifies a graph and its weights."""
     files = {name: entry for name, entry in bundle.manifest["files"].items() if name.startswith(precision.model)}
     return hashlib.sha256(repr(sorted((name, entry["sha256"]) for name, entry in files.items())).encode()).hexdigest()
 
 
-def save(path: Path, whose: str, tokens: Sequence[int], values: Sequence[Array]) -> None:
-    """Write a file, whole or not at all.
+def save(path: Path, identity_: str, tokens: Sequence[int], values: Sequence[Array]) -> None:
+    """Write a file atomically.
 
     Raises:
         MachineError: it cannot be written.
@@ -44,7 +44,7 @@ def save(path: Path, whose: str, tokens: Sequence[int], values: Sequence[Array])
     try:
         with partial.open("wb") as file:
             arrays: dict[str, Any] = {str(index): value for index, value in enumerate(values)}
-            np.savez(file, identity=np.array(whose), tokens=np.array(tokens, dtype=np.int64), **arrays)
+            np.savez(file, identity=np.array(identity_), tokens=np.array(tokens, dtype=np.int64), **arrays)
         partial.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise MachineError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
@@ -54,19 +54,19 @@ def save(path: Path, whose: str, tokens: Sequence[int], values: Sequence[Array])
 
 
 def load(
-    path: Path, whose: str, count: int, heads: int, width: int, limit: int, dtype: np.dtype[Any]
+    path: Path, identity_: str, count: int, heads: int, width: int, limit: int, dtype: np.dtype[Any]
 ) -> tuple[list[int], list[Array]]:
-    """Read what `save` wrote: tokens, and keys and values [K, T, D].
+    """Load what `save` wrote: token ids, and keys and values [K, T, D].
 
     Raises:
         InputError: the file is missing, damaged, or of another graph.
     """
-    most = max(heads * limit * width * dtype.itemsize, limit * 8) + _HEADER
+    limit_bytes = max(heads * limit * width * dtype.itemsize, limit * 8) + _HEADER_BYTES
     try:
         with _Bounded(path, count) as file, zipfile.ZipFile(file) as archive:
-            file.most = most
-            if str(_array(archive, "identity", (), np.dtype("<U64"))) != whose:
-                raise InputError(f"{path}: computed by another bundle or precision: compute it again with this one")
+            file.limit = limit_bytes
+            if str(_array(archive, "identity", (), np.dtype("<U64"))) != identity_:
+                raise InputError(f"{path}: computed by another bundle or precision: create it again with this one")
             ids = np.dtype(np.int64)
             length = (archive.getinfo("tokens.npy").file_size - len(_header((1,), ids))) // ids.itemsize
             if not 0 < length <= limit:
@@ -78,33 +78,33 @@ def load(
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # whatever zipfile raises for what is no archive
-        raise InputError(f"{path}: not a cache of this model, or damaged: compute it again") from error
+    except Exception as error:  # whatever zipfile raises for damaged archives
+        raise InputError(f"{path}: not a cache of this model, or damaged: create it again") from error
 
 
 class _Bounded(io.FileIO):
-    """A regular file of which no more than `most` bytes are read at once, whatever sizes it states.
+    """A regular file that returns at most `limit` bytes per read, whatever sizes it declares.
 
-    zipfile reads the list of the parts whole, at first; that of `count` arrays is not long.
+    zipfile first reads the whole directory, which is short for `count` arrays.
     """
 
     def __init__(self, path: Path, count: int) -> None:
         super().__init__(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(os.fstat(self.fileno()).st_mode):  # reading a pipe would block
             self.close()
             raise OSError("not a regular file")
-        self.most = 2**16 + 128 * (count + 32)  # the end may be looked for in the last 64 KiB
+        self.limit = 2**16 + 128 * (count + 32)  # zipfile searches the last 64 KiB for the directory
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """See `io.RawIOBase.read`."""
-        data = super().read(self.most + 1 if size is None or size < 0 else min(size, self.most + 1)) or b""
-        if len(data) > self.most:
-            raise ValueError("more than a cache holds")
+        """Read at most `limit` bytes; raises ValueError if there are more."""
+        data = super().read(self.limit + 1 if size is None or size < 0 else min(size, self.limit + 1)) or b""
+        if len(data) > self.limit:
+            raise ValueError("larger than a cache")
         return data
 
 
 def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array, whose header has to be the one that numpy writes: none is parsed."""
+    """An array whose header must equal the one that numpy writes, so that no header is parsed."""
     info = archive.getinfo(f"{name}.npy")
     header = _header(shape, dtype)
     size = len(header) + math.prod(shape) * dtype.itemsize

@@ -1,10 +1,10 @@
-"""Chat templates: messages in, the prompt's text out. Knows no tokens and no model, and trusts no template.
+"""`ChatTemplate`: renders a conversation into the prompt's text, in a sandbox with limits.
 
-A template is a Jinja program out of somebody's file. It runs in Jinja's immutable sandbox, narrowed to lists
-of methods, filters and functions, and on a meter: statements, loops, calls, operators and filters report to
-one budget a render, and nothing is built before its size is known to fit. What Jinja would compile to bare
-Python is sent past the meter by rewriting the syntax tree (`_Wrapper`). Other than that, the text is what
-transformers' `apply_chat_template(tokenize=False)` returns.
+Chat templates are untrusted Jinja programs. They run in Jinja's immutable sandbox, restricted to allow-lists of
+methods, filters and functions, and on a budget: statements, loops, calls, operators and filters deduct their cost, and
+no value is built before its size is known to be acceptable. `_Instrumenter` rewrites the syntax tree so that what Jinja
+compiles to plain Python is accounted for too. Apart from that the text equals transformers'
+`apply_chat_template(tokenize=False)`.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_environment
 from jinja2.visitor import NodeTransformer
 
 from llm_edge.runtime.errors import TemplateError
-from llm_edge.runtime.text.template_budget import ITEM, MAX_PIECES, LimitError, Meter, plain_data
+from llm_edge.runtime.text.template_budget import ITEM, MAX_PIECES, Budget, LimitError, plain_data
 
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_NODES = 20_000  # nodes of its syntax tree
-_NODE, _CALL = 200, 3000  # what evaluating a node and calling something cost, in the meter's nanoseconds
+_NODE, _CALL = 200, 3000  # cost of evaluating a node and of a call, in nanoseconds
 
-_METER: ContextVar[Meter] = ContextVar("llm_edge_template_meter")  # of the render that is running
+_BUDGET: ContextVar[Budget] = ContextVar("llm_edge_template_budget")  # of the current rendering
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Filters that pay for as many elements as their arguments have, and those that pay for all that is in them.
-# Others (pprint, urlize, striptags, wordwrap, xmlattr, ...) are slow on hostile input; templates do without.
+# Filters whose cost is the number of elements of their arguments, and those whose cost is the arguments' whole size.
+# Others (pprint, urlize, striptags, wordwrap, xmlattr, ...) are slow on hostile input and not available.
 _LIGHT = _words(
     """attr count d default first items last length map reject rejectattr safe select
     selectattr"""
@@ -52,7 +52,7 @@ _HEAVY = _words(
     """abs batch capitalize center dictsort e escape float forceescape groupby indent int lower max min
     replace reverse round slice sort string title trim truncate unique upper urlencode"""
 )
-_LONG = _words(  # those that take long strings
+_LONG = _words(  # filters that accept long strings
     """capitalize center count d default e escape first forceescape format indent join last length lower
     replace reverse safe string tojson trim truncate upper"""
 )
@@ -70,7 +70,7 @@ _METHODS: dict[type, frozenset[str]] = {
     str: _STR_METHODS,
     dict: _words("items keys values get copy"),
     list: _words("index count copy"),
-    tuple: _words("index count grouper list"),  # the last two: what groupby yields
+    tuple: _words("index count grouper list"),  # the last two: of groupby's result
 }
 _REFUSED_NODES = (
     nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, nodes.EvalContextModifier
@@ -78,24 +78,24 @@ _REFUSED_NODES = (
 
 
 def _metered(name: str, function: Callable[..., Any], heavy: bool, test: bool = False) -> Callable[..., Any]:
-    """A filter or test that pays for what it is given and for what it makes."""
+    """A filter or test that deducts the cost of its arguments and its result."""
     skip = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or environment, before the value
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
-        meter.spend(_CALL)
+        budget = _BUDGET.get()
+        budget.spend(_CALL)
         for arg in itertools.chain(args[skip:], kwargs.values()):
             if heavy:
-                meter.read(arg)
+                budget.read(arg)
             elif isinstance(arg, list | tuple | dict | range):
-                meter.spend(4 * ITEM * len(arg))
+                budget.spend(4 * ITEM * len(arg))
             if not (test or name in _LONG) and isinstance(arg, str) and len(arg) > MAX_PIECES:
                 raise LimitError(f"{name} of too long a string")
         if not test:
-            meter.allow(name, args[skip], args[skip + 1 :], kwargs)
+            budget.allow(name, args[skip], args[skip + 1 :], kwargs)
         result = function(*args, **kwargs)
-        return meter.each(result) if isinstance(result, Iterator) else meter.made(result)
+        return budget.each(result) if isinstance(result, Iterator) else budget.made(result)
 
     return call
 
@@ -106,8 +106,8 @@ def _getter(environment: _Sandbox, attribute: str | int | None) -> Callable[[Any
 
 @pass_environment
 def _join(environment: _Sandbox, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
-    meter, get = _METER.get(), _getter(environment, attribute)
-    return meter.concat([meter.text(get(item)) for item in meter.each(value)], meter.text(d))
+    budget, get = _BUDGET.get(), _getter(environment, attribute)
+    return budget.concat([budget.text(get(item)) for item in budget.each(value)], budget.text(d))
 
 
 @pass_environment
@@ -120,7 +120,7 @@ def _sum(environment: _Sandbox, iterable: Iterable[Any], attribute: Any = None, 
 
 
 class _Format(SandboxedFormatter):
-    """A string's `format` or `format_map`, bound to it and on the meter."""
+    """A string's `format` or `format_map` method, on the budget."""
 
     def __init__(self, environment: _Sandbox, pattern: str, *, is_map: bool) -> None:
         super().__init__(environment)
@@ -132,15 +132,15 @@ class _Format(SandboxedFormatter):
         return self.vformat(self._pattern, args, kwargs)
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        _METER.get().spend(_CALL)
-        return _METER.get().format_field(value, format_spec)
+        _BUDGET.get().spend(_CALL)
+        return _BUDGET.get().format_field(value, format_spec)
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        return _METER.get().made(super().convert_field(_METER.get().read(value), conversion))
+        return _BUDGET.get().made(super().convert_field(_BUDGET.get().read(value), conversion))
 
 
 class _Namespace(Namespace):
-    """`namespace()`, whose text is not that of all it holds, which may hold each other."""
+    """`namespace()` with a constant repr: its content may be recursive."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -157,18 +157,18 @@ def _strftime_now(format: str) -> str:  # noqa: A002 (a name that templates may 
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model said, for training; here it is only its body."""
+    """`{% generation %}` marks the model's text for training; here it renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's declaration)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Make the block a call of `body`, so that it has the scope it has in transformers."""
+        """Turn the block into a call of `body`, so that it has the same scope as in transformers."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
 
     def body(self, caller: Callable[[], str]) -> str:
-        """Return the block's text."""
+        """The text of the block."""
         return caller()
 
 
@@ -177,22 +177,22 @@ def _hook(name: str, node: Any) -> nodes.Filter:
 
 
 def _hooked(name: str, value: Any) -> Any:
-    return getattr(_METER.get(), name)(value)
+    return getattr(_BUDGET.get(), name)(value)
 
 
 def _reaches(count: int, items: Iterable[object]) -> bool:
     return sum(1 for _ in itertools.islice(items, count)) == count
 
 
-class _Wrapper(NodeTransformer):
-    """Rewrites a syntax tree: statements, loops and what Jinja runs as bare Python report to the meter."""
+class _Instrumenter(NodeTransformer):
+    """Rewrites a syntax tree so that statements, loops and plain Python operations deduct their cost."""
 
     def __init__(self) -> None:
-        self.literals: set[str] = set()  # the strings and names that this template looks for
+        self.literals: set[str] = set()  # strings and attribute names in the template
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         if isinstance(node, _REFUSED_NODES):
-            raise SecurityError(f"'{type(node).__name__.lower()}' is nothing that a chat template needs")
+            raise SecurityError(f"'{type(node).__name__.lower()}' is not allowed in chat templates")
         if isinstance(node, nodes.Const) and isinstance(node.value, str):
             self.literals.add(node.value)
         elif isinstance(node, nodes.Getattr):
@@ -218,7 +218,7 @@ class _Wrapper(NodeTransformer):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox with the meter at every door."""
+    """Jinja's immutable sandbox, on the budget."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -227,17 +227,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
-            finalize=lambda value: _METER.get().text(value),
+            finalize=lambda value: _BUDGET.get().text(value),
             extensions=[_Generation, loopcontrols],
         )
         ours: dict[str, Callable[..., Any]] = {"join": _join, "sum": _sum, "list": list}
-        ours["tojson"] = lambda x, *args, **kwargs: _METER.get().json(x, *args, **kwargs)
-        ours["format"] = lambda value, *a, **kw: _METER.get().percent(_METER.get().text(value), kw or a)
+        ours["tojson"] = lambda x, *args, **kwargs: _BUDGET.get().json(x, *args, **kwargs)
+        ours["format"] = lambda value, *a, **kw: _BUDGET.get().percent(_BUDGET.get().text(value), kw or a)
         ours |= {name: FILTERS[name] for name in _HEAVY}
         self.filters = {name: _metered(name, FILTERS[name], heavy=False) for name in _LIGHT}
         self.filters |= {name: _metered(name, function, heavy=True) for name, function in ours.items()}
         self.filters |= {f"<{name}>": functools.partial(_hooked, name) for name in ("spend", "each", "read", "made")}
-        self.filters["<concat>"] = lambda values: _METER.get().concat(map(_METER.get().text, values))
+        self.filters["<concat>"] = lambda values: _BUDGET.get().concat(map(_BUDGET.get().text, values))
         tests: Mapping[str, Any] = TESTS
         self.tests = {
             name: _metered(name, test, heavy=name not in _LIGHT_TESTS, test=True) for name, test in tests.items()
@@ -254,10 +254,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self._functions = tuple(self.globals.values())
 
     def rewritten(self, source: str) -> tuple[nodes.Template, frozenset[str]]:
-        """Return a template's syntax tree, on the meter, and the strings and names that it looks for."""
-        if _reaches(3 * MAX_NODES, self.lex(source)):  # so that no long time is spent on parsing
+        """The instrumented syntax tree of a template, and the strings and attribute names in it."""
+        if _reaches(3 * MAX_NODES, self.lex(source)):  # bounds the time for parsing
             raise LimitError("too large a program")
-        tree, wrapper = self.parse(source), _Wrapper()
+        tree, wrapper = self.parse(source), _Instrumenter()
         if _reaches(MAX_NODES, tree.find_all(nodes.Node)):
             raise LimitError("too large a program")
         wrapper.visit(tree)
@@ -265,70 +265,70 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return tree, frozenset(wrapper.literals)
 
     def concat(self, parts: Iterable[str]) -> str:
-        """Join the pieces that a macro or a set block made."""
-        return _METER.get().concat(parts)
+        """Join the output of a macro or a set block."""
+        return _BUDGET.get().concat(parts)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ARG002 (Jinja's signature)
-        """Names are allowed, not forbidden: those of `_METHODS`, and public ones of Jinja's own helpers."""
+        """Allow only `_METHODS` and public attributes of Jinja's helpers."""
         for kind, names in _METHODS.items():
             if isinstance(obj, kind):
                 return attr in names
         return isinstance(obj, LoopContext | Macro | Cycler | Namespace) and not attr.startswith("_")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format` and `str.format_map` go by the metered formatter."""
+        """Replace `str.format` and `str.format_map`."""
         pattern, name = getattr(value, "__self__", None), getattr(value, "__name__", None)
         if not isinstance(pattern, str) or name not in ("format", "format_map"):
             return None
         return _Format(self, str(pattern), is_map=name == "format_map")
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """A lookup costs its key's size: tuples are hashed element by element."""
-        _METER.get().spend(_NODE)
-        return super().getitem(obj, argument if type(argument) in (str, int) else _METER.get().read(argument))
+        """Deduct the key's size: tuples are hashed element by element."""
+        _BUDGET.get().spend(_NODE)
+        return super().getitem(obj, argument if type(argument) in (str, int) else _BUDGET.get().read(argument))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002 (as above)
-        """An operator, if its result fits."""
-        return _METER.get().operate(operator, self.binop_table[operator], left, right)
+        """Apply an operator if its result is not too large."""
+        return _BUDGET.get().operate(operator, self.binop_table[operator], left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as above)
-        """A call, if it is one of the few things that may be called."""
-        meter, owner = _METER.get(), getattr(__obj, "__self__", None)
-        meter.spend(_CALL)
+        """Call one of the allowed callables."""
+        budget, owner = _BUDGET.get(), getattr(__obj, "__self__", None)
+        budget.spend(_CALL)
         if isinstance(owner, str | dict | list | tuple):
             given = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
             for arg in (*args, *given.values(), *(() if isinstance(owner, dict) else (owner,))):
-                meter.read(arg)
+                budget.read(arg)
             if isinstance(owner, str):
-                meter.allow(__obj.__name__, owner, args, given)
+                budget.allow(__obj.__name__, owner, args, given)
                 if __obj.__name__ in ("split", "rsplit"):
-                    return meter.split(__obj, *args, **given)
+                    return budget.split(__obj, *args, **given)
                 if __obj.__name__ == "join" and len(args) == 1:
-                    args = ([*meter.each(args[0])],)
-                    meter.fits(sum(meter.weight(piece) + 6 * meter.weight(owner) for piece in args[0]))
+                    args = ([*budget.each(args[0])],)
+                    budget.fits(sum(budget.weight(piece) + 6 * budget.weight(owner) for piece in args[0]))
         elif isinstance(__obj, LoopContext):  # {% for ... recursive %}
-            args = tuple(map(meter.each, args))
+            args = tuple(map(budget.each, args))
         elif not (
             isinstance(__obj, Macro | Joiner | Undefined | _Format)
             or isinstance(owner, LoopContext | Cycler | _Generation)
             or any(__obj is function for function in __self._functions)
         ):
-            raise SecurityError("what is called is nothing that a chat template needs")
-        return meter.made(__context.call(__obj, *args, **kwargs))
+            raise SecurityError("this call is not allowed in chat templates")
+        return budget.made(__context.call(__obj, *args, **kwargs))
 
 
 _SANDBOX = _Sandbox()
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first two
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # aliases of one field; templates read the first two
 
 
 def plain_messages(messages: object) -> list[dict[str, Any]]:
-    """Return a conversation as plain data, fields that are None left out, or say why it cannot be used."""
+    """A conversation as plain data without fields that are None; raises TemplateError if it is malformed."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise TemplateError("messages: a list of at least one message was expected")
+        raise TemplateError("messages: give a list of at least one message")
     result = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TemplateError(f"messages[{i}]: an object with a string 'role' was expected")
+            raise TemplateError(f"messages[{i}]: give an object with a string 'role'")
         plain = {key: item for key, item in plain_data(message, f"messages[{i}]").items() if item is not None}
         reasoning = next((plain[key] for key in REASONING_FIELDS if key in plain), None)
         if reasoning is not None:
@@ -338,30 +338,30 @@ def plain_messages(messages: object) -> list[dict[str, Any]]:
 
 
 def plain_tools(tools: object) -> list[dict[str, Any]] | None:
-    """Return tools, as JSON schemas, as plain data."""
+    """Tools, given as JSON schemas, as plain data."""
     if tools is None:
         return None
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise TemplateError("tools: a list of JSON schemas was expected")
+        raise TemplateError("tools: give a list of JSON schemas")
     return [plain_data(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
 
 
 class ChatTemplate:
-    """A compiled chat template; `special_tokens` (bos_token, ...) are variables that it may read."""
+    """A compiled chat template; `special_tokens` (bos_token, ...) are variables it can use."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: longer than {MAX_SOURCE:,} characters")
         self.source, self.special_tokens = source, dict(special_tokens)
-        token = _METER.set(Meter())  # constants are computed while compiling
+        token = _BUDGET.set(Budget())  # constants are evaluated while compiling
         try:
             tree, self.literals = _SANDBOX.rewritten(source)
             self._template = _SANDBOX.from_string(tree)
-        except Exception as e:  # a stranger's program may fail in any way
+        except Exception as e:  # an untrusted program may fail in any way
             line = f" (line {e.lineno})" if isinstance(e, jinja2.TemplateSyntaxError) else ""
             raise TemplateError(f"chat template: {_one_line(e)}{line}") from e
         finally:
-            _METER.reset(token)
+            _BUDGET.reset(token)
 
     def render(
         self,
@@ -371,21 +371,21 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **extra: Any,
     ) -> str:
-        """Return the prompt of a conversation; `extra` are further variables (enable_thinking, ...)."""
+        """The prompt of a conversation; `extra` are further template variables such as `enable_thinking`."""
         variables: dict[str, Any] = {"documents": None, **self.special_tokens}
         variables |= {name: plain_data(value, name) for name, value in extra.items()}
         variables |= {"messages": plain_messages(messages), "tools": plain_tools(tools)}
         variables["add_generation_prompt"] = add_generation_prompt
-        token = _METER.set(Meter())
+        token = _BUDGET.set(Budget())
         try:
             pieces = self._template.root_render_func(self._template.new_context(variables))
-            return _METER.get().concat(pieces)
+            return _BUDGET.get().concat(pieces)
         except Exception as e:  # as above
             raise TemplateError(f"chat template: {_one_line(e)}") from e
         finally:
-            _METER.reset(token)
+            _BUDGET.reset(token)
 
 
 def _one_line(error: Exception) -> str:
     why = " ".join(str(error).split())[:500] or type(error).__name__
-    return f"it asks for {why}" if isinstance(error, LimitError) else why
+    return f"it exceeds a limit: {why}" if isinstance(error, LimitError) else why

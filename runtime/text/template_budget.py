@@ -1,4 +1,4 @@
-"""Bounds on what a stranger's program may build. Knows no template engine; `chat.py` reports to it."""
+"""`Budget`: limits on the work and memory of an untrusted chat template."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.safe_io import MIB
 
-MAX_WEIGHT = 16 * MIB  # bytes of any one value
-MAX_DEPTH = 100  # lists within lists
-MAX_PIECES = 300_000  # of a string that is split
-BUDGET = 300_000_000  # of one run, in about nanoseconds
-DEADLINE_S = 10.0  # should the estimates be far off
+MAX_WEIGHT = 16 * MIB  # bytes of any single value
+MAX_DEPTH = 100  # nesting of lists
+MAX_PIECES = 300_000  # parts of a split string
+BUDGET = 300_000_000  # per rendering, in estimated nanoseconds
+DEADLINE_S = 10.0  # in case the estimates are far off
 MAX_BITS = 4096  # of an integer
-BYTE, STEP = 4, 600  # what handling a byte and a step of a loop cost
-ITEM = 16  # what an element weighs beyond its content
+BYTE, STEP = 4, 600  # cost of handling a byte and of a loop iteration
+ITEM = 16  # size of an element besides its content
 _WIDE = re.compile(r"\d{5}")  # a width or precision in a format
 _CONTAINERS: tuple[Any, ...] = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
 
 
 def plain_data(value: Any, where: str, depth: int = 0) -> Any:
-    """Rebuild JSON-like data out of exact built-in types, so that a program meets no methods but theirs."""
+    """Rebuild JSON-like data from exact built-in types, so that templates can call no other methods."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -35,7 +35,7 @@ def plain_data(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if depth >= MAX_DEPTH:
-        raise TemplateError(f"{where[:80]}: nested too deep")
+        raise TemplateError(f"{where[:80]}: nested too deeply")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -47,18 +47,18 @@ def plain_data(value: Any, where: str, depth: int = 0) -> Any:
 
 
 class LimitError(Exception):
-    """A stranger's program wants more than it may have."""
+    """A template exceeded a limit."""
 
 
-class Meter:
-    """What one run of a stranger's program may still spend, and the weight of every container it has met."""
+class Budget:
+    """The remaining budget of one rendering, and the sizes of the containers measured so far."""
 
     def __init__(self) -> None:
         self.left, self._next_look, self._deadline = BUDGET, BUDGET, time.monotonic() + DEADLINE_S
-        self._known: dict[int, tuple[object, int, int]] = {}  # the object itself, so that no id is used again
+        self._known: dict[int, tuple[object, int, int]] = {}  # holds the object, so that its id is not reused
 
     def spend(self, cost: int) -> None:
-        """Pay; `LimitError` when nothing is left."""
+        """Deduct a cost; raises LimitError when the budget is exhausted."""
         self.left -= cost
         if self.left < self._next_look:
             self._next_look = self.left - BUDGET // 100
@@ -66,12 +66,12 @@ class Meter:
                 raise LimitError("too much work")
 
     def fits(self, weight: int) -> None:
-        """Refuse what would weigh too much, before it is built."""
+        """Raise LimitError for a value that would be too large, before it is built."""
         if weight > MAX_WEIGHT:
             raise LimitError(f"a value of more than {MAX_WEIGHT // MIB} MiB")
 
     def measure(self, value: Any) -> tuple[int, int]:
-        """Return a value's weight, shared parts counted as often as they occur, and its depth."""
+        """The size of a value, counting shared parts each time they occur, and its nesting depth."""
         if isinstance(value, str):
             return (len(value) if value.isascii() else 4 * len(value)), 0
         if isinstance(value, int):
@@ -90,30 +90,30 @@ class Meter:
                 weight, depth = weight + below[0] + ITEM, max(depth, below[1])
                 self.fits(weight)
             if depth >= MAX_DEPTH:
-                raise LimitError("lists nested too deep")
+                raise LimitError("lists nested too deeply")
             known = self._known[id(value)] = value, weight, depth + 1
         return known[1], known[2]
 
     def weight(self, value: object) -> int:
-        """Return a value's weight, if it may weigh as much."""
+        """The size of a value; raises LimitError if it is too large."""
         weight = self.measure(value)[0]
         self.fits(weight)
         return weight
 
     def read(self, value: Any) -> Any:
-        """Pay for looking at all of a value."""
+        """Deduct the cost of reading a whole value."""
         self.spend(BYTE * self.weight(value))
         return value
 
     def made(self, value: Any) -> Any:
-        """Pay for a new value: all of a string, and those elements of a list that were not met before."""
+        """Deduct the cost of a new value: a whole string, or the elements of a list that are new."""
         weight = self.weight(value)
         if isinstance(value, str):
             self.spend(BYTE * weight)
         return value
 
     def each(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Pay for every step of a loop."""
+        """Deduct the cost of every iteration of a loop."""
         for value in values:
             self.spend(STEP)
             yield value
@@ -158,7 +158,7 @@ class Meter:
             width = abs(pad) if isinstance(pad, int) else len(pad) if isinstance(pad, str) else 0
             self.fits(width * (self.weight(value) // ITEM + 1))
         make = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        # With an indent the text can outgrow its value by far, so it is taken piece by piece (and slowly).
+        # With an indent the text can be far larger than its value, so it is built part by part (slowly).
         return make.encode(value) if indent is None else self.concat(self.each(make.iterencode(value)))
 
     def format_field(self, value: Any, spec: str) -> str:
@@ -168,7 +168,7 @@ class Meter:
         return str(self.made(format(self.read(value), spec)))
 
     def operate(self, operator: str, run: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-        """Return `left operator right`, which `run` computes."""
+        """Return `left operator right`, computed by `run`."""
         if operator == "%" and isinstance(left, str):
             return self.percent(left, right)
         weights = self.weight(left), self.weight(right)
@@ -184,7 +184,7 @@ class Meter:
         return self.made(run(left, right))
 
     def split(self, method: Callable[[str | None, int], list[str]], sep: str | None = None, maxsplit: int = -1) -> Any:
-        """Return `method(sep, maxsplit)`, where the method is a string's split or rsplit."""
+        """Return `method(sep, maxsplit)` for a string's split or rsplit."""
         bounded = maxsplit if 0 <= maxsplit <= MAX_PIECES else MAX_PIECES
         pieces = method(sep, bounded)
         if bounded != maxsplit and len(pieces) > MAX_PIECES:
@@ -192,7 +192,7 @@ class Meter:
         return self.made(pieces)
 
     def allow(self, name: str, owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Refuse, before it runs, a method or filter of that name whose result or work has no bound."""
+        """Raise LimitError for a method or filter whose result or work would be unbounded, before it runs."""
         numbers = [
             abs(a) if isinstance(a, int) else len(a) for a in (*args, *kwargs.values()) if isinstance(a, int | str)
         ]
@@ -217,7 +217,7 @@ class Meter:
         ):
             raise LimitError(f"{name} of too long a string")
         elif name in ("strip", "lstrip", "rstrip", "trim", "rfind", "rindex", "rsplit", "rpartition"):
-            self.spend(len(owner) * largest if isinstance(owner, str) else 0)  # these compare all with all
+            self.spend(len(owner) * largest if isinstance(owner, str) else 0)  # quadratic
 
 
 def _lines(text: str) -> int:

@@ -1,7 +1,7 @@
-"""Text to token ids and back, piece by piece. Knows no model, and runs no template itself (that is `chat`).
+"""`Tokenizer`: text to token ids and back, where text that users typed can never become a special token.
 
-Special tokens are those that steer a model (the end of a turn, the start of a text). The chat template says
-where they stand; text that a user typed never does, however it is spelled.
+Special tokens control a model (the end of a turn, the start of a text). Only the chat template can write them; in user
+text the same spelling stays text.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from llm_edge.runtime.text.template_budget import plain_data
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
-_RARE = range(0x20000, 0x2A6DE)  # ideographs of extension B: printable, no spaces, without case
+_RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
-_HELD = 3  # a character has at most four bytes, so at most three wait for the rest of it
-_TOGETHER = 64  # tokens that are decoded at once to see whether any of them is looked for
-_WINDOW = 32  # tokens after which a stream forgets the first half of those it could not end
+_HELD = 3  # tokens held back at most: a character has at most four bytes
+_BATCH = 64  # tokens decoded at once when searching the vocabulary
+_WINDOW = 32  # tokens after which a stream drops the first half of an undecodable run
 
 
 class Tokenizer:
     """A bundle's tokenizer.
 
     Attributes:
-        vocab_size: how many ids there are, added tokens included.
-        special_ids: the ids of special tokens.
-        bos_token_id, eos_token_id: as tokenizer_config.json names them, if it does.
+        vocab_size: number of ids, including added tokens.
+        special_ids: ids of the special tokens.
+        special_tokens: their text by role (`bos_token`, ...), from tokenizer_config.json.
+        bos_token_id, eos_token_id: None if tokenizer_config.json does not name them.
         chat: the chat template, if there is one.
     """
 
@@ -50,21 +51,23 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self.token_id(named["bos_token"]) if "bos_token" in named else None
         self.eos_token_id = self.token_id(named["eos_token"]) if "eos_token" in named else None
-        # A token that is looked for in normalized text has more spellings than its own.
-        self._hidden = any(token.special and token.normalized for token in added.values()) and bool(backend.normalizer)
-        self._spelled = _any_of(self._specials)
-        self._matched = _any_of(token.content for token in added.values())
+        # A token that is matched in normalized text has further spellings.
+        self._many_spellings = any(token.special and token.normalized for token in added.values()) and bool(
+            backend.normalizer
+        )
+        self._special_pattern = _any_of(self._specials)
+        self._added_pattern = _any_of(token.content for token in added.values())
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
-        self._joints = _Joints(self._specials)
+        self._partial = _PartialMatches(self._specials)
 
     @classmethod
     def from_files(cls, tokenizer_json: Path, config: Mapping[str, Any], chat_template: str | None) -> Tokenizer:
         """Read tokenizer.json; `config` is the content of tokenizer_config.json.
 
         Raises:
-            BundleError: the file, or what the config says of special tokens, cannot be used.
-            TemplateError: the chat template cannot.
+            BundleError: the file, or the config's special tokens, cannot be used.
+            TemplateError: the chat template cannot be used.
         """
         backend = _loaded(read_text(tokenizer_json, 256 * MIB), tokenizer_json)
         backend.no_truncation()
@@ -76,87 +79,87 @@ class Tokenizer:
                 if token not in known:
                     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
             elif name in ("bos_token", "eos_token"):
-                raise BundleError(
-                    f"{tokenizer_json}: does not have {token!r}, which tokenizer_config.json calls {name}"
-                )
+                raise BundleError(f"{tokenizer_json}: no token {token!r}, which tokenizer_config.json names as {name}")
         if chat_template is None:
             chat_template = _configured_template(config)
         chat = ChatTemplate(chat_template, named) if chat_template is not None else None
         return cls(backend, named, chat)
 
     def token_id(self, text: str) -> int | None:
-        """Return the id of the token that is written so in the vocabulary."""
+        """The id of the token with this text in the vocabulary."""
         return self._backend.token_to_id(text)
 
     def token_text(self, number: int) -> str | None:
-        """Return how a token is written in the vocabulary; None where there is none of this id."""
+        """The text of a token in the vocabulary; None if there is no such id."""
         text: str | None = self._backend.id_to_token(number)
         return text
 
     def to_json(self) -> str:
-        """Text of a tokenizer.json that spells out what this one does."""
+        """The content of an equivalent tokenizer.json."""
         return str(self._backend.to_str())
 
     def texts_with(self, char: str, ids: range) -> dict[int, str]:
-        """Return, of the tokens whose text has a character, the ids and texts; special tokens have no text.
+        """The texts of the tokens that contain a character, by id; special tokens have no text.
 
-        It looks through a vocabulary of 262,144 tokens in about 0.2 s.
+        Searching a vocabulary of 262,144 tokens takes about 0.2 s.
         """
         found = {}
-        byte = self.token_id(f"<0x{ord(char):02X}>")  # among other bytes, no text would come of it
-        for start in range(0, len(ids), _TOGETHER):
-            some = list(ids[start : start + _TOGETHER])
+        byte = self.token_id(f"<0x{ord(char):02X}>")  # next to other bytes it would not decode
+        for start in range(0, len(ids), _BATCH):
+            some = list(ids[start : start + _BATCH])
             if char not in self.decode(some, skip_special=False) and byte not in some:
                 continue
             for number in some:
-                once = self.decode([number])  # nothing for special tokens
-                if char in once:  # decoders may trim what stands first, so it is the second that counts
+                once = self.decode([number])  # empty for special tokens
+                if char in once:  # decoders may trim the first token, so the second one counts
                     found[number] = self.decode([number, number])[len(once) :]
         return found
 
     def encode(self, text: str, *, parse_special: bool = False, add_special_tokens: bool = False) -> list[int]:
-        """Return a text's ids.
+        """The ids of a text.
 
-        With `parse_special` the text is trusted: special tokens that it spells become these tokens. Otherwise
-        they stay text. `add_special_tokens` adds what the model wants around a text (often a bos token).
+        Args:
+            text: to encode.
+            parse_special: trust the text: spelled special tokens become these tokens. Otherwise they stay text.
+            add_special_tokens: add what the model expects around a text, often a bos token.
         """
-        if parse_special or not (self._hidden or self._spelled.search(text)):
+        if parse_special or not (self._many_spellings or self._special_pattern.search(text)):
             return self._encode(self._backend, text, add_special_tokens)
-        return self._encode(self._deaf, text, add_special_tokens)
+        return self._encode(self._without_specials, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Return the text of ids; those that no token has are left out."""
+        """The text of ids; unknown ids are skipped."""
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Render a conversation (see `ChatTemplate.render`) and return its ids.
+        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render`.
 
-        Special tokens that the template writes become tokens; what messages, tools and other variables spell
-        does not. That holds too for what only becomes the spelling of a special token where the end of a string
-        meets the template's text or another string. Not covered: strings that equal a literal of the template,
-        at their ends; and a template that cuts out of a string's middle what kept such a spelling apart.
+        Special tokens that the template writes become tokens; what messages, tools and other variables spell does not,
+        not even where the end of a string and the template's text or another string together spell one. Not covered:
+        the ends of strings that equal a literal of the template, and templates that remove from the middle of a string
+        what kept such a spelling apart.
 
         Raises:
-            TemplateError: there is no template, or it refuses the conversation.
+            TemplateError: there is no template, or it rejects the conversation.
         """
         if self.chat is None:
             raise TemplateError("the model has no chat template: give a prompt instead of messages")
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
         data["tools"] = plain_tools(variables.get("tools"))
-        mask = _Mask(self._spelled, self._joints, self.chat.literals, [plain, data, self.chat.source])
+        mask = _Mask(self._special_pattern, self._partial, self.chat.literals, [plain, data, self.chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
-        if not (mask.used or self._hidden):
+        if not (mask.used or self._many_spellings):
             return self._encode(self._backend, self.chat.render(plain, **data), False)
         text = self.chat.render(masked, **masked_data)
-        # In the masked text, whatever reads like a special token was written by the template.
-        text = self._matched.sub(lambda match: self._renamed.get(match[0], match[0]), text)
-        return self._encode(self._deaf, mask.removed(text), False)
+        # In the masked text, only the template can have written the spelling of a special token.
+        text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
+        return self._encode(self._without_specials, mask.restore(text), False)
 
     @functools.cached_property
-    def _deaf(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, but its special tokens go by secret names, and their own are ordinary text."""
+    def _without_specials(self) -> tokenizers.Tokenizer:
+        """The same tokenizer with its special tokens under secret names, so that their spelling is ordinary text."""
         spec = _with_names(json.loads(self._backend.to_str()), self._renamed)
         return _loaded(json.dumps(spec), "tokenizer.json with its special tokens renamed")
 
@@ -164,24 +167,24 @@ class Tokenizer:
     def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
         try:
             ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as e:  # the one or the other, by the library's version
-            raise InputError("the text holds half a surrogate pair, which is no character") from e
+        except (TypeError, UnicodeEncodeError) as e:  # depending on the version of tokenizers
+            raise InputError("the text contains a lone surrogate, which is not a character") from e
         return ids
 
 
 def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
     try:
-        if _PREFIXED.search(text):  # the library ends the process where such merges do not fit
+        if _PREFIXED.search(text):  # the library aborts the process if such merges do not match
             model = json.loads(text)["model"]
             prefix, pairs = model["continuing_subword_prefix"], map(_pair, model.get("merges", ()))
             if not all(second.startswith(prefix) for _, second in pairs):
                 raise ValueError("merges without the model's prefix")
         return tokenizers.Tokenizer.from_str(text)
-    except BaseException as e:  # the library raises bare Exception, and its panics are not even that
+    except BaseException as e:  # the library raises bare Exception; its panics derive from BaseException
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         why = " ".join(str(e).split())[:200]
-        raise BundleError(f"{name}: not a tokenizer that can be used: {why}") from e
+        raise BundleError(f"{name}: unusable tokenizer: {why}") from e
 
 
 def _pair(merge: Any) -> list[str]:
@@ -200,7 +203,7 @@ def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
         if isinstance(token, Mapping):
             token = token.get("content")
         if token is not None and not (isinstance(token, str) and token):
-            raise BundleError(f"{path.with_name('tokenizer_config.json')}: {name} is not a token's text")
+            raise BundleError(f"{path.with_name('tokenizer_config.json')}: {name} is not the text of a token")
         if token is not None:
             named[name] = token
     return named
@@ -208,7 +211,7 @@ def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 def _configured_template(config: Mapping[str, Any]) -> str | None:
     template = config.get("chat_template")
-    if isinstance(template, list):  # the old way to store several
+    if isinstance(template, list):  # the former way of storing several
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
         template = named.get("default")
     return template if isinstance(template, str) else None
@@ -222,7 +225,7 @@ def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
         model["vocab"] = {names.get(text, text): number for text, number in vocab.items()}
     else:  # Unigram: [text, score]
         model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
-    if "merges" in model:  # merges into or out of a renamed token would have no ids any more
+    if "merges" in model:  # merges with a renamed token would refer to missing ids
         model["merges"] = [[a, b] for a, b in map(_pair, model["merges"]) if not {a, b, a + b} & names.keys()]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
@@ -232,8 +235,8 @@ def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
     return spec
 
 
-class _Joints:
-    """Finds where a text's ends could become part of the spelling of a special token."""
+class _PartialMatches:
+    """Finds where the ends of a text could become part of the spelling of a special token."""
 
     def __init__(self, specials: Iterable[str]) -> None:
         self._specials = [text for text in specials if len(text) > 1]
@@ -242,7 +245,7 @@ class _Joints:
         self._longest = max(map(len, self._specials), default=1) - 1
 
     def places(self, text: str) -> set[int]:
-        """Return the places of characters without which no special token could reach into this text."""
+        """Positions of characters without which no special token could extend into this text."""
         places = set()
         stripped = text.strip()
         for part, start in {text: 0, stripped: text.find(stripped)}.items():  # templates trim
@@ -257,15 +260,16 @@ class _Joints:
 
 
 class _Mask:
-    """Replaces characters in a conversation, so that none of its text can be read as a special token.
+    """Replaces characters in a conversation so that none of its text can be read as a special token.
 
-    What stands for a character is one of Unicode's rarest, which the conversation does not have: templates may
-    trim, measure, cut and escape around it. Strings that the template itself looks for
-    (`part.type == 'text'`) keep their ends as they are.
+    The substitute is one of Unicode's rarest characters, absent from the conversation, so that templates can trim,
+    measure, slice and escape around it. Strings that the template compares with keep their ends.
     """
 
-    def __init__(self, spelled: re.Pattern[str], joints: _Joints, literals: frozenset[str], data: object) -> None:
-        self._spelled, self._joints, self._literals, self._unmasked = spelled, joints, literals, data
+    def __init__(
+        self, pattern: re.Pattern[str], partial: _PartialMatches, literals: frozenset[str], data: object
+    ) -> None:
+        self._special_pattern, self._partial, self._literals, self._unmasked = pattern, partial, literals, data
         self._stand_ins: dict[str, str] = {}
 
     @property
@@ -274,10 +278,10 @@ class _Mask:
         return bool(self._stand_ins)
 
     def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """Mask a message; its role is no text but a name, which is refused where it would need a mask."""
+        """Mask a message; its role is an identifier and is rejected if it would need a mask."""
         role = message["role"]
-        if self._spelled.search(role) or (role not in _ROLES | self._literals and self._joints.places(role)):
-            raise TemplateError(f"messages[{index}]: the role {role!r} reads like a part of a special token")
+        if self._special_pattern.search(role) or (role not in _ROLES | self._literals and self._partial.places(role)):
+            raise TemplateError(f"messages[{index}]: the role {role!r} resembles part of a special token")
         return {**{key: self.data(value) for key, value in message.items()}, "role": role}
 
     def data(self, value: Any) -> Any:
@@ -288,18 +292,18 @@ class _Mask:
             return {self._text(key): self.data(item) for key, item in value.items()}
         return [self.data(item) for item in value] if isinstance(value, list) else value
 
-    def removed(self, text: str) -> str:
-        """Return a text with the characters that were masked."""
+    def restore(self, text: str) -> str:
+        """Restore the masked characters in a text."""
         for char, stand_in in self._stand_ins.items():
             text = text.replace(stand_in, char).replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
         return text
 
     def _text(self, text: str) -> str:
-        places = set() if text in self._literals else self._joints.places(text)
-        match = self._spelled.search(text)
-        while match is not None:  # also those that overlap
+        places = set() if text in self._literals else self._partial.places(text)
+        match = self._special_pattern.search(text)
+        while match is not None:  # including overlapping matches
             places.add(match.start())
-            match = self._spelled.search(text, match.start() + 1)
+            match = self._special_pattern.search(text, match.start() + 1)
         if not places:
             return text
         return "".join(self._stand_in(char) if i in places else char for i, char in enumerate(text))
@@ -307,7 +311,7 @@ class _Mask:
     def _stand_in(self, char: str) -> str:
         if char not in self._stand_ins:
             if len(self._taken) > len(_RARE) // 2:
-                raise InputError("the text holds too many of the rarest characters: leave some out")
+                raise InputError("the text contains too many rare characters: remove some")
             while (found := chr(secrets.choice(_RARE))) in self._taken:
                 pass
             self._taken.add(found)
@@ -321,33 +325,33 @@ class _Mask:
 
 
 class TextStream:
-    """Turns token ids into text one by one; what it has returned is never taken back.
+    """Incremental detokenizer: turns token ids into text that is never revised.
 
-    For byte-level tokenizers the pieces add up to `Tokenizer.decode` of all ids, whatever they are; for those
-    with a byte fallback they do if the bytes are valid text. Special tokens but those `shown` have no text.
+    For byte-level tokenizers the parts add up to `Tokenizer.decode` of all ids; with a byte fallback they do if the
+    bytes are valid text. Special tokens have no text, except those in `shown`.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: Iterable[int] = ()) -> None:
         self._decode: Callable[[list[int]], str] = functools.partial(tokenizer.decode, skip_special=False)
         self._skipped = tokenizer.special_ids.difference(shown) if skip_special else frozenset()
-        self._window: list[int] = []  # the last ids that were returned in full, as context, and those after them
-        self._context = 0  # how many they are
-        self._returned = 0  # how much of the window's text was returned
+        self._window: list[int] = []  # ids already returned, kept as context, and those after them
+        self._context = 0  # number of ids kept as context
+        self._returned = 0  # characters of the window's text returned so far
 
     def push(self, token_id: int) -> str:
-        """Take a token; return the text that is certain now, which may be none."""
+        """Add a token; returns the text that is final now, possibly none."""
         if token_id in self._skipped:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
         whole = text.rstrip("\ufffd")
-        waited = len(self._window) - self._context > _HELD  # so the first token after the context will not change
+        waited = len(self._window) - self._context > _HELD  # so the first token after the context is final
         certain = max(len(whole), len(text) - _HELD) if waited else len(whole)
         piece = text[self._returned : certain]
         self._returned = max(self._returned, certain)
-        if len(whole) == len(text) and piece:  # the window ends at a character's end
+        if len(whole) == len(text) and piece:  # the window ends at a character boundary
             self._restart(self._context, held=0)
-        elif len(self._window) > _WINDOW:  # a long run of what is no text
+        elif len(self._window) > _WINDOW:  # a long undecodable run
             self._restart(_WINDOW // 2, held=len(text) - certain)
         return piece
 

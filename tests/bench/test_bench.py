@@ -125,4 +125,4 @@ def test_what_is_no_bundle_is_told_in_a_line(name: str, capfd: pytest.CaptureFix
     folders = [tmp_path / "nowhere"] * (2 if name == "draft" else 1)
     code, out, err = call(main, capfd, name, *folders)
     assert (code, out) == (2, "")
-    assert err == f"error: {tmp_path}/nowhere: no such bundle folder: make one with llm-export\n"
+    assert err == f"error: {tmp_path}/nowhere: no such bundle folder: create one with llm-export\n"

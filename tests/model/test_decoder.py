@@ -195,7 +195,7 @@ def test_num_logits_to_keep(pair: Pair) -> None:
 @pytest.mark.parametrize("shape", [(1, 9), (1, 11), (2, 10), (1, 6), (10,)])
 def test_a_mask_of_another_shape_is_refused(pair: Pair, shape: tuple[int, ...]) -> None:
     past = pair.ours.empty_past(length=4)
-    with pytest.raises(ValueError, match=r"attention_mask is .* past and input make \(1, 10\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has the shape .* past and new tokens require \(1, 10\)"):
         pair.ours(text(pair, 6)[None], torch.ones(shape, dtype=torch.int64), past)
 
 

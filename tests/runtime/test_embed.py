@@ -319,7 +319,7 @@ def test_a_bundle_without_hidden_states(plain_bundle: Path) -> None:
 
 @pytest.mark.parametrize("pooling", ["max", "", "Mean", None, 3])
 def test_poolings_that_are_none(pooling: Any, model: Model) -> None:
-    with pytest.raises(ParameterError, match=r"^pooling is [^\n]*; mean, last, none are possible$"):
+    with pytest.raises(ParameterError, match=r"^pooling is [^\n]*; use one of mean, last, none$"):
         model.embed(TEXT, pooling)
 
 
@@ -366,7 +366,7 @@ def test_a_manifest_and_a_graph_that_disagree(llama: Case, plain_bundle: Path, t
 
 
 def test_hidden_states_of_torchscript_cannot_be(plain_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="which torchscript does not offer"):
+    with pytest.raises(BundleError, match="which torchscript does not support"):
         Bundle.open(changed(plain_bundle, tmp_path, hidden_size=64, format="torchscript"))
 
 

@@ -21,14 +21,14 @@ def test_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": 1}' + b" " * 100, "larger than the 100 bytes"),
+        (b'{"a": 1}' + b" " * 100, "larger than the limit of 100 bytes"),
         (b'{"a": "\xff"}', r"not UTF-8 text \(byte 7\)"),
         (b'{\n "a": }', r"not JSON: Expecting value \(line 2, column 7\)"),
         (b"", r"not JSON: .*line 1"),
-        (b"[1]", "expected, not an array"),
-        (b"null", "expected, not null"),
-        (b"true", "expected, not true or false"),
-        (b"1.5", "expected, not a number"),
+        (b"[1]", "expected a JSON object, not an array"),
+        (b"null", "expected a JSON object, not null"),
+        (b"true", "expected a JSON object, not true or false"),
+        (b"1.5", "expected a JSON object, not a number"),
         (b'\xef\xbb\xbf{"a": 1}', "BOM"),
     ],
 )
@@ -44,10 +44,10 @@ def test_json_that_is_none(content: bytes, reason: str, tmp_path: Path) -> None:
 def test_json_that_is_too_much(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}")
-    with pytest.raises(BundleError, match="nested too deep"):
+    with pytest.raises(BundleError, match="nested too deeply"):
         read_json(path)
     path.write_text('{"a": ' + "9" * 5000 + "}")
-    with pytest.raises(BundleError, match="not JSON that can be used"):
+    with pytest.raises(BundleError, match="unusable JSON"):
         read_json(path)
 
 
@@ -84,5 +84,5 @@ def test_inside(tmp_path: Path) -> None:
         with pytest.raises(BundleError) as caught:
             inside(folder, name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="leaves"):
+    with pytest.raises(CheckpointError, match="to outside of"):
         inside(folder, "far/x", error=CheckpointError)

@@ -599,7 +599,7 @@ def test_arguments_that_cannot_be_used(tiny_bundle: Path, arguments: list[str], 
 def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
     done = chat(tmp_path / "nothing", "--ask", "Hi")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.decode() == f"error: {tmp_path}/nothing: no such bundle folder: make one with llm-export\n"
+    assert done.stderr.decode() == f"error: {tmp_path}/nothing: no such bundle folder: create one with llm-export\n"
 
 
 # As a program over a fake model

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_edge.runtime.backend import huge_pages
-from llm_edge.runtime.backend.huge_pages import PAGE, _regions
+from llm_edge.runtime.backend import memory_hints
+from llm_edge.runtime.backend.memory_hints import PAGE, _regions
 
 REGION = "{start:x}-{end:x} rw-p 00000000 00:00 0 {name}\nSize: 1 kB\nRss: {rss} kB\n"
 
@@ -48,7 +48,7 @@ def test_memory_is_gathered_and_keeps_its_content() -> None:
         pytest.skip("large pages are switched off on this machine")
     array = np.arange(16 * PAGE // 8)
     expected = array.sum()
-    gathered = huge_pages.collapse_pages()
+    gathered = memory_hints.collapse_pages()
     if not gathered:
         pytest.skip("this kernel gathers nothing (older than 6.1, or out of large pages)")
     total = re.search(r"AnonHugePages: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text())

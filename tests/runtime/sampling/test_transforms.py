@@ -181,5 +181,5 @@ def test_log_probabilities_are_plain_numbers_and_the_row_stays() -> None:
 
 @pytest.mark.parametrize("token", [-1, 3, 10**30])
 def test_a_token_without_a_logit_has_no_log_probability(token: int) -> None:
-    with pytest.raises(ParameterError, match=f"^token: {token} is not allowed, give a token that logits of shape"):
+    with pytest.raises(ParameterError, match=f"^token: {token} is not allowed, give a token within logits of shape"):
         log_probabilities(row(1.0, 2.0, 3.0), token, 0)

@@ -208,7 +208,7 @@ def test_todays_date() -> None:
         ([{"role": 1, "content": "x"}], "'role'"),
         ([{"role": "user", "content": b"x"}], r"messages\[0\].content: bytes is not plain"),
         ([{"role": "user", "content": {1: "x"}}], "the key 1 is not a string"),
-        ([{"role": "user", "content": json.loads("[" * 500 + "]" * 500)}], "nested too deep"),
+        ([{"role": "user", "content": json.loads("[" * 500 + "]" * 500)}], "nested too deeply"),
     ],
 )
 def test_conversations_that_are_none(messages: Any, reason: str) -> None:
@@ -367,4 +367,4 @@ def test_hostile_templates_end_soon_as_one_line(name: str) -> None:
 def test_a_render_does_not_spend_the_next_ones_budget() -> None:
     template = ChatTemplate(loop("{% set c = 1 %}", count=50_000), {})
     assert [template.render([USER]) for _ in range(4)] == [""] * 4
-    assert not hasattr(chat._METER.get(None), "left")
+    assert not hasattr(chat._BUDGET.get(None), "left")

@@ -477,11 +477,11 @@ def test_an_engine_answers_as_a_model_does(folders: dict[str, Path]) -> None:
         for value in (None, 7, "", "ab", " <think>", "<think>\n", "<th\x00k>", "x" * 65, "\ud800abc")
     ]
     + [
-        ({"reasoning_tags": {"start": "<think>", "end": "<think>"}}, "within the other"),
-        ({"reasoning_tags": {"start": "think", "end": "</think>"}}, "within the other"),
+        ({"reasoning_tags": {"start": "<think>", "end": "<think>"}}, "contains the other"),
+        ({"reasoning_tags": {"start": "think", "end": "</think>"}}, "contains the other"),
         (
             {"reasoning_tags": {"start": "<think>", "end": "</think>"}, "reasoning": {"start": 7, "end": 8}},
-            "one is enough",
+            "exclude each other",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_edge.runtime.backend.mapped_files import release
+from llm_edge.runtime.backend.memory_hints import release
 
 SIZE = 1 << 20
 

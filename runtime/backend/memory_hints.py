@@ -1,0 +1,120 @@
+"""Memory hints to the kernel (madvise(2)); Linux only, elsewhere nothing happens.
+
+Decoding reads all weights for every token; with pages of 4 KiB much of that time is address translation
+(bench/RESULTS.md), so `collapse_pages` moves onnxruntime's packed weights to huge pages (MADV_COLLAPSE, Linux 6.1).
+onnxruntime also keeps weights mapped that a second operator reads (an embedding shared with the head): `release` frees
+their pages, which are read from the file again when needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = 2 << 20
+_MADV_DONTNEED, _MADV_COLLAPSE = 4, 25
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_FULL = 0.9  # fraction of a region that must be resident: collapsing allocates the rest
+_HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ (\S+) (\d+) *(.*)$")
+
+
+@dataclass(slots=True)
+class Region:
+    """A region of the address space.
+
+    Attributes:
+        start: first address.
+        size: bytes.
+        access: permissions and whether it is private or shared, such as `rw-p`.
+        device: of the mapped file; `00:00` if there is none.
+        inode: of the mapped file; 0 if there is none.
+        name: path of the mapped file, a name such as `[heap]`, or empty.
+        resident: bytes in memory.
+        dirty: private bytes in memory that were modified.
+    """
+
+    start: int
+    size: int
+    access: str
+    device: str
+    inode: int
+    name: str
+    resident: int = 0
+    dirty: int = 0
+
+
+def collapse_pages() -> int:
+    """Collapse this process's private memory into huge pages, if the system's settings allow it.
+
+    Returns:
+        bytes moved to huge pages; never raises.
+    """
+    try:
+        if "[never]" in _SETTING.read_text(encoding="ascii"):
+            return 0
+    except OSError:
+        return 0
+    return sum(size for start, size in _regions(read_smaps()) if advise(start, size, _MADV_COLLAPSE))
+
+
+def _regions(text: str) -> list[tuple[int, int]]:
+    """Start and size, in whole huge pages, of resident private memory in the text of /proc/self/smaps (proc(5))."""
+    found: list[tuple[int, int]] = []
+    for region in parse_smaps(text):
+        own = region.access == "rw-p" and (region.device, region.inode) == ("00:00", 0)
+        if not own or region.name not in ("", "[heap]") or region.resident < _FULL * region.size:
+            continue
+        first = -(-region.start // PAGE) * PAGE
+        size = (region.start + region.size) // PAGE * PAGE - first
+        if size > 0:
+            found.append((first, size))
+    return found
+
+
+def release(path: Path) -> int:
+    """Release this process's clean pages of a mapped file (madvise(2)).
+
+    Returns:
+        bytes released; never raises.
+    """
+    try:
+        name = str(path.resolve())
+    except (OSError, RuntimeError):
+        return 0
+    regions = [region for region in parse_smaps(read_smaps()) if region.name == name and not region.dirty]
+    return sum(region.resident for region in regions if advise(region.start, region.size, _MADV_DONTNEED))
+
+
+def read_smaps() -> str:
+    """The content of /proc/self/smaps; empty where there is none."""
+    try:
+        return Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def parse_smaps(smaps: str) -> list[Region]:
+    """The regions in the content of /proc/self/smaps."""
+    found: list[Region] = []
+    for line in smaps.splitlines():
+        header = _HEADER.match(line)
+        if header is not None:
+            start, end = int(header[1], 16), int(header[2], 16)
+            found.append(Region(start, end - start, header[3], header[4], int(header[5]), header[6]))
+        elif found and line.startswith("Rss:"):
+            found[-1].resident = int(line.split()[1]) * 1024
+        elif found and line.startswith("Private_Dirty:"):
+            found[-1].dirty = int(line.split()[1]) * 1024
+    return found
+
+
+def advise(start: int, size: int, advice: int) -> bool:
+    """Call madvise(2); returns whether it succeeded."""
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return False
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return bool(madvise(start, size, advice) == 0)
