@@ -141,7 +141,7 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
                 await pilot.press("ctrl+b")
                 await until(pilot, lambda: len(app.screen_stack) == 1)
             with pytest.raises(InputError, match="still at work"):
-                app.exports.begin(ExportRequest("second"))
+                app.exports.start(ExportRequest("second"))
             assert len(begun(place)) == 1
 
     drive(scene())
