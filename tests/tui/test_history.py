@@ -508,6 +508,7 @@ def test_the_system_prompt_of_a_conversation_returns(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             await pilot.press("down", "enter")
             await until(pilot, lambda: app.session.conversation.id == pirate)
+            await pilot.press("f3")
             assert app.query_one("#value-system").text == "You are a pirate."  # type: ignore[attr-defined]
             await ask(pilot, "Sure?")
             await pilot.press("ctrl+n")  # a new one begins with what was last written, not with what was looked at

@@ -174,8 +174,8 @@ def test_turning_shows_at_once_what_it_cuts_and_counts_for_the_chat(tmp_path: Pa
             await pilot.press("end", "ctrl+u", *"hot", "enter")
             await pilot.pause()
             assert app.session.parameters.value("temperature") == 0
-            await pilot.press("escape")
-            await pilot.pause()
+            await pilot.press("escape", "f3")
+            await until(pilot, lambda: app.query("#value-top_k"))
             assert app.query_one("#value-top_k", ValueField).value == "2"
             await ask(pilot, "Again.")
             assert (fake.asked[-1][1].top_k, fake.asked[-1][1].temperature) == (2, 0)

@@ -317,19 +317,19 @@ class ChatScreen(Screen[None]):
         """Return to the composer."""
         self.composer.focus()
 
-    def action_parameters(self) -> None:
+    async def action_parameters(self) -> None:
         """Show or hide the parameters."""
-        self.parameter_panel.toggle_class("open")
         if self.parameter_panel.has_class("open"):
-            if self.has_class("narrow"):
-                self.history.remove_class("open")
-            self.parameter_panel.focus_first()
-        else:
-            self.composer.focus()
+            self.on_parameter_panel_close_requested()
+            return
+        if self.has_class("narrow"):
+            self.history.remove_class("open")
+        await self.parameter_panel.open()
 
     def on_parameter_panel_close_requested(self) -> None:
         """Hide the parameters."""
-        self.action_parameters()
+        self.parameter_panel.remove_class("open")
+        self.composer.focus()
 
     def on_parameter_changed(self, event: ParameterChanged) -> None:
         """Change a parameter."""

@@ -168,18 +168,20 @@ class CompareScreen(ModalScreen[str | None]):
 
     # ---- parameters and model of a side
 
-    def action_parameters(self, number: int) -> None:
+    async def action_parameters(self, number: int) -> None:
         """Show or hide the parameters of a side."""
         panel, side = self.query_one(ParameterPanel), self.sides[number]
         if panel.has_class("open") and self._panel_side == number:
-            panel.remove_class("open")
-            self.query_one(Composer).focus()
+            self._hide_panel()
             return
         self._panel_side = number
         panel.use(side.session.parameters, side.responder.name)
         panel.query_one(".panel-title", Static).update(f"Parameters, {SIDES[number]}")
-        panel.add_class("open")
-        panel.focus_first()
+        await panel.open()
+
+    def _hide_panel(self) -> None:
+        self.query_one(ParameterPanel).remove_class("open")
+        self.query_one(Composer).focus()
 
     def on_parameter_panel_close_requested(self) -> None:
         """Treat Esc in the panel like everywhere else."""
@@ -269,7 +271,7 @@ class CompareScreen(ModalScreen[str | None]):
         if self._comparison.busy:
             self._comparison.stop()
         elif self.query_one(ParameterPanel).has_class("open"):
-            self.action_parameters(self._panel_side)
+            self._hide_panel()
         else:
             self._close(None)
 

@@ -60,7 +60,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         super().__init__(id="parameters")
         self._parameters, self._presets, self._model = parameters, presets, model
         self._offered: list[str] = []
-        self._editors: list[ParameterLine | ParameterText] = []
+        self._editors: list[ParameterLine | ParameterText] = []  # created when the panel is opened, to start quickly
 
     def compose(self) -> ComposeResult:
         yield Static("Parameters", classes="panel-title", markup=False)
@@ -71,10 +71,6 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             yield Button("Delete", id="delete-preset", compact=True, tooltip="Delete this preset")
         yield PresetNameInput(placeholder="Preset name, then ⏎", id="preset-name", compact=True)
         yield Static("", id="error-presets", classes="parameter-error", markup=False)
-        self._editors = [editor_of(spec, printable(self._parameters.text(spec.name))) for spec in EDITABLE.values()]
-        yield from (editor for editor in self._editors if editor.spec.order < _MORE_FROM)
-        yield Static("More", classes="panel-title", markup=False)
-        yield from (editor for editor in self._editors if editor.spec.order >= _MORE_FROM)
 
     def on_mount(self) -> None:
         """Hide what is not needed yet, and show the values."""
@@ -87,8 +83,15 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         self._parameters, self._model = parameters, model
         self.show()
 
-    def focus_first(self) -> None:
-        """Focus the first parameter."""
+    async def open(self) -> None:
+        """Show the panel and focus the first parameter."""
+        self.add_class("open")
+        if not self._editors:
+            self._editors = [editor_of(spec, printable(self._parameters.text(spec.name))) for spec in EDITABLE.values()]
+            common = [editor for editor in self._editors if editor.spec.order < _MORE_FROM]
+            more = [editor for editor in self._editors if editor.spec.order >= _MORE_FROM]
+            await self.mount_all([*common, Static("More", classes="panel-title", markup=False), *more])
+            self.show()
         self.query(ValueField).first().focus()
 
     def show(self) -> None:
@@ -116,10 +119,11 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         lines = self.query(f"#{id_}").results(Static)
         line = next(iter(lines), None)
         if line is None:
-            if error is None or spec is None:
+            editor = next((each for each in self._editors if each.spec is spec), None)
+            if error is None or editor is None:
                 return
             line = Static("", id=id_, classes="parameter-error", markup=False)
-            self.mount(line, after=next(each for each in self._editors if each.spec is spec))
+            self.mount(line, after=editor)
         line.update(printable(str(error)) if error is not None else "")
         line.display = error is not None
 
