@@ -105,7 +105,7 @@ def test_each_precision_has_one_line(two: Path, size: tuple[int, int], key: str)
             for precision in ("fp32", "int8", "int4"):
                 assert "MB" in line(app, "good", precision)
                 assert "top-1" in line(app, "good", precision)
-            assert "manifest" in line(app, "✗", "cut")
+            assert "bytes instead of" in line(app, "✗", "cut")
             assert "Hugging Face" in line(app, "+ Export from")
             await pilot.press("escape")
             assert not isinstance(app.screen, ModelsScreen)
