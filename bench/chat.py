@@ -37,13 +37,13 @@ _APP = "import sys; from llm_edge.tui.cli import main; sys.argv[0] = 'llm-chat';
 _BARE = """
 import sys, json
 from pathlib import Path
-from llm_edge.chat.responder import LocalResponder
 from dataclasses import replace
+from llm_edge.runtime.model import Model
 path, precision, question, tokens = sys.argv[1:]
-model = LocalResponder(Path(path), precision)
+model = Model.load(Path(path), precision)
 params = replace(model.default_params, temperature=0.0, max_tokens=int(tokens), min_tokens=int(tokens))
 for _ in range(2):
-    *_, last = model.answer([{"role": "user", "content": question}], params)
+    *_, last = model.chat([{"role": "user", "content": question}], params)
 print(json.dumps(last.timings.decode_tokens_per_second))
 """
 _FILL = """

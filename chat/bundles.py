@@ -1,4 +1,4 @@
-"""Finds the bundles there are: those in `artifacts/` and those used of late. Loads none, and knows no widgets."""
+"""Lists the bundles in `artifacts/` and those used recently, without loading them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from llm_edge.runtime.errors import BundleError
 
 ARTIFACTS = Path("artifacts")
 DEFAULT = ARTIFACTS / "smollm2-135m"
-MOST = 500  # folders looked at
+_MAX_FOLDERS = 500
 RECENT: Final = Section[list[str]]("recent", list, texts, list)
-_MOST_RECENT = 12
+_MAX_RECENT = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A precision of a bundle, as it is offered.
+    """A precision of a bundle, for a list of models.
 
     Attributes:
         path: the bundle.
-        name: of its model.
-        precision: as `--precision` takes it.
+        name: the model's name.
+        precision: the name that `--precision` takes.
         size: bytes of graph and weights.
-        fidelity: what is known of how near it is to the reference, in a few words.
-        preferred: whether a bundle is loaded in this precision where none is named.
+        fidelity: how close it is to the reference, in a few words.
+        preferred: whether it is loaded by default.
     """
 
     path: Path
@@ -41,23 +41,20 @@ class Offer:
 
     @property
     def megabytes(self) -> str:
-        """The size, for people."""
+        """The size in MB, formatted."""
         return f"{self.size / 1e6:,.0f} MB"
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A folder that was meant to be a bundle, and why it is none: one line."""
+    """A folder that looks like a bundle but cannot be used, with a one-line reason."""
 
     path: Path
     reason: str
 
 
 def offers(others: Iterable[Path] = (), folder: Path = ARTIFACTS) -> list[Offer | Broken]:
-    """What can be loaded, and what cannot and why: the bundles in `folder` by name, then others.
-
-    Of the others, one that is gone is left out; of a folder that holds no manifest nobody said that it is a bundle.
-    """
+    """List the bundles in `folder` by name, then `others`; folders without a manifest are left out."""
     found: dict[Path, list[Offer] | Broken] = {}
     for path in (*_inside(folder), *(each for each in others if _is_bundle(each))):
         place = _resolved(path)
@@ -70,24 +67,22 @@ def offers(others: Iterable[Path] = (), folder: Path = ARTIFACTS) -> list[Offer 
 
 
 def recent(settings: Settings) -> list[Path]:
-    """Bundles used of late, the latest first."""
+    """Recently used bundles, the latest first."""
     return [Path(each) for each in settings.get(RECENT)]
 
 
 def used(settings: Settings, bundle: Path) -> None:
-    """A bundle was used: it is the latest now.
+    """Make a bundle the first of the recently used ones.
 
     Raises:
-        MachineError: that cannot be kept.
+        MachineError: the settings cannot be written.
     """
     path = str(bundle.absolute())
-    settings.change(RECENT, lambda before: [path, *(each for each in before if each != path)][:_MOST_RECENT])
+    settings.change(RECENT, lambda before: [path, *(each for each in before if each != path)][:_MAX_RECENT])
 
 
 def _offers(path: Path) -> list[Offer] | Broken:
-    from llm_edge.runtime.backend.providers import (
-        cuda_works,  # onnxruntime takes its time, which whoever lists them has
-    )
+    from llm_edge.runtime.backend.providers import cuda_works  # loads onnxruntime, which is slow
 
     try:
         bundle = Bundle.open(path)
@@ -101,7 +96,7 @@ def _offers(path: Path) -> list[Offer] | Broken:
 
 
 def fidelity(info: PrecisionInfo) -> str:
-    """KL and top-1 against the reference, as validation wrote them down; `not validated` where it wrote nothing."""
+    """KL divergence and top-1 agreement with the reference, if validation measured them."""
     kl, top1 = _number(info.quality, "kl_mean"), _number(info.quality, "top1")
     if kl is not None and top1 is not None:
         return f"KL {kl:.1e}, top-1 {top1:.1%}"
@@ -117,13 +112,15 @@ def _number(figures: Mapping[str, Any], name: str) -> float | None:
 
 def _inside(folder: Path) -> list[Path]:
     try:
-        return [path for _, path in zip(range(MOST), sorted(folder.iterdir()), strict=False) if _is_bundle(path)]
+        return [
+            path for _, path in zip(range(_MAX_FOLDERS), sorted(folder.iterdir()), strict=False) if _is_bundle(path)
+        ]
     except OSError:
         return []
 
 
 def _is_bundle(path: Path) -> bool:
-    """Whether it looks like one; False too for what cannot be looked at."""
+    """Whether a path is a readable folder with a manifest."""
     try:
         return stat.S_ISDIR(path.stat().st_mode) and (path / MANIFEST).exists()
     except (OSError, ValueError):

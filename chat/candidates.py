@@ -1,8 +1,8 @@
-"""What the parameters of drawing make of one token's runners-up, as far as a record knows them. Knows no widgets.
+"""`candidates`: the alternatives to a token of an answer, and what the sampling parameters make of each.
 
-A record holds the most probable tokens and no others. The rest, whose total is known, is taken as equal parts, each
-a little less probable than the least probable token of the record: what a filter does to them is an estimate, what it
-does to the tokens of the record is what the sampler would do, for it is the sampler that does it here.
+A token record holds only the most probable tokens. The rest, whose total probability is known, is modeled as equally
+probable tokens, each slightly less probable than the least probable one of the record: for the rest the result is an
+estimate, for the tokens of the record it is exact, because the sampler itself computes it.
 """
 
 from __future__ import annotations
@@ -14,27 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_edge.runtime.sampling.logprobs import TokenLogprob
-from llm_edge.runtime.sampling.params import GREEDY_BELOW, SamplingParams
+from llm_edge.runtime.sampling.params import GREEDY_BELOW, PARAMETERS, SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
-from llm_edge.runtime.sampling.transforms import Row, log_total
+from llm_edge.runtime.sampling.transforms import FILTERS, Row, log_total
 
-_MOST_PARTS = 1 << 18  # no vocabulary has more tokens
-_NOTHING = 1e-6  # a rest of less is rounding
-_ROUNDING = 1e-3  # a log-probability may be so much above 0
-# In the order in which the sampler applies them; each beside the parameters that come before it.
-_FILTERS = ("top_k", "top_p", "min_p")
+_MAX_REST = 1 << 18  # tokens; larger than any vocabulary
+_NOTHING = 1e-6  # a smaller rest is rounding
+_ROUNDING = 1e-3  # how far above 0 rounding may put a log-probability
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token that could have come.
+    """A token that could have been drawn.
 
     Attributes:
-        token: its id; None = all that the record does not hold.
-        before: its probability in the model's own distribution.
-        after: its probability of being drawn by these parameters; 0 where it is cut away.
-        cut: what cuts it away: "greedy", "top_k", "top_p", "min_p"; "" = it stays.
-        drawn: whether it is the one that came.
+        token: its id; None = all tokens that the record does not hold.
+        before: its probability in the model's distribution.
+        after: its probability of being drawn with the parameters; 0 = it is dropped.
+        cut: name of the parameter that drops it, or "greedy"; "" = it is kept.
+        drawn: whether it is the token that was drawn.
     """
 
     token: int | None
@@ -45,10 +43,13 @@ class Candidate:
 
 
 def candidates(record: TokenLogprob, params: SamplingParams) -> list[Candidate]:
-    """The tokens of a record, the most probable first, the rest last, as the parameters leave them.
+    """The tokens of a record after temperature and filters, the most probable first, the rest last.
 
-    They are temperature, top-k, top-p and min-p. Penalties, and what else looks at the tokens before, are left out: a
-    record does not know them. Nothing is known of a record without runners-up, so nothing comes of it.
+    Penalties and Mirostat depend on the preceding tokens, which a record does not hold, and are left out; so is XTC,
+    which is random.
+
+    Returns:
+        The candidates; none for a record without alternatives.
     """
     logprobs = {token: value for token, value in record.top if -math.inf < value <= _ROUNDING}
     if not logprobs:
@@ -58,41 +59,46 @@ def candidates(record: TokenLogprob, params: SamplingParams) -> list[Candidate]:
     tokens = sorted(logprobs, key=lambda token: -logprobs[token])
     known = np.array([logprobs[token] for token in tokens], np.float32)
     row = np.concatenate([known, _rest(known, least)])
-    usual = SamplingParams(temperature=params.temperature, max_tokens=1)
-    cuts = [""] * row.size
-    if params.temperature < GREEDY_BELOW:
-        cuts[1:] = ["greedy"] * (row.size - 1)
-        after = np.eye(1, row.size)[0]
-    else:
-        after = _probabilities(row, usual)
-        for name in _FILTERS:
-            usual = replace(usual, **{name: getattr(params, name)})
-            left = _probabilities(row, usual)
-            cuts = [name if had and not has else cut for cut, had, has in zip(cuts, after, left, strict=True)]
-            after = left
+    after, cuts = _filtered(row, params)
     found = [
         Candidate(token, math.exp(logprobs[token]), float(after[place]), cuts[place], token == record.token)
         for place, token in enumerate(tokens)
     ]
     if row.size > known.size:
         rest = slice(known.size, None)
-        still = float(after[rest].sum())
-        cut = "" if still else cuts[known.size]
-        found.append(Candidate(None, float(np.exp(row[rest], dtype=np.float64).sum()), still, cut, drawn=False))
+        total = float(after[rest].sum())
+        cut = "" if total else cuts[known.size]
+        found.append(Candidate(None, float(np.exp(row[rest], dtype=np.float64).sum()), total, cut, drawn=False))
     return found
 
 
+def _filtered(row: Row, params: SamplingParams) -> tuple[NDArray[np.float64], list[str]]:
+    """The probability of each position, and the filter that drops it."""
+    if params.temperature < GREEDY_BELOW:
+        return np.eye(1, row.size)[0], ["", *["greedy"] * (row.size - 1)]
+    current = SamplingParams(temperature=params.temperature, max_tokens=1)
+    cuts = [""] * row.size
+    after = _probabilities(row, current)
+    used = [name for name, spec in PARAMETERS.items() if name in FILTERS and getattr(params, name) != spec.default]
+    for name in used:
+        current = replace(current, **{name: getattr(params, name)})
+        left = _probabilities(row, current)
+        cuts = [name if had and not has else cut for cut, had, has in zip(cuts, after, left, strict=True)]
+        after = left
+    return after, cuts
+
+
 def _rest(known: Row, least: float) -> Row:
-    """Log-probabilities, each below `least`, of what is not known; none where there is nothing."""
+    """Log-probabilities of the tokens that the record does not hold, each below `least`."""
     total = 1.0 - float(np.exp(known, dtype=np.float64).sum())
     if total < _NOTHING:
         return np.zeros(0, np.float32)
-    parts = min(math.floor(total / max(math.exp(least), _NOTHING / _MOST_PARTS)) + 1, _MOST_PARTS)
-    return np.full(parts, math.log(total / parts), np.float32)
+    count = min(math.floor(total / max(math.exp(least), _NOTHING / _MAX_REST)) + 1, _MAX_REST)
+    return np.full(count, math.log(total / count), np.float32)
 
 
 def _probabilities(row: Row, params: SamplingParams) -> NDArray[np.float64]:
-    """Of each position to be drawn; 0 for those cut away."""
+    """The probability of each position to be drawn; 0 if it is dropped."""
     ids, left = Sampler(params, ()).candidates(row)
     out = np.zeros(row.size, np.float64)
     out[slice(None) if ids is None else ids] = np.exp(left.astype(np.float64) - log_total(left))

@@ -1,4 +1,4 @@
-"""What can be chosen to answer, and who answers then. Knows no widgets."""
+"""`Choice`: the model to chat with, a bundle on this machine or an endpoint's model, and opening it."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from llm_edge.chat.endpoint.client import Endpoint, EndpointResponder
 from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import InputError
+from llm_edge.runtime.load_options import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
 class BundleChoice:
-    """A bundle on this machine, in a precision; None takes the bundle's preferred one. `draft`: see `Model.load`."""
+    """A bundle and how to load it."""
 
     path: Path
-    precision: str | None = None
-    provider: str = "auto"
-    threads: int | None = None
-    draft: Path | None = None
+    options: LoadOptions = LoadOptions()  # noqa: RUF009 (frozen)
 
 
 Choice = BundleChoice | Endpoint
 
 
 def open_responder(choice: Choice) -> Responder:
-    """Load what was chosen; takes its time.
+    """Load a bundle, or connect to an endpoint; may take seconds.
 
     Raises:
-        LlmEdgeError: it cannot be loaded, or reached.
+        LlmEdgeError: it cannot be loaded or reached.
     """
     if isinstance(choice, Endpoint):
         return EndpointResponder(choice)
     if choice.path == bundles.DEFAULT and not choice.path.exists():
-        raise InputError(f"{choice.path} is not there yet: make it here, or choose another model")
-    return LocalResponder(choice.path, choice.precision, choice.provider, choice.threads, choice.draft)
+        raise InputError(f"{choice.path}: not found: export it here, or choose another model")
+    from llm_edge.runtime.model import Model  # slow; a front end calls this on a thread
+
+    return LocalResponder(Model.open(choice.path, choice.options))
 
 
 def remember(choice: Choice, settings: Settings) -> None:
-    """Offer it again the next time.
+    """Add a choice to those that were used before.
 
     Raises:
-        MachineError: that cannot be kept.
+        MachineError: the settings cannot be written.
     """
     if isinstance(choice, Endpoint):
         endpoint.used(settings, choice)
@@ -53,17 +53,17 @@ def remember(choice: Choice, settings: Settings) -> None:
 
 
 def called(choice: Choice) -> str:
-    """A choice in a few words."""
+    """A short name for a choice."""
     if isinstance(choice, Endpoint):
         return f"{choice.model} at {choice.host}"
-    return f"{choice.path.name}, {choice.precision}" if choice.precision else choice.path.name
+    return f"{choice.path.name}, {choice.options.precision}" if choice.options.precision else choice.path.name
 
 
 def is_of(choice: Choice, responder: Responder | None) -> bool:
-    """Whether this is who answers now."""
+    """Whether a choice is the model that answers now."""
     if isinstance(choice, Endpoint):
         return isinstance(responder, EndpointResponder) and responder.endpoint == choice
     if not isinstance(responder, LocalResponder):
         return False
     same = responder.path.absolute() == choice.path.absolute()
-    return same and choice.precision in (None, responder.detail)
+    return same and choice.options.precision in (None, responder.detail)

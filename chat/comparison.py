@@ -1,109 +1,54 @@
-"""Two answers to one question, side by side: each from somebody, with parameters of its own. Knows no widgets.
+"""`Comparison`: two answers to one question, side by side, each with its own model and parameters.
 
-Nothing of it is kept, unless somebody takes an answer over with `ChatSession.adopt`.
+Nothing is stored unless an answer is added to a conversation with `ChatSession.add_answer`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from llm_edge.chat.history.conversation import Conversation, Message
-from llm_edge.chat.history.store import LEAF, Store
+from llm_edge.chat.history.memory_store import InMemoryStore
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import Responder
-from llm_edge.chat.session import ChatSession, Update
-
-
-class InMemoryStore(Store):
-    """A store that keeps nothing."""
-
-    def __init__(self) -> None:
-        self._last = 0
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def add(
-        self,
-        conversation: Conversation,
-        role: str,
-        content: str = "",
-        *,
-        parent: int | None = LEAF,
-        model: str = "",
-        params: Mapping[str, Any] | None = None,
-        finished: bool | None = None,
-    ) -> Message:
-        """See `Store`."""
-        self._last = max(self._last, *conversation.messages, 0) + 1
-        message = Message(
-            id=self._last,
-            parent=conversation.leaf if parent == LEAF else parent,
-            role=role,
-            content=content,
-            created=time.time(),
-            model=model,
-            params=dict(params or {}),
-            finished=role == "user" if finished is None else finished,
-        )
-        conversation.attach(message)
-        conversation.leaf = message.id
-        return message
-
-    def update(self, message: Message) -> None:
-        """See `Store`."""
-
-    def add_records(self, message: int, data: bytes) -> None:
-        """See `Store`."""
-
-    def drop_records(self, message: int) -> None:
-        """See `Store`."""
-
-    def records(self, message: int) -> list[bytes]:  # noqa: ARG002
-        """See `Store`."""
-        return []
-
-    def set_system(self, conversation: Conversation, system: str) -> None:
-        """See `Store`."""
-        conversation.system = system
+from llm_edge.chat.running_answer import Update
+from llm_edge.chat.session import ChatSession
 
 
 class ComparisonSide:
-    """One of the two.
+    """One side of a comparison.
 
     Args:
-        responder: who answers.
-        parameters: the parameters; they are this side's own from here on.
+        responder: the model that answers.
+        parameters: its parameters; this side changes them.
 
     Attributes:
-        session: asks, is polled, and has the parameters.
-        answer: what was asked last; None so far.
-        waiting: whether this side answers once the other has.
+        session: asks and polls.
+        answer: the latest answer.
+        waiting: whether this side answers once the other one has.
     """
 
     def __init__(self, responder: Responder, parameters: ChatParameters) -> None:
         self.session = ChatSession(InMemoryStore(), parameters)
-        self.session.use(responder)
+        self.session.set_responder(responder)
         self.answer: Message | None = None
         self.waiting = False
 
     @property
     def responder(self) -> Responder:
-        """Who answers."""
+        """The model that answers."""
         responder = self.session.responder
         assert responder is not None
         return responder
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is on its way, or still to begin."""
+        """Whether an answer is being generated or still to be started."""
         return self.waiting or self.session.answering is not None
 
     def ask(self, history: Sequence[Message], text: str) -> Message:
-        """Answer a question behind a conversation, which stays as it is."""
+        """Ask a question after a conversation, which is not modified."""
         system = self.session.parameters.system
         messages = {each.id: dataclasses.replace(each) for each in history}
         self.session.conversation = Conversation(system=system, messages=messages, leaf=max(messages, default=None))
@@ -112,16 +57,16 @@ class ComparisonSide:
 
 
 class Comparison:
-    """See the module.
+    """Asks two sides the same question.
 
     Args:
         first, second: the sides.
-        history: of the conversation so far, which both know.
+        history: the conversation so far.
 
     Attributes:
-        sides: the two.
-        in_turn: whether the second begins when the first has ended, so that they do not share the machine; where one
-            responder is on both sides they take turns anyway, for it answers one at a time.
+        sides: both.
+        in_turn: start the second answer after the first one, so that they do not compete for the machine; always so
+            if one responder is on both sides, since it answers one question at a time.
     """
 
     def __init__(self, first: ComparisonSide, second: ComparisonSide, history: Sequence[Message]) -> None:
@@ -132,13 +77,12 @@ class Comparison:
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is on its way."""
+        """Whether an answer is being generated or still to be started."""
         return any(side.busy for side in self.sides)
 
     def ask(self, text: str) -> None:
-        """Ask both; what they said before is gone."""
-        self.stop()
-        self._leave()
+        """Ask both sides; replaces their previous answers."""
+        self.close()
         self._text = text
         first, second = self.sides
         second.answer = None
@@ -149,33 +93,29 @@ class Comparison:
             second.ask(self._history, text)
 
     def poll(self) -> list[Update | None]:
-        """What came on each side."""
-        news = [side.session.poll() for side in self.sides]
+        """Poll both sides."""
+        updates = [side.session.poll() for side in self.sides]
         first, second = self.sides
         if second.waiting and not first.busy:
             second.waiting = False
             second.ask(self._history, self._text)
-        return news
+        return updates
 
     def stop(self) -> None:
-        """End both."""
+        """Stop both answers."""
         self.sides[1].waiting = False
         for side in self.sides:
             side.session.stop()
 
     def replace(self, responder: Responder) -> Responder:
-        """Let somebody else answer on the second side; returns who did before."""
-        before = self.sides[1].responder
-        self.stop()
-        self._leave()
+        """Use another model on the second side; returns the previous one."""
+        previous = self.sides[1].responder
+        self.close()
         self.sides[1] = ComparisonSide(responder, self.sides[1].session.parameters)
-        return before
+        return previous
 
     def close(self) -> None:
-        """End both and wait for that; may take a moment."""
+        """Stop both answers and wait for their end."""
         self.stop()
-        self._leave()
-
-    def _leave(self) -> None:
         for side in self.sides:
             side.session.close()

@@ -1,4 +1,4 @@
-"""Conversations that outgrow a model's context: whole turns go, the oldest first. Knows no store and no screen."""
+"""`fit_to_context`: drops the oldest turns of a conversation that exceeds the model's context."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from typing import TypeVar
 from llm_edge.runtime.errors import ContextLengthError
 from llm_edge.runtime.text.prompts import Message
 
-Begun = TypeVar("Begun")
+T = TypeVar("T")
 
 
 def fit_to_context(
-    begin: Callable[[list[Message]], Begun], opening: Sequence[Message], turns: Sequence[Message], question: Message
-) -> tuple[Begun, list[Message], int]:
-    """Begin an answer to the opening, the turns (question, answer, question, answer …) and a question.
+    start: Callable[[list[Message]], T], system: Sequence[Message], turns: Sequence[Message], question: Message
+) -> tuple[T, list[Message], int]:
+    """Start an answer, without the oldest turns if the conversation is too long.
+
+    Args:
+        start: starts an answer to messages; raises ContextLengthError if they do not fit.
+        system: the system prompt, if there is one.
+        turns: questions and answers in turn.
+        question: the latest question.
 
     Returns:
-        what `begin` gave, the turns it was given, and the model's limit of tokens, which is 0 where none were dropped.
+        What `start` returned, the turns that were kept, and the context's length in tokens (0 if all were kept).
 
     Raises:
         ContextLengthError: the question alone does not fit.
@@ -25,7 +31,7 @@ def fit_to_context(
     kept, limit = list(turns), 0
     while True:
         try:
-            return begin([*opening, *kept, question]), kept, limit
+            return start([*system, *kept, question]), kept, limit
         except ContextLengthError as error:
             if not kept:
                 raise
@@ -33,6 +39,6 @@ def fit_to_context(
 
 
 def dropped_note(count: int, limit: int) -> str:
-    """That turns were left out, in a line."""
-    gone = "turn was" if count == 1 else f"{count} turns were"
-    return f"the oldest {gone} left out: the model's context holds {limit} tokens"
+    """One line that reports dropped turns."""
+    dropped = "turn was" if count == 1 else f"{count} turns were"
+    return f"the oldest {dropped} left out: the model's context holds {limit} tokens"

@@ -1,4 +1,4 @@
-"""Makes a bundle by running `llm-export` as a process of its own, which can be watched and ended. Knows no widgets."""
+"""`Export`: runs `llm-export` in a subprocess that reports progress and can be cancelled."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ OPTIONS: Mapping[str, str] = {
     "tokenizer": "folder with tokenizer.json, or vocab.json and merges.txt",
     "n-heads": "query heads",
     "n-kv-heads": "key/value heads",
-    "rope-theta": "base of the rotary positions",
-    "norm-eps": "epsilon of the norms",
-    "max-seq-len": "tokens a context holds at most",
+    "rope-theta": "RoPE base frequency",
+    "norm-eps": "epsilon of the norm layers",
+    "max-seq-len": "maximum number of tokens",
     "adapter": "folder or id of a LoRA adapter",
     "output": "folder for the bundle",
 }
-"""Those that may have to be given, by what they are; `llm-export` names the ones it wants in its error."""
+"""Options that a source may require, with a description; the error of `llm-export` names them."""
 
 _BARE = ("config", "tokenizer", "n-heads", "n-kv-heads", "rope-theta", "norm-eps", "max-seq-len")
 _COMMAND = "import sys; sys.argv[0] = 'llm-export'; from llm_edge.exporter.cli import main; main()"
-_LONGEST_LINE = 1 << 16
-_LONGEST_ERROR = 600  # characters
-_TAIL = 40  # lines of what it said last
-_GRACE = 5.0  # seconds to clean up in
+_MAX_LINE = 1 << 16
+_MAX_ERROR = 600  # characters
+_TAIL = 40  # latest lines of stderr that are kept
+_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 _OPTION = re.compile(r"(?<![\w-])(?:--([a-z][a-z-]*)|-o(?![\w-]))")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """What is to be exported.
+    """What to export; the fields correspond to the options of `llm-export`.
 
     Attributes:
-        source: a file, a folder, a Hugging Face id or the word `smollm2`.
-        precisions: some of `PRECISIONS`; none = what `llm-export` takes by itself.
-        options: some of `OPTIONS`, with what was typed for each.
-        force: replace what is there.
-        validate: compare with PyTorch, and measure how close it is.
+        source: a file, a folder, a Hugging Face id or `smollm2`.
+        precisions: some of `PRECISIONS`; empty = the default ones.
+        options: values of some of `OPTIONS`, as typed.
+        force: replace an existing bundle.
+        validate: compare the bundle with PyTorch and measure its fidelity.
     """
 
     source: str
@@ -64,7 +64,7 @@ class ExportRequest:
     validate: bool = True
 
     def arguments(self) -> list[str]:
-        """Of `llm-export`."""
+        """The arguments of `llm-export`."""
         given = ["--progress", "json"]
         if self.precisions:
             given += ["--precision", ",".join(self.precisions)]
@@ -73,18 +73,24 @@ class ExportRequest:
             given.append("--force")
         if not self.validate:
             given.append("--no-validate")
-        return [*given, "--", os.path.expanduser(self.source)]  # noqa: PTH111 (it may be an id, and no path)
+        return [*given, "--", os.path.expanduser(self.source)]  # noqa: PTH111 (it may be an id instead of a path)
 
 
-SMOLLM2_SOON = ExportRequest(_SMOLLM2, ("int8",), force=True, validate=False)
-"""The quickest way to a model that answers well."""
-SMOLLM2_INT8 = ExportRequest(_SMOLLM2, ("int8",), force=True)
-"""The same, with its proof, which takes minutes."""
+SMOLLM2_UNVALIDATED = ExportRequest(_SMOLLM2, ("int8",), force=True, validate=False)
+"""The fastest way to a usable model."""
+SMOLLM2_VALIDATED = ExportRequest(_SMOLLM2, ("int8",), force=True)
+"""The same with validation, which takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the work: its share done, None where nobody knows, and what is at work."""
+    """A stage of an export.
+
+    Attributes:
+        name: the stage's name.
+        share: fraction that is done; None = unknown.
+        detail: what is being processed.
+    """
 
     name: str
     share: float | None
@@ -92,22 +98,22 @@ class Stage:
 
 
 class Export:
-    """An export that runs; begins at once.
+    """A running export.
 
     Args:
-        wish: what.
-        command: runs `llm-export`; its arguments are added.
+        request: what to export.
+        command: the command that is run, without the arguments of `llm-export`.
 
     Raises:
-        MachineError: no process could be started.
+        MachineError: the process cannot be started.
     """
 
-    def __init__(self, wish: ExportRequest, command: Sequence[str] = ()) -> None:
+    def __init__(self, request: ExportRequest, command: Sequence[str] = ()) -> None:
         command = command or (sys.executable, "-P", "-c", _COMMAND)  # -P: nothing is imported from this folder
         own = {"start_new_session": True} if os.name == "posix" else {}
         try:
             self._process = subprocess.Popen(  # noqa: S603 (no shell)
-                [*command, *wish.arguments()],
+                [*command, *request.arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -116,54 +122,54 @@ class Export:
         except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
             raise MachineError(f"llm-export could not be started: {error}") from error
         self._stages: dict[str, Stage] = {}
-        self._said: deque[str] = deque(maxlen=_TAIL)
+        self._errors: deque[str] = deque(maxlen=_TAIL)
         self._path: Path | None = None
         self._cancelled = False
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._watch, daemon=True, args=(stream, take))
-            for stream, take in ((self._process.stdout, self._progress), (self._process.stderr, self._said.append))
+            for stream, take in ((self._process.stdout, self._progress), (self._process.stderr, self._errors.append))
         ]
         for thread in self._threads:
             thread.start()
 
     def stages(self) -> list[Stage]:
-        """What has begun so far, in order; the last one is at work."""
+        """The stages that have started, in order; the last one is running."""
         with self._lock:
             return list(self._stages.values())
 
     @property
     def seconds(self) -> float:
-        """How long it has been at work."""
+        """Seconds since the start."""
         return time.monotonic() - self._began
 
     @property
     def cancelled(self) -> bool:
-        """Whether it was ended by `cancel`."""
+        """Whether `cancel` was called."""
         return self._cancelled
 
     def result(self) -> Path | None:
-        """Waits for the end; the bundle, or None where there is none, see `error`."""
+        """Wait for the end; returns the bundle, or None if the export failed; see `error`."""
         for thread in self._threads:
             thread.join()
         return self._path if self._process.wait() == 0 else None
 
     def error(self) -> str:
-        """Once it has ended without a bundle: why, in a line."""
+        """Why the export failed, as one line."""
         code = self._process.wait()
         if self._cancelled:
-            return "the export was cancelled; nothing is left of it"
-        said = [line for line in self._said if line.strip()]
-        told = next((line for line in reversed(said) if line.lower().startswith("error:")), said[-1] if said else "")
-        if told and code >= 0:
-            return one_line(re.sub("^error: *", "", told, flags=re.IGNORECASE), _LONGEST_ERROR)
+            return "the export was cancelled; its files were removed"
+        lines = [line for line in self._errors if line.strip()]
+        error = next((line for line in reversed(lines) if line.lower().startswith("error:")), "".join(lines[-1:]))
+        if error and code >= 0:
+            return one_line(re.sub("^error: *", "", error, flags=re.IGNORECASE), _MAX_ERROR)
         if code < 0:
-            return f"the export was killed (signal {-code}): maybe memory ran out; try fewer precisions"
-        return f"the export ended with code {code} and said nothing"
+            return f"the export was killed (signal {-code}): possibly out of memory; try fewer precisions"
+        return f"the export failed with exit code {code} and no message"
 
     def cancel(self) -> None:
-        """End it: first so that it can clean up, after a while for good."""
+        """Terminate the process, and kill it if it does not end in time."""
         if self._process.poll() is not None:
             return
         self._cancelled = True
@@ -186,31 +192,31 @@ class Export:
     def _watch(self, stream: IO[bytes] | None, take: Any) -> None:
         assert stream is not None
         with stream:
-            while line := stream.readline(_LONGEST_LINE):
+            while line := stream.readline(_MAX_LINE):
                 take(printable(line.decode("utf-8", "replace")).strip())
 
     def _progress(self, line: str) -> None:
         try:
-            told = json.loads(line)
+            event = json.loads(line)
         except (ValueError, RecursionError):
             return
-        if not isinstance(told, dict) or not isinstance(told.get("stage"), str):
+        if not isinstance(event, dict) or not isinstance(event.get("stage"), str):
             return
-        if told["stage"] == "done":
-            self._path = Path(str(told.get("path", "")))
+        if event["stage"] == "done":
+            self._path = Path(str(event.get("path", "")))
             return
-        share = told.get("share")
+        share = event.get("share")
         known = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
-        name = one_line(told["stage"], 20)
+        name = one_line(event["stage"], 20)
         with self._lock:
             if name in self._stages or len(self._stages) < _TAIL:
-                self._stages[name] = Stage(name, share if known else None, one_line(str(told.get("detail", "")), 200))
+                self._stages[name] = Stage(name, share if known else None, one_line(str(event.get("detail", "")), 200))
 
 
 def named_options(error: str) -> list[str]:
-    """Those of `OPTIONS`, and `force`, that an error of `llm-export` names, in its order.
+    """The options that an error of `llm-export` names, in its order: those of `OPTIONS`, and `force`.
 
-    Behind them come the others that go with them: whoever has to say one thing of a bare state dict has to say more.
+    If one of them describes a bare state dict, the others that do follow.
     """
     found = [match[1] or "output" for match in _OPTION.finditer(error)]
     named = [name for name in dict.fromkeys(found) if name in OPTIONS or name == "force"]

@@ -1,4 +1,4 @@
-"""A responder that reads from a script instead of computing: to look around without a model, for tests and pictures."""
+"""`FakeResponder`: a responder with scripted answers, for tests, screenshots and `llm-chat --fake`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from llm_edge.runtime.sampling.logprobs import TokenLogprob
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.prompts import Message
 
-_STEP = 0.02  # seconds that a token takes in the figures, at least: they shall be the same every time
+_STEP = 0.02  # minimum seconds per token in the figures, so that they do not vary
 _TOKEN = re.compile(r"\s*\S+|\s+")
 ANSWER = """\
 I am a script, not a model: whatever you ask, this is what I say.
@@ -42,9 +42,9 @@ class Said:
     """One answer of the script.
 
     Attributes:
-        text: cut into words, each a token.
-        reasoning: before it.
-        failure: raised instead of the end.
+        text: the answer; each word is a token.
+        reasoning: precedes the answer.
+        failure: raised at the end.
     """
 
     text: str = ANSWER
@@ -53,7 +53,7 @@ class Said:
 
 
 class FakeReply:
-    """See `Reply`; `params` are those of now."""
+    """The `Reply` of a `FakeResponder`; `params` are the current parameters."""
 
     def __init__(self, said: Said, params: SamplingParams, prompt: int, pause: float, ids: dict[str, int]) -> None:
         self.params = params
@@ -64,19 +64,17 @@ class FakeReply:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """See `Reply`."""
         self._cancelled.set()
 
     def adjust(self, params: SamplingParams) -> None:
-        """See `Reply`."""
         self.params = params
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         count = thought = 0
-        sides = [(text, True) for text in _TOKEN.findall(self._said.reasoning)]
-        sides += [(text, False) for text in _TOKEN.findall(self._said.text)]
+        texts = [(text, True) for text in _TOKEN.findall(self._said.reasoning)]
+        texts += [(text, False) for text in _TOKEN.findall(self._said.text)]
         reason = FinishReason.STOP
-        for text, reasoning in sides:
+        for text, reasoning in texts:
             if self._cancelled.wait(self._pause):
                 reason = FinishReason.CANCELLED
                 break
@@ -94,7 +92,7 @@ class FakeReply:
         yield GenerationChunk("", None, reason, timings)
 
     def _logprob(self, token: int) -> TokenLogprob | None:
-        """Some probability, the same for a token every time, with others behind it."""
+        """A probability that depends only on the token, and alternatives."""
         if self.params.logprobs is None:
             return None
         own = 0.35 + 0.6 * (math.sin(token * 12.9898) + 1) / 2
@@ -104,16 +102,18 @@ class FakeReply:
 
 
 class FakeResponder:
-    """See `Responder`.
+    """A `Responder` with scripted answers.
 
     Args:
-        said: the script, from its beginning again once it has ended; a string is an answer without reasoning.
-        pause: seconds a token takes.
+        said: the script, which is repeated; a string is an answer without reasoning.
+        pause: seconds per token.
         context_length: in words.
+        name: the model's name.
+        detail: its precision or host.
 
     Attributes:
-        asked: messages, parameters and beginning of every call so far.
-        replies: all of them so far.
+        asked: messages, parameters and prefix of every call.
+        replies: all replies.
     """
 
     adjusts = True
@@ -141,7 +141,7 @@ class FakeResponder:
         self._ids: dict[str, int] = {}
 
     def enqueue(self, *said: Said | str) -> None:
-        """Say these next."""
+        """Use these as the next answers."""
         self._next.extend(Said(each) if isinstance(each, str) else each for each in said)
 
     def answer(
@@ -151,32 +151,29 @@ class FakeResponder:
         *,
         assistant_prefix: str = "",
         reasoning_prefix: str = "",
+        template_variables: Mapping[str, Any] | None = None,  # noqa: ARG002
     ) -> FakeReply:
-        """See `Responder`."""
         prompt = self.count(messages)
         assert self.context_length is not None
         if prompt >= self.context_length:
             raise ContextLengthError(prompt, self.context_length)
         self.asked.append(([dict(message) for message in messages], params, assistant_prefix))
         said = self._next.popleft() if self._next else next(self._said)
-        if assistant_prefix:  # what was thought and said is not said twice
+        if assistant_prefix:  # what precedes is not repeated
             said = replace(said, reasoning="", text=said.text.removeprefix(assistant_prefix))
         said = replace(said, reasoning=said.reasoning.removeprefix(reasoning_prefix))
         for text in _TOKEN.findall(said.reasoning) + _TOKEN.findall(said.text):
             self._ids.setdefault(text, len(self._ids))
-        room = min(params.max_tokens, self.context_length - prompt)
-        reply = FakeReply(said, replace(params, max_tokens=room), prompt, self.pause, self._ids)
+        limit = min(params.max_tokens, self.context_length - prompt)
+        reply = FakeReply(said, replace(params, max_tokens=limit), prompt, self.pause, self._ids)
         self.replies.append(reply)
         return reply
 
     def count(self, messages: Sequence[Message]) -> int:
-        """See `Responder`."""
         return sum(len(_TOKEN.findall(str(message["content"]))) + 4 for message in messages)
 
     def token_text(self, token: int) -> str:
-        """See `Responder`."""
         return next((text for text, number in self._ids.items() if number == token), f"<{token}>")
 
     def close(self) -> None:
-        """See `Responder`."""
         self.closed = True

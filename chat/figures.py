@@ -1,4 +1,4 @@
-"""The line of figures under an answer. Knows only what was measured."""
+"""Figures of an answer, such as its speed: `figures_of` to store, `figures_line` to show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDS = {
 
 
 def figures_of(timings: Timings, reason: FinishReason, detail: str) -> dict[str, Any]:
-    """What is kept of an answer's figures, as JSON values."""
+    """The figures of an answer as JSON values, as they are stored with it."""
     return {
         "tokens": timings.completion_tokens,
         "reasoning_tokens": timings.reasoning_tokens,
@@ -31,16 +31,17 @@ def figures_of(timings: Timings, reason: FinishReason, detail: str) -> dict[str,
 
 
 def figures_line(figures: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> str:
-    """Figures in a line for people; lines below it tell with which parameters, and what else happened."""
+    """The figures as one line, followed by lines with the parameters, their changes, and a note."""
     parts = []
     if "error" in figures:
         parts.append(f"error: {figures['error']}")
     if "tokens" in figures:
-        parts.append(f"{figures['tokens']} tokens")
+        tokens, reasoning = figures["tokens"], figures.get("reasoning_tokens")
+        parts.append(f"{tokens} token{'s' * (tokens != 1)}" + (f" ({reasoning} reasoning)" if reasoning else ""))
     if figures.get("tokens_per_second"):
         parts.append(f"{figures['tokens_per_second']:.1f} tok/s")
     if figures.get("time_to_first_token"):
-        parts.append(f"first after {figures['time_to_first_token']:.2f} s")
+        parts.append(f"first token {figures['time_to_first_token']:.2f} s")
     if figures.get("precision"):
         parts.append(str(figures["precision"]))
     if figures.get("finish_reason"):
@@ -51,7 +52,7 @@ def figures_line(figures: Mapping[str, Any], params: Mapping[str, Any] | None = 
         lines.append(f"with {shown}")
     changes = figures.get("changes") or []
     if changes:
-        lines.append(f"changed meanwhile: {', '.join(map(_change, changes))}")
+        lines.append(f"changed mid-answer: {', '.join(map(_change, changes))}")
     if "note" in figures:
         lines.append(str(figures["note"]))
     return "\n".join(lines)

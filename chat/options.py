@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llm_edge.runtime.sampling.parameter_spec import ParameterSpec
 from llm_edge.runtime.sampling.params import PARAMETERS
 
 _TYPES = {"float": float, "int": int, "bool": bool, "strings": list[str]}
@@ -27,8 +28,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                _TYPES[spec.kind] | None,
-                typer.Option(spec.option, help=f"{spec.help[0].upper()}{spec.help[1:]}.", show_default=False),
+                _TYPES[spec.kind] | None, typer.Option(spec.option, help=_help(spec), show_default=False)
             ],
         )
         for spec in sorted(specs, key=lambda spec: spec.order)
@@ -50,3 +50,8 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     wrapped.__annotations__ = {each.name: each.annotation for each in [*own, *options]} | {"return": None}
     return wrapped
+
+
+def _help(spec: ParameterSpec) -> str:
+    text = f"{spec.help[0].upper()}{spec.help[1:]}"
+    return f"{text}; may be repeated." if spec.kind == "strings" else f"{text}."

@@ -141,7 +141,7 @@ class ChatParameters:
         kept = {name: value for name, value in self.changed.items() if name not in PRESET_PARAMETERS}
         return {**kept, **{name: value for name, value in decided.items() if value != self.default(name)}}
 
-    def use(self, defaults: SamplingParams) -> None:
+    def set_defaults(self, defaults: SamplingParams) -> None:
         """Switch to another model's defaults; changes are kept as far as they differ from them."""
         changed = {**self.changed}
         self.defaults = defaults
@@ -163,6 +163,11 @@ class ChatParameters:
         if schema:
             given["constraint"] = Constraint.json() if schema == "{}" else Constraint.json_schema(schema)
         return dataclasses.replace(self.defaults, **given)
+
+
+def as_json_values(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters with lists in place of tuples, as `ChatParameters.changed` has them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
 
 
 def summarize(changed: Mapping[str, Any]) -> str:

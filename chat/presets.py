@@ -1,4 +1,4 @@
-"""Named values of parameters: the runtime's own for every model, and a person's for each. Knows no widgets."""
+"""`Presets`: named sets of parameter values, built-in ones and the user's for each model."""
 
 from __future__ import annotations
 
@@ -11,61 +11,61 @@ from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.presets import DESCRIPTIONS, PRESETS
 
-MODELS_OWN: Final = "model's own"
-LONGEST_NAME: Final = 40  # characters
+MODEL_DEFAULTS: Final = "Model defaults"
+MAX_NAME: Final = 40  # characters
 
-Own = dict[str, dict[str, dict[str, Any]]]  # by model, by name: `ChatParameters.changed`
+UserPresets = dict[str, dict[str, dict[str, Any]]]  # model -> name -> `ChatParameters.changed`
 
 
-def _read(value: Any) -> Own:
-    """Presets as they stand in the file; their values are looked at by `ChatParameters` when they are used."""
+def _read(value: Any) -> UserPresets:
+    """Check the structure of stored presets; `ChatParameters` checks the values when one is applied."""
     if not isinstance(value, dict) or not all(isinstance(names, dict) for names in value.values()):
-        raise ValueError("an object of models, each an object of presets, was expected")
+        raise ValueError("expected an object of models, each an object of presets")
     for model, names in value.items():
         for name, changed in names.items():
             if not isinstance(changed, dict):
-                raise ValueError(f"{one_line(f'{model}, {name}', 80)}: an object of parameters was expected")
+                raise ValueError(f"{one_line(f'{model}, {name}', 80)}: expected an object of parameters")
     return {model: dict(names) for model, names in value.items()}
 
 
-SECTION: Final = Section[Own]("presets", dict, _read, dict)
+SECTION: Final = Section[UserPresets]("presets", dict, _read, dict)
 
 
 class Presets:
-    """See the module.
+    """The presets of all models.
 
     Args:
-        settings: where a person's own are kept.
+        settings: where the user's presets are stored.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def own(self, model: str) -> list[str]:
-        """Names of a person's own for this model, in alphabetical order."""
+        """Names of the user's presets for a model, in alphabetical order."""
         return sorted(self._of(model), key=str.casefold)
 
     def offered(self, model: str) -> dict[str, str]:
-        """All for this model: name -> a line on what it is for. First the model's own values, then a person's own."""
+        """All presets for a model with a short description: the defaults, the user's, then the built-in ones."""
         own = dict.fromkeys(self.own(model), "yours")
-        return {MODELS_OWN: "", **own, **{name: DESCRIPTIONS[name] for name in PRESETS if name not in own}}
+        return {MODEL_DEFAULTS: "", **own, **{name: DESCRIPTIONS[name] for name in PRESETS if name not in own}}
 
     def values(self, model: str, name: str, parameters: ChatParameters) -> Mapping[str, Any]:
-        """What `ChatParameters.changed` is with a preset.
+        """The value of `ChatParameters.changed` with a preset.
 
         Raises:
-            ParameterError: there is none of this name.
+            ParameterError: there is no preset with this name.
         """
-        if name == MODELS_OWN:
+        if name == MODEL_DEFAULTS:
             return {}
         own = self._of(model).get(name)
         return own if own is not None else parameters.with_preset(name)
 
-    def use(self, model: str, name: str, parameters: ChatParameters) -> None:
-        """Turn the parameters to a preset.
+    def apply(self, model: str, name: str, parameters: ChatParameters) -> None:
+        """Set the parameters to a preset.
 
         Raises:
-            ParameterError: there is none of this name, or it holds what a parameter cannot be.
+            ParameterError: there is no preset with this name, or it has a value that is not allowed.
         """
         try:
             parameters.load(self.values(model, name, parameters))
@@ -75,41 +75,41 @@ class Presets:
             raise
 
     def matching(self, model: str, parameters: ChatParameters) -> str | None:
-        """Which preset has the values of now, if one has."""
+        """The preset with the current values; None = there is none."""
         return next((n for n in self.offered(model) if self.values(model, n, parameters) == parameters.changed), None)
 
     def save(self, model: str, name: str, parameters: ChatParameters) -> str:
-        """Keep the values of now; a preset of a person's own of this name is replaced. Returns the name.
+        """Save the current values as a preset, replacing the user's preset with this name; returns the cleaned name.
 
         Raises:
-            ParameterError: the name is none that can be had.
+            ParameterError: the name is empty, too long, or a built-in preset's.
             MachineError: the settings cannot be written.
         """
         name = " ".join(printable(name).split())
         if not name:
-            raise ParameterError("preset: give it a name")
-        if len(name) > LONGEST_NAME:
-            raise ParameterError(f"preset: a name has {LONGEST_NAME} characters at most")
-        if name in (MODELS_OWN, *PRESETS):
-            raise ParameterError(f"preset: {name} is there already for all models: choose another name")
+            raise ParameterError("preset: enter a name")
+        if len(name) > MAX_NAME:
+            raise ParameterError(f"preset: use a name of at most {MAX_NAME} characters")
+        if name in (MODEL_DEFAULTS, *PRESETS):
+            raise ParameterError(f"preset: {name} is a built-in preset: choose another name")
 
-        def add(own: Own) -> Own:
+        def add(own: UserPresets) -> UserPresets:
             return {**own, model: {**own.get(model, {}), name: dict(parameters.changed)}}
 
         self._settings.change(SECTION, add)
         return name
 
     def delete(self, model: str, name: str) -> None:
-        """Forget a person's own.
+        """Delete one of the user's presets.
 
         Raises:
-            ParameterError: it is none of these.
+            ParameterError: the user has no preset with this name.
             MachineError: the settings cannot be written.
         """
         if name not in self._of(model):
-            raise ParameterError(f"preset: {name or 'this'} is not one of yours: only those can be deleted")
+            raise ParameterError(f"preset: {name or 'this'} is not one of your presets: only those can be deleted")
 
-        def remove(own: Own) -> Own:
+        def remove(own: UserPresets) -> UserPresets:
             left = {**own, model: {each: own[model][each] for each in own.get(model, {}) if each != name}}
             return {each: names for each, names in left.items() if names}
 

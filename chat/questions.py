@@ -1,4 +1,4 @@
-"""Ready-made questions: those that come with the program, as a person has changed them. Knows no widgets."""
+"""`Questions`: the list of sample questions, which the user can edit."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SHIPPED: Final = (
     "Explain quantum computing in simple terms",
     "Tell me a joke",
 )
-MOST: Final = 500
-LONGEST: Final = 20_000  # characters
+MAX_QUESTIONS: Final = 500
+MAX_LENGTH: Final = 20_000  # characters
 SECTION: Final = Section[list[str]]("questions", lambda: list(SHIPPED), texts, list)
 
 
 class Questions:
-    """See the module. Changes raise MachineError where the settings cannot be written.
+    """The list of sample questions; methods that change it raise MachineError if the settings cannot be written.
 
     Args:
-        settings: where they are kept once they are not those of the program.
+        settings: where the list is stored once it has been changed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -33,34 +33,34 @@ class Questions:
 
     @property
     def trouble(self) -> str:
-        """A line on what cannot be used of what is kept; "" where all can."""
+        """Why stored settings cannot be used, as one line; "" if they can."""
         return self._settings.trouble
 
     def all(self) -> list[str]:
-        """In the order in which they are offered."""
+        """All questions in the order in which they are listed."""
         return self._settings.get(SECTION)
 
     def add(self, text: str) -> int:
-        """One more, behind the others; returns its place.
+        """Append a question; returns its index.
 
         Raises:
-            ParameterError: it says nothing, is there already, or is too much.
+            ParameterError: it is empty, too long or a duplicate, or there are too many.
         """
         text = _clean(text)
 
         def change(before: list[str]) -> list[str]:
             _refuse_second(text, before)
-            if len(before) >= MOST:
-                raise ParameterError(f"there are {MOST} questions already: delete one first")
+            if len(before) >= MAX_QUESTIONS:
+                raise ParameterError(f"there are {MAX_QUESTIONS} questions already: delete one first")
             return [*before, text]
 
         return len(self._settings.change(SECTION, change)) - 1
 
     def edit(self, place: int, text: str) -> None:
-        """Other words for one.
+        """Replace a question.
 
         Raises:
-            InputError: there is none at this place, or see `add`.
+            InputError: there is none at this index, or the text is refused as in `add`.
         """
         text = _clean(text)
 
@@ -73,10 +73,10 @@ class Questions:
         self._settings.change(SECTION, change)
 
     def delete(self, place: int) -> str:
-        """Take one out; returns it.
+        """Delete a question; returns it.
 
         Raises:
-            InputError: there is none at this place.
+            InputError: there is none at this index.
         """
         gone: list[str] = []
 
@@ -89,16 +89,16 @@ class Questions:
         return gone[0]
 
     def put_back(self, place: int, text: str) -> None:
-        """What was deleted, to where it was."""
+        """Insert a deleted question where it was."""
         self._settings.change(
             SECTION, lambda before: before if text in before else [*before[:place], text, *before[place:]]
         )
 
     def move(self, place: int, by: int) -> int:
-        """Change the order; returns the new place, which is the old one at an end of the list.
+        """Move a question by so many places, within the list; returns its new index.
 
         Raises:
-            InputError: there is none at this place.
+            InputError: there is none at this index.
         """
         new = place
 
@@ -113,7 +113,7 @@ class Questions:
         return new
 
     def restore(self) -> int:
-        """Bring those of the program back, in front; a person's own stay. Returns how many were missing."""
+        """Restore the questions that come with the program, before the user's; returns how many were missing."""
         missing = [each for each in SHIPPED if each not in self.all()]
         self._settings.change(
             SECTION, lambda before: [*SHIPPED, *(each for each in before if each not in SHIPPED)] if missing else before
@@ -124,17 +124,17 @@ class Questions:
 def _clean(text: str) -> str:
     text = printable(text.replace("\r\n", "\n").replace("\r", "\n")).strip()
     if not text:
-        raise ParameterError("a question says something: write it, or press Esc")
-    if len(text) > LONGEST:
-        raise ParameterError(f"a question has {LONGEST:,} characters at most")
+        raise ParameterError("the question is empty: type it, or press Esc")
+    if len(text) > MAX_LENGTH:
+        raise ParameterError(f"the question is too long: use at most {MAX_LENGTH:,} characters")
     return text
 
 
 def _refuse_second(text: str, others: list[str]) -> None:
     if text in others:
-        raise ParameterError("this question is there already")
+        raise ParameterError("this question already exists")
 
 
 def _refuse_missing(place: int, questions: list[str]) -> None:
     if not 0 <= place < len(questions):
-        raise InputError("this question is gone: another window has changed the list")
+        raise InputError("this question no longer exists: another window changed the list")

@@ -1,6 +1,6 @@
-"""A chat as it goes: a conversation that is kept, parameters that may be turned, and an answer that may be on its way.
+"""`ChatSession`: a chat as every front end uses it: the conversation, its parameters, and the answer being generated.
 
-Knows no widgets. A screen calls `poll` when it has time, and shows what is in the conversation.
+A front end calls `poll` when it has time, and shows the conversation.
 """
 
 from __future__ import annotations
@@ -9,46 +9,37 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llm_edge.chat.context import dropped_note, fit_to_context
-from llm_edge.chat.figures import figures_of
 from llm_edge.chat.history.conversation import Conversation, Message
-from llm_edge.chat.history.store import KEEP_EVERY, Store
+from llm_edge.chat.history.store import Store
 from llm_edge.chat.parameters import CHAT_ONLY, ChatParameters
 from llm_edge.chat.responder import Reply, Responder
-from llm_edge.chat.stream_reader import StreamReader
-from llm_edge.chat.token_records import Recorder, TokenRecord, pack, unpack
+from llm_edge.chat.running_answer import RunningAnswer, Update, save_answer
+from llm_edge.chat.token_records import TokenRecord, unpack
 from llm_edge.runtime.errors import InputError, LlmEdgeError
-from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.text.prompts import Message as Prompt
 
-_RATES = 60  # of the latest moments, for a picture of the speed
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What `poll` found: the message that grew, and whether it is complete."""
-
-    message: Message
-    ended: bool
+_RATES = 60  # samples of the speed
 
 
 class ChatSession:
-    """See the module.
+    """A chat: one conversation of a store at a time.
 
     Args:
-        store: where conversations are kept.
-        parameters: the parameters.
-        clock: gives seconds, as `time.perf_counter` does.
+        store: where conversations are saved.
+        parameters: sampling parameters and system prompt.
+        clock: returns seconds, as `time.perf_counter` does.
 
     Attributes:
-        responder: who answers; None while there is nobody yet, see `use`.
-        conversation: of now.
-        parameters: the parameters.
-        records: of the tokens of answers, by message id; see `record_of`.
-        rates: tokens per second of late.
+        responder: the model that answers; None until `set_responder` is called.
+        conversation: the current one.
+        records: token records of answers, by message id; see `record_of`.
+        rates: latest samples of the speed, in tokens per second.
+        show_reasoning: whether front ends show the reasoning of answers.
+        thinking: whether the chat template asks for reasoning; None = the template's default.
+        save_error: why the latest answer could not be saved.
     """
 
     def __init__(
@@ -57,218 +48,215 @@ class ChatSession:
         self.store = store
         self.responder: Responder | None = None
         self.parameters = parameters
-        self.conversation = store.new()
+        self.conversation = store.new(system=parameters.system)
         self.records: dict[int, list[TokenRecord]] = {}
         self.rates: deque[float] = deque([0.0] * _RATES, maxlen=_RATES)
+        self.show_reasoning = True
+        self.thinking: bool | None = None
+        self.save_error: LlmEdgeError | None = None
         self._clock = clock
-        self._feed: StreamReader | None = None
-        self._message: Message | None = None
-        self._note = ""
-        self._count = self._prompt = 0  # tokens of the answer on its way, and before it
-        self._kept = 0.0
-        self._rate_since = (0.0, 0)
-        self._recorder: Recorder | None = None
-        self._packed = 0  # of the records of the answer on its way are kept already
-        self._before: list[int] = []  # conversations that a new one took the place of
-        self._own_system = self._given_system = parameters.system  # of new conversations, and what `_go_to` set
+        self._running: RunningAnswer | None = None
+        self._start_values = {name: value for name, value in parameters.changed.items() if name != "system"}
+        self._previous: list[int] = []  # conversations that `new` left
+        # The system prompt of new conversations, and the one that the current conversation brought along.
+        self._own_system = self._given_system = parameters.system
 
-    # ---- what a person does
+    # ---- actions
 
     @property
     def answering(self) -> Message | None:
-        """The answer on its way."""
-        return self._message
+        """The answer being generated."""
+        return self._running.message if self._running is not None else None
 
     def ask(self, text: str, tokens: int = 0) -> Message:
-        """Ask; returns the answer, which grows. `tokens` says how many the question takes, as far as that is known."""
+        """Ask a question; returns the answer, which grows with each `poll`.
+
+        Args:
+            text: the question.
+            tokens: its length, as far as it is known.
+        """
         self._refuse_while_answering()
         self._require_responder()
         question = self.store.add(self.conversation, "user", text, parent=self.conversation.leaf)
         return self._answer(question, tokens)
 
     def regenerate(self, message: Message) -> Message:
-        """Another answer to the question that an answer answers, beside it; or to a question itself."""
+        """Answer the question of an answer once more, as another branch; or a question itself."""
         self._refuse_while_answering()
-        question = message if message.role == "user" else self._parent(message)
-        return self._answer(question)
+        return self._answer(message if message.role == "user" else self._parent(message))
 
     def edit(self, question: Message, text: str, tokens: int = 0) -> Message:
-        """Ask something else instead, beside what was asked; see `ask`."""
+        """Ask another question in place of one, as another branch; see `ask`."""
         self._refuse_while_answering()
         self._require_responder()
         if question.role != "user":
-            raise InputError("only what you asked can be edited: choose one of your messages")
+            raise InputError("only questions can be edited: select one of yours")
         return self._answer(self.store.add(self.conversation, "user", text, parent=question.parent), tokens)
 
-    def go_on(self, message: Message) -> Message:
-        """Continue an answer where it ended."""
+    def continue_answer(self, message: Message) -> Message:
+        """Continue the last answer where it ended; if the last message is a question, answer it."""
         self._refuse_while_answering()
         if message.id != self.conversation.leaf:
             raise InputError("only the last answer can be continued")
-        if message.role == "user":  # nobody came to answer it
+        if message.role == "user":
             return self._answer(message)
         if not message.content and not self._require_responder().continues_thoughts:
             message.reasoning = ""
             self.store.drop_records(message.id)
             self.records[message.id] = []
-        return self._begin(message, self._parent(message))
+        return self._start(message, self._parent(message))
 
-    def adopt(
-        self, answer: Message, question: Message | str, behind: int | None, records: Sequence[TokenRecord] = ()
+    def add_answer(
+        self, answer: Message, question: Message | str, parent: int | None, records: Sequence[TokenRecord] = ()
     ) -> tuple[Message, Message]:
-        """Take an answer that was made elsewhere into the conversation; returns its question and itself.
+        """Add a copy of an answer that was generated elsewhere; returns its question and the copy.
 
         Args:
-            answer: stays as it is; what joins the conversation is a copy.
-            question: a message of the conversation, of which this becomes another answer; or the text of a new one.
-            behind: the message that a new question follows; None = it begins the conversation.
-            records: of its tokens.
+            answer: the answer.
+            question: a message of the conversation, to which this is another answer; or the text of a new one.
+            parent: the message that a new question follows; None = it is the first.
+            records: of the answer's tokens.
         """
         self._refuse_while_answering()
         if isinstance(question, str):
-            question = self.store.add(self.conversation, "user", question, parent=behind)
-        kept = self.store.add(
-            self.conversation,
-            "assistant",
-            answer.content,
-            parent=question.id,
-            model=answer.model,
-            params=answer.params,
+            question = self.store.add(self.conversation, "user", question, parent=parent)
+        copy = self.store.add(
+            self.conversation, "assistant", answer.content, parent=question.id, model=answer.model, params=answer.params
         )
-        kept.reasoning, kept.figures, kept.finished = answer.reasoning, dict(answer.figures), True
-        self.records[kept.id], self._packed = list(records), 0
-        self._write(kept)
-        return question, kept
+        copy.reasoning, copy.figures, copy.finished = answer.reasoning, dict(answer.figures), True
+        self.records[copy.id] = list(records)
+        save_answer(self.store, copy, self.records[copy.id])
+        return question, copy
+
+    def discard(self, answer: Message) -> None:
+        """Leave an answer and its question out of the conversation; both stay in the store as a branch."""
+        self._refuse_while_answering()
+        self.store.set_leaf(self.conversation, self._parent(answer).parent)
 
     def stop(self) -> None:
-        """End the answer on its way."""
-        if self._feed is not None:
-            self._feed.cancel()
+        """Stop the answer being generated."""
+        if self._running is not None:
+            self._running.cancel()
 
     def apply_change(self, change: Callable[[ChatParameters], None]) -> None:
-        """Turn a parameter, also while an answer comes.
+        """Change parameters, also while an answer is generated.
 
         Raises:
-            ParameterError: it cannot be so.
+            ParameterError: a value is not allowed.
         """
         before = dict(self.parameters.changed)
         change(self.parameters)
-        if self._feed is None or self._message is None or before == self.parameters.changed:
+        running, now = self._running, self.parameters.changed
+        if running is None or before == now:
             return
         adjusts = self._require_responder().adjusts
         if adjusts:
-            self._feed.adjust(self.parameters.params)
-        for name in sorted({*before, *self.parameters.changed}):
-            if before.get(name) != self.parameters.changed.get(name):
-                self._tell_change(self._message, name, self._count if adjusts and name not in CHAT_ONLY else None)
+            running.adjust(self.parameters.params)
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                self._note_change(running.message, name, running.tokens if adjusts and name not in CHAT_ONLY else None)
+
+    def reset_parameters(self) -> None:
+        """Restore the parameters that the session started with; the system prompt stays."""
+        system = {"system": self.parameters.system} if self.parameters.system else {}
+        self.apply_change(lambda parameters: parameters.load({**self._start_values, **system}))
 
     def new(self) -> None:
-        """Begin a new conversation; `undo_new` returns to the one before."""
-        self._leave()
+        """Start a new conversation; `undo_new` returns to the previous one."""
+        self.close()
         if self.conversation.messages:
-            self._before.append(self.conversation.id)
-            self._begin_anew()
+            self._previous.append(self.conversation.id)
+            self._start_new()
 
     def undo_new(self) -> bool:
-        """Return to the conversation that `new` left, or to the latest one there is; False where there is none."""
-        self._leave()
-        while self._before:
+        """Return to the conversation that `new` left, else to the latest one; False if there is none."""
+        self.close()
+        while self._previous:
             with contextlib.suppress(InputError):  # another program deleted it
-                self._go_to(self.store.load(self._before.pop()))
+                self._show(self.store.load(self._previous.pop()))
                 return True
-        kept = [] if self.conversation.messages else self.store.recent()
-        if kept:  # the program has just begun
-            self._go_to(self.store.load(max(kept, key=lambda each: each.updated).id))
-        return bool(kept)
+        stored = [] if self.conversation.messages else self.store.recent()
+        if stored:  # nothing was asked since the start
+            self._show(self.store.load(max(stored, key=lambda each: each.updated).id))
+        return bool(stored)
 
     def open(self, number: int) -> None:
-        """Go to a conversation of the store; the system prompt it was held with is that of now."""
-        self._leave()
-        self._go_to(self.store.load(number))
+        """Show a conversation of the store, and use its system prompt."""
+        self.close()
+        self._show(self.store.load(number))
 
     def rename(self, number: int, title: str) -> None:
-        """Give a conversation another title."""
+        """Set the title of a conversation."""
         self.store.set_title(self.conversation if number == self.conversation.id else number, title)
 
     def pin(self, number: int, pinned: bool) -> None:
-        """Let a conversation stand first among all, or no longer."""
+        """List a conversation before the others, or no longer."""
         self.store.pin(self.conversation if number == self.conversation.id else number, pinned)
 
     def delete(self, number: int) -> None:
-        """Delete a conversation, which `store.restore` brings back; in place of the one of now, a new one begins."""
+        """Delete a conversation, which `store.restore` brings back; a new one replaces the current one."""
         if number == self.conversation.id:
-            self._leave()
-            self._begin_anew()
+            self.close()
+            self._start_new()
         self.store.delete(number)
-        self._before = [each for each in self._before if each != number]
+        self._previous = [each for each in self._previous if each != number]
 
     def select(self, message: int) -> None:
-        """Walk to a version of a message."""
+        """Show the branch with this message."""
         self._refuse_while_answering()
         self.store.select(self.conversation, message)
 
-    def use(self, responder: Responder) -> None:
-        """Let another model answer from now on."""
-        self._leave()
+    def set_responder(self, responder: Responder) -> None:
+        """Use another model from now on."""
+        self.close()
         self.responder = responder
-        self.parameters.use(responder.default_params)
+        self.parameters.set_defaults(responder.default_params)
 
     def close(self) -> None:
-        """End what is on its way, and keep it."""
-        self._leave()
+        """Stop the answer being generated, wait for its end, and save it."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.finish(self.store)
+            self.save_error = running.save_error
 
-    # ---- what a screen shows
+    # ---- state
 
     def poll(self) -> Update | None:
-        """Take what has come; None where nothing has."""
-        feed, message = self._feed, self._message
-        if feed is None or message is None:
-            return None
-        news = feed.drain()
-        for each in news:
-            if isinstance(each, LlmEdgeError):
-                message.figures["error"] = str(each)
-                return self._end(message)
-            self._take(message, each)
-            if each.finish_reason is not None and each.timings is not None:
-                changes = message.figures.get("changes")
-                message.figures = figures_of(each.timings, each.finish_reason, self._require_responder().detail)
-                if changes:
-                    message.figures["changes"] = changes
-                return self._end(message)
-        if not news:
-            return None
-        now = self._clock()
-        if now - self._kept >= KEEP_EVERY:
-            self._kept = now
-            self._keep(message)
-        return Update(message, ended=False)
+        """Take what was generated since the last call; None = nothing was."""
+        running = self._running
+        update = running.poll(self.store) if running is not None else None
+        if running is not None and update is not None and update.ended:
+            self._running, self.save_error = None, running.save_error
+        return update
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something to poll, at most so many seconds."""
+        if self._running is not None:
+            self._running.wait(seconds)
 
     def sample_rate(self) -> float:
-        """Tokens per second since the last call; joins `rates`."""
-        now, (before, count) = self._clock(), self._rate_since
-        self._rate_since = (now, self._count)
-        rate = max(self._count - count, 0) / (now - before) if now > before else 0.0
+        """Tokens per second since the last call; appended to `rates`."""
+        rate = self._running.rate() if self._running is not None else 0.0
         self.rates.append(rate)
         return rate
 
     def record_of(self, message: Message) -> list[TokenRecord]:
-        """What was kept of the tokens of an answer; grows with it.
+        """The token records of an answer; the list grows with it.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the stored records are damaged.
         """
         if message.id not in self.records:
             self.records[message.id] = [each for data in self.store.records(message.id) for each in unpack(data)]
         return self.records[message.id]
 
     def used(self) -> int:
-        """Tokens that the conversation takes of the context, as far as its answers tell."""
-        if self._feed is not None:
-            return self._prompt + self._count
-        return next((_taken(each) for each in reversed(self.conversation.path()) if "tokens" in each.figures), 0)
+        """Number of tokens of the context in use, as far as the answers report it."""
+        if self._running is not None:
+            return self._running.prompt_tokens + self._running.tokens
+        return next((_total(each) for each in reversed(self.conversation.path()) if "tokens" in each.figures), 0)
 
-    # ---- how
+    # ---- internals
 
     def _answer(self, question: Message, tokens: int = 0) -> Message:
         message = self.store.add(
@@ -278,104 +266,72 @@ class ChatSession:
             model=self._require_responder().name,
             params=dict(self.parameters.changed),
         )
-        return self._begin(message, question, tokens)
+        return self._start(message, question, tokens)
 
-    def _begin(self, message: Message, question: Message, tokens: int = 0) -> Message:
+    def _start(self, message: Message, question: Message, tokens: int = 0) -> Message:
         if self.conversation.system != self.parameters.system:
             self.store.set_system(self.conversation, self.parameters.system)
+        system: list[Prompt] = [{"role": "system", "content": self.parameters.system}] if self.parameters.system else []
         turns = self._turns(question)
-        opening: list[Prompt] = (
-            [{"role": "system", "content": self.parameters.system}] if self.parameters.system else []
-        )
         responder, params, prefix = (
             self._require_responder(),
             self.parameters.params,
             (message.content, message.reasoning),
         )
+        variables = {} if self.thinking is None else {"enable_thinking": self.thinking}
 
-        def reply() -> Reply:
-            made, kept, limit = fit_to_context(
+        def request(running: RunningAnswer) -> Reply:
+            reply, kept, limit = fit_to_context(
                 lambda messages: responder.answer(
-                    messages, params, assistant_prefix=prefix[0], reasoning_prefix=prefix[1]
+                    messages,
+                    params,
+                    assistant_prefix=prefix[0],
+                    reasoning_prefix=prefix[1],
+                    template_variables=variables,
                 ),
-                opening,
+                system,
                 turns[:-1],
                 turns[-1],
             )
             if limit:
-                self._note = dropped_note((len(turns) - 1 - len(kept)) // 2, limit)
-            return made
+                running.note = dropped_note((len(turns) - 1 - len(kept)) // 2, limit)
+            return reply
 
-        self._prompt = self._estimated_prompt(message, question, tokens)
+        prompt_tokens = self._estimated_prompt(message, question, tokens)
         message.finished = False
         message.figures = {}
-        self._message, self._note, self._count, self._kept = message, "", 0, self._clock()
-        self._rate_since = (self._clock(), 0)
-        self._recorder, self._packed = Recorder(responder.token_text), len(self._begun_records(message))
-        self._feed = StreamReader(reply)
+        records = self._stored_records(message)
+        self._running = RunningAnswer(message, request, responder, records, prompt_tokens, self._clock)
         return message
 
     def _estimated_prompt(self, message: Message, question: Message, tokens: int) -> int:
-        """Tokens that stand before what an answer is about to say; the answer's own figures tell once it has ended."""
-        if "tokens" in message.figures:  # it goes on
-            return _taken(message)
+        """Estimate the number of tokens before an answer; its figures report the exact one once it has ended."""
+        if "tokens" in message.figures:  # it is continued
+            return _total(message)
         for number in reversed(self.conversation.siblings(message.id)):
-            if told := self.conversation.messages[number].figures.get("prompt_tokens"):
-                return int(told)
+            if count := self.conversation.messages[number].figures.get("prompt_tokens"):
+                return int(count)
         before = reversed(self.conversation.path_to(question.parent))
-        return next((_taken(each) for each in before if "tokens" in each.figures), 0) + tokens
+        return next((_total(each) for each in before if "tokens" in each.figures), 0) + tokens
 
     def _turns(self, question: Message) -> list[Mapping[str, Any]]:
-        """What stands before an answer, question and answer in turn, the question last."""
+        """The messages before an answer: questions and answers in turn, its question last."""
         return [{"role": each.role, "content": each.content} for each in self.conversation.path_to(question.id)]
 
     def _parent(self, message: Message) -> Message:
         if message.parent is None:
-            raise InputError("this message answers nothing")
+            raise InputError("this message is not an answer")
         return self.conversation.messages[message.parent]
 
-    def _take(self, message: Message, piece: GenerationChunk) -> None:
-        if piece.reasoning:
-            message.reasoning += piece.text
-        else:
-            message.content += piece.text
-        if piece.token is not None:
-            self._count += 1
-            if piece.logprob is not None:
-                assert self._recorder is not None
-                self.records[message.id].append(self._recorder.record(piece.logprob))
-
-    def _end(self, message: Message) -> Update:
-        message.finished = True
-        if self._note:
-            message.figures["note"] = self._note
-        self._feed = self._message = None
-        self._keep(message)
-        return Update(message, ended=True)
-
-    def _keep(self, message: Message) -> None:
-        """Write down what has come; where that fails, the answer goes on, and the line under it says so."""
-        try:
-            self._write(message)
-        except LlmEdgeError as error:
-            message.figures["note"] = f"not kept: {error}"
-
-    def _tell_change(self, message: Message, name: str, at: int | None) -> None:
-        """Note in an answer that a parameter was turned, and from which token on that counts; None = not in it."""
+    def _note_change(self, message: Message, name: str, at: int | None) -> None:
+        """Add a changed parameter to an answer's figures; `at` = first token it applies to, None = the next answer."""
         changes = [each for each in message.figures.get("changes", ()) if (each["name"], each["at"]) != (name, at)]
         if at is not None or self.parameters.changed.get(name) != message.params.get(name):
             changes.append({"at": at, "name": name, "value": self.parameters.text(name)})
         message.figures["changes"] = changes
 
-    def _write(self, message: Message) -> None:
-        self.store.update(message)
-        records = self.records[message.id]
-        if len(records) > self._packed:
-            self.store.add_records(message.id, pack(records[self._packed :]))
-            self._packed = len(records)
-
-    def _begun_records(self, message: Message) -> list[TokenRecord]:
-        """Of the tokens of an answer that is about to begin or to go on."""
+    def _stored_records(self, message: Message) -> list[TokenRecord]:
+        """The token records of an answer that is about to start or to continue."""
         if not message.content and not message.reasoning:
             return self.records.setdefault(message.id, [])
         with contextlib.suppress(InputError):
@@ -383,43 +339,31 @@ class ChatSession:
         self.store.drop_records(message.id)
         return self.records.setdefault(message.id, [])
 
-    def _begin_anew(self) -> None:
+    def _start_new(self) -> None:
         self._keep_own_system()
-        self._go_to(self.store.new(system=self._own_system))
+        self._show(self.store.new(system=self._own_system))
 
-    def _go_to(self, conversation: Conversation) -> None:
+    def _show(self, conversation: Conversation) -> None:
         self._keep_own_system()
         self.conversation = conversation
         self.parameters.set("system", conversation.system)
         self._given_system = conversation.system
 
     def _keep_own_system(self) -> None:
-        """A system prompt that somebody wrote is that of new conversations; one that an old conversation had is not."""
+        """New conversations use a system prompt that the user wrote, but not one of an old conversation."""
         if self.parameters.system != self._given_system:
             self._own_system = self._given_system = self.parameters.system
 
-    def _leave(self) -> None:
-        """End an answer on its way, and keep what came of it."""
-        feed, message = self._feed, self._message
-        if feed is None or message is None:
-            return
-        feed.cancel()
-        feed.join()
-        self.poll()
-        if self._message is not None:  # it ended without a word
-            message.figures["finish_reason"] = FinishReason.CANCELLED.value
-            self._end(message)
-
     def _require_responder(self) -> Responder:
         if self.responder is None:
-            raise InputError("there is no model to answer yet: choose one (F4), or wait a moment if one is loading")
+            raise InputError("no model is loaded: choose one (F4), or wait if one is loading")
         return self.responder
 
     def _refuse_while_answering(self) -> None:
-        if self._message is not None:
-            raise InputError("an answer is on its way: stop it first (Esc)")
+        if self._running is not None:
+            raise InputError("still answering: press Esc to stop")
 
 
-def _taken(message: Message) -> int:
-    """Tokens of an answer and all before it, by its figures."""
+def _total(message: Message) -> int:
+    """Number of tokens of an answer and everything before it, by its figures."""
     return int(message.figures.get("prompt_tokens", 0)) + int(message.figures.get("tokens", 0))

@@ -1,45 +1,40 @@
-"""Settings of a person in one JSON file, a section for each thing that is kept. Knows no widgets and no models.
+"""`Settings`: the user's settings, a JSON file with a section for each kind.
 
-The file is `settings.json` in the folder that LLM_EDGE_CONFIG names, or else in the user's configuration folder. It is
-replaced as a whole, so that whoever reads it finds the old one or the new one, and read again before each change, so
-that what another program wrote meanwhile stays. Sections that nobody here knows stay too. A file or section that cannot
-be used is told (`Settings.trouble`), and kept under another name before anything is written in its place.
+The file is `settings.json` in the folder that LLM_EDGE_CONFIG names, or in the user's configuration folder. It is
+replaced atomically, and read again before each change, so that changes of other programs are kept; so are unknown
+sections. A damaged file or section is reported by `Settings.trouble`, and copied before it is overwritten.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-import platformdirs
-
 from llm_edge.runtime.errors import InputError, MachineError
-from llm_edge.runtime.safe_io import MIB, read_json
+from llm_edge.runtime.safe_io import MIB, read_json, write_atomically
 
 FILE: Final = "settings.json"
 _LIMIT = 4 * MIB
-_MOST_KEPT = 1000  # damaged files
+_MAX_COPIES = 1000  # of damaged files
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Section(Generic[T]):
-    """One of the things that are kept.
+    """A section of the settings.
 
     Attributes:
-        name: its key in the file.
-        empty: gives what it is where the file does not have it.
-        read: from a JSON value; raises ValueError, with what was expected, where it cannot be used.
-        write: to a JSON value.
+        name: key in the file.
+        empty: returns the value if the file does not have the section.
+        read: converts a JSON value; raises ValueError with what it expected.
+        write: converts the value to JSON.
     """
 
     name: str
@@ -50,18 +45,18 @@ class Section(Generic[T]):
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("a text was expected")
+        raise ValueError("expected a string")
     return value
 
 
 def texts(value: Any) -> list[str]:
-    """A list of texts, for sections that are one.
+    """Check that a JSON value is a list of strings.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is something else.
     """
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise ValueError("a list of texts was expected")
+        raise ValueError("expected a list of strings")
     return list(value)
 
 
@@ -69,13 +64,13 @@ THEME: Final = Section[str]("theme", str, _text, str)
 
 
 class Settings:
-    """See the module. May be used from any thread.
+    """The user's settings. Thread-safe.
 
     Args:
-        folder: where the file is; None = where the module says.
+        folder: the file's folder; None = the default one.
 
     Attributes:
-        path: of the file.
+        path: the file.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -88,12 +83,12 @@ class Settings:
 
     @property
     def trouble(self) -> str:
-        """A line on what in the file cannot be used; "" where all can."""
+        """Why the file or a section cannot be used, as one line; "" if it can."""
         with self._lock:
             return self._file_trouble or next(iter(self._section_troubles.values()), "")
 
     def get(self, section: Section[T]) -> T:
-        """What stands in a section; what it is when empty, where that cannot be used (see `trouble`)."""
+        """The value of a section; its empty value if it cannot be used, see `trouble`."""
         with self._lock:
             self._section_troubles.pop(section.name, None)
             if section.name not in self._values:
@@ -102,12 +97,12 @@ class Settings:
                 return section.read(self._values[section.name])
             except ValueError as error:
                 self._section_troubles[section.name] = (
-                    f"{self.path}: {section.name}: {error}; it counts as empty until that is repaired"
+                    f"{self.path}: {section.name}: {error}; ignored until it is repaired"
                 )
                 return section.empty()
 
     def set(self, section: Section[T], value: T) -> None:
-        """Keep a section; what is damaged and would be lost by that is kept under another name first.
+        """Write a section. If the file or section is damaged, a copy of the file is kept.
 
         Raises:
             MachineError: the file cannot be written.
@@ -115,7 +110,7 @@ class Settings:
         self.change(section, lambda _before: value)
 
     def change(self, section: Section[T], change: Callable[[T], T]) -> T:
-        """Keep what a function makes of a section as it is in the file now; returns that.
+        """Write the result of a function of the section's current value; returns the result.
 
         Raises:
             MachineError: the file cannot be written.
@@ -127,10 +122,14 @@ class Settings:
             text = json.dumps(values, ensure_ascii=True, indent=1, allow_nan=False) + "\n"
             try:
                 if self._file_trouble or section.name in self._section_troubles:
-                    self._keep_damaged()
-                _replace(self.path, text)
+                    self._save_damaged()
+                path = Path(os.path.realpath(self.path))  # so that a link stays one
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, text.encode(), private=True)
             except OSError as e:
-                raise MachineError(f"{self.path}: cannot be written: {e.strerror or e}: make room, or allow it") from e
+                raise MachineError(
+                    f"{self.path}: cannot be written: {e.strerror or e}: free disk space or check its permissions"
+                ) from e
             self._values = values
             self._file_trouble = ""
             self._section_troubles.pop(section.name, None)
@@ -143,19 +142,17 @@ class Settings:
         try:
             self._values = read_json(self.path, _LIMIT, error=InputError)
         except InputError as error:
-            self._file_trouble = (
-                f"{error}; no settings are used, and it moves to {self._free_name().name} once one is kept"
-            )
+            self._file_trouble = f"{error}; ignored, and renamed to {self._free_name().name} when settings are saved"
 
     def _free_name(self) -> Path:
-        """Where a damaged file goes."""
-        for number in range(1, _MOST_KEPT):
+        """The name for a damaged file."""
+        for number in range(1, _MAX_COPIES):
             kept = self.path.with_name(f"settings.damaged-{number}.json")
             if not os.path.lexists(kept):
                 break
         return kept
 
-    def _keep_damaged(self) -> None:
+    def _save_damaged(self) -> None:
         kept = self._free_name()
         if self._file_trouble:
             self.path.replace(kept)
@@ -164,30 +161,29 @@ class Settings:
 
 
 def default_folder() -> Path:
-    """Where settings are kept: the folder that LLM_EDGE_CONFIG names, or the user's configuration folder.
+    """Where settings are stored: in the folder that LLM_EDGE_CONFIG names, or in the user's configuration folder.
 
     Raises:
-        InputError: the variable names no folder.
+        InputError: LLM_EDGE_CONFIG is not a folder, or platformdirs is not installed.
     """
-    folder = os.environ.get("LLM_EDGE_CONFIG", "")
-    try:
-        return Path(folder).expanduser() if folder else platformdirs.user_config_path("llm-edge", appauthor=False)
-    except RuntimeError as e:  # a ~ of nobody
-        raise InputError(f"LLM_EDGE_CONFIG: {folder}: {e}: name a folder") from e
+    return user_folder("LLM_EDGE_CONFIG", "user_config_path")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file of the user's alone in one step; where it is a link, what it leads to."""
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".settings-", suffix=".json")
+def user_folder(variable: str, function: str) -> Path:
+    """The folder that an environment variable names, or else what a function of platformdirs returns.
+
+    Raises:
+        InputError: the variable is not a folder, or platformdirs is needed and not installed.
+    """
+    folder = os.environ.get(variable, "")
     try:
-        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 (a descriptor, not a path)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
+        if folder:
+            return Path(folder).expanduser()
+    except RuntimeError as e:  # a home folder of an unknown user
+        raise InputError(f"{variable}: {folder}: {e}: set it to a folder") from e
+    try:
+        import platformdirs
+    except ImportError as e:
+        raise InputError("saving needs platformdirs: pip install 'llm-edge[tui]'") from e
+    path: Path = getattr(platformdirs, function)("llm-edge", appauthor=False)
+    return path

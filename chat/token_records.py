@@ -1,6 +1,6 @@
-"""What is kept of the tokens of an answer: how probable each was, its runners-up, and how they are written.
+"""`TokenRecord`: a token of an answer with its probability, its alternatives and their texts.
 
-A record is packed in pieces, as an answer grows, and read back without the model that made it. Knows no store.
+Records are packed in batches while an answer is generated, and can be read without the model.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from llm_edge.runtime.errors import InputError
 from llm_edge.runtime.sampling.logprobs import TokenLogprob
 
-_DIGITS = 5  # behind the point of a log-probability
-_LARGEST = 64 << 20  # bytes of a piece, unpacked
-_DAMAGED = "the record of this answer's tokens is damaged: have it answered again (r at the message)"
+_DIGITS = 5  # decimals of a log-probability
+_MAX_BYTES = 64 << 20  # of an unpacked batch
+_DAMAGED = "the token records of this answer are damaged: regenerate it (r on the message)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +25,23 @@ class TokenRecord:
     """A token of an answer.
 
     Attributes:
-        logprob: its own, and those of the runners-up.
-        texts: what these tokens say, by id; others may be among them.
+        logprob: its log-probability and those of the alternatives.
+        texts: the texts of at least these tokens, by id.
     """
 
     logprob: TokenLogprob
     texts: Mapping[int, str]
 
     def text(self, token: int) -> str:
-        """What a token says."""
+        """The text of a token."""
         return self.texts.get(token, f"<{token}>")
 
 
 class Recorder:
-    """Makes records of tokens, and asks once how each is written.
+    """Creates token records, and looks the text of each token up only once.
 
     Args:
-        text_of: gives what a token says.
+        text_of: returns the text of a token.
     """
 
     def __init__(self, text_of: Callable[[int], str]) -> None:
@@ -49,7 +49,7 @@ class Recorder:
         self._texts: dict[int, str] = {}
 
     def record(self, logprob: TokenLogprob) -> TokenRecord:
-        """Of a token."""
+        """Create the record of a token."""
         for token in (logprob.token, *(each for each, _ in logprob.top)):
             if token not in self._texts:
                 self._texts[token] = self._text_of(token)
@@ -57,7 +57,7 @@ class Recorder:
 
 
 def pack(records: Sequence[TokenRecord]) -> bytes:
-    """Tokens of one recorder, to be kept."""
+    """Serialize records of one recorder."""
     texts: dict[int, str] = {}
     tokens = []
     for each in records:
@@ -69,14 +69,14 @@ def pack(records: Sequence[TokenRecord]) -> bytes:
 
 
 def unpack(data: bytes) -> list[TokenRecord]:
-    """What `pack` made.
+    """Deserialize the records that `pack` serialized.
 
     Raises:
-        InputError: it is something else.
+        InputError: the data is damaged.
     """
     try:
         opened = zlib.decompressobj()
-        read = json.loads(opened.decompress(data, _LARGEST))
+        read = json.loads(opened.decompress(data, _MAX_BYTES))
         texts = {int(token): _text(text) for token, text in read["texts"].items()}
         return [
             TokenRecord(

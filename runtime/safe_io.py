@@ -1,13 +1,16 @@
-"""Reads untrusted files within limits, and shows untrusted values in messages."""
+"""Reads untrusted files within limits, shows untrusted values in messages, and writes files atomically."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import reprlib
+import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm_edge.runtime.errors import BundleError, LlmEdgeError
 
@@ -75,6 +78,47 @@ def inside(folder: Path, name: str, *, error: type[LlmEdgeError] = BundleError) 
     if leaves:
         raise error(f"{path}: a link to outside of {folder}")
     return path
+
+
+def write_atomically(
+    path: Path, content: bytes | Callable[[IO[bytes]], object], *, overwrite: bool = True, private: bool = False
+) -> None:
+    """Write a file completely or not at all.
+
+    Args:
+        path: the file; its folder exists.
+        content: the bytes, or a function that writes them to a binary file.
+        overwrite: replace an existing file.
+        private: only the user may read and write the file.
+
+    Raises:
+        FileExistsError: the file exists and is not to be overwritten.
+        OSError, ValueError: it cannot be written; ValueError for a name that no file can have.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        temporary.touch(0o600 if private else 0o666, exist_ok=False)
+        with temporary.open("wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _rename_to_new(temporary, path)
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()
+
+
+def _rename_to_new(source: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(source)  # unlike a rename, this never replaces a file that was created meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        path.open("x").close()
+        source.replace(path)
 
 
 _REPR_LIMIT = 80

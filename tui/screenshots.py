@@ -21,6 +21,7 @@ from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
+from llm_edge.runtime.model import Model
 from llm_edge.tui.app import ChatApp
 
 SIZES = ((80, 24), (120, 36))  # columns, lines
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     def write_all() -> None:
-        responder = LocalResponder(options.bundle, options.precision)
+        responder = LocalResponder(Model.load(options.bundle, options.precision))
         options.folder.mkdir(parents=True, exist_ok=True)
         for name in options.scenes:
             svg = asyncio.run(play_scene(SCENES[name], responder, SIZES[-1], lambda app: app.export_screenshot()))

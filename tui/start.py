@@ -11,10 +11,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_edge.chat.choice import BundleChoice, open_responder, remember
+from llm_edge.chat.choice import Choice, open_responder, remember
 from llm_edge.chat.fake import FakeResponder
 from llm_edge.chat.history.store import Store, default_path
-from llm_edge.chat.parameters import EDITABLE
+from llm_edge.chat.parameters import EDITABLE, as_json_values
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import InputError, MachineError
@@ -24,15 +24,15 @@ _FIXED_SIZE = ("COLUMNS", "LINES")
 """Shells and programs with readline export them; with them the screen would stay as it was when a window changes."""
 
 
-def chat(choice: BundleChoice | None, changes: Mapping[str, Any], system: str | None) -> int:
+def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None) -> int:
     """Open the application; returns its exit code.
 
     Args:
-        choice: who answers; None = a script.
-        changes: parameters that are not the model's own.
+        choice: the model; None = a script answers.
+        sampling: parameters that differ from the model's defaults.
         system: the system prompt.
     """
-    changed = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
+    changed = as_json_values(sampling)
     if system:
         changed["system"] = system
     if "TEXTUAL_DRIVER" not in os.environ:  # what draws into a browser gets the page's size this way
@@ -49,7 +49,7 @@ def chat(choice: BundleChoice | None, changes: Mapping[str, Any], system: str | 
     return app.return_code or 0
 
 
-def _open(choice: BundleChoice, settings: Settings) -> Responder:
+def _open(choice: Choice, settings: Settings) -> Responder:
     """Load a bundle, which the picker offers from then on."""
     responder = open_responder(choice)
     with contextlib.suppress(MachineError):  # settings that cannot be written are told when one writes some

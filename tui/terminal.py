@@ -1,4 +1,4 @@
-"""Text on its way to a terminal. Models and files are not trusted to speak to the terminal itself."""
+"""Output to a terminal. Text of models and files is cleaned first: it must not control the terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TextIO
 from llm_edge.chat.text import printable
 
 
-class Aside:
-    """What is said beside the answer, as reasoning: dim on a terminal that can, and set apart by an empty line.
+class ReasoningOutput:
+    """Writes the reasoning of one answer: dim on terminals that support it, and separated by an empty line.
 
     Args:
-        stream: where it goes; None = nowhere.
-        instead: written once in place of all that is written, if given.
+        stream: receives it; None = nothing is written.
+        instead: written once in place of the reasoning.
     """
 
     def __init__(self, stream: TextIO | None, *, instead: str | None = None) -> None:
@@ -25,7 +25,7 @@ class Aside:
         self._last = ""
 
     def write(self, text: str) -> None:
-        """Write a piece; every piece is dimmed by itself, so that no interruption leaves the terminal dim."""
+        """Write some reasoning; each call resets the style, so that an interruption does not leave the terminal dim."""
         if self._stream is None or not text:
             return
         if self._instead is not None:
@@ -39,23 +39,23 @@ class Aside:
         self._stream.write(text)
         self._stream.flush()
 
-    def end(self, *, apart: bool = True) -> None:
-        """End its line, if anything was written, and leave an empty one if the answer follows."""
+    def end(self, *, gap: bool = True) -> None:
+        """End the line if anything was written, and add an empty line if `gap`."""
         if self._stream is not None and self._last:
-            self._stream.write("\n" * ((self._last != "\n") + apart))
+            self._stream.write("\n" * ((self._last != "\n") + gap))
             self._stream.flush()
             self._last = ""
 
 
 def _can_dim() -> bool:
     if sys.platform == "win32":
-        return "WT_SESSION" in os.environ  # older consoles would show the commands
+        return "WT_SESSION" in os.environ  # older consoles print the escape codes
     return os.environ.get("TERM", "dumb") != "dumb"
 
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Keys pressed meanwhile do not show in what is written; they stay there for whoever reads next."""
+    """Turn echo off: keys pressed meanwhile are not shown, and can be read afterwards."""
     if sys.platform == "win32" or not sys.stdin.isatty():
         yield
         return

@@ -1,1 +1,1 @@
-"""OpenAI-compatible endpoints as responders."""
+"""Chats with models behind OpenAI-compatible endpoints."""

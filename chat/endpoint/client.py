@@ -1,7 +1,7 @@
-"""Who answers elsewhere: an endpoint that speaks OpenAI's chat completions. Knows no widgets and no settings file.
+"""`EndpointResponder`: a model behind an endpoint for OpenAI's chat completions.
 
-What comes over the network is not trusted: it is bounded in bytes, events and waiting, and errors become one line
-that never holds the key. The `openai` client is imported where it is first needed, on a thread: it takes over a second.
+Responses are not trusted: their size and the time between chunks are limited, and errors are one line that never
+contains the key. The `openai` client is imported on first use, on a thread, because that takes over a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from llm_edge.chat.endpoint.http import OnSocket, Wire
     from llm_edge.chat.endpoint.reply import EndpointReply
 
-MOST_MODELS = 2_000
-_MOST_KEPT = 20
-_MOST_TEXTS = 200_000  # of different tokens that are remembered for the token view
-_LONGEST_CONTEXT = 1 << 24
+MAX_MODELS = 2_000
+_MAX_RECENT = 20
+_MAX_TEXTS = 200_000  # different tokens that are stored for the token view
+_MAX_CONTEXT = 1 << 24
 _CONTEXT_KEYS = ("context_length", "max_model_len", "context_window", "max_context_length")
 _DEFAULTS = SamplingParams(max_tokens=2048)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """How to reach a model elsewhere; this is what is kept of it, and holds no key.
+    """A model behind an endpoint, as the settings store it, without its key.
 
     Attributes:
-        url: base of the API, as `https://api.example.com/v1`; see `base_url`.
-        model: by the name it has there.
-        key: where the key is, see `endpoint_key`: a variable of the environment, or the keyring; "" = none.
+        url: base URL of the API, such as `https://api.example.com/v1`; see `base_url`.
+        model: the model's name at the endpoint.
+        key: the place of the API key, see `endpoint.key`: `env:NAME` or `keyring`; "" = no key.
     """
 
     url: str
@@ -52,29 +52,29 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """The machine, and the port where one is named."""
+        """The host name, with the port if the URL has one."""
         return urllib.parse.urlsplit(self.url).netloc
 
     def stored(self) -> dict[str, str]:
-        """As settings keep it."""
+        """The JSON value that the settings store."""
         return {"url": self.url, "model": self.model, "key": self.key}
 
     @classmethod
     def from_stored(cls, value: Mapping[str, Any]) -> Endpoint:
-        """Out of settings, which a person may have edited.
+        """The endpoint that a JSON value of the settings describes.
 
         Raises:
-            InputError: it says no URL or no model that can be used.
+            InputError: the URL or the model is missing or invalid.
         """
         model, key = value.get("model"), value.get("key", "")
         if not isinstance(model, str) or not model.strip() or not isinstance(key, str):
-            raise InputError("an endpoint of the settings names no model: remove it there, or enter it anew")
+            raise InputError("an endpoint in the settings has no model: remove it there, or enter it again")
         return cls(base_url(str(value.get("url", ""))), model.strip(), key)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ValueError("a list of objects was expected")
+        raise ValueError("expected a list of objects")
     return list(value)
 
 
@@ -82,7 +82,7 @@ ENDPOINTS: Final = Section[list[dict[str, Any]]]("endpoints", list, _objects, li
 
 
 def endpoints(settings: Settings) -> list[Endpoint]:
-    """Those that were used, the latest first; what cannot be used among them is left out."""
+    """Recently used endpoints, the latest first; invalid ones are left out."""
     found = []
     for stored in settings.get(ENDPOINTS):
         with contextlib.suppress(InputError):
@@ -90,31 +90,49 @@ def endpoints(settings: Settings) -> list[Endpoint]:
     return found
 
 
-def used(settings: Settings, endpoint: Endpoint) -> None:
-    """An endpoint was used: it is the latest now. No key is kept.
+def named_endpoint(url: str, model: str, key: str | None) -> Endpoint:
+    """The endpoint that a command line names.
+
+    Args:
+        url: base of the API, as `base_url` takes it.
+        model: the model's name.
+        key: where the API key is; None = where it was when this URL was last used, else there is none.
 
     Raises:
-        MachineError: that cannot be kept.
+        InputError: the URL cannot be used.
+    """
+    url = base_url(url)
+    if key is None:
+        with contextlib.suppress(InputError):  # no settings without platformdirs
+            key = next((each.key for each in endpoints(Settings()) if each.url == url), "")
+    return Endpoint(url, model.strip(), key or "")
+
+
+def used(settings: Settings, endpoint: Endpoint) -> None:
+    """Make an endpoint the first of the recently used ones.
+
+    Raises:
+        MachineError: the settings cannot be written.
     """
     own = endpoint.stored()
     same = {"url": own["url"], "model": own["model"]}
     settings.change(
         ENDPOINTS,
-        lambda before: [own, *(each for each in before if {k: each.get(k) for k in same} != same)][:_MOST_KEPT],
+        lambda before: [own, *(each for each in before if {k: each.get(k) for k in same} != same)][:_MAX_RECENT],
     )
 
 
 def base_url(text: str) -> str:
-    """What was typed as the base of an API: a scheme in front, no end that belongs to a call, `/v1` where no path is.
+    """Complete a typed base URL: add a missing scheme and `/v1`, and remove the path of a call.
 
     Raises:
-        InputError: it is none, or holds a password.
+        InputError: it is not an HTTP URL, or contains a password.
     """
     text = text.strip()
     if not text:
-        raise InputError("the base URL is missing: give one, as http://127.0.0.1:8000/v1")
+        raise InputError("the base URL is missing: enter one, such as http://127.0.0.1:8000/v1")
     if re.match(r"[A-Za-z][\w+.-]*:(?!//)(?!\d)", text) or any(map(str.isspace, text)):  # "mailto:", not "localhost:80"
-        raise InputError("the base URL has to begin with http:// or https://, and has no spaces")
+        raise InputError("the base URL must start with http:// or https:// and contain no spaces")
     if "://" not in text:
         text = f"{'http' if _is_local(_host(f'//{text}')) else 'https'}://{text}"
     text = text.rstrip("/")
@@ -124,20 +142,20 @@ def base_url(text: str) -> str:
         parts = urllib.parse.urlsplit(text)
         port = parts.port
     except ValueError as error:
-        raise InputError(f"the base URL cannot be read ({error}): give one as http://127.0.0.1:8000/v1") from None
+        raise InputError(f"the base URL is invalid ({error}): enter one such as http://127.0.0.1:8000/v1") from None
     if "@" in parts.netloc:
-        raise InputError("the base URL holds a user or password: leave it out, and name where the key is")
+        raise InputError("the base URL contains a user or password: remove it, and choose where the key is")
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not text.isprintable():
-        raise InputError("the base URL has to begin with http:// or https:// and name a host")
+        raise InputError("the base URL must start with http:// or https:// and name a host")
     if parts.query or parts.fragment:
-        raise InputError("the base URL ends in a query (?…) or a fragment (#…): leave that out")
+        raise InputError("the base URL contains a query (?…) or a fragment (#…): remove it")
     return text if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
 
 
 def warning(url: str, *, with_key: bool) -> str:
-    """What is to be said before a key goes to this URL; empty where nothing is."""
+    """A warning to show before a key is sent to this URL; empty if there is none."""
     if with_key and urllib.parse.urlsplit(url).scheme == "http" and not _is_local(_host(url)):
-        return f"{_host(url)} is reached by plain http: others on the way can read the key and all that is said"
+        return f"{_host(url)} uses unencrypted http: others on the network can read the key and the conversation"
     return ""
 
 
@@ -158,32 +176,32 @@ def _is_local(host: str) -> bool:
 
 
 def list_models(url: str, key: str, *, patience: float = 10.0) -> list[str]:
-    """Names of the models that an endpoint offers, sorted; empty where it offers no list.
+    """The sorted names of an endpoint's models; empty if it does not list them.
 
     Args:
-        url: the base.
-        key: where the key is.
-        patience: seconds to wait.
+        url: base URL.
+        key: place of the API key.
+        patience: timeout in seconds.
 
     Raises:
-        InputError, MachineError: it cannot be reached, or refuses the key.
+        InputError, MachineError: the endpoint cannot be reached, or rejects the key.
     """
     wire = _wire(url, key, patience)
     try:
-        return sorted({each["id"] for each in wire.models(MOST_MODELS)})
+        return sorted({each["id"] for each in wire.models(MAX_MODELS)})
     finally:
         wire.close()
 
 
 class EndpointResponder:
-    """A model of an endpoint; see `Responder`. Its replies cannot be adjusted once they come.
+    """A `Responder` for a model behind an endpoint; its replies cannot be adjusted.
 
     Args:
-        endpoint: which.
-        patience: seconds that may pass between two signs of life.
+        endpoint: the model.
+        patience: timeout in seconds between two chunks.
 
     Raises:
-        InputError: the endpoint cannot be reached, refuses the key, or lists models but not this one.
+        InputError: the endpoint cannot be reached, rejects the key, or lists models without this one.
     """
 
     adjusts = False
@@ -195,7 +213,7 @@ class EndpointResponder:
         self.detail = endpoint.host
         self.context_length: int | None = None
         self.default_params = _DEFAULTS
-        self._density = 0.0  # tokens a character, once a prompt was too long
+        self._density = 0.0  # tokens per character, known once a prompt was too long
         self._patience = patience
         self._ids: dict[str, int] = {}
         self._texts: list[str] = []
@@ -215,72 +233,71 @@ class EndpointResponder:
         params: SamplingParams,
         *,
         assistant_prefix: str = "",
-        reasoning_prefix: str = "",  # noqa: ARG002 (nobody takes it back)
+        reasoning_prefix: str = "",  # noqa: ARG002 (endpoints do not accept it)
+        template_variables: Mapping[str, Any] | None = None,
     ) -> EndpointReply:
-        """See `Responder`. The request is made when the reply is iterated.
+        """Prepare a request, which is sent when the reply is iterated.
 
         Raises:
-            InputError: there is something to be continued, and the endpoint is known not to do that, or the
-                parameters ask for what no endpoint does.
-            ContextLengthError: by what an earlier refusal said, the conversation is too long.
+            InputError: the endpoint is known not to continue answers, or does not support a parameter that is set.
+            ContextLengthError: the conversation is too long, by the limit that an earlier error reported.
         """
         from llm_edge.chat.endpoint.reply import EndpointReply
 
         body = endpoint_body.body(self.name, messages, params)
+        if template_variables:  # as vLLM and llama.cpp call it
+            body["extra_body"]["chat_template_kwargs"] = dict(template_variables)
         characters = sum(len(each["content"]) for each in body["messages"])
         tokens = math.ceil(characters * self._density)
         if self.context_length is not None and tokens > self.context_length:
             raise ContextLengthError(tokens, self.context_length)
         if assistant_prefix:
-            endpoint_body.let_continue(body, assistant_prefix, self.endpoint.url, self._owner)
+            endpoint_body.add_prefix(body, assistant_prefix, self.endpoint.url, self._owner)
         stream = partial(self._stream, body, characters)
         return EndpointReply(stream, params, assistant_prefix, self._id, self._patience)
 
-    def _stream(self, body: Mapping[str, Any], characters: int, on_socket: OnSocket) -> Iterator[Any]:
-        """The chunks of an answer; learns from a refusal how long a conversation may be."""
+    def _stream(self, body: Mapping[str, Any], characters: int, on_socket: OnSocket) -> Generator[Any]:
+        """Yield the chunks of an answer; stores the context's length if an error reports it."""
         try:
             yield from self._wire.stream(body, on_socket)
         except ContextLengthError as error:
             self.context_length = error.limit
             self._density = max(error.prompt_tokens / max(characters, 1), self._density)
-            remedy = "ask again (Ctrl-R), and the oldest turns are left out"
+            remedy = "ask again, and the oldest turns are left out"
             raise InputError(f"{str(error).removesuffix(': shorten the prompt')}: {remedy}") from None
 
-    def count(self, messages: Sequence[Message]) -> None:  # noqa: ARG002 (nobody here knows its tokens)
-        """See `Responder`."""
-        return
+    def count(self, messages: Sequence[Message]) -> None:
+        """The tokenizer is unknown."""
 
     def token_text(self, token: int) -> str:
-        """See `Responder`; ids are ours, for endpoints name tokens by their texts."""
+        """The text of a token id; ids are assigned here, because endpoints report tokens as text."""
         return self._texts[token] if 0 <= token < len(self._texts) else f"<{token}>"
 
     def close(self) -> None:
-        """See `Responder`."""
+        """Close the HTTP client."""
         self._wire.close()
 
     def _id(self, text: str) -> int | None:
-        """A number for a token's text; None once there are too many."""
+        """The id of a token's text; None if there are too many."""
         found = self._ids.get(text)
-        if found is None and len(self._texts) < _MOST_TEXTS:
+        if found is None and len(self._texts) < _MAX_TEXTS:
             found = self._ids[text] = len(self._texts)
             self._texts.append(text)
         return found
 
     def _look_up(self) -> str:
-        """Find the model in the endpoint's list, and read there what it tells; returns who it says it belongs to."""
-        listed = self._wire.models(MOST_MODELS)
+        """Find the model in the endpoint's list, and read its context length; returns its owner."""
+        listed = self._wire.models(MAX_MODELS)
         own = next((each for each in listed if each["id"] == self.name), None)
         if own is None:
-            if listed and len(listed) < MOST_MODELS:
+            if listed and len(listed) < MAX_MODELS:
                 names = ", ".join(sorted(each["id"] for each in listed)[:5])
                 raise InputError(f"{self.endpoint.host} has no model {self.name!r}; it lists {names}"[:300])
             return ""
         meta = own.get("meta")
-        places = [own.get(key) for key in _CONTEXT_KEYS]
-        places += [meta.get("n_ctx"), meta.get("n_ctx_train")] if isinstance(meta, dict) else []
-        self.context_length = next(
-            (each for each in places if type(each) is int and 0 < each <= _LONGEST_CONTEXT), None
-        )
+        lengths = [own.get(key) for key in _CONTEXT_KEYS]
+        lengths += [meta.get("n_ctx"), meta.get("n_ctx_train")] if isinstance(meta, dict) else []
+        self.context_length = next((each for each in lengths if type(each) is int and 0 < each <= _MAX_CONTEXT), None)
         return str(own.get("owned_by", ""))
 
 
@@ -291,5 +308,5 @@ def _wire(url: str, key: str, patience: float) -> Wire:
 
 
 def environment_keys() -> list[str]:
-    """Names of variables in the environment that look as if they held a key; never what they hold."""
+    """The names of environment variables that seem to contain an API key."""
     return sorted(name for name, value in os.environ.items() if name.endswith("_API_KEY") and value.strip())

@@ -1,7 +1,7 @@
-"""Keys of endpoints: where they are, and reading them just before they are used. Writes none to any file.
+"""API keys of endpoints, which are read from the environment or the keyring and never written to a file.
 
-A place is written `env:NAME` for a variable of the environment, `keyring` for the system's keyring (service
-`llm-edge`, the endpoint's base URL as the user name), or nothing where the endpoint wants no key.
+The place of a key is `env:NAME` for an environment variable, `keyring` for the system's keyring (service `llm-edge`,
+the endpoint's base URL as the user name), or "" if the endpoint needs no key.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from llm_edge.runtime.errors import InputError
 KEYRING = "keyring"
 ENVIRONMENT = "env:"
 _SERVICE = "llm-edge"
-_LONGEST = 8_192
+_MAX_KEY = 8_192  # characters
 
 
 def read(place: str, url: str) -> str:
-    """The key that lies at a place, "" for none.
+    """The key at a place; "" if no key is needed.
 
     Raises:
-        InputError: there is none, or it is no key; the message does not show it.
+        InputError: there is no key, or it is malformed; the message does not contain it.
     """
     if not place:
         return ""
@@ -30,28 +30,30 @@ def read(place: str, url: str) -> str:
         where = f"the environment variable {name}"
         key = os.environ.get(name, "").strip()
         if not key:
-            raise InputError(f"{where} is not set: set it before the chat starts, or choose another place for the key")
+            raise InputError(
+                f"{where} is not set: set it before starting the chat, or choose another place for the key"
+            )
     elif place == KEYRING:
         where = "the keyring"
         key = (_call("get_password", url) or "").strip()
         if not key:
-            raise InputError(f"the keyring holds no key for {url}: enter it once more")
+            raise InputError(f"the keyring has no key for {url}: enter it again")
     else:
-        raise InputError("where the key is: 'env:NAME' or 'keyring' is understood, nothing else")
+        raise InputError("the place of the key is unknown: use 'env:NAME' or 'keyring'")
     return _checked(key, where)
 
 
 def store(url: str, key: str) -> None:
-    """Give a key to the keyring.
+    """Store a key in the keyring.
 
     Raises:
-        InputError: there is no keyring that keeps secrets, or this is no key.
+        InputError: there is no secure keyring, or the key is malformed.
     """
     _call("set_password", url, _checked(key.strip(), "the key"))
 
 
-def forget(url: str) -> None:
-    """Take a key out of the keyring, if it is there."""
+def delete(url: str) -> None:
+    """Delete a key from the keyring, if it is there."""
     import keyring.errors
 
     try:
@@ -62,22 +64,24 @@ def forget(url: str) -> None:
 
 
 def _checked(key: str, where: str) -> str:
-    if not key or len(key) > _LONGEST or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{where} holds no key: one line of ASCII without spaces was expected")
+    if not key or len(key) > _MAX_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"{where} is not a key: expected one line of ASCII without spaces")
     return key
 
 
 def _call(name: str, *arguments: str) -> Any:
-    """A function of the keyring.
+    """Call a function of the keyring.
 
     Raises:
-        InputError: there is none, it is locked, or it would write secrets in the clear.
+        InputError: there is none, it is locked, or it stores secrets unencrypted.
     """
-    import keyring
-    import keyring.backend
-    import keyring.errors
-
     remedy = "put the key into an environment variable and name that"
+    try:
+        import keyring
+        import keyring.backend
+        import keyring.errors
+    except ImportError as error:
+        raise InputError(f"the keyring needs keyring: pip install 'llm-edge[tui]', or {remedy}") from error
     try:
         backend = keyring.get_keyring()
         for each in getattr(backend, "backends", (backend,)):
@@ -86,5 +90,5 @@ def _call(name: str, *arguments: str) -> Any:
     except keyring.errors.NoKeyringError as error:
         raise InputError(f"this machine has no keyring: {remedy}") from error
     except (keyring.errors.KeyringError, OSError, RuntimeError) as error:
-        raise InputError(f"the keyring refused ({type(error).__name__}): unlock it, or {remedy}") from error
-    raise InputError(f"the keyring {type(backend).__name__} keeps secrets in the clear: {remedy}")
+        raise InputError(f"the keyring failed ({type(error).__name__}): unlock it, or {remedy}") from error
+    raise InputError(f"the keyring {type(backend).__name__} stores secrets unencrypted: {remedy}")

@@ -1,4 +1,4 @@
-"""An answer of an endpoint on its way: chunks off the network become pieces. Knows no widgets."""
+"""`EndpointReply`: converts the chunks of a streamed response to `GenerationChunk`s."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llm_edge.chat.endpoint.thinking import Thinking
+from llm_edge.chat.stream_reader import StreamReader
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
 from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
@@ -21,155 +21,117 @@ from llm_edge.runtime.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from llm_edge.chat.endpoint.http import OnSocket
 
-MOST_TEXT = 4 << 20  # characters of an answer
-_WAITING = 512  # chunks that may wait to be looked at
-_ECHO = 16  # characters: what is shorter may well be said again
-_MOST_TOKENS = 1 << 31
-_RUNNERS_UP = 20
-_AFTERWARDS = 2.0  # seconds
+MAX_TEXT = 4 << 20  # characters of an answer
+_MAX_QUEUED = 512  # chunks read ahead
+_MIN_ECHO = 16  # characters; a shorter prefix may be repeated by chance
+_MAX_TOKENS = 1 << 31
+_MAX_ALTERNATIVES = 20
+_USAGE_TIMEOUT = 2.0  # seconds after the answer's end
 
 
-class Exchange:
-    """A thread that reads chunks ahead, so that nobody has to wait for the network where an answer is to be ended.
+class Connection:
+    """The chunks of one streamed answer; cancelling shuts the socket down, which the endpoint notices.
 
     Args:
-        stream: gives the chunks, and tells of the socket they come through.
+        stream: opens the stream, and passes its socket to the callback.
     """
 
-    def __init__(self, stream: Callable[[OnSocket], Iterator[Any]]) -> None:
+    def __init__(self, stream: Callable[[OnSocket], Generator[Any]]) -> None:
         self._stream = stream
-        self._chunks: deque[Any] = deque()
-        self._ended = False
-        self._failure: LlmEdgeError | None = None
         self._cancelled = False
         self._socket: socket.socket | None = None
-        self._changed = threading.Condition()
-        threading.Thread(target=self._run, name="llm-chat-endpoint", daemon=True).start()
-
-    def next(self, seconds: float) -> Any | None:
-        """The next chunk; None at the end, also where it was cancelled.
-
-        Raises:
-            LlmEdgeError: what ended it.
-            TimeoutError: nothing came for so long.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._chunks or self._ended or self._cancelled, seconds):
-                raise TimeoutError
-            if self._cancelled:
-                return None
-            if self._chunks:
-                self._changed.notify_all()
-                return self._chunks.popleft()
-            if self._failure is not None:
-                raise self._failure
-            return None
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._cancelled
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """End it now; the connection is cut, so that the endpoint knows too."""
-        with self._changed:
+        """End the stream now."""
+        with self._lock:
             self._cancelled = True
-            self._cut()
-            self._changed.notify_all()
+            self._shut_down()
 
-    def _run(self) -> None:
-        failure: LlmEdgeError | None = None
+    def __iter__(self) -> Iterator[Any]:
         try:
-            chunks = self._stream(self._on_socket)
-            try:
+            with contextlib.closing(self._stream(self._on_socket)) as chunks:
                 for chunk in chunks:
-                    with self._changed:
-                        self._changed.wait_for(lambda: len(self._chunks) < _WAITING or self._cancelled)
-                        if self._cancelled:
-                            break
-                        self._chunks.append(chunk)
-                        self._changed.notify_all()
-            finally:
-                if hasattr(chunks, "close"):
-                    chunks.close()
-        except LlmEdgeError as error:
-            failure = error
-        except Exception as error:  # noqa: BLE001 (whatever a stranger's stream makes of the client)
-            failure = MachineError(f"the endpoint's answer could not be read ({type(error).__name__})")
-        with self._changed:
-            self._socket, self._failure, self._ended = None, failure, True
-            self._changed.notify_all()
+                    if self._cancelled:
+                        return
+                    yield chunk
+        except LlmEdgeError:
+            raise
+        except Exception as error:  # whatever an untrusted stream makes the client raise
+            raise MachineError(f"the endpoint's answer could not be read ({type(error).__name__})") from error
+        finally:
+            self._socket = None
 
     def _on_socket(self, found: socket.socket) -> None:
-        with self._changed:
+        with self._lock:
             self._socket = found
             if self._cancelled:
-                self._cut()
+                self._shut_down()
 
-    def _cut(self) -> None:
+    def _shut_down(self) -> None:
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # wakes a reader, which closing does not
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # unlike closing, this wakes a blocked reader
 
 
 class EndpointReply:
-    """See `Reply`.
+    """The `Reply` of an endpoint.
 
     Args:
-        stream: gives the chunks, and tells of the socket they come through.
-        params: how many tokens there may be.
-        begin: what is continued; where the endpoint repeats it first, that is left out.
-        number: gives an id for a token's text; None where there are too many.
-        patience: seconds to wait for a chunk.
+        stream: opens the stream of chunks, and passes its socket to the callback.
+        params: sampling parameters of the request.
+        prefix: start of the answer, which is removed if the endpoint repeats it.
+        token_id: returns an id for a token's text; None if there are too many.
+        patience: timeout in seconds for a chunk.
     """
 
     def __init__(
         self,
-        stream: Callable[[OnSocket], Iterator[Any]],
+        stream: Callable[[OnSocket], Generator[Any]],
         params: SamplingParams,
-        begin: str,
-        number: Callable[[str], int | None],
+        prefix: str,
+        token_id: Callable[[str], int | None],
         patience: float,
     ) -> None:
         self._stream = stream
         self._params = params
-        self._begun = bool(begin)
-        self._echo = begin if len(begin) >= _ECHO else ""
-        self._number = number
+        self._begun = bool(prefix)
+        self._echo = prefix if len(prefix) >= _MIN_ECHO else ""
+        self._token_id = token_id
         self._patience = patience
-        self._exchange: Exchange | None = None
+        self._reader: StreamReader[Any] | None = None
         self._cancelled = False
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """See `Reply`."""
+        """Stop now, and close the connection."""
         with self._lock:
             self._cancelled = True
-            if self._exchange is not None:
-                self._exchange.cancel()
+            if self._reader is not None:
+                self._reader.cancel()
 
     def adjust(self, params: SamplingParams) -> None:
-        """See `Reply`: an endpoint cannot be told anything once it answers."""
+        """Does nothing: endpoints cannot change the parameters of an answer that has started."""
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         with self._lock:
             if self._cancelled:
                 yield GenerationChunk("", None, FinishReason.CANCELLED, Timings(0, 0, 0.0, 0.0, 0.0))
                 return
-            exchange = self._exchange = Exchange(self._stream)
+            reader = self._reader = StreamReader(Connection(self._stream), _MAX_QUEUED)
         try:
-            yield from self._pieces(exchange)
+            yield from self._chunks(reader)
         finally:
-            exchange.cancel()
+            reader.cancel()
 
-    def _pieces(self, exchange: Exchange) -> Iterator[GenerationChunk]:
+    def _chunks(self, reader: StreamReader[Any]) -> Iterator[GenerationChunk]:
         began = first = last = time.perf_counter()
         chunks = tokens = thought = length = 0
         thinking = Thinking(not self._begun)
         reason: FinishReason | None = None
         usage: Any = None
         held = ""
-        while (chunk := self._next(exchange, ending=reason is not None)) is not None:
+        while (chunk := self._next(reader, ending=reason is not None)) is not None:
             usage = getattr(chunk, "usage", None) or usage
             choice = _first(getattr(chunk, "choices", None))
             chunks += 1
@@ -180,70 +142,70 @@ class EndpointReply:
             if self._echo and text:
                 held, text = self._without_echo(held + text)
             length += len(reasoning) + len(text)
-            if length > MOST_TEXT:
-                raise MachineError("the endpoint does not come to an end: the connection was cut")
+            if length > MAX_TEXT:
+                raise MachineError("the endpoint does not stop: the connection was closed")
             if reasoning or text:
                 last = time.perf_counter()
                 first = first if tokens else last
             if reasoning:
                 tokens += 1
                 thought += 1
-                thinking = Thinking(False)  # this endpoint tells it apart by itself
+                thinking = Thinking(False)  # this endpoint separates reasoning itself
                 yield self._piece(reasoning, reasoning=True)
             if text:
                 for piece in self._with_logprobs(text, choice):
                     tokens += 1
                     thought += thinking.inside
-                    yield from _apart(piece, thinking)
+                    yield from _separated(piece, thinking)
             reason = _reason(getattr(choice, "finish_reason", None)) or reason
-            if tokens > 2 * self._params.max_tokens + 64:  # it was told the limit, and passes over it
+            if tokens > 2 * self._params.max_tokens + 64:  # the endpoint ignores the limit
                 reason = FinishReason.LENGTH
                 break
-        if exchange.cancelled:
+        if reader.cancelled:
             reason = FinishReason.CANCELLED
         if held:
             tokens += 1
-            yield from _apart(self._piece(held), thinking)
+            yield from _separated(self._piece(held), thinking)
         for rest, inside in thinking.flush():
             yield GenerationChunk(rest, None, reasoning=inside)
         if reason is None:
             raise MachineError(_CUT if chunks else _NOTHING)
-        told = _count(usage, "completion_tokens") or tokens
+        total = _count(usage, "completion_tokens") or tokens
         details = getattr(usage, "completion_tokens_details", None)
         cached = _count(getattr(usage, "prompt_tokens_details", None), "cached_tokens")
         timings = Timings(
             prompt_tokens=_count(usage, "prompt_tokens"),
-            completion_tokens=told,
+            completion_tokens=total,
             time_to_first_token=first - began,
             prefill_seconds=first - began,
             decode_seconds=last - first,
-            reasoning_tokens=min(_count(details, "reasoning_tokens") or thought, told),
+            reasoning_tokens=min(_count(details, "reasoning_tokens") or thought, total),
             cached_tokens=cached,
         )
         yield GenerationChunk("", None, reason, timings)
 
-    def _next(self, exchange: Exchange, *, ending: bool) -> Any | None:
-        """The next chunk; behind the end of the answer only figures can follow, and not every endpoint sends them."""
+    def _next(self, reader: StreamReader[Any], *, ending: bool) -> Any | None:
+        """The next chunk; after the end of the answer only usage figures follow, which not every endpoint sends."""
         try:
-            return exchange.next(_AFTERWARDS if ending else self._patience)
+            return reader.next(_USAGE_TIMEOUT if ending else self._patience)
         except TimeoutError:
             if ending:
                 return None
-            raise MachineError(f"the endpoint has sent nothing for {self._patience:g} seconds: try again") from None
+            raise MachineError(f"the endpoint sent nothing for {self._patience:g} seconds: try again") from None
 
     def _piece(self, text: str, *, reasoning: bool = False, logprob: TokenLogprob | None = None) -> GenerationChunk:
-        token = logprob.token if logprob is not None else self._number(text)
+        token = logprob.token if logprob is not None else self._token_id(text)
         return GenerationChunk(text, -1 if token is None else token, reasoning=reasoning, logprob=logprob)
 
     def _without_echo(self, text: str) -> tuple[str, str]:
-        """What may still be an echo of what is continued, and what is none."""
+        """Split text into what may still repeat the prefix, and the rest."""
         if len(text) < len(self._echo) and self._echo.startswith(text):
             return text, ""
         text, self._echo = text.removeprefix(self._echo), ""
         return "", text
 
     def _with_logprobs(self, text: str, choice: Any) -> Iterator[GenerationChunk]:
-        """A text as pieces, one for each token where the endpoint tells its tokens."""
+        """Yield the text as chunks, one per token if the endpoint reports tokens."""
         logprobs = getattr(choice, "logprobs", None)
         listed = getattr(logprobs, "content", None) if self._params.logprobs is not None else None
         entries = [(entry, made) for entry in _list(listed) if (made := self._logprob(entry))]
@@ -258,7 +220,7 @@ class EndpointReply:
         own = self._ranked(entry)
         if own is None:
             return None
-        ranked = [self._ranked(each) for each in _list(getattr(entry, "top_logprobs", None))[:_RUNNERS_UP]]
+        ranked = [self._ranked(each) for each in _list(getattr(entry, "top_logprobs", None))[:_MAX_ALTERNATIVES]]
         return TokenLogprob(*own, tuple(sorted((each for each in ranked if each), key=lambda each: -each[1])))
 
     def _ranked(self, entry: Any) -> tuple[int, float] | None:
@@ -266,20 +228,20 @@ class EndpointReply:
         logprob: Any = getattr(entry, "logprob", None)
         if not isinstance(token, str) or type(logprob) not in (int, float) or not -1e9 < logprob <= 1e-3:
             return None
-        number = self._number(token)
+        number = self._token_id(token)
         return None if number is None else (number, float(logprob))
 
 
-def _apart(piece: GenerationChunk, thinking: Thinking) -> Iterator[GenerationChunk]:
-    """A piece, and others before it where it holds reasoning and answer."""
+def _separated(piece: GenerationChunk, thinking: Thinking) -> Iterator[GenerationChunk]:
+    """Yield a chunk, split if it contains both reasoning and answer."""
     *before, (text, inside) = list(thinking.push(piece.text)) or [("", thinking.inside)]
     for part, reasoning in before:
         yield GenerationChunk(part, None, reasoning=reasoning)
     yield replace(piece, text=text, reasoning=inside)
 
 
-_NOTHING = "the endpoint sent no answer: is the base URL right? It usually ends in /v1"
-_CUT = "the endpoint's answer broke off in the middle: make it again, or continue it"
+_NOTHING = "the endpoint sent no answer: check the base URL, which usually ends in /v1"
+_CUT = "the endpoint's answer was cut off: regenerate or continue it"
 _REASONS: Mapping[str, FinishReason] = {
     "stop": FinishReason.STOP,
     "eos": FinishReason.STOP,
@@ -287,12 +249,12 @@ _REASONS: Mapping[str, FinishReason] = {
 }
 
 
-def _reason(told: Any) -> FinishReason | None:
-    if not isinstance(told, str) or not told:
+def _reason(value: Any) -> FinishReason | None:
+    if not isinstance(value, str) or not value:
         return None
-    if told not in _REASONS:
-        raise InputError(f"the endpoint ended the answer: {one_line(printable(told), 60)}")
-    return _REASONS[told]
+    if value not in _REASONS:
+        raise InputError(f"the endpoint ended the answer: {one_line(printable(value), 60)}")
+    return _REASONS[value]
 
 
 def _list(value: Any) -> list[Any]:
@@ -310,4 +272,4 @@ def _text(delta: Any, name: str) -> str:
 
 def _count(usage: Any, name: str) -> int:
     value = getattr(usage, name, None)
-    return value if type(value) is int and 0 <= value < _MOST_TOKENS else 0
+    return value if type(value) is int and 0 <= value < _MAX_TOKENS else 0

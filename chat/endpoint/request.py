@@ -1,12 +1,11 @@
-"""What goes to an endpoint: our messages and parameters in the words of OpenAI's chat completions. Sends nothing.
+"""The body of a request to an endpoint: a conversation and its parameters as OpenAI's chat completions take them.
 
-Format: https://platform.openai.com/docs/api-reference/chat/create; `top_k`, `min_p` and `repetition_penalty`, which it
-lacks, are named as vLLM names them, which most local servers understand.
+Format: https://platform.openai.com/docs/api-reference/chat/create. Parameters that it lacks are sent twice: under our
+name, which is vLLM's, and under llama.cpp's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -14,45 +13,47 @@ from typing import Any
 
 from llm_edge.runtime.errors import InputError, ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
-from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.sampling.params import PARAMETERS, SamplingParams
 from llm_edge.runtime.text.prompts import Message
-
-_ALWAYS = ("temperature", "top_p", "max_tokens")  # a server's own defaults are not those that the screen shows
-_WHERE_SET = ("presence_penalty", "frequency_penalty", "seed")
-_EXTRA = ("top_k", "min_p", "repetition_penalty")
-_OURS_ALONE = ("repetition_window", "logprobs", "stop", "constraint")  # told in another way, or about `_EXTRA`
-_OFF = SamplingParams()
 
 
 def body(model: str, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
-    """Arguments of `chat.completions.create`, `extra_body` among them.
+    """The arguments of `chat.completions.create`, including `extra_body`.
 
     Raises:
-        ParameterError: the parameters ask for what endpoints do not do.
+        ParameterError: a parameter that endpoints do not support is set.
     """
-    known = (*_ALWAYS, *_WHERE_SET, *_EXTRA, *_OURS_ALONE)
-    for field in dataclasses.fields(params):
-        if field.name not in known and getattr(params, field.name) != getattr(_OFF, field.name):
-            raise ParameterError(f"{field.name}: endpoints do not take this: set it back to the model's own value")
-    made: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": model,
         "messages": [{"role": str(each["role"]), "content": str(each["content"])} for each in messages],
         "stream_options": {"include_usage": True},
-        **{name: getattr(params, name) for name in _ALWAYS},
-        **_set(params, _WHERE_SET),
-        "extra_body": _set(params, _EXTRA),
     }
-    if params.stop:
-        made["stop"] = list(params.stop)
+    extra: dict[str, Any] = {}
+    for name, spec in PARAMETERS.items():
+        value, api = getattr(params, name), spec.api
+        # Where a server has its own default for a standard parameter, the displayed value is sent all the same.
+        if value == spec.default and not (api.openai and api.generation_config):
+            continue
+        if spec.kind == "constraint":
+            arguments["response_format"] = _response_format(value)
+        elif api.openai:
+            arguments[api.openai] = _json(value)
+        elif api.llamacpp:
+            extra |= {name: _json(value), api.llamacpp: _json(value)}
+        else:
+            raise ParameterError(f"{name}: endpoints do not support this parameter: reset it to the model's default")
     if params.logprobs is not None:
-        made |= {"logprobs": True, "top_logprobs": params.logprobs}
-    if params.constraint is not None:
-        made["response_format"] = _response_format(params.constraint)
-    return made
+        arguments["logprobs"] = True
+    if params.mirostat_tau:
+        extra["mirostat"] = 2
+    return {**arguments, "extra_body": extra}
 
 
-def _set(params: SamplingParams, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(params, name) for name in names if getattr(params, name) != getattr(_OFF, name)}
+def _json(value: Any) -> Any:
+    """Lists for tuples, and an object for logit biases."""
+    if isinstance(value, tuple):
+        return {str(token): bias for token, bias in value} if isinstance(value[0], tuple) else list(value)
+    return value
 
 
 def _response_format(constraint: Constraint) -> Mapping[str, Any]:
@@ -61,25 +62,25 @@ def _response_format(constraint: Constraint) -> Mapping[str, Any]:
     if constraint.kind == "json_schema":
         schema = {"name": "answer", "schema": json.loads(constraint.text)}
         return {"type": "json_schema", "json_schema": schema}
-    raise ParameterError(f"constraint: endpoints take JSON and JSON schemas, not {constraint.kind!r}")
+    raise ParameterError(f"constraint: endpoints support JSON and JSON schemas, not {constraint.kind!r}: reset it")
 
 
-def let_continue(body: dict[str, Any], begin: str, url: str, owner: str) -> None:
-    """Have an answer begun with `begin`: it becomes the last message, which most servers continue by themselves.
+def add_prefix(body: dict[str, Any], prefix: str, url: str, owner: str) -> None:
+    """Add the start of the answer as the last message, which most servers continue.
 
     Args:
-        body: is changed.
-        begin: the answer so far.
-        url: of the endpoint, and
-        owner: whom its model says it belongs to; by these the servers that differ are told apart.
+        body: modified in place.
+        prefix: the answer so far.
+        url: base URL of the endpoint; it and `owner` identify servers that need other fields.
+        owner: `owned_by` of the model.
 
     Raises:
-        InputError: this endpoint is known to begin anew instead.
+        InputError: this endpoint is known to start another answer instead.
     """
     host = urllib.parse.urlsplit(url).hostname or ""
     if host == "openai.com" or host.endswith((".openai.com", ".openai.azure.com")) or owner == "system":
-        raise InputError(f"{host} does not continue an answer that has ended: ask it to go on in a message of yours")
-    last: dict[str, Any] = {"role": "assistant", "content": begin}
+        raise InputError(f"{host} does not continue answers: ask it to go on in a new message")
+    last: dict[str, Any] = {"role": "assistant", "content": prefix}
     if host.endswith((".mistral.ai", ".deepseek.com")):
         last["prefix"] = True
     if owner == "vllm":

@@ -1,68 +1,52 @@
-"""Takes reasoning out of the text of an answer, for endpoints that leave it there between `<think>` and `</think>`.
+"""`Thinking`: separates reasoning from the answer, for endpoints that leave it between `<think>` and `</think>`.
 
-Servers do that which run a reasoning model without a parser for it; DeepSeek-R1, QwQ and many others write these tags.
-Knows no network.
+Servers without a reasoning parser do that for DeepSeek-R1, QwQ and many other models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llm_edge.runtime.text.tokenizer import overlap
-
-_START, _END = "<think>", "</think>"
+from llm_edge.runtime.text.holdback import TagSplitter
 
 
 class Thinking:
-    """The texts of one answer, in order.
-
-    Only what begins the answer is reasoning: further on, an answer may speak of the tags. The tags and the white space
-    around them are left out, and what may still become a tag is held back.
+    """Separates the text of one answer. White space around the tags is dropped.
 
     Args:
-        looked_for: False = all is answer.
+        enabled: False = everything is answer.
 
     Attributes:
-        inside: the reasoning has begun and not ended.
+        inside: the text to come is reasoning, as far as is known.
     """
 
-    def __init__(self, looked_for: bool = True) -> None:
+    def __init__(self, enabled: bool = True) -> None:
         self.inside = False
-        self._may_begin = looked_for
-        self._behind_tag = False  # nothing but white space came since
-        self._held = ""
+        self._tags = TagSplitter("<think>", "</think>") if enabled else None
+        self._after_tag = False  # nothing but white space since
+        self._space = ""  # held back: a tag may follow
 
     def push(self, text: str) -> Iterator[tuple[str, bool]]:
-        """What is certain now: parts of the text, and whether each is reasoning."""
-        text, self._held = self._held + text, ""
-        if self._may_begin:
-            lead = text.lstrip()
-            if _START.startswith(lead):
-                self._held = text
-                return
-            self._may_begin = False
-            if lead.startswith(_START):
-                self.inside = self._behind_tag = True
-                text = lead.removeprefix(_START)
-        if self.inside:
-            thought, end, text = text.partition(_END)
-            if not end:
-                certain = thought[: len(thought) - overlap(thought, _END)].rstrip()
-                self._held = thought.removeprefix(certain)
-                yield from self._part(certain)
-                return
-            yield from self._part(thought.rstrip())
-            self.inside, self._behind_tag = False, True
-        yield from self._part(text)
+        """Add text; yields what is final now, and whether it is reasoning."""
+        if self._tags is None:
+            yield text, False
+            return
+        first, *others = self._tags.push(text)
+        yield from self._section(first)
+        for part in others:
+            self.inside, self._after_tag, self._space = not self.inside, True, ""
+            yield from self._section(part)
 
     def flush(self) -> Iterator[tuple[str, bool]]:
-        """What was held back, once nothing more comes."""
-        held, self._held = self._held, ""
-        yield from self._part(held)
+        """Yield the text that is held back, because no more text follows."""
+        held = self._space + (self._tags.flush() if self._tags is not None else "")
+        if held:
+            yield held, self.inside
 
-    def _part(self, text: str) -> Iterator[tuple[str, bool]]:
-        if self._behind_tag:
-            text = text.lstrip()
-        if text:
-            self._behind_tag = False
-            yield text, self.inside
+    def _section(self, text: str) -> Iterator[tuple[str, bool]]:
+        text = self._space + (text.lstrip() if self._after_tag else text)
+        final = text.rstrip() if self.inside or not text.strip() else text
+        self._space = text[len(final) :]
+        if final:
+            self._after_tag = False
+            yield final, self.inside

@@ -1,11 +1,11 @@
-"""Import of the archive that ChatGPT exports. Knows the store only by `adopt`, and nothing of screens.
+"""`import_archive`: imports the archive that ChatGPT exports.
 
 The archive is a zip with conversations.json, or conversations-000.json and so on: an array of conversations, each a
-tree of nodes in `mapping`, linked by `parent`; `current_node` is the last one that was shown. An answer is often
-several nodes: thoughts, calls of tools and what they return, pieces of text. They become one message here; calls and
-returns are left out. The format has no specification; this is what archives are seen to hold.
+tree of nodes in `mapping`, linked by `parent`; `current_node` is the last one that was shown. An answer often consists
+of several nodes: thoughts, tool calls and their results, and text. They become one message; tool calls and results are
+left out. The format is not specified; this follows actual archives.
 
-Archives are not trusted: they are read one conversation at a time, and within bounds.
+Archives are not trusted: they are read one conversation at a time, within limits.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from llm_edge.chat.text import one_line, without_surrogates
 from llm_edge.runtime.errors import InputError
 from llm_edge.runtime.safe_io import MIB
 
-LARGEST_CONVERSATION = 32 * MIB  # of JSON
-LARGEST_ARCHIVE = 2048 * MIB  # of JSON
-LONGEST_TEXT = 4 * LARGEST_CONVERSATION  # characters of all messages of a conversation, branches included
+MAX_CONVERSATION = 32 * MIB  # of JSON
+MAX_ARCHIVE = 2048 * MIB  # of JSON
+MAX_TEXT = 4 * MAX_CONVERSATION  # characters of all messages of a conversation, branches included
 _CHUNK = 1 * MIB
-_LATEST = 1e11  # unix seconds; what is later is no time
+_MAX_TIME = 1e11  # Unix seconds
 _NAME = re.compile(r"(?:.*/)?conversations(-\d+)?\.json")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_CITATION = re.compile("\ue200[^\ue200\ue201]*\ue201")  # marks that only ChatGPT's own page turns into links
+_CITATION = re.compile("\ue200[^\ue200\ue201]*\ue201")  # citation marks, which only ChatGPT's website shows as links
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """How an import went: how many conversations are new or have grown, and how many made no sense."""
+    """Result of an import: numbers of new or extended conversations, and of unreadable ones."""
 
     conversations: int
     unreadable: int
 
 
-class Shelf(Protocol):
-    """What an import needs of a store."""
+class ImportTarget(Protocol):
+    """What an import needs: `Store` provides it."""
 
-    def adopt(self, conversation: Conversation, foreign_id: str, foreign_ids: dict[int, str]) -> bool:
-        """Store a conversation, if it is not there already; returns whether anything was stored."""
+    def import_conversation(self, conversation: Conversation, foreign_id: str, foreign_ids: dict[int, str]) -> bool:
+        """Store a conversation or its new messages; returns whether anything was stored."""
 
 
-def import_archive(path: Path, shelf: Shelf) -> Imported:
-    """Import all conversations of a zip from ChatGPT, or of the conversations.json in it. Those known are not doubled.
+def import_archive(path: Path, target: ImportTarget) -> Imported:
+    """Import all conversations of ChatGPT's zip, or of its conversations.json; known ones are not duplicated.
 
     Raises:
-        InputError: the file is not there, damaged, too large, or something else. What came before the damage stays
-            imported, and the message says how much.
+        InputError: the file is missing, damaged, too large or of another kind. Conversations before the damage stay
+            imported; the message reports their number.
     """
     new = unreadable = 0
     try:
@@ -66,7 +66,7 @@ def import_archive(path: Path, shelf: Shelf) -> Imported:
             except (TypeError, ValueError):
                 unreadable += 1
             else:
-                new += shelf.adopt(conversation, name, names)
+                new += target.import_conversation(conversation, name, names)
     except _DamageError as e:
         so_far = f" ({new} conversations before that were imported)" if new else ""
         raise InputError(f"{path}: {e}{so_far}") from e
@@ -74,11 +74,11 @@ def import_archive(path: Path, shelf: Shelf) -> Imported:
 
 
 class _DamageError(Exception):
-    """Why an archive cannot be read on."""
+    """The archive is damaged, for this reason."""
 
 
-class _Said(NamedTuple):
-    """What one node says."""
+class _NodeText(NamedTuple):
+    """The text of one node."""
 
     kind: str  # USER, ASSISTANT, or "reasoning"
     text: str
@@ -87,15 +87,15 @@ class _Said(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """The nodes of one answer, from the last to the first."""
+    """The nodes of one answer, linked from the last to the first."""
 
     before: _Run | None
     node: str
-    said: _Said
+    said: _NodeText
 
 
 def _conversations(path: Path) -> Iterator[Any]:
-    remedy = "name the zip that ChatGPT sent, or the conversations.json in it"
+    remedy = "choose the zip from ChatGPT, or the conversations.json in it"
     if path.is_dir():
         raise _DamageError(f"a folder: {remedy}")
     if path.exists() and not path.is_file():
@@ -104,22 +104,22 @@ def _conversations(path: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             if file.read(4)[:2] != b"PK":
                 file.seek(0)
-                yield from _array(file, remedy, LARGEST_ARCHIVE)
+                yield from _array(file, remedy, MAX_ARCHIVE)
                 return
             with zipfile.ZipFile(file) as archive:
                 names = sorted(name for name in set(archive.namelist()) if _NAME.fullmatch(name))
                 if not names:
                     raise _DamageError(f"a zip without conversations.json: {remedy}")
-                left = LARGEST_ARCHIVE
+                left = MAX_ARCHIVE
                 for name in names:
-                    # Of other compressions zipfile unpacks a whole block at once, however large that may be.
+                    # With other compressions, zipfile decompresses whole blocks of any size.
                     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise _DamageError(f"{name} is packed neither as it is nor by deflate: pack it again")
+                        raise _DamageError(f"{name} uses an unsupported compression: compress it with deflate")
                     with archive.open(name) as part:
                         yield from _array(part, remedy, left)
                         left -= part.tell()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
-        raise _DamageError(f"a zip that cannot be read ({e}): export it again") from e
+        raise _DamageError(f"an unreadable zip ({e}): export it again") from e
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise _DamageError(f"cannot be read ({getattr(e, 'strerror', None) or e}): {remedy}") from e
 
@@ -128,24 +128,24 @@ def _array(file: IO[bytes], remedy: str, limit: int) -> Iterator[Any]:
     """The elements of a JSON array, one in memory at a time."""
     text = _Text(file, limit)
     if text.next() != "[":
-        raise _DamageError(f"no export of ChatGPT: an array of conversations was expected; {remedy}")
+        raise _DamageError(f"not an export of ChatGPT: expected an array of conversations; {remedy}")
     text.skip()
     if text.next() == "]":
         return
     while True:
         if text.next() != "{":
-            raise _DamageError(f"no export of ChatGPT: an array of objects was expected; {remedy}")
+            raise _DamageError(f"not an export of ChatGPT: expected an array of objects; {remedy}")
         yield text.value()
         mark = text.next()
         text.skip()
         if mark == "]":
             return
         if mark != ",":
-            raise _DamageError("damaged JSON behind a conversation: export it again")
+            raise _DamageError("damaged JSON after a conversation: export it again")
 
 
 class _Text:
-    """JSON text, of which only what is needed is in memory."""
+    """JSON text that is read from a file as needed."""
 
     def __init__(self, file: IO[bytes], limit: int) -> None:
         self._file = file
@@ -156,7 +156,7 @@ class _Text:
         self._ended = False
 
     def next(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space else self._at
@@ -165,24 +165,24 @@ class _Text:
             self._more(_CHUNK)
 
     def skip(self) -> None:
-        """Go one character on."""
+        """Advance by one character."""
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins here, an object."""
+        """Read the object that starts here."""
         while True:
             try:
                 value, self._at = json.JSONDecoder().raw_decode(self._text, self._at)
             except json.JSONDecodeError as e:
                 if self._ended:
-                    raise _DamageError(f"damaged JSON, or cut short ({e.msg}): export it again") from e
+                    raise _DamageError(f"damaged or truncated JSON ({e.msg}): export it again") from e
                 held = len(self._text) - self._at
-                if held >= LARGEST_CONVERSATION:
-                    largest = LARGEST_CONVERSATION // MIB
+                if held >= MAX_CONVERSATION:
+                    largest = MAX_CONVERSATION // MIB
                     raise _DamageError(f"damaged JSON, or a conversation of more than {largest} MB") from e
-                self._more(max(_CHUNK, min(held, LARGEST_CONVERSATION - held)))  # doubled: decoding begins anew
-            except (ValueError, RecursionError) as e:  # a number of thousands of digits; nested too deep
-                raise _DamageError(f"JSON that cannot be used ({e})") from e
+                self._more(max(_CHUNK, min(held, MAX_CONVERSATION - held)))  # doubled, because decoding starts over
+            except (ValueError, RecursionError) as e:  # a number of thousands of digits, or nested too deeply
+                raise _DamageError(f"unusable JSON ({e})") from e
             else:
                 return value
 
@@ -190,7 +190,7 @@ class _Text:
         data = self._file.read(min(size, self._left))
         self._left -= len(data)
         if not data and not self._left:
-            raise _DamageError(f"more than the {LARGEST_ARCHIVE // MIB:,} MB of conversations that are read")
+            raise _DamageError(f"more than the {MAX_ARCHIVE // MIB:,} MB of conversations that are supported")
         try:
             self._text, self._at = self._text[self._at :] + self._decode.decode(data, final=not data), 0
         except UnicodeDecodeError as e:
@@ -199,11 +199,10 @@ class _Text:
 
 
 def _conversation(entry: dict[str, Any]) -> tuple[Conversation, str, dict[int, str]]:
-    """A conversation, its foreign id, and those of its messages.
+    """A conversation, its id at ChatGPT, and those of its messages.
 
     Raises:
-        TypeError, ValueError: it is not told as ChatGPT tells them, its nodes go round in circles, or its branches
-            repeat more text than is reasonable.
+        TypeError, ValueError: unexpected structure, cyclic nodes, or branches that repeat too much text.
     """
     mapping = entry.get("mapping")
     if not isinstance(mapping, dict):
@@ -220,18 +219,18 @@ def _conversation(entry: dict[str, Any]) -> tuple[Conversation, str, dict[int, s
         conversation.select(current)
     identity = entry.get("conversation_id") or entry.get("id")
     if not isinstance(identity, str):
-        told = json.dumps([_str(title), created, sorted(mapping)])
-        identity = hashlib.sha256(told.encode()).hexdigest()
+        content = json.dumps([_str(title), created, sorted(mapping)])
+        identity = hashlib.sha256(content.encode()).hexdigest()
     return conversation, f"chatgpt:{without_surrogates(identity)}", names
 
 
 def _grow(
-    conversation: Conversation, mapping: dict[str, Any], said: dict[str, _Said | None]
+    conversation: Conversation, mapping: dict[str, Any], said: dict[str, _NodeText | None]
 ) -> tuple[dict[int, str], dict[str, int]]:
-    """Fill a conversation with messages; returns the node of each, and the message at or above each node."""
+    """Add messages to a conversation; returns the node of each, and the message at or above each node."""
     children, roots = _links(mapping)
     names: dict[int, str] = {}
-    made: dict[str, int] = {}  # message by the last node of it
+    made: dict[str, int] = {}  # message id by its last node
     shown: dict[str, int] = {}
     length = 0
 
@@ -240,7 +239,7 @@ def _grow(
         if run.node not in made:
             message = _message(len(made) + 1, parent, run)
             length += len(message.content) + len(message.reasoning)
-            if length > LONGEST_TEXT:
+            if length > MAX_TEXT:
                 raise ValueError("its branches repeat too much")
             conversation.attach(message)
             made[run.node] = message.id
@@ -267,12 +266,12 @@ def _grow(
             (child, answer, None) if _asks(said[child]) else (child, parent, run) for child in reversed(following)
         ]
     if reached < len(mapping):
-        raise ValueError("nodes that are their own ancestors")
+        raise ValueError("cyclic nodes")
     return names, shown
 
 
 def _links(mapping: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
-    """What follows each node, and the nodes that follow none. Only `parent` counts; `children` says the order."""
+    """The children of each node, and the roots. `parent` defines the links, `children` only the order."""
     children: dict[str, list[str]] = {}
     roots = []
     for node, value in mapping.items():
@@ -289,13 +288,13 @@ def _links(mapping: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
     return children, roots
 
 
-def _asks(said: _Said | None) -> bool:
+def _asks(said: _NodeText | None) -> bool:
     return said is not None and said.kind == USER
 
 
 def _message(number: int, parent: int | None, run: _Run) -> Message:
-    """One message of a run of nodes."""
-    nodes: list[_Said] = []
+    """The message of a run of nodes."""
+    nodes: list[_NodeText] = []
     step: _Run | None = run
     while step is not None:
         nodes.append(step.said)
@@ -312,8 +311,8 @@ def _message(number: int, parent: int | None, run: _Run) -> Message:
     )
 
 
-def _said(node: object, fallback: float) -> _Said | None:
-    """What a node says to the user or the user says in it; None = nothing that belongs to the conversation."""
+def _said(node: object, fallback: float) -> _NodeText | None:
+    """The text of a node; None = it is not part of the conversation."""
     message = _dict(_dict(node).get("message"))
     metadata, content = _dict(message.get("metadata")), _dict(message.get("content"))
     role = _dict(message.get("author")).get("role")
@@ -322,7 +321,7 @@ def _said(node: object, fallback: float) -> _Said | None:
     kind = content.get("content_type")
     if kind == "thoughts" and role == ASSISTANT:
         role, text = "reasoning", _thoughts(content.get("thoughts"))
-    elif role == ASSISTANT and message.get("recipient") not in (None, "all"):  # a call of a tool
+    elif role == ASSISTANT and message.get("recipient") not in (None, "all"):  # a tool call
         return None
     elif kind == "code":
         language = re.sub(r"\W", "", _str(content.get("language"))).replace("unknown", "")
@@ -334,14 +333,14 @@ def _said(node: object, fallback: float) -> _Said | None:
         return None
     text = _CITATION.sub("", without_surrogates(text)).strip()
     model = without_surrogates(_str(metadata.get("model_slug"))) if role != USER else ""
-    return _Said(role, text, model, _time(message.get("create_time"), fallback)) if text else None
+    return _NodeText(role, text, model, _time(message.get("create_time"), fallback)) if text else None
 
 
 def _part(part: object) -> str:
     if isinstance(part, str):
         return part
     inner = _dict(part)
-    if isinstance(inner.get("text"), str):  # what was spoken
+    if isinstance(inner.get("text"), str):  # a transcription
         return str(inner["text"])
     kind = _str(inner.get("content_type"))
     return next((f"[{name}]" for name in ("audio", "video") if name in kind), "[image]") if inner else ""
@@ -365,6 +364,6 @@ def _str(value: object) -> str:
 
 
 def _time(value: object, fallback: float) -> float:
-    """Unix seconds, or else the fallback."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _LATEST
+    """A Unix time in seconds, or the fallback."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MAX_TIME
     return float(value) if fits else fallback  # type: ignore[arg-type]

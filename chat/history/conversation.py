@@ -1,4 +1,4 @@
-"""A conversation as a tree of messages, one path of which is shown. Knows nothing of files, models or screens."""
+"""`Conversation`: a tree of messages, of which one path is shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_edge.chat.text import one_line
 USER = "user"
 ASSISTANT = "assistant"
 ROLES = (USER, ASSISTANT)
-TITLE_LENGTH = 60  # characters of a title that is made from a question
+TITLE_LENGTH = 60  # characters of a title taken from a question
 
 
 @dataclass(slots=True)
@@ -21,16 +21,16 @@ class Message:
     """A question or an answer.
 
     Attributes:
-        id: above 0, and above its parent's.
-        parent: the message it follows; None = it begins the conversation.
+        id: greater than 0 and than its parent's.
+        parent: id of the message it follows; None = it is the first.
         role: "user" or "assistant".
         content: the text, as Markdown.
-        reasoning: what the model thought before it answered, which is never sent back to it.
-        created: unix seconds.
-        model: who answered.
-        params: what the answer was made with where that differs from the model's defaults; JSON values.
-        figures: how it went (tokens, tokens_per_second, finish_reason, …); JSON values.
-        finished: False while an answer grows, and for ever if the program ended meanwhile.
+        reasoning: reasoning that precedes the answer; never sent back to the model.
+        created: Unix time in seconds.
+        model: name of the model that answered.
+        params: parameters that differed from the model's defaults, as JSON values.
+        figures: tokens, tokens_per_second, finish_reason and so on, as JSON values.
+        finished: False while an answer is generated, and permanently if the program ended meanwhile.
     """
 
     id: int
@@ -47,16 +47,16 @@ class Message:
 
 @dataclass
 class Conversation:
-    """Messages that branch wherever a question was edited or an answer made again.
+    """Messages that branch where a question was edited or an answer regenerated.
 
     Attributes:
         id: 0 until it is stored.
         title: one line.
-        pinned: whether it stands first among all.
-        created, updated: unix seconds.
-        system: the system prompt; "" = the template's own.
-        messages: all of them, by id; new ones come in through `attach`.
-        leaf: the last message of the path that is shown; None = nothing is shown.
+        pinned: whether it is listed before the others.
+        created, updated: Unix time in seconds.
+        system: system prompt; "" = the chat template's default.
+        messages: all messages by id; `attach` adds one.
+        leaf: last message of the path that is shown; None = nothing is shown.
     """
 
     id: int = 0
@@ -75,10 +75,10 @@ class Conversation:
             self.attach(messages[number])
 
     def attach(self, message: Message) -> None:
-        """Take a message in; the path that is shown stays.
+        """Add a message; the path that is shown does not change.
 
         Raises:
-            ValueError: its id is taken, its parent is not here or is younger than it, or nobody has its role.
+            ValueError: the id is taken, the parent is missing or newer, or the role is unknown.
         """
         if message.id < 1 or message.id in self.messages:
             raise ValueError(f"message {message.id}: the id is below 1 or taken")
@@ -90,7 +90,7 @@ class Conversation:
         insort(self._children.setdefault(message.parent, []), message.id)
 
     def path(self) -> list[Message]:
-        """What is shown, from the first message to the leaf."""
+        """The messages that are shown, from the first to the leaf."""
         return self.path_to(self.leaf)
 
     def path_to(self, number: int | None) -> list[Message]:
@@ -102,11 +102,11 @@ class Conversation:
         return path[::-1]
 
     def children(self, number: int | None) -> list[int]:
-        """What follows a message, the oldest first; of None, the beginnings."""
+        """The messages that follow a message, the oldest first; None = the first messages."""
         return list(self._children.get(number, ()))
 
     def siblings(self, number: int) -> list[int]:
-        """The branches at this message: it and what else follows its parent, the oldest first."""
+        """This message and the others that follow its parent, the oldest first."""
         return self.children(self.messages[number].parent)
 
     def select(self, number: int) -> None:
@@ -120,7 +120,7 @@ class Conversation:
 
 
 def title_of(question: str) -> str:
-    """A title made from a question: its first line, cut after a sentence or else between words."""
+    """A title for a question: its first line, shortened after a sentence or between words."""
     for line in question[:20_000].splitlines():
         text = " ".join(line.lstrip("#>*- \t").split())
         if not text:
@@ -134,7 +134,7 @@ def title_of(question: str) -> str:
 
 
 def depth(value: Any) -> int:
-    """How deep JSON values are nested; 0 for one that holds no others."""
+    """Nesting depth of a JSON value; 0 for a scalar."""
     level, values = 0, [value]
     while values := [inner for outer in values for inner in _inside(outer)]:
         level += 1

@@ -1,4 +1,4 @@
-"""The SQLite file of conversations: how it is made, checked, opened and shared. Knows nothing of how it is asked."""
+"""`Database`: the SQLite file of conversations: schema, checks, transactions and errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
 
 VERSION = 1
-PATIENCE = 5.0  # seconds to wait while another program writes
-_APPLICATION = 0x4C4C4D45  # tells our files from other SQLite files: "LLME"
+BUSY_TIMEOUT = 5.0  # seconds to wait while another program writes
+_APPLICATION = 0x4C4C4D45  # identifies our files: "LLME"
 
 _SCHEMA = """
 CREATE TABLE conversations (
@@ -55,7 +55,7 @@ CREATE TABLE IF NOT EXISTS token_records (
 );
 CREATE INDEX IF NOT EXISTS token_records_of ON token_records (message);
 """
-"""Came later than the first files; a program that does not know it leaves it alone."""
+"""Added after the first release; older programs ignore it."""
 
 _INDEX = """
 DROP TABLE IF EXISTS message_index;
@@ -80,55 +80,57 @@ _TRIGGERS = ("index_added", "index_changed", "index_removed")
 
 
 class Database:
-    """A connection that any thread may use, to a file that other programs may use at once.
-
-    Attributes:
-        indexed: whether the full text of finished messages is in the table `message_index`.
+    """A thread-safe connection to a file that several programs may use at once.
 
     Args:
-        path: the file; it and its folder are made if they are not there.
+        path: the file; it and its folder are created if they do not exist.
+
+    Attributes:
+        indexed: whether the table `message_index` holds the full text of finished messages.
 
     Raises:
-        InputError: the file is damaged, something else, or of a newer program; it is left as it is.
-        MachineError: the file cannot be made or read.
+        InputError: the file is damaged, not ours, or of a newer version; it is not modified.
+        MachineError: the file cannot be created or read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.indexed = False
         self._lock = threading.RLock()
-        _make_place(path)
-        with self.use():
-            self._connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+        _create_file(path)
+        with self.read():
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            )
         try:
-            with self.use():
+            with self.read():
                 self._open()
         except BaseException:
             self._connection.close()
             raise
 
     def close(self) -> None:
-        """Close the connection; what was written stays."""
+        """Close the connection."""
         with self._lock:
             self._connection.close()
 
     def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
-        """One statement; to be called, and its rows fetched, within `use` or `change`."""
+        """Execute a statement; call it and fetch its rows within `read` or `change`."""
         return self._connection.execute(sql, values)
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[None]:
-        """One thread at a time; SQLite's errors become MachineError, or InputError where the file is damaged."""
+    def read(self) -> Iterator[None]:
+        """Lock the connection, and convert SQLite's errors to MachineError, or InputError if the file is damaged."""
         with self._lock:
             try:
                 yield
             except sqlite3.Error as e:
-                raise _told(self.path, e) from e
+                raise _error(self.path, e) from e
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """A transaction that writes, whole or not at all; otherwise like `use`."""
-        with self.use():
+        """A write transaction; otherwise like `read`."""
+        with self.read():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -147,7 +149,7 @@ class Database:
         self._check()
         _to_wal(connection)
         with self.change():
-            self._check()  # again: another program may have been quicker
+            self._check()  # again: another program may have created it meanwhile
             if self._pragma("user_version") == 0:
                 self._run(_SCHEMA)
                 connection.execute(f"PRAGMA application_id = {_APPLICATION}")
@@ -155,8 +157,8 @@ class Database:
             self._run(_RECORDS)
             self.indexed = _has_trigrams(connection)
             there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")}
-            # Where this Python cannot keep up the index that another one made, it goes stale, and is made anew by
-            # the next that can.
+            # If this SQLite cannot maintain an index that another one created, the index becomes stale, until the next
+            # one that can rebuilds it.
             if not self.indexed or not there.issuperset(_TRIGGERS):
                 self._run("".join(f"DROP TRIGGER IF EXISTS {name};" for name in _TRIGGERS))
                 if self.indexed:
@@ -166,11 +168,11 @@ class Database:
         version = self._pragma("user_version")
         empty = self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
         if not (empty and version == 0) and self._pragma("application_id") != _APPLICATION:
-            raise InputError(f"{self.path}: a database of another program: name another folder with LLM_EDGE_DATA")
+            raise InputError(f"{self.path}: a database of another program: set LLM_EDGE_DATA to another folder")
         if version > VERSION:
             raise InputError(
-                f"{self.path}: written by a newer llm-edge (format {version}, this one knows {VERSION}):"
-                " update llm-edge, or name another folder with LLM_EDGE_DATA"
+                f"{self.path}: written by a newer llm-edge (format {version}, supported: {VERSION}):"
+                " upgrade llm-edge, or set LLM_EDGE_DATA to another folder"
             )
 
     def _pragma(self, name: str) -> int:
@@ -178,7 +180,7 @@ class Database:
         return int(value)
 
     def _run(self, script: str) -> None:
-        """Statements one after the other, within the transaction, which `executescript` would end."""
+        """Execute several statements within the transaction, which `executescript` would commit."""
         statement = ""
         for part in script.split(";")[:-1]:
             statement += part + ";"
@@ -187,24 +189,24 @@ class Database:
                 statement = ""
 
 
-def _make_place(path: Path) -> None:
-    """Make the file, readable by its user alone, and its folder."""
+def _create_file(path: Path) -> None:
+    """Create the file, readable only by its user, and its folder."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             path.touch(mode=0o600)
     except OSError as e:
-        why = f"{path}: cannot be made ({e.strerror}): name a folder that can be written with LLM_EDGE_DATA"
+        why = f"{path}: cannot be created ({e.strerror}): set LLM_EDGE_DATA to a writable folder"
         raise MachineError(why) from e
     except ValueError as e:  # a NUL in the name
-        raise InputError(f"{path!r}: no path ({e}): name another") from e
+        raise InputError(f"{path!r}: not a path ({e}): set LLM_EDGE_DATA to another folder") from e
     if not path.is_file():
-        raise InputError(f"{path}: not a file: name another")
+        raise InputError(f"{path}: not a file: set LLM_EDGE_DATA to another folder")
 
 
 def _to_wal(connection: sqlite3.Connection) -> None:
-    """Readers and a writer at once from now on. Where two programs ask for it at once, SQLite does not wait itself."""
-    deadline = time.monotonic() + PATIENCE
+    """Switch to WAL mode, which allows readers beside a writer. SQLite does not wait here for other programs."""
+    deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL").fetchall()
@@ -226,17 +228,17 @@ def _has_trigrams(connection: sqlite3.Connection) -> bool:
     return True
 
 
-def _told(path: Path, error: sqlite3.Error) -> LlmEdgeError:
+def _error(path: Path, error: sqlite3.Error) -> LlmEdgeError:
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return InputError(f"{path}: damaged, or no database ({error}): move it away to begin a new one")
+        return InputError(f"{path}: damaged, or not a database ({error}): move it away to start a new one")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return MachineError(f"{path}: another program keeps it to itself: close that one, or try again")
-    remedy = "see that the disk has room and the file can be written, or name another folder with LLM_EDGE_DATA"
+        return MachineError(f"{path}: locked by another program: close that one, or try again")
+    remedy = "check the disk space and the file's permissions, or set LLM_EDGE_DATA to another folder"
     return MachineError(f"{path}: {error}: {remedy}")
 
 
 def _holds(words: str, first: object, second: object) -> bool:
-    """Whether one of two texts, or both together, hold all words, which are casefolded lines. For SQL."""
+    """SQL function: whether two texts together contain all words, which are casefolded lines."""
     text = f"{first}\n{second}".casefold()
     return all(word in text for word in words.split("\n"))

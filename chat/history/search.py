@@ -1,8 +1,8 @@
-"""Lists the conversations of a file and looks for words in them. Changes nothing, and knows no models or screens.
+"""`ConversationReader`: lists and searches the conversations of a file.
 
-The full text of finished messages is indexed by its trigrams (SQLite's FTS5), so that any part of a word is found, and
-Chinese and Japanese, which have no spaces, too. Words of one or two characters, messages that are not finished, and all
-messages where SQLite lacks the index are looked through one by one.
+The full text of finished messages is indexed by trigrams (SQLite's FTS5), so that parts of words are found, also in
+languages without spaces. Words of one or two characters, unfinished messages, and all messages if SQLite lacks the
+index are searched one by one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from llm_edge.chat.history.conversation import USER
 from llm_edge.chat.history.database import Database
 from llm_edge.chat.text import snippet, without_surrogates
 
-_MOST_WORDS = 32  # of a search; what is pasted there may be long
-_LONGEST_WORD = 100  # characters
+_MAX_WORDS = 32  # of a search; long text may be pasted there
+_MAX_WORD = 100  # characters
 
 _SUMMARY = """
 SELECT c.id, c.title, c.pinned, c.updated,
@@ -28,11 +28,11 @@ _RECENT = f"""
 {_SUMMARY} FROM conversations c WHERE c.deleted IS NULL
 ORDER BY c.pinned DESC, c.updated DESC, c.id DESC LIMIT :limit OFFSET :offset
 """
-_LOOK_IN_INDEX = """
+_FROM_INDEX = """
     SELECT rowid AS id FROM message_index WHERE message_index MATCH :match
     UNION ALL SELECT id FROM messages WHERE NOT finished
 """
-_LOOK_IN_ALL = "SELECT id FROM messages"
+_FROM_ALL = "SELECT id FROM messages"
 _SEARCH = """
 WITH hits AS (
     SELECT m.conversation, MAX(m.id) AS message FROM ({candidates}) f JOIN messages m ON m.id = f.id
@@ -47,7 +47,17 @@ ORDER BY in_title DESC, c.updated DESC, c.id DESC LIMIT :limit
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A conversation in a list: `count` messages, the last `model` that answered, where a search found it."""
+    """A conversation in a list.
+
+    Attributes:
+        id: of the conversation.
+        title: one line.
+        pinned: whether it is listed before the others.
+        updated: Unix time in seconds.
+        count: number of messages.
+        model: name of the model that answered last.
+        snippet: text around the words that a search found.
+    """
 
     id: int
     title: str
@@ -58,17 +68,17 @@ class Summary:
     snippet: str = ""
 
 
-class Finder:
-    """What is kept in a file, to be found. May be used from any thread.
+class ConversationReader:
+    """Read access to the conversations of a file. Thread-safe.
 
-    Every method raises MachineError where the disk fails or another program keeps the file to itself, and InputError
-    where the file is damaged.
+    Every method raises MachineError if the disk fails or another program locks the file, and InputError if the file is
+    damaged.
 
     Args:
-        path: the file; it and its folder are made if they are not there.
+        path: the file; it and its folder are created if they do not exist.
 
     Raises:
-        InputError: the file is damaged, something else, or of a newer program; it is left as it is.
+        InputError: the file is damaged, not ours, or of a newer version; it is not modified.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,23 +94,22 @@ class Finder:
         self.close()
 
     def close(self) -> None:
-        """Close the file; what was written stays."""
+        """Close the file."""
         self._database.close()
 
     def recent(self, limit: int = 50, offset: int = 0) -> list[Summary]:
-        """Conversations, pinned ones first, then the last used."""
-        with self._database.use():
+        """Conversations, pinned ones first, then the most recently used."""
+        with self._database.read():
             rows = self._database.execute(_RECENT, {"limit": limit, "offset": offset}).fetchall()
         return [_summary(row) for row in rows]
 
     def search(self, text: str, limit: int = 50) -> list[Summary]:
-        """Conversations whose title, or one of whose messages, holds all these words, in part or in whole.
+        """Conversations with all these words, or parts of words, in the title or in one message.
 
-        Upper and lower case are the same. Those with the words in the title come first, then the last used. Nothing
-        but white space finds everything.
+        Case is ignored. Matches in titles come first, then the most recently used. An empty search finds everything.
         """
         text = without_surrogates(text).replace("\0", " ")
-        words = [word[:_LONGEST_WORD] for word in text.split(maxsplit=_MOST_WORDS)[:_MOST_WORDS]]
+        words = [word[:_MAX_WORD] for word in text.split(maxsplit=_MAX_WORDS)[:_MAX_WORDS]]
         if not words:
             return self.recent(limit)
         long = [word for word in words if len(word) > 2] if self._database.indexed else []
@@ -110,22 +119,19 @@ class Finder:
             "rest": "\n".join(word for word in words if word not in long).casefold(),
             "limit": limit,
         }
-        sql = _SEARCH.format(candidates=_LOOK_IN_INDEX if long else _LOOK_IN_ALL, summary=_SUMMARY)
-        with self._database.use():
+        sql = _SEARCH.format(candidates=_FROM_INDEX if long else _FROM_ALL, summary=_SUMMARY)
+        with self._database.read():
             rows = self._database.execute(sql, values).fetchall()
             return [_summary(row, self._snippet(row[6], words)) for row in rows]
 
     def questions(self, limit: int = 200, longest: int = 4000) -> list[str]:
-        """The latest questions that were asked here, imported ones not among them, the last one last.
-
-        Those of more than `longest` characters, which hold something pasted, are left out.
-        """
-        query = (  # CROSS: messages are gone through, from the last one on, until there are enough
+        """The latest questions, the last one last, without imported ones and those longer than `longest` characters."""
+        query = (  # CROSS JOIN: scan messages from the last one until there are enough
             "SELECT m.content FROM messages m CROSS JOIN conversations c ON c.id = m.conversation WHERE m.role = ?"
             " AND m.foreign_id IS NULL AND c.foreign_id IS NULL AND c.deleted IS NULL AND LENGTH(m.content) <= ?"
             " ORDER BY m.id DESC LIMIT ?"
         )
-        with self._database.use():
+        with self._database.read():
             rows = self._database.execute(query, (USER, longest, limit)).fetchall()
         return [str(content) for (content,) in reversed(rows)]
 

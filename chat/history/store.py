@@ -1,54 +1,39 @@
-"""Conversations in one SQLite file, which several programs may use at once. Knows nothing of models or screens.
+"""`Store`: conversations in one SQLite file, which several programs may use at once.
 
-What is written is there when the program is killed the next moment: every change is a short transaction of its own, and
-the file is in SQLite's WAL mode. Only a machine that loses its power may lose the last moments, never more.
-
-How conversations are listed and found stands in `finder.py`.
+Each change is a short transaction in SQLite's WAL mode, so that it survives if the program is killed. A power failure
+may lose the latest changes, never more.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import platformdirs
-
 from llm_edge.chat.history.conversation import ROLES, USER, Conversation, Message, title_of
-from llm_edge.chat.history.search import Finder
+from llm_edge.chat.history.search import ConversationReader
+from llm_edge.chat.settings import user_folder
 from llm_edge.chat.text import one_line, without_surrogates
 from llm_edge.runtime.errors import InputError
 
-LEAF: Final = -1  # as a parent: the last message that is shown
-KEEP_EVERY = 0.5  # seconds between writes of an answer that grows
+LEAF: Final = -1  # as a parent: the leaf of the conversation
+SAVE_INTERVAL = 0.5  # seconds between writes of an answer that is being generated
 KEPT_DAYS = 30  # how long a deleted conversation can be restored
 
 
 def default_path() -> Path:
-    """Where conversations are kept: the folder that LLM_EDGE_DATA names, or the user's data folder."""
-    folder = os.environ.get("LLM_EDGE_DATA", "")
-    try:
-        data = Path(folder).expanduser() if folder else platformdirs.user_data_path("llm-edge", appauthor=False)
-    except RuntimeError as e:  # a ~ of nobody
-        raise InputError(f"LLM_EDGE_DATA: {folder}: {e}: name a folder") from e
-    return data / "conversations.sqlite3"
-
-
-class Store(Finder):
-    """The conversations in a file, which is made if it is not there. May be used from any thread.
-
-    Every method raises MachineError where the disk fails or another program keeps the file to itself, and InputError
-    where the file is damaged.
-
-    Args:
-        path: the file; its folder is made as well.
+    """Where conversations are stored: in the folder that LLM_EDGE_DATA names, or in the user's data folder.
 
     Raises:
-        InputError: the file is damaged, something else, or of a newer program; it is left as it is.
+        InputError: LLM_EDGE_DATA is not a folder, or platformdirs is not installed.
     """
+    return user_folder("LLM_EDGE_DATA", "user_data_path") / "conversations.sqlite3"
+
+
+class Store(ConversationReader):
+    """Reads and changes the conversations of a file; see `ConversationReader` for its errors. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -62,25 +47,25 @@ class Store(Finder):
             raise
 
     def new(self, title: str = "", system: str = "") -> Conversation:
-        """A conversation without messages; it is stored with its first."""
+        """A conversation without messages; it is stored with its first message."""
         now = time.time()
         title = one_line(without_surrogates(title))
         return Conversation(title=title, system=without_surrogates(system), created=now, updated=now)
 
     def load(self, number: int) -> Conversation:
-        """A conversation with all its messages.
+        """Load a conversation with all its messages.
 
         Raises:
-            InputError: there is none with this id, or it was deleted.
+            InputError: the conversation does not exist or was deleted.
         """
-        with self._database.use():
+        with self._database.read():
             row = self._database.execute(
                 "SELECT title, pinned, created, updated, system, leaf FROM conversations"
                 " WHERE id = ? AND deleted IS NULL",
                 (number,),
             ).fetchone()
             if row is None:
-                raise InputError(f"there is no conversation {number}: it may have been deleted")
+                raise InputError(f"conversation {number} does not exist: it may have been deleted")
             rows = self._database.execute(
                 "SELECT id, parent, role, content, reasoning, created, model, params, figures, finished"
                 " FROM messages WHERE conversation = ? ORDER BY id",
@@ -92,7 +77,7 @@ class Store(Finder):
             for message in rows:
                 conversation.attach(_message(message))
         except (RecursionError, TypeError, ValueError) as e:
-            raise InputError(f"{self.path}: damaged ({e}): move it away to begin a new one") from e
+            raise InputError(f"{self.path}: damaged ({e}): move it away to start a new one") from e
         conversation.leaf = leaf if leaf in conversation.messages else max(conversation.messages, default=None)
         return conversation
 
@@ -107,20 +92,20 @@ class Store(Finder):
         params: Mapping[str, Any] | None = None,
         finished: bool | None = None,
     ) -> Message:
-        """Add a message, which becomes the last that is shown. The first one stores the conversation.
+        """Add a message, which becomes the leaf. The first one stores the conversation.
 
         Args:
-            conversation: where it goes; a deleted one is restored by this.
+            conversation: modified; restored if it was deleted.
             role: "user" or "assistant".
             content: the text so far.
-            parent: the message it follows, by id; None = it begins the conversation anew, as a branch.
-            model: who answers.
-            params: what the answer is made with.
-            finished: default: True for "user", False for "assistant", until `update` says otherwise.
+            parent: id of the message it follows; None = it is a first message, as a branch.
+            model: name of the model that answers.
+            params: parameters of the answer.
+            finished: None = True for "user", False for "assistant".
 
         Raises:
-            InputError: the conversation was deleted for good meanwhile.
-            ValueError: nobody has this role, or the parent is not in the conversation.
+            InputError: the conversation was permanently deleted.
+            ValueError: unknown role, or the parent is not in the conversation.
         """
         parent = conversation.leaf if parent == LEAF else parent
         if role not in ROLES or (parent is not None and parent not in conversation.messages):
@@ -144,10 +129,10 @@ class Store(Finder):
                 (title, message.created, number),
             )
             if changed.rowcount == 0:
-                raise InputError(f"conversation {number} was deleted for good: begin a new one")
+                raise InputError(f"conversation {number} was permanently deleted: start a new one")
             message.id = self._insert_message(number, message)
             self._database.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (message.id, number))
-            query = "SELECT title FROM conversations WHERE id = ?"  # it may have been renamed elsewhere
+            query = "SELECT title FROM conversations WHERE id = ?"  # another program may have renamed it
             title = str(self._database.execute(query, (number,)).fetchone()[0])
         conversation.id, conversation.title, conversation.updated = number, title, message.created
         conversation.attach(message)
@@ -155,10 +140,10 @@ class Store(Finder):
         return message
 
     def update(self, message: Message) -> None:
-        """Write what a message holds now; cheap enough for a few times a second while an answer grows.
+        """Save a message; fast enough to be called several times per second.
 
         Raises:
-            InputError: the message was deleted for good meanwhile.
+            InputError: the message was permanently deleted.
         """
         texts = [without_surrogates(text) for text in (message.content, message.reasoning, message.model)]
         with self._database.change():
@@ -168,25 +153,25 @@ class Store(Finder):
                 (*texts, json.dumps(message.params), json.dumps(message.figures), message.finished, message.id),
             )
             if changed.rowcount == 0:
-                raise InputError(f"message {message.id} was deleted for good: begin a new conversation")
+                raise InputError(f"message {message.id} was permanently deleted: start a new conversation")
             self._database.execute(
                 "UPDATE conversations SET updated = ? WHERE id = (SELECT conversation FROM messages WHERE id = ?)",
                 (time.time(), message.id),
             )
 
     def add_records(self, message: int, data: bytes) -> None:
-        """Keep what is known of more tokens of a message, see `records.pack`; it goes with the message."""
+        """Add token records of a message, see `token_records.pack`; they are deleted with it."""
         with self._database.change():
             self._database.execute("INSERT INTO token_records (message, data) VALUES (?, ?)", (message, data))
 
     def records(self, message: int) -> list[bytes]:
-        """What `add_records` kept of a message, in order."""
-        with self._database.use():
+        """The token records of a message, in order."""
+        with self._database.read():
             query = "SELECT data FROM token_records WHERE message = ? ORDER BY id"
             return [bytes(data) for (data,) in self._database.execute(query, (message,)).fetchall()]
 
     def drop_records(self, message: int) -> None:
-        """Forget what is known of the tokens of a message."""
+        """Delete the token records of a message."""
         with self._database.change():
             self._database.execute("DELETE FROM token_records WHERE message = ?", (message,))
 
@@ -196,66 +181,55 @@ class Store(Finder):
         self._set(conversation.id, "leaf", conversation.leaf)
 
     def set_leaf(self, conversation: Conversation, leaf: int | None) -> None:
-        """Show the path that ends at this message, or, until it is loaded again, nothing."""
+        """Show the path that ends at this message; None = nothing, until the conversation is loaded again."""
         if leaf is not None and leaf not in conversation.messages:
             raise ValueError(f"message {leaf} is not in this conversation")
         conversation.leaf = leaf
         self._set(conversation.id, "leaf", leaf)
 
     def set_title(self, conversation: Conversation | int, title: str) -> None:
-        """Rename a conversation, which may be given by its id."""
+        """Rename a conversation, given as an object or by id."""
         title = one_line(without_surrogates(title))
         if isinstance(conversation, Conversation):
             conversation.title = title
         self._set(_id(conversation), "title", title)
 
     def pin(self, conversation: Conversation | int, pinned: bool = True) -> None:
-        """Let a conversation, which may be given by its id, stand first among all, or no longer."""
+        """Pin or unpin a conversation, given as an object or by id."""
         if isinstance(conversation, Conversation):
             conversation.pinned = pinned
         self._set(_id(conversation), "pinned", pinned)
 
     def set_system(self, conversation: Conversation, system: str) -> None:
-        """Change the system prompt; "" = the template's own."""
+        """Change the system prompt; "" = the chat template's default."""
         conversation.system = without_surrogates(system)
         self._set(conversation.id, "system", conversation.system)
 
     def delete(self, number: int) -> None:
-        """Delete a conversation; `restore` brings it back for KEPT_DAYS days."""
+        """Delete a conversation; `restore` undoes it for KEPT_DAYS days."""
         self._set(number, "deleted", time.time())
 
     def restore(self, number: int) -> None:
-        """Bring a deleted conversation back.
+        """Restore a deleted conversation.
 
         Raises:
-            InputError: it is gone for good.
+            InputError: it was permanently deleted.
         """
         with self._database.change():
             if not self._database.execute("UPDATE conversations SET deleted = NULL WHERE id = ?", (number,)).rowcount:
-                raise InputError(f"conversation {number} cannot be restored: it was deleted for good")
+                raise InputError(f"conversation {number} cannot be restored: it was permanently deleted")
 
-    def purge(self) -> int:
-        """Delete for good whatever was deleted, and leave no trace of it in the file; returns how many went."""
-        with self._database.change():
-            gone = self._database.execute("DELETE FROM conversations WHERE deleted IS NOT NULL").rowcount
-            if gone and self._database.indexed:
-                self._database.execute("INSERT INTO message_index (message_index) VALUES ('rebuild')")
-        with self._database.use():
-            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        return gone
-
-    def adopt(
+    def import_conversation(
         self, conversation: Conversation, foreign_id: str = "", foreign_ids: Mapping[int, str] | None = None
     ) -> bool:
-        """Store a conversation that was made elsewhere, under new ids, which the given one does not learn.
+        """Store a conversation from elsewhere under new ids; the object itself does not change.
 
-        One that is here already, by its foreign id, gets only the messages that it lacks; if it was deleted here, it
-        stays so.
+        A conversation that is already stored, by its foreign id, gets only new messages; if it was deleted, nothing.
 
         Args:
             conversation: with messages.
-            foreign_id: what it is called where it comes from; "" = it is taken for new.
-            foreign_ids: the same for its messages, by id.
+            foreign_id: its id at the source; "" = it is new.
+            foreign_ids: ids of its messages at the source, by message id.
 
         Returns:
             Whether anything was stored.
@@ -282,7 +256,7 @@ class Store(Finder):
                 else:
                     numbers[old] = self._insert_message(number, message, numbers[message.parent], name)
                     added = True
-            if added and shown is not None:  # else its user has gone on here, and stays where they are
+            if added and shown is not None:  # otherwise it was continued here, and the leaf stays
                 self._database.execute(
                     "UPDATE conversations SET leaf = ?, updated = ? WHERE id = ?",
                     (numbers[conversation.leaf], conversation.updated, number),
@@ -293,9 +267,9 @@ class Store(Finder):
         if number == 0:  # not stored yet
             return
         with self._database.change():
-            sql = f"UPDATE conversations SET {column} = ? WHERE id = ?"  # noqa: S608 (our own word)
+            sql = f"UPDATE conversations SET {column} = ? WHERE id = ?"  # noqa: S608 (a constant)
             if not self._database.execute(sql, (value, number)).rowcount:
-                raise InputError(f"there is no conversation {number}: it was deleted for good")
+                raise InputError(f"conversation {number} does not exist: it was permanently deleted")
 
     def _insert(self, conversation: Conversation, foreign_id: str | None = None) -> int:
         c = conversation
@@ -327,8 +301,8 @@ def _id(conversation: Conversation | int) -> int:
 def _message(row: tuple[Any, ...]) -> Message:
     number, parent, role, content, reasoning, created, model, params, figures, finished = row
     if not all(isinstance(text, str) for text in (content, reasoning, model)):
-        raise TypeError(f"message {number} is no text")
+        raise TypeError(f"message {number} is not text")
     values = json.loads(params), json.loads(figures)
     if not all(isinstance(value, dict) for value in values):
-        raise TypeError(f"the parameters or figures of message {number} are no object")
+        raise TypeError(f"the parameters or figures of message {number} are not an object")
     return Message(number, parent, role, content, reasoning, float(created), model, *values, bool(finished))

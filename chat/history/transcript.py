@@ -1,4 +1,4 @@
-"""Conversations as files: Markdown for people, JSON that can be read back. Knows nothing of databases or screens."""
+"""Conversations as files: Markdown to read, and JSON that can be imported."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llm_edge.runtime.safe_io import MIB, read_text
 
 FORMAT = "llm-edge conversation"
 VERSION = 1
-LARGEST_FILE = 256 * MIB
-_DEEPEST = 20  # levels of nesting in the parameters and figures of a message
-_LATEST = 1e11  # unix seconds; what is later is no time
-_LARGEST_ID = 2**53  # what every reader of JSON can hold
+MAX_FILE = 256 * MIB
+_MAX_DEPTH = 20  # of the parameters and figures of a message
+_MAX_TIME = 1e11  # Unix seconds
+_MAX_ID = 2**53  # exact in every JSON reader
 
 
 def markdown(conversation: Conversation) -> str:
-    """The path that is shown, as Markdown: reasoning as a quote, and under each answer what it was made with."""
+    """The shown path as Markdown, with reasoning as quotes, and model and figures below each answer."""
     parts = [f"# {conversation.title}"] if conversation.title else []
     if conversation.system:
         parts += ["**system**", _closed(conversation.system)]
@@ -43,7 +43,7 @@ def to_json(conversation: Conversation) -> str:
     """The whole tree as a JSON document, which `from_json` reads.
 
     Raises:
-        InputError: the parameters or figures of a message are no JSON values.
+        InputError: parameters or figures of a message are not JSON values.
     """
     messages = [
         {
@@ -74,19 +74,19 @@ def to_json(conversation: Conversation) -> str:
     try:
         return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as e:
-        raise InputError(f"this conversation cannot be told as JSON: {e}") from e
+        raise InputError(f"this conversation cannot be saved as JSON: {e}") from e
 
 
 def from_json(text: str) -> Conversation:
-    """Read what `to_json` wrote. Its messages keep their ids; the conversation itself has none until it is stored.
+    """Read a document of `to_json`. Messages keep their ids; the conversation has none until it is stored.
 
     Raises:
-        InputError: this is something else; the message names the field.
+        InputError: the document is invalid; the message names the field.
     """
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise InputError(f"not a saved conversation: no JSON that can be used ({e})") from e
+        raise InputError(f"not a saved conversation: invalid JSON ({e})") from e
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise InputError(f'not a saved conversation: "format" is not "{FORMAT}"')
     if document.get("version") != VERSION:
@@ -110,7 +110,7 @@ def from_json(text: str) -> Conversation:
             raise InputError(f"messages[{place}]: {e}") from e
     leaf = _number(document, "leaf", optional=True)
     if leaf is not None and leaf not in conversation.messages:
-        raise InputError(f'"leaf" names message {leaf}, which is not there')
+        raise InputError(f'"leaf" is {leaf}, but there is no such message')
     conversation.leaf = leaf
     return conversation
 
@@ -119,9 +119,9 @@ def read(path: Path) -> Conversation:
     """Read a conversation from a JSON file of `save`.
 
     Raises:
-        InputError: the file is not there, too large, or something else; the message names it.
+        InputError: the file is missing, too large or invalid; the message names it.
     """
-    text = read_text(path, LARGEST_FILE, error=InputError)
+    text = read_text(path, MAX_FILE, error=InputError)
     try:
         return from_json(text.removeprefix("\ufeff"))
     except InputError as e:
@@ -132,17 +132,16 @@ def save(name: str, conversation: Conversation, *, overwrite: bool = False) -> N
     """Write a conversation to a file: JSON if the name ends in .json, else Markdown.
 
     Raises:
-        InputError: there is nothing to write, the file is there already and `overwrite` was not said, or it cannot
-            be written.
+        InputError: the conversation is empty, or the file exists and is not to be overwritten, or cannot be written.
     """
     if not conversation.messages:
-        raise InputError("there is nothing to save yet: ask something first")
+        raise InputError("nothing to save yet: ask a question first")
     as_json = name.lower().endswith(".json")
     write_file(name, to_json(conversation) if as_json else markdown(conversation), overwrite=overwrite)
 
 
 def _facts(message: Message) -> list[str]:
-    """What an answer was made with and how it went, in a few words each."""
+    """The model, parameters and figures of an answer, each in a few words."""
     if message.role != ASSISTANT:
         return []
     facts = [message.model] if message.model else []
@@ -160,7 +159,7 @@ def _facts(message: Message) -> list[str]:
 
 
 def _closed(text: str) -> str:
-    """The text with a code block that was left open closed, so that it does not take in what follows."""
+    """The text with its last code block closed, so that what follows is not part of it."""
     fence = ""
     for line in text.splitlines():
         mark = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
@@ -174,7 +173,7 @@ def _closed(text: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value with null in place of numbers that JSON does not know."""
+    """A JSON value with null in place of infinities and NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -190,8 +189,8 @@ def _message(entry: dict[str, Any]) -> Message:
         raise InputError('"id" is missing')
     params, figures = _field(entry, "params", dict), _field(entry, "figures", dict)
     for name, value in (("params", params), ("figures", figures)):
-        if depth(value) > _DEEPEST:
-            raise InputError(f'"{name}" is nested deeper than {_DEEPEST} levels')
+        if depth(value) > _MAX_DEPTH:
+            raise InputError(f'"{name}" is nested deeper than {_MAX_DEPTH} levels')
     return Message(
         id=number,
         parent=_number(entry, "parent", optional=True),
@@ -209,7 +208,7 @@ def _message(entry: dict[str, Any]) -> Message:
 def _field(entry: dict[str, Any], name: str, kind: type) -> Any:
     value = entry.get(name)
     if not isinstance(value, kind):
-        raise InputError(f'"{name}" is {"missing" if value is None else "of the wrong kind"}')
+        raise InputError(f'"{name}" is {"missing" if value is None else "of the wrong type"}')
     return value
 
 
@@ -221,13 +220,13 @@ def _number(entry: dict[str, Any], name: str, *, optional: bool = False) -> int 
     value = entry.get(name)
     if value is None and optional:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_ID:
-        raise InputError(f'"{name}" is not a whole number from 1 on')
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_ID:
+        raise InputError(f'"{name}" is not an integer of 1 or more')
     return value
 
 
 def _time(entry: dict[str, Any], name: str) -> float:
     value = entry.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < _LATEST:
-        raise InputError(f'"{name}" is not a time in unix seconds')
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < _MAX_TIME:
+        raise InputError(f'"{name}" is not a Unix time in seconds')
     return float(value)

@@ -7,7 +7,6 @@ tokens     int64 [T]
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import math
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.errors import InputError, MachineError
+from llm_edge.runtime.safe_io import write_atomically
 
 Array = npt.NDArray[Any]
 _HEADER_BYTES = 4096  # maximum size of an array's header
@@ -40,17 +40,12 @@ def save(path: Path, identity_: str, tokens: Sequence[int], values: Sequence[Arr
     Raises:
         MachineError: it cannot be written.
     """
-    partial = path.parent / f".{path.name}.partial"
+    arrays: dict[str, Any] = {str(index): value for index, value in enumerate(values)}
+    arrays |= {"identity": np.array(identity_), "tokens": np.array(tokens, dtype=np.int64)}
     try:
-        with partial.open("wb") as file:
-            arrays: dict[str, Any] = {str(index): value for index, value in enumerate(values)}
-            np.savez(file, identity=np.array(identity_), tokens=np.array(tokens, dtype=np.int64), **arrays)
-        partial.replace(path)
+        write_atomically(path, lambda file: np.savez(file, **arrays))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise MachineError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            partial.unlink()
 
 
 def load(

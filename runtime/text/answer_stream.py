@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from llm_edge.runtime.text.chat_template import REASONING_FIELDS
+from llm_edge.runtime.text.holdback import StopStrings
 from llm_edge.runtime.text.reasoning_parser import ReasoningParser
-from llm_edge.runtime.text.tokenizer import StopStrings
 
 
 class TextDelta(NamedTuple):

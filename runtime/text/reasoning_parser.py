@@ -15,7 +15,8 @@ import numpy as np
 from llm_edge.runtime.bundle import ReasoningTags, ReasoningTokens
 from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.sampling.transforms import Ids
-from llm_edge.runtime.text.tokenizer import TextStream, Tokenizer, overlap
+from llm_edge.runtime.text.holdback import TagSplitter, overlap
+from llm_edge.runtime.text.tokenizer import TextStream, Tokenizer
 
 _NONE: Ids = np.array([], np.intp)
 
@@ -145,28 +146,26 @@ class TokenParser(ReasoningParser):
 
 
 class TagParser(ReasoningParser):
-    """Finds delimiters that are text.
-
-    The start tag opens reasoning only if nothing but white space precedes it in the answer: later on, an answer may
-    quote both tags. A repeated start tag is dropped. Text that may still become a tag is held back.
-    """
+    """Finds delimiters that are text; see `TagSplitter`."""
 
     def __init__(self, delimiters: ReasoningDelimiters, prompt: Sequence[int], turns: Iterable[int] = ()) -> None:
         super().__init__(delimiters.tokenizer, delimiters.special)
         self._delimiters = delimiters
         self._hidden = [delimiters.tokenizer.token_text(token) or "" for token in delimiters.special]
-        self._held = self._tail = ""
+        self._tail = ""
         self._waiting = 0  # answer tokens that contain what may become the start tag
         self._prompt(prompt, delimiters.tokenizer.special_ids.union(turns) - {*delimiters.opening, *delimiters.closing})
-        self._blank = self.at_delimiter or not self.inside  # the section is white space only so far
+        blank = self.at_delimiter or not self.inside
+        self._splitter = TagSplitter(delimiters.start, delimiters.end, inside=self.inside, blank=blank)
 
     def push(self, token: int) -> list[str]:
         was, waiting, text = self.inside, self._waiting, self._text.push(token)
         seen = self._tail + text
         self._tail = seen[1 - len(self._delimiters.end) :]
         self.ended |= self._delimiters.end in seen
-        parts = self._cut(self._held + text)
-        self._waiting = waiting + (not was) if self._held and not self.inside else 0
+        parts = self._splitter.push(text)
+        self.inside = self._splitter.inside
+        self._waiting = waiting + (not was) if self._splitter.holds and not self.inside else 0
         if len(parts) > 1:
             self.count += waiting + 1
             self.ended = not self.inside
@@ -176,8 +175,7 @@ class TagParser(ReasoningParser):
         return [self._without_special(part) for part in parts]
 
     def flush(self) -> str:
-        text, self._held = self._held + self._text.flush(), ""
-        return self._without_special(text)
+        return self._without_special(self._splitter.flush() + self._text.flush())
 
     def ending(self) -> tuple[Ids, Ids]:
         return self._delimiters.ending(self._tail)
@@ -191,31 +189,6 @@ class TagParser(ReasoningParser):
         text = decode(prompt[last + 1 :], skip_special=False)
         self.inside = text.rfind(start) > text.rfind(end)
         self.at_delimiter = text.rstrip().endswith((start, end))
-
-    def _cut(self, text: str) -> list[str]:
-        start, end = self._delimiters.start, self._delimiters.end
-        parts = [""]
-        while True:
-            lead = text.lstrip() if self._blank else ""
-            if lead.startswith(start):
-                tag, at = start, len(text) - len(lead)
-            elif self.inside and end in text:
-                tag, at = end, text.find(end)
-            else:
-                break
-            parts[-1] += text[:at]
-            text = text[at + len(tag) :]
-            if self.inside == (tag == end):
-                self.inside = not self.inside
-                parts.append("")
-            self._blank = True
-        held = len(lead) if start.startswith(lead) else 0
-        if self.inside:
-            held = max(held, overlap(text, end))
-        text, self._held = text[: len(text) - held], text[len(text) - held :]
-        parts[-1] += text
-        self._blank = self._blank and not text.strip()
-        return parts
 
     def _without_special(self, text: str) -> str:
         for special in self._hidden:

@@ -365,39 +365,3 @@ class TextStream:
         del self._window[:start]
         self._context = len(self._window)
         self._returned = max(0, len(self._decode(self._window)) - held)
-
-
-class StopStrings:
-    """Ends a text at the first of some strings to be complete in it, however the text is cut into pieces."""
-
-    def __init__(self, stops: Iterable[str]) -> None:
-        self._held = ""
-        self.stopped = False
-        self.change(stops)
-
-    def change(self, stops: Iterable[str]) -> None:
-        """Look for other strings from here on, in what is held back too."""
-        self._stops = tuple(dict.fromkeys(filter(None, stops)))
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Take a piece; return what can be shown now, and whether the text has ended."""
-        if self.stopped:
-            return "", True
-        text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            self._held, self.stopped = "", True
-            return text[: min(found)[1]], True
-        held = max((overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
-
-    def flush(self) -> str:
-        """Return what was held back, for no more text will come."""
-        text, self._held = self._held, ""
-        return text
-
-
-def overlap(text: str, stop: str) -> int:
-    """How much of a text's end is the start of a stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

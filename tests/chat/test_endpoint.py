@@ -126,7 +126,7 @@ def test_an_answer_that_is_continued_has_its_reasoning_behind_it(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     server.events = lambda: said("<think>", " opens it.")
-    assert text(pieces(open_endpoint(), begin="The tag")) == "<think> opens it."
+    assert text(pieces(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
 
 
 def test_parameters_go_along_as_the_api_names_them(
@@ -134,7 +134,8 @@ def test_parameters_go_along_as_the_api_names_them(
 ) -> None:
     params = SamplingParams(
         temperature=0.3, top_p=0.8, top_k=7, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
-        frequency_penalty=-0.5, seed=3, max_tokens=9, stop=("END",),
+        frequency_penalty=-0.5, seed=3, max_tokens=9, stop=("END",), logit_bias=((5, 1.0),), dry_multiplier=0.8,
+        repetition_window=32, mirostat_tau=5.0, dry_breakers=("x",),
         constraint=Constraint.json_schema({"type": "object"}),
     )  # fmt: skip
     pieces(open_endpoint(), params)
@@ -142,6 +143,8 @@ def test_parameters_go_along_as_the_api_names_them(
     expected = {
         "model": "small", "temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 3, "max_tokens": 9, "stop": ["END"], "stream": True,
+        "logit_bias": {"5": 1.0}, "dry_multiplier": 0.8, "repetition_window": 32, "mirostat_tau": 5.0, "mirostat": 2,
+        "repeat_penalty": 1.2, "repeat_last_n": 32, "dry_breakers": ["x"], "dry_sequence_breakers": ["x"],
     }  # fmt: skip
     assert expected.items() <= asked.items()
     assert asked["messages"] == QUESTION
@@ -165,7 +168,8 @@ def test_parameters_that_are_off_do_not_go_along(
     "params",
     [
         SamplingParams(reasoning_budget=5),
-        SamplingParams(dry_multiplier=1.0),
+        SamplingParams(no_repeat_ngram=3),
+        SamplingParams(epsilon_cutoff=0.01),
         SamplingParams(constraint=Constraint.regex("a")),
     ],
 )
@@ -259,10 +263,10 @@ def test_a_key_goes_along_and_nothing_else_that_tells_of_its_owner(
 
 def test_a_key_that_is_refused_is_not_in_the_message(server: Server, key: str) -> None:
     server.key = "another"
-    with pytest.raises(InputError, match="refuses the key") as caught:
+    with pytest.raises(InputError, match="rejects the API key") as caught:
         EndpointResponder(Endpoint(server.url, "small", key))
     assert "[the key]" in one_line(caught)
-    with pytest.raises(InputError, match="wants a key") as caught:
+    with pytest.raises(InputError, match="requires an API key") as caught:
         EndpointResponder(Endpoint(server.url, "small"))
     one_line(caught)
 
@@ -313,10 +317,10 @@ def test_the_keyring_holds_keys_by_url(monkeypatch: pytest.MonkeyPatch, server: 
     assert ring.kept == {("llm-edge", server.url): CANARY}
     server.key = CANARY
     assert list_models(server.url, "keyring") == ["large", "small"]
-    with pytest.raises(InputError, match="holds no key"):
+    with pytest.raises(InputError, match="has no key"):
         endpoint_key.read("keyring", "http://elsewhere/v1")
-    endpoint_key.forget(server.url)
-    endpoint_key.forget(server.url)
+    endpoint_key.delete(server.url)
+    endpoint_key.delete(server.url)
     assert ring.kept == {}
 
 
@@ -326,7 +330,7 @@ def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyP
     class PlaintextKeyring(Ring):
         pass
 
-    for ring, why in ((keyring.backends.fail.Keyring(), "no keyring"), (PlaintextKeyring(), "in the clear")):
+    for ring, why in ((keyring.backends.fail.Keyring(), "no keyring"), (PlaintextKeyring(), "unencrypted")):
         monkeypatch.setattr("keyring.get_keyring", lambda ring=ring: ring)
         with pytest.raises(InputError, match=why) as caught:
             endpoint_key.store("http://x/v1", CANARY)
@@ -339,10 +343,10 @@ def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("status", "kind", "expected"),
     [
-        (401, InputError, "wants a key"),
-        (404, InputError, "no such address or model"),
-        (429, InputError, "no more requests"),
-        (400, InputError, "refuses the request"),
+        (401, InputError, "requires an API key"),
+        (404, InputError, "no such path or model"),
+        (429, InputError, "rate limit or quota"),
+        (400, InputError, "rejects the request"),
         (302, InputError, "redirects"),
         (500, MachineError, "failed"),
     ],
@@ -367,7 +371,7 @@ def test_refusals_are_one_clear_line(
 def test_a_server_that_is_not_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with pytest.raises(InputError, match="refuses the connection") as caught:
+    with pytest.raises(InputError, match="refused the connection") as caught:
         EndpointResponder(Endpoint(f"http://127.0.0.1:{port}/v1", "small"))
     one_line(caught)
 
@@ -375,7 +379,7 @@ def test_a_server_that_is_not_there() -> None:
 def test_a_server_that_says_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
-        with pytest.raises(MachineError, match="was silent for too long") as caught:
+        with pytest.raises(MachineError, match="timed out") as caught:
             EndpointResponder(Endpoint(url, "small"), patience=0.2)
     one_line(caught)
 
@@ -394,7 +398,7 @@ def test_a_model_that_is_not_listed_and_a_list_that_is_not_there(
 def malformed() -> dict[str, Callable[[], Iterator[bytes]]]:
     deep = b'{"a":' * 20_000
     return {
-        "no JSON": lambda: iter([b"data: {\n\n"]),
+        "invalid JSON": lambda: iter([b"data: {\n\n"]),
         "no UTF-8": lambda: iter([b"data: \xff\xfe\n\n"]),
         "deep JSON": lambda: iter([b"data: " + deep + b"\n\n"]),
         "an array": lambda: iter([b"data: [1, 2]\n\n"]),
@@ -481,7 +485,7 @@ def test_cancel_takes_effect_at_once_and_the_server_is_told(
 
     server.events = events
     responder = open_endpoint()
-    feed = StreamReader(lambda: responder.answer(QUESTION, responder.default_params))
+    feed = StreamReader(responder.answer(QUESTION, responder.default_params))
     assert reached.wait(10)
     began = time.monotonic()
     feed.cancel()
@@ -516,7 +520,7 @@ def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None
         thread = threading.Thread(target=serve)
         thread.start()
         responder = EndpointResponder(Endpoint(url, "any"))
-        feed = StreamReader(lambda: responder.answer(QUESTION, responder.default_params))
+        feed = StreamReader(responder.answer(QUESTION, responder.default_params))
         assert asked.wait(10)
         began = time.monotonic()
         feed.cancel()
@@ -536,19 +540,19 @@ def test_a_text_is_continued_by_an_assistant_message_without_its_echo(
     begin = "The capital of France is"
     server.events = lambda: said(" Par", "is.")
     responder = open_endpoint()
-    assert text(pieces(responder, begin=begin)) == " Paris."
+    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
     assert server.requests[0]["messages"] == [*QUESTION, {"role": "assistant", "content": begin}]
     server.events = lambda: said("The cap", "ital of France is Par", "is.")
-    assert text(pieces(responder, begin=begin)) == " Paris."
+    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
     server.events = lambda: said("The c", "at.")
-    assert text(pieces(responder, begin=begin)) == "The cat."
+    assert text(pieces(responder, assistant_prefix=begin)) == "The cat."
     server.events = lambda: said("The c")
-    assert text(pieces(responder, begin=begin)) == "The c"
+    assert text(pieces(responder, assistant_prefix=begin)) == "The c"
 
 
 def test_vllm_is_told_to_continue(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "vllm"}]}
-    pieces(open_endpoint(), begin="So")
+    pieces(open_endpoint(), assistant_prefix="So")
     assert server.requests[0]["continue_final_message"] is True
     assert server.requests[0]["add_generation_prompt"] is False
 
@@ -556,7 +560,7 @@ def test_vllm_is_told_to_continue(server: Server, open_endpoint: Callable[..., E
 def test_who_does_not_continue_refuses(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "system"}]}
     with pytest.raises(InputError, match="does not continue") as caught:
-        pieces(open_endpoint(), begin="So")
+        pieces(open_endpoint(), assistant_prefix="So")
     one_line(caught)
 
 
@@ -582,7 +586,7 @@ def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
     server.refuse = lambda asked: (400, refusal) if len(asked["messages"]) > 3 else None
     server.events = lambda: said("x" * 400)
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
-    session.use(open_endpoint("any"))
+    session.set_responder(open_endpoint("any"))
 
     def ended(message: Message) -> Message:
         while session.answering is not None:
@@ -596,7 +600,7 @@ def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
     assert "error" not in failed.figures
     failed = ended(session.ask("and another"))
     assert "the context holds 100" in failed.figures["error"].replace("model's context", "context")
-    assert "Ctrl-R" in failed.figures["error"]
+    assert "ask again" in failed.figures["error"]
     again = ended(session.regenerate(failed))
     assert again.content == "x" * 400
     assert session.responder is not None
@@ -616,7 +620,7 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
 
     server.events = events
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
-    session.use(open_endpoint())
+    session.set_responder(open_endpoint())
     answer = session.ask("Hi")
     while not answer.content:
         session.poll()
@@ -627,7 +631,7 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
         session.poll()
         time.sleep(0.005)
     assert answer.figures["changes"] == [{"at": None, "name": "temperature", "value": "0.1"}]
-    assert "changed meanwhile: temperature 0.1 from the next answer" in figures_line(answer.figures)
+    assert "changed mid-answer: temperature 0.1 from the next answer" in figures_line(answer.figures)
     assert "temperature" not in answer.params
 
 
@@ -661,7 +665,7 @@ def test_what_is_no_base_url_is_refused(typed: str) -> None:
 
 
 def test_plain_http_is_warned_about_where_a_key_would_travel() -> None:
-    assert "plain http" in warning("http://192.168.0.5:8000/v1", with_key=True)
+    assert "unencrypted http" in warning("http://192.168.0.5:8000/v1", with_key=True)
     assert warning("http://192.168.0.5:8000/v1", with_key=False) == ""
     assert warning("https://api.example.com/v1", with_key=True) == ""
     for local in ("http://localhost:1/v1", "http://127.0.0.1/v1", "http://[::1]:3/v1"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm_edge.chat.parameters import EDITABLE, ChatParameters, summarize
-from llm_edge.chat.presets import MODELS_OWN, Presets
+from llm_edge.chat.presets import MODEL_DEFAULTS, Presets
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint
@@ -136,7 +136,7 @@ def test_a_preset_of_the_runtime_does_what_the_runtime_does(tmp_path: Path, name
     for defaults in (DEFAULTS, odd):
         parameters = ChatParameters(defaults, {"max_tokens": 9, "top_k": 3, "system": "Be brief."})
         expected = apply_preset(name, parameters.params)
-        Presets(Settings(tmp_path)).use("m", name, parameters)
+        Presets(Settings(tmp_path)).apply("m", name, parameters)
         assert parameters.params == expected
         assert parameters.system == "Be brief."
         assert Presets(Settings(tmp_path)).matching("m", parameters) == name
@@ -152,12 +152,12 @@ def test_presets_are_kept_for_a_model(tmp_path: Path) -> None:
     again = Presets(Settings(tmp_path))
     assert again.own("m") == ["my [31m own"]
     assert again.own("another") == []
-    assert [*again.offered("m")][:2] == [MODELS_OWN, "my [31m own"]
+    assert [*again.offered("m")][:2] == [MODEL_DEFAULTS, "my [31m own"]
     fresh = ChatParameters(DEFAULTS, {"top_k": 4})
-    again.use("m", "my [31m own", fresh)
+    again.apply("m", "my [31m own", fresh)
     assert fresh.changed == parameters.changed
     assert again.matching("m", fresh) == "my [31m own"
-    again.use("m", MODELS_OWN, fresh)
+    again.apply("m", MODEL_DEFAULTS, fresh)
     assert fresh.params == DEFAULTS
     again.delete("m", "my [31m own")
     assert Presets(Settings(tmp_path)).own("m") == []
@@ -168,9 +168,9 @@ def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_p
     for temperature in (0.1, 0.2):
         presets.save("m", "mine", ChatParameters(DEFAULTS, {"temperature": temperature}))
     parameters = ChatParameters(DEFAULTS)
-    presets.use("m", "mine", parameters)
+    presets.apply("m", "mine", parameters)
     assert parameters.changed == {"temperature": 0.2}
-    for name in ("greedy", MODELS_OWN, "", "   ", "\x1b\x07", "x" * 41):
+    for name in ("greedy", MODEL_DEFAULTS, "", "   ", "\x1b\x07", "x" * 41):
         with pytest.raises(ParameterError):
             presets.save("m", name, parameters)
     for name in ("greedy", "nobody's", ""):
@@ -186,7 +186,7 @@ def test_a_preset_that_cannot_be_is_told_and_turns_nothing(tmp_path: Path, chang
     (tmp_path / "settings.json").write_text(text, encoding="utf-8")
     presets, parameters = Presets(Settings(tmp_path)), ChatParameters(DEFAULTS, {"top_k": 4})
     with pytest.raises(ParameterError, match="the preset bad cannot be used"):
-        presets.use("m", "bad", parameters)
+        presets.apply("m", "bad", parameters)
     assert parameters.changed == {"top_k": 4}
 
 

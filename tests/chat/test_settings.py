@@ -94,7 +94,7 @@ def test_a_damaged_section_leaves_the_others_alone(tmp_path: Path, value: Any) -
     path.write_text(before, encoding="utf-8")
     settings = Settings(tmp_path)
     assert settings.get(LIST) == []
-    assert "questions: a list of texts was expected" in settings.trouble
+    assert "questions: expected a list of strings" in settings.trouble
     assert settings.get(THEME) == "nord"
     settings.set(THEME, "dracula")  # does not touch what is damaged
     assert json.loads(path.read_text(encoding="utf-8")) == {"questions": value, "theme": "dracula"}

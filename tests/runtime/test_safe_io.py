@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from llm_edge.runtime.errors import BundleError, CheckpointError
-from llm_edge.runtime.safe_io import inside, read_bytes, read_json, read_text
+from llm_edge.runtime.safe_io import inside, read_bytes, read_json, read_text, write_atomically
 
 
 def test_reads(tmp_path: Path) -> None:
@@ -86,3 +87,23 @@ def test_inside(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="to outside of"):
         inside(folder, "far/x", error=CheckpointError)
+
+
+def test_atomic_writes(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_atomically(path, b"one", overwrite=False)
+    with pytest.raises(FileExistsError):
+        write_atomically(path, b"two", overwrite=False)
+    assert path.read_bytes() == b"one"
+    write_atomically(path, lambda file: file.write(b"three"), private=True)
+    assert path.read_bytes() == b"three"
+    assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o600
+
+    def fail(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"three"
+    assert list(tmp_path.iterdir()) == [path]

@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,14 +42,20 @@ class Answer:
 
 
 class FakeModel:
-    """A `ChatModel` that gives the answers it was told to, in their order.
+    """What `LocalResponder` uses of a `Model`; gives the enqueued answers in order.
 
     Attributes:
         questions: the messages and parameters of every call so far.
         template_variables: those of every call so far.
     """
 
-    def __init__(self, *answers: Answer | str) -> None:
+    def __init__(self, *answers: Answer | str, params: SamplingParams | None = None) -> None:
+        self.bundle = SimpleNamespace(name="fake", path=Path("fake"))
+        self.precision = SimpleNamespace(name="fp32")
+        self.provider = "cpu"
+        self.context_length = 1024
+        self.default_params = params or SamplingParams()
+        self.tokenizer = None
         self._answers = deque(answers)
         self.questions: list[tuple[list[dict[str, Any]], SamplingParams | None]] = []
         self.template_variables: list[dict[str, Any]] = []
@@ -61,9 +69,11 @@ class FakeModel:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        assistant_prefix: str = "",
+        reasoning_prefix: str = "",
         template_variables: Mapping[str, Any] | None = None,
     ) -> Generation:
-        """See `ChatModel`."""
+        assert (assistant_prefix, reasoning_prefix) == ("", "")
         self.template_variables.append(dict(template_variables or {}))
         self.questions.append(([dict(message) for message in messages], params))
         said = self._answers.popleft()
@@ -72,6 +82,9 @@ class FakeModel:
             raise answer.refusal
         cancelled = threading.Event()
         return Generation(self._pieces(answer, cancelled), cancelled)
+
+    def clear_cache(self) -> None:
+        """Nothing is cached."""
 
     @staticmethod
     def _pieces(answer: Answer, cancelled: threading.Event) -> Iterator[GenerationChunk]:

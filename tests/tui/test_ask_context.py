@@ -21,7 +21,9 @@ from project import SUPPORT
 
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.history.store import Store
-from llm_edge.chat.recorder import ConversationRecorder
+from llm_edge.chat.parameters import ChatParameters
+from llm_edge.chat.responder import LocalResponder
+from llm_edge.chat.session import ChatSession
 from llm_edge.runtime import SamplingParams
 from llm_edge.runtime.errors import LogitsError, MachineError
 from llm_edge.tui.plain import PlainChat
@@ -33,23 +35,15 @@ SECRET = "the disk is full"
 
 FAKE = """
 import json, sys, time
-from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 from fakes import Answer, FakeModel
 from llm_edge.runtime.errors import LogitsError
 from llm_edge.runtime.model import Model
-from llm_edge.runtime.sampling.sampler import SamplingParams
 from llm_edge.tui import standard_input
 
 standard_input.PATIENCE = {pause}
 fake = FakeModel(*{answers})
-fake.bundle, fake.precision = SimpleNamespace(name="tiny"), SimpleNamespace(name="fp32")
-fake.provider, fake.default_params = "cpu", SamplingParams()
-
-def load(*_arguments, **_named):
-    return fake
-
-Model.load = load
+Model.open = lambda path, options: fake
 from llm_edge.tui.cli import main
 try:
     main()
@@ -220,7 +214,7 @@ def test_stdin_switches_need_a_question(program: Program) -> None:
     for switch in ("--stdin", "--no-stdin"):
         code, _out, notes = program.run("--plain", switch, stdin=b"Hi\n")
         assert code == 2
-        assert notes.startswith("error: --stdin and --no-stdin go with --ask")
+        assert notes.startswith("error: --stdin and --no-stdin need a question")
 
 
 # Pipes that stay open
@@ -301,13 +295,17 @@ def test_an_answer_is_saved_when_asked_for(program: Program) -> None:
     assert notes == f"(saved in {program.data / 'conversations.sqlite3'})\n"
     with program.kept() as store:
         (summary,) = store.recent()
-        assert (summary.title, summary.model, summary.count) == (question, "tiny", 2)
+        assert (summary.title, summary.model, summary.count) == (question, "fake", 2)
         conversation = store.load(summary.id)
         assert [found.id for found in store.search("disk full")] == [summary.id]
     assert conversation.system == "Be brief."
     asked, answer = conversation.path()
     assert asked.content == with_context(SECRET, question)
-    assert (answer.content, answer.finished, answer.params) == ("Fine.", True, {"temperature": 0.5})
+    assert (answer.content, answer.finished, answer.params) == (
+        "Fine.",
+        True,
+        {"temperature": 0.5, "system": "Be brief."},
+    )
     assert (answer.figures["finish_reason"], answer.figures["precision"]) == ("stop", "fp32")
     assert answer.figures["tokens"] == 5
 
@@ -326,7 +324,8 @@ def test_a_plain_chat_is_saved_conversation_by_conversation(tmp_path: Path) -> N
         first, other = store.load(titles["first"]), store.load(titles["other"])
     assert [message.content for message in first.path()] == ["first", "One.", "third", "Three."]
     lost = [message for message in first.messages.values() if message not in first.path()]
-    assert [(message.content, message.finished) for message in lost] == [("fails", True), ("Tw", False)]
+    assert [(message.content, message.finished) for message in lost] == [("fails", True), ("Tw", True)]
+    assert lost[1].figures["error"] == "no"
     answer = other.path()[1]
     assert (answer.content, answer.reasoning, answer.params) == ("Four.", "hm", {"top_k": 7})
 
@@ -346,7 +345,8 @@ def test_what_was_said_outlives_the_program(tmp_path: Path, number: signal.Signa
         conversation = store.load(store.recent()[0].id)
     question, answer = conversation.path()
     assert question.content == "Count"
-    assert not answer.finished
+    assert answer.finished == (number == signal.SIGINT)
+    assert answer.figures.get("finish_reason") == ("cancelled" if answer.finished else None)
     assert answer.content.count("word") >= 20
     assert ("word " * 10**6).startswith(answer.content)
 
@@ -364,19 +364,20 @@ def test_a_store_that_fails_does_not_silence_the_answer(tmp_path: Path, monkeypa
     def full(store: Store, message: Message) -> None:
         raise MachineError("no room")
 
-    notes: list[str] = []
     out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
     with contextlib.closing(Store(tmp_path / "chats.db")) as store, out, err:
-        kept = ConversationRecorder(store, "tiny", "fp32", SamplingParams(), "", notes.append)
-        model = FakeModel("One.", "Two.", Answer(["Three."], failure=LogitsError("no")))
-        chat = PlainChat(model, SamplingParams(), None, out, err, kept=kept, with_figures=False)
+        model: Any = FakeModel("One.", "Two.", Answer(["Three."], failure=LogitsError("no")))
+        session = ChatSession(store, ChatParameters(SamplingParams()))
+        session.set_responder(LocalResponder(model))
+        chat = PlainChat(session, out, err, with_figures=False)
         monkeypatch.setattr(Store, "update", full)
-        assert chat.run(["a\n", "b\n", "c\n"]) == 1
+        assert chat.run(["a\n", "b\n", "c\n"]) == 3
         out.seek(0)
+        err.seek(0)
         assert out.read() == "One.\nTwo.\nThree.\n"
-        assert notes == ["error: no room (nothing is saved from here on)"]
-        assert kept.error is not None
-        assert kept.error.exit_code == 3
+        assert err.read() == "error: no room (nothing is saved from here on)\nerror: no\n"
+        assert chat.save_error is not None
+        assert chat.save_error.exit_code == 3
         monkeypatch.undo()
         conversation = store.load(store.recent()[0].id)
         assert [message.content for message in conversation.path()] == ["a", ""]

@@ -15,12 +15,14 @@ from textual.widgets import Button
 from tui_driving import app_with, ask, drive, screen, until, views
 from tui_driving import shown as drawn
 
-from llm_edge.chat.comparison import Comparison, ComparisonSide, InMemoryStore
+from llm_edge.chat.comparison import Comparison, ComparisonSide
 from llm_edge.chat.fake import FakeResponder, Said
 from llm_edge.chat.history.conversation import ASSISTANT, Conversation, Message
+from llm_edge.chat.history.memory_store import InMemoryStore
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.runtime.errors import MachineError
+from llm_edge.runtime.model import Model
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.compare import CompareScreen
 from llm_edge.tui.screens.models import ModelsScreen
@@ -155,9 +157,9 @@ def test_two_settings_of_one_model(tmp_path: Path, size: tuple[int, int]) -> Non
             text = screen(app)
             assert "alpha" in text
             assert "omega" in text
-            assert "model's own" in text
+            assert "Model defaults" in text
             assert "temperature 0.0" in text
-            await until(pilot, lambda: all("1 tokens · " in drawn(view) for view in shown.query(MessageView)))
+            await until(pilot, lambda: all("1 token · " in drawn(view) for view in shown.query(MessageView)))
             assert [each[1].temperature for each in fake.asked] == [0.7, 0.0]
             assert app.focused is shown.query_one("#keep-0", Button)
             await pilot.press("2")
@@ -421,7 +423,7 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
 
 
 def test_what_tokens_say_makes_up_the_answer(tiny_bundle: Path) -> None:
-    responder = LocalResponder(tiny_bundle, "fp32")
+    responder = LocalResponder(Model.load(tiny_bundle, "fp32"))
     text = "Hi there,\n  how are you? "
     model = responder._model
     ids = model.tokenizer.encode(text)

@@ -38,7 +38,7 @@ def test_an_answer_streams_and_stays(tmp_path: Path, size: tuple[int, int]) -> N
             await pilot.pause()
             question, answer = (shown(view) for view in views(app))
             assert "How?" in question
-            for text in ("def greet", "return 1", "ls", "Done.", "tokens", "tok/s", "first after", "fake", "complete"):
+            for text in ("def greet", "return 1", "ls", "Done.", "tokens", "tok/s", "first token", "fake", "complete"):
                 assert text in answer
             assert "```" not in answer
             assert fake.asked[0][0] == [{"role": "user", "content": "How?"}]
@@ -394,7 +394,7 @@ def test_an_answer_that_cannot_be_kept_goes_on(tmp_path: Path, monkeypatch: pyte
             monkeypatch.setattr(app.session.store, "update", full)
             await ask(pilot, "Count.")
             assert "one two three" in shown(views(app)[-1])
-            assert "not kept: no room on the disk" in shown(views(app)[-1])
+            assert "not saved: no room on the disk" in shown(views(app)[-1])
             monkeypatch.undo()
             await ask(pilot, "Again.")
             assert "not kept" not in shown(views(app)[-1])

@@ -182,7 +182,7 @@ def test_thousands_come_as_they_are_looked_at(tmp_path: Path) -> None:
             old = Conversation(title=f"talk {number}", created=NOW - number * DAY, updated=NOW - number * DAY)
             old.attach(Message(1, None, "user", "needle"))
             old.leaf = 1
-            store.adopt(old)
+            store.import_conversation(old)
         store.pin(count)
 
     async def scene() -> None:
@@ -225,7 +225,7 @@ def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
         foreign.attach(Message(1, None, "user", foul))
         foreign.attach(Message(2, 1, "assistant", foul, reasoning=foul, model=foul, params={"seed": foul}))
         foreign.leaf = 2
-        store.adopt(foreign)
+        store.import_conversation(foreign)
         store._database.execute("UPDATE conversations SET title = ?", (foul,))  # past all that tidies it up
 
     async def scene() -> None:
@@ -528,7 +528,7 @@ def test_what_was_asked_before_is_at_hand(tmp_path: Path) -> None:
         store.add(pasted, "user", "x" * 10_000)
         foreign = Conversation(title="foreign")
         foreign.attach(Message(1, None, "user", "asked elsewhere"))
-        store.adopt(foreign, "chatgpt:1", {1: "n"})
+        store.import_conversation(foreign, "chatgpt:1", {1: "n"})
 
     async def scene() -> None:
         async with app_with(tmp_path) as (app, pilot, _):

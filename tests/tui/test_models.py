@@ -24,6 +24,7 @@ from llm_edge.chat.fake import FakeResponder
 from llm_edge.chat.history.store import Store
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.chat.settings import Settings
+from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.endpoint import EndpointScreen
 from llm_edge.tui.screens.export import ExportScreen
@@ -138,7 +139,7 @@ def test_a_bundle_is_found_by_typing_and_the_conversation_goes_on_with_it(two: P
             assert "int4" in line(app, "●", "good")
             place = models.query_one(OptionList).highlighted
             assert place is not None
-            assert models._shown[place].choice == BundleChoice(Path("artifacts/good"), "int4")
+            assert models._shown[place].choice == BundleChoice(Path("artifacts/good"), LoadOptions("int4"))
             assert bundles.recent(app.settings) == [two / "artifacts/good"]
 
     drive(scene())
@@ -231,7 +232,7 @@ print(json.dumps({{"stage": "done", "path": {str(tiny_bundle)!r}, "seconds": 1.0
         async with app.run_test(size=(80, 24), notifications=True) as pilot:
             await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._entries)
             await pilot.pause()
-            assert "is not there yet" in screen(app)
+            assert ": not found" in screen(app)
             assert "SmolLM2" in line(app, "+ Make", "now")
             await pilot.press("enter")
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
@@ -332,12 +333,12 @@ def test_a_key_for_the_keyring_shows_nowhere(place: Path, server: Server, monkey
             )
             await until(pilot, lambda: isinstance(app.screen, EndpointScreen) and app.screen.is_mounted)
             await pilot.press("enter")
-            await until(pilot, lambda: "wants a key" in screen(app))
+            await until(pilot, lambda: "requires an API key" in screen(app))
             app.screen.query_one("#key-location", Select).value = "keyring"
             await pilot.pause()
             app.screen.query_one("#key", Input).focus()
             await pilot.press(*"sk-wrong", "enter")
-            await until(pilot, lambda: "refuses the key" in screen(app))
+            await until(pilot, lambda: "rejects the API key" in screen(app))
             app.screen.query_one("#key", Input).focus()
             await pilot.press(*CANARY)
             screens.append(screen(app))
@@ -368,7 +369,7 @@ def test_what_is_wrong_with_an_endpoint_is_told_where_it_is_typed(place: Path, s
             await until(pilot, lambda: "base URL is missing" in screen(app))
             await pilot.press(*"http://x.invalid/v1")
             app.screen.query_one("#key-location", Select).value = "environment"
-            await until(pilot, lambda: "plain http" in screen(app))
+            await until(pilot, lambda: "unencrypted http" in screen(app))
             app.screen.query_one("#url", Input).value = server.url
             app.screen.query_one("#key-location", Select).value = "none"
             app.screen.query_one("#model", Input).value = "huge"

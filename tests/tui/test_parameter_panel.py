@@ -13,7 +13,7 @@ from tui_driving import app_with, ask, drive, screen, shown, until, views
 
 from llm_edge.chat.figures import figures_line
 from llm_edge.chat.parameters import EDITABLE
-from llm_edge.chat.presets import MODELS_OWN
+from llm_edge.chat.presets import MODEL_DEFAULTS
 from llm_edge.runtime.sampling.constraint import Constraint
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.widgets.composer import Composer
@@ -180,7 +180,7 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             select = app.query_one("#presets", Select)
             await pilot.press("f3")
             await pilot.pause()
-            assert select.value == MODELS_OWN
+            assert select.value == MODEL_DEFAULTS
             assert app.query_one("#delete-preset", Button).disabled
             await type_into(pilot, "temperature", "1.1")
             assert select.value is Select.NULL
@@ -195,7 +195,7 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             assert error_under(app, "presets") == ""
 
             await pilot.click("#reset")
-            await until(pilot, lambda: select.value == MODELS_OWN)
+            await until(pilot, lambda: select.value == MODEL_DEFAULTS)
             assert app.session.parameters.changed == {}
             select.value = "greedy"
             await until(pilot, lambda: app.session.parameters.value("temperature") == 0)
@@ -312,7 +312,7 @@ def test_escape_codes_pasted_into_a_field_do_not_reach_the_terminal(tmp_path: Pa
     [
         ("{", "not JSON"),
         ('{"presets": 3}', "presets: an object of models"),
-        ('{"presets": {"script": {"bad": 1}}}', "script, bad: an object of parameters"),
+        ('{"presets": {"script": {"bad": 1}}}', "script, bad: expected an object of parameters"),
         ('{"presets": {"script": {"b\\u001b[2Jd": {"temperature": "hot"}}}}', ""),
     ],
 )
@@ -327,7 +327,7 @@ def test_damaged_settings_are_told_and_the_panel_works(tmp_path: Path, content: 
             if not told:
                 app.query_one("#presets", Select).value = "b\x1b[2Jd"
                 await until(pilot, lambda: "cannot be used" in error_under(app, "presets"))
-                await until(pilot, lambda: app.query_one("#presets", Select).value == MODELS_OWN)
+                await until(pilot, lambda: app.query_one("#presets", Select).value == MODEL_DEFAULTS)
             await type_into(pilot, "temperature", "1.3")
             await pilot.press("ctrl+s", *"mine", "enter")
             await until(pilot, lambda: app.query_one("#presets", Select).value == "mine")

@@ -24,12 +24,23 @@ import pytest
 from fakes import Answer, FakeModel
 from project import SUPPORT
 
+from llm_edge.chat.commands import COMMANDS
+from llm_edge.chat.figures import figures_line, figures_of
+from llm_edge.chat.history.memory_store import InMemoryStore
+from llm_edge.chat.parameters import EDITABLE, ChatParameters
+from llm_edge.chat.responder import LocalResponder
+from llm_edge.chat.session import ChatSession
 from llm_edge.runtime import FinishReason, SamplingParams, Timings
 from llm_edge.runtime.errors import ContextLengthError, LogitsError, MachineError, ParameterError, TemplateError
-from llm_edge.tui.plain import HELP, PlainChat, figures, with_parameter
+from llm_edge.tui.plain import PlainChat
 
 PARAMS = SamplingParams(temperature=0.5, max_tokens=100)
 PATIENCE = 60  # seconds until a test that waits for a program gives up
+
+
+def partition(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(" = ")
+    return name, value
 
 
 class Output(io.StringIO):
@@ -49,16 +60,37 @@ class Output(io.StringIO):
 
 
 class Chat:
-    """A `PlainChat` over a fake, and what it wrote."""
+    """A `PlainChat` over a fake model, and what it wrote."""
 
-    def __init__(self, *answers: Answer | str, system: str | None = None, terminal: bool = False) -> None:
-        self.model = FakeModel(*answers)
+    def __init__(
+        self,
+        *answers: Answer | str,
+        system: str | None = None,
+        terminal: bool = False,
+        params: SamplingParams = PARAMS,
+        with_reasoning: bool = True,
+    ) -> None:
+        self.model: Any = FakeModel(*answers, params=params)
         self.output = Output(terminal)
         self.notes = Output()
         self.reasoning = self.output if terminal else Output()
+        self.session = ChatSession(InMemoryStore(), ChatParameters(params, {"system": system} if system else {}))
+        self.session.set_responder(LocalResponder(self.model))
         self.plain = PlainChat(
-            self.model, PARAMS, system, self.output, self.notes, reasoning=self.reasoning, interactive=terminal
+            self.session,
+            self.output,
+            self.notes,
+            reasoning=self.reasoning if with_reasoning else None,
+            interactive=terminal,
         )
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.session.parameters.params
+
+    @property
+    def messages(self) -> list[tuple[str, str]]:
+        return [(message.role, message.content) for message in self.session.conversation.path()]
 
     def lines(self, *lines: str) -> int:
         return self.plain.run(line + "\n" for line in lines)
@@ -80,8 +112,7 @@ def test_a_conversation_keeps_its_context() -> None:
     chat = Chat("Hello.", "Fine.", "Bye.")
     assert chat.lines("Hi", "How are you?", "Go") == 0
     assert chat.asked == [["Hi"], ["Hi", "Hello.", "How are you?"], ["Hi", "Hello.", "How are you?", "Fine.", "Go"]]
-    roles = [message["role"] for message in chat.plain.messages]
-    assert roles == ["user", "assistant"] * 3
+    assert [role for role, _ in chat.messages] == ["user", "assistant"] * 3
     assert chat.output.getvalue() == "Hello.\nFine.\nBye.\n"
 
 
@@ -106,10 +137,16 @@ def test_a_system_prompt_goes_first_in_every_conversation() -> None:
 
 def test_answers_are_written_piece_by_piece() -> None:
     chat = Chat()
-    seen: list[str] = []
-    chat.model.enqueue(Answer(["One", " two", " three"], before=lambda _number: seen.append(chat.output.getvalue())))
+    pieces = ["One", " two", " three"]
+
+    def wait_until_written(number: int) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while chat.output.getvalue() != "".join(pieces[:number]):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    chat.model.enqueue(Answer(pieces, before=wait_until_written))
     chat.lines("Count")
-    assert seen == ["", "One", "One two", "One two three"]
     assert [text for text in chat.output.writes if text] == ["One", " two", " three", "\n"]
 
 
@@ -170,10 +207,10 @@ def test_a_full_context_lets_the_oldest_turns_go_and_says_so(system: str | None)
     assert chat.lines("Hi", "How are you?", "More?", "And more?") == 0
     start = [] if system is None else [system]
     assert chat.asked[3:5] == [[*start, "How are you?", "Fine.", "More?"], [*start, "More?"]]
-    assert chat.asked[-1] == [*start, "And more?"]
+    assert chat.asked[-1] == [*start, "How are you?", "Fine.", "More?", "Yes.", "And more?"]
     assert [line for line in chat.notes.getvalue().splitlines() if "oldest" in line] == [
-        "(the oldest 2 turns were left out: the model's context holds 1024 tokens)",
-        "(the oldest turn was left out: the model's context holds 1024 tokens)",
+        "the oldest 2 turns were left out: the model's context holds 1024 tokens",
+        "the oldest turn was left out: the model's context holds 1024 tokens",
     ]
 
 
@@ -209,7 +246,7 @@ def test_an_answer_cancelled_before_any_text_does_not() -> None:
     chat = Chat(Answer([], FinishReason.CANCELLED), "Fine.")
     chat.lines("A story", "Hi")
     assert chat.asked[1] == ["Hi"]
-    assert "(cancelled)" in chat.notes.getvalue()
+    assert "stopped" in chat.notes.getvalue()
 
 
 def test_an_empty_answer_is_one() -> None:
@@ -225,7 +262,7 @@ def test_only_terminals_get_cleaned_text() -> None:
     shown.lines("Hi")
     assert piped.output.getvalue() == "a\x1b[31mb\rc\u202e\n"
     assert shown.output.getvalue() == "a[31mbc\n\n"
-    assert piped.plain.messages == shown.plain.messages
+    assert piped.messages == shown.messages
 
 
 def test_notes_never_command_the_terminal() -> None:
@@ -253,23 +290,24 @@ def test_reasoning_is_no_part_of_the_conversation(tmp_path: Path) -> None:
     assert chat.asked[1] == ["2+2?", "It is 4.", "Sure?"]
     assert chat.output.getvalue() == "It is 4.\nYes.\n"
     assert chat.reasoning.getvalue() == "Two and two\n\n"
-    assert "4 tokens, 2 of them reasoning" in chat.notes.getvalue()
-    assert "Two" not in (tmp_path / "talk.json").read_text()
+    assert "4 tokens (2 reasoning)" in chat.notes.getvalue()
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["reasoning"] for message in saved["messages"]] == ["", "Two and two", "", ""]
 
 
 @pytest.mark.parametrize("ending", ["", "\n"])
 def test_reasoning_is_dim_on_a_terminal(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for term, shown in (("xterm", "\x1b[2mTwo\x1b[0m\x1b[2m and[31m{}\x1b[0m"), ("dumb", "Two and[31m{}")):
+    for term, shown in (("xterm", "\x1b[2mTwo and[31m{}\x1b[0m"), ("dumb", "Two and[31m{}")):
         monkeypatch.setenv("TERM", term)
         chat = Chat(thinking(thoughts=("Two", " and\x1b[31m" + ending)), terminal=True)
         chat.lines("2+2?")
         gap = "\n" if ending else "\n\n"
-        assert chat.output.getvalue() == shown.format(ending) + gap + "It is 4.\n\n"
+        written = chat.output.getvalue().replace("\x1b[0m\x1b[2m", "")  # chunks may be written together
+        assert written == shown.format(ending) + gap + "It is 4.\n\n"
 
 
 def test_reasoning_goes_nowhere_where_there_is_no_place() -> None:
-    chat = Chat(thinking())
-    chat.plain = PlainChat(chat.model, PARAMS, None, chat.output, chat.notes)
+    chat = Chat(thinking(), with_reasoning=False)
     chat.lines("2+2?")
     assert chat.output.getvalue() == "It is 4.\n"
     assert "Two" not in chat.notes.getvalue()
@@ -287,14 +325,14 @@ def test_reasoning_that_is_all() -> None:
 def test_an_answer_that_is_all_reasoning_says_so() -> None:
     for limit, terminal, remedy in (
         (2, False, "raise --max-tokens"),
-        (2, True, "raise them with /set max_tokens"),
+        (2, True, "raise it with /set max_tokens"),
         (100, False, "the model's context holds no more"),
     ):
-        chat = Chat(Answer((), FinishReason.LENGTH, reasoning=("Two", " and two")), terminal=terminal)
         params = dataclasses.replace(PARAMS, max_tokens=limit)
-        chat.plain = PlainChat(chat.model, params, None, chat.output, chat.notes, interactive=terminal)
+        answer = Answer((), FinishReason.LENGTH, reasoning=("Two", " and two"))
+        chat = Chat(answer, terminal=terminal, params=params)
         assert chat.lines("2+2?") == 0
-        assert chat.notes.getvalue().splitlines()[1:] == [f"the answer's 2 tokens all went into reasoning: {remedy}"]
+        assert chat.notes.getvalue().splitlines()[1:] == [f"all 2 tokens of the answer are reasoning: {remedy}"]
 
 
 def test_other_answers_do_not_say_so() -> None:
@@ -305,7 +343,7 @@ def test_other_answers_do_not_say_so() -> None:
         Answer((), FinishReason.LENGTH),
     )
     chat.lines("a", "b", "c", "d")
-    assert "went into" not in chat.notes.getvalue()
+    assert "of the answer are reasoning" not in chat.notes.getvalue()
 
 
 def test_reasoning_may_be_hidden() -> None:
@@ -339,8 +377,10 @@ def test_reasoning_may_be_asked_for() -> None:
         ("/set seed 7", "seed", 7),
         ("/set seed none", "seed", None),
         ("/set seed null", "seed", None),
+        ("/set top_k none", "top_k", 0),
         ("/set stop END", "stop", ("END",)),
-        ('/set stop "5"', "stop", ("5",)),
+        ("/set stop 5", "stop", ("5",)),
+        (r"/set stop a\nb", "stop", ("a\nb",)),
         ('/set stop ["a b", "=c"]', "stop", ("a b", "=c")),
         ("/set stop []", "stop", ()),
         ("/set stop_token_ids [1, 2]", "stop_token_ids", (1, 2)),
@@ -353,16 +393,19 @@ def test_set(line: str, name: str, value: Any) -> None:
     chat = Chat("Hello.")
     assert chat.lines(line, "Hi") == 0
     wanted = dataclasses.replace(PARAMS, **{name: value})
-    assert chat.plain.params == wanted
+    assert chat.params == wanted
     assert chat.model.questions[0][1] == wanted
-    assert f"{name} = {value}\n" in chat.notes.getvalue()
+    (shown,) = [text for note, text in map(partition, chat.notes.getvalue().splitlines()) if note == name]
+    again = Chat("Hello.")
+    again.lines(f"/set {name} {shown}")
+    assert again.params == wanted
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("/set warmth 1", "there is no parameter 'warmth'; there are temperature, top_k"),
-        ("/set _within 1", "there is no parameter '_within'"),
+        ("/set warmth 1", "'warmth': unknown parameter; available: temperature, top_p"),
+        ("/set _within 1", "'_within': unknown parameter"),
         ("/set temperature 900", "temperature"),
         ("/set temperature -0.1", "temperature"),
         ("/set temperature NaN", "temperature"),
@@ -370,45 +413,37 @@ def test_set(line: str, name: str, value: Any) -> None:
         ("/set temperature true", "temperature"),
         ("/set temperature [1]", "temperature"),
         ("/set top_k 2.5", "top_k"),
-        ("/set top_k none", "top_k"),
         ("/set max_tokens 0", "max_tokens"),
         ("/set max_tokens " + "9" * 5000, "max_tokens"),
         ("/set max_newlines -1", "max_newlines"),
         ("/set single_think_end 1", "single_think_end"),
-        ("/set stop 5", "stop"),
-        ("/set stop " + "[" * 100_000, None),
+        ('/set stop ["a', "stop"),
+        ("/set stop " + "[" * 100_000, "stop"),
         ("/set", "/set needs a name and a value"),
         ("/set temperature", "/set needs a name and a value"),
         ("/set =", "/set needs a name and a value"),
     ],
 )
-def test_set_refuses(line: str, reason: str | None) -> None:
+def test_set_refuses(line: str, reason: str) -> None:
     chat = Chat("Hello.")
-    exit_code = chat.lines("/set top_p 0.8", line, "Hi")
-    if reason is None:  # odd, but a string
-        assert chat.plain.params.stop == ("[" * 100_000,)
-        return
-    assert exit_code == 2
+    assert chat.lines("/set top_p 0.8", line, "Hi") == 2
     assert len(chat.errors) == 1
     assert chat.errors[0].startswith(f"error: {reason}")
     assert chat.model.questions[0][1] == dataclasses.replace(PARAMS, top_p=0.8)
-
-
-def test_parameters_of_a_value_given_as_text() -> None:
-    assert with_parameter(PARAMS, "min_p", "0.25") == dataclasses.replace(PARAMS, min_p=0.25)
-    with pytest.raises(ParameterError, match="min_p"):
-        with_parameter(PARAMS, "min_p", "")
 
 
 def test_params_shows_all_and_reset_restores_them() -> None:
     chat = Chat("Hello.")
     chat.lines("/set seed 7", "/set stop END", "/params", "/reset", "Hi")
     notes = chat.notes.getvalue()
-    for field in dataclasses.fields(SamplingParams):
-        assert f"{field.name} = " in notes
+    for name in EDITABLE:
+        assert f"{name} = " in notes
     assert "seed = 7\n" in notes
     assert "temperature = 0.5\n" in notes
-    assert chat.plain.params == PARAMS
+    assert "reasoning_budget = off\n" in notes
+    assert 'stop = ["END"]\n' in notes
+    assert "None" not in notes
+    assert chat.params == PARAMS
     assert chat.model.questions[0][1] == PARAMS
 
 
@@ -422,15 +457,14 @@ def test_parameters_outlive_a_conversation() -> None:
 def test_unknown_commands(line: str) -> None:
     chat = Chat()
     assert chat.lines(line) == 2
-    assert chat.errors == [f"error: {line.split()[0]} is not a command; /help lists them"]
+    assert chat.errors == [f"error: {line.split()[0]}: unknown command; /help lists them"]
     assert chat.asked == []
 
 
 def test_help_names_every_command() -> None:
     chat = Chat()
     assert chat.lines("/help") == 0
-    assert chat.notes.getvalue() == HELP + "\n"
-    assert all(command in HELP for command in ("/set", "/params", "/reset", "/think", "/save", "quit", "Ctrl-C"))
+    assert all(f"\n{name}" in "\n" + chat.notes.getvalue() for name in (*COMMANDS, "quit", "Ctrl-C", "(empty line)"))
     assert chat.output.getvalue() == ""
 
 
@@ -442,8 +476,10 @@ def test_save_as_json(tmp_path: Path) -> None:
     path = tmp_path / "talk.JSON"
     assert chat.lines("Hi", f"/save {path}") == 0
     content = path.read_text(encoding="utf-8")
-    assert json.loads(content) == {"messages": chat.plain.messages}
-    assert json.loads(content)["messages"][2] == {"role": "assistant", "content": "Hé 👋\x1b[0m"}
+    saved = json.loads(content)
+    assert saved["system"] == "Be brief."
+    assert [(message["role"], message["content"]) for message in saved["messages"]] == chat.messages
+    assert chat.messages == [("user", "Hi"), ("assistant", "Hé 👋\x1b[0m")]
     assert "Hé 👋" in content
     assert f"saved to {path}\n" in chat.notes.getvalue()
 
@@ -451,9 +487,11 @@ def test_save_as_json(tmp_path: Path) -> None:
 def test_save_as_markdown(tmp_path: Path) -> None:
     chat = Chat("Hé 👋", "* one\n* two", system="Be brief.")
     chat.lines("Hi", "List", f"/save {tmp_path}/my talk.md")
-    assert (tmp_path / "my talk.md").read_bytes().decode() == (
-        "**system**\n\nBe brief.\n\n**user**\n\nHi\n\n**assistant**\n\nHé 👋\n\n"
-        "**user**\n\nList\n\n**assistant**\n\n* one\n* two\n"
+    text = (tmp_path / "my talk.md").read_bytes().decode()
+    text = "\n\n".join(part for part in text.split("\n\n") if not part.startswith("*("))  # the figures
+    assert text == (
+        "# Hi\n\n**system**\n\nBe brief.\n\n**user**\n\nHi\n\n**assistant**\n\nHé 👋\n\n"
+        "**user**\n\nList\n\n**assistant**\n\n* one\n* two"
     )
 
 
@@ -493,7 +531,7 @@ def test_save_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     def full(path: Path, mode: str, **options: Any) -> Any:
         opened(path, mode, **options).close()
-        return opened(Path("/dev/full"), "w", **options)
+        return opened(Path("/dev/full"), "wb", **options)
 
     monkeypatch.setattr(Path, "open", full)
     chat = Chat("Hello.")
@@ -506,7 +544,7 @@ def test_save_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_nothing_to_save(tmp_path: Path, system: str | None) -> None:
     chat = Chat("Hello.", system=system)
     assert chat.lines(f"/save {tmp_path}/a.md", "Hi", "", f"/save {tmp_path}/b.md", "/save") == 2
-    assert chat.errors[:2] == ["error: there is nothing to save yet: ask something first"] * 2
+    assert chat.errors[:2] == ["error: nothing to save yet: ask a question first"] * 2
     assert chat.errors[2] == "error: /save needs a file name, for example: /save talk.md"
     assert list(tmp_path.iterdir()) == []
 
@@ -517,13 +555,14 @@ def test_nothing_to_save(tmp_path: Path, system: str | None) -> None:
 @pytest.mark.parametrize(
     ("count", "reason", "line"),
     [
-        (21, FinishReason.STOP, "(21 tokens, 10 tok/s, first after 0.25 s, stop)"),
-        (1, FinishReason.LENGTH, "(first after 0.25 s, length)"),
-        (0, FinishReason.CANCELLED, "(cancelled)"),
+        (21, FinishReason.STOP, "21 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete"),
+        (1, FinishReason.LENGTH, "1 token · first token 0.25 s · fp32 · cut off at the limit"),
+        (0, FinishReason.CANCELLED, "0 tokens · fp32 · stopped"),
     ],
 )
 def test_figures(count: int, reason: FinishReason, line: str) -> None:
-    assert figures(reason, Timings(7, count, 0.25, 0.2, 2.0)) == line
+    timings = Timings(7, count, 0.25 if count else 0.0, 0.2, 2.0 if count else 0.0)
+    assert figures_line(figures_of(timings, reason, "fp32")) == line
 
 
 # As a program
@@ -573,8 +612,8 @@ def test_lines_that_cannot_be_answered(tiny_bundle: Path) -> None:
     assert done.stdout == chat(tiny_bundle, "--ask", "Hi", *FEW).stdout
     errors = done.stderr.decode().splitlines()[:3]
     assert errors[0] == "error: this line is not valid UTF-8: convert it first"
-    assert errors[1].endswith("tokens, the model's context holds 1024: shorten the prompt")
-    assert errors[2] == "error: /nonsense is not a command; /help lists them"
+    assert errors[1].endswith("tokens, but the model's context holds 1024: shorten the prompt")
+    assert errors[2] == "error: /nonsense: unknown command; /help lists them"
     assert b"Traceback" not in done.stderr
 
 
@@ -583,7 +622,7 @@ def test_lines_that_cannot_be_answered(tiny_bundle: Path) -> None:
     [
         (["--ask", "  "], "--ask is empty"),
         (["--temperature", "-1"], "temperature"),
-        (["--precision", "fp8"], "holds no precision 'fp8'"),
+        (["--precision", "fp8"], "no precision 'fp8'"),
         (["--threads", "0"], "threads is 0"),
         (["--provider", "tpu"], "provider is 'tpu'"),
     ],
@@ -607,22 +646,17 @@ def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
 
 FAKE = """
 import itertools, sys, time
-from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 from fakes import Answer, FakeModel
 from llm_edge.runtime.model import FinishReason, Model
-from llm_edge.runtime.sampling.sampler import SamplingParams
 
 {body}
 
-def load(*_arguments, **_named):
+def open_fake(*_arguments):
     loading()
-    fake = FakeModel(*answers)
-    fake.bundle = fake.precision = SimpleNamespace(name="fake")
-    fake.provider, fake.default_params = "cpu", SamplingParams()
-    return fake
+    return FakeModel(*answers)
 
-Model.load = load
+Model.open = open_fake
 from llm_edge.tui.cli import main
 main()
 """
@@ -698,13 +732,13 @@ def test_only_answers_go_through_a_pipe(tmp_path: Path) -> None:
         [*faking(tmp_path, answers), "--plain"], input=b"Hi\nHi\n", capture_output=True, timeout=PATIENCE, check=True
     )
     assert piped.stdout == b"4\n4\n"
-    assert piped.stderr.count(b"3 tokens, 2 of them reasoning") == 2
+    assert piped.stderr.count(b"3 tokens (2 reasoning)") == 2
     assert b"hm" not in piped.stderr
 
 
 def test_reasoning_that_takes_all_tokens_is_told_beside_a_pipe(tmp_path: Path) -> None:
     command = faking(tmp_path, "[Answer([], FinishReason.LENGTH, reasoning=['hm', ' so'])]")
-    line = b"the answer's 2 tokens all went into reasoning: raise --max-tokens\n"
+    line = b"all 2 tokens of the answer are reasoning: raise --max-tokens\n"
     asked = subprocess.run(
         [*command, "--max-tokens", "2", "--ask", "Hi"], capture_output=True, timeout=PATIENCE, check=True
     )
@@ -713,7 +747,7 @@ def test_reasoning_that_takes_all_tokens_is_told_beside_a_pipe(tmp_path: Path) -
         [*command, "--max-tokens", "2", "--plain"], input=b"Hi\n", capture_output=True, timeout=PATIENCE, check=True
     )
     assert piped.stdout == b"\n"
-    assert piped.stderr.endswith(b", length)\n" + line)
+    assert piped.stderr.endswith(b"cut off at the limit\n" + line)
 
 
 @pytest.mark.parametrize(
@@ -725,8 +759,8 @@ def test_reasoning_that_takes_all_tokens_is_told_beside_a_pipe(tmp_path: Path) -
         ("2>&-", "--plain", 0, b"4\n", b""),
         ("2>&-", "--ask ''", 2, b"", b""),
         ("2>&-", "--top-k x", 2, b"", b""),
-        (">&-", "--ask Hi", 2, b"", b"error: stdout is closed, so an answer has nowhere to go: open it, or "),
-        (">&-", "--plain", 2, b"", b"error: stdout is closed, so an answer has nowhere to go: open it, or "),
+        (">&-", "--ask Hi", 2, b"", b"error: stdout is closed, so the answer cannot be written: open it, or "),
+        (">&-", "--plain", 2, b"", b"error: stdout is closed, so the answer cannot be written: open it, or "),
         ("<&- >&- 2>&-", "--ask Hi", 2, b"", b""),
     ],
 )
@@ -832,10 +866,10 @@ LISTENING = "Answer(['word '] * 10**6, before=lambda n: time.sleep(0.01))"
 def test_a_talk_in_a_terminal(terminal: Any) -> None:
     talk = terminal("['Hello.', 'Fine.']", "--system", "Be brief.")
     assert talk.expect("> ") == (
-        "fake, fake, on cpu. /help lists the commands, Ctrl-C stops an answer, quit leaves.\n\n> "
+        "fake, fp32, on cpu. /help lists the commands, Ctrl-C stops an answer, quit leaves.\n\n> "
     )
     talk.send("Hi\r")
-    assert talk.expect("> ") == "Hi\nHello.\n(6 tokens, 10 tok/s, first after 0.25 s, stop)\n\n> "
+    assert talk.expect("> ") == "Hi\nHello.\n6 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n> "
     talk.send("/set top_k 5\r")
     assert talk.expect("> ") == "/set top_k 5\ntop_k = 5\n> "
     talk.send("/set top_k x\r")
@@ -853,7 +887,7 @@ def test_interrupt_stops_the_answer_and_the_talk_goes_on(terminal: Any) -> None:
         talk.send("Hi\r")
         talk.expect("word word ")
         talk.send(INTERRUPT)
-        assert talk.expect("cancelled)").replace("word ", "").startswith("\n(")
+        assert re.fullmatch(r"\^?C?\n\d+ tokens .* stopped", talk.expect("stopped").replace("word ", ""))
     talk.expect("> ")
     talk.send("How are you?\r")
     assert "Fine.\n" in talk.expect("> ")
@@ -866,7 +900,7 @@ def test_interrupt_at_the_prompt_leaves(terminal: Any) -> None:
     talk = terminal("['Hello.']")
     talk.expect("> ")
     talk.send(INTERRUPT)
-    while not talk.generate_many(within=3):  # a signal between Python's look for signals and its wait for keys is lost
+    while not talk.answers(within=3):  # a signal between Python's look for signals and its wait for keys is lost
         talk.send(INTERRUPT)
     code, rest = talk.end()
     assert code == 130
@@ -890,9 +924,9 @@ def test_keys_pressed_during_an_answer_show_once(terminal: Any) -> None:
     talk.send("Hi\r")
     talk.expect("word ")
     talk.send("How are you?\r")
-    answer = talk.expect("stop)")
-    assert answer.replace("word ", "").startswith("\n(")
-    assert "Fine.\n" in talk.expect("stop)")
+    answer = talk.expect("complete")
+    assert answer.replace("word ", "").startswith("\n")
+    assert "Fine.\n" in talk.expect("complete")
     talk.expect("> ")
     talk.send(END)
     assert talk.end()[0] == 0
@@ -910,14 +944,16 @@ def test_a_terminal_gets_no_commands_from_the_model(terminal: Any) -> None:
 
 def test_ask_in_a_terminal(terminal: Any) -> None:
     talk = terminal("['Hello.']", "--ask", "Hi")
-    assert talk.end() == (0, "Hello.\n(6 tokens, 10 tok/s, first after 0.25 s, stop)\n")
+    assert talk.end() == (0, "Hello.\n6 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n")
     assert terminal("[Answer(refusal=__import__('llm_edge.runtime.errors').runtime.errors.TemplateError('no'))]",
                     "--ask", "Hi").end() == (2, "error: no\n")  # fmt: skip
 
 
 def test_reasoning_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
     answers = "[Answer(['It is 4.'], reasoning=['hm', ' so'])]"
-    answer = "hm so\n\nIt is 4.\n(3 tokens, 2 of them reasoning, 10 tok/s, first after 0.25 s, stop)\n"  # TERM=dumb
+    answer = (
+        "hm so\n\nIt is 4.\n3 tokens (2 reasoning) · 10.0 tok/s · first token 0.25 s · fp32 · complete\n"  # TERM=dumb
+    )
     assert terminal(answers, "--ask", "Hi").end() == (0, answer)
     talk = terminal(answers)
     talk.expect("> ")
@@ -959,22 +995,24 @@ def test_the_screen(tmp_path: Path) -> None:
     try:
         screen(until="leaves.\n\n>")
         run("send-keys", "Hello there", "Enter")
-        screen(until="stop)\n\n>")
+        screen(until="complete\n\n>")
         run("send-keys", "Up")
-        screen(until="> Hello there\nHello.\n(6 tokens, 10 tok/s, first after 0.25 s, stop)\n\n> Hello there")
+        screen(
+            until="> Hello there\nHello.\n6 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n> Hello there"
+        )
         run("send-keys", "C-a", "C-k", "How are you?", "Home", "So: ", "Enter")
-        screen(until="Fine.\n(5 tokens, 10 tok/s, first after 0.25 s, stop)\n\n>")
+        screen(until="Fine.\n5 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n>")
         run("load-buffer", str(pasted))
         run("paste-buffer", "-p")
         screen(until="> def f():\n    pass")
         run("send-keys", " # why?", "Enter")
-        screen(until="Oh!\n(3 tokens, 10 tok/s, first after 0.25 s, stop)\n\n>")
+        screen(until="Oh!\n3 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n>")
         run("send-keys", "C-d")
         assert screen(until="left with 0").replace(">\n\n", ">\n") == (  # where readline adds a line
-            "fake, fake, on cpu. /help lists the commands, Ctrl-C stops an answer, quit leaves.\n\n"
-            "> Hello there\nHello.\n(6 tokens, 10 tok/s, first after 0.25 s, stop)\n\n"
-            "> So: How are you?\nFine.\n(5 tokens, 10 tok/s, first after 0.25 s, stop)\n\n"
-            "> def f():\n    pass # why?\nOh!\n(3 tokens, 10 tok/s, first after 0.25 s, stop)\n\n"
+            "fake, fp32, on cpu. /help lists the commands, Ctrl-C stops an answer, quit leaves.\n\n"
+            "> Hello there\nHello.\n6 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n"
+            "> So: How are you?\nFine.\n5 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n"
+            "> def f():\n    pass # why?\nOh!\n3 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n"
             ">\nleft with 0"
         )
     finally:

@@ -9,7 +9,7 @@ from textual.events import Paste
 from textual.widgets import OptionList
 from tui_driving import app_with, ask, drive, screen, until
 
-from llm_edge.chat.questions import MOST, SECTION, SHIPPED, Questions
+from llm_edge.chat.questions import MAX_QUESTIONS, SECTION, SHIPPED, Questions
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import InputError, ParameterError
 from llm_edge.tui.app import ChatApp
@@ -65,11 +65,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 def test_there_is_an_end_to_them(tmp_path: Path) -> None:
     settings = Settings(tmp_path)
-    settings.set(SECTION, [str(number) for number in range(MOST)])
+    settings.set(SECTION, [str(number) for number in range(MAX_QUESTIONS)])
     with pytest.raises(ParameterError, match="delete one first"):
         Questions(settings).add("one more")
     Questions(settings).delete(0)
-    assert Questions(settings).add("one more") == MOST - 1
+    assert Questions(settings).add("one more") == MAX_QUESTIONS - 1
 
 
 def test_a_list_that_was_emptied_stays_empty(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_what_is_refused_stays_to_be_mended_and_escape_leaves_it(tmp_path: Path)
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f5", "a", "enter")
             await pilot.pause()
-            assert "a question says something" in screen(app)
+            assert "the question is empty" in screen(app)
             await pilot.press("x", "escape")
             await pilot.pause()
             assert isinstance(app.screen, QuestionsScreen)

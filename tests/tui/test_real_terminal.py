@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is no
 
 PATIENCE = 90  # seconds until a test that waits for a screen gives up
 READY = "Ready"
-ANSWERED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first after [\d.]+ s · fp32 · complete")
-STOPPED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first after [\d.]+ s · fp32 · stopped")
+ANSWERED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first token [\d.]+ s · fp32 · complete")
+STOPPED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first token [\d.]+ s · fp32 · stopped")
 LONG = "Write a very long story about a fox and a river."
 
 
@@ -135,7 +135,7 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
     screen.until("Temperature        ◂ 0.05")
     screen.keys("F3", "Escape")
     shown = screen.until(STOPPED)
-    assert re.search(r"changed meanwhile: temperature 0\.05 from token \d+", " ".join(shown.split()), re.IGNORECASE)
+    assert re.search(r"changed mid-answer: temperature 0\.05 from token \d+", " ".join(shown.split()), re.IGNORECASE)
 
     screen.keys("C-r")
     screen.until("2 of 2")
@@ -192,7 +192,7 @@ def test_no_bundle_yet(screen: Screen) -> None:
     """The picker offers to make one; a folder that is named and is not there is told before the screen is taken."""
     screen.chat()
     shown = screen.until("Make SmolLM2-135M now")
-    assert "artifacts/smollm2-135m is not there yet" in shown
+    assert "artifacts/smollm2-135m: not found" in shown
     screen.keys("Escape")
     screen.until("No model: press F4")
     screen.keys("C-q")

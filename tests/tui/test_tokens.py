@@ -39,6 +39,8 @@ def by_token(record: TokenLogprob, params: SamplingParams) -> dict[int | None, C
         ({"top_k": 4}, {None: "top_k"}, {3: 0.5 / 0.85, 7: 0.2 / 0.85, 1: 0.1 / 0.85, 2: 0.05 / 0.85}),
         ({"top_p": 0.6}, {1: "top_p", 2: "top_p", None: "top_p"}, {3: 5 / 7, 7: 2 / 7}),
         ({"top_p": 0.5}, {7: "top_p", 1: "top_p", 2: "top_p", None: "top_p"}, {3: 1.0}),
+        ({"top_n_sigma": 0.5}, {7: "top_n_sigma", 1: "top_n_sigma", 2: "top_n_sigma", None: "top_n_sigma"}, {3: 1.0}),
+        ({"epsilon_cutoff": 0.15}, {1: "epsilon_cutoff", 2: "epsilon_cutoff", None: "epsilon_cutoff"}, {3: 5 / 7}),
         ({"min_p": 0.3}, {1: "min_p", 2: "min_p", None: "min_p"}, {3: 5 / 7, 7: 2 / 7}),
         ({"top_k": 3, "min_p": 0.3}, {1: "min_p", 2: "top_k", None: "top_k"}, {3: 5 / 7, 7: 2 / 7}),
         ({"top_k": 3, "top_p": 0.7}, {1: "top_p", 2: "top_k", None: "top_k"}, {3: 5 / 7, 7: 2 / 7}),

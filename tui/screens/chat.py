@@ -139,7 +139,7 @@ class ChatScreen(Screen[None]):
         """Use the model that was loaded."""
         self.loader.loading = False
         session, previous = self._session, self._session.responder
-        session.use(event.responder)
+        session.set_responder(event.responder)
         changed, self._changed = self._changed, {}
         try:
             for name, value in changed.items():
@@ -260,7 +260,7 @@ class ChatScreen(Screen[None]):
     async def action_continue(self) -> None:
         """Continue the last answer."""
         if path := self._session.conversation.path():
-            await self._answer(lambda session: session.go_on(path[-1]))
+            await self._answer(lambda session: session.continue_answer(path[-1]))
 
     def action_stop(self) -> None:
         """Stop the answer; without one, stop editing and focus the composer."""

@@ -261,7 +261,7 @@ class CompareScreen(ModalScreen[str | None]):
             for side in sides:
                 assert side.answer is not None
                 records = side.session.record_of(side.answer)
-                question, _ = self._session.adopt(side.answer, question or self._asked, parent, records)
+                question, _ = self._session.add_answer(side.answer, question or self._asked, parent, records)
         except LlmEdgeError as error:
             notify(self, str(error), "error")
         self._close(self._asked)

@@ -21,10 +21,11 @@ from llm_edge.chat.bundles import Broken, Offer
 from llm_edge.chat.choice import BundleChoice, Choice, is_of
 from llm_edge.chat.endpoint import client as endpoint
 from llm_edge.chat.endpoint.client import Endpoint
-from llm_edge.chat.export_process import SMOLLM2_INT8, SMOLLM2_SOON, SUFFIXES
+from llm_edge.chat.export_process import SMOLLM2_UNVALIDATED, SMOLLM2_VALIDATED, SUFFIXES
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.chat.text import one_line, printable
+from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.tui.export_manager import ExportJob, ExportManager
 from llm_edge.tui.screens.endpoint import EndpointScreen
 from llm_edge.tui.screens.export import ExportScreen
@@ -154,7 +155,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
         self._filter(self.query_one("#filter", Input).value)
 
     def _bundle_entry(self, offer: Offer) -> Entry:
-        choice = BundleChoice(offer.path, offer.precision)
+        choice = BundleChoice(offer.path, LoadOptions(offer.precision))
         in_use = is_of(choice, self._current)
         name = printable(_name_of(offer.path))
         label = Content.assemble(
@@ -249,8 +250,10 @@ class ModelsScreen(ModalScreen[Choice | None]):
         if current is not None and (not typed or not current[0].ended):
             self.app.push_screen(ExportScreen(self._exports, job=current[0]), self._exported)
         elif source in _SOURCES:
-            validated = replace(SMOLLM2_INT8, precisions=(*SMOLLM2_INT8.precisions, *self._smollm2_precisions))
-            request = {_QUICK_SMOLLM2: SMOLLM2_SOON, _SMOLLM2: validated}.get(source)
+            validated = replace(
+                SMOLLM2_VALIDATED, precisions=(*SMOLLM2_VALIDATED.precisions, *self._smollm2_precisions)
+            )
+            request = {_QUICK_SMOLLM2: SMOLLM2_UNVALIDATED, _SMOLLM2: validated}.get(source)
             screen = ExportScreen(self._exports, typed, browse=source == _FILE, request=request)
             self.app.push_screen(screen, self._exported)
 

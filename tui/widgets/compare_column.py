@@ -10,7 +10,7 @@ from textual.widgets import Button, Static
 
 from llm_edge.chat.comparison import ComparisonSide
 from llm_edge.chat.parameters import summarize
-from llm_edge.chat.presets import MODELS_OWN
+from llm_edge.chat.presets import MODEL_DEFAULTS
 from llm_edge.chat.text import printable
 from llm_edge.tui.widgets.message_view import MessageView
 
@@ -40,7 +40,7 @@ class CompareColumn(Vertical):
     def show(self, side: ComparisonSide) -> None:
         """Show the model, its parameters and the state."""
         self.query_one(".side-model", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
-        parameters = summarize(side.session.parameters.changed) or MODELS_OWN
+        parameters = summarize(side.session.parameters.changed) or MODEL_DEFAULTS
         self.query_one(".side-parameters", Static).update(printable(parameters))
         self.show_state(side)
 

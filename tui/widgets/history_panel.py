@@ -16,7 +16,7 @@ from textual.widgets import Button, OptionList, Static
 from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
-from llm_edge.chat.history.search import Finder, Summary
+from llm_edge.chat.history.search import ConversationReader, Summary
 from llm_edge.chat.session import ChatSession
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
@@ -83,7 +83,8 @@ class HistoryPanel(Vertical):
     def __init__(self, session: ChatSession) -> None:
         super().__init__(id="history")
         self._session = session
-        self._finder: Finder | None = None  # has its own connection, so that a long search does not block the chat
+        # Has its own connection, so that a long search does not block the chat.
+        self._reader: ConversationReader | None = None
         self._wanted = PAGE
         self._found: dict[int, Summary] = {}
         self._to_highlight: int | None = None  # conversation to highlight once it has been fetched
@@ -108,8 +109,8 @@ class HistoryPanel(Vertical):
 
     def on_unmount(self) -> None:
         """Close the database connection."""
-        if self._finder is not None:
-            self._finder.close()
+        if self._reader is not None:
+            self._reader.close()
 
     # ---- shown and hidden
 
@@ -142,12 +143,12 @@ class HistoryPanel(Vertical):
     def _fetch(self, text: str, start: int, wanted: int) -> None:
         worker = get_current_worker()
         try:
-            if self._finder is None:
-                self._finder = Finder(self._session.store.path)
+            if self._reader is None:
+                self._reader = ConversationReader(self._session.store.path)
             if text.strip():
-                found = self._finder.search(text, wanted + 1)[start:]
+                found = self._reader.search(text, wanted + 1)[start:]
             else:
-                found = self._finder.recent(wanted + 1 - start, start)
+                found = self._reader.recent(wanted + 1 - start, start)
         except LlmEdgeError as error:
             if not worker.is_cancelled:
                 self.app.call_from_thread(notify, self, str(error), "error")

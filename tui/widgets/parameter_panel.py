@@ -14,7 +14,7 @@ from textual.message import Message as Event
 from textual.widgets import Button, Input, Select, Static
 
 from llm_edge.chat.parameters import EDITABLE, ChatParameters
-from llm_edge.chat.presets import MODELS_OWN, Presets
+from llm_edge.chat.presets import MODEL_DEFAULTS, Presets
 from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.runtime.sampling.parameter_spec import ParameterSpec
@@ -157,7 +157,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         event.stop()
         name, presets, model = event.value, self._presets, self._model
         if isinstance(name, str) and presets is not None:
-            self.post_message(ParameterChanged(lambda parameters: presets.use(model, name, parameters)))
+            self.post_message(ParameterChanged(lambda parameters: presets.apply(model, name, parameters)))
         else:
             self._show_presets()
 
@@ -226,4 +226,4 @@ class ParameterPanel(VerticalScroll, can_focus=False):
 
 def _label(name: str, help_text: str) -> Content:
     content = Content(printable(name))
-    return content if name == MODELS_OWN or not help_text else content + Content(f"  {help_text}").stylize("dim")
+    return content if name == MODEL_DEFAULTS or not help_text else content + Content(f"  {help_text}").stylize("dim")

@@ -17,7 +17,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm_edge.runtime.errors import BundleError, InputError, TemplateError
-from llm_edge.runtime.text.tokenizer import StopStrings, TextStream, Tokenizer
+from llm_edge.runtime.text.holdback import StopStrings
+from llm_edge.runtime.text.tokenizer import TextStream, Tokenizer
 
 CORPUS = [
     "Hello, world! The quick brown fox jumps over the lazy dog. user assistant system tool think start end im of turn",

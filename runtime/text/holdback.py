@@ -1,0 +1,122 @@
+"""Finds stop strings and tags in text that arrives in chunks, and holds back what may still become one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class HeldText:
+    """Text that is held back until it is known whether it becomes a marker.
+
+    Attributes:
+        text: what is held back now.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def release(self, markers: Iterable[str], at_least: int = 0) -> str:
+        """Release the text except its longest end that a marker starts with.
+
+        Args:
+            markers: strings that may follow, none of which the text contains.
+            at_least: number of characters to hold back in any case.
+        """
+        held = max((overlap(self.text, marker) for marker in markers), default=0)
+        end = len(self.text) - max(held, at_least)
+        text, self.text = self.text[:end], self.text[end:]
+        return text
+
+    def flush(self) -> str:
+        """Release everything, because no more text follows."""
+        text, self.text = self.text, ""
+        return text
+
+
+class StopStrings:
+    """Ends a text at the first of some strings to be complete in it, however the text is divided into chunks."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._held = HeldText()
+        self.stopped = False
+        self.change(stops)
+
+    def change(self, stops: Iterable[str]) -> None:
+        """Use other strings from here on, also in text that is held back."""
+        self._stops = tuple(dict.fromkeys(filter(None, stops)))
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text; returns what is final now, and whether the text has ended."""
+        if self.stopped:
+            return "", True
+        self._held.text += text
+        text = self._held.text
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self._held.text, self.stopped = "", True
+            return text[: min(found)[1]], True
+        return self._held.release(self._stops), False
+
+    def flush(self) -> str:
+        """Return the text that is held back, because no more text follows."""
+        return self._held.flush()
+
+
+class TagSplitter:
+    """Splits text at the tags around reasoning.
+
+    The start tag opens reasoning only if nothing but white space precedes it in its section: later on, an answer may
+    quote both tags. A repeated start tag is dropped.
+
+    Args:
+        start, end: the tags.
+        inside: the text starts within reasoning.
+        blank: nothing but white space precedes the text in its section.
+
+    Attributes:
+        inside: the text to come is reasoning, as far as is known.
+    """
+
+    def __init__(self, start: str, end: str, *, inside: bool = False, blank: bool = True) -> None:
+        self.inside = inside
+        self._start, self._end = start, end
+        self._blank = blank
+        self._held = HeldText()
+
+    @property
+    def holds(self) -> bool:
+        """Whether text is held back."""
+        return bool(self._held.text)
+
+    def push(self, text: str) -> list[str]:
+        """Add text; returns what is final now, split at the tags in it: sections alternate, starting with this one."""
+        text = self._held.flush() + text
+        parts = [""]
+        while True:
+            lead = text.lstrip() if self._blank else ""
+            if lead.startswith(self._start):
+                tag, at = self._start, len(text) - len(lead)
+            elif self.inside and self._end in text:
+                tag, at = self._end, text.find(self._end)
+            else:
+                break
+            parts[-1] += text[:at]
+            text = text[at + len(tag) :]
+            if self.inside == (tag == self._end):
+                self.inside = not self.inside
+                parts.append("")
+            self._blank = True
+        self._held.text = text
+        final = self._held.release([self._end] if self.inside else [], len(lead) if self._start.startswith(lead) else 0)
+        parts[-1] += final
+        self._blank = self._blank and not final.strip()
+        return parts
+
+    def flush(self) -> str:
+        """Return the text that is held back, because no more text follows."""
+        return self._held.flush()
+
+
+def overlap(text: str, marker: str) -> int:
+    """Length of the longest end of a text that a marker starts with, without being complete."""
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
