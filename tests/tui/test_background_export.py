@@ -140,7 +140,7 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
                 assert "Exporting owner/name" in screen(app)
                 await pilot.press("ctrl+b")
                 await until(pilot, lambda: len(app.screen_stack) == 1)
-            with pytest.raises(InputError, match="still at work"):
+            with pytest.raises(InputError, match="still running"):
                 app.exports.start(ExportRequest("second"))
             assert len(begun(place)) == 1
 

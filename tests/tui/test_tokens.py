@@ -275,7 +275,7 @@ def test_a_damaged_record_says_so_and_harms_nothing(tmp_path: Path) -> None:
             await pilot.press("f6")
             await until(pilot, lambda: isinstance(app.screen, TokensScreen))
             await pilot.pause()
-            assert "is damaged" in screen(app)
+            assert "are damaged" in screen(app)
             fake.enqueue(" three four")
             await pilot.press("escape", "ctrl+g")
             await until(pilot, lambda: app.session.answering is None and answer.content == "one two three four")
