@@ -604,7 +604,7 @@ def test_providers_and_threads(bundle: Path) -> None:
         torch.set_num_threads(before)
     assert session.provider == ("cuda" if torch.cuda.is_available() else "cpu")
     for wrong in (0, "2", 1.0, True):
-        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; 1 to 1024 are possible"):
+        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; use 1 to 1024"):
             Model.load(bundle, threads=wrong)  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="provider is 'tpu'"):
         Model.load(bundle, provider="tpu")
