@@ -1,4 +1,4 @@
-"""What is copied, where the terminal's own way (OSC 52) does not lead. Knows no widgets."""
+"""Copying in tmux, where the terminal's own way (OSC 52) does not work by default."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import os
 import shutil
 import subprocess
 
-_PATIENCE = 5.0  # seconds
+_TIMEOUT = 5.0  # seconds
 
 
-def to_tmux(text: str) -> None:
-    """Put a text into tmux's buffer, if this runs in tmux, and by that into the clipboard of the terminal around it.
+def copy_to_tmux(text: str) -> None:
+    """Load a text into tmux's buffer, and from there into the clipboard of the outer terminal; no-op outside tmux.
 
-    With its usual `set-clipboard external` tmux does not take OSC 52 from the programs in it.
+    With its default `set-clipboard external`, tmux ignores OSC 52 from the programs inside it.
     """
     if not os.environ.get("TMUX") or not text or (tmux := shutil.which("tmux")) is None:
         return
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # as if there were no tmux
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # copying with OSC 52 may still have worked
         subprocess.run(  # noqa: S603 (no shell)
             [tmux, "load-buffer", "-w", "-"],
             input=text.encode("utf-8", "replace"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT,
             check=False,
         )

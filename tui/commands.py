@@ -1,53 +1,52 @@
-"""What the command palette offers, each with a line on what it does. Knows what the application can do by name."""
+"""The entries of the command palette."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from textual.app import SystemCommand
+from textual.app import App, SystemCommand
 from textual.screen import Screen
 
 from llm_edge.chat.history.conversation import ASSISTANT, USER
-from llm_edge.tui import message_actions
+from llm_edge.tui.screens.chat import ChatScreen
 
-if TYPE_CHECKING:
-    from llm_edge.tui.app import ChatApp
-
-_ACTIONS = (
-    ("New conversation", "Ctrl-N · Ctrl-Z brings the one before back", "new"),
+# Title, help and the action of `ChatScreen`.
+_CHAT_COMMANDS = (
+    ("New conversation", "Ctrl-N · Ctrl-Z returns to the previous one", "new"),
     ("Conversations", "F2 · search, open, rename, pin, delete, export, import", "history"),
-    ("Parameters", "F3 · temperature, system prompt, presets …", "controls"),
-    ("Models", "F4 · choose one, make one of a file or of Hugging Face, connect to an endpoint", "models"),
-    ("Questions", "F5 · ready-made ones", "questions"),
-    ("Token view", "F6 · how probable each token was, and what else could have come", "tokens"),
-    ("Compare", "F7 · one question to two models, or with two settings", "compare"),
-    ("Regenerate", "Ctrl-R · another answer to the last question", "regenerate"),
-    ("Go on", "Ctrl-G · more of the last answer", "go_on"),
-    ("Stop", "Esc · end the answer that is on its way", "stop"),
+    ("Parameters", "F3 · temperature, system prompt, presets …", "parameters"),
+    ("Models", "F4 · choose a model, export one, or connect to an endpoint", "models"),
+    ("Questions", "F5 · sample questions", "questions"),
+    ("Token view", "F6 · the probability of each token, and the alternatives", "tokens"),
+    ("Compare", "F7 · ask two models, or one with two settings", "compare"),
+    ("Regenerate", "Ctrl-R · answer the last question again", "regenerate"),
+    ("Continue", "Ctrl-G · continue the last answer", "continue"),
+    ("Stop", "Esc · stop the answer", "stop"),
 )
-_MESSAGES = (
-    ("Copy answer", "the last one, as it was written", ASSISTANT, "copy"),
-    ("Copy code", "the last answer's, the next block each time", ASSISTANT, "copy_code"),
-    ("Quote answer", "the last one, in what you write", ASSISTANT, "quote"),
-    ("Edit question", "the last one; its answer becomes another version", USER, "edit"),
+# Title, help, the message's role and the action of `MessageView`.
+_MESSAGE_COMMANDS = (
+    ("Copy answer", "Copy the last answer as Markdown", ASSISTANT, "copy"),
+    ("Copy code", "Copy a code block of the last answer; again for the next block", ASSISTANT, "copy_code"),
+    ("Quote answer", "Quote the last answer in your question", ASSISTANT, "request('quote')"),
+    ("Edit question", "Edit the last question; its answer stays as another version", USER, "request('edit')"),
 )
 
 
-def commands(app: ChatApp, screen: Screen[Any]) -> Iterable[SystemCommand]:
-    """Those that can be used on a screen."""
-    if screen is app.home:
-        for title, what, action in _ACTIONS:
-            yield SystemCommand(title, what, lambda action=action: app.call_later(app.run_action, action))
-        for title, what, role, wish in _MESSAGES:
-            view = next((each for each in reversed(app.chat.views) if each.message.role == role), None)
+def system_commands(app: App[Any], screen: Screen[Any]) -> Iterable[SystemCommand]:
+    """The commands that are available on a screen."""
+    if isinstance(screen, ChatScreen):
+        for title, help_text, action in _CHAT_COMMANDS:
+            yield SystemCommand(title, help_text, lambda action=action: screen.call_later(screen.run_action, action))
+        for title, help_text, role, action in _MESSAGE_COMMANDS:
+            view = next((each for each in reversed(screen.conversation_view.views) if each.message.role == role), None)
             if view is not None:
                 yield SystemCommand(
-                    title, what, lambda view=view, wish=wish: app.call_later(message_actions.do, app, view, wish)
+                    title, help_text, lambda view=view, action=action: view.call_later(view.run_action, action)
                 )
-    yield SystemCommand("Theme", "colours of all, high contrast among them", app.action_change_theme)
-    yield SystemCommand("Help", "F1 · all keys, and where things are kept", app.action_help)
+    yield SystemCommand("Theme", "Choose a color theme, such as high-contrast", app.action_change_theme)
     yield SystemCommand(
-        "Screenshot", "a picture of the screen, as SVG", lambda: app.set_timer(0.1, app.deliver_screenshot)
+        "Help", "F1 · all keys, and where files are stored", lambda: app.call_later(app.run_action, "help")
     )
-    yield SystemCommand("Quit", "Ctrl-Q · all is kept", app.action_quit)
+    yield SystemCommand("Screenshot", "Save the screen as SVG", lambda: app.set_timer(0.1, app.deliver_screenshot))
+    yield SystemCommand("Quit", "Ctrl-Q · everything is saved", app.action_quit)

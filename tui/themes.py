@@ -1,4 +1,4 @@
-"""A theme of high contrast, what is drawn in a theme's colours, and the colours of code that suit it."""
+"""Color themes: the high-contrast theme, restoring the chosen theme, and matching styles for code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from textual.theme import Theme
 
 from llm_edge.chat.settings import THEME, Settings
 from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.tui.notifications import notify
 
 HIGH_CONTRAST = Theme(
     name="high-contrast",
@@ -32,48 +33,45 @@ HIGH_CONTRAST = Theme(
     variables={"text-muted": "#e0e0e0", "footer-key-foreground": "#ffff00", "input-selection-background": "#0050ff"},
 )
 
-_CODE = {"gruvbox": "gruvbox-dark", "nord": "nord", "dracula": "dracula"}
+_CODE_THEMES = {"gruvbox": "gruvbox-dark", "nord": "nord", "dracula": "dracula"}
 
 
 def code_theme(theme: Theme) -> str:
-    """A style of Pygments."""
+    """The Pygments style that matches a theme."""
     if theme.name == HIGH_CONTRAST.name:
         return "github-dark"
-    return _CODE.get(theme.name, "monokai" if theme.dark else "tango")
+    return _CODE_THEMES.get(theme.name, "monokai" if theme.dark else "tango")
 
 
-def coloured(variables: Mapping[str, str], name: str) -> Style:
-    """A style of one of a theme's colours, which may be one of the terminal's own as `ansi_blue`."""
+def theme_style(variables: Mapping[str, str], name: str) -> Style:
+    """A style in one of the theme's colors, which may be a terminal color such as `ansi_blue`."""
     return Style(color=Color.parse(variables[name]).rich_color)
 
 
-def begin_theme(
-    app: App[Any], settings: Settings, use_code_theme: Callable[[str], None], warn: Callable[[str], None]
-) -> None:
-    """Use the theme that was chosen the last time, if one was, and keep what is chosen from now on.
+def restore_theme(app: App[Any], settings: Settings, use_code_theme: Callable[[str], None]) -> None:
+    """Use the theme from the settings, and store the user's choice from now on.
 
     Args:
-        app: whose theme it is.
-        settings: where it is kept.
-        use_code_theme: told the style of Pygments that suits a theme.
-        warn: told what is wrong.
+        app: the application.
+        settings: where the choice is stored.
+        use_code_theme: called with the matching Pygments style, now and whenever the theme changes.
     """
 
-    def keep(name: str) -> None:
+    def store(name: str) -> None:
         try:
             settings.change(THEME, lambda _: name)
         except LlmEdgeError as error:
-            app.call_from_thread(warn, str(error))
+            app.call_from_thread(notify, app, str(error), "warning")
 
-    def use(theme: Theme) -> None:
+    def changed(theme: Theme) -> None:
         use_code_theme(code_theme(theme))
-        app.run_worker(functools.partial(keep, theme.name), thread=True, group="theme")
+        app.run_worker(functools.partial(store, theme.name), thread=True, group="theme")
 
     app.register_theme(HIGH_CONTRAST)
     chosen = settings.get(THEME)
     if chosen in app.available_themes:
         app.theme = chosen
     elif chosen:
-        warn(f"{settings.path}: there is no theme {chosen!r}: choose one (Ctrl-P, Theme)")
+        notify(app, f"{settings.path}: unknown theme {chosen!r}. Press Ctrl-P and choose Theme.", "warning")
     use_code_theme(code_theme(app.current_theme))
-    app.theme_changed_signal.subscribe(app, use)
+    app.theme_changed_signal.subscribe(app, changed)

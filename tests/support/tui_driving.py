@@ -15,8 +15,8 @@ from llm_edge.chat.fake import FakeResponder, Said
 from llm_edge.chat.history.store import Store
 from llm_edge.chat.settings import Settings
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.widgets.chat_view import ChatView
 from llm_edge.tui.widgets.composer import Composer
+from llm_edge.tui.widgets.conversation_view import ConversationView
 from llm_edge.tui.widgets.message_view import MessageView
 
 Driven = tuple[ChatApp, Pilot[None], FakeResponder]
@@ -63,7 +63,7 @@ async def ask(pilot: Pilot[Any], text: str, *, wait: bool = True) -> None:
 
 def views(app: ChatApp) -> list[MessageView]:
     """The messages on the screen."""
-    return app.query_one(ChatView).views
+    return app.query_one(ConversationView).views
 
 
 def shown(view: MessageView) -> str:

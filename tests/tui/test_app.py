@@ -18,9 +18,10 @@ from llm_edge.chat.responder import tokens_of_question
 from llm_edge.chat.settings import THEME, Settings
 from llm_edge.runtime.errors import InputError
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.commands import commands
+from llm_edge.tui.commands import system_commands
+from llm_edge.tui.screens.chat import ChatScreen
 from llm_edge.tui.screens.help import KEYS, HelpScreen
-from llm_edge.tui.widgets.chat_view import AT_ONCE
+from llm_edge.tui.widgets.conversation_view import BATCH_SIZE
 from llm_edge.tui.widgets.markdown import MarkdownLines
 from llm_edge.tui.widgets.message_view import MessageView
 from llm_edge.tui.widgets.status_bar import ContextGauge
@@ -39,7 +40,7 @@ def test_a_theme_that_was_chosen_is_that_of_the_next_start(tmp_path: Path) -> No
             await pilot.press("ctrl+p")
             await until(pilot, lambda: len(app.screen_stack) == 2)
             await pilot.press(*"theme")
-            await until(pilot, lambda: "high contrast among them" in screen(app) and "Compare" not in screen(app))
+            await until(pilot, lambda: "such as high-contrast" in screen(app) and "Compare" not in screen(app))
             await pilot.press("enter")
             await until(pilot, lambda: "Search for themes" in screen(app))
             await pilot.press(*"high-con")
@@ -59,7 +60,7 @@ def test_a_theme_that_is_not_there_is_told(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(160, 40)) as (app, pilot, _):
             assert app.theme == "textual-dark"
-            await until(pilot, lambda: "there is no theme 'beige'" in " ".join(screen(app).split()))
+            await until(pilot, lambda: "unknown theme 'beige'" in " ".join(screen(app).split()))
 
     drive(scene())
     assert json.loads((tmp_path / "settings.json").read_text()) == {"theme": "beige"}
@@ -76,7 +77,7 @@ def test_themes_of_every_kind_draw_every_part(tmp_path: Path) -> None:
                 app.theme = name
                 await until(pilot, lambda: "used," in screen(app) and "Temperature" in screen(app))
                 await pilot.press("f6")
-                await until(pilot, lambda: "◂ came" in screen(app))
+                await until(pilot, lambda: "◂ chosen" in screen(app))
                 await pilot.press("escape")
                 await until(pilot, lambda: len(app.screen_stack) == 1)
 
@@ -135,12 +136,12 @@ def test_help_has_every_key_and_fits_a_small_terminal(tmp_path: Path) -> None:
             await until(pilot, lambda: "settings.json" in screen(app).replace("\n", ""))
             await pilot.press("f1")
             await until(pilot, lambda: not isinstance(app.screen, HelpScreen))
-            assert app.focused is app.composer
+            assert app.focused is app.chat_screen.composer
 
     drive(scene())
     told = {key for keys in KEYS.values() for each, _ in keys for key in each.replace(",", " ").split()}
     named = {"escape": "Esc", "space": "Space", "left_square_bracket": "[", "right_square_bracket": "]"}
-    for binding in (*ChatApp.BINDINGS, *MessageView.BINDINGS):
+    for binding in (*ChatApp.BINDINGS, *ChatScreen.BINDINGS, *MessageView.BINDINGS):
         assert isinstance(binding, Binding)
         for key in binding.key.split(","):
             name = named.get(key) or "-".join(part.title() if len(part) > 1 else part for part in key.split("+"))
@@ -152,17 +153,17 @@ def test_help_has_every_key_and_fits_a_small_terminal(tmp_path: Path) -> None:
 def test_the_palette_does_what_it_says(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Because.") as (app, pilot, _):
-            assert "Copy answer" not in [each.title for each in commands(app, app.screen)]
+            assert "Copy answer" not in [each.title for each in system_commands(app, app.screen)]
             await ask(pilot, "Why?")
             await pilot.press("ctrl+p")
             await until(pilot, lambda: len(app.screen_stack) == 2)
             await pilot.press(*"quote ans")
             await until(pilot, lambda: "Quote answer" in screen(app) and "Compare" not in screen(app))
             await pilot.press("enter")
-            await until(pilot, lambda: app.composer.text == "> Because.\n\n")
+            await until(pilot, lambda: app.chat_screen.composer.text == "> Because.\n\n")
             await pilot.press("f1")
             await until(pilot, lambda: len(app.screen_stack) == 2)
-            over_it = [each.title for each in commands(app, app.screen)]
+            over_it = [each.title for each in system_commands(app, app.screen)]
             assert over_it == ["Theme", "Help", "Screenshot", "Quit"]  # what would do nothing there is not offered
 
     drive(scene())
@@ -187,13 +188,13 @@ def test_the_gauge_counts_what_is_being_written(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Fine.") as (app, pilot, _):
             gauge = app.query_one(ContextGauge)
-            app.composer.write("How are you today?")
-            await until(pilot, lambda: gauge.prompt == 4 + 4)  # words, and what the script's template says
+            app.chat_screen.composer.write("How are you today?")
+            await until(pilot, lambda: gauge.typed == 4 + 4)  # words, and what the script's template says
             assert "0 + 8 used, 4,088 left" in screen(app)
             await pilot.press("enter")
-            await until(pilot, lambda: app.session.answering is None and gauge.prompt == 0 and gauge.history == 9)
-            app.composer.write("And you?")
-            await until(pilot, lambda: gauge.prompt == 2)
+            await until(pilot, lambda: app.session.answering is None and gauge.typed == 0 and gauge.used == 9)
+            app.chat_screen.composer.write("And you?")
+            await until(pilot, lambda: gauge.typed == 2)
             assert "9 + 2 used" in screen(app)
 
     drive(scene())
@@ -235,7 +236,7 @@ def test_what_was_thought_stays_when_an_answer_goes_on(tmp_path: Path) -> None:
             await until(pilot, lambda: len(fake.asked) == 2 and app.session.answering is None)
             await pilot.pause()
             assert (answer.reasoning, answer.content) == ("Let me count", "one two three four")
-            assert "▸ reasoning" in shown(views(app)[-1])
+            assert "▸ Reasoning" in shown(views(app)[-1])
             assert app.session.store.load(1).path()[-1].reasoning == "Let me count"
 
     drive(scene())
@@ -258,24 +259,25 @@ def test_a_long_conversation_shows_its_end_and_the_rest_when_one_goes_there(tmp_
 
     async def scene() -> None:
         async with app_with(tmp_path, "More.") as (app, pilot, _):
+            view = app.chat_screen.conversation_view
             app.session.open(number)
-            await app.show()
+            await app.chat_screen.show()
             await until(pilot, lambda: "Number 99." in screen(app))
-            assert len(views(app)) == AT_ONCE
-            assert app.chat.earlier == 60
+            assert len(views(app)) == BATCH_SIZE
+            assert view.unmounted == 60
             views(app)[0].focus()
             first = views(app)[0]
-            await until(pilot, lambda: app.chat.earlier == 20)
+            await until(pilot, lambda: view.unmounted == 20)
             await pilot.pause()
-            await until(pilot, lambda: first in app.chat.children and "Number 60." in screen(app))  # it stays in sight
+            await until(pilot, lambda: first in view.children and "Number 60." in screen(app))  # it stays in sight
             assert [view.message.content.split(".")[0] for view in views(app)] == [
                 f"Number {n}" for n in range(20, 100)
             ]
             await ask(pilot, "And then?")
             assert [view.message.content[:5] for view in views(app)[-2:]] == ["And t", "More."]
             await until(pilot, lambda: "More." in screen(app))
-            app.chat.scroll_home(animate=False)
-            await until(pilot, lambda: app.chat.earlier == 0)
+            view.scroll_home(animate=False)
+            await until(pilot, lambda: view.unmounted == 0)
             assert len(views(app)) == 102
 
     drive(scene())
@@ -288,10 +290,10 @@ def test_home_is_the_first_message_and_end_the_last_of_a_long_conversation(tmp_p
     async def scene() -> None:
         async with app_with(tmp_path) as (app, pilot, _):
             app.session.open(number)
-            await app.show()
+            await app.chat_screen.show()
             await until(pilot, lambda: "Number 149." in screen(app))
             await pilot.press("shift+tab", "home")
-            await until(pilot, lambda: app.chat.earlier == 0 and "Number 0." in screen(app))
+            await until(pilot, lambda: app.chat_screen.conversation_view.unmounted == 0 and "Number 0." in screen(app))
             assert len(views(app)) == 150
             await pilot.press("end")
             await until(pilot, lambda: "Number 149." in screen(app))
@@ -302,16 +304,17 @@ def test_home_is_the_first_message_and_end_the_last_of_a_long_conversation(tmp_p
 def test_the_composer_scrolls_the_conversation_by_pages(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "\n\n".join(f"Line {n}" for n in range(80)), size=(80, 24)) as (app, pilot, _):
+            chat = app.chat_screen
             await ask(pilot, "Long, please.")
             assert "Line 79" in screen(app)
             await pilot.press("pageup")
             await until(pilot, lambda: "Line 79" not in screen(app))
             await pilot.press(*["pagedown"] * 3)
-            await until(pilot, lambda: "Line 79" in screen(app) and app.chat.is_vertical_scroll_end)
-            app.composer.write("\n".join(str(n) for n in range(40)))
+            await until(pilot, lambda: "Line 79" in screen(app) and chat.conversation_view.is_vertical_scroll_end)
+            chat.composer.write("\n".join(str(n) for n in range(40)))
             await pilot.press("pageup")
-            await until(pilot, lambda: app.composer.cursor_location[0] < 39)  # a long text scrolls itself
-            assert app.chat.scroll_target_y >= app.chat.max_scroll_y - 10
+            await until(pilot, lambda: chat.composer.cursor_location[0] < 39)  # a long text scrolls itself
+            assert chat.conversation_view.scroll_target_y >= chat.conversation_view.max_scroll_y - 10
 
     drive(scene())
 
@@ -323,10 +326,10 @@ def test_escape_closes_the_parameters(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(80, 24)) as (app, pilot, _):
             await pilot.press("f3")
-            await until(pilot, lambda: app.controls.has_class("open"))
+            await until(pilot, lambda: app.chat_screen.parameter_panel.has_class("open"))
             await pilot.press("escape")
-            await until(pilot, lambda: not app.controls.has_class("open"))
-            assert app.focused is app.composer
+            await until(pilot, lambda: not app.chat_screen.parameter_panel.has_class("open"))
+            assert app.focused is app.chat_screen.composer
 
     drive(scene())
 

@@ -54,7 +54,7 @@ def begun(place: Path) -> list[int]:
 
 async def open_models(app: ChatApp, pilot: Any) -> ModelsScreen:
     await pilot.press("f4")
-    await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._rows)
+    await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._entries)
     await pilot.pause()
     assert isinstance(app.screen, ModelsScreen)
     return app.screen
@@ -71,7 +71,7 @@ async def write(app: ChatApp, pilot: Any, field: str, text: str) -> None:
 async def open_export(app: ChatApp, pilot: Any, typed: str = "") -> None:
     await open_models(app, pilot)
     await write(app, pilot, "#filter", typed)
-    await until(pilot, lambda: isinstance(app.screen, ExportScreen) and app.screen.query("#failure"))
+    await until(pilot, lambda: isinstance(app.screen, ExportScreen) and app.screen.query("#error"))
     await pilot.pause()
 
 
@@ -99,18 +99,18 @@ def test_one_chats_beside_an_export_and_chooses_its_bundle(
     async def scene() -> None:
         async with app_with(place, answer, size=size, pause=0.05) as (app, pilot, fake):
             await open_export(app, pilot, "hugging")
-            assert "In the background" not in screen(app)
+            assert "Run in background" not in screen(app)
             await write(app, pilot, "#source", "owner/bob")
             await until(pilot, lambda: "45%" in screen(app))
-            assert "In the background" in screen(app)
+            assert "Run in background" in screen(app)
             await pilot.press(key)
             await until(pilot, lambda: len(app.screen_stack) == 1)
-            assert told(app, "The export of owner/bob goes on. F4 shows it.")
-            await until(pilot, lambda: "export: quantizing 45%" in screen(app))
+            assert told(app, "Exporting owner/bob in the background. Press F4 to see the progress.")
+            await until(pilot, lambda: "Export: quantizing 45%" in screen(app))
             await ask(pilot, "While it works?", wait=False)
             assert app.session.answering is not None
             (place / "go").touch()
-            await until(pilot, lambda: told(app, f"{tiny_bundle.name} is made. F4 chooses it."))
+            await until(pilot, lambda: told(app, f"Exported {tiny_bundle.name}. Press F4 to use it."))
             await until(pilot, lambda: app.session.answering is None)
             assert app.session.conversation.path()[-1].content == answer
             assert app.session.responder is fake
@@ -131,17 +131,17 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
         async with app_with(place, size=(80, 24)) as (app, pilot, _):
             await leave_one(app, pilot, place)
             models = await open_models(app, pilot)
-            assert "an export is at work: quantizing 45%" in models._rows[0].shown.plain
-            assert models.query_one("#offers", OptionList).highlighted == 0
+            assert "Exporting owner/name: quantizing 45%" in models._entries[0].label.plain
+            assert models.query_one("#models", OptionList).highlighted == 0
             await pilot.press("escape")
-            for row in ("", "export file", "hugging", "smollm2 now", "measured", "./other.pt", "an/other"):
+            for row in ("", "export file", "hugging", "smollm2 now", "validate", "./other.pt", "an/other"):
                 await open_export(app, pilot, row)
                 await until(pilot, lambda: "▸ quantizing" in screen(app))
-                assert "Export of owner/name" in screen(app)
+                assert "Exporting owner/name" in screen(app)
                 await pilot.press("ctrl+b")
                 await until(pilot, lambda: len(app.screen_stack) == 1)
-            with pytest.raises(InputError, match="still at work"):
-                app.exports.begin(ExportRequest("second"))
+            with pytest.raises(InputError, match="still running"):
+                app.exports.start(ExportRequest("second"))
             assert len(begun(place)) == 1
 
     drive(scene())
@@ -156,18 +156,18 @@ def test_the_list_shows_how_far_it_is_and_what_there_is_then(
         async with app_with(place, size=(100, 30)) as (app, pilot, _):
             await leave_one(app, pilot, place)
             await open_models(app, pilot)
-            assert "at work: reading" in screen(app)
+            assert ": reading" in screen(app)
             await write(app, pilot, "#filter", "connect")
             await until(pilot, lambda: isinstance(app.screen, EndpointScreen) and app.screen.query("#url"))
             await pilot.press("escape")
             await until(pilot, lambda: isinstance(app.screen, ModelsScreen))
             await pilot.pause()
-            assert "at work: reading" in screen(app)
+            assert ": reading" in screen(app)
             app.screen.query_one("#filter", Input).value = "tiny"
             (place / "go").touch()
-            await until(pilot, lambda: "at work: writing 90%" in screen(app))
+            await until(pilot, lambda: ": writing 90%" in screen(app))
             (place / "on").touch()
-            await until(pilot, lambda: "at work" not in screen(app) and "KL" in screen(app))
+            await until(pilot, lambda: "Exporting" not in screen(app) and "KL" in screen(app))
             assert app.screen.query_one("#filter", Input).value == "tiny"
             await pilot.press("enter")
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
@@ -189,7 +189,7 @@ def test_it_is_cancelled_where_it_is_seen_again(place: Path, stand_in: Callable[
             await pilot.press("escape", "escape")
             await until(pilot, lambda: len(app.screen_stack) == 1)
             models = await open_models(app, pilot)
-            assert all("export of" not in row.searched for row in models._rows)  # seen, and done with
+            assert all("export of" not in row.searched for row in models._entries)  # seen, and done with
 
     drive(scene())
 
@@ -219,12 +219,12 @@ def test_what_went_wrong_is_told_and_the_form_is_as_it_was(
             await pilot.press("ctrl+b")
             await until(pilot, lambda: len(app.screen_stack) == 1)
             (place / "go").touch()
-            await until(pilot, lambda: told(app, "The export of owner/name failed: what is it?[2J give --n-heads N"))
+            await until(pilot, lambda: told(app, "Export of owner/name failed: what is it?[2J give --n-heads N"))
             (place / "again").touch()
             app.clear_notifications()
             models = await open_models(app, pilot)
-            assert "✗ the export of owner/name failed: what is it?" in models._rows[0].shown.plain
-            assert models.query_one("#offers", OptionList).highlighted == 0
+            assert "✗ Export of owner/name failed: what is it?" in models._entries[0].label.plain
+            assert models.query_one("#models", OptionList).highlighted == 0
             await write(app, pilot, "#filter", row)
             await until(pilot, lambda: isinstance(app.screen, ExportScreen) and "what is it?" in screen(app))
             shown = app.screen
@@ -299,7 +299,7 @@ def test_where_there_is_no_model_it_answers_at_once(
     async def scene() -> None:
         app = ChatApp(Store(place / "x.db"), load, Settings(place))
         async with app.run_test(size=(80, 24), notifications=True) as pilot:
-            await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._rows)
+            await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._entries)
             await write(app, pilot, "#filter", "smollm2 now")
             await until(pilot, lambda: "▸ reading" in screen(app))
             await pilot.press("ctrl+b")
@@ -349,11 +349,11 @@ def test_one_that_ends_before_it_is_shown_is_shown_with_its_end(
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
             await leave_one(app, pilot, place)
-            job = app.exports.at_work
+            job = app.exports.running
             assert job is not None
             (place / "go").touch()
             await until(pilot, lambda: job.ended)
-            await app.push_screen(ExportScreen(job=job), made.append)
+            await app.push_screen(ExportScreen(app.exports, job=job), made.append)
             await until(pilot, lambda: made)
             assert made[0].path == tiny_bundle
             await until(pilot, lambda: len(app.screen_stack) == 1)

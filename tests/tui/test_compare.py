@@ -24,12 +24,12 @@ from llm_edge.chat.responder import LocalResponder
 from llm_edge.runtime.errors import MachineError
 from llm_edge.runtime.model import Model
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.screens.compare import CompareScreen, Kept
+from llm_edge.tui.screens.compare import CompareScreen
 from llm_edge.tui.screens.models import ModelsScreen
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.widgets.composer import Composer
 from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.parameter_panel import NumberField
+from llm_edge.tui.widgets.parameter_fields import ValueField
 
 
 def side(*said: Said | str, pause: float = 0.0, name: str = "script") -> tuple[ComparisonSide, FakeResponder]:
@@ -163,7 +163,7 @@ def test_two_settings_of_one_model(tmp_path: Path, size: tuple[int, int]) -> Non
             assert [each[1].temperature for each in fake.asked] == [0.7, 0.0]
             assert app.focused is shown.query_one("#keep-0", Button)
             await pilot.press("2")
-            await until(pilot, lambda: app.screen is app.home)
+            await until(pilot, lambda: app.screen is app.chat_screen)
             await until(pilot, lambda: len(views(app)) == 2)
             path = app.session.conversation.path()
             assert [each.content for each in path] == ["Why?", "omega"]
@@ -188,7 +188,7 @@ def test_the_last_question_is_compared_again_and_kept_as_another_version(tmp_pat
             await both(pilot)
             assert [each["content"] for each in fake.asked[-1][0]] == ["Why?"]
             await pilot.click("#keep-0")
-            await until(pilot, lambda: app.screen is app.home)
+            await until(pilot, lambda: app.screen is app.chat_screen)
             path = app.session.conversation.path()
             assert [each.content for each in path] == ["Why?", "left"]
             assert len(app.session.conversation.siblings(path[1].id)) == 2
@@ -206,7 +206,7 @@ def test_both_can_be_kept_and_another_question_begins_a_branch(tmp_path: Path) -
             compare(app).query_one(Composer).load_text("")
             await both(pilot, "Why not?")
             await pilot.press("3")
-            await until(pilot, lambda: app.screen is app.home)
+            await until(pilot, lambda: app.screen is app.chat_screen)
             path = app.session.conversation.path()
             assert [each.content for each in path] == ["Why not?", "left"]
             siblings = app.session.conversation.siblings(path[1].id)
@@ -226,13 +226,13 @@ def test_leaving_keeps_nothing_and_escape_stops_first(tmp_path: Path) -> None:
             shown.query_one(Composer).write("Why?")
             await pilot.press("1", "enter")
             await until(pilot, lambda: shown.sides[0].answer is not None and shown.sides[0].answer.content)
-            assert "waits for the other one" in screen(app)
+            assert "Waiting for the other answer" in screen(app)
             assert shown.query_one("#keep-0", Button).disabled
             await pilot.press("escape")
             await until(pilot, lambda: not any(each.busy for each in shown.sides))
             assert app.screen is shown
             await pilot.press("f7")
-            await until(pilot, lambda: app.screen is app.home)
+            await until(pilot, lambda: app.screen is app.chat_screen)
             assert not app.session.conversation.messages
             assert not app.session.store.recent()
 
@@ -253,7 +253,7 @@ def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
             ]
             await pilot.press("f3")
             await pilot.pause()
-            assert shown.query_one("#value-temperature", NumberField).has_focus
+            assert shown.query_one("#value-temperature", ValueField).has_focus
             await pilot.press("up")
             await pilot.press("f2", "down")
             await pilot.pause()
@@ -271,19 +271,19 @@ def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def with_another(tmp_path: Path, other: FakeResponder) -> AsyncIterator[tuple[ChatApp, Pilot[None], list[Kept]]]:
+async def with_another(tmp_path: Path, other: FakeResponder) -> AsyncIterator[tuple[ChatApp, Pilot[None], list[str]]]:
     """The comparison, with somebody else to choose."""
     async with app_with(tmp_path, "word " * 30, pause=0.002, size=(120, 40)) as (app, pilot, _):
-        kept: list[Kept] = []
+        kept: list[str] = []
 
         async def choose() -> Any:
             return lambda: other
 
-        def done(found: Kept | None) -> None:
+        def done(found: str | None) -> None:
             kept.extend([found] if found is not None else [])
 
         assert app.session.responder is not None
-        app.push_screen(CompareScreen(app.session.responder, app.session.parameters, choose=choose), done)
+        app.push_screen(CompareScreen(app.session, choose_model=choose), done)
         await until(pilot, lambda: isinstance(app.screen, CompareScreen))
         await pilot.press("f4")
         await until(pilot, lambda: compare(app).sides[1].responder is other)
@@ -304,7 +304,7 @@ def test_two_models_answer_at_once(tmp_path: Path) -> None:
             assert shown.sides[1].answer.params == {"temperature": 0.0, "top_p": 1.0}
             await pilot.press("2")
             await until(pilot, lambda: bool(kept))
-            assert kept[0].question == "Why?"
+            assert kept[0] == "Why?"
             await until(pilot, lambda: other.closed)
 
     drive(scene())
@@ -321,7 +321,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
                 return fail
 
             assert app.session.responder is not None
-            app.push_screen(CompareScreen(app.session.responder, app.session.parameters, choose=choose))
+            app.push_screen(CompareScreen(app.session, choose_model=choose))
             await until(pilot, lambda: isinstance(app.screen, CompareScreen))
             await pilot.press("f4")
             await until(pilot, lambda: "no [31mmemory" in screen(app))
@@ -375,8 +375,8 @@ def test_nothing_is_compared_while_an_answer_comes(tmp_path: Path) -> None:
             await ask(pilot, "Talk.", wait=False)
             await pilot.press("f7")
             await pilot.pause()
-            assert app.screen is app.home
-            assert "stop it first" in " ".join(screen(app).split())
+            assert app.screen is app.chat_screen
+            assert "Press Esc to stop" in " ".join(screen(app).split())
 
     drive(scene())
 
@@ -412,7 +412,7 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
             texts = "".join(each.text(each.logprob.token) for each in records)
             assert right.content in texts
             await pilot.press("2")
-            await until(pilot, lambda: app.screen is app.home)
+            await until(pilot, lambda: app.screen is app.chat_screen)
             await until(pilot, lambda: len(views(app)) == 2)
             assert app.session.responder is fake  # it was asked only this once
             kept = app.session.conversation.path()[-1]

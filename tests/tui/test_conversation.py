@@ -53,12 +53,12 @@ def test_reasoning_is_live_and_folds_away(tmp_path: Path) -> None:
         async with app_with(tmp_path, said, pause=0.15) as (app, pilot, _):
             await ask(pilot, "Why?", wait=False)
             await until(pilot, lambda: "thought 8" in shown(views(app)[-1]))
-            assert "thinking" in shown(views(app)[-1])
+            assert "Thinking" in shown(views(app)[-1])
             await until(pilot, lambda: app.session.answering is None)
             await pilot.pause()
             view = views(app)[-1]
             assert "thought 8" not in shown(view)
-            assert "reasoning · 24 tokens" in shown(view)
+            assert "Reasoning · 24 tokens" in shown(view)
             view.focus()
             await pilot.press("space")
             await pilot.pause()
@@ -130,7 +130,7 @@ def test_a_question_that_cannot_fit_is_not_sent(tmp_path: Path) -> None:
             long = "word " * 100
             app.query_one(Composer).write(long)
             await pilot.press("enter")
-            await until(pilot, lambda: app.query_one(Composer).text == long and "shorten it" in screen(app))
+            await until(pilot, lambda: app.query_one(Composer).text == long and "Shorten it" in screen(app))
             assert not fake.asked
             assert not app.session.conversation.messages
             app.query_one(Composer).write("")
@@ -142,7 +142,7 @@ def test_a_question_that_cannot_fit_is_not_sent(tmp_path: Path) -> None:
             await pilot.press("enter")
             await until(pilot, lambda: app.query_one(Composer).text == long)
             await pilot.pause()
-            assert app.editing is not None  # it is edited still
+            assert app.chat_screen.composer.editing is not None  # it is edited still
             assert len(app.session.conversation.messages) == 2
 
     drive(scene())
@@ -243,10 +243,10 @@ def test_editing_branches(tmp_path: Path) -> None:
             composer.write("a draft")
             views(app)[0].focus()
             await pilot.press("e")
-            await until(pilot, lambda: app.editing is not None)
+            await until(pilot, lambda: app.chat_screen.composer.editing is not None)
             assert composer.text == "first question"
             await pilot.press("escape")
-            assert app.editing is None
+            assert app.chat_screen.composer.editing is None
             assert composer.text == "a draft"
 
     drive(scene())
@@ -358,7 +358,7 @@ def test_a_question_waits_for_the_model(tmp_path: Path) -> None:
 
         app = ChatApp(Store(tmp_path / "chats.db"), load)
         async with app.run_test(size=(80, 24)) as pilot:
-            await until(pilot, lambda: "loading" in screen(app))
+            await until(pilot, lambda: "Loading model" in screen(app))
             await pilot.press("h", "i", "enter")
             await pilot.pause()
             assert not fake.asked

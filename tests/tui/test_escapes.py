@@ -110,7 +110,7 @@ def test_ten_payloads_by_every_way_in(terminal: Terminal, tmp_path: Path) -> Non
     """Pasted, streamed, thought, as code, in a table, a model's name, a title, an error, a notification, in what is
     found; then all of it again from the store.
     """
-    terminal.until("ready")
+    terminal.until("Ready")
     terminal.send(f"\x1b[200~pasted {ALL}\x1b[201~")
     terminal.until("pasted")
     terminal.send("\r")
@@ -128,7 +128,7 @@ def test_ten_payloads_by_every_way_in(terminal: Terminal, tmp_path: Path) -> Non
 
     again = Terminal(tmp_path)
     try:
-        again.until("ready")
+        again.until("Ready")
         again.send("\x1a")  # Ctrl-Z: the latest conversation
         again.until("partly")
         again.send("\x1bOS")  # F4

@@ -19,7 +19,7 @@ from llm_edge.chat.choice import BundleChoice
 from llm_edge.chat.export_process import PRECISIONS, Export, ExportRequest, named_options
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.screens.export import Checkpoints, ExportScreen, Tick
+from llm_edge.tui.screens.export import CheckpointTree, CrossCheckbox, ExportScreen
 
 StandIn = Callable[[str], None]
 
@@ -46,9 +46,9 @@ def stage(name: str, share: float | None = None, detail: str = "") -> str:
 async def open_export(app: ChatApp, pilot: Any, *typed: str) -> None:
     """F4, what is typed to find the way, Enter."""
     await pilot.press("f4")
-    await until(pilot, lambda: getattr(app.screen, "_rows", None))
+    await until(pilot, lambda: getattr(app.screen, "_entries", None))
     await pilot.press(*typed, "enter")
-    await until(pilot, lambda: isinstance(app.screen, ExportScreen) and app.screen.query("#failure"))
+    await until(pilot, lambda: isinstance(app.screen, ExportScreen) and app.screen.query("#error"))
     await pilot.pause()
 
 
@@ -261,7 +261,7 @@ def test_what_goes_wrong_is_one_line(place: Path, stand_in: StandIn, code: str, 
 def test_a_command_that_is_not_there_is_told(place: Path) -> None:
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
-            await app.push_screen(ExportScreen("owner/name", command=[str(place / "nothing")]))
+            await app.push_screen(ExportScreen(app.exports, "owner/name", command=[str(place / "nothing")]))
             await pilot.press("enter")
             await until(pilot, lambda: "could not be started" in screen(app))
 
@@ -284,7 +284,7 @@ def test_files_are_looked_for_among_what_can_be_exported(
 
     async def scene() -> None:
         async with app_with(place, size=size) as (app, pilot, _):
-            await app.push_screen(ExportScreen(browse=True), made.append)
+            await app.push_screen(ExportScreen(app.exports, browse=True), made.append)
             await until(pilot, lambda: "a.pt" in screen(app))
             shown = screen(app)
             assert "b.gguf" in shown
@@ -293,7 +293,7 @@ def test_files_are_looked_for_among_what_can_be_exported(
             assert "c.txt" not in shown
             assert ".d.pt" not in shown
             assert "Cancel" in shown
-            tree = app.screen.query_one(Checkpoints)
+            tree = app.screen.query_one(CheckpointTree)
             await pilot.press("tab", "down", "enter")
             await until(pilot, lambda: "inner.pth" in screen(app))
             assert app.screen.query_one("#source", Input).value == str(place / "folder")
@@ -311,9 +311,9 @@ def test_files_are_looked_for_among_what_can_be_exported(
 def test_nothing_given_is_told(place: Path) -> None:
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
-            await app.push_screen(ExportScreen(browse=True))
+            await app.push_screen(ExportScreen(app.exports, browse=True))
             await pilot.press("enter")
-            await until(pilot, lambda: "what is to be exported" in screen(app))
+            await until(pilot, lambda: "Enter the path" in screen(app))
 
     drive(scene())
 
@@ -321,7 +321,7 @@ def test_nothing_given_is_told(place: Path) -> None:
 # ---- the precisions, which are ticked
 
 
-def inside(tick: Tick) -> str:
+def inside(tick: CrossCheckbox) -> str:
     """What stands in a box, colours apart."""
     return tick.render_line(0).text[1]
 
@@ -334,7 +334,7 @@ def test_what_is_ticked_shows_without_colours_and_is_what_is_made(place: Path, s
         async with app_with(place, size=(80, 24)) as (app, pilot, _):
 
             async def turn(name: str) -> None:
-                tick = app.screen.query_one(f"#precision-{name}", Tick)
+                tick = app.screen.query_one(f"#precision-{name}", CrossCheckbox)
                 before = tick.value
                 if by == "space":
                     tick.focus()
@@ -344,7 +344,7 @@ def test_what_is_ticked_shows_without_colours_and_is_what_is_made(place: Path, s
                 await until(pilot, lambda: tick.value is not before)
 
             await open_export(app, pilot, *"hugging")
-            ticks = [app.screen.query_one(f"#precision-{name}", Tick) for name in PRECISIONS]
+            ticks = [app.screen.query_one(f"#precision-{name}", CrossCheckbox) for name in PRECISIONS]
             assert {each.id for each in ticks if inside(each) == "X"} == {"precision-int8"}
             await turn("fp32")
             await turn("int4")

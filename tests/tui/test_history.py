@@ -25,9 +25,9 @@ from llm_edge.chat.history.conversation import Conversation, Message
 from llm_edge.chat.history.search import Summary
 from llm_edge.chat.history.store import Store
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.screens.dialogs import AskText, AskYesNo
+from llm_edge.tui.screens.dialogs import ConfirmDialog, TextPrompt
 from llm_edge.tui.widgets.composer import Composer
-from llm_edge.tui.widgets.history_list import Conversations, file_name, group_of
+from llm_edge.tui.widgets.conversation_list import ConversationList, file_name, group_of
 from llm_edge.tui.widgets.history_panel import PAGE, HistoryPanel
 
 NOW = time.mktime((2026, 11, 23, 12, 0, 0, 0, 0, -1))
@@ -54,13 +54,13 @@ def panel(app: ChatApp) -> HistoryPanel:
 
 def lines(app: ChatApp) -> list[str]:
     """What the list shows, line by line."""
-    conversations = app.query_one(Conversations)
+    conversations = app.query_one(ConversationList)
     return [str(option.prompt) for option in conversations.options]
 
 
 def titles(app: ChatApp) -> list[str]:
     """First lines of what the list holds, headings in brackets."""
-    options = app.query_one(Conversations).options
+    options = app.query_one(ConversationList).options
     firsts = [(str(option.prompt).splitlines()[0], option.disabled) for option in options]
     return [f"[{first}]" if heading else first for first, heading in firsts]
 
@@ -72,10 +72,10 @@ def told(app: ChatApp) -> list[str]:
 
 async def open_panel(app: ChatApp, pilot: Pilot[Any], *, to_list: bool = True) -> None:
     await pilot.press("f2")
-    await until(pilot, lambda: panel(app).has_class("open") and app.query_one(Conversations).options)
+    await until(pilot, lambda: panel(app).has_class("open") and app.query_one(ConversationList).options)
     if to_list:
         await pilot.press("down")
-        await until(pilot, lambda: app.query_one(Conversations).has_focus)
+        await until(pilot, lambda: app.query_one(ConversationList).has_focus)
 
 
 async def until_titles(app: ChatApp, pilot: Pilot[Any], wanted: list[str]) -> None:
@@ -84,7 +84,7 @@ async def until_titles(app: ChatApp, pilot: Pilot[Any], wanted: list[str]) -> No
 
 async def dialog(app: ChatApp, pilot: Pilot[Any], text: str) -> None:
     """Answer the question for a line of text."""
-    await until(pilot, lambda: isinstance(app.screen, AskText) and app.screen.query(Input))
+    await until(pilot, lambda: isinstance(app.screen, TextPrompt) and app.screen.query(Input))
     app.screen.query_one(Input).value = text
     await pilot.press("enter")
     await pilot.pause()
@@ -130,7 +130,7 @@ def test_search_finds_messages_as_one_types(tmp_path: Path) -> None:
             assert "there are three of them" in " ".join(lines(app)[1].split())
             await pilot.press(*" chee")
             await until_titles(app, pilot, [])
-            await until(pilot, lambda: "Nothing found." in screen(app))
+            await until(pilot, lambda: "No matches." in screen(app))
             await pilot.press("escape")
             await until(pilot, lambda: len(titles(app)) == 3)
             assert panel(app).display
@@ -149,9 +149,9 @@ def test_the_mouse_does_it_too(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(120, 30)) as (app, pilot, _):
             await open_panel(app, pilot)
-            await pilot.click(Conversations, offset=(3, 3))
+            await pilot.click(ConversationList, offset=(3, 3))
             await until(pilot, lambda: app.session.conversation.id == numbers[1])
-            await pilot.click(Conversations, offset=(3, 5), button=3)
+            await pilot.click(ConversationList, offset=(3, 5), button=3)
             await pilot.pause()
             assert app.session.conversation.id == numbers[1]  # the right button only goes there
             buttons = {button.name: button for button in panel(app).query("Button")}
@@ -190,7 +190,7 @@ def test_thousands_come_as_they_are_looked_at(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             names = [title for title in titles(app) if not title.startswith("[")]
             assert names == [f"talk {count - 1}", *(f"talk {number}" for number in range(PAGE - 1))]
-            conversations = app.query_one(Conversations)
+            conversations = app.query_one(ConversationList)
             for pages in (2, 3):
                 await pilot.press("end")
                 await until(pilot, lambda pages=pages: len(conversations.options) > pages * PAGE)
@@ -246,7 +246,7 @@ def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
             await look("Export to")
             await pilot.press("escape", "d", "u", "enter")
             await until(pilot, lambda: views(app))
-            await look("is back")
+            await look("Restored")
             for text in seen:
                 assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
 
@@ -257,16 +257,16 @@ def test_nothing_kept_and_keys_that_close(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(80, 24)) as (app, pilot, _):
             await pilot.press("f2")
-            await until(pilot, lambda: "Nothing is kept yet" in screen(app))
+            await until(pilot, lambda: "No conversations yet" in screen(app))
             await pilot.press("escape")
             assert not panel(app).display
             assert app.query_one(Composer).has_focus
             await pilot.press("f2", "f2")
             assert not panel(app).display
             await pilot.press("f3")
-            assert app.query_one("#controls").display
+            assert app.query_one("#parameters").display
             await pilot.press("ctrl+t")
-            assert not app.query_one("#controls").display  # one panel at a time where it is narrow
+            assert not app.query_one("#parameters").display  # one panel at a time where it is narrow
             assert panel(app).display
 
     drive(scene())
@@ -284,13 +284,13 @@ def test_rename(tmp_path: Path, key: str) -> None:
             await open_panel(app, pilot)
             await pilot.press("enter")
             await until(pilot, lambda: app.session.conversation.id == numbers[0])
-            app.query_one(Conversations).focus()
+            app.query_one(ConversationList).focus()
             await pilot.press(key)
             await dialog(app, pilot, "Cheetahs \x1b]52;c;eA==\x07 & co")
             await until_titles(app, pilot, ["Cheetahs ]52;c;eA== & co", "second"])
             assert "Cheetahs ]52;c;eA== & co  —" in screen(app)
             await pilot.press("down", key)
-            await until(pilot, lambda: isinstance(app.screen, AskText))
+            await until(pilot, lambda: isinstance(app.screen, TextPrompt))
             await pilot.press("escape")
             await pilot.press("escape")
             await ask(pilot, "And the next?")  # the new title stays when its conversation goes on
@@ -322,11 +322,11 @@ def test_delete_and_undo(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             await pilot.press("enter")
             await until(pilot, lambda: len(views(app)) == 2)
-            app.query_one(Conversations).focus()
+            app.query_one(ConversationList).focus()
             await pilot.press("d")
             await until_titles(app, pilot, ["second", "third"])
             await until(pilot, lambda: not views(app))  # it was the one of now
-            assert told(app)[-1] == "Deleted “first”. In this list, u brings it back."
+            assert told(app)[-1] == "Deleted “first”. Press u in the list to undo."
             await pilot.press("delete")
             await until_titles(app, pilot, ["third"])
             await pilot.press("u")
@@ -337,7 +337,7 @@ def test_delete_and_undo(tmp_path: Path) -> None:
             await until(pilot, lambda: len(views(app)) == 2)  # as it was before
             assert app.session.conversation.id == numbers[0]
             await pilot.press("u")
-            await until(pilot, lambda: told(app)[-1] == "Nothing was deleted.")
+            await until(pilot, lambda: told(app)[-1] == "Nothing to undo.")
 
     drive(scene())
 
@@ -372,7 +372,7 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         async with app_with(tmp_path) as (app, pilot, _):
             await open_panel(app, pilot)
             await pilot.press("e")
-            await until(pilot, lambda: isinstance(app.screen, AskText))
+            await until(pilot, lambda: isinstance(app.screen, TextPrompt))
             assert app.screen.query_one(Input).value == "What-is-the-fastest-animal.md"
             await pilot.press("enter")
             written = tmp_path / "What-is-the-fastest-animal.md"
@@ -387,10 +387,10 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             for answer, content in (("escape", "precious"), ("enter", "precious"), ("y", "The cheetah")):
                 await pilot.press("e")
                 await dialog(app, pilot, written.name)
-                await until(pilot, lambda: isinstance(app.screen, AskYesNo))
-                assert "is there already. Replace it?" in screen(app)
+                await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
+                assert "already exists. Replace it?" in screen(app)
                 await pilot.press(answer)
-                await until(pilot, lambda: not isinstance(app.screen, AskYesNo))
+                await until(pilot, lambda: not isinstance(app.screen, ConfirmDialog))
                 await until(pilot, lambda content=content: content in written.read_text())
             await pilot.press("e")
             await dialog(app, pilot, "nowhere/talk.md")
@@ -448,16 +448,16 @@ def test_import_of_chatgpt(tmp_path: Path) -> None:
         async with app_with(tmp_path, size=(120, 30)) as (app, pilot, _):
             await pilot.press("f2", "down", "i")
             await dialog(app, pilot, str(path))
-            await until(pilot, lambda: told(app)[-1:] == ["120 conversations imported."])
+            await until(pilot, lambda: told(app)[-1:] == ["Imported 120 conversations."])
             await until(pilot, lambda: len(titles(app)) > PAGE)
             await pilot.press("i")
             await dialog(app, pilot, str(path))
-            await until(pilot, lambda: told(app)[-1:] == ["0 conversations imported."])
+            await until(pilot, lambda: told(app)[-1:] == ["Imported 0 conversations."])
             await pilot.press("slash", *"Answer 77")
             await until_titles(app, pilot, ["Talk 77"])
             await pilot.press("enter")
             await until(pilot, lambda: views(app) and "Answer 77" in shown(views(app)[-1]))
-            panel(app).query_one(Conversations).focus()
+            panel(app).query_one(ConversationList).focus()
             await pilot.press("i")
             await dialog(app, pilot, str(tmp_path / "none.zip"))
             await until(pilot, lambda: "none.zip: cannot be read (No such file" in told(app)[-1])
@@ -477,7 +477,7 @@ def test_import_of_our_own(tmp_path: Path) -> None:
         async with app_with(tmp_path) as (app, pilot, _):
             await pilot.press("f2", "down", "i")
             await dialog(app, pilot, str(tmp_path / "talk.json"))
-            await until(pilot, lambda: told(app)[-1:] == ["1 conversation imported."])
+            await until(pilot, lambda: told(app)[-1:] == ["Imported 1 conversation."])
             await until_titles(app, pilot, ["Old [2J talk"])
             await pilot.press("enter")
             await until(pilot, lambda: views(app))
@@ -508,6 +508,7 @@ def test_the_system_prompt_of_a_conversation_returns(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             await pilot.press("down", "enter")
             await until(pilot, lambda: app.session.conversation.id == pirate)
+            await pilot.press("f3")
             assert app.query_one("#value-system").text == "You are a pirate."  # type: ignore[attr-defined]
             await ask(pilot, "Sure?")
             await pilot.press("ctrl+n")  # a new one begins with what was last written, not with what was looked at
@@ -594,7 +595,7 @@ def test_an_answer_that_a_kill_cut_is_continued(tmp_path: Path) -> None:
             kept = app.session.store.load(1).path()[1]
             assert (kept.content, kept.finished) == (cut + "and the rest.", True)
             assert "unfinished" not in shown(views(app)[1])
-            assert views(app)[1].region.bottom <= app.query_one("#chat").region.bottom  # at its end
+            assert views(app)[1].region.bottom <= app.query_one("#conversation").region.bottom  # at its end
             await pilot.press("ctrl+r")
             await until(pilot, lambda: len(fake.asked) == 2 and app.session.answering is None)
             assert app.session.conversation.path()[1].content == "From the beginning."
@@ -640,7 +641,7 @@ def test_opening_stops_an_answer_and_says_so(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             await pilot.press("down", "enter")
             await until(pilot, lambda: app.session.conversation.id == number)
-            assert "Ctrl-G continues it" in told(app)[-1]
+            assert "Press Ctrl-G there to continue it" in told(app)[-1]
             answer = app.session.store.load(counting.id).path()[1]
             assert (answer.figures["finish_reason"], answer.content[:5]) == ("cancelled", "word ")
 

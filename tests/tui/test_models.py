@@ -53,7 +53,7 @@ def two(place: Path, tiny_bundle: Path) -> Path:
 
 async def open_models(app: ChatApp, pilot: Any, key: str = "f4") -> ModelsScreen:
     await pilot.press(key)
-    await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._rows)
+    await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._entries)
     await pilot.pause()
     found = app.screen
     assert isinstance(found, ModelsScreen)
@@ -106,7 +106,7 @@ def test_each_precision_has_one_line(two: Path, size: tuple[int, int], key: str)
             for precision in ("fp32", "int8", "int4"):
                 assert "MB" in line(app, "good", precision)
                 assert "top-1" in line(app, "good", precision)
-            assert "manifest" in line(app, "✗", "cut")
+            assert "bytes instead of" in line(app, "✗", "cut")
             assert "Hugging Face" in line(app, "+ Export from")
             await pilot.press("escape")
             assert not isinstance(app.screen, ModelsScreen)
@@ -156,7 +156,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[threading.Event,
             assert loaded.wait(20)
             return second
 
-        monkeypatch.setattr("llm_edge.tui.screens.models.open_responder", load)
+        monkeypatch.setattr("llm_edge.tui.model_loader.open_responder", load)
         return loaded, second
 
     return make
@@ -230,7 +230,7 @@ print(json.dumps({{"stage": "done", "path": {str(tiny_bundle)!r}, "seconds": 1.0
     async def scene() -> None:
         app = ChatApp(Store(place / "x.db"), lambda: open_responder(BundleChoice(bundles.DEFAULT)), Settings(place))
         async with app.run_test(size=(80, 24), notifications=True) as pilot:
-            await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._rows)
+            await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen._entries)
             await pilot.pause()
             assert ": not found" in screen(app)
             assert "SmolLM2" in line(app, "+ Make", "now")
@@ -307,7 +307,7 @@ def test_an_endpoint_is_connected_to_and_kept(place: Path, server: Server) -> No
 
 def connect(app: ChatApp, made: Endpoint | None) -> None:
     assert made is not None
-    app.load_responder(lambda: open_responder(made))
+    app.chat_screen.loader.start(lambda: open_responder(made))
 
 
 def test_a_key_for_the_keyring_shows_nowhere(place: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,12 +328,13 @@ def test_a_key_for_the_keyring_shows_nowhere(place: Path, server: Server, monkey
     async def scene() -> None:
         async with app_with(place, size=(100, 30)) as (app, pilot, _):
             await app.push_screen(
-                EndpointScreen(server.url), lambda made: made and app.load_responder(lambda: open_responder(made))
+                EndpointScreen(server.url),
+                lambda made: made and app.chat_screen.loader.start(lambda: open_responder(made)),
             )
             await until(pilot, lambda: isinstance(app.screen, EndpointScreen) and app.screen.is_mounted)
             await pilot.press("enter")
             await until(pilot, lambda: "requires an API key" in screen(app))
-            app.screen.query_one("#place", Select).value = "keyring"
+            app.screen.query_one("#key-location", Select).value = "keyring"
             await pilot.pause()
             app.screen.query_one("#key", Input).focus()
             await pilot.press(*"sk-wrong", "enter")
@@ -367,13 +368,13 @@ def test_what_is_wrong_with_an_endpoint_is_told_where_it_is_typed(place: Path, s
             await pilot.press("enter")
             await until(pilot, lambda: "base URL is missing" in screen(app))
             await pilot.press(*"http://x.invalid/v1")
-            app.screen.query_one("#place", Select).value = "environment"
+            app.screen.query_one("#key-location", Select).value = "environment"
             await until(pilot, lambda: "unencrypted http" in screen(app))
             app.screen.query_one("#url", Input).value = server.url
-            app.screen.query_one("#place", Select).value = "none"
+            app.screen.query_one("#key-location", Select).value = "none"
             app.screen.query_one("#model", Input).value = "huge"
             await pilot.press("f10")
-            await until(pilot, lambda: "no model 'huge'" in screen(app))
+            await until(pilot, lambda: "Model 'huge' not found" in screen(app))
             assert "large" in screen(app)
             await pilot.press("escape")
             await until(pilot, lambda: not isinstance(app.screen, EndpointScreen))
@@ -396,7 +397,7 @@ def test_names_cannot_steer_the_terminal(two: Path, server: Server) -> None:
         async with app_with(two) as (app, pilot, _):
             await open_models(app, pilot)
             seen = [screen(app)]
-            await app.push_screen(ExportScreen(browse=True))
+            await app.push_screen(ExportScreen(app.exports, browse=True))
             await until(pilot, lambda: ".pt" in screen(app))
             seen.append(screen(app))
             await app.push_screen(EndpointScreen(server.url))

@@ -17,7 +17,8 @@ from llm_edge.chat.presets import MODEL_DEFAULTS
 from llm_edge.runtime.sampling.constraint import Constraint
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.widgets.composer import Composer
-from llm_edge.tui.widgets.parameter_panel import Name, NumberField, ParameterLine, ParameterPanel, StepButton, Text
+from llm_edge.tui.widgets.parameter_fields import ParameterLine, StepButton, TextField, ValueField
+from llm_edge.tui.widgets.parameter_panel import ParameterPanel, PresetNameInput
 
 LONG = "word " * 400
 PER_TOKEN = 0.02  # seconds; an answer of 8
@@ -25,8 +26,8 @@ NUMBERS = [parameter for parameter in EDITABLE.values() if parameter.kind not in
 
 
 def error_under(app: ChatApp, name: str) -> str:
-    line = app.query_one(f"#error-{name}", Static)
-    return str(line.content) if line.display else ""
+    shown = [line for line in app.query(f"#error-{name}").results(Static) if line.display]
+    return str(shown[0].content) if shown else ""
 
 
 async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
@@ -34,14 +35,14 @@ async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
     pilot.app.query_one(f"#value-{name}").focus()
     await pilot.pause()
     await pilot.press("end", "ctrl+u", *text)
-    if isinstance(pilot.app.query_one(f"#value-{name}"), NumberField):
+    if isinstance(pilot.app.query_one(f"#value-{name}"), ValueField):
         await pilot.press("enter")
     await pilot.pause()
 
 
 def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with app_with(tmp_path, LONG, pause=PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
+        async with app_with(tmp_path, LONG, pause=3 * PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
             await ask(pilot, "Talk.", wait=False)
             await pilot.press("f3")
             answer = app.session.answering
@@ -49,15 +50,15 @@ def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> N
             await until(pilot, lambda: len(answer.content) > 10)
             for parameter in NUMBERS:
                 app.query_one(f"#value-{parameter.name}").focus()
-                await pilot.press("up" if parameter.name != "top_p" else "down")
+                await pilot.press("up" if parameter.name not in ("top_p", "typical_p") else "down")
                 await pilot.pause()
                 value = app.session.parameters.value(parameter.name)
                 assert value != app.session.parameters.default(parameter.name)
                 assert getattr(fake.replies[-1].params, parameter.name) == value
-                assert app.query_one(f"#value-{parameter.name}", NumberField).value == app.session.parameters.text(
+                assert app.query_one(f"#value-{parameter.name}", ValueField).value == app.session.parameters.text(
                     parameter.name
                 )
-                assert app.query_one(f"#title-{parameter.name}").has_class("turned")
+                assert app.query_one(f"#title-{parameter.name}").has_class("changed")
             assert app.session.answering is answer  # it all happened while it came
             changes = {each["name"]: each for each in answer.figures["changes"]}
             assert set(changes) == {parameter.name for parameter in NUMBERS}
@@ -94,7 +95,7 @@ def test_texts_are_live_too_and_what_can_only_begin_with_an_answer_waits_for_the
             assert messages[0] == {"role": "system", "content": "Be brief."}
             assert params.constraint == Constraint.json()
             assert params.stop == ("END",)
-            assert "with stop at 'END'" in shown(views(app)[-1])
+            assert "with stop strings 'END'" in shown(views(app)[-1])
 
     drive(scene())
 
@@ -112,7 +113,7 @@ def test_typing_counts_on_enter_and_on_leaving_and_errors_stand_under_the_field(
             await type_into(pilot, "temperature", "99")  # beyond where keys turn it, within what it can be
             assert error_under(app, "temperature") == ""
             assert app.session.parameters.changed == {"temperature": 99.0}
-            field = app.query_one("#value-top_k", NumberField)
+            field = app.query_one("#value-top_k", ValueField)
             field.focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", *"12", "tab")
@@ -137,7 +138,7 @@ def test_the_mouse_turns(tmp_path: Path) -> None:
             await pilot.click("#reset")
             await pilot.pause()
             assert app.session.parameters.changed == {}
-            assert line.query_one(NumberField).value == "0.7"
+            assert line.query_one(ValueField).value == "0.7"
 
     drive(scene())
 
@@ -148,7 +149,7 @@ def test_the_mouse_turns(tmp_path: Path) -> None:
         ('{"type": ', "not JSON"),
         ('{"type": "objec"}', "objec"),
         ('{"$ref": "#/nowhere"}', "nowhere"),
-        ("[1]", "give an object"),
+        ("[1]", "give a JSON object"),
         ('{"a": "\\u001b]52;c;x\\u0007", "type": "\\u009b31m"}', ""),
     ],
 )
@@ -156,7 +157,7 @@ def test_a_schema_that_cannot_be_followed_is_told_under_its_field(tmp_path: Path
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 60)) as (app, pilot, _):
             await pilot.press("f3")
-            area = app.query_one("#value-json_schema", Text)
+            area = app.query_one("#value-json_schema", TextField)
             area.focus()
             area.load_text(schema)
             await until(pilot, lambda: error_under(app, "json_schema"))
@@ -184,13 +185,13 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             await type_into(pilot, "temperature", "1.1")
             assert select.value is Select.NULL
             await pilot.press("ctrl+s")
-            assert app.query_one(Name).display
+            assert app.query_one(PresetNameInput).display
             await pilot.press(*"greedy", "enter")
             await pilot.pause()
             assert "greedy is there already" in error_under(app, "presets")
             await pilot.press("end", "ctrl+u", *"mine", "enter")
             await until(pilot, lambda: select.value == "mine")
-            assert not app.query_one(Name).display
+            assert not app.query_one(PresetNameInput).display
             assert error_under(app, "presets") == ""
 
             await pilot.click("#reset")
@@ -200,7 +201,7 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             await until(pilot, lambda: app.session.parameters.value("temperature") == 0)
             select.value = "mine"
             await until(pilot, lambda: app.session.parameters.changed == {"temperature": 1.1})
-            assert app.query_one("#value-temperature", NumberField).value == "1.1"
+            assert app.query_one("#value-temperature", ValueField).value == "1.1"
 
             await type_into(pilot, "temperature", "1.2")
             await pilot.press("ctrl+s", "end", "ctrl+u", *"mine", "enter")
@@ -226,7 +227,7 @@ def test_presets_are_there_for_the_next_program_and_chosen_by_keys(tmp_path: Pat
             app.query_one("#presets").focus()
             await pilot.press("enter")
             await pilot.pause()
-            assert "always the most probable token" in screen(app)
+            assert "always the most likely token" in screen(app)
             await pilot.press("down", "enter")
             await until(pilot, lambda: app.session.parameters.changed == {"top_k": 3})
             await pilot.press("f3")
@@ -246,7 +247,7 @@ def test_escape_from_the_name_saves_nothing(tmp_path: Path) -> None:
             await pilot.press("f3")
             await pilot.press("ctrl+s", *"mine", "escape")
             await pilot.pause()
-            assert not app.query_one(Name).display
+            assert not app.query_one(PresetNameInput).display
             assert not (tmp_path / "settings.json").exists()
 
     drive(scene())

@@ -13,7 +13,7 @@ from llm_edge.chat.questions import MAX_QUESTIONS, SECTION, SHIPPED, Questions
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import InputError, ParameterError
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.screens.questions import QuestionsScreen, Wording
+from llm_edge.tui.screens.questions import QuestionEditor, QuestionsScreen
 from llm_edge.tui.widgets.composer import Composer
 
 PRESCRIBED = [
@@ -93,7 +93,7 @@ def test_enter_asks_at_once(tmp_path: Path, size: tuple[int, int]) -> None:
             await pilot.press("down", "down", "down", "enter")
             await until(pilot, lambda: fake.asked and app.session.answering is None)
             assert fake.asked[0][0][-1]["content"] == "What is the capital of France?"
-            assert app.screen is app.home
+            assert app.screen is app.chat_screen
             assert app.query_one(Composer).text == "a draft"
 
     drive(scene())
@@ -137,7 +137,7 @@ def test_add_change_delete_undo_restore(tmp_path: Path) -> None:
             assert Questions(Settings(tmp_path)).all()[-1] == "Why me?\nad"
             await pilot.press("e")
             await pilot.pause()
-            wording = app.screen.query_one(Wording)
+            wording = app.screen.query_one(QuestionEditor)
             assert wording.text == "Why me?\nad"
             await pilot.press(*"der", "enter")
             await pilot.pause()
@@ -173,7 +173,7 @@ def test_what_is_refused_stays_to_be_mended_and_escape_leaves_it(tmp_path: Path)
             assert listed(app) == PRESCRIBED
             await pilot.press("escape")
             await pilot.pause()
-            assert app.screen is app.home
+            assert app.screen is app.chat_screen
             assert not (tmp_path / "settings.json").exists()
 
     drive(scene())
@@ -184,7 +184,7 @@ def test_an_emptied_list_says_how_to_fill_it(tmp_path: Path) -> None:
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f5", *"dddddd")
             await pilot.pause()
-            assert "r brings back" in screen(app)
+            assert "Press r to restore" in screen(app)
             await pilot.press("enter", "space", "e", "d")  # nothing to do these with
             await pilot.press("r")
             await pilot.pause()
@@ -205,7 +205,7 @@ def test_escape_codes_reach_neither_the_list_nor_the_file(tmp_path: Path) -> Non
             assert listed(app) == ["]0;xa[bold]b"]
             await pilot.press("a")
             app.post_message(Paste("\x1b[31mred\r\nline"))
-            await until(pilot, lambda: app.screen.query_one(Wording).text == "[31mred\nline")
+            await until(pilot, lambda: app.screen.query_one(QuestionEditor).text == "[31mred\nline")
             await pilot.press("enter")
             await pilot.pause()
             assert Questions(Settings(tmp_path)).all()[1] == "[31mred\nline"

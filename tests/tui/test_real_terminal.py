@@ -21,7 +21,7 @@ import pytest
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
 PATIENCE = 90  # seconds until a test that waits for a screen gives up
-READY = "ready"
+READY = "Ready"
 ANSWERED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first token [\d.]+ s · fp32 · complete")
 STOPPED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first token [\d.]+ s · fp32 · stopped")
 LONG = "Write a very long story about a fox and a river."
@@ -97,7 +97,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 
 def growing(question: str) -> Callable[[str], object]:
     """Whether an answer to a question has some words, and is on its way."""
-    return lambda shown: "Esc stops" in shown and len(_answer(shown, question).split()) > 8
+    return lambda shown: "Esc to stop" in shown and len(_answer(shown, question).split()) > 8
 
 
 def _answer(shown: str, question: str) -> str:
@@ -130,16 +130,16 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
     early = len(_answer(screen.until(growing(LONG)), LONG))
     screen.until(lambda shown: len(_answer(shown, LONG)) > early + 40)  # it streams
     screen.keys("F3")
-    screen.until("Temperature     ◂ 0 ")
+    screen.until("Temperature        ◂ 0 ")
     screen.keys("Up")
-    screen.until("Temperature     ◂ 0.05")
+    screen.until("Temperature        ◂ 0.05")
     screen.keys("F3", "Escape")
     shown = screen.until(STOPPED)
     assert re.search(r"changed mid-answer: temperature 0\.05 from token \d+", " ".join(shown.split()), re.IGNORECASE)
 
     screen.keys("C-r")
     screen.until("2 of 2")
-    screen.until(lambda shown: "Esc stops" in shown)
+    screen.until(lambda shown: "Esc to stop" in shown)
     screen.run("resize-window", "-x", "200", "-y", "60")
     screen.until(lambda shown: "╭" + "─" * 198 + "╮" in shown)
     screen.keys("Escape")
@@ -183,7 +183,7 @@ def test_killed_in_mid_answer(screen: Screen, smollm2_bundle: Path) -> None:
     answer = " ".join(_answer(shown, LONG).split())
     assert " ".join(seen) in answer
     screen.keys("Escape", "C-g")
-    screen.until(lambda shown: "unfinished" not in shown and "Esc stops" in shown)
+    screen.until(lambda shown: "unfinished" not in shown and "Esc to stop" in shown)
     os.kill(int((screen.folder / "process").read_text()), signal.SIGTERM)  # as a machine that shuts down
     screen.until("left with 130")
 
@@ -194,7 +194,7 @@ def test_no_bundle_yet(screen: Screen) -> None:
     shown = screen.until("Make SmolLM2-135M now")
     assert "artifacts/smollm2-135m: not found" in shown
     screen.keys("Escape")
-    screen.until("no model: F4")
+    screen.until("No model: press F4")
     screen.keys("C-q")
     screen.until("left with 0")
     screen.chat("nowhere")

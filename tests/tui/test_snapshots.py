@@ -14,7 +14,7 @@ import pytest
 from tui_driving import screen
 
 from llm_edge.chat.fake import FakeResponder
-from llm_edge.tui.pictures import SCENES, SIZES, play
+from llm_edge.tui.screenshots import SCENES, SIZES, play_scene
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -25,7 +25,7 @@ def test_the_screen_is_what_it_was(
     name: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no bundles here
-    found = asyncio.run(play(SCENES[name], FakeResponder(), size, screen)) + "\n"
+    found = asyncio.run(play_scene(SCENES[name], FakeResponder(), size, screen)) + "\n"
     found = re.sub(r"\b\d\d:\d\d\b", "12:00", found)
     file = SNAPSHOTS / f"{name}-{size[0]}x{size[1]}.txt"
     if os.environ.get("LLM_EDGE_UPDATE_SNAPSHOTS"):

@@ -20,7 +20,7 @@ from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.tokens import TokensScreen
-from llm_edge.tui.widgets.parameter_panel import NumberField
+from llm_edge.tui.widgets.parameter_fields import ValueField
 from llm_edge.tui.widgets.token_text import TokenText, visible
 
 RECORD = TokenLogprob(7, math.log(0.2), tuple((t, math.log(p)) for t, p in ((3, 0.5), (7, 0.2), (1, 0.1), (2, 0.05))))
@@ -134,7 +134,7 @@ def test_the_cursor_walks_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: P
             assert "one two three" in text
             first = records[0]
             assert f"{100 * math.exp(first.logprob.logprob):.2f}%" in text
-            assert len([line for line in text.splitlines() if "◂ came" in line]) == 1
+            assert len([line for line in text.splitlines() if "◂ chosen" in line]) == 1
             await pilot.press("right", "right")
             await pilot.pause()
             assert tokens.cursor == 2
@@ -153,7 +153,7 @@ def test_the_cursor_walks_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: P
             assert tokens.cursor == unlikely
             await pilot.press("f6")
             await pilot.pause()
-            assert app.screen is app.home
+            assert app.screen is app.chat_screen
 
     drive(scene())
 
@@ -163,22 +163,22 @@ def test_turning_shows_at_once_what_it_cuts_and_counts_for_the_chat(tmp_path: Pa
         async with app_with(tmp_path, "one two three", size=(120, 40)) as (app, pilot, fake):
             await asked(pilot, app)
             assert "cut by Top-k" not in screen(app)
-            field = app.screen.query_one("#value-top_k", NumberField)
+            field = app.screen.query_one("#value-top_k", ValueField)
             field.focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", "2", "enter")
             await until(pilot, lambda: "cut by Top-k" in screen(app))
             assert app.session.parameters.value("top_k") == 2
-            app.screen.query_one("#value-temperature", NumberField).focus()
+            app.screen.query_one("#value-temperature", ValueField).focus()
             await pilot.pause()
             await pilot.press("end", "ctrl+u", "0", "enter")
             await until(pilot, lambda: "cut by greedy" in screen(app))
             await pilot.press("end", "ctrl+u", *"hot", "enter")
             await pilot.pause()
             assert app.session.parameters.value("temperature") == 0
-            await pilot.press("escape")
-            await pilot.pause()
-            assert app.query_one("#value-top_k", NumberField).value == "2"
+            await pilot.press("escape", "f3")
+            await until(pilot, lambda: app.query("#value-top_k"))
+            assert app.query_one("#value-top_k", ValueField).value == "2"
             await ask(pilot, "Again.")
             assert (fake.asked[-1][1].top_k, fake.asked[-1][1].temperature) == (2, 0)
 
@@ -189,7 +189,7 @@ def test_an_answer_without_a_record_says_how_to_get_one_and_gets_it(tmp_path: Pa
     async def scene() -> None:
         async with app_with(tmp_path, "one two", "three four") as (app, pilot, fake):
             await asked(pilot, app, None)
-            assert "'Token view' among the parameters (F3)" in " ".join(screen(app).split())
+            assert "'Log-probabilities' (F3) is on" in " ".join(screen(app).split())
             await pilot.press("r")
             await until(pilot, lambda: len(fake.asked) == 2 and app.session.answering is None)
             path = app.session.conversation.path()
@@ -198,7 +198,7 @@ def test_an_answer_without_a_record_says_how_to_get_one_and_gets_it(tmp_path: Pa
             await pilot.press("f6")
             await pilot.pause()
             assert "three four" in screen(app)
-            assert "◂ came" in screen(app)
+            assert "◂ chosen" in screen(app)
 
     drive(scene())
 
@@ -223,7 +223,7 @@ def test_without_an_answer_it_says_so(tmp_path: Path) -> None:
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f6")
             await pilot.pause()
-            assert app.screen is app.home
+            assert app.screen is app.chat_screen
             assert "no answer yet" in " ".join(screen(app).split())
 
     drive(scene())
@@ -245,7 +245,7 @@ def test_a_record_stays_with_its_answer(tmp_path: Path) -> None:
         async with app_with(tmp_path, "someone else") as (app, pilot, fake):
             fake.name = "somebody else"
             app.session.open(1)
-            await app.show()
+            await app.chat_screen.show()
             answer = app.session.conversation.path()[-1]
             assert [each.text(each.logprob.token) for each in app.session.record_of(answer)] == [
                 "one",
@@ -257,8 +257,8 @@ def test_a_record_stays_with_its_answer(tmp_path: Path) -> None:
             await until(pilot, lambda: isinstance(app.screen, TokensScreen))
             await pilot.pause()
             assert "one two three four" in screen(app)
-            assert "Tokens of what script said" in screen(app)
-            assert "◂ came" in screen(app)
+            assert "Tokens of script's answer" in screen(app)
+            assert "◂ chosen" in screen(app)
 
     drive(first())
     drive(second())
@@ -275,7 +275,7 @@ def test_a_damaged_record_says_so_and_harms_nothing(tmp_path: Path) -> None:
             await pilot.press("f6")
             await until(pilot, lambda: isinstance(app.screen, TokensScreen))
             await pilot.pause()
-            assert "is damaged" in screen(app)
+            assert "are damaged" in screen(app)
             fake.enqueue(" three four")
             await pilot.press("escape", "ctrl+g")
             await until(pilot, lambda: app.session.answering is None and answer.content == "one two three four")

@@ -1,11 +1,10 @@
-"""One question, two answers beside each other: of two models, or of one with two settings."""
+"""The comparison screen: one question, and the answers of two models, or of one with two settings, side by side."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Awaitable, Callable
+from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -14,50 +13,36 @@ from textual.containers import Horizontal
 from textual.screen import ModalScreen
 from textual.widgets import Button, Footer, Static
 
-from llm_edge.chat.choice import is_of
 from llm_edge.chat.comparison import Comparison, ComparisonSide
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.presets import Presets
 from llm_edge.chat.responder import Responder
-from llm_edge.chat.text import printable
+from llm_edge.chat.session import ChatSession
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.sampling.presets import PRESET_PARAMETERS
-from llm_edge.tui.screens.models import ModelsScreen, loading
+from llm_edge.tui.notifications import notify
 from llm_edge.tui.screens.tokens import TokensScreen
-from llm_edge.tui.widgets.compare_column import NAMES, Column
+from llm_edge.tui.widgets.compare_column import SIDES, CompareColumn
 from llm_edge.tui.widgets.composer import Composer
 from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.parameter_panel import ParameterChanged, ParameterPanel, apply_change
+from llm_edge.tui.widgets.parameter_fields import ParameterChanged
+from llm_edge.tui.widgets.parameter_panel import ParameterPanel
 
-if TYPE_CHECKING:
-    from llm_edge.tui.app import ChatApp
-
-Loader = Callable[[], Responder]
-"""Gives who answers; takes its time."""
-
-_LOOK = 1 / 12  # seconds between two looks at what grows
-_TO_COMPARE = ("greedy", "balanced")  # presets; one of them differs from whatever a model's own way is
+_POLL_INTERVAL = 1 / 12  # seconds
+_SAMPLE_INTERVAL = 0.5  # seconds between two measurements of the speed
+_CONTRASTING_PRESETS = ("greedy", "balanced")  # at least one of them differs from any model's defaults
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Answers that are to join the conversation, behind a question; the last one is that which shows."""
-
-    question: str
-    sides: tuple[ComparisonSide, ...]
-
-
-class CompareScreen(ModalScreen[Kept | None]):
-    """See the module; dismissed with what is to be kept.
+class CompareScreen(ModalScreen[str | None]):
+    """The comparison screen; dismissed with the question if an answer was added to the conversation.
 
     Args:
-        responder: of the chat, and
-        parameters: its parameters: the left side begins with them.
-        history: of the conversation.
-        presets: see `ParameterPanel`.
-        question: what stands there to be asked.
-        choose: asks for another model for the right side; None = there are none to choose.
+        session: the chat; both sides start with its model, and the left side with its parameters.
+        presets: presets of the parameter panel.
+        text: the question to start with.
+        question: a question of the conversation to ask again instead; kept answers become versions of its answer.
+        choose_model: lets the user choose a model, and returns a function that opens it; None if there is no choice.
     """
 
     DEFAULT_CSS = """
@@ -66,22 +51,22 @@ class CompareScreen(ModalScreen[Kept | None]):
     CompareScreen #compare { height: 1fr; layers: below above; }
     CompareScreen .side { width: 1fr; height: 1fr; padding: 0 1; }
     CompareScreen #right { border-left: solid $panel-lighten-2; }
-    CompareScreen .side-who { height: 1; text-style: bold; text-wrap: nowrap; text-overflow: ellipsis; }
-    CompareScreen .side-how { height: auto; max-height: 2; color: $text-muted; }
+    CompareScreen .side-model { height: 1; text-style: bold; text-wrap: nowrap; text-overflow: ellipsis; }
+    CompareScreen .side-parameters { height: auto; max-height: 2; color: $text-muted; }
     CompareScreen .side-answer { height: 1fr; margin: 1 0; scrollbar-size-vertical: 1; }
     CompareScreen .side-buttons { height: 1; }
     CompareScreen .side-buttons Button { width: auto; min-width: 8; margin: 0 2 0 0; }
     CompareScreen .side-state { width: 1fr; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("f2", "controls(0)", "Left parameters"),
-        Binding("f3", "controls(1)", "Right parameters"),
-        Binding("f4,ctrl+l", "model", "Right model", key_display="F4"),
+        Binding("f2", "parameters(0)", "Left parameters"),
+        Binding("f3", "parameters(1)", "Right parameters"),
+        Binding("f4,ctrl+l", "choose_model", "Right model", key_display="F4"),
         Binding("1", "keep(0)", "Keep left", show=False),
         Binding("2", "keep(1)", "Keep right", show=False),
         Binding("3", "keep_both", "Keep both", show=False),
-        Binding("f8", "in_turn", "One by one"),
-        Binding("escape", "leave", "Stop, close", key_display="esc"),
+        Binding("f8", "one_at_a_time", "One at a time"),
+        Binding("escape", "stop_or_close", "Stop, close", key_display="esc"),
         Binding("f7", "close", "Close", show=False, priority=True),
         Binding("f1", "app.help", "Help", show=False),
         Binding("ctrl+c", "app.copy_or_stop", "Copy", show=False, priority=True),
@@ -90,63 +75,62 @@ class CompareScreen(ModalScreen[Kept | None]):
 
     def __init__(
         self,
-        responder: Responder,
-        parameters: ChatParameters,
-        history: Sequence[Message] = (),
+        session: ChatSession,
         presets: Presets | None = None,
-        question: str = "",
-        choose: Callable[[], Awaitable[Loader | None]] | None = None,
+        text: str = "",
+        question: Message | None = None,
+        choose_model: Callable[[], Awaitable[Callable[[], Responder] | None]] | None = None,
     ) -> None:
         super().__init__()
-        left = ChatParameters(responder.default_params, parameters.changed)
-        right = _other_settings(left)
-        self._chat = responder
-        self._presets, self._question, self._choose = presets, question, choose
-        self._comparison = Comparison(ComparisonSide(responder, left), ComparisonSide(responder, right), history)
+        responder = session.responder
+        assert responder is not None
+        left = ChatParameters(responder.default_params, session.parameters.changed)
+        right = _contrasting(left)
+        path = session.conversation.path()
+        self._history = path[: path.index(question)] if question is not None else path
+        self._comparison = Comparison(ComparisonSide(responder, left), ComparisonSide(responder, right), self._history)
+        self._session, self._presets, self._choose_model = session, presets, choose_model
+        self._chat_responder = responder
+        self._question, self._text = question, question.content if question is not None else text
         self._asked = ""
-        self._turning = 1
-        self._given_up = False
+        self._panel_side = 1  # whose parameters the panel shows
+        self._dismissed = False
 
     @property
     def sides(self) -> list[ComparisonSide]:
-        """Both."""
+        """Left and right."""
         return self._comparison.sides
 
     def compose(self) -> ComposeResult:
-        """The two beside each other, and the question below."""
-        yield Static("Compare: one question, two answers", id="compare-title", markup=False)
+        yield Static("Compare two answers", id="compare-title", markup=False)
         with Horizontal(id="compare"):
-            yield Column(0)
-            yield Column(1)
+            yield CompareColumn(0)
+            yield CompareColumn(1)
             yield ParameterPanel(self.sides[1].session.parameters, self._presets, self.sides[1].responder.name)
-        yield Composer()
+        yield Composer("Ask both. ⏎ to send")
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Begin with the question."""
-        composer = self.query_one(Composer)
-        composer.placeholder = "A question for both. ⏎ asks"
-        composer.write(self._question)
+        """Fill in the question."""
+        self.query_one(Composer).write(self._text)
         self._show()
-        self.set_interval(_LOOK, self._look)
-        self.set_interval(0.5, self._sample)
+        self.set_interval(_POLL_INTERVAL, self._poll)
+        self.set_interval(_SAMPLE_INTERVAL, self._sample)
 
-    def _columns(self) -> list[Column]:
-        return [self.query_one(f"#{name}", Column) for name in NAMES]
+    def _columns(self) -> list[CompareColumn]:
+        return [self.query_one(f"#{name}", CompareColumn) for name in SIDES]
 
     def _show(self) -> None:
         for column, side in zip(self._columns(), self.sides, strict=True):
             column.show(side)
-            column.state(side)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 (Textual's)
-        """Another model only where there is a choice."""
-        return action != "model" or self._choose is not None
+        return action != "choose_model" or self._choose_model is not None
 
     # ---- asking
 
-    async def on_composer_sent(self, event: Composer.Sent) -> None:
-        """Ask both."""
+    async def on_composer_submitted(self, event: Composer.Submitted) -> None:
+        """Ask both sides."""
         event.stop()
         text = event.text
         if not text.strip():
@@ -154,29 +138,25 @@ class CompareScreen(ModalScreen[Kept | None]):
         try:
             self._comparison.ask(text)
         except LlmEdgeError as error:
-            self._say(str(error))
+            notify(self, str(error), "warning")
             self.query_one(Composer).write(text)
             return
         self._asked = text
         for column, side in zip(self._columns(), self.sides, strict=True):
-            await column.begin(side)
+            await column.show_answer(side)
 
-    def on_composer_undo(self, event: Composer.Undo) -> None:
-        """Nothing here is undone."""
-        event.stop()
-
-    async def _look(self) -> None:
-        if self._given_up or not self._comparison.busy or len(self.query(Column)) < len(NAMES):
+    async def _poll(self) -> None:
+        if self._dismissed or not self._comparison.busy or len(self.query(CompareColumn)) < len(SIDES):
             return
         before = [side.answer for side in self.sides]
-        news = self._comparison.poll()
+        updates = self._comparison.poll()
         for number, (column, side) in enumerate(zip(self._columns(), self.sides, strict=True)):
             if side.answer is not before[number]:
-                await column.begin(side)
-            if news[number] is not None:
-                column.look(side)
+                await column.show_answer(side)
+            if updates[number] is not None:
+                column.update_answer(side)
             else:
-                column.state(side)
+                column.show_state(side)
         composer = self.query_one(Composer)
         if not self._comparison.busy and self.focused is composer and not composer.text:
             self.query_one("#keep-0", Button).focus()
@@ -186,41 +166,47 @@ class CompareScreen(ModalScreen[Kept | None]):
             if side.session.answering is not None:
                 side.session.sample_rate()
 
-    # ---- the sides
+    # ---- parameters and model of a side
 
-    def action_controls(self, number: int) -> None:
-        """Show the parameters of a side, or hide them."""
-        controls, side = self.query_one(ParameterPanel), self.sides[number]
-        if controls.has_class("open") and self._turning == number:
-            controls.remove_class("open")
-            self.query_one(Composer).focus()
+    async def action_parameters(self, number: int) -> None:
+        """Show or hide the parameters of a side."""
+        panel, side = self.query_one(ParameterPanel), self.sides[number]
+        if panel.has_class("open") and self._panel_side == number:
+            self._hide_panel()
             return
-        self._turning = number
-        controls.use(side.session.parameters, side.responder.name)
-        controls.query_one(".panel-title", Static).update(f"Parameters, {NAMES[number]}")
-        controls.add_class("open")
-        self.query_one("#value-temperature").focus()
+        self._panel_side = number
+        panel.use(side.session.parameters, side.responder.name)
+        panel.query_one(".panel-title", Static).update(f"Parameters, {SIDES[number]}")
+        await panel.open()
 
-    def on_turned(self, event: ParameterChanged) -> None:
-        """A parameter of a side was turned."""
+    def _hide_panel(self) -> None:
+        self.query_one(ParameterPanel).remove_class("open")
+        self.query_one(Composer).focus()
+
+    def on_parameter_panel_close_requested(self) -> None:
+        """Treat Esc in the panel like everywhere else."""
+        self.action_stop_or_close()
+
+    def on_parameter_changed(self, event: ParameterChanged) -> None:
+        """Change a parameter of a side."""
         event.stop()
-        apply_change(event, self.query_one(ParameterPanel), self.sides[self._turning].session.apply_change)
+        self.query_one(ParameterPanel).apply(event, self.sides[self._panel_side].session.apply_change)
         self._show()
 
     @work
-    async def action_model(self) -> None:
-        """Let somebody else answer on the right."""
-        loader = await self._choose() if self._choose is not None else None
-        if loader is not None:
-            self._say("loading the model …", "information")
-            self._load(loader)
+    async def action_choose_model(self) -> None:
+        """Choose another model for the right side."""
+        load = await self._choose_model() if self._choose_model is not None else None
+        if load is not None:
+            notify(self, "Loading model …")
+            self._load(load)
 
     @work(thread=True, exclusive=True, group="compare-load")
-    def _load(self, loader: Loader) -> None:
+    def _load(self, load: Callable[[], Responder]) -> None:
         try:
-            responder = loader()
+            responder = load()
         except LlmEdgeError as error:
-            self.app.call_from_thread(self._say, str(error), "error")
+            self.app.call_from_thread(notify, self, str(error), "error")
         else:
             self.app.call_from_thread(self.call_later, self._use, responder)
 
@@ -228,62 +214,64 @@ class CompareScreen(ModalScreen[Kept | None]):
         if not self.is_attached:
             responder.close()
             return
-        before = self._comparison.replace(responder)
-        if before is not self._chat:
-            before.close()
-        await self._columns()[1].begin(self.sides[1])
-        controls, side = self.query_one(ParameterPanel), self.sides[1]
-        if self._turning == 1:
-            controls.use(side.session.parameters, responder.name)
+        previous = self._comparison.replace(responder)
+        if previous is not self._chat_responder:
+            previous.close()
+        await self._columns()[1].show_answer(self.sides[1])
+        if self._panel_side == 1:
+            self.query_one(ParameterPanel).use(self.sides[1].session.parameters, responder.name)
         self._show()
 
-    def action_in_turn(self) -> None:
-        """Whether the right side begins when the left one has ended."""
+    def action_one_at_a_time(self) -> None:
+        """Toggle whether the right side waits for the left one."""
         self._comparison.in_turn = not self._comparison.in_turn
-        how = "one after the other, each with the whole machine" if self._comparison.in_turn else "both at once"
-        self._say(f"They answer {how}.", "information")
+        how = "one at a time, each with all CPU cores" if self._comparison.in_turn else "at the same time"
+        notify(self, f"The models answer {how}.")
 
-    async def on_message_view_asked(self, event: MessageView.Asked) -> None:
-        """Copying is done by the chat; tokens show here; the rest is for kept answers."""
-        if event.what in ("copy", "copy_code"):
-            return
+    async def on_message_view_action_requested(self, event: MessageView.ActionRequested) -> None:
+        """Show the tokens of an answer."""
         event.stop()
         side = next((each for each in self.sides if each.answer is event.view.message), None)
-        if event.what == "tokens" and side is not None and side.answer is not None:
-            session = side.session
-            records = session.record_of(side.answer)
-            why_not = "" if records else "There is no record: turn 'Token view' on (F2, F3) and ask again."
-            await self.app.push_screen(
-                TokensScreen(side.answer, records, session.parameters, session.apply_change, why_not)
-            )
+        if event.action == "tokens" and side is not None and side.answer is not None:
+            await self.app.push_screen(TokensScreen(side.session, side.answer, can_regenerate=False))
 
-    # ---- leaving
+    # ---- keeping answers, closing
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Keep one."""
+        """Keep the answer above the button."""
         event.stop()
         self.action_keep(int(event.button.id == "keep-1"))
 
     def action_keep(self, number: int) -> None:
-        """Take an answer into the conversation."""
+        """Add an answer to the conversation."""
         self._keep(self.sides[number])
 
     def action_keep_both(self) -> None:
-        """Take both, as versions; the left one shows."""
+        """Add both answers as versions; the left one is shown."""
         self._keep(self.sides[1], self.sides[0])
 
     def _keep(self, *sides: ComparisonSide) -> None:
         if self._comparison.busy or any(side.answer is None or not side.answer.content for side in sides):
-            self._say("There is nothing to keep yet.")
-        else:
-            self._close(Kept(self._asked, sides))
+            notify(self, "There is no complete answer to keep yet.", "warning")
+            return
+        again = self._question is not None and self._question.content == self._asked
+        question = self._question if again else None
+        parent = self._history[-1].id if self._history else None
+        try:
+            for side in sides:
+                assert side.answer is not None
+                records = side.session.record_of(side.answer)
+                question, _ = self._session.add_answer(side.answer, question or self._asked, parent, records)
+        except LlmEdgeError as error:
+            notify(self, str(error), "error")
+        self._close(self._asked)
 
-    def action_leave(self) -> None:
-        """Stop; with nothing on its way, return to the chat."""
+    def action_stop_or_close(self) -> None:
+        """Stop the answers; if there are none, close the panel or the screen."""
         if self._comparison.busy:
             self._comparison.stop()
         elif self.query_one(ParameterPanel).has_class("open"):
-            self.action_controls(self._turning)
+            self._hide_panel()
         else:
             self._close(None)
 
@@ -291,84 +279,32 @@ class CompareScreen(ModalScreen[Kept | None]):
         """Return to the chat."""
         self._close(None)
 
-    def _close(self, kept: Kept | None) -> None:
-        comparison, chat = self._comparison, self._chat
+    def _close(self, asked: str | None) -> None:
+        comparison, chat_responder = self._comparison, self._chat_responder
         other = self.sides[1].responder
 
-        def close() -> None:  # a step that is being computed ends first
+        def close() -> None:  # waits for the step that is being computed
             comparison.close()
-            if other is not chat:
+            if other is not chat_responder:
                 other.close()
 
-        self._given_up = True  # from here on the thread looks after them
+        self._dismissed = True  # from here on, only the thread uses the comparison
         comparison.stop()
-        threading.Thread(target=close, name="llm-chat-compared", daemon=True).start()
-        self.dismiss(kept)
+        threading.Thread(target=close, name="llm-chat-compare", daemon=True).start()
+        self.dismiss(asked)
 
     def on_unmount(self) -> None:
-        """The application ends."""
-        if not self._given_up:
+        """Stop the answers when the application ends."""
+        if not self._dismissed:
             self._comparison.stop()
 
-    def _say(self, text: str, severity: str = "warning") -> None:
-        self.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
 
-
-def _other_settings(parameters: ChatParameters) -> ChatParameters:
-    """Something to compare with: the model's own way to draw, or where that is what it is, another one."""
+def _contrasting(parameters: ChatParameters) -> ChatParameters:
+    """Parameters to compare with: the model's defaults or, if these are in use, another preset."""
     kept = {name: value for name, value in parameters.changed.items() if name not in PRESET_PARAMETERS}
     other = ChatParameters(parameters.defaults, kept)
-    for preset in _TO_COMPARE:
+    for preset in _CONTRASTING_PRESETS:
         if other.changed != parameters.changed:
             break
         other.load(parameters.with_preset(preset))
     return other
-
-
-def show_compare(app: ChatApp) -> None:
-    """Open the comparison over the chat, and keep what was chosen there.
-
-    What stands in the composer is asked, or else the last question once more.
-    """
-
-    async def choose() -> Loader | None:
-        chat = app.session.responder
-        choice = await app.push_screen_wait(ModelsScreen(app.settings, chat))
-        if choice is None:
-            return None
-        if chat is not None and is_of(choice, chat):
-            return lambda: chat  # once is enough
-        return loading(app, choice)
-
-    session, composer = app.session, app.composer
-    if session.responder is None:
-        app.say("The model is not there yet.")
-        return
-    if session.answering is not None:
-        app.say("An answer is on its way: stop it first (Esc).", "warning")
-        return
-    path, again = session.conversation.path(), None
-    question = composer.text.strip()
-    if not question:
-        again = next((each for each in reversed(path) if each.role == "user"), None)
-        question = again.content if again is not None else ""
-    history = path[: path.index(again)] if again is not None else path
-
-    async def done(kept: Kept | None) -> None:
-        if kept is None:
-            return
-        asked = again if again is not None and again.content == kept.question else None
-        if asked is None and again is None and composer.text.strip() == kept.question.strip():
-            composer.load_text("")
-        try:
-            for side in kept.sides:
-                assert side.answer is not None
-                behind = history[-1].id if history else None
-                records = side.session.record_of(side.answer)
-                asked, _ = session.add_answer(side.answer, asked or kept.question, behind, records)
-        except LlmEdgeError as error:
-            app.say(str(error), "error")
-        await app.show()
-
-    screen = CompareScreen(session.responder, session.parameters, history, Presets(app.settings), question, choose)
-    app.push_screen(screen, done)

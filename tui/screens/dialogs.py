@@ -1,11 +1,11 @@
-"""Small questions in front of everything else: one line of text, or yes and no. Know nothing of what follows."""
+"""Modal dialogs: a prompt for one line of text, and a confirmation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import ClassVar
 
-from textual import events, on
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -13,6 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Static
 
 from llm_edge.chat.text import printable
+from llm_edge.tui.widgets.inputs import SafeInput
 
 _CSS = """
 {name} {{ align: center middle; }}
@@ -22,35 +23,28 @@ _CSS = """
 }}
 {name} .question {{ text-style: bold; width: 1fr; height: auto; }}
 {name} .help {{ color: $text-muted; width: 1fr; height: auto; }}
-{name} .refusal {{ color: $text-error; width: 1fr; height: auto; }}
+{name} .error {{ color: $text-error; width: 1fr; height: auto; }}
 {name} Input {{ margin: 1 0 0 0; }}
 {name} Horizontal {{ height: auto; margin: 1 0 0 0; }}
 {name} Button {{ margin: 0 2 0 0; }}
 """
 
 
-class Line(Input):
-    """One line of text, into which nothing can be pasted that a terminal would obey."""
-
-    def _on_paste(self, event: events.Paste) -> None:
-        event.text = printable(event.text)  # Textual calls the one of Input behind this one
-
-
-class AskText(ModalScreen[str | None]):
-    """Asks for a line; dismissed with it, or with None.
+class TextPrompt(ModalScreen[str | None]):
+    """Asks for a line of text; dismissed with it, or with None if cancelled.
 
     Args:
-        question: what is asked.
-        text: what stands there to begin with.
-        accept: what the button says.
+        question: what to ask for.
+        text: the initial text.
+        accept: label of the button that accepts.
         help_text: a line below the question.
-        placeholder: what stands there while nothing does.
-        refusal: why the text that stands there could not be.
-        check: says why a text cannot be, or nothing where it can. It must be quick.
+        placeholder: shown while the field is empty.
+        error: what is wrong with the initial text.
+        check: returns what is wrong with a text, or None; by default, the text must not be empty.
     """
 
-    DEFAULT_CSS = _CSS.format(name="AskText")
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Cancel")]
+    DEFAULT_CSS = _CSS.format(name="TextPrompt")
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Cancel")]
 
     def __init__(
         self,
@@ -60,100 +54,91 @@ class AskText(ModalScreen[str | None]):
         accept: str = "OK",
         help_text: str = "",
         placeholder: str = "",
-        refusal: str = "",
+        error: str = "",
         check: Callable[[str], str | None] | None = None,
     ) -> None:
         super().__init__()
         self._question, self._text = printable(question), printable(text)
         self._accept, self._help_text, self._placeholder = accept, printable(help_text), printable(placeholder)
-        self._refusal = refusal
-        self._check = check or (lambda text: None if text else "Write something, or press Esc.")
+        self._error = error
+        self._check = check or (lambda text: None if text else "Enter a text, or press Esc.")
 
     def compose(self) -> ComposeResult:
-        """Question, line and buttons."""
         with Vertical():
             yield Static(self._question, classes="question", markup=False)
             if self._help_text:
                 yield Static(self._help_text, classes="help", markup=False)
-            yield Line(self._text, placeholder=self._placeholder, select_on_focus=False)
-            yield Static("", classes="refusal", markup=False)
+            yield SafeInput(self._text, placeholder=self._placeholder, select_on_focus=False)
+            yield Static("", classes="error", markup=False)
             with Horizontal():
                 yield Button(self._accept, variant="primary", id="accept", compact=True)
                 yield Button("Cancel", id="cancel", compact=True)
 
     def on_mount(self) -> None:
-        """Write at once."""
-        line = self.query_one(Line)
-        line.focus()
-        line.cursor_position = len(line.value)
-        self._refuse(self._refusal)
+        """Focus the end of the text."""
+        field = self.query_one(SafeInput)
+        field.focus()
+        field.cursor_position = len(field.value)
+        self._show_error(self._error)
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """What was wrong may be right now."""
+        """Hide the error, which may not apply to the new text."""
         if event.value != self._text:
-            self._refuse("")
+            self._show_error("")
 
     @on(Input.Submitted)
     @on(Button.Pressed, "#accept")
-    def take(self) -> None:
-        """The line is meant so."""
-        text = self.query_one(Line).value.strip()
-        refusal = self._check(text)
-        if refusal:
-            self._refuse(refusal)
-            self.query_one(Line).focus()
+    def accept(self) -> None:
+        """Check the text and close the dialog."""
+        text = self.query_one(SafeInput).value.strip()
+        error = self._check(text)
+        if error:
+            self._show_error(error)
+            self.query_one(SafeInput).focus()
         else:
             self.dismiss(text)
 
     @on(Button.Pressed, "#cancel")
-    def action_leave(self) -> None:
-        """No answer."""
+    def action_cancel(self) -> None:
+        """Close the dialog without a text."""
         self.dismiss(None)
 
-    def _refuse(self, why: str) -> None:
-        refusal = self.query_one(".refusal", Static)
-        refusal.update(printable(why))
-        refusal.display = bool(why)
+    def _show_error(self, error: str) -> None:
+        line = self.query_one(".error", Static)
+        line.update(printable(error))
+        line.display = bool(error)
 
 
-class AskYesNo(ModalScreen[bool]):
-    """Asks whether something is to be done; dismissed with the answer. Nothing is done by leaving.
+class ConfirmDialog(ModalScreen[bool]):
+    """Asks for a confirmation; dismissed with whether it was given.
 
     Args:
-        question: what is asked.
-        yes: what the button says that does it.
-        help_text: a line below the question.
+        question: what to confirm.
+        accept: label of the button that confirms.
     """
 
-    DEFAULT_CSS = _CSS.format(name="AskYesNo")
+    DEFAULT_CSS = _CSS.format(name="ConfirmDialog")
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,n", "answer(False)", "No"),
-        Binding("y", "answer(True)", "Yes"),
-        Binding("left,right", "app.focus_next", "Other", show=False),
+        Binding("escape,n", "dismiss(False)", "No"),
+        Binding("y", "dismiss(True)", "Yes"),
+        Binding("left,right", "app.focus_next", "Other button", show=False),
     ]
 
-    def __init__(self, question: str, yes: str = "Yes", *, help_text: str = "") -> None:
+    def __init__(self, question: str, accept: str = "Yes") -> None:
         super().__init__()
-        self._question, self._yes, self._help_text = printable(question), yes, printable(help_text)
+        self._question, self._accept = printable(question), accept
 
     def compose(self) -> ComposeResult:
-        """Question and buttons."""
         with Vertical():
             yield Static(self._question, classes="question", markup=False)
-            if self._help_text:
-                yield Static(self._help_text, classes="help", markup=False)
             with Horizontal():
                 yield Button("Cancel", id="cancel", compact=True)
-                yield Button(self._yes, variant="error", id="accept", compact=True)
+                yield Button(self._accept, variant="error", id="accept", compact=True)
 
     def on_mount(self) -> None:
-        """The harmless answer is the one at hand."""
+        """Focus the safe answer."""
         self.query_one("#cancel").focus()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Either of them."""
+        """Close the dialog."""
         self.dismiss(event.button.id == "accept")
-
-    def action_answer(self, answer: bool) -> None:
-        """By a key."""
-        self.dismiss(answer)

@@ -1,4 +1,4 @@
-"""Connects to an OpenAI-compatible endpoint: its URL, where its key is, which of its models. Shows no key."""
+"""The form that connects to an OpenAI-compatible endpoint; it never shows the API key."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NONE, _ENVIRONMENT, _KEYRING = "none", "environment", "keyring"
 
 
 class EndpointScreen(ModalScreen[Endpoint | None]):
-    """See the module; dismissed with the endpoint.
+    """The endpoint form; dismissed with the endpoint.
 
     Args:
-        url: what is known of it.
+        url: the initial base URL.
     """
 
     DEFAULT_CSS = """
@@ -47,7 +47,7 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f10", "connect", "Connect"),
-        Binding("escape", "close", "Cancel", key_display="esc"),
+        Binding("escape", "cancel", "Cancel", key_display="esc"),
     ]
 
     def __init__(self, url: str = "") -> None:
@@ -56,7 +56,6 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
         self._models: list[str] = []
 
     def compose(self) -> ComposeResult:
-        """A form."""
         found = environment_keys()
         with VerticalScroll(can_focus=False) as box:
             box.border_title = "Connect to an endpoint"
@@ -64,23 +63,23 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
                 yield Static("Base URL", markup=False)
                 yield Input(printable(self._url), id="url", placeholder="http://127.0.0.1:8000/v1", compact=True)
             with Horizontal(classes="field"):
-                yield Static("Key", markup=False)
-                places = [
-                    ("no key", _NONE),
-                    ("in an environment variable", _ENVIRONMENT),
-                    ("in the system's keyring", _KEYRING),
+                yield Static("API key", markup=False)
+                locations = [
+                    ("None", _NONE),
+                    ("Environment variable", _ENVIRONMENT),
+                    ("System keyring", _KEYRING),
                 ]
-                yield Select(places, value=_NONE, allow_blank=False, id="place", compact=True)
+                yield Select(locations, value=_NONE, allow_blank=False, id="key-location", compact=True)
             with Horizontal(classes="field", id="variable-field"):
                 yield Static("Variable", markup=False)
                 first = printable(found[0]) if found else ""
                 yield Input(first, id="variable", placeholder="OPENAI_API_KEY", compact=True)
             with Horizontal(classes="field", id="key-field"):
                 yield Static("New key", markup=False)
-                yield Input(id="key", password=True, placeholder="empty: the one that is there", compact=True)
+                yield Input(id="key", password=True, placeholder="Leave empty to use the stored key", compact=True)
             with Horizontal(classes="field"):
                 yield Static("Model", markup=False)
-                yield Input(id="model", placeholder="⏎ at the URL lists them, where the endpoint does", compact=True)
+                yield Input(id="model", placeholder="Press ⏎ in the URL to list models", compact=True)
             yield OptionList(id="models", markup=False)
             yield Static("", id="note", markup=False)
             with Horizontal(id="buttons"):
@@ -89,18 +88,18 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
             yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Begin with the URL."""
+        """Focus the URL."""
         self._show_models([])
-        self._show_place()
+        self._show_key_fields()
         self.query_one("#url").focus()
 
     def on_select_changed(self, event: Select.Changed) -> None:
-        """Another place for the key."""
+        """Show the fields for the key's location."""
         event.stop()
-        self._show_place()
+        self._show_key_fields()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Warn while there is time; shorten the list of models to what fits."""
+        """Warn about the URL; filter the models."""
         event.stop()
         if event.input.id == "url":
             self._warn()
@@ -108,102 +107,102 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
             self._show_models(self._models)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Enter looks at what models there are, or, with a model, connects."""
+        """List the models; in the model field, connect."""
         event.stop()
         if event.input.id == "model" and event.value.strip():
             self.action_connect()
         else:
-            self._begin("")
+            self._request_models("")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """A model of the list."""
+        """Connect to a model of the list."""
         event.stop()
         if event.option.id is not None:
             self.query_one("#model", Input).value = printable(self._models[int(event.option.id)])
-            self._begin(self._models[int(event.option.id)])
+            self._request_models(self._models[int(event.option.id)])
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """The two buttons."""
+        """Connect or cancel."""
         event.stop()
         if event.button.id == "connect":
             self.action_connect()
         else:
-            self.action_close()
+            self.action_cancel()
 
     def action_connect(self) -> None:
-        """Try it, and be done."""
-        self._begin(self.query_one("#model", Input).value.strip())
+        """Connect to the typed model."""
+        self._request_models(self.query_one("#model", Input).value.strip())
 
-    def action_close(self) -> None:
-        """Leave all as it is."""
+    def action_cancel(self) -> None:
+        """Clear the typed key and close the form."""
         self.query_one("#key", Input).value = ""
         self.dismiss(None)
 
-    def _begin(self, model: str) -> None:
-        """List the models, and, where one is named, connect to it."""
+    def _request_models(self, model: str) -> None:
+        """List the endpoint's models, then connect to `model` unless it is empty."""
         try:
-            url, place = base_url(self.query_one("#url", Input).value), self._place()
+            url, location = base_url(self.query_one("#url", Input).value), self._key_location()
         except InputError as error:
             self._note(str(error), "error")
             return
         field = self.query_one("#key", Input)
-        key, field.value = field.value if place == endpoint_key.KEYRING else "", ""
-        self._note("asking …")
-        self._ask(url, place, key, model)
+        key, field.value = field.value if location == endpoint_key.KEYRING else "", ""
+        self._note("Connecting …")
+        self._list_models(url, location, key, model)
 
     @work(thread=True, exclusive=True)
-    def _ask(self, url: str, place: str, key: str, model: str) -> None:
-        worker, tell = get_current_worker(), self.app.call_from_thread
+    def _list_models(self, url: str, location: str, key: str, model: str) -> None:
+        worker, call = get_current_worker(), self.app.call_from_thread
         try:
             if key:
                 endpoint_key.store(url, key)
-            models = list_models(url, place)
+            models = list_models(url, location)
         except LlmEdgeError as error:
             if not worker.is_cancelled:
-                tell(self._note, str(error), "error")
+                call(self._note, str(error), "error")
         else:
             if not worker.is_cancelled:
-                tell(self._listed, Endpoint(url, model, place), models)
+                call(self._models_listed, Endpoint(url, model, location), models)
 
-    def _listed(self, endpoint: Endpoint, models: list[str]) -> None:
+    def _models_listed(self, endpoint: Endpoint, models: list[str]) -> None:
         if endpoint.model and (endpoint.model in models or not models):
             self.dismiss(endpoint)
             return
         if not models:
-            self._note("this endpoint does not list its models: type the name of one")
+            self._note("This endpoint does not list its models. Type a model name.")
         elif endpoint.model:
-            self._note(f"there is no model {endpoint.model!r}: choose one of these", "error")
+            self._note(f"Model {endpoint.model!r} not found. Choose one of these.", "error")
             self.query_one("#model", Input).value = ""
         else:
             self._warn()
         self._show_models(models)
         self.query_one("#models" if models else "#model").focus()
 
-    def _place(self) -> str:
-        place = self.query_one("#place", Select).value
-        if place == _KEYRING:
+    def _key_location(self) -> str:
+        location = self.query_one("#key-location", Select).value
+        if location == _KEYRING:
             return endpoint_key.KEYRING
-        if place == _NONE:
+        if location == _NONE:
             return ""
         name = self.query_one("#variable", Input).value.strip()
         if not name:
-            raise InputError("the environment variable that holds the key: give its name")
+            raise InputError("API key: enter the name of the environment variable")
         return endpoint_key.ENVIRONMENT + name
 
-    def _show_place(self) -> None:
-        place = self.query_one("#place", Select).value
-        self.query_one("#variable-field").display = place == _ENVIRONMENT
-        self.query_one("#key-field").display = place == _KEYRING
+    def _show_key_fields(self) -> None:
+        location = self.query_one("#key-location", Select).value
+        self.query_one("#variable-field").display = location == _ENVIRONMENT
+        self.query_one("#key-field").display = location == _KEYRING
         self._warn()
 
     def _show_models(self, models: list[str]) -> None:
         self._models = models
         typed = self.query_one("#model", Input).value.strip().lower()
-        fitting = [(place, name) for place, name in enumerate(models) if typed in name.lower()]
+        matching = [(index, name) for index, name in enumerate(models) if typed in name.lower()]
         shown = self.query_one("#models", OptionList)
-        shown.set_options([Option(Content(printable(name)), id=str(place)) for place, name in fitting])
-        shown.display = bool(fitting)
-        shown.highlighted = 0 if fitting else None
+        shown.set_options([Option(Content(printable(name)), id=str(index)) for index, name in matching])
+        shown.display = bool(matching)
+        shown.highlighted = 0 if matching else None
 
     def _warn(self) -> None:
         try:
@@ -211,7 +210,7 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
         except InputError:
             self._note("")
             return
-        self._note(warning(url, with_key=self.query_one("#place", Select).value != _NONE), "warning")
+        self._note(warning(url, with_key=self.query_one("#key-location", Select).value != _NONE), "warning")
 
     def _note(self, text: str, kind: str = "") -> None:
         note = self.query_one("#note", Static)

@@ -1,13 +1,10 @@
-"""Makes a bundle out of a file, a folder or a Hugging Face id, with the export's progress. Knows no conversation.
-
-An export that is left at work goes on in the application, see `background.py`; another screen shows it again.
-"""
+"""The export form: exports a file, a folder or a Hugging Face model, and shows the progress."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 from rich.text import Text, TextType
 from textual import on
@@ -22,23 +19,20 @@ from llm_edge.chat.choice import BundleChoice
 from llm_edge.chat.export_process import OPTIONS, PRECISIONS, SUFFIXES, Export, ExportRequest, named_options
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.tui.background_export import Exports, Job
+from llm_edge.tui.export_manager import ExportJob, ExportManager
+from llm_edge.tui.notifications import notify
 
-if TYPE_CHECKING:
-    from llm_edge.tui.app import ChatApp
-
-_LOOK = 0.1  # seconds between two looks at the progress
-_BAR = 24  # columns
-_USUAL = "int8"
+_POLL_INTERVAL = 0.1  # seconds
+_BAR_WIDTH = 24  # columns
+_DEFAULT_PRECISION = "int8"
 
 
-class Checkpoints(DirectoryTree):
-    """Folders, and files that may be checkpoints."""
+class CheckpointTree(DirectoryTree):
+    """Folders and checkpoint files."""
 
-    ICON_NODE_EXPANDED, ICON_NODE, ICON_FILE = "▾ ", "▸ ", "  "  # emoji are of another width in each terminal
+    ICON_NODE_EXPANDED, ICON_NODE, ICON_FILE = "▾ ", "▸ ", "  "  # terminals disagree on the width of emoji
 
     def filter_paths(self, paths: Iterable[Path]) -> Iterable[Path]:
-        """Leave out what cannot be exported."""
         return [
             path
             for path in paths
@@ -46,28 +40,29 @@ class Checkpoints(DirectoryTree):
         ]
 
     def process_label(self, label: TextType) -> Text:
-        """A name that cannot steer the terminal."""
+        """The label without control characters."""
         return Text(one_line(printable(str(label))) or "?")
 
 
-class Tick(Checkbox):
-    """A checkbox that can be told from one that is not ticked without colours."""
+class CrossCheckbox(Checkbox):
+    """A checkbox whose state is visible without colors."""
 
     @property
-    def BUTTON_INNER(self) -> str:  # type: ignore[override]  # noqa: N802 (Textual's)
-        """What stands in it."""
+    def BUTTON_INNER(self) -> str:  # type: ignore[override]  # noqa: N802 (Textual's name)
+        """The character between the brackets."""
         return "X" if self.value else " "
 
 
 class ExportScreen(ModalScreen[BundleChoice | None]):
-    """See the module; dismissed with the bundle that was made.
+    """The export form; dismissed with the new bundle.
 
     Args:
-        source: what to export, as far as it is known.
-        browse: let a file or folder be looked for.
-        wish: what to export, and how; begins at once.
-        command: runs `llm-export`, where that is not this Python's.
-        job: an export to show in place of all that: at work, or with its error.
+        exports: runs the export.
+        source: what to export, if it is known.
+        browse: let the user choose a file or folder.
+        request: an export to start at once.
+        command: runs `llm-export`; by default, that of this Python environment.
+        job: an export to show instead, running or failed.
     """
 
     DEFAULT_CSS = """
@@ -76,14 +71,14 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         border: round $accent; margin: 0 1; padding: 0 1; }
     ExportScreen #form { height: auto; max-height: 72vh; scrollbar-size-vertical: 1; }
     ExportScreen Input { border: none; height: 1; padding: 0 1; background: $boost; }
-    ExportScreen Checkpoints { height: 9; background: $surface; margin: 1 0 0 0; scrollbar-size-vertical: 1; }
+    ExportScreen CheckpointTree { height: 9; background: $surface; margin: 1 0 0 0; scrollbar-size-vertical: 1; }
     ExportScreen .label { color: $text-muted; margin: 1 0 0 0; }
     ExportScreen ItemGrid { height: auto; grid-gutter: 0 1; }
     ExportScreen Checkbox { border: none; padding: 0; background: $surface; width: 1fr; }
     ExportScreen .option { height: 1; }
     ExportScreen .option Static { width: 14; }
     ExportScreen .option Input { width: 1fr; }
-    ExportScreen #failure { color: $error; margin: 0 0 1 0; height: auto; max-height: 6; }
+    ExportScreen #error { color: $error; margin: 0 0 1 0; height: auto; max-height: 6; }
     ExportScreen #buttons { height: 1; margin: 1 0 0 0; }
     ExportScreen Button { margin: 0 2 0 0; }
     ExportScreen #progress { height: auto; min-height: 8; padding: 1 0; }
@@ -91,55 +86,55 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f10,ctrl+e", "export", "Export", key_display="F10"),
-        Binding("ctrl+b,b", "leave", "In the background", key_display="^b, b"),  # tmux keeps the first for itself
-        Binding("escape", "close", "Cancel", key_display="esc"),
+        Binding("ctrl+b,b", "background", "Run in background", key_display="^b, b"),  # tmux's prefix is Ctrl-B
+        Binding("escape", "cancel", "Cancel", key_display="esc"),
     ]
 
     def __init__(
         self,
+        exports: ExportManager,
         source: str = "",
         *,
         browse: bool = False,
-        wish: ExportRequest | None = None,
+        request: ExportRequest | None = None,
         command: Iterable[str] = (),
-        job: Job | None = None,
+        job: ExportJob | None = None,
     ) -> None:
         super().__init__()
-        self._at_once = wish if job is None else None
-        self._filled = job.wish if job is not None else wish
-        self._source = self._filled.source if self._filled is not None else source
+        self._exports = exports
+        self._start_at_once = request if job is None else None
+        self._initial = job.request if job is not None else request
+        self._source = self._initial.source if self._initial is not None else source
         self._browse = job.browse if job is not None else browse
         self._command = tuple(command)
         self._job = job
 
     @property
-    def _exports(self) -> Exports:
-        return cast("ChatApp", self.app).exports
-
-    @property
-    def _at_work(self) -> Export | None:
+    def _running_export(self) -> Export | None:
         return self._job.export if self._job is not None and not self._job.ended else None
 
     def compose(self) -> ComposeResult:
-        """A form, and in its place, once it is sent, the progress."""
+        """A form, replaced by the progress while an export is running."""
         with Vertical(id="box"):
-            yield Static("", id="failure", markup=False)
+            yield Static("", id="error", markup=False)
             with VerticalScroll(id="form", can_focus=False):
                 hint = (
-                    "path of a file or folder" if self._browse else "owner/name, as HuggingFaceTB/SmolLM2-135M-Instruct"
+                    "Path of a file or folder" if self._browse else "owner/name, as HuggingFaceTB/SmolLM2-135M-Instruct"
                 )
                 yield Input(self._source, id="source", placeholder=hint, compact=True)
                 if self._browse:
-                    yield Checkpoints(Path.cwd())
-                yield Static("Precisions (int8 is fast and close; the export measures how close)", classes="label")
+                    yield CheckpointTree(Path.cwd())
+                yield Static(
+                    "Precisions (int8 is fast and accurate; the export measures how accurate)", classes="label"
+                )
                 with ItemGrid(min_column_width=16, regular=True):
                     for name in PRECISIONS:
-                        yield Tick(name, name == _USUAL, id=f"precision-{name}", compact=True)
+                        yield CrossCheckbox(name, name == _DEFAULT_PRECISION, id=f"precision-{name}", compact=True)
                 for name, hint in OPTIONS.items():
                     with Horizontal(classes="option", id=f"option-{name}"):
                         yield Static(name, markup=False)
                         yield Input(placeholder=hint, compact=True)
-                yield Tick("replace the bundle that is there", id="force", compact=True)
+                yield CrossCheckbox("Replace the existing bundle", id="force", compact=True)
                 with Horizontal(id="buttons"):
                     yield Button("Export", id="export", variant="primary", compact=True)
                     yield Button("Cancel", id="cancel", compact=True)
@@ -147,31 +142,31 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
             yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Only what is usually needed shows."""
-        self._fail("")
+        """Hide the options that are rarely needed, and start or show an export."""
+        self._show_error("")
         self.query_one("#force").display = False
         for name in OPTIONS:
             self.query_one(f"#option-{name}").display = False
         self.query_one("#source").focus()
-        self.set_interval(_LOOK, self._look)
-        if self._filled is not None:
-            self._fill(self._filled)
-        self._turn()
-        if self._at_once is not None:
-            self._begin(self._at_once)
+        self.set_interval(_POLL_INTERVAL, self._update_progress)
+        if self._initial is not None:
+            self._fill(self._initial)
+        self._show_form_or_progress()
+        if self._start_at_once is not None:
+            self._start(self._start_at_once)
         elif self._job is not None and self._job.ended:
             self._ended(self._job)
         elif self._job is not None:
             self._watch(self._job)
 
     def on_screen_resume(self) -> None:
-        """What lay over this screen is gone: an export that ended meanwhile is taken now."""
-        self._take()
+        """Close with the bundle if the export ended while another screen was on top."""
+        self._finish()
 
-    @on(Checkpoints.FileSelected)
-    @on(Checkpoints.DirectorySelected)
+    @on(CheckpointTree.FileSelected)
+    @on(CheckpointTree.DirectorySelected)
     def _selected(self, event: DirectoryTree.FileSelected | DirectoryTree.DirectorySelected) -> None:
-        """A file is meant; a folder may be."""
+        """Use the selected path as the source."""
         event.stop()
         source = self.query_one("#source", Input)
         source.value = str(event.path)
@@ -180,94 +175,92 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
             source.focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Enter begins."""
+        """Start the export."""
         event.stop()
         self.action_export()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """The two buttons."""
+        """Start the export, or cancel."""
         event.stop()
         if event.button.id == "export":
             self.action_export()
         else:
-            self.action_close()
+            self.action_cancel()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """One export at a time; what is being ended is not left."""
-        at_work = self._at_work
-        if action == "export" and at_work is not None:
+        """Allow one export at a time, and only a running one to continue in the background."""
+        running = self._running_export
+        if action == "export" and running is not None:
             return False
-        if action == "leave" and (at_work is None or at_work.cancelled):
+        if action == "background" and (running is None or running.cancelled):
             return False
         return super().check_action(action, parameters)
 
     def action_export(self) -> None:
-        """Begin."""
-        if self._at_work is not None:
+        """Start the export."""
+        if self._running_export is not None:
             return
-        wish = self._wish()
-        if not wish.source:
-            self._fail(
-                "what is to be exported? Give " + ("a file or a folder" if self._browse else "an id, as owner/name")
-            )
+        request = self._request()
+        if not request.source:
+            self._show_error("Enter the path of a file or folder." if self._browse else "Enter an id, as owner/name.")
             self.query_one("#source").focus()
             return
-        self._begin(wish)
+        self._start(request)
 
-    def _begin(self, wish: ExportRequest) -> None:
+    def _start(self, request: ExportRequest) -> None:
         try:
-            job = self._exports.begin(wish, browse=self._browse, command=self._command)
+            job = self._exports.start(request, browse=self._browse, command=self._command)
         except LlmEdgeError as error:
-            self._fail(str(error))
+            self._show_error(str(error))
             return
         self._watch(job)
 
-    def _watch(self, job: Job) -> None:
+    def _watch(self, job: ExportJob) -> None:
         self._job = job
         self._exports.watcher = self._ended
-        self._fail("")
+        self._show_error("")
         self.set_focus(None)
-        self._turn()
-        self._look()
+        self._show_form_or_progress()
+        self._update_progress()
 
-    def _turn(self) -> None:
-        """Show the progress, or the form."""
-        job, at_work = self._job, self._at_work is not None
-        self.query_one("#form").display = not at_work
-        self.query_one("#progress").display = at_work
-        form = "Export a file or folder" if self._browse else "Export from Hugging Face"
-        self.query_one("#box").border_title = Content(f"Export of {job.name}" if job is not None and at_work else form)
+    def _show_form_or_progress(self) -> None:
+        job, running = self._job, self._running_export is not None
+        self.query_one("#form").display = not running
+        self.query_one("#progress").display = running
+        title = "Export a file or folder" if self._browse else "Export from Hugging Face"
+        self.query_one("#box").border_title = Content(f"Exporting {job.name}" if job is not None and running else title)
         self.refresh_bindings()
 
-    def action_leave(self) -> None:
-        """Leave it at work."""
+    def action_background(self) -> None:
+        """Close the screen while the export continues."""
         if self._job is None:
             return
         self._exports.watcher = None
-        self.notify(f"The export of {self._job.name} goes on. F4 shows it.", markup=False)
+        notify(self, f"Exporting {self._job.name} in the background. Press F4 to see the progress.")
         self.dismiss(None)
 
-    def action_close(self) -> None:
-        """End the export, if one is at work; else leave."""
-        if self._at_work is not None:
-            self._at_work.cancel()
+    def action_cancel(self) -> None:
+        """Cancel the running export; without one, close the screen."""
+        if self._running_export is not None:
+            self._running_export.cancel()
             self.refresh_bindings()
             return
         if self._job is not None:
-            self._exports.forget(self._job)
+            self._exports.dismiss(self._job)
         self.dismiss(None)
 
-    def _fill(self, wish: ExportRequest) -> None:
+    def _fill(self, request: ExportRequest) -> None:
         """Fill in the form."""
         for name in PRECISIONS:
-            self.query_one(f"#precision-{name}", Checkbox).value = name in wish.precisions
-        for name, typed in wish.options.items():
+            self.query_one(f"#precision-{name}", Checkbox).value = name in request.precisions
+        for name, text in request.options.items():
             self.query_one(f"#option-{name}").display = True
-            self.query_one(f"#option-{name} Input", Input).value = typed
+            self.query_one(f"#option-{name} Input", Input).value = text
         force = self.query_one("#force", Checkbox)
-        force.value = force.display = wish.force
+        force.value = force.display = request.force
 
-    def _wish(self) -> ExportRequest:
+    def _request(self) -> ExportRequest:
+        """The request that the form describes."""
         options = {
             name: self.query_one(f"#option-{name} Input", Input).value
             for name in OPTIONS
@@ -275,60 +268,61 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         }
         chosen = tuple(name for name in PRECISIONS if self.query_one(f"#precision-{name}", Checkbox).value)
         source = self.query_one("#source", Input).value.strip()
-        before = self._filled
-        again = before is not None and before.source == source and {*before.precisions} == {*chosen}
-        validate = before is None or before.validate or not again  # what was to be quick is, the second time too
+        initial = self._initial
+        same = initial is not None and initial.source == source and {*initial.precisions} == {*chosen}
+        validate = initial is None or initial.validate or not same  # a second attempt at a quick export is quick too
         return ExportRequest(source, chosen, options, self.query_one("#force", Checkbox).value, validate)
 
-    def _ended(self, job: Job) -> None:
+    def _ended(self, job: ExportJob) -> None:
+        """Finish, or show the error and the options that it names."""
         if job.bundle is not None:
-            self._take()
+            self._finish()
             return
-        self._turn()
+        self._show_form_or_progress()
         error = job.export.error()
-        self._fail(error)
-        wanted = named_options(error)
-        for name in wanted:
+        self._show_error(error)
+        named = named_options(error)
+        for name in named:
             self.query_one("#force" if name == "force" else f"#option-{name}").display = True
-        self.query(Checkpoints).set(display=not wanted)  # the file is known by now
-        first = next((name for name in wanted if name != "force"), None)
+        self.query(CheckpointTree).set(display=not named)  # the file has been chosen
+        first = next((name for name in named if name != "force"), None)
         self.query_one(f"#option-{first} Input" if first else "#source").focus()
 
-    def _take(self) -> None:
-        """Give the bundle, unless another screen lies over this one."""
+    def _finish(self) -> None:
+        """Close with the bundle, unless another screen is on top."""
         job = self._job
         if job is not None and job.bundle is not None and self.app.screen is self:
             self._job = None
-            self._exports.forget(job)
+            self._exports.dismiss(job)
             self.dismiss(BundleChoice(job.bundle))
 
-    def _fail(self, error: str) -> None:
-        line = self.query_one("#failure", Static)
+    def _show_error(self, error: str) -> None:
+        line = self.query_one("#error", Static)
         line.update(printable(error))
         line.display = bool(error)
 
-    def _look(self) -> None:
-        if self._at_work is not None:
-            self.query_one("#progress", Static).update(_picture(self._at_work))
+    def _update_progress(self) -> None:
+        if self._running_export is not None:
+            self.query_one("#progress", Static).update(_progress(self._running_export))
 
 
-def _picture(export: Export) -> Content:
-    """A line for each stage, those before the last one being done, and one for all of it."""
+def _progress(export: Export) -> Content:
+    """A line for each stage, with a bar for the current one, and a line for the whole export."""
     stages, lines = export.stages(), list[Content]()
-    for place, stage in enumerate(stages):
-        last = place == len(stages) - 1
-        share = stage.share if last else 1.0
-        done = round(_BAR * (share or 0.0))
+    for index, stage in enumerate(stages):
+        current = index == len(stages) - 1
+        share = stage.share if current else 1.0
+        done = round(_BAR_WIDTH * (share or 0.0))
         percent = "    " if share is None else f"{share:4.0%}"
         lines.append(
             Content.assemble(
-                ("▸ " if last else "✓ ", "$accent" if last else "$success"),
+                ("▸ " if current else "✓ ", "$accent" if current else "$success"),
                 printable(stage.name).ljust(13),
                 ("━" * done, "$success"),
-                ("━" * (_BAR - done), "$panel"),
+                ("━" * (_BAR_WIDTH - done), "$panel"),
                 f" {percent} ",
-                (printable(stage.detail) if last else "", "$text-muted"),
+                (printable(stage.detail) if current else "", "$text-muted"),
             )
         )
-    word = "ending it …" if export.cancelled else "Esc cancels" if lines else "starting llm-export …"
-    return Content("\n").join([*lines, Content(f"\n{export.seconds:.0f} s · {word}")])
+    state = "Cancelling …" if export.cancelled else "Esc to cancel" if lines else "Starting llm-export …"
+    return Content("\n").join([*lines, Content(f"\n{export.seconds:.0f} s · {state}")])

@@ -1,10 +1,10 @@
-"""The drop-down of ready-made questions: asked at once, put into the composer, or changed. Knows no model."""
+"""The sample questions: asked at once, edited before asking, or changed in the list."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual import events
 from textual.app import ComposeResult
@@ -13,46 +13,44 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.message import Message as Event
 from textual.screen import ModalScreen
-from textual.widgets import Footer, OptionList, Static, TextArea
+from textual.widgets import Footer, OptionList, Static
 from textual.widgets.option_list import Option
 
 from llm_edge.chat.questions import Questions
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.tui.widgets.composer import Composer
+from llm_edge.tui.notifications import notify
+from llm_edge.tui.widgets.inputs import NEWLINE_KEYS, SafeTextArea
 
-if TYPE_CHECKING:
-    from llm_edge.tui.app import ChatApp
-
-_WIDTH = 160  # characters of a question that show in the list
+_MAX_LABEL = 160  # characters of a question in the list
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """A question, to be asked at once or to be edited first."""
+class ChosenQuestion:
+    """A question, to ask now or to edit first."""
 
     text: str
-    at_once: bool
+    ask_now: bool
 
 
-class Wording(TextArea):
-    """Where a question is written; Enter keeps it, Ctrl-J begins a new line, Esc leaves it as it was."""
+class QuestionEditor(SafeTextArea):
+    """A text area for a question: Enter saves, Ctrl-J inserts a line break, Esc cancels."""
 
-    class Kept(Event):
-        """It is meant so."""
+    class Saved(Event):
+        """The question is to be saved."""
 
-    class Left(Event):
-        """It is not."""
+    class Cancelled(Event):
+        """The question is to stay as it was."""
 
     def __init__(self) -> None:
-        super().__init__(id="wording", tab_behavior="focus", highlight_cursor_line=False)
+        super().__init__(id="question-editor", tab_behavior="focus", highlight_cursor_line=False)
 
     async def _on_key(self, event: events.Key) -> None:
         if event.key == "enter":
-            self.post_message(self.Kept())
+            self.post_message(self.Saved())
         elif event.key == "escape":
-            self.post_message(self.Left())
-        elif event.key in ("ctrl+j", "shift+enter", "alt+enter"):
+            self.post_message(self.Cancelled())
+        elif event.key in NEWLINE_KEYS:
             self.insert("\n")
         else:
             await super()._on_key(event)
@@ -60,12 +58,13 @@ class Wording(TextArea):
         event.stop()
         event.prevent_default()
 
-    async def _on_paste(self, event: events.Paste) -> None:
-        event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))  # Textual goes on from there
 
+class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
+    """The list of sample questions; dismissed with the chosen one.
 
-class QuestionsScreen(ModalScreen[Chosen | None]):
-    """See the module; dismissed with what was chosen."""
+    Args:
+        questions: the list, which is edited in place.
+    """
 
     DEFAULT_CSS = """
     QuestionsScreen { align: center bottom; background: $background 40%; }
@@ -73,7 +72,7 @@ class QuestionsScreen(ModalScreen[Chosen | None]):
         border: round $accent; margin: 0 2; }
     QuestionsScreen #questions { height: auto; max-height: 12; border: none; background: $surface; }
     QuestionsScreen #questions-none { padding: 1 2; color: $text-muted; }
-    QuestionsScreen #wording { height: 6; }
+    QuestionsScreen #question-editor { height: 6; }
     QuestionsScreen .error { color: $error; padding: 0 1; }
     QuestionsScreen Footer { dock: none; }
     """
@@ -81,7 +80,7 @@ class QuestionsScreen(ModalScreen[Chosen | None]):
         Binding("enter", "ask", "Ask", key_display="⏎"),
         Binding("space,tab,right", "write", "Edit before asking", key_display="space"),
         Binding("a", "add", "Add"),
-        Binding("e", "edit", "Change"),
+        Binding("e", "edit", "Edit"),
         Binding("d,delete", "delete", "Delete", key_display="d"),
         Binding("u,ctrl+z", "undo", "Undo", key_display="u"),
         Binding("shift+up", "move(-1)", "Move up", show=False),
@@ -95,42 +94,41 @@ class QuestionsScreen(ModalScreen[Chosen | None]):
         self._questions = questions
         self._shown: list[str] = []
         self._deleted: list[tuple[int, str]] = []
-        self._editing: int | None = None  # the place of what is written; None = it is a new one
+        self._edited: int | None = None  # index of the question in the editor; None for a new one
 
     def compose(self) -> ComposeResult:
-        """The list, and where a question is written."""
         with Vertical() as box:
-            box.border_title = "Quick questions"
-            box.border_subtitle = "⏎ asks at once"
+            box.border_title = "Sample questions"
+            box.border_subtitle = "⏎ to ask"
             yield OptionList(id="questions", markup=False)
             yield Static(
-                "None are left: r brings back those that were here, a adds one of yours.",
+                "No questions. Press r to restore the built-in ones, or a to add your own.",
                 id="questions-none",
                 markup=False,
             )
-            yield Wording()
+            yield QuestionEditor()
             yield Static("", classes="error", markup=False)
             yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Choose at once."""
-        self._close_wording()
+        """Highlight the first question."""
+        self._close_editor()
         self._show(0)
-        self._say(self._questions.trouble)
+        self._show_error(self._questions.trouble)
 
     @property
     def _list(self) -> OptionList:
         return self.query_one("#questions", OptionList)
 
     @property
-    def _writing(self) -> bool:
-        return bool(self.query_one(Wording).display)
+    def _editing(self) -> bool:
+        return bool(self.query_one(QuestionEditor).display)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 (Textual's)
-        """While a question is written, keys are letters."""
+        """Disable the list's keys while a question is typed, and what does not apply."""
         if not self.is_mounted:
             return True
-        if self._writing and action in ("ask", "write", "add", "edit", "delete", "undo", "move", "restore", "close"):
+        if self._editing and action in ("ask", "write", "add", "edit", "delete", "undo", "move", "restore", "close"):
             return False
         if action == "undo":
             return bool(self._deleted)
@@ -138,156 +136,143 @@ class QuestionsScreen(ModalScreen[Chosen | None]):
             return bool(self._shown)
         return True
 
-    def _show(self, place: int) -> None:
+    def _show(self, index: int) -> None:
+        """Show the list, with a question highlighted."""
         self._shown = self._questions.all()
-        self._list.set_options([Option(Content(printable(one_line(each, _WIDTH)))) for each in self._shown])
+        self._list.set_options([Option(Content(printable(one_line(each, _MAX_LABEL)))) for each in self._shown])
         self._list.display = bool(self._shown)
         self.query_one("#questions-none").display = not self._shown
         if self._shown:
-            self._list.highlighted = min(max(place, 0), len(self._shown) - 1)
+            self._list.highlighted = min(max(index, 0), len(self._shown) - 1)
             self._list.focus()
         self.refresh_bindings()
 
-    def _do(self, change: Callable[[], int]) -> bool:
-        """Change the list; says whether that could be, and if not, tells why."""
+    def _change(self, change: Callable[[], int]) -> bool:
+        """Change the list, and highlight the index that `change` returns; on failure, show the error."""
         try:
-            place = change()
+            index = change()
         except LlmEdgeError as error:
-            self._say(str(error))
+            self._show_error(str(error))
             return False
-        self._say("")
-        self._show(place)
+        self._show_error("")
+        self._show(index)
         return True
 
-    def _say(self, why: str) -> None:
+    def _show_error(self, error: str) -> None:
         line = self.query_one(".error", Static)
-        line.update(printable(why))
-        line.display = bool(why)
+        line.update(printable(error))
+        line.display = bool(error)
 
     @property
-    def _place(self) -> int | None:
+    def _index(self) -> int | None:
+        """The highlighted question."""
         return self._list.highlighted if self._shown else None
 
-    # ---- choose
+    # ---- choosing
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Enter on a question, or a click."""
+        """Ask the question that Enter or a click selected."""
         event.stop()
-        self.dismiss(Chosen(self._shown[event.option_index], at_once=True))
+        self.dismiss(ChosenQuestion(self._shown[event.option_index], ask_now=True))
 
     def action_ask(self) -> None:
-        """Where the list does not have the focus."""
-        if self._place is not None:
-            self.dismiss(Chosen(self._shown[self._place], at_once=True))
+        """Ask the highlighted question."""
+        if self._index is not None:
+            self.dismiss(ChosenQuestion(self._shown[self._index], ask_now=True))
 
     def action_write(self) -> None:
-        """To the composer."""
-        if self._place is not None:
-            self.dismiss(Chosen(self._shown[self._place], at_once=False))
+        """Write the highlighted question into the composer."""
+        if self._index is not None:
+            self.dismiss(ChosenQuestion(self._shown[self._index], ask_now=False))
 
     def action_close(self) -> None:
-        """None of them."""
+        """Choose none."""
         self.dismiss(None)
 
-    # ---- change
+    # ---- changing the list
 
     def action_add(self) -> None:
-        """Write a new one."""
-        self._open_wording(None, "", "A new question: ⏎ keeps it, Ctrl-J begins a new line, Esc leaves")
+        """Type a new question."""
+        self._open_editor(None, "", "New question · ⏎ saves, Ctrl-J new line, Esc cancels")
 
     def action_edit(self) -> None:
-        """Write another wording."""
-        if self._place is not None:
-            self._open_wording(self._place, self._shown[self._place], "Another wording: ⏎ keeps it, Esc leaves")
+        """Edit the highlighted question."""
+        if self._index is not None:
+            self._open_editor(self._index, self._shown[self._index], "Editing question · ⏎ saves, Esc cancels")
 
     def action_delete(self) -> None:
-        """Take it out."""
-        place = self._place
-        if place is None:
+        """Delete the highlighted question."""
+        index = self._index
+        if index is None:
             return
 
         def delete() -> int:
-            self._deleted.append((place, self._questions.delete(place)))
-            return place
+            self._deleted.append((index, self._questions.delete(index)))
+            return index
 
-        self._do(delete)
+        self._change(delete)
 
     def action_undo(self) -> None:
-        """What was deleted last comes back."""
+        """Undo the last deletion."""
         if not self._deleted:
             return
-        place, text = self._deleted[-1]
+        index, text = self._deleted[-1]
 
         def put_back() -> int:
-            self._questions.put_back(place, text)
+            self._questions.put_back(index, text)
             self._deleted.pop()
-            return place
+            return index
 
-        self._do(put_back)
+        self._change(put_back)
 
     def action_move(self, by: int) -> None:
-        """Up or down in the list."""
-        place = self._place
-        if place is not None:
-            self._do(lambda: self._questions.move(place, by))
+        """Move the highlighted question up or down."""
+        index = self._index
+        if index is not None:
+            self._change(lambda: self._questions.move(index, by))
 
     def action_restore(self) -> None:
-        """Those of the program come back."""
+        """Restore the built-in questions."""
 
         def restore() -> int:
             missing = self._questions.restore()
-            self.notify(f"{missing} brought back." if missing else "They are all there.", markup=False)
+            notify(self, f"Restored {missing} questions." if missing else "All built-in questions are in the list.")
             return 0
 
-        self._do(restore)
+        self._change(restore)
 
-    def _open_wording(self, place: int | None, text: str, title: str) -> None:
-        self._editing = place
-        wording = self.query_one(Wording)
-        wording.display = True
-        wording.border_title = title
-        wording.load_text(printable(text))
-        wording.move_cursor(wording.document.end)
-        wording.focus()
+    def _open_editor(self, index: int | None, text: str, title: str) -> None:
+        self._edited = index
+        editor = self.query_one(QuestionEditor)
+        editor.display = True
+        editor.border_title = title
+        editor.load_text(printable(text))
+        editor.move_cursor(editor.document.end)
+        editor.focus()
         self.query_one(Footer).display = False
         self.refresh_bindings()
 
-    def _close_wording(self) -> None:
-        self.query_one(Wording).display = False
+    def _close_editor(self) -> None:
+        self.query_one(QuestionEditor).display = False
         self.query_one(Footer).display = True
-        self._say("")
+        self._show_error("")
         if self._shown:
             self._list.focus()
         self.refresh_bindings()
 
-    def on_wording_kept(self) -> None:
-        """What was written joins the list."""
-        text, editing = self.query_one(Wording).text, self._editing
+    def on_question_editor_saved(self) -> None:
+        """Save the question."""
+        text, edited = self.query_one(QuestionEditor).text, self._edited
 
-        def keep() -> int:
-            if editing is None:
+        def save() -> int:
+            if edited is None:
                 return self._questions.add(text)
-            self._questions.edit(editing, text)
-            return editing
+            self._questions.edit(edited, text)
+            return edited
 
-        if self._do(keep):
-            self._close_wording()
+        if self._change(save):
+            self._close_editor()
 
-    def on_wording_left(self) -> None:
-        """It does not."""
-        self._close_wording()
-
-
-def show_questions(app: ChatApp) -> None:
-    """Open the drop-down over the chat, and do what was chosen there."""
-
-    async def done(chosen: Chosen | None) -> None:
-        composer = app.composer
-        if chosen is None:
-            return
-        if chosen.at_once and app.editing is None:
-            composer.post_message(Composer.Sent(chosen.text))
-        else:
-            composer.write("\n\n".join(filter(None, [composer.text.rstrip(), chosen.text])))
-
-    app.push_screen(QuestionsScreen(Questions(app.settings)), done)
+    def on_question_editor_cancelled(self) -> None:
+        """Leave the question as it was."""
+        self._close_editor()

@@ -1,13 +1,10 @@
-"""The tokens of an answer: how probable each was, what else could have come, and what the parameters leave of that.
-
-Knows no model: it reads the records that an answer left, see `SamplingParams.logprobs`.
-"""
+"""The token view: how probable each token of an answer was, the alternatives, and which of them the parameters cut."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 from rich.cells import cell_len, set_cell_size
 from rich.style import Style
@@ -19,42 +16,37 @@ from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 
 from llm_edge.chat.candidates import Candidate, candidates
-from llm_edge.chat.history.conversation import ASSISTANT, Message
-from llm_edge.chat.parameters import EDITABLE, ChatParameters
+from llm_edge.chat.history.conversation import Message
+from llm_edge.chat.parameters import EDITABLE
+from llm_edge.chat.session import ChatSession
 from llm_edge.chat.text import printable
 from llm_edge.chat.token_records import TokenRecord
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
-from llm_edge.tui.themes import coloured
-from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.parameter_panel import ParameterChanged, ParameterLine
+from llm_edge.tui.notifications import notify
+from llm_edge.tui.themes import theme_style
+from llm_edge.tui.widgets.parameter_fields import ParameterChanged, ParameterLine
 from llm_edge.tui.widgets.token_text import TokenText, visible
 
-if TYPE_CHECKING:
-    from llm_edge.tui.app import ChatApp
+_ALTERNATIVES = 10  # recorded for each token when this screen turns recording on
+_POLL_INTERVAL = 0.25  # seconds
+_PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
+_NAME_WIDTH, _BAR_WIDTH = 16, 14  # columns
+_LOGPROBS = EDITABLE["logprobs"].title
 
-KEPT = 10  # runners-up that are kept from here on where none were
-_LOOK = 0.25  # seconds between two looks at an answer that grows
-_TURNED_HERE = ("temperature", "top_k", "top_p", "min_p")
-_NAME, _BAR = 16, 14  # columns
+_NO_RECORD = f"""\
+The tokens of this answer were not recorded.
 
-_NO_RECORD = """\
-This answer has no record of its tokens.
-
-A record is kept while an answer is made, if 'Token view' among the parameters (F3) is a number: so many runners-up \
-of each token are kept with it.
-
-Press r to turn it on and have the answer made again, beside this one."""
+Tokens are recorded while '{_LOGPROBS}' (F3) is on: it is the number of alternatives to record for each token."""
+_HOW_TO_RECORD = "\n\nPress r to turn it on and regenerate the answer as another version."
 
 
 class TokensScreen(ModalScreen[bool]):
-    """See the module; dismissed with whether the answer is to be made again with a record.
+    """The token view; dismissed with whether to regenerate the answer, with recording turned on.
 
     Args:
-        message: the answer.
-        records: of its tokens; may grow.
-        parameters: the parameters of now.
-        turn: turns them; see `ChatSession.turn`.
-        why_not: why there is nothing to be seen, if that has another reason than that there are no records.
+        session: the chat that holds the answer and the parameters.
+        answer: whose tokens to show; it may still be growing.
+        can_regenerate: whether to offer regenerating an answer without a record.
     """
 
     DEFAULT_CSS = """
@@ -67,184 +59,160 @@ class TokensScreen(ModalScreen[bool]):
     TokensScreen #token-side { height: 12; padding: 0 1; border-top: solid $panel-lighten-2; }
     TokensScreen #token-parameters { grid-size: 2; grid-gutter: 0 2; height: 2; margin: 0 0 1 0; }
     TokensScreen #token-parameters .parameter-title { width: 13; }
-    TokensScreen #runners-up { height: 1fr; scrollbar-size-vertical: 1; }
+    TokensScreen #alternatives { height: 1fr; scrollbar-size-vertical: 1; }
     TokensScreen.wide #tokens { layout: horizontal; }
     TokensScreen.wide #token-side { height: 1fr; width: 64; border-top: none; border-left: solid $panel-lighten-2; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("r", "record", "Make it again with a record"),
+        Binding("r", "regenerate", "Regenerate, recording tokens"),
         Binding("escape,f6,q", "close", "Close", key_display="esc"),
         Binding("f1", "app.help", "Help", show=False),
         Binding("ctrl+c", "app.copy_or_stop", "Copy", show=False, priority=True),
         Binding("ctrl+q", "app.quit", "Quit", show=False, priority=True),
     ]
 
-    def __init__(
-        self,
-        message: Message,
-        records: Sequence[TokenRecord],
-        parameters: ChatParameters,
-        turn: Callable[[Callable[[ChatParameters], None]], None],
-        why_not: str = "",
-    ) -> None:
+    def __init__(self, session: ChatSession, answer: Message, *, can_regenerate: bool = True) -> None:
         super().__init__()
-        self._message, self._records = message, records
-        self._parameters, self._turn, self._why_not = parameters, turn, why_not
+        self._session, self._answer, self._can_regenerate = session, answer, can_regenerate
+        self._records: Sequence[TokenRecord] = ()
+        self._error = ""
+        try:
+            self._records = session.record_of(answer)
+        except LlmEdgeError as error:
+            self._error = str(error)
         self._texts: list[str] = []
 
+    @property
+    def _offers_recording(self) -> bool:
+        return self._can_regenerate and not self._records and not self._error
+
     def compose(self) -> ComposeResult:
-        """The text, what else could have come, and what has a say in that."""
         yield Static("", id="tokens-title", markup=False)
-        if self._why_not or not self._records:
-            yield Static(printable(self._why_not or _NO_RECORD), id="tokens-none", markup=False)
+        if not self._records:
+            hint = self._error or _NO_RECORD + (_HOW_TO_RECORD if self._can_regenerate else "")
+            yield Static(printable(hint), id="tokens-none", markup=False)
         else:
             with Container(id="tokens"):
                 yield TokenText()
                 with Container(id="token-side"):
                     with Grid(id="token-parameters"):
-                        for name in _TURNED_HERE:
-                            yield ParameterLine(EDITABLE[name], printable(self._parameters.text(name)))
-                    with VerticalScroll(id="runners-up", can_focus=False):
-                        yield Static("", id="runners-up-text", markup=False)
+                        for name in _PARAMETERS:
+                            yield ParameterLine(EDITABLE[name], printable(self._session.parameters.text(name)))
+                    with VerticalScroll(id="alternatives", can_focus=False):
+                        yield Static("", id="alternatives-text", markup=False)
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Begin at the first token."""
-        title = f"Tokens of what {self._message.model or 'the model'} said"
-        if self._why_not or not self._records:
-            self.query_one("#tokens-title", Static).update(printable(title))
+        """Start at the first token."""
+        if not self._records:
+            self.query_one("#tokens-title", Static).update(printable(self._title()))
             return
-        self._grow()
+        self._poll()
         for line in self.query(ParameterLine):
-            line.show(self._parameters)
+            line.show(self._session.parameters)
         self.query_one(TokenText).focus()
-        self._show_candidates()
-        self.set_interval(_LOOK, self._grow)
+        self._show_alternatives()
+        self.set_interval(_POLL_INTERVAL, self._poll)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 (Textual's)
-        """An answer with a record need not be made again for one."""
-        return action != "record" or (not self._records and not self._why_not)
+        return action != "regenerate" or self._offers_recording
 
-    def _grow(self) -> None:
+    def _title(self) -> str:
+        return f"Tokens of {self._answer.model or 'the model'}'s answer"
+
+    def _poll(self) -> None:
+        """Show tokens that were added."""
         records = self._records
         if len(records) == len(self._texts) or not self.query(TokenText):
             return
         self._texts += [record.text(record.logprob.token) for record in records[len(self._texts) :]]
         logprobs = [record.logprob.logprob for record in records]
-        self.query_one(TokenText).put(self._texts, logprobs)
-        mean = sum(logprobs) / len(logprobs)
-        title = f"Tokens of what {self._message.model or 'the model'} said · {len(records)} · "
-        title += f"perplexity {math.exp(min(-mean, 99)):.3g} · the darker the shade, the less probable"
+        self.query_one(TokenText).show(self._texts, logprobs)
+        perplexity = math.exp(min(-sum(logprobs) / len(logprobs), 99))
+        title = f"{self._title()} · {len(records)} tokens · perplexity {perplexity:.3g} · redder: less probable"
         self.query_one("#tokens-title", Static).update(printable(title))
 
-    # ---- what else could have come
+    # ---- alternatives
 
-    def on_token_text_moved(self) -> None:
-        """Another token."""
-        self._show_candidates()
+    def on_token_text_cursor_moved(self) -> None:
+        """Show the alternatives to another token."""
+        self._show_alternatives()
 
-    def on_turned(self, event: ParameterChanged) -> None:
-        """A parameter was turned: from now on the chat has it so, too."""
+    def on_parameter_changed(self, event: ParameterChanged) -> None:
+        """Change a parameter, for this view and for the chat."""
         event.stop()
         try:
-            self._turn(event.change)
+            self._session.apply_change(event.change)
         except ParameterError as error:
-            self.notify(printable(str(error)), severity="warning", markup=False)
+            notify(self, str(error), "warning")
         for line in self.query(ParameterLine):
-            line.show(self._parameters)
-        self._show_candidates()
+            line.show(self._session.parameters)
+        self._show_alternatives()
 
-    def _show_candidates(self) -> None:
-        record = self._records[self.query_one(TokenText).cursor]
-        own = record.logprob
-        found = candidates(own, self._parameters.params)
+    def _show_alternatives(self) -> None:
+        cursor = self.query_one(TokenText).cursor
+        record, params = self._records[cursor], self._session.parameters.params
+        found = candidates(record.logprob, params)
         text = Text(no_wrap=True)
-        text.append(f"{'token':<{_NAME}} {'':<{_BAR}} {'model':>7} {'drawn':>9}\n", Style(dim=True))
+        text.append(f"{'token':<{_NAME_WIDTH}} {'':<{_BAR_WIDTH}} {'model':>7} {'sampled':>9}\n", Style(dim=True))
         if not found:
-            text.append(f"{_cells(visible(self._texts[self.query_one(TokenText).cursor]), _NAME)} ", Style(bold=True))
-            chance = math.exp(min(own.logprob, 0))
-            text.append(f"{_bar(chance)} {_percent(chance)}\n\n")
-            text.append("No runners-up were kept: turn 'Token view' (F3) up to see them.", Style(dim=True))
+            probability = math.exp(min(record.logprob.logprob, 0))
+            text.append(f"{_fit(visible(self._texts[cursor]), _NAME_WIDTH)} ", Style(bold=True))
+            text.append(f"{_bar(probability)} {_percent(probability)}\n\n")
+            text.append(f"No alternatives were recorded. Increase '{_LOGPROBS}' (F3).", Style(dim=True))
         for each in found:
             name = "all others" if each.token is None else visible(record.text(each.token))
             self._append(text, each, name)
         if any(each.token is None for each in found):
-            text.append("What happens to all others is an estimate.\n", Style(dim=True))
-        self.query_one("#runners-up-text", Static).update(text)
-        self.query_one("#runners-up").scroll_home(animate=False)
+            text.append('The "all others" row is an estimate.\n', Style(dim=True))
+        self.query_one("#alternatives-text", Static).update(text)
+        self.query_one("#alternatives").scroll_home(animate=False)
 
     def _append(self, text: Text, each: Candidate, name: str) -> None:
         variables = self.app.theme_variables
-        colour = coloured(variables, "accent" if each.drawn else "primary")
-        style = Style(dim=bool(each.cut) or each.token is None, bold=each.drawn, strike=bool(each.cut))
-        shown = _cells(name, _NAME).rstrip()
-        text.append(shown, style)
-        text.append(" " * (_NAME + 1 - cell_len(shown)))
-        text.append(_bar(each.before), Style(dim=True) if each.cut else colour)
+        color = theme_style(variables, "accent" if each.drawn else "primary")
+        shown = _fit(name, _NAME_WIDTH).rstrip()
+        text.append(shown, Style(dim=bool(each.cut) or each.token is None, bold=each.drawn, strike=bool(each.cut)))
+        text.append(" " * (_NAME_WIDTH + 1 - cell_len(shown)))
+        text.append(_bar(each.before), Style(dim=True) if each.cut else color)
         text.append(f" {_percent(each.before)} ", Style(dim=bool(each.cut)))
         if each.cut:
-            title = "greedy" if each.cut == "greedy" else EDITABLE[each.cut].title
-            text.append(f"  cut by {title}", coloured(variables, "warning"))
+            title = EDITABLE[each.cut].title if each.cut in EDITABLE else each.cut
+            text.append(f"  cut by {title}", theme_style(variables, "warning"))
         else:
             text.append(f"→ {_percent(each.after)}")
-        text.append("  ◂ came\n" if each.drawn else "\n", Style(bold=True))
+        text.append("  ◂ chosen\n" if each.drawn else "\n", Style(bold=True))
 
-    # ---- leave
+    # ---- closing
 
     def action_close(self) -> None:
-        """Back to the chat."""
+        """Return to the chat."""
         self.dismiss(False)
 
-    def action_record(self) -> None:
-        """Have the answer made again, with a record."""
-        self.dismiss(True)
+    def action_regenerate(self) -> None:
+        """Turn recording on and regenerate the answer."""
+        try:
+            self._session.apply_change(lambda parameters: parameters.set("logprobs", _ALTERNATIVES))
+        except LlmEdgeError as error:
+            notify(self, str(error), "warning")
+        else:
+            self.dismiss(True)
 
 
-def show_tokens(app: ChatApp, message: Message | None = None) -> None:
-    """Open the view of an answer's tokens; of None, of the answer that has the focus, or else of the last one."""
-    session = app.session
-    if message is None:
-        focused = app.home.focused
-        message = focused.message if isinstance(focused, MessageView) else None
-    if message is None or message.role != ASSISTANT:
-        answers = [each for each in session.conversation.path() if each.role == ASSISTANT]
-        if not answers:
-            app.say("There is no answer yet whose tokens could be looked at.")
-            return
-        message = answers[-1]
-    answer, records, why_not = message, list[TokenRecord](), ""
-    try:
-        records = session.record_of(answer)
-    except LlmEdgeError as error:
-        why_not = str(error)
-
-    async def done(again: bool | None) -> None:
-        app.controls.show()
-        if again:
-            try:
-                session.apply_change(lambda parameters: parameters.set("logprobs", KEPT))
-            except LlmEdgeError as error:
-                app.say(str(error), "warning")
-                return
-            app.controls.show()
-            await app.answering(lambda session: session.regenerate(answer))
-
-    app.push_screen(TokensScreen(answer, records, session.parameters, session.apply_change, why_not), done)
+def _percent(probability: float) -> str:
+    shown = 100 * probability
+    return f"{shown:6.2f}%" if shown >= 0.005 or not probability else "<0.01%".rjust(7)
 
 
-def _percent(chance: float) -> str:
-    shown = 100 * chance
-    return f"{shown:6.2f}%" if shown >= 0.005 or not chance else "<0.01%".rjust(7)
+def _bar(probability: float) -> str:
+    """A bar with a resolution of an eighth of a column."""
+    eighths = round(min(max(probability, 0.0), 1.0) * _BAR_WIDTH * 8)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(_BAR_WIDTH)
 
 
-def _bar(chance: float) -> str:
-    """A bar of eighths."""
-    eighths = round(min(max(chance, 0.0), 1.0) * _BAR * 8)
-    full, part = divmod(eighths, 8)
-    return ("█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")).ljust(_BAR)
-
-
-def _cells(text: str, width: int) -> str:
+def _fit(text: str, width: int) -> str:
+    """The text padded or cut to a width in columns."""
     if cell_len(text) > width:
         text = set_cell_size(text, width - 1) + "…"
     return set_cell_size(text, width)

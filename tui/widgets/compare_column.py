@@ -1,4 +1,4 @@
-"""One of the two columns of a comparison: who answers, how, and what. Knows nothing of the other one."""
+"""One column of the comparison: the model, its parameters and its answer."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from llm_edge.chat.presets import MODEL_DEFAULTS
 from llm_edge.chat.text import printable
 from llm_edge.tui.widgets.message_view import MessageView
 
-NAMES = ("left", "right")
+SIDES = ("left", "right")
 
 
-class Column(Vertical):
-    """One side: who, how, what.
+class CompareColumn(Vertical):
+    """One side of the comparison.
 
     Args:
-        number: 0 or 1.
+        number: 0 for left, 1 for right.
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(id=NAMES[number], classes="side")
+        super().__init__(id=SIDES[number], classes="side")
         self._number = number
-        self._beginning = asyncio.Lock()
+        self._mounting = asyncio.Lock()
 
     def compose(self) -> ComposeResult:
-        """From above."""
-        yield Static("", classes="side-who", markup=False)
-        yield Static("", classes="side-how", markup=False)
-        yield VerticalScroll(Static("", classes="side-none", markup=False), classes="side-answer", can_focus=False)
+        yield Static("", classes="side-model", markup=False)
+        yield Static("", classes="side-parameters", markup=False)
+        yield VerticalScroll(classes="side-answer", can_focus=False)
         with Horizontal(classes="side-buttons"):
             yield Button(f"Keep this ({self._number + 1})", id=f"keep-{self._number}", compact=True, disabled=True)
             yield Static("", classes="side-state", markup=False)
 
     def show(self, side: ComparisonSide) -> None:
-        """Who answers, and how."""
-        self.query_one(".side-who", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
-        how = summarize(side.session.parameters.changed) or MODEL_DEFAULTS
-        self.query_one(".side-how", Static).update(printable(how))
+        """Show the model, its parameters and the state."""
+        self.query_one(".side-model", Static).update(printable(f"{side.responder.name} · {side.responder.detail}"))
+        parameters = summarize(side.session.parameters.changed) or MODEL_DEFAULTS
+        self.query_one(".side-parameters", Static).update(printable(parameters))
+        self.show_state(side)
 
-    async def begin(self, side: ComparisonSide) -> None:
-        """A question was asked; who asked and who looks may both find out."""
+    async def show_answer(self, side: ComparisonSide) -> None:
+        """Replace the answer by the side's current one; may be called twice for the same answer."""
         scroll = self.query_one(VerticalScroll)
-        async with self._beginning:
+        async with self._mounting:
             shown = [view.message for view in self.query(MessageView)]
             if side.answer is None or side.answer not in shown:
                 await scroll.remove_children()
                 if side.answer is not None:
                     view = MessageView(side.answer)
-                    view.live, view.kept = True, False
+                    view.live, view.in_conversation = True, False
                     await scroll.mount(view)
-        self.state(side)
+        self.show_state(side)
 
-    def look(self, side: ComparisonSide) -> None:
-        """The answer has grown; who reads its end goes on doing so."""
+    def update_answer(self, side: ComparisonSide) -> None:
+        """Show what was added to the answer; keeps scrolling only if the end is visible."""
         scroll = self.query_one(VerticalScroll)
         at_end = scroll.scroll_y >= scroll.max_scroll_y - 1
         for view in self.query(MessageView):
@@ -66,15 +66,14 @@ class Column(Vertical):
             view.changed()
         if at_end:
             scroll.scroll_end(animate=False)
-        self.state(side)
+        self.show_state(side)
 
-    def state(self, side: ComparisonSide) -> None:
-        """A word on what goes on."""
-        answer, text = side.answer, ""
+    def show_state(self, side: ComparisonSide) -> None:
+        """Show the speed or that the side is waiting, and whether its answer can be kept."""
+        text = ""
         if side.waiting:
-            text = "waits for the other one"
+            text = "Waiting for the other answer"
         elif side.session.answering is not None:
-            text = f"{side.session.rates[-1]:.0f} tok/s" if side.session.rates[-1] else "answers …"
+            text = f"{side.session.rates[-1]:.0f} tok/s" if side.session.rates[-1] else "Answering …"
         self.query_one(".side-state", Static).update(text)
-        there = answer is not None and bool(answer.content) and not side.busy
-        self.query_one(Button).disabled = not there
+        self.query_one(Button).disabled = side.answer is None or not side.answer.content or side.busy

@@ -1,4 +1,4 @@
-"""Where questions are written: several lines, with a history of them."""
+"""The text area where questions are typed, with a history of earlier ones."""
 
 from __future__ import annotations
 
@@ -8,103 +8,122 @@ from typing import ClassVar
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message as Event
-from textual.widgets import TextArea
 
-from llm_edge.chat.text import printable
+from llm_edge.chat.history.conversation import Message
+from llm_edge.tui.widgets.inputs import NEWLINE_KEYS, SafeTextArea
 
 _PAGES = {"pageup": -1, "pagedown": 1}
-_NEWLINE = ("ctrl+j", "shift+enter", "alt+enter")
 
 
-class Composer(TextArea):
-    """A text area that sends its text on Enter; Ctrl-J (or Shift-Enter, where the terminal tells) begins a new line.
+class Composer(SafeTextArea):
+    """A text area that submits its text on Enter; Ctrl-J, and in some terminals Shift-Enter, inserts a line break.
 
-    Up on the first line and down on the last one walk through what was asked before.
+    Up on the first line and Down on the last one go through earlier questions.
+
+    Attributes:
+        editing: the question that the text will replace; None for a new question.
     """
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "send", "Send", priority=False, key_display="⏎")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "Send", priority=False, key_display="⏎")]
 
-    class Sent(Event):
-        """A text, maybe empty, was sent."""
+    class Submitted(Event):
+        """A text, possibly empty, was submitted."""
 
         def __init__(self, text: str) -> None:
             super().__init__()
             self.text = text
 
-    class Undo(Event):
-        """Something is to be undone, and nothing is written."""
+    class UndoRequested(Event):
+        """Undo was pressed in an empty composer."""
 
-    class Scrolled(Event):
-        """The conversation is to be scrolled by so many pages: nothing here is out of sight."""
+    class ScrollRequested(Event):
+        """The conversation is to be scrolled by this many pages, since all of the composer's text is visible."""
 
         def __init__(self, pages: int) -> None:
             super().__init__()
             self.pages = pages
 
-    def __init__(self) -> None:
+    def __init__(self, placeholder: str = "Ask a question. ⏎ to send, Ctrl-J for a new line, F1 for help.") -> None:
         super().__init__(
             id="composer",
             soft_wrap=True,
             show_line_numbers=False,
             highlight_cursor_line=False,
             tab_behavior="focus",
-            placeholder="Ask something. ⏎ sends, Ctrl-J begins a new line, F1 helps.",
+            placeholder=placeholder,
         )
+        self.editing: Message | None = None
+        self._draft = ""  # the text before a question was edited
         self._history: list[str] = []
-        self._place = 0
-        self._draft = ""
+        self._index = 0  # in the history; its length stands for the text that is not in it yet
+        self._unsent = ""
 
-    def remember(self, questions: Sequence[str]) -> None:
-        """What was asked before, the latest one last."""
+    def set_history(self, questions: Sequence[str]) -> None:
+        """Offer earlier questions, the latest one last."""
         self._history = [*dict.fromkeys(reversed(questions))][::-1]
-        self._place = len(self._history)
-
-    def action_send(self) -> None:
-        """Send what is written."""
-        text = self.text
-        if text.strip():
-            self.remember([*self._history, text])
-        self._place, self._draft = len(self._history), ""
-        self.load_text("")
-        self.post_message(self.Sent(text))
-
-    def action_undo(self) -> None:
-        """What was written; where nothing was, it is for others to know what."""
-        before = self.text
-        super().action_undo()
-        if not before and not self.text:
-            self.post_message(self.Undo())
+        self._index = len(self._history)
 
     def write(self, text: str) -> None:
-        """Put a text here, the cursor behind it."""
+        """Replace the text and focus its end."""
         self.load_text(text)
         self.move_cursor(self.document.end)
         self.focus()
 
+    def edit_question(self, question: Message) -> None:
+        """Edit a question that was asked; the text typed so far returns after `stop_editing`."""
+        if self.editing is None:
+            self._draft = self.text
+        self.editing = question
+        self.border_title = "Editing question · Esc cancels"
+        self.write(question.content)
+
+    def stop_editing(self, *, keep_text: bool = False) -> None:
+        """Stop editing a question, if one is edited; `keep_text` leaves its text in the composer."""
+        if self.editing is None:
+            return
+        self.editing = None
+        self.border_title = ""
+        if not keep_text:
+            self.write(self._draft)
+
+    def action_submit(self) -> None:
+        """Submit the text."""
+        text = self.text
+        if text.strip():
+            self.set_history([*self._history, text])
+        self._index, self._unsent = len(self._history), ""
+        self.load_text("")
+        self.post_message(self.Submitted(text))
+
+    def action_undo(self) -> None:
+        """Undo the last edit; with no text and nothing to undo, post `UndoRequested`."""
+        before = self.text
+        super().action_undo()
+        if not before and not self.text:
+            self.post_message(self.UndoRequested())
+
     async def _on_key(self, event: events.Key) -> None:
         row, _ = self.cursor_location
         if event.key == "enter":
-            self.action_send()
-        elif event.key in _NEWLINE:
+            self.action_submit()
+        elif event.key in NEWLINE_KEYS:
             self.insert("\n")
-        elif event.key == "up" and row == 0 and self._place > 0:
-            self._walk(-1)
-        elif event.key == "down" and row == self.document.line_count - 1 and self._place < len(self._history):
-            self._walk(1)
+        elif event.key == "up" and row == 0 and self._index > 0:
+            self._recall(-1)
+        elif event.key == "down" and row == self.document.line_count - 1 and self._index < len(self._history):
+            self._recall(1)
         elif event.key in _PAGES and self.wrapped_document.height <= self.size.height:
-            self.post_message(self.Scrolled(_PAGES[event.key]))
+            self.post_message(self.ScrollRequested(_PAGES[event.key]))
         else:
             return  # Textual calls the base class's handler next
         event.stop()
         event.prevent_default()
 
-    async def _on_paste(self, event: events.Paste) -> None:
-        event.text = printable(event.text.replace("\r\n", "\n").replace("\r", "\n"))  # the base class pastes it
-
-    def _walk(self, step: int) -> None:
-        if self._place == len(self._history):
-            self._draft = self.text
-        self._place += step
-        past = self._place < len(self._history)
-        self.load_text(self._history[self._place] if past else self._draft)
+    def _recall(self, step: int) -> None:
+        """Show an earlier or a later question."""
+        if self._index == len(self._history):
+            self._unsent = self.text
+        self._index += step
+        recalled = self._history[self._index] if self._index < len(self._history) else self._unsent
+        self.load_text(recalled)
         self.move_cursor(self.document.end)

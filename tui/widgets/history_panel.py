@@ -1,7 +1,4 @@
-"""The panel of kept conversations: found, opened, renamed, pinned, deleted, exported, imported.
-
-Knows the chat as a `ChatSession`, and tells the application only that another conversation is to be shown.
-"""
+"""The side panel of conversations: search, open, rename, pin, delete, export, import."""
 
 from __future__ import annotations
 
@@ -23,16 +20,18 @@ from llm_edge.chat.history.search import ConversationReader, Summary
 from llm_edge.chat.session import ChatSession
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
-from llm_edge.tui.screens.dialogs import AskText, Line
-from llm_edge.tui.widgets.history_files import export, import_conversations
-from llm_edge.tui.widgets.history_list import Conversations, found_prompt, group_of, heading, prompt
+from llm_edge.tui.notifications import notify
+from llm_edge.tui.screens.dialogs import TextPrompt
+from llm_edge.tui.widgets.conversation_files import export_conversation, import_conversations
+from llm_edge.tui.widgets.conversation_list import ConversationList, entry_label, group_of, heading, result_label
+from llm_edge.tui.widgets.inputs import SafeInput
 
 PAGE = 100  # conversations that are fetched at once
-_PATIENCE = 0.12  # seconds without a key before a search begins
+_SEARCH_DELAY = 0.12  # seconds without a key press before a search starts
 
 
 class HistoryPanel(Vertical):
-    """See the module.
+    """The panel; hidden unless it has the class `open`.
 
     Args:
         session: the chat.
@@ -46,145 +45,148 @@ class HistoryPanel(Vertical):
         #history-title { height: 1; margin: 0 0 1 0; }
         #history-title Static { width: 1fr; text-style: bold; }
         #history-search { margin: 0 0 1 0; }
-        Conversations {
+        ConversationList {
             height: 1fr; border: none; padding: 0; background: $surface; scrollbar-size-vertical: 1;
             text-wrap: nowrap; text-overflow: ellipsis;
         }
-        Conversations:focus { border: none; background-tint: $foreground 0%; }
+        ConversationList:focus { border: none; background-tint: $foreground 0%; }
         #history-note { height: auto; max-height: 3; color: $text-muted; margin: 1 0 0 0; }
         #history-buttons { height: 1; margin: 1 0 0 0; }
         Button { width: auto; min-width: 0; margin: 0 1 0 0; }
     }
     """
 
-    class Moved(Event):
-        """Another conversation is that of now, or it is called otherwise."""
+    class ConversationChanged(Event):
+        """The session's conversation was replaced (`opened`) or renamed."""
 
         def __init__(self, opened: bool) -> None:
             super().__init__()
             self.opened = opened
 
     class Closed(Event):
-        """The panel has gone: somewhere else is written now."""
+        """The panel was closed, or left for the conversation."""
 
     class Fetched(Event):
-        """What a thread found in the store: to a search's text or, where there is none, of all; `begin` were known."""
+        """Conversations that a thread read from the store.
 
-        def __init__(self, text: str, begin: int, found: list[Summary], more: bool) -> None:
+        Attributes:
+            text: what was searched for; empty for all conversations.
+            start: how many conversations come before these.
+            found: the conversations.
+            more: whether there are more.
+        """
+
+        def __init__(self, text: str, start: int, found: list[Summary], more: bool) -> None:
             super().__init__()
-            self.text, self.begin, self.found, self.more = text, begin, found, more
+            self.text, self.start, self.found, self.more = text, start, found, more
 
     def __init__(self, session: ChatSession) -> None:
         super().__init__(id="history")
         self._session = session
-        self._reader: ConversationReader | None = (
-            None  # a connection of its own: a long search must not hold up the chat
-        )
+        # Has its own connection, so that a long search does not block the chat.
+        self._reader: ConversationReader | None = None
         self._wanted = PAGE
         self._found: dict[int, Summary] = {}
-        self._stand_on: int | None = None  # where the list goes once it has been fetched
-        self._group = ""  # of the last line
+        self._to_highlight: int | None = None  # conversation to highlight once it has been fetched
+        self._group = ""  # heading above the last entry
         self._more = False
-        self._typed: Timer | None = None
-        self._deleted: list[tuple[Summary, bool]] = []  # and whether it was the conversation of then
+        self._search_timer: Timer | None = None
+        self._deleted: list[tuple[Summary, bool]] = []  # and whether it was the conversation on the screen
 
     def compose(self) -> ComposeResult:
-        """Search, list, and buttons for the mouse."""
         with Horizontal(id="history-title"):
             yield Static("Conversations", markup=False)
             yield _button("✕", "close", "Close this panel")
-        yield Line(placeholder="Search all messages; ↓ to the list", id="history-search", compact=True)
-        yield Conversations(markup=False)
+        yield SafeInput(placeholder="Search all messages; ↓ for the list", id="history-search", compact=True)
+        yield ConversationList(markup=False)
         yield Static("", id="history-note", markup=False)
         with Horizontal(id="history-buttons"):
-            yield _button("Pin", "pin", "Let it stand first, or no longer")
-            yield _button("Rename", "rename", "Give it another title")
-            yield _button("Delete", "delete", "Delete it; u brings it back")
-            yield _button("Export", "export", "Write it to a file")
-            yield _button("Import", "import", "Take in ChatGPT's export, or a file of ours")
+            yield _button("Pin", "pin", "Pin to the top, or unpin")
+            yield _button("Rename", "rename", "Change the title")
+            yield _button("Delete", "delete", "Delete (u undoes)")
+            yield _button("Export", "export", "Write to a file")
+            yield _button("Import", "import", "Import a ChatGPT or llm-edge export")
 
     def on_unmount(self) -> None:
-        """Close the file."""
+        """Close the database connection."""
         if self._reader is not None:
             self._reader.close()
 
     # ---- shown and hidden
 
     def toggle(self) -> None:
-        """Show it, or hide it; nothing where another screen lies above."""
-        if not self.screen.is_current:
-            return
+        """Show or hide the panel."""
         if self.has_class("open"):
             self.action_close()
             return
         self.add_class("open")
-        line = self.query_one(Line)
-        with line.prevent(Line.Changed):
-            line.value = ""
-        self._stand_on = self._session.conversation.id or None
+        field = self.query_one(SafeInput)
+        with field.prevent(SafeInput.Changed):
+            field.value = ""
+        self._to_highlight = self._session.conversation.id or None
         self._wanted = PAGE
         self.refresh_list()
-        line.focus()
+        field.focus()
 
     def action_close(self) -> None:
-        """Hide it."""
+        """Hide the panel."""
         self.remove_class("open")
         self.post_message(self.Closed())
 
     def refresh_list(self) -> None:
-        """Show what the store holds now, if anybody sees it."""
+        """Read the list from the store again, if the panel is open."""
         if self.has_class("open"):
-            self._more = False  # until it has come
-            self._fetch(self.query_one(Line).value, 0, self._wanted)
+            self._more = False  # until it has been fetched
+            self._fetch(self.query_one(SafeInput).value, 0, self._wanted)
 
     @work(thread=True, exclusive=True, group="history")
-    def _fetch(self, text: str, begin: int, wanted: int) -> None:
+    def _fetch(self, text: str, start: int, wanted: int) -> None:
         worker = get_current_worker()
         try:
             if self._reader is None:
                 self._reader = ConversationReader(self._session.store.path)
             if text.strip():
-                found = self._reader.search(text, wanted + 1)[begin:]
+                found = self._reader.search(text, wanted + 1)[start:]
             else:
-                found = self._reader.recent(wanted + 1 - begin, begin)
+                found = self._reader.recent(wanted + 1 - start, start)
         except LlmEdgeError as error:
             if not worker.is_cancelled:
-                self.app.call_from_thread(self._say, str(error), "error")
+                self.app.call_from_thread(notify, self, str(error), "error")
         else:
             if not worker.is_cancelled:
-                count = wanted - begin
-                self.post_message(self.Fetched(text, begin, found[:count], len(found) > count))
+                count = wanted - start
+                self.post_message(self.Fetched(text, start, found[:count], len(found) > count))
 
     def on_history_panel_fetched(self, event: Fetched) -> None:
-        """Show it."""
-        conversations = self.query_one(Conversations)
-        if event.text != self.query_one(Line).value:
-            return  # something else is searched for meanwhile
+        """Show the conversations that were fetched."""
+        entries = self.query_one(ConversationList)
+        if event.text != self.query_one(SafeInput).value:
+            return  # the search has changed meanwhile
         self._more = event.more
-        if event.begin:
+        if event.start:
             new = [summary for summary in event.found if summary.id not in self._found]
-            conversations.add_options(self._options(event.text, new))
+            entries.add_options(self._options(event.text, new))
             return
-        stood = self._stand_on or self._number()
-        place, scroll = conversations.highlighted, conversations.scroll_y
+        wanted = self._to_highlight or self._highlighted_id()
+        index, scroll_y = entries.highlighted, entries.scroll_y
         self._found, self._group = {}, ""
         with self.app.batch_update():
-            conversations.set_options(self._options(event.text, event.found))
-            if self._stand_on is None:
-                conversations.scroll_to(y=scroll, animate=False, immediate=True)
-            if stood in self._found:
-                conversations.highlighted = conversations.get_option_index(str(stood))
+            entries.set_options(self._options(event.text, event.found))
+            if self._to_highlight is None:
+                entries.scroll_to(y=scroll_y, animate=False, immediate=True)
+            if wanted in self._found:
+                entries.highlighted = entries.get_option_index(str(wanted))
             elif self._found:
-                conversations.highlighted = min(place or 0, conversations.option_count - 1)
-                if conversations.options[conversations.highlighted].disabled:
-                    conversations.action_cursor_down()
-        self._stand_on = None
-        conversations.call_after_refresh(conversations.look_ahead)
-        found = self._found or event.text.strip()
-        self._note("Nothing is kept yet. ↓, then i, imports." if not found else "" if self._found else "Nothing found.")
+                entries.highlighted = min(index or 0, entries.option_count - 1)
+                if entries.options[entries.highlighted].disabled:
+                    entries.action_cursor_down()
+        self._to_highlight = None
+        entries.call_after_refresh(entries.prefetch)
+        none = "No matches." if event.text.strip() else "No conversations yet. Press ↓, then i, to import some."
+        self._note("" if self._found else none)
 
     def _options(self, text: str, summaries: list[Summary]) -> list[Option]:
-        """Lines for these, which stand below those that are there."""
+        """List entries, with headings, to add below the present ones."""
         words, now, shown = text.split(), time.time(), self._session.conversation.id
         options = []
         for each in summaries:
@@ -192,97 +194,94 @@ class HistoryPanel(Vertical):
             if group != self._group:
                 self._group = group
                 options.append(Option(heading(group), disabled=True))
-            line = found_prompt(each, words, now) if words else prompt(each, now, shown=each.id == shown)
-            options.append(Option(line, id=str(each.id)))
+            label = result_label(each, words, now) if words else entry_label(each, now, shown=each.id == shown)
+            options.append(Option(label, id=str(each.id)))
             self._found[each.id] = each
         return options
 
-    def on_conversations_near_end(self) -> None:
+    def on_conversation_list_near_end(self) -> None:
         """Fetch more."""
         if self._more:
-            self._more = False  # until it has come
-            begin, self._wanted = self._wanted, self._wanted + PAGE
-            self._fetch(self.query_one(Line).value, begin, self._wanted)
+            self._more = False  # until it has been fetched
+            start, self._wanted = self._wanted, self._wanted + PAGE
+            self._fetch(self.query_one(SafeInput).value, start, self._wanted)
 
     def on_input_changed(self) -> None:
-        """Search, a moment after the last key."""
-        if self._typed is not None:
-            self._typed.stop()
+        """Search once the user pauses."""
+        if self._search_timer is not None:
+            self._search_timer.stop()
         self._wanted = PAGE
-        self._typed = self.set_timer(_PATIENCE, self.refresh_list)
+        self._search_timer = self.set_timer(_SEARCH_DELAY, self.refresh_list)
 
     # ---- keys and the mouse
 
     def on_key(self, event: events.Key) -> None:
-        """From the search into the list."""
-        if self.query_one(Line).has_focus and event.key in ("down", "pagedown"):
+        """Go from the search field to the list, or clear the search."""
+        if self.query_one(SafeInput).has_focus and event.key in ("down", "pagedown"):
             event.stop()
-            self.query_one(Conversations).focus()
-        elif self.query_one(Line).has_focus and event.key == "escape" and self.query_one(Line).value:
+            self.query_one(ConversationList).focus()
+        elif self.query_one(SafeInput).has_focus and event.key == "escape" and self.query_one(SafeInput).value:
             event.stop()
             event.prevent_default()
-            self.query_one(Line).value = ""
+            self.query_one(SafeInput).value = ""
 
     def on_input_submitted(self) -> None:
-        """The first one found."""
-        self.query_one(Conversations).action_select()
+        """Open the first result."""
+        self.query_one(ConversationList).action_select()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """What a key does, too."""
+        """Do what the button says."""
         event.stop()
         self._do(str(event.button.name))
 
-    def on_conversations_wished(self, event: Conversations.Wished) -> None:
-        """As above."""
-        self._do(event.what)
+    def on_conversation_list_action_requested(self, event: ConversationList.ActionRequested) -> None:
+        """Do what a key of the list stands for."""
+        self._do(event.action)
 
     @on(OptionList.OptionSelected)
     def _selected(self, event: OptionList.OptionSelected) -> None:
         event.stop()
         self.open(int(event.option.id or 0))
 
-    def _do(self, what: str) -> None:
-        summary = self._found.get(self._number() or 0)
-        if what == "close":
+    def _do(self, action: str) -> None:
+        summary = self._found.get(self._highlighted_id() or 0)
+        if action == "close":
             self.action_close()
-        elif what == "search":
-            self.query_one(Line).focus()
-        elif what == "undo":
+        elif action == "search":
+            self.query_one(SafeInput).focus()
+        elif action == "undo":
             self.undo()
-        elif what == "import":
+        elif action == "import":
             self.import_conversations()
         elif summary is None:
-            self._say("Choose a conversation first.")
+            notify(self, "Choose a conversation first.")
         else:
-            {"pin": self.pin, "rename": self.rename, "delete": self.delete, "export": self.export}[what](summary)
+            {"pin": self.pin, "rename": self.rename, "delete": self.delete, "export": self.export}[action](summary)
 
-    def _number(self) -> int | None:
-        """The conversation that the list stands on."""
-        option = self.query_one(Conversations).highlighted_option
+    def _highlighted_id(self) -> int | None:
+        """The id of the highlighted conversation."""
+        option = self.query_one(ConversationList).highlighted_option
         return int(option.id) if option is not None and option.id else None
-
-    def _say(self, text: str, severity: str = "information") -> None:
-        self.app.notify(printable(text), severity=severity, markup=False)  # type: ignore[arg-type]
 
     def _note(self, text: str) -> None:
         note = self.query_one("#history-note", Static)
         note.update(printable(text))
         note.display = bool(text)
 
-    # ---- what can be done
+    # ---- actions
 
-    def open(self, number: int) -> None:
-        """Go to a conversation."""
-        cut = self._session.answering is not None
+    def open(self, id_: int) -> None:
+        """Open a conversation."""
+        interrupted = self._session.answering is not None
         try:
-            self._session.open(number)
+            self._session.open(id_)
         except LlmEdgeError as error:
-            self._say(str(error), "error")
+            notify(self, str(error), "error")
             self.refresh_list()
             return
-        if cut:
-            self._say("The answer there was stopped; Ctrl-G continues it.")
-        self.post_message(self.Moved(opened=True))
+        if interrupted:
+            notify(self, "The answer in the other conversation was stopped. Press Ctrl-G there to continue it.")
+        self.post_message(self.ConversationChanged(opened=True))
         if self.screen.has_class("narrow"):
             self.action_close()
         else:
@@ -290,44 +289,45 @@ class HistoryPanel(Vertical):
             self.post_message(self.Closed())
 
     def pin(self, summary: Summary) -> None:
-        """Let it stand first, or no longer."""
+        """Pin or unpin a conversation."""
         self._change(lambda: self._session.pin(summary.id, not summary.pinned))
 
     @work
     async def rename(self, summary: Summary) -> None:
-        """Ask for another title."""
-        title = await self.app.push_screen_wait(AskText("Title", summary.title, accept="Rename"))
-        if title is not None and self._change(lambda: self._session.rename(summary.id, title)):
-            self._moved(summary.id)
+        """Ask for a new title."""
+        title = await self.app.push_screen_wait(TextPrompt("Title", summary.title, accept="Rename"))
+        renamed = title is not None and self._change(lambda: self._session.rename(summary.id, title))
+        if renamed and summary.id == self._session.conversation.id:
+            self.post_message(self.ConversationChanged(opened=False))
 
     def delete(self, summary: Summary) -> None:
-        """Delete it, until it is undone."""
+        """Delete a conversation; `undo` restores it."""
         shown = summary.id == self._session.conversation.id
         if self._change(lambda: self._session.delete(summary.id)):
             self._deleted.append((summary, shown))
-            self._say(f"Deleted “{_short(summary.title)}”. In this list, u brings it back.")
+            notify(self, f"Deleted “{_short(summary.title)}”. Press u in the list to undo.")
             if shown:
-                self.post_message(self.Moved(opened=True))
+                self.post_message(self.ConversationChanged(opened=True))
 
     def undo(self) -> None:
-        """Bring the last one back that was deleted."""
+        """Restore the conversation that was deleted last."""
         if not self._deleted:
-            self._say("Nothing was deleted.")
+            notify(self, "Nothing to undo.")
             return
         summary, shown = self._deleted[-1]
-        self._stand_on = summary.id
+        self._to_highlight = summary.id
         if self._change(lambda: self._session.store.restore(summary.id)):
             self._deleted.pop()
-            self._say(f"“{_short(summary.title)}” is back.")
+            notify(self, f"Restored “{_short(summary.title)}”.")
             if shown and not self._session.conversation.messages:
                 self._session.open(summary.id)
-                self.post_message(self.Moved(opened=True))
+                self.post_message(self.ConversationChanged(opened=True))
 
     def _change(self, change: Callable[[], object]) -> bool:
         try:
             change()
         except LlmEdgeError as error:
-            self._say(str(error), "error")
+            notify(self, str(error), "error")
             return False
         finally:
             self.refresh_list()
@@ -335,26 +335,22 @@ class HistoryPanel(Vertical):
 
     @work
     async def export(self, summary: Summary) -> None:
-        """Write a conversation to a file whose name is asked for."""
-        await export(self.app, self._session.store, summary)
+        """Export a conversation to a file."""
+        await export_conversation(self.app, self._session.store, summary)
 
     @work(exclusive=True, group="history-import")
     async def import_conversations(self) -> None:
-        """Take in conversations from a file whose name is asked for."""
+        """Import conversations from a file."""
         await import_conversations(self.app, self._session.store, self._note)
         self._note("")
         self.refresh_list()
 
-    def _moved(self, number: int) -> None:
-        if number == self._session.conversation.id:
-            self.post_message(self.Moved(opened=False))
 
-
-def _button(label: str, what: str, tooltip: str) -> Button:
-    button = Button(label, name=what, tooltip=tooltip, compact=True)
-    button.can_focus = False  # keys do the same
+def _button(label: str, action: str, tooltip: str) -> Button:
+    button = Button(label, name=action, tooltip=tooltip, compact=True)
+    button.can_focus = False  # the list has keys for the same actions
     return button
 
 
 def _short(title: str) -> str:
-    return one_line(title, 40) or "an untitled one"
+    return one_line(title, 40) or "(untitled)"

@@ -1,7 +1,7 @@
-"""Markdown as lines for a terminal, cheap while it grows. Knows no widgets and no model.
+"""Renders Markdown that grows as lines for a terminal.
 
-A Markdown text is a row of blocks, and text at its end changes the last two at most: its last line may begin a block,
-and then turn out to continue the one before. Other blocks are rendered once.
+Appended text can change at most the last two blocks of a Markdown text: a line that starts a block may turn out to
+continue the one before. All other blocks are rendered only once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.theme import Theme
 
 from llm_edge.chat.text import printable
 
-# Colours that can be read on a ground; on a dark one, rich's others can.
+# Colors that are legible on the background of code; on a dark one, the rest of rich's defaults are.
 _ON_DARK = {"markdown.block_quote": Style(color="#d0a8e8")}
 _ON_LIGHT = {
     "markdown.link": Style(color="#0b4fb3"),
@@ -37,16 +37,16 @@ _ON_LIGHT = {
 }
 
 Line = list[Segment]
-"""Segments of one line, without a line end."""
+"""The segments of one line, without a line break."""
 
-_LONGEST, _LONGEST_SPAN = 40_000, 4_000  # characters of a block, and of a paragraph in it, that are looked at as
-# Markdown, whose marks take time that grows with the square of them; what is longer is shown as it stands
-_LONGEST_LINE = 1_000  # characters of a line of code that is coloured
-_CHUNK = 50  # lines of code that are coloured at once, so that a long block that grows costs no more than a short one
+# Parsing inline Markdown takes time quadratic in its length; longer blocks and paragraphs are shown as plain text.
+_MAX_BLOCK, _MAX_PARAGRAPH = 40_000, 4_000  # characters
+_MAX_CODE_LINE = 1_000  # characters of a line of code that is highlighted
+_CODE_CHUNK = 50  # lines of code that are highlighted together, so that a growing block costs no more when it is long
 
 
 class _Heading(Heading):
-    """On the left, as everything else is."""
+    """A heading aligned to the left."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.text.justify = "left"
@@ -54,7 +54,7 @@ class _Heading(Heading):
 
 
 class _CodeBlock(CodeBlock):
-    """With its background up to the right edge, and a line of it above and below."""
+    """A code block with a background up to the right edge."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = str(self.text).rstrip()
@@ -77,24 +77,22 @@ class _Block:
 
 
 class MarkdownLines:
-    """The lines of a Markdown text at some width.
-
-    `lines` gives the same lines whether the text came at once or character by character.
+    """Renders a Markdown text as lines; the result does not depend on how the text has grown.
 
     Args:
-        code_theme: a style of Pygments, for code blocks.
+        code_theme: a Pygments style for code blocks.
     """
 
     def __init__(self, code_theme: str = "monokai") -> None:
         self.code_theme = code_theme
         self._parser = _parser()
-        self._parser.core.ruler.enableOnly(["normalize", "block"])  # where blocks begin is all that is asked
+        self._parser.core.ruler.enableOnly(["normalize", "block"])  # only the starts of blocks are needed
         self._text = ""
-        self._blocks: list[_Block] = []  # all but the last two are as they will stay
+        self._blocks: list[_Block] = []  # all but the last two are final
         self._width = 0
 
     def lines(self, text: str, width: int) -> list[Line]:
-        """The lines of a text; one that continues the text before costs what its last blocks cost."""
+        """The lines of a text; if it continues the previous one, only its last blocks are rendered."""
         if width != self._width or not text.startswith(self._text):
             self._width, self._text, self._blocks = width, "", []
         if text != self._text:
@@ -113,7 +111,7 @@ class MarkdownLines:
         return found
 
     def _split(self, text: str) -> list[str]:
-        """The text's blocks, which together are the text."""
+        """The text's blocks; joined, they give the text."""
         starts = [token.map[0] for token in self._parser.parse(text) if token.level == 0 and token.map is not None]
         lines = text.splitlines(keepends=True)
         ends = [*sorted({start for start in starts if start}), len(lines)]
@@ -124,16 +122,16 @@ class MarkdownLines:
         return blocks
 
     def _render(self, text: str) -> list[Line]:
-        """A block's lines; segments hold nothing that a terminal would obey, entities of Markdown included."""
+        """A block's lines, free of control characters, including those written as Markdown entities."""
         tokens = self._parser.parse(text)
         if len(tokens) == 1 and tokens[0].type in ("fence", "code_block"):
             lines = printable(tokens[0].content).expandtabs(4).rstrip().split("\n")
             language = tokens[0].info.strip().partition(" ")[0]
-            chunks = ("\n".join(lines[start : start + _CHUNK]) for start in range(0, len(lines), _CHUNK))
+            chunks = ("\n".join(lines[start : start + _CODE_CHUNK]) for start in range(0, len(lines), _CODE_CHUNK))
             return [line for chunk in chunks for line in _code(chunk, language, self.code_theme, self._width)]
         shown = printable(text).expandtabs(4)
         spans = (len(token.content) for token in tokens if token.type == "inline")
-        if len(text) > _LONGEST or max(spans, default=0) > _LONGEST_SPAN:
+        if len(text) > _MAX_BLOCK or max(spans, default=0) > _MAX_PARAGRAPH:
             return _lines(Text(shown), self._width, self.code_theme)
         return _trimmed(
             _lines(_Blocks(shown, code_theme=self.code_theme, hyperlinks=False), self._width, self.code_theme)
@@ -142,21 +140,21 @@ class MarkdownLines:
 
 @functools.lru_cache(maxsize=256)
 def _code(code: str, language: str, theme: str, width: int) -> list[Line]:
-    """Some lines of code, over a background up to the right edge."""
+    """Highlighted code with a background up to the right edge."""
     lexer = language or "text"
-    if max(map(len, code.split("\n"))) > _LONGEST_LINE:
+    if max(map(len, code.split("\n"))) > _MAX_CODE_LINE:
         lexer = "text"
     return _lines(Syntax(code, lexer, theme=theme, word_wrap=True, padding=(0, 1), tab_size=4), width, theme)
 
 
 @functools.cache
 def _console(code_theme: str) -> Console:
-    """Draws Markdown; code within a line stands on the same ground as blocks of it."""
-    ground = get_style_by_name(code_theme).background_color
-    light = sum(Color.parse(ground).get_truecolor()) > 3 * 128
+    """A console for Markdown; inline code has the same background as code blocks."""
+    background = get_style_by_name(code_theme).background_color
+    light = sum(Color.parse(background).get_truecolor()) > 3 * 128
     styles = {
         **(_ON_LIGHT if light else _ON_DARK),
-        "markdown.code": Style(bold=True, color="#202020" if light else "cyan", bgcolor=ground),
+        "markdown.code": Style(bold=True, color="#202020" if light else "cyan", bgcolor=background),
     }
     return Console(color_system="truecolor", force_terminal=True, width=80, legacy_windows=False, theme=Theme(styles))
 
@@ -178,6 +176,6 @@ def _parser() -> MarkdownIt:
 
 
 def _trimmed(lines: Sequence[Line]) -> list[Line]:
-    """Without empty lines around."""
+    """The lines without empty ones at the start and end."""
     full = [index for index, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
     return list(lines[full[0] : full[-1] + 1]) if full else []

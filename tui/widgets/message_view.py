@@ -1,4 +1,4 @@
-"""One message of a conversation as one light widget: its lines are made once and drawn line by line."""
+"""One message of a conversation as a single widget, which renders its lines once and draws them one by one."""
 
 from __future__ import annotations
 
@@ -18,109 +18,113 @@ from textual.widget import Widget
 from llm_edge.chat.figures import figures_line
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.text import printable
-from llm_edge.tui.widgets.markdown import Line, MarkdownLines
+from llm_edge.tui.notifications import notify
+from llm_edge.tui.widgets.markdown import Line, MarkdownLines, code_blocks
 
-_LIVE_REASONING = 6  # lines that show of a reasoning while it grows
+_LIVE_REASONING_LINES = 6  # of a reasoning in progress
 _DIM = Style(dim=True)
-_THOUGHT = Style(dim=True, italic=True)
+_REASONING = Style(dim=True, italic=True)
 
 
 class MessageView(Widget, can_focus=True):
-    """A message: who says it, its reasoning (folded, unless it grows), its text, and a line of figures.
+    """A message: who wrote it, its reasoning (folded once complete), its text, and a line of figures.
 
     Args:
-        message: whose text may grow; call `changed` then.
-        branch: its place among the versions of it, from 1 on, and how many there are.
-        code_theme: see `MarkdownLines`.
+        message: the message; call `changed` after its text has grown.
+        version: its number among the versions of the message, from 1, and how many there are.
+        code_theme: a Pygments style.
+
+    Attributes:
+        live: whether the message is still growing.
+        in_conversation: whether it is part of the conversation, so that it can be quoted, edited or regenerated.
     """
 
     ALLOW_SELECT = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "fold", "Reasoning"),
-        Binding("y", "ask('copy')", "Copy"),
-        Binding("c", "ask('copy_code')", "Copy code"),
-        Binding("q", "ask('quote')", "Quote"),
-        Binding("e", "ask('edit')", "Edit"),
-        Binding("r", "ask('regenerate')", "Regenerate"),
-        Binding("left_square_bracket,left", "ask('previous')", "Version", key_display="["),
-        Binding("right_square_bracket,right", "ask('next')", "Version", show=False),
-        Binding("t", "ask('tokens')", "Tokens"),
+        Binding("y", "copy", "Copy"),
+        Binding("c", "copy_code", "Copy code"),
+        Binding("q", "request('quote')", "Quote"),
+        Binding("e", "request('edit')", "Edit"),
+        Binding("r", "request('regenerate')", "Regenerate"),
+        Binding("left_square_bracket,left", "request('previous')", "Version", key_display="["),
+        Binding("right_square_bracket,right", "request('next')", "Version", show=False),
+        Binding("t", "request('tokens')", "Tokens"),
         Binding("up,k", "app.focus_previous", "Up", show=False),
         Binding("down,j", "app.focus_next", "Down", show=False),
     ]
 
-    class Asked(Event):
-        """Something is to be done with this message."""
+    class ActionRequested(Event):
+        """The user asked to quote, edit or regenerate the message, or for its tokens or another version of it.
 
-        def __init__(self, view: MessageView, what: str) -> None:
+        Attributes:
+            view: the message's view.
+            action: quote, edit, regenerate, tokens, previous or next.
+        """
+
+        def __init__(self, view: MessageView, action: str) -> None:
             super().__init__()
-            self.view, self.what = view, what
+            self.view, self.action = view, action
 
-    def __init__(self, message: Message, branch: tuple[int, int] = (1, 1), code_theme: str = "monokai") -> None:
+    def __init__(self, message: Message, version: tuple[int, int] = (1, 1), code_theme: str = "monokai") -> None:
         super().__init__(classes=message.role)
         self.message = message
         self.live = False
-        self.folded = True
-        self.copied_block = 0  # of the code; the next one to copy
-        self.kept = True  # in a conversation: it can be quoted, edited, made again
-        self._branch = branch
+        self.in_conversation = True
+        self._folded = True
+        self._next_code_block = 0  # to copy
+        self._version = version
         self._markdown = MarkdownLines(code_theme)
-        self._made: tuple[int, list[Line]] | None = None  # width, lines
+        self._rendered: tuple[int, list[Line]] | None = None  # width, lines
         self._reasoning_line = -1
 
     @property
-    def branch(self) -> tuple[int, int]:
-        """Its place among the versions of it."""
-        return self._branch
+    def version(self) -> tuple[int, int]:
+        """Number among the versions of the message, and their count."""
+        return self._version
 
-    @branch.setter
-    def branch(self, branch: tuple[int, int]) -> None:
-        if branch != self._branch:
-            self._branch = branch
+    @version.setter
+    def version(self, version: tuple[int, int]) -> None:
+        if version != self._version:
+            self._version = version
             self.changed()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Only what can be done with this message."""
         if action == "fold":
             return bool(self.message.reasoning)
-        if action == "ask" and not self.kept:
-            return parameters[0] in ("copy", "copy_code", "tokens")
-        return True
+        return action != "request" or self.in_conversation or parameters[0] == "tokens"
 
     def use_code_theme(self, name: str) -> None:
-        """Another theme for code."""
+        """Use a Pygments style for code."""
         if name != self._markdown.code_theme:
             self._markdown = MarkdownLines(name)
             self.changed()
 
     def set_live(self, live: bool) -> None:
-        """Whether the message grows."""
+        """Set whether the message is still growing."""
         if live != self.live:
             self.live = live
             self.changed()
 
     def changed(self) -> None:
-        """The message is not what it was."""
-        before = len(self._made[1]) if self._made is not None else -1
-        width = self._made[0] if self._made is not None else 0
-        self._made = None
+        """Render the message again."""
+        height = len(self._rendered[1]) if self._rendered is not None else -1
+        width = self._rendered[0] if self._rendered is not None else 0
+        self._rendered = None
         if width:
-            self.refresh(layout=len(self._lines(width)) != before)
+            self.refresh(layout=len(self._lines(width)) != height)
         else:
             self.refresh(layout=True)
 
     # ---- drawing
 
-    def get_content_width(self, container: Size, viewport: Size) -> int:  # noqa: ARG002 (Textual's)
-        """All there is."""
+    def get_content_width(self, container: Size, viewport: Size) -> int:  # noqa: ARG002 (Textual's interface)
         return container.width
 
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:  # noqa: ARG002 (Textual's)
-        """As many lines as there are."""
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:  # noqa: ARG002 (see above)
         return len(self._lines(width)) if width else 0
 
     def render_line(self, y: int) -> Strip:
-        """One line of it."""
         width, base = self.size.width, self.rich_style
         lines = self._lines(width)
         if y >= len(lines):
@@ -130,30 +134,30 @@ class MessageView(Widget, can_focus=True):
         span = selection.get_span(y) if selection is not None else None
         if span is not None:
             start, end = span
-            chosen = self.screen.get_component_rich_style("screen--selection")
+            style = self.screen.get_component_rich_style("screen--selection")
             end = width if end == -1 else end
-            middle = Segment.apply_style(strip.crop(start, end), post_style=chosen)
-            strip = Strip.join([strip.crop(0, start), Strip(middle), strip.crop(end, width)])
+            selected = Segment.apply_style(strip.crop(start, end), post_style=style)
+            strip = Strip.join([strip.crop(0, start), Strip(selected), strip.crop(end, width)])
         return strip.apply_offsets(0, y)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
-        """The text that was marked with the mouse."""
+        """The text that is selected with the mouse."""
         lines = self._lines(self.size.width)
         return selection.extract("\n".join("".join(each.text for each in line).rstrip() for line in lines)), "\n"
 
     def notify_style_update(self) -> None:
-        """Themes change what is drawn."""
+        """Render again with the colors of another theme."""
         super().notify_style_update()
-        self._made = None
+        self._rendered = None
 
     def _lines(self, width: int) -> list[Line]:
-        if self._made is None or self._made[0] != width:
-            self._made = (width, self._make(width))
-        return self._made[1]
+        if self._rendered is None or self._rendered[0] != width:
+            self._rendered = (width, self._render_lines(width))
+        return self._rendered[1]
 
-    def _make(self, width: int) -> list[Line]:
+    def _render_lines(self, width: int) -> list[Line]:
         message = self.message
-        lines = [self._title()]
+        lines = [self._heading()]
         if message.reasoning:
             self._reasoning_line = len(lines)
             lines += self._reasoning(width)
@@ -168,49 +172,66 @@ class MessageView(Widget, can_focus=True):
             lines += _wrapped(message.content, width)
         return lines
 
-    def _title(self) -> Line:
+    def _heading(self) -> Line:
         message = self.message
         name = "You" if message.role == "user" else printable(message.model) or "Assistant"
         line = [Segment(name, Style(bold=True))]
-        place, count = self._branch
+        number, count = self._version
         if count > 1:
-            line.append(Segment(f"  {place} of {count}", _DIM))
+            line.append(Segment(f"  {number} of {count}", _DIM))
         if message.role == "assistant" and not message.finished and not self.live:
             line.append(Segment("  unfinished", _DIM))
         return line
 
     def _reasoning(self, width: int) -> list[Line]:
         message = self.message
-        growing = self.live and not message.content
         count = message.figures.get("reasoning_tokens")
         size = f" · {count} tokens" if count else ""
-        if growing:
-            lines = _wrapped(message.reasoning, width - 2, _THOUGHT)[-_LIVE_REASONING:]
-            return [[Segment("▾ thinking …", _DIM)], *([Segment("│ ", _DIM), *line] for line in lines)]
-        if self.folded:
-            return [[Segment(f"▸ reasoning{size}", _DIM)]]
-        lines = _wrapped(message.reasoning, width - 2, _THOUGHT)
-        return [[Segment(f"▾ reasoning{size}", _DIM)], *([Segment("│ ", _DIM), *line] for line in lines), []]
+        in_progress = self.live and not message.content
+        if self._folded and not in_progress:
+            return [[Segment(f"▸ Reasoning{size}", _DIM)]]
+        lines: list[Line] = [
+            [Segment("│ ", _DIM), *line] for line in _wrapped(message.reasoning, width - 2, _REASONING)
+        ]
+        if in_progress:
+            return [[Segment("▾ Thinking …", _DIM)], *lines[-_LIVE_REASONING_LINES:]]
+        return [[Segment(f"▾ Reasoning{size}", _DIM)], *lines, []]
 
-    # ---- what a person does
+    # ---- actions
 
     def action_fold(self) -> None:
-        """Show the reasoning, or hide it."""
-        self.folded = not self.folded
+        """Show or hide the reasoning."""
+        self._folded = not self._folded
         self.changed()
 
-    def action_ask(self, what: str) -> None:
-        """Pass a wish on."""
-        self.post_message(self.Asked(self, what))
+    def action_copy(self) -> None:
+        """Copy the text."""
+        self.app.copy_to_clipboard(self.message.content)
+        notify(self, "Copied.")
+
+    def action_copy_code(self) -> None:
+        """Copy the first code block; when repeated, the next one."""
+        blocks = code_blocks(self.message.content)
+        if not blocks:
+            notify(self, "This message has no code.")
+            return
+        number = self._next_code_block % len(blocks)
+        self._next_code_block = number + 1
+        self.app.copy_to_clipboard(blocks[number])
+        notify(self, f"Copied code block {number + 1} of {len(blocks)}." if len(blocks) > 1 else "Copied code.")
+
+    def action_request(self, action: str) -> None:
+        """Post `ActionRequested`."""
+        self.post_message(self.ActionRequested(self, action))
 
     def on_click(self, event: events.Click) -> None:
-        """A click on the reasoning's line folds it."""
+        """Fold or unfold the reasoning by clicking its heading."""
         if self.message.reasoning and event.get_content_offset_capture(self).y == self._reasoning_line:
             self.action_fold()
 
 
 def _wrapped(text: str, width: int, style: Style | None = None) -> list[Line]:
-    """Plain text in lines of a width."""
+    """Plain text as lines of a width."""
     from rich.console import Console
 
     console = Console(width=max(width, 8), color_system="truecolor", force_terminal=True)

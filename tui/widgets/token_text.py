@@ -1,4 +1,4 @@
-"""Text as tokens, each shaded by its probability, with a cursor that walks them. Knows no model."""
+"""Text as tokens, each shaded by its probability, with a cursor that moves from token to token."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ from textual.strip import Strip
 from llm_edge.chat.text import printable
 
 _SHADES = 10
-_STRONGEST = 0.75  # how much of the warning colour the least probable token has
-_UNLIKELY = 0.5  # tokens less probable are what `n` looks for
+_MAX_BLEND = 0.75  # share of the error color in the shade of the least probable token
+_UNLIKELY_BELOW = 0.5  # the probability below which `n` stops at a token
 
-Place = tuple[int, str, int]  # token, what shows of it, the column where that begins
+Span = tuple[int, str, int]  # token index, visible text, start column
 
 
 def visible(text: str) -> str:
-    """A token's text on one line: line ends and tabs show as signs, and nothing shows as a sign too."""
+    """A token's text on one line: symbols stand for line breaks, tabs and empty text."""
     return printable(text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")) or "·"
 
 
 class TokenText(ScrollView, can_focus=True):
-    """See the module."""
+    """Tokens shaded by their probability.
+
+    Attributes:
+        cursor: index of the current token.
+    """
 
     DEFAULT_CSS = "TokenText { height: 1fr; scrollbar-size-vertical: 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left,h", "walk(-1)", "Token before", show=False),
-        Binding("right,l", "walk(1)", "Next token", show=False),
+        Binding("left,h", "move(-1)", "Previous token", show=False),
+        Binding("right,l", "move(1)", "Next token", show=False),
         Binding("up,k", "line(-1)", "Line up", show=False),
         Binding("down,j", "line(1)", "Line down", show=False),
         Binding("pageup", "page(-1)", "Page up", show=False),
@@ -47,54 +51,53 @@ class TokenText(ScrollView, can_focus=True):
         Binding("home,g", "first", "First token", show=False),
         Binding("end,G", "last", "Last token", show=False),
         Binding("n", "unlikely(1)", "Next unlikely"),
-        Binding("N,p", "unlikely(-1)", "Unlikely before", show=False),
+        Binding("N,p", "unlikely(-1)", "Previous unlikely", show=False),
     ]
     cursor: reactive[int] = reactive(0)
 
-    class Moved(Event):
-        """The cursor stands on another token."""
+    class CursorMoved(Event):
+        """The cursor is on another token."""
 
     def __init__(self) -> None:
         super().__init__(id="token-text")
         self._texts: list[str] = []
-        self._chances: list[float] = []
-        self._lines: list[list[Place]] = []
-        self._made_for = 0
+        self._probabilities: list[float] = []
+        self._lines: list[list[Span]] = []
+        self._layout_width = 0
         self._styles: list[Style] = []
 
-    def put(self, texts: Sequence[str], logprobs: Sequence[float]) -> None:
-        """Show these tokens; the cursor stays where it is."""
+    def show(self, texts: Sequence[str], logprobs: Sequence[float]) -> None:
+        """Show tokens; the cursor stays where it is."""
         self._texts = [*texts]
-        self._chances = [math.exp(min(value, 0.0)) for value in logprobs]
-        self._made_for = 0
-        self._make()
+        self._probabilities = [math.exp(min(value, 0.0)) for value in logprobs]
+        self._layout_width = 0
+        self._layout_tokens()
 
     def on_resize(self) -> None:
-        """Other lines."""
-        self._make()
+        """Lay the tokens out again."""
+        self._layout_tokens()
 
     def notify_style_update(self) -> None:
-        """Other colours."""
+        """Use the colors of another theme."""
         super().notify_style_update()
         self._styles = []
 
-    def _make(self) -> None:
+    def _layout_tokens(self) -> None:
         width = self.scrollable_content_region.width
-        if width < 1 or width == self._made_for:
+        if width < 1 or width == self._layout_width:
             return
-        self._made_for = width
-        lines: list[list[Place]] = [[]]
+        self._layout_width = width
+        lines: list[list[Span]] = [[]]
         column = 0
         for token, text in enumerate(self._texts):
             for part in text.splitlines(keepends=True) or [""]:
                 shown = visible(part)
-                whole = cell_len(shown) <= width
-                for piece in [shown] if whole else chop_cells(shown, width):
-                    if column and column + cell_len(piece) > width:
+                for chunk in [shown] if cell_len(shown) <= width else chop_cells(shown, width):
+                    if column and column + cell_len(chunk) > width:
                         lines.append([])
                         column = 0
-                    lines[-1].append((token, piece, column))
-                    column += cell_len(piece)
+                    lines[-1].append((token, chunk, column))
+                    column += cell_len(chunk)
                 if part.endswith("\n"):
                     lines.append([])
                     column = 0
@@ -105,96 +108,95 @@ class TokenText(ScrollView, can_focus=True):
     # ---- drawing
 
     def render_line(self, y: int) -> Strip:
-        """One line of tokens."""
         number = y + self.scroll_offset.y
         base = self.rich_style
         if number >= len(self._lines):
             return Strip.blank(self.size.width, base)
         segments = []
         for token, text, _ in self._lines[number]:
-            style = self._style(self._chances[token])
+            style = self._style(self._probabilities[token])
             if token == self.cursor:
                 style += Style(reverse=True, bold=True, underline=True)
             segments.append(Segment(text, base + style))
         return Strip(segments).adjust_cell_length(self.size.width, base)
 
-    def _style(self, chance: float) -> Style:
+    def _style(self, probability: float) -> Style:
         if not self._styles:
-            ground = self.background_colors[1]
-            warning = Color.parse(self.app.theme_variables["error"])
+            background = self.background_colors[1]
+            error = Color.parse(self.app.theme_variables["error"])
             for number in range(_SHADES + 1):
-                shade = ground.blend(warning, _STRONGEST * number / _SHADES)
+                shade = background.blend(error, _MAX_BLEND * number / _SHADES)
                 self._styles.append(Style(bgcolor=shade.rich_color, color=shade.get_contrast_text(0.9).rich_color))
-        return self._styles[round((1 - min(max(chance, 0.0), 1.0)) * _SHADES)]
+        return self._styles[round((1 - min(max(probability, 0.0), 1.0)) * _SHADES)]
 
     def watch_cursor(self) -> None:
-        """Bring it into sight."""
-        self._into_sight()
+        """Scroll to the cursor."""
+        self._scroll_to_cursor()
         self.refresh()
-        self.post_message(self.Moved())
+        self.post_message(self.CursorMoved())
 
     def validate_cursor(self, cursor: int) -> int:
-        """It stays on the tokens there are."""
+        """Keep the cursor on a token."""
         return min(max(cursor, 0), max(len(self._texts) - 1, 0))
 
-    def _into_sight(self) -> None:
-        if self._lines and self._made_for:
+    def _scroll_to_cursor(self) -> None:
+        if self._lines and self._layout_width:
             self.scroll_to_region(Region(0, self._line_of(self.cursor), 1, 1), animate=False, force=True)
 
     def _line_of(self, token: int) -> int:
-        """The line on which a token begins."""
+        """The line on which a token starts."""
         firsts = [line[0][0] if line else len(self._texts) for line in self._lines]
-        place = bisect_right(firsts, token) - 1
-        while place > 0 and any(each[0] == token for each in self._lines[place - 1]):
-            place -= 1
-        return max(place, 0)
+        line = bisect_right(firsts, token) - 1
+        while line > 0 and any(each[0] == token for each in self._lines[line - 1]):
+            line -= 1
+        return max(line, 0)
 
-    # ---- walking
+    # ---- moving the cursor
 
-    def action_walk(self, by: int) -> None:
-        """To a token before or behind."""
+    def action_move(self, by: int) -> None:
+        """Move by a number of tokens."""
         self.cursor += by
 
     def action_first(self) -> None:
-        """To the first one."""
+        """Move to the first token."""
         self.cursor = 0
 
     def action_last(self) -> None:
-        """To the last one."""
+        """Move to the last token."""
         self.cursor = len(self._texts) - 1
 
     def action_line(self, by: int) -> None:
-        """To the token above or below."""
-        here = self._line_of(self.cursor)
-        column = next((each[2] for each in self._lines[here] if each[0] == self.cursor), 0)
-        wanted = here + by
-        while 0 <= wanted < len(self._lines) and not self._lines[wanted]:
-            wanted += 1 if by > 0 else -1
-        self._to(column, min(max(wanted, 0), len(self._lines) - 1))
+        """Move up or down by a number of lines."""
+        current = self._line_of(self.cursor)
+        column = next((each[2] for each in self._lines[current] if each[0] == self.cursor), 0)
+        target = current + by
+        while 0 <= target < len(self._lines) and not self._lines[target]:
+            target += 1 if by > 0 else -1
+        self._move_to(column, min(max(target, 0), len(self._lines) - 1))
 
     def action_page(self, by: int) -> None:
-        """A page up or down."""
+        """Move a page up or down."""
         self.action_line(by * max(self.size.height - 1, 1))
 
     def action_unlikely(self, by: int) -> None:
-        """To the next token that was less probable than not."""
+        """Move to the next token with a probability below 50 %."""
         token = self.cursor + by
-        while 0 <= token < len(self._chances):
-            if self._chances[token] < _UNLIKELY:
+        while 0 <= token < len(self._probabilities):
+            if self._probabilities[token] < _UNLIKELY_BELOW:
                 self.cursor = token
                 return
             token += by
         self.app.bell()
 
     def on_click(self, event: events.Click) -> None:
-        """To the token under the mouse."""
+        """Move to the token under the mouse."""
         offset = event.get_content_offset(self)
         if offset is not None:
-            self._to(offset.x, offset.y + self.scroll_offset.y)
+            self._move_to(offset.x, offset.y + self.scroll_offset.y)
 
-    def _to(self, column: int, line: int) -> None:
+    def _move_to(self, column: int, line: int) -> None:
         if not 0 <= line < len(self._lines) or not self._lines[line]:
             return
-        places = self._lines[line]
-        starts = [each[2] for each in places]
-        self.cursor = places[max(bisect_right(starts, column) - 1, 0)][0]
+        spans = self._lines[line]
+        starts = [each[2] for each in spans]
+        self.cursor = spans[max(bisect_right(starts, column) - 1, 0)][0]
