@@ -188,7 +188,7 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             assert app.query_one(PresetNameInput).display
             await pilot.press(*"greedy", "enter")
             await pilot.pause()
-            assert "greedy is there already" in error_under(app, "presets")
+            assert "greedy is a built-in preset" in error_under(app, "presets")
             await pilot.press("end", "ctrl+u", *"mine", "enter")
             await until(pilot, lambda: select.value == "mine")
             assert not app.query_one(PresetNameInput).display
@@ -311,7 +311,7 @@ def test_escape_codes_pasted_into_a_field_do_not_reach_the_terminal(tmp_path: Pa
     ("content", "told"),
     [
         ("{", "not JSON"),
-        ('{"presets": 3}', "presets: an object of models"),
+        ('{"presets": 3}', "presets: expected an object of models"),
         ('{"presets": {"script": {"bad": 1}}}', "script, bad: expected an object of parameters"),
         ('{"presets": {"script": {"b\\u001b[2Jd": {"temperature": "hot"}}}}', ""),
     ],
