@@ -1,7 +1,7 @@
-"""`python -m llm_edge.bench.chat BUNDLE`: what the terminal chat costs, in a terminal of its own.
+"""`python -m llm_edge.bench.chat BUNDLE`: measures the overhead of the full-screen chat, in a pseudo-terminal.
 
-Tokens a second of an answer in `llm-chat` against the same answer without a screen, in turn; the time from a key to its
-letter in the terminal while an answer comes; and that in a long conversation, with the time to open and to scroll it.
+Tokens per second in `llm-chat` and without it, in turn; the time from a key press to its letter on the screen while an
+answer is generated; and the same in a long conversation, with the time to open and scroll it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llm_edge.runtime.errors import MachineError
 
 QUESTION = "Write a long story about a lighthouse keeper and a storm."
 TOKENS = 400
-KEY = "ß"  # no answer to that question holds it
+KEY = "ß"  # does not occur in answers to that question
 STORE = "conversations.sqlite3"
 F2, PAGE_UP = "\x1bOQ", "\x1b[5~"
 LONG = 200  # messages
@@ -60,13 +60,13 @@ with Store(Path(path)) as store:
 
 
 def bare(bundle: Path, precision: str) -> float:
-    """Tokens a second without a screen."""
+    """Tokens per second without the chat."""
     command = [sys.executable, "-c", _BARE, str(bundle), precision, QUESTION, str(TOKENS)]
     return float(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout))
 
 
 class Terminal:
-    """`llm-chat` in a terminal of 100 columns and 30 rows."""
+    """`llm-chat` in a pseudo-terminal of 100 columns and 30 rows."""
 
     def __init__(self, bundle: Path, precision: str, data: Path) -> None:
         self.began = time.perf_counter()
@@ -79,7 +79,7 @@ class Terminal:
         self._seen = b""
 
     def wait(self, text: str, seconds: float = 60.0) -> float:
-        """Read until the terminal shows a text; returns when that was, by `time.perf_counter`."""
+        """Read until the terminal shows a text; returns the time by `time.perf_counter`."""
         end = time.perf_counter() + seconds
         while text.encode() not in self._seen:
             if time.perf_counter() > end:
@@ -90,25 +90,25 @@ class Terminal:
         return when
 
     def read(self, seconds: float) -> None:
-        """Take what comes meanwhile."""
+        """Read output for at most so many seconds."""
         if select.select([self._terminal], [], [], seconds)[0]:
             with contextlib.suppress(OSError):
                 self._seen += os.read(self._terminal, 1 << 16)
 
     def send(self, text: str) -> float:
-        """Press keys; returns when."""
+        """Press keys; returns the time."""
         self._seen = b""
         os.write(self._terminal, text.encode())
         return time.perf_counter()
 
     def settle(self) -> None:
-        """Take what comes for a moment."""
+        """Read output for a moment."""
         end = time.perf_counter() + 0.1
         while time.perf_counter() < end:
             self.read(0.02)
 
     def close(self) -> None:
-        """Leave."""
+        """Quit the chat."""
         os.write(self._terminal, b"\x11")
         with contextlib.suppress(OSError):
             while os.read(self._terminal, 1 << 16):
@@ -117,7 +117,7 @@ class Terminal:
 
 
 def chat(bundle: Path, precision: str, keys: bool) -> tuple[float, list[float], float]:
-    """Tokens a second in the application, seconds from keys to their letters, and seconds from start to screen."""
+    """Tokens per second in the chat, seconds from keys to their letters, and seconds from start to the first screen."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         terminal = Terminal(bundle, precision, data)
@@ -130,7 +130,7 @@ def chat(bundle: Path, precision: str, keys: bool) -> tuple[float, list[float], 
 
 
 def long_chat(bundle: Path, precision: str) -> tuple[float, float, list[float]]:
-    """Seconds until a long conversation shows, and until it has scrolled by a page; seconds from keys to letters."""
+    """Seconds to open a long conversation, to scroll a page, and from keys to their letters."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         subprocess.run([sys.executable, "-c", _FILL, str(data / STORE), str(LONG), PARAGRAPH], check=True)
@@ -150,7 +150,7 @@ def long_chat(bundle: Path, precision: str) -> tuple[float, float, list[float]]:
 
 
 def watch(terminal: Terminal, data: Path, keys: bool) -> tuple[float, list[float]]:
-    """Tokens a second of an answer that begins, and seconds from keys that are pressed meanwhile to their letters."""
+    """Tokens per second of an answer, and seconds from keys pressed meanwhile to their letters."""
     echoes: list[float] = []
     terminal.wait("tok/s")
     while (rate := figures(data)) is None:
@@ -165,7 +165,7 @@ def watch(terminal: Terminal, data: Path, keys: bool) -> tuple[float, list[float
 
 
 def figures(data: Path) -> float | None:
-    """Tokens a second of the answer, once it is complete; read from the store."""
+    """Tokens per second of the answer as stored; None = it is not complete."""
     query = "SELECT figures FROM messages WHERE role = 'assistant' AND finished AND figures <> '{}'"
     with contextlib.closing(sqlite3.connect(data / STORE)) as store:
         rows = store.execute(query).fetchall()
@@ -173,8 +173,8 @@ def figures(data: Path) -> float | None:
 
 
 def measure(bundle: Path, precision: str, rounds: int) -> None:
-    """Both in turn; prints medians."""
-    Bundle.open(bundle).precision(precision)  # a wrong one is told in a line
+    """Measure with and without the chat in turn, and print medians."""
+    Bundle.open(bundle).precision(precision)  # reports an unknown one early
     ratios, echoes, starts = [], [], []
     for _ in range(rounds):
         alone = bare(bundle, precision)
@@ -184,21 +184,21 @@ def measure(bundle: Path, precision: str, rounds: int) -> None:
         print(f"  {alone:.0f} tok/s alone, {rate:.0f} in the chat", file=sys.stderr)
         echoes += chat(bundle, precision, keys=True)[1]
     print(f"chat: {statistics.median(ratios):.3f} x the speed without a screen, least {min(ratios):.3f}")
-    print(f"keys: {_told(echoes)}")
+    print(f"keys: {_summary(echoes)}")
     print(f"start to screen: {statistics.median(starts):.2f} s")
     opened, scrolled, echoes = long_chat(bundle, precision)
     words = LONG * (len(PARAGRAPH.split()) + 2)
     print(f"{LONG} messages of {words:,} words: open in {opened:.2f} s, a page up in {scrolled * 1e3:.0f} ms")
-    print(f"keys there: {_told(echoes)}")
+    print(f"keys there: {_summary(echoes)}")
 
 
-def _told(echoes: Sequence[float]) -> str:
+def _summary(echoes: Sequence[float]) -> str:
     late = sorted(echoes)[int(0.95 * len(echoes))]
     return f"{statistics.median(echoes) * 1e3:.0f} ms, 95 % {late * 1e3:.0f} ms, of {len(echoes)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse and measure."""
+    """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", default="int8")

@@ -1,4 +1,4 @@
-"""`llm-bench`: speed and memory of a bundle, and of other engines beside it."""
+"""`llm-bench`: speed and memory of a bundle, and of other engines next to it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder made by llm-export.")],
-    precision: Annotated[str | None, typer.Option(help="Comma-separated. Default: all that the bundle holds.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="Fresh processes of each; medians are shown.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Measurements in each process, in turn.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an operator. Default: physical cores.")] = None,
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder from llm-export.")],
+    precision: Annotated[str | None, typer.Option(help="Comma-separated. Default: all in the bundle.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Fresh processes of each; medians are reported.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Measurements in each process, interleaved.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator. Default: physical cores.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="Command of another engine that speaks the lines of bench/worker.py.")
+        str | None, typer.Option(help="Command of another engine with the protocol of bench/worker.py.")
     ] = None,
 ) -> None:
     """Measure tokens per second, time to the first token of a cold process and peak memory.
@@ -125,7 +125,7 @@ def _cell(form: str, value: float | None) -> str:
 
 
 def machine() -> str:
-    """The processor and how many of its threads we may use."""
+    """The processor and the number of available threads."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

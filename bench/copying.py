@@ -1,4 +1,4 @@
-"""Prompts whose answers repeat much of them, and prompts whose answers do not. Data alone."""
+"""Prompts whose answers repeat much of them, and prompts whose answers do not."""
 
 from __future__ import annotations
 

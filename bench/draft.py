@@ -1,7 +1,7 @@
-"""`python -m llm_edge.bench.draft BUNDLE DRAFT`: what a draft gives, as ratios of decoding speeds within one run.
+"""`python -m llm_edge.bench.draft BUNDLE DRAFT`: the speedup by a draft model, as ratios within one run.
 
-Prose and copied texts, greedy and drawn, with the draft against no guesses at all and against prompt lookup alone. All
-take turns answer by answer.
+Prose and copied texts, greedy and sampled, with the draft model against no speculative decoding and against prompt
+lookup alone, interleaved answer by answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WAYS = {"greedy": SamplingParams(temperature=0), "drawn": SamplingParams(tempera
 
 
 def measure(plain: Model, drafted: Model, prompts: Sequence[str], params: SamplingParams, rounds: int) -> list[float]:
-    """Over some prompts, medians of: speed against no guesses, against lookup, and the share of guesses that came."""
+    """Medians over prompts: speed against none, speed against lookup, and acceptance rate."""
     found = []
     for text in prompts:
         rates: dict[str, list[float]] = {"none": [], "lookup": [], "draft": []}
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision")
     parser.add_argument("--draft-precision")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--tokens", type=int, default=100, help="of an answer at most")
+    parser.add_argument("--tokens", type=int, default=100, help="maximum answer length")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     if options.tokens < 2 or options.rounds < 1:

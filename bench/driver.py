@@ -1,4 +1,4 @@
-"""Measures several workers (see `worker.py`) in turn, request by request, so that all see the same weather."""
+"""Measures several workers (see `worker.py`) in turn, request by request, so that all see the same load."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Worker:
 
     @property
     def age(self) -> float:
-        """Seconds since the process was begun."""
+        """Seconds since the process was started."""
         return time.perf_counter() - self._began
 
     def close(self) -> None:
-        """Let the process end, or see that it has: what it left unread goes with it."""
+        """End the process; unread output is discarded."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -89,7 +89,7 @@ def measure(
         tokens: at least 512 tokens of ordinary text.
         rounds: samples of cold start and peak memory.
         repeats: samples of everything else in a round.
-        progress: is told in a few words what goes on.
+        progress: receives status messages.
     """
     figures: dict[str, Figures] = {name: {key: [] for key in COLUMNS} for name in commands}
     for number in range(rounds):
@@ -100,7 +100,7 @@ def measure(
                 workers[name] = Worker(command)
                 workers[name].ask(tokens=tokens[:32], count=1)
                 figures[name]["cold_start_s"].append(workers[name].age)
-                workers[name].ask(tokens=tokens[:512], count=DECODE_TOKENS)  # so that buffers have their size
+                workers[name].ask(tokens=tokens[:512], count=DECODE_TOKENS)  # allocates the buffers
             progress(f"round {number + 1} of {rounds}: {', '.join(commands)} in turn")
             for _ in range(repeats):
                 _sample(workers, tokens, figures)
@@ -121,7 +121,7 @@ def _sample(workers: Mapping[str, Worker], tokens: Sequence[int], figures: dict[
         for name, worker in workers.items():
             reply = worker.ask(tokens=tokens[: max(depth, 1)], count=DECODE_TOKENS)
             if reply["count"] < 2:
-                continue  # the model had nothing to say
+                continue  # the model ended at once
             figures[name][f"decode_{depth}"].append((reply["count"] - 1) / reply["rest"])
             if depth == 0 and "inside" in reply:
                 whole = reply["first"] + reply["rest"]
@@ -129,10 +129,10 @@ def _sample(workers: Mapping[str, Worker], tokens: Sequence[int], figures: dict[
 
 
 def median(samples: Sequence[float]) -> float | None:
-    """Median of the samples, None without any."""
+    """Median of the samples; None if there are none."""
     return statistics.median(samples) if samples else None
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Median of the ratios of samples taken side by side, None without any."""
+    """Median of the ratios of paired samples; None if there are none."""
     return median([our / their for our, their in zip(ours, theirs, strict=False)])

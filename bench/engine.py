@@ -1,9 +1,9 @@
-"""`python -m llm_edge.bench.engine BUNDLE [--precision P] [PART …]`: what an engine gives, as ratios within one run.
+"""`python -m llm_edge.bench.engine BUNDLE [--precision P] [PART …]`: an engine's performance, as ratios within one run.
 
-Parts: streams (tokens a second of 1 to 16 answers at once), turn (first token of a second turn), guesses (with and
-without, on prompts that are copied and on prose), stall (a long prompt among running answers), part (the share of
-Python), sampling (a draw against a step), texts (how often guesses change a text), drift (memory after 10,000
-requests; a small model will do).
+Parts: streams (tokens/s of 1 to 16 concurrent answers), turn (first token of a second turn), guesses (speculative
+decoding on and off, on copied text and prose), stall (a long prompt among running answers), part (share of Python),
+sampling (a draw against a step), texts (how often speculative decoding changes a text), drift (memory after 10,000
+requests; a small model is enough).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def chat(text: str) -> list[dict[str, str]]:
 
 
 def streams(engine: Engine) -> None:
-    """Tokens a second of all answers together while all of them are on their way."""
+    """Total tokens/s while all answers are running."""
     prompt = engine.tokenizer.encode(" ".join(PROSE * 4))[:100]
     rates: dict[tuple[int, bool], list[float]] = {(width, guess): [] for width in WIDTHS for guess in (False, True)}
     for number in range(ROUNDS):
@@ -63,7 +63,7 @@ def streams(engine: Engine) -> None:
 
 
 def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) -> float:
-    """Tokens a second from when the last answer has begun until the first one ends."""
+    """Tokens/s from the start of the last answer to the end of the first."""
     times: list[list[float]] = [[] for _ in prompts]
 
     def read(answer: AsyncGeneration, when: list[float]) -> None:
@@ -80,7 +80,7 @@ def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) 
 
 
 def turn(engine: Engine) -> None:
-    """Time to the first token of a second turn, against computing all of it afresh."""
+    """Time to the first token of a second turn, against computing all of it again."""
     text = " ".join(f"Item {number} is described in chapter {number * 7 % 50}." for number in range(115))
     ratios, lengths = [], []
     for number in range(ROUNDS):
@@ -96,7 +96,7 @@ def turn(engine: Engine) -> None:
 
 
 def guesses(engine: Engine) -> None:
-    """Speed of decoding with guesses against without, greedy."""
+    """Greedy decoding speed with speculative decoding against without."""
     for name, prompts in (("copying", COPYING), ("prose", PROSE)):
         ratios = []
         for text in prompts:
@@ -117,7 +117,7 @@ def guesses(engine: Engine) -> None:
 
 
 def stall(engine: Engine) -> None:
-    """Gaps between the tokens of 4 answers, before and while a prompt of 2,000 tokens comes, without guesses."""
+    """Gaps between the tokens of 4 answers, before and during a prompt of 2,000 tokens."""
     engine.speculative = False
     gaps: list[tuple[float, float]] = []
     params = SamplingParams(temperature=0.0, max_tokens=400, min_tokens=400)
@@ -153,7 +153,7 @@ def stall(engine: Engine) -> None:
 
 
 def part(engine: Engine) -> None:
-    """Share of a decode step that is not onnxruntime's."""
+    """Share of a decode step outside onnxruntime."""
     shares, params = [], SamplingParams(temperature=0.0, max_tokens=TOKENS)
     engine.speculative = False
     for _ in range(ROUNDS):
@@ -167,7 +167,7 @@ def part(engine: Engine) -> None:
 
 
 def sampling(engine: Engine) -> None:
-    """A draw against a decode step."""
+    """Duration of a draw relative to a decode step."""
     rng = np.random.default_rng(0)
     rows = rng.normal(0, 3, (50, 50_000)).astype(np.float32)
     result = engine.chat(chat(PROSE[1]), _NEVER).result()
@@ -187,7 +187,7 @@ def sampling(engine: Engine) -> None:
 
 
 def texts(engine: Engine) -> None:
-    """How often a text with guesses is not the one without, and how near the two tokens were where they part."""
+    """How often speculative decoding changes a text, and how close the two tokens were where they diverge."""
     params = SamplingParams(temperature=0.0, max_tokens=200, logprobs=20)
 
     def run(guess: bool) -> list[GenerationResult]:
@@ -212,7 +212,7 @@ def texts(engine: Engine) -> None:
 
 
 def drift(engine: Engine, requests: int = 10_000) -> None:
-    """Memory, threads and open files after many requests, against those after the first 500."""
+    """Memory, threads and open files after many requests, against after the first 500."""
     begun = (0.0, 0, 0)
     for number in range(requests):
         prompt = f"Request {number % 700}: {PROSE[number % len(PROSE)]}"

@@ -1,12 +1,12 @@
-"""A process that holds one precision of a bundle and is measured by `driver.py`: one request a line, one reply a line.
+"""A process with one precision of a bundle that `driver.py` measures: one request and one reply per line.
 
-`python -m llm_edge.bench.worker BUNDLE PRECISION THREADS` (0 threads: onnxruntime's own choice).
+`python -m llm_edge.bench.worker BUNDLE PRECISION THREADS` (0 threads: onnxruntime's default).
 
     {"tokens": [...], "count": n}   ->  {"first": s, "rest": s, "count": n, "inside": s}
     {"peak": true}                  ->  {"peak_mb": x}
 
 `first` is the time from the request to the first of `count` greedy tokens, `rest` that of the others, `inside` the part
-of both that onnxruntime took. Another engine can be measured by a program that speaks the same lines.
+of both spent in onnxruntime. Another engine can be measured by a program with the same protocol.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     from llm_edge.runtime import Model, SamplingParams
 
     model = Model.load(bundle, precision, provider="cpu", threads=threads or None)
-    model.speculative = False  # other engines do not, and it depends on the text
+    model.speculative = False  # other engines do not do this, and the gain depends on the text
 
     def answer(request: dict[str, Any]) -> dict[str, float]:
         if "peak" in request:

@@ -1,6 +1,6 @@
-"""Greedy tokens of a bundle in onnxruntime-genai. Runs in an environment of its own and knows nothing of llm-edge.
+"""Greedy tokens of a bundle in onnxruntime-genai. Runs in a separate environment without llm-edge.
 
-`run.py` writes the job to standard input and names the file for the answer.
+`run.py` writes the job to standard input and passes the name of the output file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnxruntime_genai as og
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Encode and continue every prompt with what the bundle alone provides."""
+    """Encode and continue every prompt using only what the bundle provides."""
     bundle = Path(job["bundle"])
     config = og.Config(str(bundle))
     shipped = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["filename"]

@@ -1,6 +1,7 @@
-"""Greedy tokens of a bundle in optimum's ORTModelForCausalLM. Runs in an environment of its own.
+"""Greedy tokens of a bundle in optimum's ORTModelForCausalLM. Runs in a separate environment without
+llm-edge.
 
-Knows nothing of llm-edge. `run.py` writes the job to standard input and names the file for the answer.
+`run.py` writes the job to standard input and passes the name of the output file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Encode and continue every prompt with what the bundle alone provides."""
+    """Encode and continue every prompt using only what the bundle provides."""
     graph = Path(job["model"])
     default = graph.name == "model.onnx"
     chosen = {} if default else {"subfolder": str(graph.parent), "file_name": graph.name}
@@ -26,7 +27,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     answers = []
     for prompt in job["prompts"]:
-        # Whatever the tokenizer returns goes into generate(), as everybody writes it.
+        # Everything the tokenizer returns goes into generate(), the usual call.
         if "messages" in prompt:
             inputs = tokenizer.apply_chat_template(
                 prompt["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True

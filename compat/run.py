@@ -1,10 +1,8 @@
-"""`make compat`: a bundle, unmodified, gives the same greedy tokens in other people's runtimes as in ours.
+"""`make compat`: a bundle, unmodified, gives the same greedy tokens in other runtimes as in ours.
 
-Knows how to make an environment for each consumer and how to compare; how a consumer is called stands in its
-`consume_*` script, which runs in that environment, offline, and knows nothing of us.
-
-Environments lie in `.compat/` and are made on first use and whenever their pins change. Exit codes: 0 all equal;
-1 something differs; 2 bad usage; 3 an environment could not be made.
+This creates an environment for each consumer and compares; the `consume_*` scripts call the consumers, offline and
+without llm-edge. Environments are in `.compat/`, created on first use and again when their pins change. Exit codes: 0
+all equal; 1 something differs; 2 bad usage; 3 an environment could not be created.
 """
 
 from __future__ import annotations
@@ -32,12 +30,12 @@ TEXT = HERE.parent / "exporter" / "data" / "validation.txt"
 LONG_PROMPT = 300
 TIME_LIMIT = 900  # seconds for one consumer and precision
 
-# A consumer's onnxruntime is not ours, and other kernels sum in another order. A token may differ only where in our
-# own logits it lies this close below the best one; 8-bit activations enlarge differences of 1e-5 to tenths.
+# A consumer's onnxruntime may sum in another order. A token may differ only where its logit is this close to the best
+# one in our runtime; 8-bit activations amplify differences of 1e-5 to tenths.
 MARGIN_FP32 = 1e-3
 MARGIN_QUANTIZED = 0.3
 
-# What consumers say of a good bundle, and why it does no harm.
+# Warnings of consumers about a valid bundle, and why they are harmless.
 HARMLESS: Mapping[str, str] = {
     r"Initializer num_logits_to_keep appears in graph inputs": "meant so: an input with a default; it folds nothing",
     r"legacy ONNX model with no `position_ids` input": "the graph counts positions from attention_mask by itself",
@@ -78,16 +76,16 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One line of the table.
+    """A row of the table.
 
     Attributes:
         consumer: its name.
         version: of the consumer and of the onnxruntime under it.
-        precision: the bundle's name for the graph.
-        chosen: how the consumer was told to take that graph.
-        equal: prompts continued with exactly our tokens, of how many.
+        precision: name in the bundle.
+        chosen: how the graph was selected.
+        equal: number of prompts with exactly our tokens, and of prompts.
         good: no failure, and no difference beyond the margin.
-        notes: what there is to say besides.
+        notes: further remarks.
     """
 
     consumer: str
@@ -102,7 +100,7 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, compare, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("bundle", type=Path, help="bundle folder made by llm-export")
+    parser.add_argument("bundle", type=Path, help="bundle folder from llm-export")
     parser.add_argument("--only", default=",".join(CONSUMERS), help="consumers, comma-separated (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=40, help="tokens to generate after each prompt (%(default)s)")
     options = parser.parse_args(arguments)
@@ -126,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(consumers: Sequence[Consumer], path: Path, tokens: int) -> list[Outcome]:
-    """Run every consumer over every precision; the bundle must be the same file for file before and after."""
+    """Run every consumer on every precision; the bundle must not change."""
     from llm_edge.runtime import Model, SamplingParams
     from llm_edge.runtime.bundle import Bundle
 
@@ -180,7 +178,7 @@ def judge(
     ours: Sequence[Sequence[int]],
     tokens: int,
 ) -> Outcome:
-    """Run one consumer on one precision and compare all it returns."""
+    """Run one consumer on one precision and compare its results."""
     job = {
         "bundle": str(bundle.path),
         "model": info.model,
@@ -219,7 +217,7 @@ def judge(
 
 
 def run(consumer: Consumer, folder: Path, job: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
-    """Start a consumer's script; what it answers (None if it failed) and what was said on the way."""
+    """Run a consumer's script; returns its result (None if it failed) and its messages."""
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
         try:
@@ -242,7 +240,7 @@ def run(consumer: Consumer, folder: Path, job: Mapping[str, Any]) -> tuple[dict[
 
 
 def logit_gap(bundle: Bundle, info: PrecisionInfo, prompt: Sequence[int], tokens: Sequence[int], theirs: int) -> float:
-    """By how much the best logit after prompt and tokens beats that of another token, in our runtime."""
+    """The difference between the best logit after prompt and tokens and that of another token, in our runtime."""
     from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
 
     session = Session(bundle.file(info.model), bundle.shape, info.share_buffer)
@@ -254,7 +252,7 @@ def logit_gap(bundle: Bundle, info: PrecisionInfo, prompt: Sequence[int], tokens
 
 
 def environment(consumer: Consumer) -> Path:
-    """The folder of a consumer's environment, made anew where its pins are not those it was made of."""
+    """The folder of a consumer's environment, created again if its pins changed."""
     folder = ENVIRONMENTS / consumer.name
     stamp = folder / "made-of.txt"
     pins = "\n".join((HERE / name).read_text(encoding="utf-8") for name in consumer.pins)
@@ -270,7 +268,7 @@ def environment(consumer: Consumer) -> Path:
 
 
 def make_venv(requirements: str) -> Callable[[Path], None]:
-    """A maker of Python environments."""
+    """A function that creates a Python environment."""
 
     def make(folder: Path) -> None:
         install([sys.executable, "-m", "venv", str(folder)])
@@ -280,7 +278,7 @@ def make_venv(requirements: str) -> Callable[[Path], None]:
 
 
 def make_node_modules(folder: Path) -> None:
-    """Install what package-lock.json says; no package runs a script of its own."""
+    """Install package-lock.json without running package scripts."""
     node = shutil.which("node")
     if node is None or shutil.which("npm") is None:
         raise InstallError("transformers.js needs node (20 or newer) and npm; leave it out with --only")
@@ -302,12 +300,12 @@ def install(command: list[str]) -> None:
 
 
 def python_script(name: str) -> Callable[[Path], list[str]]:
-    """The command that runs a script of ours in a Python environment."""
+    """The command that runs one of our scripts in a Python environment."""
     return lambda folder: [str(folder / "bin" / "python"), str(HERE / name)]
 
 
 def node_script(folder: Path) -> list[str]:
-    """The command that runs our script beside node_modules, where node looks for imports."""
+    """The command that runs our script next to node_modules, where Node looks for imports."""
     return ["node", str(shutil.copy(HERE / "consume_transformers_js.mjs", folder))]
 
 
@@ -332,7 +330,7 @@ CONSUMERS: Mapping[str, Consumer] = {
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
-    """One line a consumer and precision; below it what there is to say."""
+    """Print a row per consumer and precision, followed by remarks."""
     header = ("consumer", "version", "precision", "graph chosen", "prompts equal", "")
     rows = [(o.consumer, o.version, o.precision, o.chosen, o.equal, "ok" if o.good else "FAILED") for o in outcomes]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]

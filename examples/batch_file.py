@@ -1,8 +1,8 @@
-"""Answers a file of prompts: JSONL in, JSONL out, in the same order, with the engine kept full.
+"""Answers a file of prompts: JSONL in, JSONL out, in the same order, with all slots busy.
 
     python examples/batch_file.py prompts.jsonl answers.jsonl
 
-Each line in is {"prompt": "…"}; each line out repeats it with "text" and "finish_reason", or with "error".
+An input line is {"prompt": "…"}; its output line adds "text" and "finish_reason", or "error".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llm_edge.runtime.errors import LlmEdgeError
 
 
 def line(found: dict[str, Any], answer: AsyncGeneration | LlmEdgeError) -> str:
-    """A line of the output; waits for the answer's end."""
+    """A line of output; waits for the answer."""
     try:
         if isinstance(answer, LlmEdgeError):
             raise answer
@@ -36,7 +36,7 @@ parser.add_argument("answers", type=Path)
 parser.add_argument("--bundle", default="artifacts/smollm2-135m")
 parser.add_argument("--max-tokens", type=int, default=200)
 options = parser.parse_args()
-going: deque[tuple[dict[str, Any], AsyncGeneration | LlmEdgeError]] = deque()
+running: deque[tuple[dict[str, Any], AsyncGeneration | LlmEdgeError]] = deque()
 try:
     records = [json.loads(each) for each in options.prompts.read_text(encoding="utf-8").split("\n") if each.strip()]
     if not all(isinstance(record, dict) and isinstance(record.get("prompt"), str) for record in records):
@@ -44,12 +44,12 @@ try:
     params = SamplingParams(temperature=0, max_tokens=options.max_tokens)
     with Engine.load(options.bundle, active=16) as engine, options.answers.open("w", encoding="utf-8") as out:
         for record in records:
-            if len(going) == 64:  # some wait, so that no row is ever empty
-                out.write(line(*going.popleft()))
+            if len(running) == 64:  # a queue, so that no slot is idle
+                out.write(line(*running.popleft()))
             try:
-                going.append((record, engine.chat([{"role": "user", "content": record["prompt"]}], params)))
-            except LlmEdgeError as error:  # this prompt's alone; the others go on
-                going.append((record, error))
-        out.writelines(line(*each) for each in going)
+                running.append((record, engine.chat([{"role": "user", "content": record["prompt"]}], params)))
+            except LlmEdgeError as error:  # of this prompt; the others continue
+                running.append((record, error))
+        out.writelines(line(*each) for each in running)
 except (LlmEdgeError, OSError, ValueError) as error:
     sys.exit(f"error: {error}")

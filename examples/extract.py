@@ -1,4 +1,4 @@
-"""Reads facts out of a text on stdin: prints JSON that a schema describes, whatever the model would like to say.
+"""Extracts facts from a text on stdin as JSON that conforms to a schema.
 
     python examples/extract.py < letter.txt
     python examples/extract.py --schema invoice.json < invoice.txt
@@ -30,7 +30,7 @@ SCHEMA = {
 
 
 def main() -> None:
-    """Read the command line and do it."""
+    """Parse arguments and run."""
     parser = argparse.ArgumentParser(description="Extract JSON from a text on stdin.")
     parser.add_argument("--bundle", default="artifacts/smollm2-135m")
     parser.add_argument("--schema", type=Path, help="a JSON schema; people, places and a year otherwise")

@@ -3,7 +3,7 @@
     python examples/service.py --port 8000
     curl -N localhost:8000/chat --json '{"messages": [{"role": "user", "content": "Hi"}]}'
 
-It needs fastapi and uvicorn; docs/embedding.md says why it is as it is.
+It needs fastapi and uvicorn; docs/embedding.md explains it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ app, options = FastAPI(), parser.parse_args()
 
 
 class _Events(StreamingResponse):
-    """An answer as server-sent events, one a piece; it ends with the connection."""
+    """An answer as server-sent events, one per chunk; it is cancelled with the connection."""
 
     def __init__(self, answer: AsyncGeneration) -> None:
         super().__init__(self._events(), media_type="text/event-stream")
@@ -36,8 +36,8 @@ class _Events(StreamingResponse):
 
     async def _events(self) -> AsyncIterator[str]:
         try:
-            async for piece in self._answer:
-                yield f"data: {json.dumps({'text': piece.text, 'finish_reason': piece.finish_reason})}\n\n"
+            async for chunk in self._answer:
+                yield f"data: {json.dumps({'text': chunk.text, 'finish_reason': chunk.finish_reason})}\n\n"
         except LlmEdgeError as error:
             yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
 

@@ -288,7 +288,7 @@ def a_file(content: bytes) -> Change:
 SOURCES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing": (lambda path: None, ("model.gguf", "no such file or folder")),
     "empty file": (Path.touch, ("model.gguf", "is empty")),
-    "text file": (a_file(b"GGML is not GGUF"), ("model.gguf", "not a supported format")),
+    "text file": (a_file(b"GGML is not GGUF"), ("model.gguf", "not torch.save")),
     "a pickle": (a_file(b"\x80\x02}q\x00."), ("model.gguf", "pickle")),
     "magic only": (a_file(b"GGUF"), ("model.gguf",)),
     "another version": (a_file(b"GGUF" + struct.pack("<IQQ", 99, 0, 0)), ("model.gguf",)),

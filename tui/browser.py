@@ -1,7 +1,7 @@
-"""The application in a browser, through textual-serve. Knows nothing of the application but the command that opens it.
+"""`serve`: serves the chat to browsers through textual-serve.
 
-textual-serve alone answers whoever asks. Here a page of another site, which a browser would let connect as well, is
-refused; the page works under whatever address it was opened by, loads nothing from elsewhere, and goes when told to.
+textual-serve accepts every request. This server rejects pages of other sites, works under any address it is opened by,
+loads nothing from other hosts, and ends promptly.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _HEAD = """<head>
           if (keyboard) { keyboard.focus(); clearInterval(looking); }
         }, 50);
       });
-    </script>"""  # telephones show it in their own size, and whoever types is heard without a click before
+    </script>"""  # fits phones, and focuses the terminal
 
 
 def is_local(host: str) -> bool:
-    """Whether this name is one of this machine alone: `localhost`, `127.0.0.1`, `::1`."""
+    """Whether a host name or address is this machine's loopback: `localhost`, `127.0.0.1`, `::1`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -41,19 +41,21 @@ def is_local(host: str) -> bool:
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """Say in time that nobody can listen there.
+    """Check that the address can be used.
 
     Raises:
-        InputError: with the reason and the remedy.
+        InputError: it is unknown or in use.
     """
     try:
         places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise InputError(f"--host {host}: no such address: localhost is this machine, 0.0.0.0 all networks") from error
+        raise InputError(
+            f"--host {host}: unknown address: use localhost for this machine, 0.0.0.0 for all networks"
+        ) from error
     for family, kind, protocol, _, address in places:
         try:
             with socket.socket(family, kind, protocol) as trial:
-                if sys.platform != "win32":  # where it lets two programs share a port
+                if sys.platform != "win32":  # where it would let two programs share a port
                     trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -63,11 +65,11 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 class ChatServer(Server):
-    """See the module.
+    """A textual-serve server that rejects requests of other sites.
 
     Args:
-        command: opens the application, once for each visitor; for a shell.
-        host, port: where to listen.
+        command: shell command that opens the application, once for each visitor.
+        host, port: address to listen on.
     """
 
     def __init__(self, command: str, host: str, port: int) -> None:
@@ -75,24 +77,24 @@ class ChatServer(Server):
         self._visits: set[asyncio.Task[object]] = set()
 
     def initialize_logging(self) -> None:
-        """Trouble alone, and none of what the variables held meanwhile."""
+        """Log warnings only, without local variables."""
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     async def on_startup(self, app: web.Application) -> None:  # noqa: ARG002 (textual-serve's)
-        """Say where it is."""
+        """Print the address."""
         where = f"[{self.host}]" if ":" in self.host else self.host
-        print(f"http://{where}:{self.port}  Ctrl-C ends it", flush=True)
+        print(f"http://{where}:{self.port}  Press Ctrl-C to stop.", flush=True)
 
     async def on_shutdown(self, app: web.Application) -> None:  # noqa: ARG002 (textual-serve's)
-        """End the visits; aiohttp would wait a minute for them."""
+        """Close open connections; aiohttp would wait a minute for them."""
         visits = [*self._visits]
         for visit in visits:
             visit.cancel()
         await asyncio.gather(*visits, return_exceptions=True)
 
     async def handle_index(self, request: web.Request) -> web.Response:
-        """The page, for the address by which it was asked for."""
-        self._refuse_strangers(request)
+        """Serve the page for the address that was requested."""
+        self._reject_other_sites(request)
         self.public_url = f"{request.scheme}://{request.host}"
         page = await super().handle_index(request)
         assert isinstance(page, web.Response)
@@ -101,12 +103,12 @@ class ChatServer(Server):
         return page
 
     def _own(self, link: re.Match[str]) -> str:
-        """A link to what lies here; none to a font, which a browser would ask its maker for."""
+        """Keep links to this server, and drop those to other hosts, such as fonts."""
         return link[0] if link[1] == self.public_url else ""
 
     async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
-        """A visit: keys come, the screen goes."""
-        self._refuse_strangers(request)
+        """Handle the connection of one visitor."""
+        self._reject_other_sites(request)
         visit = asyncio.current_task()
         assert visit is not None
         self._visits.add(visit)
@@ -115,34 +117,34 @@ class ChatServer(Server):
         finally:
             self._visits.discard(visit)
 
-    def _refuse_strangers(self, request: web.Request) -> None:
-        """Another site's page says so in Origin; one that has its name lead to this machine says so in Host."""
+    def _reject_other_sites(self, request: web.Request) -> None:
+        """Reject pages of other sites by the Origin header, and DNS rebinding by the Host header."""
         origin = request.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != request.host:
-            raise web.HTTPForbidden(text="a page of another site may not open this chat")
+            raise web.HTTPForbidden(text="requests of other sites are not allowed")
         try:
             name = urlsplit(f"//{request.host}").hostname or ""
-        except ValueError:  # no address at all
+        except ValueError:  # an invalid one
             name = ""
         if is_local(self.host) and not is_local(name):
-            raise web.HTTPForbidden(text="this chat is for this machine: open it as localhost")
+            raise web.HTTPForbidden(text="only available on this machine: open it as localhost")
 
 
 def serve(command: str, host: str, port: int) -> None:
-    """Offer the application until Ctrl-C.
+    """Serve the application until Ctrl-C.
 
     Raises:
-        InputError: nobody can listen there.
+        InputError: the address cannot be used.
     """
     refuse_taken(host, port)
     if not is_local(host):
-        print(f"warning: whoever reaches {host}:{port} may use this chat and read its files", file=sys.stderr)
+        print(f"warning: anyone who can reach {host}:{port} can use this chat and read its files", file=sys.stderr)
     try:
         ChatServer(command, host, port).serve()
-    except OSError as error:  # somebody else was faster
+    except OSError as error:  # another program was faster
         raise _taken(host, port, error) from error
 
 
 def _taken(host: str, port: int, error: OSError) -> InputError:
     reason = (error.strerror or str(error)).lower()
-    return InputError(f"cannot listen on {host}:{port} ({reason}): give another --port or --host")
+    return InputError(f"cannot listen on {host}:{port} ({reason}): choose another --port or --host")

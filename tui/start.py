@@ -1,4 +1,4 @@
-"""Starts the application in this terminal, or in a browser."""
+"""Starts the full-screen chat in this terminal or serves it to browsers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm_edge.runtime.errors import InputError, MachineError
 from llm_edge.tui.app import ChatApp
 
 _FIXED_SIZE = ("COLUMNS", "LINES")
-"""Shells and programs with readline export them; with them the screen would stay as it was when a window changes."""
+"""Environment variables that some shells export; with them, the screen would not follow the size of the window."""
 
 
 def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None) -> int:
@@ -35,7 +35,7 @@ def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None)
     changed = as_json_values(sampling)
     if system:
         changed["system"] = system
-    if "TEXTUAL_DRIVER" not in os.environ:  # what draws into a browser gets the page's size this way
+    if "TEXTUAL_DRIVER" not in os.environ:  # textual-serve passes the page's size in them
         for name in _FIXED_SIZE:
             os.environ.pop(name, None)
     store, settings = Store(default_path()), Settings()
@@ -50,18 +50,18 @@ def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None)
 
 
 def _open(choice: Choice, settings: Settings) -> Responder:
-    """Load a bundle, which the picker offers from then on."""
+    """Open a model, and list it first from now on."""
     responder = open_responder(choice)
-    with contextlib.suppress(MachineError):  # settings that cannot be written are told when one writes some
+    with contextlib.suppress(MachineError):  # reported when the user changes a setting
         remember(choice, settings)
     return responder
 
 
 def _leave_terminal() -> None:
-    """End the process where Textual's input threads do not end.
+    """End the process if Textual's input thread does not end.
 
-    A terminal that is closed sends SIGHUP and SIGCONT. Textual takes the second for a return from the background and
-    begins to read the terminal once more; that thread finds its end for ever, and the process would wait for it.
+    A closing terminal sends SIGHUP and SIGCONT. Textual takes SIGCONT for a return from the background and starts to
+    read the terminal again; that thread reads its end forever, and the process would wait for it.
     """
     for thread in threading.enumerate():
         if thread.name == "textual-input":
@@ -71,14 +71,14 @@ def _leave_terminal() -> None:
 
 
 def serve(arguments: Sequence[str], host: str, port: int) -> None:
-    """Offer the application to browsers, one process a visitor.
+    """Serve the application to browsers, with one process per visitor.
 
     Args:
         arguments: of `llm-chat` for each visitor.
-        host, port: where.
+        host, port: address to listen on.
 
     Raises:
-        InputError: textual-serve is not installed, or nobody can listen there.
+        InputError: textual-serve is not installed, or the address cannot be used.
     """
     try:
         from llm_edge.tui import browser

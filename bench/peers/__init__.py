@@ -1,1 +1,1 @@
-"""`make bench-peers`: llama.cpp, onnxruntime-genai and OpenVINO GenAI beside us, with the same weights, in one run."""
+"""`make bench-peers`: llama.cpp, onnxruntime-genai and OpenVINO GenAI next to ours, with the same weights."""

@@ -1,7 +1,4 @@
-"""The engines that are measured: their models, made from the same GGUF, and the commands of their workers.
-
-Knows how a peer's own tools are called; nothing of figures.
-"""
+"""The engines to measure: their models, converted from the same GGUF, and the commands of their workers."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ from llm_edge.runtime.errors import InputError
 HERE = Path(__file__).resolve().parent
 OURS = "ours"
 
-# Contender -> what the peer's own tool is told; None: the file as it is. Flash attention, llama.cpp's default, is the
-# faster in prefill and the slower behind a long context, so both ways are measured.
+# Contender -> arguments of the peer's own tool; None = the file unchanged. Flash attention, llama.cpp's default, is the
+# faster in prefill and slower after a long context, so both are measured.
 _NO_FLASH = "no-flash"
 _LLAMACPP = {
     f"{kind}{suffix}": made
@@ -45,13 +42,13 @@ PEERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """What is measured.
+    """An engine in a precision.
 
     Attributes:
         name: engine/precision.
         size: bytes of graph and weights.
         speed: command of a worker that generates.
-        logits: command of a worker that yields logits.
+        logits: command of a worker that computes logits.
     """
 
     name: str
@@ -60,7 +57,7 @@ class Contender:
     logits: tuple[str, ...]
 
     def behind(self, prefix: Sequence[str]) -> Contender:
-        """The same, its commands run by another one."""
+        """The same with its commands prefixed by another one."""
         return Contender(self.name, self.size, (*prefix, *self.speed), (*prefix, *self.logits))
 
 
@@ -74,14 +71,14 @@ class Source:
 
 
 def choose(only: str | None, precisions: Sequence[str]) -> list[str]:
-    """Names of contenders, engine by engine.
+    """Names of contenders, grouped by engine.
 
     Args:
-        only: comma-separated engines or engine/precision; None takes all, of ours those that round.
+        only: comma-separated engines or engine/precision; None = all, of ours the quantized ones.
         precisions: of the bundle.
 
     Raises:
-        InputError: one is not known.
+        InputError: an unknown name.
     """
     known = [f"{OURS}/{name}" for name in precisions]
     known += [f"{peer}/{name}" for peer, names in PEERS.items() for name in names]
@@ -100,18 +97,18 @@ def choose(only: str | None, precisions: Sequence[str]) -> list[str]:
 def make(
     names: Sequence[str], bundle: Bundle, source: Source | None, work: Path, threads: int, say: Callable[[str], None]
 ) -> list[Contender]:
-    """Contenders ready to run; what they lack is installed and converted.
+    """Contenders ready to run; installs and converts what is missing.
 
     Args:
-        names: as `choose` gives them.
+        names: from `choose`.
         bundle: ours.
-        source: for peers; None where there are none among the names.
+        source: weights for peers; None if `names` has none.
         work: folder for environments and models.
-        threads: of each.
-        say: is told what takes long.
+        threads: per engine.
+        say: receives status messages.
 
     Raises:
-        MachineError: a peer cannot be installed, or does not convert the model.
+        MachineError: a peer cannot be installed, or cannot convert the model.
     """
     found = []
     for name in names:
@@ -124,7 +121,7 @@ def make(
 
 
 def our_logits(bundle: Path, precision: str, threads: int) -> tuple[str, ...]:
-    """Command of a worker that yields logits of a precision of a bundle."""
+    """Command of a worker that computes logits of a bundle's precision."""
     return (sys.executable, "-m", "llm_edge.bench.peers.our_logits", str(bundle), precision, str(threads))
 
 

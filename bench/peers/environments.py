@@ -1,4 +1,4 @@
-"""Makes the environment of each peer: what is installed from where, and how. Knows nothing of models or measuring."""
+"""Creates the environment of each peer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from llm_edge.runtime.errors import MachineError
 
 TORCH = "torch==2.13.0"  # exactly: a looser pin may take a build with gigabytes of CUDA libraries
-_GGUF = ("transformers==5.5.4", "gguf==0.19.0", "accelerate==1.15.0")  # newer ones do not save what was a GGUF
+_GGUF = ("transformers==5.5.4", "gguf==0.19.0", "accelerate==1.15.0")  # newer ones cannot save a model read from a GGUF
 
 # gcc before 14 declares that `_tile_loadconfig` reads 8 of the 64 bytes it does read, and leaves out the stores of the
 # others: llama.cpp then ends in a segmentation fault on processors with AMX. Nothing else is changed.
@@ -29,14 +29,14 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "CI": "true", "PY
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What an environment is made of.
+    """The content of an environment.
 
     Attributes:
-        peer: whose it is.
-        version: of the peer, for people.
-        installs: arguments of `pip install`, call by call.
-        variables: of the shell for pip; `{folder}` stands for the peer's folder.
-        files: put into the peer's folder first, name -> content.
+        peer: its name.
+        version: of the peer, for reports.
+        installs: arguments of each `pip install` call.
+        variables: environment variables for pip; `{folder}` stands for the peer's folder.
+        files: files to create in the peer's folder first, name -> content.
     """
 
     peer: str
@@ -47,7 +47,7 @@ class Environment:
 
     @property
     def stamp(self) -> str:
-        """Changes whenever something above does."""
+        """A hash of everything above."""
         return json.dumps([self.installs, dict(self.variables), dict(self.files)], indent=1)
 
 
@@ -55,7 +55,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "llama.cpp": Environment(
         "llama.cpp",
         "llama-cpp-python 0.3.36",
-        # pip's cache might hold a wheel that was built with other flags
+        # pip's cache might contain a wheel built with other flags
         (("--no-cache-dir", "--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"),),
         {
             "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF",
@@ -89,7 +89,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
                 *_GGUF,
                 "requests==2.34.2",
             ),
-            # it asks for torchvision but has no use for it here, and one of another build than torch's stops both
+            # it depends on torchvision without using it here, and a build that does not match torch breaks both
             ("--no-deps", "optimum-intel==2.2.0", "optimum==2.3.0"),
         ),
     ),
@@ -97,10 +97,10 @@ ENVIRONMENTS: Mapping[str, Environment] = {
 
 
 def python_of(environment: Environment, work: Path, progress: Callable[[str], None]) -> Path:
-    """The interpreter of an environment, made on first use and whenever its pins change; its models go with it.
+    """The interpreter of an environment, created on first use and again when its pins change, with its models.
 
     Raises:
-        MachineError: it cannot be made.
+        MachineError: it cannot be created.
     """
     folder = work / environment.peer
     python, stamp = folder / "venv" / "bin" / "python", folder / "made-of.json"
@@ -121,7 +121,7 @@ def python_of(environment: Environment, work: Path, progress: Callable[[str], No
 
 
 def call(command: Sequence[str], log: Path, what: str, variables: Mapping[str, str] | None = None) -> None:
-    """Run a command; all it says goes to the end of a file.
+    """Run a command and append its output to a file.
 
     Raises:
         MachineError: it failed.
@@ -135,5 +135,5 @@ def call(command: Sequence[str], log: Path, what: str, variables: Mapping[str, s
 
 
 def variables_for(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables under which peers are installed and models converted: no hub, and no reports to their makers."""
+    """Environment variables for installing peers and converting models: no hub access, no telemetry."""
     return {**os.environ, **_QUIET, **(more or {})}

@@ -1,4 +1,4 @@
-"""How far an engine's logits are from fp32's. Knows files of logits, no engine and no model."""
+"""Compares an engine's logits with fp32's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Fidelity:
     """An engine against fp32 on one text.
 
     Attributes:
-        positions: compared.
+        positions: number of positions compared.
         kl_mean: mean Kullback-Leibler divergence KL(fp32 || engine) of the next token, in nats.
-        top1: share of positions where both find the same token most likely.
+        top1: fraction of positions where both have the same most likely token.
     """
 
     positions: int
@@ -30,7 +30,7 @@ class Fidelity:
 
 
 def windows(tokens: Sequence[int], count: int, length: int) -> list[list[int]]:
-    """The first `count` tokens, cut into windows of at most `length`."""
+    """The first `count` tokens in windows of at most `length`."""
     text = list(tokens[:count])
     return [text[start : start + length] for start in range(0, len(text), length)]
 
@@ -39,7 +39,7 @@ def compare(references: Sequence[Path], others: Sequence[Path], vocab_size: int)
     """Compare files of logits pair by pair: float32, little-endian, [rows, V].
 
     Raises:
-        MachineError: two files are not of the same, whole number of rows, or logits are not numbers.
+        MachineError: two files differ in size or are truncated, or logits are not finite.
     """
     divergences, same = [], 0
     for reference, other in zip(references, others, strict=True):
@@ -64,7 +64,7 @@ def _rows(path: Path, vocab_size: int) -> npt.NDArray[np.float32]:
 
 
 def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Logarithms of probabilities in float64, [rows, V]."""
+    """Log-probabilities in float64, [rows, V]."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return logs

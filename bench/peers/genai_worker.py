@@ -1,6 +1,6 @@
 """`worker.py` for onnxruntime-genai: `python genai_worker.py FOLDER THREADS`, run where onnxruntime-genai is installed.
 
-Without a number of threads in its configuration genai may take a single one.
+Without a number of threads in its configuration genai may use a single one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes a GGUF as a Hugging Face folder in float32: `python hf_folder.py FILE.gguf BUNDLE FOLDER`.
 
-Run in a peer's environment: transformers reads the GGUF, so peers get their weights in the usual way and none of our
-code has touched them. The tokenizer is the bundle's.
+Run in a peer's environment: transformers reads the GGUF, so peers get their weights in the usual way, independent of
+our code. The tokenizer is the bundle's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantizes a GGUF again: `python llamacpp_quantize.py SOURCE TARGET TYPE`, run where llama-cpp-python is installed."""
+"""Requantizes a GGUF: `python llamacpp_quantize.py SOURCE TARGET TYPE`, run where llama-cpp-python is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> None:
-    """Quantize as llama-quantize does by default, also what is quantized already."""
+    """Quantize as llama-quantize does by default, including tensors that are quantized already."""
     from llama_cpp import llama_cpp as lib  # type: ignore[import-not-found]
 
     source, target, kind = sys.argv[1:4]

@@ -1,4 +1,4 @@
-"""`worker.py` for llama.cpp: `python llamacpp_worker.py FILE.gguf THREADS [no-flash|rows]`, beside llama-cpp-python.
+"""`worker.py` for llama.cpp: `python llamacpp_worker.py FILE.gguf THREADS [no-flash|rows]`, with llama-cpp-python.
 
 Calls the C interface; of the package only its ctypes declarations are imported, so that neither its Python classes nor
 numpy count as llama.cpp's memory and start.
@@ -14,9 +14,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-CONTEXT = 1024  # its cache is allocated whole
+CONTEXT = 1024  # its cache is allocated at once
 BATCH = 512
-ROWS = 16  # conversations at once, where they are asked for
+ROWS = 16  # concurrent sequences in `rows` mode
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
         return memoryview(rows.contents).cast("B")
 
     def rows(prompts: list[list[int]], count: int) -> float:
-        """As llama-batched-bench does it: a step for all, with logits of all, and nothing drawn from them."""
+        """Like llama-batched-bench: steps over all sequences with logits of all, without sampling."""
         lib.llama_memory_clear(memory, False)
         batch = lib.llama_batch_init(BATCH, 0, 1)
         for row, prompt in enumerate(prompts):
@@ -99,7 +99,7 @@ def load(lib: Any, path: str, threads: int, mode: list[str]) -> tuple[Any, Any]:
 
 
 def fill(batch: Any, entries: list[tuple[int, int, int]]) -> None:
-    """Tokens with place and conversation; logits of the last of each conversation."""
+    """Fill a batch with (token, position, sequence) entries; logits of each sequence's last token."""
     batch.n_tokens = len(entries)
     for i, (token, place, row) in enumerate(entries):
         last = i + 1 == len(entries) or entries[i + 1][2] != row
@@ -108,7 +108,7 @@ def fill(batch: Any, entries: list[tuple[int, int, int]]) -> None:
 
 
 def declarations() -> Any:
-    """Module `llama_cpp.llama_cpp` without what its package would import beside it."""
+    """The module `llama_cpp.llama_cpp` without the rest of its package."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         sys.exit("error: llama-cpp-python is not installed here")

@@ -1,4 +1,4 @@
-"""What of the machine decides a comparison: AMX, and whether somebody else is using it. Knows nothing of engines."""
+"""What affects a comparison on this machine: AMX, and load from other processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def has_amx() -> bool:
 
 
 def busy_cpus(seconds: float = 1.0) -> float | None:
-    """How many CPUs are at work while this process waits; None where /proc does not tell."""
+    """Number of busy CPUs while this process waits; None without /proc."""
     try:
         before = _busy_seconds()
         time.sleep(seconds)

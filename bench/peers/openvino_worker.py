@@ -1,7 +1,7 @@
 """`worker.py` for OpenVINO GenAI: `python openvino_worker.py FOLDER THREADS`, run where openvino-genai is installed.
 
-The pipeline runs as it does by default, but for its cache of prefixes, which would answer a repeated prompt from
-memory. Its logits cannot be had, so they are those of the same model, compiled with the same settings.
+The pipeline runs with its defaults except for the prefix cache, which would answer a repeated prompt from memory. Its
+logits are not accessible, so they are those of the same model compiled with the same settings.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def main() -> None:
 
     scheduler = genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False
-    scheduler.max_num_batched_tokens = 2**31  # a prompt in one go, as the pipeline's own default has it
+    scheduler.max_num_batched_tokens = 2**31  # a prompt at once, the pipeline's default
     pipeline = None
 
     class Clock(genai.StreamerBase):  # type: ignore[misc]
-        """Notes when tokens come."""
+        """Records when tokens arrive."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -41,7 +41,7 @@ def main() -> None:
             return genai.StreamingStatus.RUNNING
 
         def end(self) -> None:
-            """All are there."""
+            """The generation is complete."""
 
     def generate(tokens: list[int], count: int) -> list[float]:
         nonlocal pipeline

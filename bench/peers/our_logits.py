@@ -1,6 +1,6 @@
 """Logits of a precision of a bundle: `python -m llm_edge.bench.peers.our_logits BUNDLE PRECISION THREADS`.
 
-Speaks the lines of `serving.py`, but times nothing: our speed is measured by `bench/worker.py`.
+Uses the protocol of `serving.py` without timings: `bench/worker.py` measures our speed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From samples to tables: medians of every contender, ratios of ours to the peers'. Knows no engine and no process."""
+"""Tables of medians, and of the ratios of our results to the peers'."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def summarise(
 
 
 def ratios(sizes: Mapping[str, int], figures: Mapping[str, Figures]) -> dict[str, dict[str, Row]]:
-    """Ours / theirs for every pair that was measured: medians of the ratios of samples taken side by side."""
+    """Ours / theirs for every measured pair: medians of the ratios of paired samples."""
     return {
         ours: {
             other: {
@@ -84,11 +84,11 @@ def ratio_table(found: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The part of bench/RESULTS.md that this run makes.
+    """This run's section for bench/RESULTS.md.
 
     Args:
         report: with `bundle`, `machine`, `amx`, `threads`, `rounds`, `repeats`, `text`, `positions`, `versions`,
-            `engines` (rows as `summarise` gives them) and `ratios`.
+            `engines` (rows from `summarise`) and `ratios`.
     """
     amx = {True: "with AMX", False: "AMX refused to all", None: "without AMX"}[report["amx"]]
     samples = report["rounds"] * report["repeats"]

@@ -1,7 +1,7 @@
-"""`python -m llm_edge.bench.peers.rows BUNDLE`: many answers at once, by our engine and by llama.cpp, in turn.
+"""`python -m llm_edge.bench.peers.rows BUNDLE`: concurrent answers by our engine and llama.cpp, interleaved.
 
-Tokens a second of 1 to 16 rows behind 100 tokens each, as llama-batched-bench counts them: llama.cpp draws nothing from
-its logits, ours are drawn and read by as many threads through the public API.
+Tokens/s of 1 to 16 sequences after 100 tokens each, as llama-batched-bench counts them: llama.cpp does not sample, ours
+are sampled and read by as many threads through the public API.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OURS = "llm_edge.bench.peers.engine_worker"
 
 
 def compare(path: Path, work: Path, threads: int, rounds: int, prefix: Sequence[str]) -> None:
-    """Measure in turn and print medians, and medians of the ratios of samples taken side by side."""
+    """Measure interleaved; print medians, and medians of the ratios of paired samples."""
     bundle = Bundle.open(path)
     bundle.verify()
     text = tokens_of(bundle, TEXT)

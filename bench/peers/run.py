@@ -1,7 +1,4 @@
-"""`python -m llm_edge.bench.peers.run`: other engines and a bundle, with the same weights, measured in turn.
-
-Knows the order of things; how an engine is made and measured stands beside this file.
-"""
+"""`python -m llm_edge.bench.peers.run`: other engines and a bundle, with the same weights, interleaved."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 TEXT = HERE.parents[1] / "exporter" / "data" / "validation.txt"
 TOKENS, WINDOW = 2048, 512
-_QUIET = 0.2  # CPUs that others may use
-_MOST_CHARACTERS = 64 * TOKENS  # of a text; no tokenizer puts more into a token, on average
+_QUIET = 0.2  # CPUs that other processes may use
+_MAX_CHARACTERS = 64 * TOKENS  # of a text; no tokenizer averages more characters per token
 _EXPORT = "from llm_edge.exporter.cli import main; main()"
 _SMOLLM2 = "from llm_edge.checkpoint.download.smollm2 import smollm2_gguf; print(smollm2_gguf())"
 
@@ -36,22 +33,22 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def peers(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder made by llm-export.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder from llm-export.")],
     source: Annotated[
-        Path | None, typer.Option(help="GGUF that the bundle was made of. Default: SmolLM2's, from the cache.")
+        Path | None, typer.Option(help="GGUF that the bundle was exported from. Default: SmolLM2's, from the cache.")
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Comma-separated: ours, llama.cpp, genai, openvino, or engine/precision.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="Fresh processes of each; medians are shown.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Measurements in each process, in turn.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of each engine.")] = 2,
-    without_amx: Annotated[bool, typer.Option("--without-amx", help="Refuse AMX to all, as laptops do.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Fresh processes of each; medians are reported.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Measurements in each process, interleaved.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads per engine.")] = 2,
+    without_amx: Annotated[bool, typer.Option("--without-amx", help="Disable AMX, which laptops lack.")] = False,
     text: Annotated[Path | None, typer.Option(help="Text for KL. Default: the shipped validation text.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for environments and converted models.")] = Path(".peers"),
-    markdown: Annotated[Path | None, typer.Option(help="File for a block that suits bench/RESULTS.md.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a section for bench/RESULTS.md.")] = None,
 ) -> None:
-    """Measure llama.cpp, onnxruntime-genai, OpenVINO GenAI and a bundle in turn: speed, memory, size, KL against fp32.
+    """Measure speed, memory, size and KL of llama.cpp, onnxruntime-genai, OpenVINO GenAI and a bundle, interleaved.
 
     Prints two tables, and one JSON object as the last line. The first run installs the peers, which takes minutes.
     """
@@ -140,7 +137,7 @@ def tokens_of(bundle: Bundle, path: Path) -> list[int]:
     from llm_edge.runtime.safe_io import MIB, read_text
     from llm_edge.runtime.text.tokenizer import Tokenizer
 
-    text = read_text(path, 16 * MIB, error=InputError)[:_MOST_CHARACTERS]
+    text = read_text(path, 16 * MIB, error=InputError)[:_MAX_CHARACTERS]
     tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), bundle.json("tokenizer_config.json"), None)
     tokens = tokenizer.encode(text)
     if len(tokens) < WINDOW:
@@ -149,7 +146,7 @@ def tokens_of(bundle: Bundle, path: Path) -> list[int]:
 
 
 def source_of(path: Path | None, bundle: Bundle) -> Source:
-    """The GGUF, which has to be the one that the bundle was made of."""
+    """The GGUF, which must be the one that the bundle was exported from."""
     from llm_edge.bench.peers.engines import Source
     from llm_edge.runtime.errors import InputError, MachineError
 
@@ -170,7 +167,7 @@ def source_of(path: Path | None, bundle: Bundle) -> Source:
 
 
 def _reference(bundle: Bundle, source: Source | None, work: Path, threads: int) -> Sequence[str]:
-    """Command of a worker that yields fp32's logits: of the bundle, or of one made for this and proven on the way."""
+    """Command of a worker that computes fp32 logits: of the bundle, or of one exported and verified for this."""
     from llm_edge.bench.peers.engines import our_logits
     from llm_edge.bench.peers.environments import call
 
@@ -189,7 +186,7 @@ def _reference(bundle: Bundle, source: Source | None, work: Path, threads: int) 
 def _fidelities(
     contenders: Sequence[Contender], reference: Sequence[str], tokens: Sequence[int], vocab_size: int, work: Path
 ) -> dict[str, Fidelity]:
-    """How far each is from fp32, each in a process of its own."""
+    """The fidelity of each contender, each in a separate process."""
     from llm_edge.bench.peers.fidelity import compare, windows
 
     text = windows(tokens, TOKENS, WINDOW)
@@ -204,7 +201,7 @@ def _fidelities(
 
 
 def _logits(command: Sequence[str], text: Sequence[Sequence[int]], folder: Path, stem: str) -> list[Path]:
-    """Files of a worker's logits, one a window."""
+    """Files of a worker's logits, one per window."""
     from llm_edge.bench.driver import Worker
 
     files = [folder / f"{stem}-{number}" for number in range(len(text))]

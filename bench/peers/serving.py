@@ -1,4 +1,4 @@
-"""The requests of `bench/worker.py`, for logits and for many rows, for the workers beside this file. Knows no engine.
+"""The protocol of `bench/worker.py` for the workers in this folder, with requests for logits and concurrent rows.
 
     {"tokens": [...], "count": n}      ->  {"first": s, "rest": s, "count": n}
     {"logits": [...], "to": "FILE"}    ->  {"rows": n}
@@ -6,7 +6,7 @@
     {"peak": true}                     ->  {"peak_mb": x}
 
 Logits are those of all positions of a window that starts from an empty context: raw little-endian float32, [rows, V].
-A worker imports this by its bare name, in an environment that knows nothing of llm_edge.
+Workers import this by its bare name, in environments without llm_edge.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def serve(generate: Generate, logits: Logits, replies: TextIO, rows: Rows | None
     """Answer until standard input ends.
 
     Args:
-        generate: takes tokens and how many greedy ones to make; returns at what `time.perf_counter` each of them was
-            there. What it keeps of an earlier request must not make a later one faster.
+        generate: takes tokens and the number of greedy tokens to generate; returns the `time.perf_counter()` of each.
+            Nothing cached from an earlier request may make a later one faster.
         logits: takes a window of tokens; returns a buffer of float32, [rows, V].
-        replies: where answers go; see `private_stdout`.
-        rows: takes prompts and how many tokens to make behind each of them, all at once; returns tokens a second of
-            all of them together, without their prompts.
+        replies: output stream; see `private_stdout`.
+        rows: takes prompts and the number of tokens to generate after each, concurrently; returns their total tokens/s
+            without the prompts.
     """
 
     def answer(request: dict[str, Any]) -> dict[str, float]:
@@ -55,7 +55,7 @@ def serve(generate: Generate, logits: Logits, replies: TextIO, rows: Rows | None
 
 
 def private_stdout() -> TextIO:
-    """Standard output for replies alone: whatever a library prints goes to standard error from here on."""
+    """Reserve standard output for replies: what libraries print goes to standard error from here on."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return replies

@@ -1,8 +1,8 @@
-"""Runs a command on a processor without AMX, as laptops have: `python without_amx.py COMMAND …`. Knows no engine.
+"""Runs a command on a processor without AMX, as laptops have: `python without_amx.py COMMAND …`.
 
 Linux gives a process the tile registers of AMX only when it asks by arch_prctl(ARCH_REQ_XCOMP_PERM)
 (https://docs.kernel.org/arch/x86/xstate.html). A seccomp filter answers that request as a kernel without AMX would, for
-the command and all that it starts; libraries then take their AVX-512 or AVX2 code. Linux on x86-64 only.
+the command and its children; libraries then use their AVX-512 or AVX2 code. Linux on x86-64 only.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class _Program(ctypes.Structure):
 
 
 def problem() -> str | None:
-    """Why it cannot be done on this machine, or None."""
+    """Why this is impossible on this machine, or None."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or sys.maxsize < 2**32:
         return f"AMX can be taken away on 64-bit Linux on x86-64 only, not on {platform.system()} {platform.machine()}"
     return None
 
 
 def refuse_amx() -> None:
-    """Refuse AMX to this process and its children, for good.
+    """Disable AMX for this process and its children permanently.
 
     Raises:
-        OSError: the kernel takes no filter.
+        OSError: the kernel rejects the filter.
     """
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in _FILTER)
     instructions = ctypes.create_string_buffer(code, len(code))
@@ -69,7 +69,7 @@ def refuse_amx() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-    """Become the command; returns only to say in one line why that failed."""
+    """Replace this process by the command; returns only if that fails."""
     command = sys.argv[1:] if arguments is None else list(arguments)
     if not command:
         return "error: give a command to run without AMX"

@@ -302,8 +302,10 @@ class EndpointResponder:
 
 
 def _wire(url: str, key: str, patience: float) -> Wire:
-    from llm_edge.chat.endpoint.http import Wire
-
+    try:
+        from llm_edge.chat.endpoint.http import Wire
+    except ImportError as error:
+        raise InputError(f"endpoints need {error.name}: pip install 'llm-edge[tui]'") from error
     return Wire(url, endpoint_key.read(key, url), patience)
 
 

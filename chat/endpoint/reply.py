@@ -151,12 +151,12 @@ class EndpointReply:
                 tokens += 1
                 thought += 1
                 thinking = Thinking(False)  # this endpoint separates reasoning itself
-                yield self._piece(reasoning, reasoning=True)
+                yield self._text_chunk(reasoning, reasoning=True)
             if text:
-                for piece in self._with_logprobs(text, choice):
+                for part in self._with_logprobs(text, choice):
                     tokens += 1
                     thought += thinking.inside
-                    yield from _separated(piece, thinking)
+                    yield from _separated(part, thinking)
             reason = _reason(getattr(choice, "finish_reason", None)) or reason
             if tokens > 2 * self._params.max_tokens + 64:  # the endpoint ignores the limit
                 reason = FinishReason.LENGTH
@@ -165,7 +165,7 @@ class EndpointReply:
             reason = FinishReason.CANCELLED
         if held:
             tokens += 1
-            yield from _separated(self._piece(held), thinking)
+            yield from _separated(self._text_chunk(held), thinking)
         for rest, inside in thinking.flush():
             yield GenerationChunk(rest, None, reasoning=inside)
         if reason is None:
@@ -193,7 +193,9 @@ class EndpointReply:
                 return None
             raise MachineError(f"the endpoint sent nothing for {self._patience:g} seconds: try again") from None
 
-    def _piece(self, text: str, *, reasoning: bool = False, logprob: TokenLogprob | None = None) -> GenerationChunk:
+    def _text_chunk(
+        self, text: str, *, reasoning: bool = False, logprob: TokenLogprob | None = None
+    ) -> GenerationChunk:
         token = logprob.token if logprob is not None else self._token_id(text)
         return GenerationChunk(text, -1 if token is None else token, reasoning=reasoning, logprob=logprob)
 
@@ -210,11 +212,11 @@ class EndpointReply:
         listed = getattr(logprobs, "content", None) if self._params.logprobs is not None else None
         entries = [(entry, made) for entry in _list(listed) if (made := self._logprob(entry))]
         if not entries:
-            yield self._piece(text)
+            yield self._text_chunk(text)
             return
         whole = "".join(entry.token for entry, _ in entries) == text
         for number, (entry, made) in enumerate(entries):
-            yield self._piece(entry.token if whole else text if number == 0 else "", logprob=made)
+            yield self._text_chunk(entry.token if whole else text if number == 0 else "", logprob=made)
 
     def _logprob(self, entry: Any) -> TokenLogprob | None:
         own = self._ranked(entry)
@@ -232,12 +234,12 @@ class EndpointReply:
         return None if number is None else (number, float(logprob))
 
 
-def _separated(piece: GenerationChunk, thinking: Thinking) -> Iterator[GenerationChunk]:
+def _separated(chunk: GenerationChunk, thinking: Thinking) -> Iterator[GenerationChunk]:
     """Yield a chunk, split if it contains both reasoning and answer."""
-    *before, (text, inside) = list(thinking.push(piece.text)) or [("", thinking.inside)]
+    *before, (text, inside) = list(thinking.push(chunk.text)) or [("", thinking.inside)]
     for part, reasoning in before:
         yield GenerationChunk(part, None, reasoning=reasoning)
-    yield replace(piece, text=text, reasoning=inside)
+    yield replace(chunk, text=text, reasoning=inside)
 
 
 _NOTHING = "the endpoint sent no answer: check the base URL, which usually ends in /v1"

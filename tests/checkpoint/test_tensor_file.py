@@ -264,8 +264,8 @@ def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"", "is empty: download it again"),
-        (b"P", "starts with b'P': damaged, or not a supported format"),
-        (b"#!/bin/sh\necho\n", "not a supported format"),
+        (b"P", "starts with b'P': damaged, or not torch.save"),
+        (b"#!/bin/sh\necho\n", "not torch.save"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"storages".ljust(257, b"\0") + b"ustar".ljust(300, b"\0"), "tar archive"),
         (b"\x80\x04}\x94.", "is a pickle, but not one of torch.save"),

@@ -48,6 +48,7 @@ from llm_edge.model.decoder import Decoder, count_parameters
 from llm_edge.model.registry import BUILT_IN, find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime import Bundle, Model, SamplingParams
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.open import open_session
 from llm_edge.runtime.errors import CheckpointError
 
@@ -113,7 +114,7 @@ def agrees(folder: Path, reference: Reference) -> None:
     bundle = Bundle.open(folder)
     info = bundle.precision("fp32")
     ids = torch.randint(bundle.shape.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
-    session = open_session(bundle.file(info.model), bundle.shape, info.format, info.share_buffer, "cpu", spinning=False)
+    session = open_session(GraphFile.of(bundle, info), ExecutionOptions("cpu", spinning=False))
     expected = reference(ids)[0].numpy()
     assert expected.std() > 0.3  # or closeness would say little
     assert np.abs(session.step(ids[0].tolist(), num_logits=0) - expected).max() < 1e-3

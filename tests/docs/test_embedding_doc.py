@@ -78,7 +78,7 @@ def test_the_engine_of_the_readme_runs(tiny_bundle: Path, capsys: pytest.Capture
 
 
 def test_what_is_said_of_presets_and_options(tiny_bundle: Path) -> None:
-    named = re.search(r"Presets are names for usual parameters \((.*?)\)", DOCUMENT)
+    named = re.search(r"Presets are named combinations of parameters \((.*?)\)", DOCUMENT)
     assert named is not None
     assert re.findall(r"`(\w+)`", named[1]) == list(PRESETS)
     for call in re.findall(r"`Engine\.load\(…, (.*?)\)`", DOCUMENT):
@@ -111,7 +111,7 @@ def test_the_service_streams(service: dict[str, Any]) -> None:
         assert [piece["finish_reason"] is None for piece in found] == [True] * (len(found) - 1) + [False]
         refused = client.post("/chat", json={"messages": [{"role": "user", "content": "word " * 2000}]})
         assert refused.status_code == 422
-        assert "tokens, the model's context holds 1024" in refused.json()["detail"]
+        assert "tokens, but the model's context holds 1024" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize("events_before", [0, 3])

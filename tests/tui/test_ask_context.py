@@ -27,7 +27,7 @@ from llm_edge.chat.session import ChatSession
 from llm_edge.runtime import SamplingParams
 from llm_edge.runtime.errors import LogitsError, MachineError
 from llm_edge.tui.plain import PlainChat
-from llm_edge.tui.standard_input import LARGEST, with_context
+from llm_edge.tui.standard_input import MAX_INPUT, with_context
 
 PATIENCE = 60  # seconds until a test that waits for a program gives up
 PAUSE = 1.0  # seconds that the program waits for a silent pipe, in place of its own 3
@@ -161,7 +161,7 @@ def test_lines_of_a_plain_chat_are_no_context(program: Program) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"\x7fELF\x02\x01\x00\x00", "is binary (byte 6 is zero): only UTF-8 text can be context"),
+        (b"\x7fELF\x02\x01\x00\x00", "is binary (byte 6 is zero): use UTF-8 text"),
         ("Fehler".encode("utf-16"), "is binary"),
         (b"caf\xe9", "is not UTF-8 text (byte 3): convert it first"),
     ],
@@ -191,8 +191,8 @@ def test_what_never_ends_is_refused_at_the_bound(program: Program) -> None:
             process.stdin.close()
         assert process.wait(PATIENCE) == 2
         notes = process.stderr.read().decode()
-    assert written < LARGEST + 10 * 2**20
-    assert notes == "error: standard input is longer than 2 MiB: give it a part, for example the end (tail -c 20000)\n"
+    assert written < MAX_INPUT + 10 * 2**20
+    assert notes == "error: standard input is longer than 2 MiB: shorten it, for example to its end (tail -c 20000)\n"
 
 
 def test_what_the_context_does_not_hold(tiny_bundle: Path) -> None:
@@ -201,8 +201,8 @@ def test_what_the_context_does_not_hold(tiny_bundle: Path) -> None:
     assert (done.returncode, done.stdout) == (2, b"")
     notes = done.stderr.decode()
     assert notes.count("\n") == 1
-    assert "standard input and the question make " in notes
-    assert "tokens, the model's context holds 1,024: give it a part" in notes
+    assert "standard input and the question have " in notes
+    assert "tokens, but the model's context holds 1,024: shorten it" in notes
     part = int(notes.rsplit("tail -c ", 1)[1].rstrip(")\n"))
     data = (b"error 17\n" * 2000)[-part:]
     command += ["--max-tokens", "2"]
@@ -230,7 +230,7 @@ def test_a_silent_pipe_holds_nobody_up(program: Program) -> None:
         os.close(ours)
         os.close(theirs)
     assert (code, out) == (0, "Fine.\n")
-    assert notes.startswith("(nothing came from standard input within 1 s: answering without it;")
+    assert notes.startswith("(no data from standard input within 1 s: answering without it;")
     assert notes.count("\n") == 1
     assert program.asked == [["Why?"]]
 
@@ -242,7 +242,7 @@ def test_a_slow_writer_is_heard_to_its_end(program: Program) -> None:
         assert process.stderr is not None
         process.stdin.write(b"building ...\n")
         process.stdin.flush()
-        assert process.stderr.readline() == b"(reading standard input until it ends \xe2\x80\xa6)\n"
+        assert process.stderr.readline() == b"(reading standard input to its end \xe2\x80\xa6)\n"
         process.stdin.write(SECRET.encode())
         process.stdin.close()
         assert process.wait(PATIENCE) == 0
@@ -254,7 +254,7 @@ def test_a_silent_writer_can_be_waited_for(program: Program) -> None:
     with process:
         assert process.stdin is not None
         assert process.stderr is not None
-        assert process.stderr.readline() == b"(reading standard input until it ends \xe2\x80\xa6)\n"
+        assert process.stderr.readline() == b"(reading standard input to its end \xe2\x80\xa6)\n"
         process.stdin.write(SECRET.encode())
         process.stdin.close()
         assert process.wait(PATIENCE) == 0

@@ -105,7 +105,7 @@ async def shown(socket: aiohttp.ClientWebSocketResponse, wanted: str) -> str:
 
 
 def test_a_visit(served: Served) -> None:
-    assert served.said == f"http://localhost:{served.port}  Ctrl-C ends it\n"
+    assert served.said == f"http://localhost:{served.port}  Press Ctrl-C to stop.\n"
 
     async def scene(client: aiohttp.ClientSession, url: str) -> None:
         async with client.get(url) as page:
@@ -175,7 +175,7 @@ def test_a_bundle_is_shown_and_the_end_ends_the_visits(tiny_bundle: Path, tmp_pa
         with pytest.raises(ProcessLookupError):
             os.killpg(server.process.pid, 0)  # nobody of the group is left
         lines = server.errors.read_text().splitlines()
-        assert lines == [f"warning: whoever reaches 0.0.0.0:{server.port} may use this chat and read its files"]
+        assert lines == [f"warning: anyone who can reach 0.0.0.0:{server.port} can use this chat and read its files"]
     finally:
         server.end()
 
@@ -193,14 +193,14 @@ def refused(folder: Path, *arguments: str) -> str:
 def test_a_port_that_is_taken(served: Served, tmp_path: Path) -> None:
     line = refused(tmp_path, "--serve", "--fake", "--port", str(served.port))
     assert line == (
-        f"error: cannot listen on localhost:{served.port} (address already in use): give another --port or --host\n"
+        f"error: cannot listen on localhost:{served.port} (address already in use): choose another --port or --host\n"
     )
 
 
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     line = refused(tmp_path, "--serve", "--fake", "--host", "nowhere.invalid")
-    assert line.startswith("error: --host nowhere.invalid: no such address: ")
+    assert line.startswith("error: --host nowhere.invalid: unknown address: ")
 
 
 def test_a_script_needs_a_screen(tmp_path: Path) -> None:
-    assert refused(tmp_path, "--fake").startswith("error: --fake fills a terminal, which this is not: ")
+    assert refused(tmp_path, "--fake").startswith("error: --fake needs a terminal: ")

@@ -22,11 +22,13 @@ from typing import Any
 
 import pytest
 from fakes import Answer, FakeModel
+from openai_server import Server
 from project import SUPPORT
 
 from llm_edge.chat.commands import COMMANDS
 from llm_edge.chat.figures import figures_line, figures_of
 from llm_edge.chat.history.memory_store import InMemoryStore
+from llm_edge.chat.history.store import Store
 from llm_edge.chat.parameters import EDITABLE, ChatParameters
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.chat.session import ChatSession
@@ -639,6 +641,71 @@ def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
     done = chat(tmp_path / "nothing", "--ask", "Hi")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode() == f"error: {tmp_path}/nothing: no such bundle folder: create one with llm-export\n"
+
+
+def test_without_optional_packages(tiny_bundle: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('textual', 'openai', 'httpx2', 'platformdirs', 'keyring'): sys.modules[name] = None\n"
+        "from llm_edge.tui.cli import main; main()"
+    )
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("LLM_EDGE")}
+        return subprocess.run(
+            command, input=b"Hi\n", capture_output=True, timeout=PATIENCE, check=False, env=environment
+        )
+
+    for how in ("--ask=Hi", "--plain"):
+        done = run(tiny_bundle, how, *FEW)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    endpoint = ("--endpoint", "localhost:1", "--model", "small", "--ask", "Hi")
+    for arguments, package in (
+        ((tiny_bundle, "--ask", "Hi", "--save"), b"saving needs platformdirs"),
+        (endpoint, b"endpoints need"),
+        ((*endpoint, "--key", "keyring"), b"endpoints need"),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert done.stderr.startswith(b"error: " + package)
+        assert b"pip install 'llm-edge[tui]'" in done.stderr
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_endpoints(server: Server, tmp_path: Path) -> None:
+    server.key = "sk-secret"
+    endpoint = ("--endpoint", server.url, "--model", "small", "--key", "env:TEST_API_KEY")
+    places = {"TEST_API_KEY": "sk-secret", "LLM_EDGE_CONFIG": str(tmp_path), "LLM_EDGE_DATA": str(tmp_path)}
+    asked = chat(*endpoint, "--ask", "Hi", "--temperature", "0.5", **places)
+    assert (asked.returncode, asked.stdout, asked.stderr) == (0, b"Hello there\n", b"")
+    assert server.requests[0]["temperature"] == 0.5
+    lines = "Hi\n/set top_k 7\nAgain\n/think off\nOnce more\n"
+    piped = chat(*endpoint, "--plain", "--save", lines=lines, **places)
+    assert (piped.returncode, piped.stdout) == (0, b"Hello there\n" * 3)
+    assert server.requests[2]["top_k"] == 7
+    assert [message["content"] for message in server.requests[2]["messages"]] == ["Hi", "Hello there", "Again"]
+    assert server.requests[3]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert b"sk-secret" not in piped.stderr
+    with Store(tmp_path / "conversations.sqlite3") as store:
+        assert [summary.model for summary in store.recent()] == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--endpoint", "http://localhost:1/v1"], "--endpoint needs a model: add --model NAME"),
+        (["--model", "small"], "--model and --key need an endpoint: add --endpoint URL"),
+        (["--endpoint", "ftp://x", "--model", "small"], "the base URL must start with http:// or https://"),
+        (["--endpoint", "localhost:1", "--model", "small", "--key", "env:NO_SUCH_VARIABLE"], "is not set"),
+    ],
+)
+def test_endpoints_that_cannot_be_used(arguments: list[str], reason: str) -> None:
+    done = chat(*arguments, "--ask", "Hi")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert reason in done.stderr.decode()
+    assert done.stderr.count(b"\n") == 1
 
 
 # As a program over a fake model

@@ -35,6 +35,7 @@ from llm_edge.exporter.results import Report
 from llm_edge.model.config import Activation
 from llm_edge.model.decoder import count_parameters, rotary_tables
 from llm_edge.runtime import Bundle, Model, SamplingParams
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.session import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.torchscript_check import check_program
 from llm_edge.runtime.backend.torchscript_session import TorchScriptSession
@@ -427,7 +428,9 @@ def test_the_command_takes_fp32_and_says_what_it_made(
 
 
 def test_a_format_from_the_future_is_refused(changed: Callable[..., Path]) -> None:
-    with pytest.raises(BundleError, match=r"precisions\.fp32 is of format 'gguf', this runtime runs onnx and torchscr"):
+    with pytest.raises(
+        BundleError, match=r"fp32 has format 'gguf', but this runtime supports onnx and torchscr"
+    ):
         Bundle.open(changed(format="gguf"))
 
 
@@ -441,7 +444,7 @@ def test_a_changed_file_is_not_loaded(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_an_unverified_file_is_not_loaded(bundle: Path) -> None:
-    with pytest.raises(ParameterError, match="TorchScript is a program: it is loaded with verify=True only"):
+    with pytest.raises(ParameterError, match="TorchScript is code and can only be loaded with verify=True"):
         Model.load(bundle, verify=False)
 
 
@@ -456,7 +459,7 @@ def test_a_file_that_is_no_torchscript_gets_one_line(content: bytes, changed: Ca
     "shape", [{"vocab_size": 400}, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {"head_dim": 16}]
 )
 def test_a_module_of_another_shape_gets_one_line(shape: dict[str, int], changed: Callable[..., Path]) -> None:
-    with pytest.raises(BundleError, match="it is no decoder of the shape the manifest says") as raised:
+    with pytest.raises(BundleError, match="it is not a decoder with the dimensions in the manifest") as raised:
         Model.load(changed(shape=shape))
     assert "\n" not in str(raised.value)
 
@@ -498,10 +501,10 @@ HOSTILE: dict[str, tuple[bytes, bytes, str]] = {
     ),
     "an operator of others": (LINE, LINE + b"    _99 = ops.other.run(weight)\n", r"calls ops\.other\.run"),
     "a method of a tensor": (LINE, LINE + b"    _99 = weight.save()\n", r"calls weight\.save"),
-    "a loop without an end": (LINE, LINE + b"    while True:\n      _99 = 1\n", "holds code with While"),
+    "a loop without an end": (LINE, LINE + b"    while True:\n      _99 = 1\n", "contains code with While"),
     "what runs while it is loaded": (b"def empty_past(", b"def __setstate__(", "defines __setstate__"),
-    "a comment": (LINE, LINE + b"    # hidden\n", "is not written as torch writes code"),
-    "no code at all": (LINE, LINE + b"    ((\n", "holds code that cannot be read"),
+    "a comment": (LINE, LINE + b"    # hidden\n", "contains code that torch would not write"),
+    "no code at all": (LINE, LINE + b"    ((\n", "contains code that cannot be parsed"),
     "a class built into torch": (
         b"__torch__.torch.nn.modules.container",
         b"__torch__.torch.classes.quantized",
@@ -528,8 +531,8 @@ def test_a_program_that_does_more_is_refused_before_torch_sees_it(
 def test_archives_in_other_clothes_are_refused(bundle: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
     whole = (bundle / MODEL).read_bytes()
     for model, message in (
-        (rewritten(bundle / MODEL, lambda name, content: (name, content), stored=False), "holds compressed records"),
-        (b"in front" + whole, "is not laid out as the exporter does it"),
+        (rewritten(bundle / MODEL, lambda name, content: (name, content), stored=False), "contains compressed records"),
+        (b"in front" + whole, "has another layout than exported files"),
         (
             rewritten(bundle / MODEL, lambda name, content: (name.replace("/code/", "/CODE/"), content)),
             r"holds 'CODE/",
@@ -560,7 +563,7 @@ def test_every_family_and_activation_passes(written: dict[str, Written], tmp_pat
 @pytest.fixture(scope="module")
 def session(bundle: Path) -> TorchScriptSession:
     opened = Bundle.open(bundle)
-    return TorchScriptSession(opened.file(MODEL), opened.shape, "cpu")
+    return TorchScriptSession(GraphFile(opened.file(MODEL), opened.shape), ExecutionOptions("cpu"))
 
 
 def test_steps_are_those_of_the_onnx_session(session: TorchScriptSession, written: dict[str, Written]) -> None:
@@ -595,13 +598,13 @@ def test_providers_and_threads(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     before = torch.get_num_threads()
     try:
-        session = TorchScriptSession(opened.file(MODEL), opened.shape, "auto", threads=1)
+        session = TorchScriptSession(GraphFile(opened.file(MODEL), opened.shape), ExecutionOptions("auto", 1))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
     assert session.provider == ("cuda" if torch.cuda.is_available() else "cpu")
     for wrong in (0, "2", 1.0, True):
-        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; 1 to 1024 are possible"):
+        with pytest.raises(ParameterError, match=f"threads is {wrong!r}; use 1 to 1024"):
             Model.load(bundle, threads=wrong)  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="provider is 'tpu'"):
         Model.load(bundle, provider="tpu")

@@ -21,7 +21,7 @@ from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.exporter.quantization.recipes import RECIPES, parse_precisions
 from llm_edge.runtime import Engine, Model, SamplingParams
-from llm_edge.runtime.backend import session as session_module
+from llm_edge.runtime.backend import providers
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import CheckpointError, ProviderError
 
@@ -121,7 +121,7 @@ def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 raise RuntimeError(reasons[0])
             super().run_with_iobinding(binding, run_options)
 
-    monkeypatch.setattr(session_module, "_cuda_problem", lambda: None)
+    monkeypatch.setattr(providers, "_cuda_problem", lambda: None)
     monkeypatch.setattr(ort, "InferenceSession", OnPaper)
     return reasons
 

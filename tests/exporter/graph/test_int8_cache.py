@@ -148,7 +148,7 @@ def test_logits_are_near_those_over_a_float_cache(bundle: Bundle, tmp_path: Path
 
 @pytest.mark.parametrize("cuts", [[1] * 70, [33, 37], [64, 1, 1, 1, 3]])
 def test_the_cut_into_steps_does_not_matter(bundle: Bundle, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "_FIRST_CAPACITY", 8)  # the buffers grow on the way
+    monkeypatch.setattr(kv_cache, "_INITIAL_CAPACITY", 8)  # the buffers grow on the way
     ids = tokens(70, seed=1)
     session = opened(bundle, path_of(bundle, "int8-kv8"))
     assert distance(logits_of(session, ids, cuts), logits_of(session, ids)) < SAME

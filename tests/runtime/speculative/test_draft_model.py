@@ -444,7 +444,7 @@ def test_a_graph_that_cannot_take_guesses_back_is_refused(folder: Path, large: P
 def test_a_draft_that_is_none(large: Path, small: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such bundle folder"):
         Model.load(large, draft=tmp_path / "none")
-    with pytest.raises(BundleError, match="small holds no precision 'int4'"):
+    with pytest.raises(BundleError, match="small: no precision 'int4'"):
         Model.load(large, draft=small, draft_precision="int4")
     with pytest.raises(ParameterError, match="draft_precision is 'fp32' without draft"):
         Model.load(large, draft_precision="fp32")
@@ -457,7 +457,7 @@ def test_a_chat_with_a_draft(large: Path, small: Path, tmp_path: Path, capsys: p
     assert alone[0] == 0
     code, out, errors = call(cli.main, capsys, *words, "--draft", tmp_path)
     assert (code, out) == (2, "")
-    assert "is no llm-edge bundle" in errors
+    assert "is not an llm-edge bundle" in errors
 
 
 def test_what_a_draft_gives_is_measured(large: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
