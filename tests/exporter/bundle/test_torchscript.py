@@ -428,9 +428,7 @@ def test_the_command_takes_fp32_and_says_what_it_made(
 
 
 def test_a_format_from_the_future_is_refused(changed: Callable[..., Path]) -> None:
-    with pytest.raises(
-        BundleError, match=r"fp32 has format 'gguf', but this runtime supports onnx and torchscr"
-    ):
+    with pytest.raises(BundleError, match=r"fp32 has format 'gguf', but this runtime supports onnx and torchscr"):
         Bundle.open(changed(format="gguf"))
 
 
