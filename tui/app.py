@@ -70,7 +70,6 @@ class ChatApp(App[None]):
         return self.chat_screen
 
     def on_mount(self) -> None:
-        """Restore the theme."""
         restore_theme(self, self.settings, self.chat_screen.conversation_view.use_code_theme)
 
     def on_unmount(self) -> None:
@@ -102,7 +101,6 @@ class ChatApp(App[None]):
             notify(self, "Press Ctrl-Q to quit.")
 
     def action_help(self) -> None:
-        """Show all keys."""
         self.push_screen(HelpScreen({"Conversations": self.session.store.path, "Settings": self.settings.path}))
 
     def _export_ended(self, job: ExportJob) -> None:

@@ -1,4 +1,4 @@
-"""The chat application with a script for a model, driven by Textual's pilot."""
+"""Drives the chat application with a fake model, through Textual's pilot."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Driven = tuple[ChatApp, Pilot[None], FakeResponder]
 
 
 def drive(scene: Coroutine[Any, Any, None]) -> None:
-    """Play a scene to its end."""
+    """Run a test scene."""
     asyncio.run(scene)
 
 
 async def until(pilot: Pilot[Any], condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until something holds."""
+    """Wait until a condition is met."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "what was waited for has not come"
+        assert time.monotonic() < end, "timed out"
         await pilot.pause(0.02)
 
 
@@ -39,7 +39,7 @@ async def until(pilot: Pilot[Any], condition: Callable[[], object], seconds: flo
 async def app_with(
     folder: Path, *said: Said | str, size: tuple[int, int] = (100, 30), pause: float = 0.0, context_length: int = 4096
 ) -> AsyncIterator[Driven]:
-    """The application, its script loaded."""
+    """The application, with its fake model loaded."""
     fake = FakeResponder(*said, pause=pause, context_length=context_length)
     app = ChatApp(Store(folder / "chats.db"), lambda: fake, Settings(folder))
     async with app.run_test(size=size, notifications=True) as pilot:
@@ -49,7 +49,7 @@ async def app_with(
 
 
 async def ask(pilot: Pilot[Any], text: str, *, wait: bool = True) -> None:
-    """Write a question, send it, and wait for the end of its answer."""
+    """Ask a question and wait until it is answered."""
     app = pilot.app
     assert isinstance(app, ChatApp)
     app.query_one(Composer).write(text)
@@ -62,17 +62,17 @@ async def ask(pilot: Pilot[Any], text: str, *, wait: bool = True) -> None:
 
 
 def views(app: ChatApp) -> list[MessageView]:
-    """The messages on the screen."""
+    """The mounted messages."""
     return app.query_one(ConversationView).views
 
 
 def shown(view: MessageView) -> str:
-    """What a message shows, as text."""
+    """The visible text of a message."""
     return "\n".join(view.render_line(y).text.rstrip() for y in range(view.size.height))
 
 
 def screen(app: ChatApp) -> str:
-    """What the whole screen shows, as text."""
+    """The visible text of the screen."""
     width, height = app.size
     lines = app.screen._compositor.render_strips()
     assert len(lines) == height

@@ -1,6 +1,7 @@
-"""Each screen at two sizes is what it was: text compared with tests/tui/snapshots.
+"""Compares the text of each screen, at two sizes, with tests/tui/snapshots.
 
-Once a screen is meant to be another, and was looked at: LLM_EDGE_UPDATE_SNAPSHOTS=1 python -m pytest this file.
+After an intended change, update the snapshots and review the diff:
+LLM_EDGE_UPDATE_SNAPSHOTS=1 python -m pytest tests/tui/test_snapshots.py
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("name", SCENES)
-def test_the_screen_is_what_it_was(
+def test_screen_matches_snapshot(
     name: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # no bundles here
+    monkeypatch.chdir(tmp_path)  # a folder without bundles
     found = asyncio.run(play_scene(SCENES[name], FakeResponder(), size, screen)) + "\n"
     found = re.sub(r"\b\d\d:\d\d\b", "12:00", found)
     file = SNAPSHOTS / f"{name}-{size[0]}x{size[1]}.txt"

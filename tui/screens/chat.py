@@ -136,7 +136,6 @@ class ChatScreen(Screen[None]):
     # ---- models
 
     async def on_model_loader_loaded(self, event: ModelLoader.Loaded) -> None:
-        """Use the model that was loaded."""
         self.loader.loading = False
         session, previous = self._session, self._session.responder
         session.set_responder(event.responder)
@@ -164,7 +163,6 @@ class ChatScreen(Screen[None]):
             notify(self, str(event.error), "error")
 
     def action_models(self, reason: str = "") -> None:
-        """Choose another model."""
         self.app.push_screen(self._models_screen(reason), lambda choice: self.loader.choose(choice) if choice else None)
 
     def _models_screen(self, reason: str = "") -> ModelsScreen:
@@ -217,7 +215,6 @@ class ChatScreen(Screen[None]):
         return True
 
     def on_conversation_view_answer_ended(self, event: ConversationView.AnswerEnded) -> None:
-        """Report an error that ended the answer."""
         if "error" in event.message.figures:
             notify(self, str(event.message.figures["error"]), "error")
         self.status_bar.refresh_state()
@@ -227,7 +224,6 @@ class ChatScreen(Screen[None]):
         self.status_bar.count_typed(self.composer.text)
 
     def on_composer_scroll_requested(self, event: Composer.ScrollRequested) -> None:
-        """Scroll the conversation by a page."""
         view = self.conversation_view
         (view.scroll_page_up if event.pages < 0 else view.scroll_page_down)()
 
@@ -244,7 +240,6 @@ class ChatScreen(Screen[None]):
             notify(self, "Nothing to undo.")
 
     async def action_new(self) -> None:
-        """Start a new conversation."""
         if self._session.conversation.messages:
             self._session.new()
             notify(self, "New conversation. Press Ctrl-Z to return to the previous one.")
@@ -258,7 +253,6 @@ class ChatScreen(Screen[None]):
             await self._answer(lambda session: session.regenerate(path[-1]))
 
     async def action_continue(self) -> None:
-        """Continue the last answer."""
         if path := self._session.conversation.path():
             await self._answer(lambda session: session.continue_answer(path[-1]))
 
@@ -301,24 +295,20 @@ class ChatScreen(Screen[None]):
     # ---- panels and other screens
 
     def action_history(self) -> None:
-        """Show or hide the conversations."""
         if self.has_class("narrow"):
             self.parameter_panel.remove_class("open")
         self.history.toggle()
 
     async def on_history_panel_conversation_changed(self, event: HistoryPanel.ConversationChanged) -> None:
-        """Show the conversation that was opened or renamed."""
         if event.opened:
             self.composer.stop_editing(keep_text=True)
         await self.show()
         self.parameter_panel.show()
 
     def on_history_panel_closed(self) -> None:
-        """Return to the composer."""
         self.composer.focus()
 
     async def action_parameters(self) -> None:
-        """Show or hide the parameters."""
         if self.parameter_panel.has_class("open"):
             self.on_parameter_panel_close_requested()
             return
@@ -327,16 +317,13 @@ class ChatScreen(Screen[None]):
         await self.parameter_panel.open()
 
     def on_parameter_panel_close_requested(self) -> None:
-        """Hide the parameters."""
         self.parameter_panel.remove_class("open")
         self.composer.focus()
 
     def on_parameter_changed(self, event: ParameterChanged) -> None:
-        """Change a parameter."""
         self.parameter_panel.apply(event, self._session.apply_change)
 
     def action_questions(self) -> None:
-        """Choose a sample question."""
 
         def chosen(choice: ChosenQuestion | None) -> None:
             if choice is None:

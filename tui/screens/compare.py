@@ -111,7 +111,6 @@ class CompareScreen(ModalScreen[str | None]):
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Fill in the question."""
         self.query_one(Composer).write(self._text)
         self._show()
         self.set_interval(_POLL_INTERVAL, self._poll)
@@ -130,7 +129,6 @@ class CompareScreen(ModalScreen[str | None]):
     # ---- asking
 
     async def on_composer_submitted(self, event: Composer.Submitted) -> None:
-        """Ask both sides."""
         event.stop()
         text = event.text
         if not text.strip():
@@ -169,7 +167,6 @@ class CompareScreen(ModalScreen[str | None]):
     # ---- parameters and model of a side
 
     async def action_parameters(self, number: int) -> None:
-        """Show or hide the parameters of a side."""
         panel, side = self.query_one(ParameterPanel), self.sides[number]
         if panel.has_class("open") and self._panel_side == number:
             self._hide_panel()
@@ -188,14 +185,12 @@ class CompareScreen(ModalScreen[str | None]):
         self.action_stop_or_close()
 
     def on_parameter_changed(self, event: ParameterChanged) -> None:
-        """Change a parameter of a side."""
         event.stop()
         self.query_one(ParameterPanel).apply(event, self.sides[self._panel_side].session.apply_change)
         self._show()
 
     @work
     async def action_choose_model(self) -> None:
-        """Choose another model for the right side."""
         load = await self._choose_model() if self._choose_model is not None else None
         if load is not None:
             notify(self, "Loading model …")
@@ -229,7 +224,6 @@ class CompareScreen(ModalScreen[str | None]):
         notify(self, f"The models answer {how}.")
 
     async def on_message_view_action_requested(self, event: MessageView.ActionRequested) -> None:
-        """Show the tokens of an answer."""
         event.stop()
         side = next((each for each in self.sides if each.answer is event.view.message), None)
         if event.action == "tokens" and side is not None and side.answer is not None:
@@ -238,12 +232,10 @@ class CompareScreen(ModalScreen[str | None]):
     # ---- keeping answers, closing
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Keep the answer above the button."""
         event.stop()
         self.action_keep(int(event.button.id == "keep-1"))
 
     def action_keep(self, number: int) -> None:
-        """Add an answer to the conversation."""
         self._keep(self.sides[number])
 
     def action_keep_both(self) -> None:
@@ -276,7 +268,6 @@ class CompareScreen(ModalScreen[str | None]):
             self._close(None)
 
     def action_close(self) -> None:
-        """Return to the chat."""
         self._close(None)
 
     def _close(self, asked: str | None) -> None:

@@ -75,7 +75,6 @@ class TextPrompt(ModalScreen[str | None]):
                 yield Button("Cancel", id="cancel", compact=True)
 
     def on_mount(self) -> None:
-        """Focus the end of the text."""
         field = self.query_one(SafeInput)
         field.focus()
         field.cursor_position = len(field.value)
@@ -100,7 +99,6 @@ class TextPrompt(ModalScreen[str | None]):
 
     @on(Button.Pressed, "#cancel")
     def action_cancel(self) -> None:
-        """Close the dialog without a text."""
         self.dismiss(None)
 
     def _show_error(self, error: str) -> None:
@@ -140,5 +138,4 @@ class ConfirmDialog(ModalScreen[bool]):
         self.query_one("#cancel").focus()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Close the dialog."""
         self.dismiss(event.button.id == "accept")

@@ -88,7 +88,6 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
             yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Focus the URL."""
         self._show_models([])
         self._show_key_fields()
         self.query_one("#url").focus()
@@ -115,14 +114,12 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
             self._request_models("")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Connect to a model of the list."""
         event.stop()
         if event.option.id is not None:
             self.query_one("#model", Input).value = printable(self._models[int(event.option.id)])
             self._request_models(self._models[int(event.option.id)])
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Connect or cancel."""
         event.stop()
         if event.button.id == "connect":
             self.action_connect()
@@ -130,7 +127,6 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
             self.action_cancel()
 
     def action_connect(self) -> None:
-        """Connect to the typed model."""
         self._request_models(self.query_one("#model", Input).value.strip())
 
     def action_cancel(self) -> None:

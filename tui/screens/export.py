@@ -175,12 +175,10 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
             source.focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Start the export."""
         event.stop()
         self.action_export()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Start the export, or cancel."""
         event.stop()
         if event.button.id == "export":
             self.action_export()
@@ -197,7 +195,6 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         return super().check_action(action, parameters)
 
     def action_export(self) -> None:
-        """Start the export."""
         if self._running_export is not None:
             return
         request = self._request()

@@ -107,7 +107,6 @@ class ModelsScreen(ModalScreen[Choice | None]):
             yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Search for models."""
         self.query_one("#reason").display = bool(self._reason)
         self.query_one("#models").can_focus = False
         self.query_one("#filter").focus()
@@ -194,29 +193,24 @@ class ModelsScreen(ModalScreen[Choice | None]):
         models.highlighted = best[0][-1] if best else None
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter the list."""
         event.stop()
         if self._entries:
             self._filter(event.value)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Choose the highlighted entry."""
         event.stop()
         self.action_choose()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Choose the entry that was clicked."""
         event.stop()
         self._choose(event.option_index)
 
     def action_choose(self) -> None:
-        """Choose the highlighted entry."""
         index = self.query_one("#models", OptionList).highlighted
         if index is not None:
             self._choose(index)
 
     def action_move(self, steps: int) -> None:
-        """Move the highlight."""
         models = self.query_one("#models", OptionList)
         for _ in range(abs(steps)):
             if steps > 0:
@@ -225,7 +219,6 @@ class ModelsScreen(ModalScreen[Choice | None]):
                 models.action_cursor_up()
 
     def action_close(self) -> None:
-        """Keep the current model."""
         self.dismiss(None)
 
     def on_click(self, event: events.Click) -> None:

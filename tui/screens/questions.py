@@ -111,7 +111,6 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
             yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Highlight the first question."""
         self._close_editor()
         self._show(0)
         self._show_error(self._questions.trouble)
@@ -171,12 +170,10 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
     # ---- choosing
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Ask the question that Enter or a click selected."""
         event.stop()
         self.dismiss(ChosenQuestion(self._shown[event.option_index], ask_now=True))
 
     def action_ask(self) -> None:
-        """Ask the highlighted question."""
         if self._index is not None:
             self.dismiss(ChosenQuestion(self._shown[self._index], ask_now=True))
 
@@ -186,22 +183,18 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
             self.dismiss(ChosenQuestion(self._shown[self._index], ask_now=False))
 
     def action_close(self) -> None:
-        """Choose none."""
         self.dismiss(None)
 
     # ---- changing the list
 
     def action_add(self) -> None:
-        """Type a new question."""
         self._open_editor(None, "", "New question · ⏎ saves, Ctrl-J new line, Esc cancels")
 
     def action_edit(self) -> None:
-        """Edit the highlighted question."""
         if self._index is not None:
             self._open_editor(self._index, self._shown[self._index], "Editing question · ⏎ saves, Esc cancels")
 
     def action_delete(self) -> None:
-        """Delete the highlighted question."""
         index = self._index
         if index is None:
             return
@@ -213,7 +206,6 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
         self._change(delete)
 
     def action_undo(self) -> None:
-        """Undo the last deletion."""
         if not self._deleted:
             return
         index, text = self._deleted[-1]
@@ -226,13 +218,11 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
         self._change(put_back)
 
     def action_move(self, by: int) -> None:
-        """Move the highlighted question up or down."""
         index = self._index
         if index is not None:
             self._change(lambda: self._questions.move(index, by))
 
     def action_restore(self) -> None:
-        """Restore the built-in questions."""
 
         def restore() -> int:
             missing = self._questions.restore()
@@ -261,7 +251,6 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
         self.refresh_bindings()
 
     def on_question_editor_saved(self) -> None:
-        """Save the question."""
         text, edited = self.query_one(QuestionEditor).text, self._edited
 
         def save() -> int:
@@ -274,5 +263,4 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
             self._close_editor()
 
     def on_question_editor_cancelled(self) -> None:
-        """Leave the question as it was."""
         self._close_editor()

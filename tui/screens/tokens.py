@@ -103,7 +103,6 @@ class TokensScreen(ModalScreen[bool]):
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Start at the first token."""
         if not self._records:
             self.query_one("#tokens-title", Static).update(printable(self._title()))
             return
@@ -135,7 +134,6 @@ class TokensScreen(ModalScreen[bool]):
     # ---- alternatives
 
     def on_token_text_cursor_moved(self) -> None:
-        """Show the alternatives to another token."""
         self._show_alternatives()
 
     def on_parameter_changed(self, event: ParameterChanged) -> None:
@@ -186,7 +184,6 @@ class TokensScreen(ModalScreen[bool]):
     # ---- closing
 
     def action_close(self) -> None:
-        """Return to the chat."""
         self.dismiss(False)
 
     def action_regenerate(self) -> None:

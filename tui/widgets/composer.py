@@ -55,7 +55,7 @@ class Composer(SafeTextArea):
         self.editing: Message | None = None
         self._draft = ""  # the text before a question was edited
         self._history: list[str] = []
-        self._index = 0  # in the history; its length stands for the text that is not in it yet
+        self._index = 0  # in the history; len(history) means the unsent text
         self._unsent = ""
 
     def set_history(self, questions: Sequence[str]) -> None:
@@ -87,7 +87,6 @@ class Composer(SafeTextArea):
             self.write(self._draft)
 
     def action_submit(self) -> None:
-        """Submit the text."""
         text = self.text
         if text.strip():
             self.set_history([*self._history, text])

@@ -48,7 +48,6 @@ class ConversationList(OptionList):
             self.action = action
 
     def action_request(self, action: str) -> None:
-        """Post `ActionRequested`."""
         self.post_message(self.ActionRequested(action))
 
     def action_cursor_up(self) -> None:

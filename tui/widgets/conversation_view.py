@@ -66,7 +66,6 @@ class ConversationView(VerticalScroll, can_focus=False):
         return next((view for view in self.views if view.message.id == message.id), None)
 
     def on_mount(self) -> None:
-        """Prepare to poll for answers."""
         self._poll_timer = self.set_interval(SHORTEST_INTERVAL, self._poll, pause=True)
 
     async def show(self) -> None:
@@ -140,7 +139,6 @@ class ConversationView(VerticalScroll, can_focus=False):
         super().action_scroll_home()
 
     def action_scroll_end(self) -> None:
-        """Scroll to the last message."""
         self._to_start = False
         super().action_scroll_end()
 

@@ -108,14 +108,12 @@ class HistoryPanel(Vertical):
             yield _button("Import", "import", "Import a ChatGPT or llm-edge export")
 
     def on_unmount(self) -> None:
-        """Close the database connection."""
         if self._reader is not None:
             self._reader.close()
 
     # ---- shown and hidden
 
     def toggle(self) -> None:
-        """Show or hide the panel."""
         if self.has_class("open"):
             self.action_close()
             return
@@ -129,7 +127,6 @@ class HistoryPanel(Vertical):
         field.focus()
 
     def action_close(self) -> None:
-        """Hide the panel."""
         self.remove_class("open")
         self.post_message(self.Closed())
 
@@ -158,7 +155,6 @@ class HistoryPanel(Vertical):
                 self.post_message(self.Fetched(text, start, found[:count], len(found) > count))
 
     def on_history_panel_fetched(self, event: Fetched) -> None:
-        """Show the conversations that were fetched."""
         entries = self.query_one(ConversationList)
         if event.text != self.query_one(SafeInput).value:
             return  # the search has changed meanwhile
@@ -200,7 +196,6 @@ class HistoryPanel(Vertical):
         return options
 
     def on_conversation_list_near_end(self) -> None:
-        """Fetch more."""
         if self._more:
             self._more = False  # until it has been fetched
             start, self._wanted = self._wanted, self._wanted + PAGE
@@ -226,16 +221,13 @@ class HistoryPanel(Vertical):
             self.query_one(SafeInput).value = ""
 
     def on_input_submitted(self) -> None:
-        """Open the first result."""
         self.query_one(ConversationList).action_select()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Do what the button says."""
         event.stop()
         self._do(str(event.button.name))
 
     def on_conversation_list_action_requested(self, event: ConversationList.ActionRequested) -> None:
-        """Do what a key of the list stands for."""
         self._do(event.action)
 
     @on(OptionList.OptionSelected)
@@ -271,7 +263,6 @@ class HistoryPanel(Vertical):
     # ---- actions
 
     def open(self, id_: int) -> None:
-        """Open a conversation."""
         interrupted = self._session.answering is not None
         try:
             self._session.open(id_)
@@ -289,7 +280,6 @@ class HistoryPanel(Vertical):
             self.post_message(self.Closed())
 
     def pin(self, summary: Summary) -> None:
-        """Pin or unpin a conversation."""
         self._change(lambda: self._session.pin(summary.id, not summary.pinned))
 
     @work
@@ -335,12 +325,10 @@ class HistoryPanel(Vertical):
 
     @work
     async def export(self, summary: Summary) -> None:
-        """Export a conversation to a file."""
         await export_conversation(self.app, self._session.store, summary)
 
     @work(exclusive=True, group="history-import")
     async def import_conversations(self) -> None:
-        """Import conversations from a file."""
         await import_conversations(self.app, self._session.store, self._note)
         self._note("")
         self.refresh_list()

@@ -200,12 +200,10 @@ class MessageView(Widget, can_focus=True):
     # ---- actions
 
     def action_fold(self) -> None:
-        """Show or hide the reasoning."""
         self._folded = not self._folded
         self.changed()
 
     def action_copy(self) -> None:
-        """Copy the text."""
         self.app.copy_to_clipboard(self.message.content)
         notify(self, "Copied.")
 
@@ -221,7 +219,6 @@ class MessageView(Widget, can_focus=True):
         notify(self, f"Copied code block {number + 1} of {len(blocks)}." if len(blocks) > 1 else "Copied code.")
 
     def action_request(self, action: str) -> None:
-        """Post `ActionRequested`."""
         self.post_message(self.ActionRequested(self, action))
 
     def on_click(self, event: events.Click) -> None:

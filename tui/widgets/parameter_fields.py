@@ -69,11 +69,9 @@ class ValueField(SafeInput):
         return differs
 
     def action_step(self, steps: int) -> None:
-        """Change the value by a number of steps."""
         self.post_message(step_change(self._spec, steps))
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Apply what was typed."""
         event.stop()
         self.post_message(text_change(self._spec, self.value))
 
@@ -124,7 +122,6 @@ class TextField(SafeTextArea):
         return True
 
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
-        """Apply what was typed."""
         event.stop()
         if self._spec.name != _SCHEMA or self.text.strip() in ("", "{}"):
             self.post_message(text_change(self._spec, self.text))
@@ -162,7 +159,6 @@ class StepButton(Static):
         self._spec, self._steps = spec, steps
 
     def on_click(self) -> None:
-        """Change the value."""
         self.post_message(step_change(self._spec, self._steps))
 
 

@@ -128,7 +128,6 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         line.display = error is not None
 
     def action_close(self) -> None:
-        """Post `CloseRequested`."""
         self.post_message(self.CloseRequested())
 
     # ---- presets
@@ -153,7 +152,6 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         self.query_one("#delete-preset", Button).disabled = matching not in self._presets.own(self._model)
 
     def on_select_changed(self, event: Select.Changed) -> None:
-        """Use the chosen preset."""
         event.stop()
         name, presets, model = event.value, self._presets, self._model
         if isinstance(name, str) and presets is not None:
@@ -162,7 +160,6 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             self._show_presets()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
-        """Reset, save or delete."""
         event.stop()
         if event.button.id == "reset":
             self.action_reset()
@@ -172,7 +169,6 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             self._delete()
 
     def action_reset(self) -> None:
-        """Reset all parameters to the model's defaults."""
         self.post_message(ParameterChanged(lambda parameters: parameters.load({})))
 
     def action_save(self) -> None:
@@ -186,7 +182,6 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         name.focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Save the preset."""
         if not isinstance(event.input, PresetNameInput) or self._presets is None:
             return
         event.stop()
@@ -219,7 +214,6 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         notify(self, f"Deleted preset {chosen}. Its values stay in use.")
 
     def on_text_field_refused(self, event: TextField.Refused) -> None:
-        """Show why a text is not a valid value."""
         event.stop()
         self.show_error(event.spec, event.error)
 

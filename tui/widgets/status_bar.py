@@ -77,7 +77,6 @@ class StatusBar(Horizontal):
         yield self._state
 
     def on_mount(self) -> None:
-        """Sample the speed from now on."""
         self.sampling = self.set_interval(_SAMPLE_INTERVAL, self._sample)
 
     def show_state(self, text: str) -> None:

@@ -74,11 +74,9 @@ class TokenText(ScrollView, can_focus=True):
         self._layout_tokens()
 
     def on_resize(self) -> None:
-        """Lay the tokens out again."""
         self._layout_tokens()
 
     def notify_style_update(self) -> None:
-        """Use the colors of another theme."""
         super().notify_style_update()
         self._styles = []
 
@@ -154,19 +152,15 @@ class TokenText(ScrollView, can_focus=True):
     # ---- moving the cursor
 
     def action_move(self, by: int) -> None:
-        """Move by a number of tokens."""
         self.cursor += by
 
     def action_first(self) -> None:
-        """Move to the first token."""
         self.cursor = 0
 
     def action_last(self) -> None:
-        """Move to the last token."""
         self.cursor = len(self._texts) - 1
 
     def action_line(self, by: int) -> None:
-        """Move up or down by a number of lines."""
         current = self._line_of(self.cursor)
         column = next((each[2] for each in self._lines[current] if each[0] == self.cursor), 0)
         target = current + by
@@ -175,7 +169,6 @@ class TokenText(ScrollView, can_focus=True):
         self._move_to(column, min(max(target, 0), len(self._lines) - 1))
 
     def action_page(self, by: int) -> None:
-        """Move a page up or down."""
         self.action_line(by * max(self.size.height - 1, 1))
 
     def action_unlikely(self, by: int) -> None:
@@ -189,7 +182,6 @@ class TokenText(ScrollView, can_focus=True):
         self.app.bell()
 
     def on_click(self, event: events.Click) -> None:
-        """Move to the token under the mouse."""
         offset = event.get_content_offset(self)
         if offset is not None:
             self._move_to(offset.x, offset.y + self.scroll_offset.y)
