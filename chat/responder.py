@@ -23,7 +23,7 @@ class Reply(Protocol):
         """The chunks; the last one has a `finish_reason` and `timings`."""
 
     def cancel(self) -> None:
-        """Stop soon; may be called from any thread."""
+        """End the generation within one step. Thread-safe."""
 
     def adjust(self, params: SamplingParams) -> None:
         """Use these parameters from the next token on, where the model allows it; may be called from any thread."""

@@ -170,7 +170,7 @@ class RunningAnswer:
         return Update(self.message, ended=True, error=error)
 
     def _save(self, store: Store) -> None:
-        """Save the message; if that fails, generation goes on and a note below the answer reports it."""
+        """Save the message; if that fails, generation continues and a note below the answer reports it."""
         try:
             save_answer(store, self.message, self._records[self._saved_records :])
             self._saved_records = len(self._records)

@@ -107,7 +107,7 @@ class Engine(BaseModel[AsyncGeneration]):
 
     @classmethod
     def open(cls, path: str | Path, options: LoadOptions, **limits: Any) -> Engine:
-        """`load` with options in one value."""
+        """Like `load`, but with the options in a `LoadOptions`."""
         loaded = load(path, options, fused=True, interleaved=options.draft is not None)
         return cls(loaded, load_draft_model(options, loaded), **limits)
 

@@ -56,7 +56,7 @@ class Model(BaseModel[Generation]):
 
     @classmethod
     def open(cls, path: str | Path, options: LoadOptions) -> Model:
-        """`load` with options in one value."""
+        """Like `load`, but with the options in a `LoadOptions`."""
         loaded = load(path, options, interleaved=options.draft is not None)
         return cls(loaded, load_draft_model(options, loaded))
 

@@ -19,9 +19,9 @@ from llm_edge.chat.session import ChatSession
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.tui.clipboard import copy_to_tmux
-from llm_edge.tui.commands import system_commands
 from llm_edge.tui.export_manager import ExportJob, ExportManager
 from llm_edge.tui.notifications import notify
+from llm_edge.tui.palette import system_commands
 from llm_edge.tui.screens.chat import ChatScreen
 from llm_edge.tui.screens.help import HelpScreen
 from llm_edge.tui.themes import restore_theme

@@ -1,4 +1,4 @@
-"""KV cache of one conversation, on the device where the graph reads it.
+"""KV cache of one conversation, for `Model`; an engine's caches are the slots of `scheduling/batch.py`.
 
 Tensors are [1, K, capacity or tokens, D] for K key/value heads of size D.
 """

@@ -34,7 +34,7 @@ _BIG_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*\d{6}')
 
 
 class ReasoningState(Protocol):
-    """Where an answer stands after all tokens accepted so far."""
+    """Whether an answer is still reasoning, after all tokens accepted so far."""
 
     @property
     def inside(self) -> bool:

@@ -27,7 +27,7 @@ _KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Slider:
-    """How a numeric parameter is edited with keys or the mouse; typed values may lie outside, within its range.
+    """How a numeric parameter is edited with keys or the mouse; typed values may exceed the slider, within its range.
 
     Attributes:
         low, high: ends of the slider.
@@ -69,8 +69,8 @@ class ParameterSpec:
         title: label in user interfaces.
         help: one sentence for user interfaces and `--help`.
         detail: what `help` leaves out: exact definition, source, interactions.
-        group: which heading it stands under; presets decide the groups `sampling` and `dry`.
-        order: position in user interfaces; parameters of the same order stand as in `SamplingParams`.
+        group: heading under which it is listed; presets decide the groups `sampling` and `dry`.
+        order: position in user interfaces; ties keep the order of `SamplingParams`.
         slider: for numbers that are edited with keys.
         api: its names elsewhere.
     """

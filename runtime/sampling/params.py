@@ -22,7 +22,7 @@ _MAX_INT = 2**31 - 1
 class SamplingParams:
     """How the tokens of an answer are drawn and when it ends; docs/sampling.md describes each parameter.
 
-    Fields stand in the order in which they act on the logits [V] of a token.
+    Fields are listed in the order in which they act on the logits [V] of a token.
 
     Raises:
         ParameterError: a value is of the wrong kind or out of range.

@@ -107,7 +107,7 @@ class Sampler:
             ParameterError: `logits` is not a non-empty vector.
         """
         ids, row = self.candidates(logits)
-        uniform = self._random.random()  # one per token, needed or not
+        uniform = self._random.random()  # always one per token, so that the random stream stays aligned
         position = transforms.draw(row, uniform) if row.size > 1 else 0
         token = position if ids is None else int(ids[position])
         if self.params.mirostat_tau:

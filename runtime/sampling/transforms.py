@@ -28,7 +28,7 @@ NUCLEUS_FLOORS = (2.0**-9, 2.0**-13, 2.0**-17)
 # keep_typical looks first at the tokens whose surprise is at most this far, in nats, from the mean, then at all.
 TYPICAL_REACHES = (1.0, 4.0)
 # exp of less is 0 in float32.
-LEAST_EXPONENT = np.float32(-200)
+MIN_EXPONENT = np.float32(-200)
 # The most that DRY subtracts: in effect a ban that keeps the order of the banned.
 MAX_DRY = 100.0
 # Weights are summed in float32 within a block of this many and in float64 across blocks.
@@ -178,7 +178,7 @@ def keep_typical(row: Row, p: float) -> Ids:
 
     As in transformers, all that are as near as the last of them are kept too (https://arxiv.org/abs/2202.00666).
     """
-    shifted = np.maximum(row - row.max(), LEAST_EXPONENT)  # no infinities, which 0 * inf would make NaN
+    shifted = np.maximum(row - row.max(), MIN_EXPONENT)  # no infinities, which 0 * inf would make NaN
     weights = np.exp(shifted)
     total = float(_block_sums(weights).sum(dtype=np.float64))
     mean = float(_block_sums(weights * shifted).sum(dtype=np.float64)) / total
@@ -190,7 +190,7 @@ def keep_typical(row: Row, p: float) -> Ids:
         running = np.cumsum(weights[ids][order], dtype=np.float64)
         last = int(np.count_nonzero(running < p * total))
         if last < ids.size or reach == math.inf:
-            break  # the tokens that reach p end among these
+            break  # the cutoff lies within these candidates
     farthest = few[order[min(last, ids.size - 1)]]
     return cast(Ids, ids[few <= farthest])
 

@@ -18,8 +18,8 @@ from llm_edge.runtime.backend.session import Logits, check_step
 from llm_edge.runtime.errors import MachineError
 from llm_edge.runtime.scheduling.slot_memory import Array, DeviceSlots, HostSlots, SlotMemory
 
-_RESERVED_BYTES = 2**36  # of address space at first; slots double in size from there
-_MIN_CAPACITY = 256  # tokens per slot at first
+_RESERVED_BYTES = 2**36  # initial address space; slots double in size from there
+_MIN_CAPACITY = 256  # initial capacity of a slot in tokens
 _MAX_BINDINGS = 64  # cached
 
 

@@ -1,4 +1,4 @@
-"""`Scheduler`: decides the order of an engine's steps.
+"""`Scheduler`: decides the order of an engine's steps. Requests that wait for a slot are queued in `Engine`.
 
 Each step computes a chunk of one prompt, then a token for every active sequence, in one decode where their slots are
 adjacent. An error in a step or a sequence fails the affected requests and no others.

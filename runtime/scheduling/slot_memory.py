@@ -104,7 +104,7 @@ class HostSlots:
 class DeviceSlots:
     """Slots in memory that onnxruntime allocates at once.
 
-    The host cannot access a GPU's memory through onnxruntime: a part of a tensor becomes a value of its own when it is
+    The host cannot access a GPU's memory through onnxruntime: a part of a tensor becomes a separate value when it is
     bound as an output of the graph.
     """
 

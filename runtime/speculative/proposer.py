@@ -1,4 +1,4 @@
-"""`DraftProposer`: the interface of whatever proposes draft tokens for speculative decoding."""
+"""`DraftProposer`: the interface of `PromptLookup` and `DraftModelProposer`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class DraftProposer(Protocol):
     """Proposes draft tokens for one generation."""
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
-        """Up to `limit` tokens that may follow `tokens`, possibly none. `tokens` only grows from call to call."""
+        """Up to `limit` draft tokens to follow `tokens`, possibly none. Across calls, `tokens` is only appended to."""
 
     def record_acceptance(self, proposed: int, accepted: int, total: int) -> None:
         """Report that the first `accepted` of `proposed` draft tokens were right; the text has `total` tokens now."""

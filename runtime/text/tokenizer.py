@@ -25,7 +25,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
 _RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
-_HELD = 3  # tokens held back at most: a character has at most four bytes
+_HELD = 3  # maximum number of tokens held back: a character has at most four bytes
 _BATCH = 64  # tokens decoded at once when searching the vocabulary
 _WINDOW = 32  # tokens after which a stream drops the first half of an undecodable run
 

@@ -18,7 +18,7 @@ from llm_edge.chat.responder import tokens_of_question
 from llm_edge.chat.settings import THEME, Settings
 from llm_edge.runtime.errors import InputError
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.commands import system_commands
+from llm_edge.tui.palette import system_commands
 from llm_edge.tui.screens.chat import ChatScreen
 from llm_edge.tui.screens.help import KEYS, HelpScreen
 from llm_edge.tui.widgets.conversation_view import BATCH_SIZE

@@ -1,1 +1,1 @@
-"""Screens over the chat: choosing, looking closer."""
+"""Screens of the full-screen chat, one module each; the chat itself is `chat.py`."""
