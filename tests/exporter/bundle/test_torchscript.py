@@ -533,7 +533,7 @@ def test_archives_in_other_clothes_are_refused(bundle: Path, changed: Callable[.
         (b"in front" + whole, "has another layout than exported files"),
         (
             rewritten(bundle / MODEL, lambda name, content: (name.replace("/code/", "/CODE/"), content)),
-            r"holds 'CODE/",
+            r"contains 'CODE/",
         ),
         (
             rewritten(bundle / MODEL, lambda name, content: (name.replace("version", "extra/run.py"), content)),
