@@ -537,7 +537,7 @@ def test_archives_in_other_clothes_are_refused(bundle: Path, changed: Callable[.
         ),
         (
             rewritten(bundle / MODEL, lambda name, content: (name.replace("version", "extra/run.py"), content)),
-            r"holds 'extra/run\.py'",
+            r"contains 'extra/run\.py'",
         ),
     ):
         with pytest.raises(BundleError, match=message):
