@@ -171,14 +171,14 @@ class Graph:
         width = self.file.hidden_size
         if width and (hidden is None or (hidden.type, hidden.shape[-1]) != ("tensor(float)", width)):
             raise BundleError(
-                f"{path}: the graph has no hidden states of width {width}, unlike the manifest says: "
+                f"{path}: the graph has no hidden states of width {width}, which contradicts the manifest: "
                 "export the bundle again"
             )
         cache = inputs[f"past_key_values.{self.cache_names[0]}"]
         if cache.type not in _CACHE_DTYPES:
             raise BundleError(f"{path}: a cache of type {cache.type} is not supported")
         if [cache.shape[1], cache.shape[3]] != [shape.num_key_value_heads, shape.head_dim]:
-            raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, unlike the manifest says")
+            raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, which contradicts the manifest")
         return _CACHE_DTYPES[cache.type]
 
 

@@ -445,8 +445,8 @@ def test_the_graph_of_these_tests_fits(tmp_path: Path) -> None:
         ({"present.0.key": "present.0.k"}, {}, "inputs and outputs"),
         ({"num_logits_to_keep": "keep"}, {}, "inputs and outputs"),
         ({}, {"logits": (TensorProto.FLOAT, [1, "kept", 12])}, "vocabulary is 12, not 11"),
-        ({}, {"past_key_values_0_key": (TensorProto.FLOAT, [1, 3, "tokens", 4])}, "unlike the manifest says"),
-        ({}, {"past_key_values_0_key": (TensorProto.FLOAT, [1, 2, "tokens", 8])}, "unlike the manifest says"),
+        ({}, {"past_key_values_0_key": (TensorProto.FLOAT, [1, 3, "tokens", 4])}, "which contradicts the manifest"),
+        ({}, {"past_key_values_0_key": (TensorProto.FLOAT, [1, 2, "tokens", 8])}, "which contradicts the manifest"),
         (
             {},
             {
