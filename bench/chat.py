@@ -122,7 +122,7 @@ def chat(bundle: Path, precision: str, keys: bool) -> tuple[float, list[float], 
         data = Path(folder)
         terminal = Terminal(bundle, precision, data)
         start = terminal.wait("F1") - terminal.began
-        terminal.wait("ready")
+        terminal.wait("Ready")
         terminal.send(QUESTION + "\r")
         rate, echoes = watch(terminal, data, keys)
         terminal.close()
@@ -135,7 +135,7 @@ def long_chat(bundle: Path, precision: str) -> tuple[float, float, list[float]]:
         data = Path(folder)
         subprocess.run([sys.executable, "-c", _FILL, str(data / STORE), str(LONG), PARAGRAPH], check=True)
         terminal = Terminal(bundle, precision, data)
-        terminal.wait("ready")
+        terminal.wait("Ready")
         terminal.send(F2)
         terminal.wait("A long conversation")
         sent = terminal.send("\r")

@@ -26,7 +26,7 @@ def _text(name: str, title: str, help_: str, order: int) -> ParameterSpec:
 # What a chat sets beyond sampling; changes apply from the next answer on.
 CHAT_ONLY: Mapping[str, ParameterSpec] = {
     "json_schema": _text("json_schema", "JSON schema", "the next answer is JSON of this schema; {} = any object", 16),
-    "system": _text("system", "System prompt", "what the model is told before the conversation", 17),
+    "system": _text("system", "System prompt", "instructions for the model before the conversation", 17),
 }
 _EDITABLE_KINDS = ("float", "int", "bool", "strings", "text")
 EDITABLE: Mapping[str, ParameterSpec] = {

@@ -48,7 +48,7 @@ class Emitter(ABC):
             x: inputs.
             weight: initializer of the unquantized weight.
             path: prefix of the node names.
-            num_splits: number of equal splits of the weight's rows. Each split yields a result of its own.
+            num_splits: number of equal splits of the weight's rows. Each split has a separate result.
         """
 
     def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> list[ir.Node] | None:  # noqa: ARG002
