@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from torch import Tensor
 
+from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.exporter.bundle.writer import Formats
 from llm_edge.exporter.graph.lower import apply_recipe
 from llm_edge.exporter.graph.passes.hidden_states import undo_rotation
 from llm_edge.exporter.graph.trace import GraphStyle, trace
@@ -43,14 +44,9 @@ class OnnxWriter:
     name = ONNX
 
     def write(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        recipes: tuple[Recipe, ...],
-        text: Sequence[int],
-        progress: Progress,
-    ) -> dict[str, Mapping[str, StoredFormat]]:
+        self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], text: Sequence[int], progress: Progress
+    ) -> Formats:
+        config, weights = model.config, model.weights
         hidden_states = self.hidden_size is not None
         rotated = rotated_config(config), RotatedWeights(config, weights)
         stored: dict[str, Mapping[str, StoredFormat]] = {}
@@ -65,17 +61,17 @@ class OnnxWriter:
                 traces[shape] = trace(shape, self.style, hidden_states=hidden_states)
             for number, recipe in enumerate(recipes):
                 shape, values = rotated if recipe.calibrated else (config, weights)
-                model = traces[shape].clone()
+                graph = traces[shape].clone()
                 if hidden_states and recipe.calibrated and rotates_residual(config):
-                    undo_rotation(model, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
+                    undo_rotation(graph, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
                 name = recipe.name
-                stored[name] = apply_recipe(model, shape, values, recipe, self.style, calibrated.get(name))
+                stored[name] = apply_recipe(graph, shape, values, recipe, self.style, calibrated.get(name))
 
                 def on_save(_: ir.TensorProtocol, info: Any, number: int = number, name: str = name) -> None:
                     progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), name)
 
                 ir.save(
-                    model,
+                    graph,
                     folder / self.file_name(recipe),
                     external_data=f"{recipe.stem}.onnx_data",
                     size_threshold_bytes=_INLINE_LIMIT,

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
-
+from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.validation.compare import Runnable
-from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.bundle import ModelShape
+
+Formats = Mapping[str, Mapping[str, StoredFormat]]
+"""By recipe name, the formats of all projections and the embedding by module path; empty for TorchScript."""
 
 
 class BundleWriter(Protocol):
@@ -33,27 +34,9 @@ class BundleWriter(Protocol):
         """Width of the hidden states among the outputs; None if there are none."""
 
     def write(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        recipes: tuple[Recipe, ...],
-        text: Sequence[int],
-        progress: Progress,
-    ) -> dict[str, Mapping[str, StoredFormat]]:
-        """Write the files of each recipe; weights are processed one at a time.
-
-        Args:
-            folder: output folder.
-            config: shape of the model.
-            weights: weights of the model.
-            recipes: the precisions.
-            text: tokens of the calibration text.
-            progress: see `Progress`.
-
-        Returns:
-            by recipe name, the formats of all projections and the embedding by module path; empty for TorchScript.
-        """
+        self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], text: Sequence[int], progress: Progress
+    ) -> Formats:
+        """Write the files of each recipe to a folder, one weight at a time; `text` is the tokens for calibration."""
 
     def file_name(self, recipe: Recipe) -> str:
         """Return the name of the file to load."""

@@ -174,14 +174,7 @@ class ReferenceLogits:
 def record_reference(
     decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callable[[float], None]
 ) -> ReferenceLogits:
-    """Run the reference on the validation text and record its logits.
-
-    Args:
-        decoder: the reference with its weights.
-        tokens: the text, which is split into windows of up to `MAX_STEP_TOKENS` tokens.
-        path: output file for the logits.
-        progress: called with the completed fraction.
-    """
+    """Run the reference on a text, split into windows of up to `MAX_STEP_TOKENS`, and record its logits in a file."""
     vocab, context = decoder.config.vocab_size, decoder.config.max_position_embeddings
     tokens = tokens[: max(_MAX_BYTES // (4 * vocab), 2 * MAX_STEP_TOKENS)]
     length = min(MAX_STEP_TOKENS, context)
@@ -242,13 +235,7 @@ def compare_hidden_states(expected: ReferenceLogits, session: Session) -> Differ
 
 
 def score(expected: ReferenceLogits, session: Runnable, progress: Callable[[float], None]) -> Quality:
-    """Measure the quality of a model on the validation text.
-
-    Args:
-        expected: logits of the reference.
-        session: the exported model.
-        progress: called with the completed fraction.
-    """
+    """Measure the quality of a model on the validation text; `progress` is called with the completed fraction."""
     count = sum(run.length - 1 for run in expected.windows)
     divergences = torch.zeros(count, dtype=torch.float64)
     same, loss, loss_reference, done = 0, 0.0, 0.0, 0

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from llm_edge.exporter.graph.emitters.base import EmitContext, Emitter
+from llm_edge.exporter.graph.emitter import EmitContext, Emitter
 from llm_edge.model.block_weights import BlockKind
 
 
@@ -70,7 +70,7 @@ class WeightFormat(ABC):
         """Describe the format in a few words."""
 
     @abstractmethod
-    def emitter(self, context: EmitContext) -> Emitter:
+    def emitter(self, context: EmitContext) -> Emitter[Any]:
         """Return the emitter of the graph nodes that use a weight in this format."""
 
     def to_dict(self) -> dict[str, Any]:
