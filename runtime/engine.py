@@ -85,12 +85,7 @@ class Engine(BaseModel[AsyncGeneration]):
         self._thread.start()
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        precision: str | None = None,
-        **options: Any,
-    ) -> Engine:
+    def load(cls, path: str | Path, precision: str | None = None, **options: Any) -> Engine:
         """Load a bundle, on the CPU unless `provider` says otherwise.
 
         `options` are further fields of `LoadOptions` and keyword arguments of `Engine`. On CUDA an answer may depend on

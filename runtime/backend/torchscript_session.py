@@ -57,9 +57,7 @@ class TorchScriptSession:
             torch.set_num_threads(execution.threads)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", r"`torch\.jit\.load` is (deprecated|not supported)", DeprecationWarning
-                )
+                warnings.filterwarnings("ignore", "`torch.jit.load` is (deprecated|not supported)", DeprecationWarning)
                 self._module = self._torch.jit.load(path, map_location=self.provider).eval()
         except Exception as error:
             if _is_memory(error):

@@ -24,11 +24,7 @@ _MAX_BINDINGS = 64  # cached
 
 
 class Batch:
-    """Slots for the keys and values of several sequences.
-
-    Args:
-        graph: a fused graph.
-        slots: number of sequences.
+    """Slots for the keys and values of several sequences over a fused graph.
 
     Attributes:
         slots: number of sequences.

@@ -18,8 +18,7 @@ from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
-from llm_edge.runtime.scheduling.prefix import common_prefix
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence
+from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence, common_prefix
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
 # A chunk of a prompt, while others decode, should take this many times as long as a decode step.
@@ -29,13 +28,7 @@ _WORTH_WAITING = 8 * CHUNK_ALIGNMENT  # shared prefix that another prompt is abo
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A sequence and the caller's handle on it.
-
-    Attributes:
-        sequence: the decoding state.
-        generation: what the caller iterates.
-        slot: of the KV cache; -1 while the request waits.
-    """
+    """A sequence and the caller's handle on it; `slot` is -1 while the request waits."""
 
     sequence: TokenSequence
     generation: AsyncGeneration = field(init=False)
@@ -46,13 +39,7 @@ class Request:
 
 
 class Scheduler:
-    """Runs the steps of all active requests, on one thread.
-
-    Args:
-        batch: computes the steps.
-        slots: of the batch.
-        counters: to update.
-        watched: a context manager to run each step in.
+    """Runs the steps of all active requests, on one thread, each within the context manager `watched`.
 
     Attributes:
         active: requests that have a slot.
