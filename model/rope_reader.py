@@ -78,22 +78,19 @@ def read_rope(
         return Rope(theta, dim)
     kind = section.text("rope_type", section.text("type", "default"))
     kind = (aliases or {}).get(kind, kind)
-    return Rope(theta, dim, _scaling(kind, config, section, field, dim, theta, original_length))
-
-
-def _scaling(
-    kind: str,
-    config: ConfigReader,
-    section: ConfigReader,
-    field: str,
-    dim: int,
-    theta: float,
-    default_length: int | None,
-) -> RopeScaling | None:
     if kind == "default":
-        return None
+        return Rope(theta, dim)
     length = config.integer("max_position_embeddings", 2048)
-    original = _original_length(config, section, length, default_length)
+    original = _original_length(config, section, length, original_length)
+    scaling = _scaling(kind, section, Rope(theta, dim), length / original, original)
+    if scaling is None:
+        supported = "default, linear, llama3, yarn, longrope"
+        config.fail(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")
+    return Rope(theta, dim, scaling)
+
+
+def _scaling(kind: str, section: ConfigReader, rope: Rope, stretch: float, original: int) -> RopeScaling | None:
+    """Read a scaling, by default from the `original` length to `stretch` times as many tokens; None if unsupported."""
     if kind == "linear":
         return LinearScaling(section.positive("factor"))
     if kind == "llama3":
@@ -102,16 +99,15 @@ def _scaling(
             section.fail(f"low_freq_factor ({low}) is not below high_freq_factor ({high})")
         return Llama3Scaling(section.positive("factor"), low, high, original)
     if kind == "yarn":
-        if theta <= 1:
+        if rope.theta <= 1:
             section.fail("yarn requires a rope_theta above 1")
-        return _yarn_scaling(section, length / original, original)
+        return _yarn_scaling(section, stretch, original)
     if kind == "longrope":
-        default = longrope_amplitude(section.positive("factor", length / original), original)
+        default = longrope_amplitude(section.positive("factor", stretch), original)
         amplitude = section.positive("attention_factor", default)
-        short, long = (_divisors(section, key, dim // 2) for key in ("short_factor", "long_factor"))
+        short, long = (_divisors(section, key, rope.dim // 2) for key in ("short_factor", "long_factor"))
         return LongRopeScaling(short, long, original, amplitude)
-    supported = "default, linear, llama3, yarn, longrope"
-    return config.fail(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")
+    return None
 
 
 def _original_length(config: ConfigReader, section: ConfigReader, length: int, default: int | None) -> int:

@@ -36,13 +36,8 @@ def apply_recipe(
 ) -> dict[str, StoredFormat]:
     """Lower a traced graph (see `graph.trace`) to the graph of a precision, in place.
 
-    Args:
-        model: the trace.
-        config: of the traced model, rotated if the recipe is calibrated.
-        weights: of the same model.
-        recipe: the precision.
-        style: of the trace.
-        calibrated: projections that are quantized already; the others are quantized without calibration.
+    `config` and `weights` are those of the traced model, rotated if the recipe is calibrated; projections that
+    `calibrated` does not hold are quantized without calibration.
 
     Returns:
         the formats of all projections and the embedding by module path.

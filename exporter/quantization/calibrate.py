@@ -108,15 +108,9 @@ def calibrate(
     folder: Path,
     progress: Callable[[float, str], None],
 ) -> dict[str, CalibratedWeights]:
-    """Quantize the projections of all layers of a rotated model for each calibrated recipe.
+    """Quantize the projections of a rotated model, of shape `config`, for each calibrated recipe, to an empty folder.
 
-    Args:
-        config: of the rotated model.
-        weights: of the rotated model.
-        recipes: the calibrated recipes.
-        tokens: the calibration text.
-        folder: an empty folder for the quantized weights.
-        progress: called with the completed fraction and the current projection.
+    `progress` is called with the completed fraction and the current projection. The result is by recipe name.
     """
     calibrated = [CalibratedWeights(recipe, folder / recipe.name) for recipe in recipes]
     for layer, observed, cache in observe(config, weights, tokens):
