@@ -178,16 +178,13 @@ class Engine(BaseModel[AsyncGeneration]):
         Raises:
             InputError: the file is missing, damaged, or from another bundle.
         """
-        shape, batch = self.bundle.shape, self._batch
-        tensors = 2 * shape.num_hidden_layers
-        heads, width = shape.num_key_value_heads, shape.head_dim
-        tokens, values = cache_file.load(Path(path), self._identity, tensors, heads, width, batch.limit, batch.dtype)
+        tokens, values = cache_file.load(Path(path), self._identity, self.bundle.shape, self._batch.dtype)
         try:
             self._prompts.check(tokens, self.context_length + 1)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         with self._stepping:
-            batch.write(self._slots.reserve(tokens), values)
+            self._batch.write(self._slots.reserve(tokens), values)
             self._slots.enforce_budget()
         return len(tokens)
 

@@ -12,12 +12,11 @@ from typing import Any
 import onnx_ir as ir
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.exporter.bundle.writer import Formats
 from llm_edge.exporter.graph.lower import apply_recipe
 from llm_edge.exporter.graph.passes.hidden_states import undo_rotation
 from llm_edge.exporter.graph.trace import GraphStyle, trace
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat, calibrate
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights, Formats, StoredFormat, calibrate
 from llm_edge.exporter.quantization.hadamard import rotation
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
@@ -32,11 +31,12 @@ _INLINE_LIMIT = 1024  # bytes; larger tensors are stored in the data file
 
 @dataclass(frozen=True, slots=True)
 class OnnxWriter:
-    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision; see `BundleWriter`.
+    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision.
 
     Attributes:
-        style: style of the graphs.
+        style: style of the graphs; None for TorchScript.
         hidden_size: width of the hidden states to add to the outputs; None adds none.
+        name: of the format in the manifest, and of the folder in the bundle.
     """
 
     style: GraphStyle
@@ -46,6 +46,7 @@ class OnnxWriter:
     def write(
         self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], text: Sequence[int], progress: Progress
     ) -> Formats:
+        """Write the files of each recipe to a folder, one weight at a time; `text` is the tokens for calibration."""
         config, weights = model.config, model.weights
         hidden_states = self.hidden_size is not None
         rotated = rotated_config(config), RotatedWeights(config, weights)
@@ -80,12 +81,15 @@ class OnnxWriter:
         return stored
 
     def file_name(self, recipe: Recipe) -> str:
+        """Return the name of the file to load."""
         return f"{recipe.stem}.onnx"
 
     def files(self, folder: Path, recipe: Recipe) -> list[Path]:
+        """Return all files written for a recipe."""
         return sorted(folder.glob(f"{recipe.stem}.onnx*"))
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
+        """Load the files of a recipe on the CPU."""
         fused = self.style is GraphStyle.FUSED
         file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=fused, hidden_size=self.hidden_size)
         return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.exporter.bundle.writer import Formats
 from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.quantization.calibrate import Formats
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, rotary_tables
@@ -93,7 +93,7 @@ class _Body(nn.Module):
 
 
 class TorchScriptWriter:
-    """Writes fp32 as TorchScript; see `BundleWriter`.
+    """Writes fp32 as TorchScript; the interface is that of `OnnxWriter`.
 
     Raises:
         ParameterError: a recipe is not fp32.

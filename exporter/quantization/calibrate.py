@@ -7,7 +7,7 @@ read one layer at a time and quantized weights are stored on disk: memory holds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,10 @@ class StoredFormat:
 
     format: WeightFormat
     error: float | None = None
+
+
+Formats = Mapping[str, Mapping[str, StoredFormat]]
+"""By recipe name, the formats of all projections and the embedding by module path; empty for TorchScript."""
 
 
 class CalibratedWeights:

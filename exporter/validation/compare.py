@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_edge.model.decoder import Decoder, Past
+from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
 
 MAX_BOUND, MEAN_BOUND = 1e-3, 1e-4
@@ -191,18 +191,15 @@ def record_reference(
     runs, offset, total = [], 0, sum(len(chunk) for plan in plans for chunk in plan)
     hidden: list[Tensor] = []
     hook = decoder.norm.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
-    with path.open("wb") as file, torch.inference_mode():
+    reference = Reference(decoder)
+    with path.open("wb") as file:
         for plan in plans:
             runs.append(Run(plan, offset))
-            past: Past = decoder.empty_past()
-            done = 0
+            reference.clear_cache()
             for chunk in plan:
-                done += len(chunk)
-                mask = torch.ones(1, done, dtype=torch.int64)
-                logits, past = decoder(torch.tensor([chunk]), mask, past)
+                reference.step(chunk, num_logits=0).astype("<f4", copy=False).tofile(file)
                 hook.remove()  # the first chunk is all of `prefill`
-                logits[0].numpy().astype("<f4", copy=False).tofile(file)
-            offset += done
+            offset += runs[-1].length
             progress(offset / total)
     *scored, steps, chunked = runs
     states = hidden[0] * decoder.config.hidden_scale
