@@ -127,14 +127,8 @@ def bind_weights(
 ) -> Weights:
     """Apply a weight table to a checkpoint, checking every name and shape before any tensor is read.
 
-    Args:
-        config: determines the expected shapes.
-        table: the family's.
-        shapes: of all tensors of the checkpoint by name.
-        load: reads one of them.
-        where: path for error messages.
-        block_reader: reads quantized blocks, for checkpoints that store them; the table's conversions must then only
-            reorder rows.
+    `shapes` are those of all tensors of the checkpoint by name, `load` reads one of them, and `where` is the path for
+    messages. With a `block_reader`, for checkpoints that store blocks, the table's conversions must only reorder rows.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not used by this model.

@@ -93,11 +93,7 @@ class _Body(nn.Module):
 
 
 class TorchScriptWriter:
-    """Writes fp32 as TorchScript; the interface is that of `OnnxWriter`.
-
-    Raises:
-        ParameterError: a recipe is not fp32.
-    """
+    """Writes fp32 as TorchScript, like `OnnxWriter`; raises ParameterError for other recipes."""
 
     name = TORCHSCRIPT
     style = None

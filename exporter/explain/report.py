@@ -24,7 +24,7 @@ class StoredWeight:
         label: short name of its format, such as `int4-128z`.
         format: description of its format.
         bytes: size including scales and bias.
-        error: error of its output relative to the output; None if it was not measured.
+        error: of its output, relative to the output; None if it was not measured.
     """
 
     label: str

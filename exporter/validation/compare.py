@@ -126,12 +126,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens that were run from an empty context.
-
-    Attributes:
-        chunks: tokens of each step.
-        offset: index of the first position in the file of logits.
-    """
+    """Tokens of each step of a run from an empty context, and the `offset` of its first position in the logits file."""
 
     chunks: tuple[tuple[int, ...], ...]
     offset: int

@@ -94,7 +94,7 @@ def verify_parity(
     Args:
         folder: folder of the exported models. A temporary folder `check` is created beside it.
         checkpoint: what was exported.
-        recipes: the precisions of the bundle.
+        recipes: of the bundle.
         writer: of the bundle; it also exports models that only this comparison needs.
         texts: for validation, and for the calibration of those models.
         memory: limit in bytes.

@@ -25,13 +25,7 @@ _NO_MEMORY = ("not enough memory", "out of memory", "alloc")
 
 
 class TorchScriptSession:
-    """One conversation's cache over a TorchScript module.
-
-    Attributes:
-        shape: dimensions of the model.
-        provider: `cpu` or `cuda`.
-        length: number of tokens in the cache.
-        run_seconds: time spent inside torch so far.
+    """One conversation's cache over a TorchScript module; attributes as in `Session`.
 
     Raises:
         InputError: torch is not installed.

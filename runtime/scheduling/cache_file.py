@@ -35,11 +35,7 @@ def identity(bundle: Bundle, precision: PrecisionInfo) -> str:
 
 
 def save(path: Path, identity_: str, tokens: Sequence[int], values: Sequence[Array]) -> None:
-    """Write a file atomically.
-
-    Raises:
-        MachineError: it cannot be written.
-    """
+    """Write a file atomically; raises MachineError if it cannot be written."""
     arrays: dict[str, Any] = {str(index): value for index, value in enumerate(values)}
     arrays |= {"identity": np.array(identity_), "tokens": np.array(tokens, dtype=np.int64)}
     try:

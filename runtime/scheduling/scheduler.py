@@ -131,7 +131,8 @@ class Scheduler:
             seconds = time.perf_counter() - began
             self._counters.decode_steps += steps
             self._counters.decode_seconds += seconds
-            self._decode_step = _moving_average(self._decode_step, seconds)
+            # an exponential moving average; the first value counts fully
+            self._decode_step = 0.8 * self._decode_step + 0.2 * seconds if self._decode_step else seconds
 
     def _decode_span(self, span: range, single: Mapping[int, Request]) -> None:
         """One decode step over adjacent slots, some of which may be idle."""
@@ -206,8 +207,3 @@ class Scheduler:
             error.__cause__ = cause
         self._counters.failed += 1
         request.generation.put(error)
-
-
-def _moving_average(before: float, value: float) -> float:
-    """Exponential moving average; the first value counts fully."""
-    return value if not before else 0.8 * before + 0.2 * value

@@ -6,11 +6,7 @@ from collections.abc import Iterable
 
 
 class HeldText:
-    """Text that is held back until it is known whether it becomes a marker.
-
-    Attributes:
-        text: what is held back now.
-    """
+    """Text that is held back until it is known whether it becomes a marker; `text` is what is held back now."""
 
     def __init__(self) -> None:
         self.text = ""

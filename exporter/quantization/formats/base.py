@@ -87,11 +87,7 @@ class WeightFormat(ABC):
         return self
 
     def quantize(self, weights: Mapping[str, Tensor], name: str) -> object:  # noqa: ARG002
-        """Quantize or read a weight without calibration.
-
-        Raises:
-            CheckpointError: the weight holds NaN or infinity.
-        """
+        """Quantize or read a weight without calibration; raises CheckpointError if it holds NaN or infinity."""
         raise TypeError(f"{self} requires calibration")
 
     def calibrate(self, weight: Tensor, observed: ObservedInputs) -> Quantized:  # noqa: ARG002

@@ -16,11 +16,7 @@ from llm_edge.exporter.quantization.formats.base import WeightFormat
 
 @dataclass(frozen=True, slots=True)
 class Dense(WeightFormat):
-    """Floating-point weights.
-
-    Attributes:
-        bits: 32 or 16. Graphs are written in float32; the pass `float16` converts the whole graph.
-    """
+    """Floating-point weights of 32 or 16 bits. Graphs are written in float32; the pass `float16` converts all of it."""
 
     bits: int = 32
 

@@ -30,12 +30,7 @@ Offsets = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class OriginalBlocks(WeightFormat):
-    """Blocks of 32 weights as the source stores them, with one scale and optionally one offset per block.
-
-    Attributes:
-        bits: 4 or 8 per weight.
-        offsets: whether blocks have offsets.
-    """
+    """Blocks of 32 weights of 4 or 8 bits as the source stores them, with one scale and perhaps one offset each."""
 
     bits: int
     offsets: bool
@@ -72,11 +67,7 @@ class OriginalBlocks(WeightFormat):
 
 @dataclass(frozen=True, slots=True)
 class Source(WeightFormat):
-    """`OriginalBlocks` for weights that the source stores in blocks, another format for the others.
-
-    Attributes:
-        otherwise: format of the other weights.
-    """
+    """`OriginalBlocks` for weights that the source stores in blocks, the format `otherwise` for the others."""
 
     otherwise: WeightFormat
 
