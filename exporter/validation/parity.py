@@ -98,7 +98,6 @@ def verify_parity(
         writer: of the bundle; it also exports models that only this comparison needs.
         texts: for validation, and for the calibration of those models.
         memory: limit in bytes.
-        progress: called while models are compared.
 
     Raises:
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
