@@ -78,19 +78,16 @@ def read_rope(
         return Rope(theta, dim)
     kind = section.text("rope_type", section.text("type", "default"))
     kind = (aliases or {}).get(kind, kind)
+    return Rope(theta, dim, _scaling(kind, config, section, field, Rope(theta, dim), original_length))
+
+
+def _scaling(
+    kind: str, config: ConfigReader, section: ConfigReader, field: str, rope: Rope, default_length: int | None
+) -> RopeScaling | None:
     if kind == "default":
-        return Rope(theta, dim)
+        return None
     length = config.integer("max_position_embeddings", 2048)
-    original = _original_length(config, section, length, original_length)
-    scaling = _scaling(kind, section, Rope(theta, dim), length / original, original)
-    if scaling is None:
-        supported = "default, linear, llama3, yarn, longrope"
-        config.fail(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")
-    return Rope(theta, dim, scaling)
-
-
-def _scaling(kind: str, section: ConfigReader, rope: Rope, stretch: float, original: int) -> RopeScaling | None:
-    """Read a scaling, by default from the `original` length to `stretch` times as many tokens; None if unsupported."""
+    original = _original_length(config, section, length, default_length)
     if kind == "linear":
         return LinearScaling(section.positive("factor"))
     if kind == "llama3":
@@ -101,13 +98,14 @@ def _scaling(kind: str, section: ConfigReader, rope: Rope, stretch: float, origi
     if kind == "yarn":
         if rope.theta <= 1:
             section.fail("yarn requires a rope_theta above 1")
-        return _yarn_scaling(section, stretch, original)
+        return _yarn_scaling(section, length / original, original)
     if kind == "longrope":
-        default = longrope_amplitude(section.positive("factor", stretch), original)
+        default = longrope_amplitude(section.positive("factor", length / original), original)
         amplitude = section.positive("attention_factor", default)
         short, long = (_divisors(section, key, rope.dim // 2) for key in ("short_factor", "long_factor"))
         return LongRopeScaling(short, long, original, amplitude)
-    return None
+    supported = "default, linear, llama3, yarn, longrope"
+    return config.fail(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")
 
 
 def _original_length(config: ConfigReader, section: ConfigReader, length: int, default: int | None) -> int:
