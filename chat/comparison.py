@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from llm_edge.chat.history.conversation import Conversation, Message
-from llm_edge.chat.history.memory_store import InMemoryStore
+from llm_edge.chat.history.store import InMemoryStore
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.running_answer import Update

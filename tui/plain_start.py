@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llm_edge.chat.choice import open_responder
-from llm_edge.chat.history.memory_store import InMemoryStore
-from llm_edge.chat.history.store import Store, default_path
+from llm_edge.chat.history.store import InMemoryStore, Store, default_path
 from llm_edge.chat.parameters import ChatParameters, as_json_values
 from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.session import ChatSession
