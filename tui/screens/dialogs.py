@@ -15,20 +15,6 @@ from textual.widgets import Button, Input, Static
 from llm_edge.chat.text import printable
 from llm_edge.tui.widgets.inputs import SafeInput
 
-_CSS = """
-{name} {{ align: center middle; }}
-{name} > Vertical {{
-    width: 72; max-width: 96%; height: auto; max-height: 96%;
-    padding: 1 2; background: $surface; border: round $accent;
-}}
-{name} .question {{ text-style: bold; width: 1fr; height: auto; }}
-{name} .help {{ color: $text-muted; width: 1fr; height: auto; }}
-{name} .error {{ color: $text-error; width: 1fr; height: auto; }}
-{name} Input {{ margin: 1 0 0 0; }}
-{name} Horizontal {{ height: auto; margin: 1 0 0 0; }}
-{name} Button {{ margin: 0 2 0 0; }}
-"""
-
 
 class TextPrompt(ModalScreen[str | None]):
     """Asks for a line of text; dismissed with it, or with None if cancelled.
@@ -43,7 +29,6 @@ class TextPrompt(ModalScreen[str | None]):
         check: returns what is wrong with a text, or None; by default, the text must not be empty.
     """
 
-    DEFAULT_CSS = _CSS.format(name="TextPrompt")
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Cancel")]
 
     def __init__(
@@ -115,7 +100,6 @@ class ConfirmDialog(ModalScreen[bool]):
         accept: label of the button that confirms.
     """
 
-    DEFAULT_CSS = _CSS.format(name="ConfirmDialog")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,n", "dismiss(False)", "No"),
         Binding("y", "dismiss(True)", "Yes"),

@@ -65,25 +65,6 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         job: an export to show instead, running or failed.
     """
 
-    DEFAULT_CSS = """
-    ExportScreen { align: center middle; background: $background 40%; }
-    ExportScreen > Vertical { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
-        border: round $accent; margin: 0 1; padding: 0 1; }
-    ExportScreen #form { height: auto; max-height: 72vh; scrollbar-size-vertical: 1; }
-    ExportScreen Input { border: none; height: 1; padding: 0 1; background: $boost; }
-    ExportScreen CheckpointTree { height: 9; background: $surface; margin: 1 0 0 0; scrollbar-size-vertical: 1; }
-    ExportScreen .label { color: $text-muted; margin: 1 0 0 0; }
-    ExportScreen ItemGrid { height: auto; grid-gutter: 0 1; }
-    ExportScreen Checkbox { border: none; padding: 0; background: $surface; width: 1fr; }
-    ExportScreen .option { height: 1; }
-    ExportScreen .option Static { width: 14; }
-    ExportScreen .option Input { width: 1fr; }
-    ExportScreen #error { color: $error; margin: 0 0 1 0; height: auto; max-height: 6; }
-    ExportScreen #buttons { height: 1; margin: 1 0 0 0; }
-    ExportScreen Button { margin: 0 2 0 0; }
-    ExportScreen #progress { height: auto; min-height: 8; padding: 1 0; }
-    ExportScreen Footer { dock: none; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f10,ctrl+e", "export", "Export", key_display="F10"),
         Binding("ctrl+b,b", "background", "Run in background", key_display="^b, b"),  # tmux's prefix is Ctrl-B

@@ -70,16 +70,6 @@ class ModelsScreen(ModalScreen[Choice | None]):
         reason: why a model has to be chosen, shown above the list.
     """
 
-    DEFAULT_CSS = """
-    ModelsScreen { align: center middle; background: $background 40%; }
-    ModelsScreen > Vertical { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
-        border: round $accent; margin: 0 1; }
-    ModelsScreen #reason { color: $warning; padding: 0 1 1 1; display: none; }
-    ModelsScreen #filter { border: none; height: 1; padding: 0 1; background: $boost; }
-    ModelsScreen #models { height: auto; max-height: 20; border: none; background: $surface;
-        text-wrap: nowrap; text-overflow: ellipsis; }
-    ModelsScreen Footer { dock: none; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "choose", "Choose", key_display="⏎"),
         Binding("down", "move(1)", "Down", show=False),

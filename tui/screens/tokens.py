@@ -49,20 +49,6 @@ class TokensScreen(ModalScreen[bool]):
         can_regenerate: whether to offer regenerating an answer without a record.
     """
 
-    DEFAULT_CSS = """
-    TokensScreen { layout: vertical; background: $background; }
-    TokensScreen #tokens-title { height: 1; padding: 0 1; background: $panel; text-style: bold;
-        text-wrap: nowrap; text-overflow: ellipsis; }
-    TokensScreen #tokens-none { padding: 2 4; }
-    TokensScreen #tokens { layout: vertical; height: 1fr; }
-    TokensScreen TokenText { padding: 0 1; }
-    TokensScreen #token-side { height: 12; padding: 0 1; border-top: solid $panel-lighten-2; }
-    TokensScreen #token-parameters { grid-size: 2; grid-gutter: 0 2; height: 2; margin: 0 0 1 0; }
-    TokensScreen #token-parameters .parameter-title { width: 13; }
-    TokensScreen #alternatives { height: 1fr; scrollbar-size-vertical: 1; }
-    TokensScreen.wide #tokens { layout: horizontal; }
-    TokensScreen.wide #token-side { height: 1fr; width: 64; border-top: none; border-left: solid $panel-lighten-2; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "regenerate", "Regenerate, recording tokens"),
         Binding("escape,f6,q", "close", "Close", key_display="esc"),

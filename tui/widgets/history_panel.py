@@ -38,23 +38,6 @@ class HistoryPanel(Vertical):
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "Close")]
-    DEFAULT_CSS = """
-    HistoryPanel {
-        width: 45; height: 1fr; padding: 0 1; background: $surface; border-right: solid $panel; display: none;
-        &.open { display: block; }
-        #history-title { height: 1; margin: 0 0 1 0; }
-        #history-title Static { width: 1fr; text-style: bold; }
-        #history-search { margin: 0 0 1 0; }
-        ConversationList {
-            height: 1fr; border: none; padding: 0; background: $surface; scrollbar-size-vertical: 1;
-            text-wrap: nowrap; text-overflow: ellipsis;
-        }
-        ConversationList:focus { border: none; background-tint: $foreground 0%; }
-        #history-note { height: auto; max-height: 3; color: $text-muted; margin: 1 0 0 0; }
-        #history-buttons { height: 1; margin: 1 0 0 0; }
-        Button { width: auto; min-width: 0; margin: 0 1 0 0; }
-    }
-    """
 
     class ConversationChanged(Event):
         """The session's conversation was replaced (`opened`) or renamed."""

@@ -40,7 +40,6 @@ class TokenText(ScrollView, can_focus=True):
         cursor: index of the current token.
     """
 
-    DEFAULT_CSS = "TokenText { height: 1fr; scrollbar-size-vertical: 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "move(-1)", "Previous token", show=False),
         Binding("right,l", "move(1)", "Next token", show=False),
