@@ -16,9 +16,10 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Checkbox, DirectoryTree, Footer, Input, Static
 
 from llm_edge.chat.choice import BundleChoice
-from llm_edge.chat.export_process import OPTIONS, PRECISIONS, SUFFIXES, Export, ExportRequest, named_options
+from llm_edge.chat.export_process import OPTIONS, SUFFIXES, Export, ExportRequest, named_options, parse_options
 from llm_edge.chat.text import one_line, printable
-from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.exporter.options import PRECISIONS, ExportOptions
+from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.tui.export_manager import ExportJob, ExportManager
 from llm_edge.tui.notifications import notify
 
@@ -178,7 +179,11 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     def action_export(self) -> None:
         if self._running_export is not None:
             return
-        request = self._request()
+        try:
+            request = self._request()
+        except ParameterError as error:
+            self._show_error(str(error))
+            return
         if not request.source:
             self._show_error("Enter the path of a file or folder." if self._browse else "Enter an id, as owner/name.")
             self.query_one("#source").focus()
@@ -231,25 +236,37 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         """Fill in the form."""
         for name in PRECISIONS:
             self.query_one(f"#precision-{name}", Checkbox).value = name in request.precisions
-        for name, text in request.options.items():
-            self.query_one(f"#option-{name}").display = True
-            self.query_one(f"#option-{name} Input", Input).value = text
+        for name in OPTIONS:
+            value = getattr(request.options, name.replace("-", "_"))
+            if value is not None:
+                self.query_one(f"#option-{name}").display = True
+                self.query_one(f"#option-{name} Input", Input).value = str(value)
         force = self.query_one("#force", Checkbox)
-        force.value = force.display = request.force
+        force.value = force.display = request.options.force
 
     def _request(self) -> ExportRequest:
-        """The request that the form describes."""
-        options = {
+        """The request that the form describes.
+
+        Raises:
+            ParameterError: an option is not a number.
+        """
+        typed = {
             name: self.query_one(f"#option-{name} Input", Input).value
             for name in OPTIONS
             if self.query_one(f"#option-{name}").display
         }
-        chosen = tuple(name for name in PRECISIONS if self.query_one(f"#precision-{name}", Checkbox).value)
+        chosen = [name for name in PRECISIONS if self.query_one(f"#precision-{name}", Checkbox).value]
         source = self.query_one("#source", Input).value.strip()
         initial = self._initial
         same = initial is not None and initial.source == source and {*initial.precisions} == {*chosen}
-        validate = initial is None or initial.validate or not same  # a second attempt at a quick export is quick too
-        return ExportRequest(source, chosen, options, self.query_one("#force", Checkbox).value, validate)
+        options = ExportOptions(
+            **parse_options(typed),
+            precision=",".join(chosen) or None,
+            force=self.query_one("#force", Checkbox).value,
+            # a second attempt at a quick export is quick too
+            validate=initial is None or initial.options.validate or not same,
+        )
+        return ExportRequest(source, options)
 
     def _ended(self, job: ExportJob) -> None:
         """Finish, or show the error and the options that it names."""

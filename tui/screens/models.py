@@ -233,9 +233,9 @@ class ModelsScreen(ModalScreen[Choice | None]):
         if current is not None and (not typed or not current[0].ended):
             self.app.push_screen(ExportScreen(self._exports, job=current[0]), self._exported)
         elif source in _SOURCES:
-            validated = replace(
-                SMOLLM2_VALIDATED, precisions=(*SMOLLM2_VALIDATED.precisions, *self._smollm2_precisions)
-            )
+            precisions = dict.fromkeys([*SMOLLM2_VALIDATED.precisions, *self._smollm2_precisions])
+            options = replace(SMOLLM2_VALIDATED.options, precision=",".join(precisions))
+            validated = replace(SMOLLM2_VALIDATED, options=options)
             request = {_QUICK_SMOLLM2: SMOLLM2_UNVALIDATED, _SMOLLM2: validated}.get(source)
             screen = ExportScreen(self._exports, typed, browse=source == _FILE, request=request)
             self.app.push_screen(screen, self._exported)
