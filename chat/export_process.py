@@ -96,25 +96,15 @@ SMOLLM2_UNVALIDATED = ExportRequest("smollm2", replace(SMOLLM2_VALIDATED.options
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of an export.
-
-    Attributes:
-        name: the stage's name.
-        share: fraction that is done; None = unknown.
-        detail: what is being processed.
-    """
+    """A stage of an export."""
 
     name: str
-    share: float | None
-    detail: str
+    share: float | None  # fraction that is done; None = unknown
+    detail: str  # what is being processed
 
 
 class Export:
-    """A running export.
-
-    Args:
-        request: what to export.
-        command: the command that is run, without the arguments of `llm-export`.
+    """A running export; `command` replaces the command that takes the arguments of `llm-export`.
 
     Raises:
         MachineError: the process cannot be started.

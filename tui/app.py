@@ -62,12 +62,6 @@ class ChatApp(App[None]):
         load: returns the first model; called on a worker thread.
         settings: the user's settings; None for those in the default location.
         changed: values that replace the first model's defaults, by parameter name.
-
-    Attributes:
-        settings: the user's settings.
-        session: the chat.
-        exports: runs exports, also in the background.
-        chat_screen: the main screen.
     """
 
     TITLE = "llm-edge"

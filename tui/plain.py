@@ -160,7 +160,7 @@ class PlainChat:
             self._note(f"(saved in {store.path})")
 
     def _stop_saving(self, error: LlmEdgeError) -> None:
-        """Go on without saving: a full disk should not end a chat."""
+        """Continue without saving: a full disk should not end a chat."""
         if isinstance(self.session.store, InMemoryStore):
             raise error
         self.save_error, self.session.store = error, InMemoryStore()

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 def chat(options: ChatOptions, sampling: Mapping[str, Any]) -> int:
-    """Answer one question, or lines of standard input; returns the exit code.
-
-    Args:
-        options: the command line.
-        sampling: parameters that differ from the model's defaults.
-    """
+    """Answer one question, or lines of standard input; returns the exit code."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # bytes that are not text, and text that the locale lacks
             stream.reconfigure(errors=errors)

@@ -30,11 +30,7 @@ _USAGE_TIMEOUT = 2.0  # seconds after the answer's end
 
 
 class Connection:
-    """The chunks of one streamed answer; cancelling shuts the socket down, which the endpoint notices.
-
-    Args:
-        stream: opens the stream, and passes its socket to the callback.
-    """
+    """The chunks of one streamed answer; cancelling shuts the socket down, which the endpoint notices."""
 
     def __init__(self, stream: Callable[[OnSocket], Generator[Any]]) -> None:
         self._stream = stream
@@ -79,7 +75,6 @@ class EndpointReply:
 
     Args:
         stream: opens the stream of chunks, and passes its socket to the callback.
-        params: sampling parameters of the request.
         prefix: start of the answer, which is removed if the endpoint repeats it.
         token_id: returns an id for a token's text; None if there are too many.
         patience: timeout in seconds for a chunk.
@@ -143,7 +138,7 @@ class EndpointReply:
                 held, text = self._without_echo(held + text)
             length += len(reasoning) + len(text)
             if length > MAX_TEXT:
-                raise MachineError("the endpoint does not stop: the connection was closed")
+                raise MachineError("the endpoint's answer has no end: the connection was closed")
             if reasoning or text:
                 last = time.perf_counter()
                 first = first if tokens else last
@@ -239,16 +234,10 @@ class Thinking:
 
     Servers without a reasoning parser do that for DeepSeek-R1, QwQ and many other models. White space around the tags
     is dropped.
-
-    Args:
-        enabled: False = everything is answer.
-
-    Attributes:
-        inside: the text to come is reasoning, as far as is known.
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.inside = False
+        self.inside = False  # the text to come is reasoning, as far as is known
         self._tags = TagSplitter("<think>", "</think>") if enabled else None
         self._after_tag = False  # nothing but white space since
         self._space = ""  # held back: a tag may follow

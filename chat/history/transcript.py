@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,6 @@ def to_json(conversation: Conversation) -> str:
     Raises:
         InputError: parameters or figures of a message are not JSON values.
     """
-    messages = [
-        {
-            "id": message.id,
-            "parent": message.parent,
-            "role": message.role,
-            "content": message.content,
-            "reasoning": message.reasoning,
-            "created": message.created,
-            "model": message.model,
-            "params": message.params,
-            "figures": message.figures,
-            "finished": message.finished,
-        }
-        for message in conversation.messages.values()
-    ]
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -69,7 +55,10 @@ def to_json(conversation: Conversation) -> str:
         "updated": conversation.updated,
         "system": conversation.system,
         "leaf": conversation.leaf,
-        "messages": messages,
+        "messages": [
+            {field.name: getattr(message, field.name) for field in fields(message)}
+            for message in conversation.messages.values()
+        ],
     }
     try:
         return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -104,9 +93,7 @@ def from_json(text: str) -> Conversation:
             raise InputError(f'messages[{place}]: not an object: save the conversation again as ".json"')
         try:
             conversation.attach(_message(entry))
-        except ValueError as e:
-            raise InputError(f"messages[{place}]: {e}") from e
-        except InputError as e:
+        except (ValueError, InputError) as e:
             raise InputError(f"messages[{place}]: {e}") from e
     leaf = _number(document, "leaf", optional=True)
     if leaf is not None and leaf not in conversation.messages:

@@ -723,7 +723,7 @@ def changed(**changes: Any) -> str:
         (changed(leaf=True), '"leaf"'),
         (changed(created=-1), '"created"'),
         (changed(created=1e300), '"created"'),
-        (changed(m_id=1), r"messages\[2\]: .*taken"),
+        (changed(m_id=1), r"messages\[2\]: .*in use"),
         (changed(m_id=2**80), r'messages\[2\]: "id"'),
         (changed(m_parent=3), "not an earlier message"),
         (changed(m_parent="1"), '"parent"'),

@@ -20,11 +20,6 @@ class TextPrompt(ModalScreen[str | None]):
     """Asks for a line of text; dismissed with it, or with None if cancelled.
 
     Args:
-        question: what to ask for.
-        text: the initial text.
-        accept: label of the button that accepts.
-        help_text: a line below the question.
-        placeholder: shown while the field is empty.
         error: what is wrong with the initial text.
         check: returns what is wrong with a text, or None; by default, the text must not be empty.
     """
@@ -93,12 +88,7 @@ class TextPrompt(ModalScreen[str | None]):
 
 
 class ConfirmDialog(ModalScreen[bool]):
-    """Asks for a confirmation; dismissed with whether it was given.
-
-    Args:
-        question: what to confirm.
-        accept: label of the button that confirms.
-    """
+    """Asks for a confirmation; dismissed with whether it was given."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,n", "dismiss(False)", "No"),

@@ -23,11 +23,7 @@ _NONE, _ENVIRONMENT, _KEYRING = "none", "environment", "keyring"
 
 
 class EndpointScreen(ModalScreen[Endpoint | None]):
-    """The endpoint form; dismissed with the endpoint.
-
-    Args:
-        url: the initial base URL.
-    """
+    """The endpoint form; dismissed with the endpoint."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f10", "connect", "Connect"),

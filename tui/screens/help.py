@@ -72,11 +72,7 @@ KEYS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
 
 
 class HelpScreen(ModalScreen[None]):
-    """The help screen.
-
-    Args:
-        paths: where files are stored, by what they hold.
-    """
+    """The help screen; `paths` are the places of files, by what they hold."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f1,q,enter", "dismiss", "Close", key_display="esc")]
 

@@ -45,30 +45,16 @@ _SOURCES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry of the list.
-
-    Attributes:
-        label: how it is shown.
-        searched: the text that the filter searches.
-        choice: a model, a key of `_SOURCES`, or `_EXPORT` for the current export; None if it cannot be chosen.
-        rank: the entry with the highest rank is highlighted first.
-    """
+    """An entry of the list."""
 
     label: Content
-    searched: str
-    choice: Choice | str | None
-    rank: int = 0
+    searched: str  # the text that the filter searches
+    choice: Choice | str | None  # a model, a key of `_SOURCES`, or `_EXPORT`; None if it cannot be chosen
+    rank: int = 0  # the entry with the highest rank is highlighted first
 
 
 class ModelsScreen(ModalScreen[Choice | None]):
-    """The model picker; dismissed with the chosen model.
-
-    Args:
-        settings: hold the models used before.
-        exports: runs exports.
-        current: the model in use.
-        reason: why a model has to be chosen, shown above the list.
-    """
+    """The model picker; dismissed with the chosen model. `reason` says why a model has to be chosen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "choose", "Choose", key_display="⏎"),

@@ -60,11 +60,7 @@ class QuestionEditor(SafeTextArea):
 
 
 class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
-    """The list of sample questions; dismissed with the chosen one.
-
-    Args:
-        questions: the list, which is edited in place.
-    """
+    """The list of sample questions; which it edits in place; dismissed with the chosen one."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "ask", "Ask", key_display="⏎"),

@@ -30,11 +30,7 @@ _LAYOUT_CHECKS, _LAYOUT_INTERVAL = 100, 0.01  # how often, and after how many se
 
 
 class ConversationView(VerticalScroll, can_focus=False):
-    """Views of the messages on the conversation's current path, at least of the last ones.
-
-    Args:
-        session: the chat.
-    """
+    """Views of the messages on the conversation's current path, at least of the last ones."""
 
     class AnswerEnded(Event):
         """The answer is complete, was stopped, or failed."""

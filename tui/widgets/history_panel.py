@@ -31,11 +31,7 @@ _SEARCH_DELAY = 0.12  # seconds without a key press before a search starts
 
 
 class HistoryPanel(Vertical):
-    """The panel; hidden unless it has the class `open`.
-
-    Args:
-        session: the chat.
-    """
+    """The panel; hidden unless it has the class `open`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "Close")]
 
@@ -50,14 +46,7 @@ class HistoryPanel(Vertical):
         """The panel was closed, or left for the conversation."""
 
     class Fetched(Event):
-        """Conversations that a thread read from the store.
-
-        Attributes:
-            text: what was searched for; empty for all conversations.
-            start: how many conversations come before these.
-            found: the conversations.
-            more: whether there are more.
-        """
+        """Conversations from number `start` on that a thread read or, unless `text` is empty, searched for."""
 
         def __init__(self, text: str, start: int, found: list[Summary], more: bool) -> None:
             super().__init__()

@@ -34,11 +34,7 @@ def visible(text: str) -> str:
 
 
 class TokenText(ScrollView, can_focus=True):
-    """Tokens shaded by their probability.
-
-    Attributes:
-        cursor: index of the current token.
-    """
+    """Tokens shaded by their probability."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "move(-1)", "Previous token", show=False),
@@ -52,7 +48,7 @@ class TokenText(ScrollView, can_focus=True):
         Binding("n", "unlikely(1)", "Next unlikely"),
         Binding("N,p", "unlikely(-1)", "Previous unlikely", show=False),
     ]
-    cursor: reactive[int] = reactive(0)
+    cursor: reactive[int] = reactive(0)  # index of the current token
 
     class CursorMoved(Event):
         """The cursor is on another token."""
