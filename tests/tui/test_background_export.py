@@ -239,7 +239,7 @@ def test_what_went_wrong_is_told_and_the_form_is_as_it_was(
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
             arguments = json.loads((place / "arguments").read_text())
             assert arguments == [
-                "--progress", "json", "--precision", "int8,int4", "--n-heads=3", "--force", "--", "owner/name"
+                "--progress=json", "--precision=int8,int4", "--n-heads=3", "--force", "--", "owner/name"
             ]  # fmt: skip
 
     drive(scene())
