@@ -31,11 +31,15 @@ from llm_edge.model.registry import BUILT_IN, find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime.errors import CheckpointError
 
-BOUND = 1e-4  # ten times closer than what is asked for
-PIECES = (20, 20, 1, 1, 28)  # behind the first, every piece is longer than, or reaches beyond, a sliding window
-LENGTH = sum(PIECES)
+BOUND = 1e-4  # ten times stricter than required
+CHUNKS = (20, 20, 1, 1, 28)  # after the first, every chunk is longer than, or extends beyond, a sliding window
+LENGTH = sum(CHUNKS)
 GREEDY = 64
-_ODD_HEADS = ("llama with heads of 6", "gpt2", "gpt_neox, one block behind the other")  # the fused operator wants 8
+_ODD_HEADS = (
+    "llama with heads of 6",
+    "gpt2",
+    "gpt_neox with sequential blocks",
+)  # the fused operator requires multiples of 8
 _FIRST = {kind: name for name, (kind, _) in reversed(families.CASES.items())}
 BARE = {
     "vocab_size": 331,
@@ -62,10 +66,10 @@ class Case:
         self.ids = torch.randint(0, 331, (1, LENGTH), generator=torch.Generator().manual_seed(1))
 
     @torch.inference_mode()
-    def logits(self, pieces: tuple[int, ...]) -> Tensor:
+    def logits(self, chunks: tuple[int, ...]) -> Tensor:
         """Return the logits of transformers, [T, V]."""
         cache, found, start = None, [], 0
-        for length in pieces:
+        for length in chunks:
             step = self.theirs(self.ids[:, start : start + length], past_key_values=cache, use_cache=True)
             cache, start = step.past_key_values, start + length
             found.append(step.logits[0])
@@ -99,9 +103,9 @@ def decoder(checkpoint: Checkpoint) -> Decoder:
 
 
 @torch.inference_mode()
-def our_logits(made: Decoder, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
+def our_logits(made: Decoder, ids: Tensor, chunks: tuple[int, ...]) -> Tensor:
     past, found, start = made.empty_past(), [], 0
-    for length in pieces:
+    for length in chunks:
         start += length
         mask = torch.ones(1, start, dtype=torch.int64)
         logits, past = made(ids[:, start - length : start], mask, past)
@@ -109,8 +113,8 @@ def our_logits(made: Decoder, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
     return torch.cat(found)
 
 
-def test_mistral_with_layers_of_two_kinds() -> None:
-    """transformers has the family Ministral for such configs, which differs only in this."""
+def test_mistral_with_mixed_layer_types_matches_ministral() -> None:
+    """transformers implements such configs as the Ministral family, which differs only in this."""
     from transformers import MinistralConfig, MinistralForCausalLM
 
     config = {
@@ -138,9 +142,7 @@ def test_mistral_with_layers_of_two_kinds() -> None:
 
 
 @pytest.mark.parametrize("window", [256, 2**32 + 4])
-def test_a_window_that_the_context_cannot_fill_is_none(
-    window: int, case: Callable[[str], Case], tmp_path: Path
-) -> None:
+def test_a_window_longer_than_the_context_is_ignored(window: int, case: Callable[[str], Case], tmp_path: Path) -> None:
     """2^32 + 4 would overflow to 4 in an operator with 32-bit integers."""
     checkpoint = case("mistral").checkpoint
     config, weights = without(checkpoint.config, window=window), checkpoint.weights
@@ -161,15 +163,15 @@ def test_every_family_module_is_registered() -> None:
     assert set(BUILT_IN.values()) == modules
 
 
-@pytest.mark.parametrize("pieces", [(LENGTH,), PIECES], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("chunks", [(LENGTH,), CHUNKS], ids=["at once", "in chunks"])
 @pytest.mark.parametrize("name", families.CASES)
 def test_the_reference_agrees_with_transformers(
-    name: str, pieces: tuple[int, ...], case: Callable[[str], Case]
+    name: str, chunks: tuple[int, ...], case: Callable[[str], Case]
 ) -> None:
     found = case(name)
-    ours = our_logits(decoder(found.checkpoint), found.ids, pieces)
-    theirs = found.logits(pieces)
-    assert theirs.std() > 0.5  # so that the bound means something
+    ours = our_logits(decoder(found.checkpoint), found.ids, chunks)
+    theirs = found.logits(chunks)
+    assert theirs.std() > 0.5  # otherwise the bound would be meaningless
     assert (ours - theirs).abs().max() < BOUND
 
 
@@ -182,13 +184,13 @@ def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callabl
         tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
     )
     ids = found.ids[0].tolist()
-    for pieces in ((LENGTH,), PIECES):
+    for chunks in ((LENGTH,), CHUNKS):
         session.clear_cache()
         parts, start = [], 0
-        for length in pieces:
+        for length in chunks:
             parts.append(session.step(ids[start : start + length], num_logits=0).copy())
             start += length
-        assert np.abs(np.concatenate(parts) - found.logits(pieces).numpy()).max() < BOUND
+        assert np.abs(np.concatenate(parts) - found.logits(chunks).numpy()).max() < BOUND
     session.clear_cache()
     logits, tokens = session.step(ids), []
     for _ in range(GREEDY):
@@ -222,7 +224,9 @@ def without(config: ModelConfig, **changes: Any) -> ModelConfig:
         ("phi3, longrope on a part of each head", {"rope": "unscaled"}),
     ],
 )
-def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable[[str], Case]) -> None:
+def test_every_config_switch_changes_the_logits(
+    name: str, changes: dict[str, Any], case: Callable[[str], Case]
+) -> None:
     """Otherwise agreement with transformers would not test the switch."""
     checkpoint = case(name).checkpoint
     rope = checkpoint.config.ropes[0] if checkpoint.config.ropes else None
@@ -235,7 +239,7 @@ def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3_text"])
-def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_head_is_read(name: str, case: Callable[[str], Case], tmp_path: Path) -> None:
     """`AutoModel.save_pretrained` omits the prefix and the tied head."""
     found = case(name)
     families.save(found.theirs.base_model, tmp_path)
@@ -261,7 +265,7 @@ def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], 
         ("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     ],
 )
-def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
+def test_missing_config_keys_get_their_defaults(kind: str, config: dict[str, Any]) -> None:
     """Configs on the Hub are often older than those that transformers writes today."""
     from transformers import CONFIG_MAPPING
 
@@ -282,7 +286,7 @@ def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", families.CASES)
-def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]) -> None:
+def test_the_bundles_config_builds_the_same_transformers_model(name: str, case: Callable[[str], Case]) -> None:
     """The bundle's config.json has the keys that the family read, and transformers builds the same model from it."""
     from transformers import CONFIG_MAPPING
 
@@ -299,7 +303,7 @@ def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]
         assert torch.equal(made(found.ids).logits, found.theirs(found.ids).logits)
 
 
-def test_a_window_of_nothing_is_refused() -> None:
+def test_an_empty_window_is_rejected() -> None:
     layer = LayerConfig(window=0)
     with pytest.raises(CheckpointError, match="sliding_window"):
         ModelConfig(
@@ -372,7 +376,7 @@ def test_a_window_of_nothing_is_refused() -> None:
         ("olmo2", {"hidden_size": 10**4000}, "hidden_size is"),
     ],
 )
-def test_what_is_not_honoured_is_refused(
+def test_unsupported_config_options_are_rejected(
     name: str, changes: dict[str, Any], words: str, case: Callable[[str], Case], tmp_path: Path
 ) -> None:
     source = case(name).folder

@@ -178,7 +178,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
-    "gpt_neox, one block behind the other": (
+    "gpt_neox with sequential blocks": (
         "gpt_neox",
         {
             "vocab_size": 331,
@@ -198,7 +198,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def model(name: str, seed: int = 0) -> Any:
-    """A transformers model whose attention looks around: with the usual tiny weights it would be a plain average."""
+    """A transformers model with non-uniform attention: with the usual tiny weights it would be a plain average."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind, config = CASES[name]
