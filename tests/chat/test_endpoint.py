@@ -1,4 +1,4 @@
-"""Endpoints through the real `openai` client: what is asked of a server, what it says, and what it may get wrong."""
+"""Endpoints with the real `openai` client: requests, streamed answers, and misbehaving servers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def one_line(caught: pytest.ExceptionInfo[LlmEdgeError]) -> str:
     return message
 
 
-def test_an_answer_streams_with_its_figures(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_an_answer_streams_with_its_usage(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     responder = open_endpoint()
     server.events = lambda: said("Hel", "lo ", "there", prompt_tokens=11, completion_tokens=4)
     found = pieces(responder)
@@ -74,9 +74,7 @@ def test_an_answer_streams_with_its_figures(server: Server, open_endpoint: Calla
     assert [responder.token_text(each.token or 0) for each in found[:3]] == ["Hel", "lo ", "there"]
 
 
-def test_an_answer_without_figures_counts_its_pieces(
-    server: Server, open_endpoint: Callable[..., EndpointResponder]
-) -> None:
+def test_without_usage_the_chunks_are_counted(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.events = lambda: said("a", "b", "c", finish="length")
     found = pieces(open_endpoint())
     assert found[-1].finish_reason is FinishReason.LENGTH
@@ -85,7 +83,9 @@ def test_an_answer_without_figures_counts_its_pieces(
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-def test_reasoning_comes_apart(server: Server, open_endpoint: Callable[..., EndpointResponder], name: str) -> None:
+def test_reasoning_fields_are_separated(
+    server: Server, open_endpoint: Callable[..., EndpointResponder], name: str
+) -> None:
     def events() -> Iterator[bytes]:
         yield chunk(role="assistant", content=None)
         yield chunk(**{name: "I think"})
@@ -112,7 +112,7 @@ def test_reasoning_comes_apart(server: Server, open_endpoint: Callable[..., Endp
         (["<thinking>"], "", "<thinking>"),
     ],
 )
-def test_reasoning_that_was_left_in_the_text_comes_apart(
+def test_reasoning_tags_in_the_text_are_separated(
     server: Server, open_endpoint: Callable[..., EndpointResponder], said_so: list[str], reasoning: str, answer: str
 ) -> None:
     server.events = lambda: said(*said_so)
@@ -122,14 +122,14 @@ def test_reasoning_that_was_left_in_the_text_comes_apart(
     assert sum(each.token is not None for each in found) == len(said_so)
 
 
-def test_an_answer_that_is_continued_has_its_reasoning_behind_it(
+def test_a_continued_answer_has_no_further_reasoning(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     server.events = lambda: said("<think>", " opens it.")
     assert text(pieces(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
 
 
-def test_parameters_go_along_as_the_api_names_them(
+def test_parameters_are_sent_with_their_api_names(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     params = SamplingParams(
@@ -152,9 +152,7 @@ def test_parameters_go_along_as_the_api_names_them(
     assert asked["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
-def test_parameters_that_are_off_do_not_go_along(
-    server: Server, open_endpoint: Callable[..., EndpointResponder]
-) -> None:
+def test_parameters_that_are_off_are_not_sent(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     responder = open_endpoint()
     pieces(responder)
     assert set(server.requests[0]) == {
@@ -173,7 +171,7 @@ def test_parameters_that_are_off_do_not_go_along(
         SamplingParams(constraint=Constraint.regex("a")),
     ],
 )
-def test_what_endpoints_do_not_take_is_refused(
+def test_unsupported_parameters_are_rejected(
     server: Server, open_endpoint: Callable[..., EndpointResponder], params: SamplingParams
 ) -> None:
     with pytest.raises(ParameterError, match="endpoints") as caught:
@@ -213,7 +211,7 @@ def test_logprobs_name_each_token(server: Server, open_endpoint: Callable[..., E
         ("top_p", "temperature and top_p cannot both be specified"),
     ],
 )
-def test_a_field_that_is_refused_by_name_goes_or_gets_its_other_name(
+def test_a_field_rejected_by_name_is_dropped_or_renamed(
     server: Server, open_endpoint: Callable[..., EndpointResponder], field: str, complaint: str
 ) -> None:
     server.refuse = lambda asked: (400, {"message": complaint}) if field in asked else None
@@ -221,11 +219,11 @@ def test_a_field_that_is_refused_by_name_goes_or_gets_its_other_name(
     params = SamplingParams(temperature=0.5, max_tokens=77)
     assert text(pieces(responder, params)) == "Hello there"
     assert text(pieces(responder, params)) == "Hello there"
-    assert [field in asked for asked in server.requests] == [True, False, False]  # and it is remembered
+    assert [field in asked for asked in server.requests] == [True, False, False]  # and this is remembered
     assert server.requests[-1].get("max_completion_tokens", server.requests[-1].get("max_tokens")) == 77
 
 
-def test_a_value_that_was_chosen_is_not_dropped_in_silence(
+def test_a_value_set_by_the_user_is_not_dropped_silently(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     server.refuse = lambda asked: (400, {"message": "temperature does not support 0.5"})
@@ -244,7 +242,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
     return "env:CANARY_API_KEY"
 
 
-def test_a_key_goes_along_and_nothing_else_that_tells_of_its_owner(
+def test_a_key_is_sent_but_nothing_else_that_identifies_the_user(
     server: Server, open_endpoint: Callable[..., EndpointResponder], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
@@ -261,7 +259,7 @@ def test_a_key_goes_along_and_nothing_else_that_tells_of_its_owner(
     assert "another" not in everything
 
 
-def test_a_key_that_is_refused_is_not_in_the_message(server: Server, key: str) -> None:
+def test_a_rejected_key_is_not_in_the_error_message(server: Server, key: str) -> None:
     server.key = "another"
     with pytest.raises(InputError, match="rejects the API key") as caught:
         EndpointResponder(Endpoint(server.url, "small", key))
@@ -271,7 +269,7 @@ def test_a_key_that_is_refused_is_not_in_the_message(server: Server, key: str) -
     one_line(caught)
 
 
-def test_no_key_is_kept_in_settings(server: Server, key: str, tmp_path: Any) -> None:
+def test_keys_are_not_saved_in_settings(server: Server, key: str, tmp_path: Any) -> None:
     settings = Settings(tmp_path)
     endpoints.used(settings, Endpoint(server.url, "small", key))
     endpoints.used(settings, Endpoint(server.url, "large", key))
@@ -281,7 +279,7 @@ def test_no_key_is_kept_in_settings(server: Server, key: str, tmp_path: Any) -> 
 
 
 @pytest.mark.parametrize("value", ["", " ", "two words", "bröken", "a\nb", "x" * 9000])
-def test_what_is_no_key_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_an_invalid_key_is_rejected_without_showing_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("CANARY_API_KEY", value)
     with pytest.raises(InputError) as caught:
         endpoint_key.read("env:CANARY_API_KEY", "http://x/v1")
@@ -324,7 +322,7 @@ def test_the_keyring_holds_keys_by_url(monkeypatch: pytest.MonkeyPatch, server: 
     assert ring.kept == {}
 
 
-def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_plaintext_keyrings_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     import keyring.backends.fail
 
     class PlaintextKeyring(Ring):
@@ -337,7 +335,7 @@ def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyP
         assert "environment variable" in one_line(caught)
 
 
-# ---- what goes wrong
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -351,7 +349,7 @@ def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyP
         (500, MachineError, "failed"),
     ],
 )
-def test_refusals_are_one_clear_line(
+def test_server_errors_are_one_clear_line(
     server: Server,
     open_endpoint: Callable[..., EndpointResponder],
     status: int,
@@ -368,7 +366,7 @@ def test_refusals_are_one_clear_line(
     assert status == 302 or "server's" in message
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_an_unreachable_server_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(InputError, match="refused the connection") as caught:
@@ -376,7 +374,7 @@ def test_a_server_that_is_not_there() -> None:
     one_line(caught)
 
 
-def test_a_server_that_says_nothing() -> None:
+def test_a_silent_server_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         with pytest.raises(MachineError, match="timed out") as caught:
@@ -384,7 +382,7 @@ def test_a_server_that_says_nothing() -> None:
     one_line(caught)
 
 
-def test_a_model_that_is_not_listed_and_a_list_that_is_not_there(
+def test_an_unlisted_model_and_a_missing_model_list(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     with pytest.raises(InputError, match="no model 'huge'; it lists large, small"):
@@ -416,7 +414,9 @@ def malformed() -> dict[str, Callable[[], Iterator[bytes]]]:
 
 
 @pytest.mark.parametrize("name", malformed())
-def test_nonsense_is_one_clear_line(server: Server, open_endpoint: Callable[..., EndpointResponder], name: str) -> None:
+def test_malformed_responses_are_one_clear_line(
+    server: Server, open_endpoint: Callable[..., EndpointResponder], name: str
+) -> None:
     responder = open_endpoint(patience=5.0)
     server.events = malformed()[name]
     with pytest.raises((InputError, MachineError)) as caught:
@@ -426,7 +426,7 @@ def test_nonsense_is_one_clear_line(server: Server, open_endpoint: Callable[...,
     assert text(pieces(responder)) == "fine"
 
 
-def test_a_stream_without_an_end_is_ended(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_an_endless_stream_is_stopped(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     def events() -> Iterator[bytes]:
         while True:
             yield chunk(content="x ")
@@ -438,9 +438,7 @@ def test_a_stream_without_an_end_is_ended(server: Server, open_endpoint: Callabl
     assert server.gone.wait(10)
 
 
-def test_signs_of_life_that_say_nothing_do_not_last_for_ever(
-    server: Server, open_endpoint: Callable[..., EndpointResponder]
-) -> None:
+def test_keep_alive_messages_alone_time_out(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     def events() -> Iterator[bytes]:
         while not server.gone.wait(0.02):
             yield b": still here\n\n"
@@ -451,7 +449,7 @@ def test_signs_of_life_that_say_nothing_do_not_last_for_ever(
     one_line(caught)
 
 
-def test_an_answer_that_has_ended_is_not_waited_for(
+def test_a_finished_answer_does_not_wait_for_the_connection(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     leave = threading.Event()
@@ -467,11 +465,11 @@ def test_an_answer_that_has_ended_is_not_waited_for(
     assert time.monotonic() - began < 10
 
 
-# ---- ending one
+# ---- cancelling
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_cancel_takes_effect_at_once_and_the_server_is_told(
+def test_cancel_takes_effect_immediately_and_closes_the_connection(
     server: Server, open_endpoint: Callable[..., EndpointResponder], after: int
 ) -> None:
     reached, leave = threading.Event(), threading.Event()
@@ -501,7 +499,7 @@ def test_cancel_takes_effect_at_once_and_the_server_is_told(
 
 
 def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None:
-    """It sends not even headers, and has to see the connection end."""
+    """The server has not sent headers yet, and must see the connection close."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         asked, left = threading.Event(), threading.Event()
@@ -531,10 +529,10 @@ def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None
         responder.close()
 
 
-# ---- continuing one
+# ---- continuing
 
 
-def test_a_text_is_continued_by_an_assistant_message_without_its_echo(
+def test_a_text_is_continued_without_repeating_it(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     begin = "The capital of France is"
@@ -550,21 +548,23 @@ def test_a_text_is_continued_by_an_assistant_message_without_its_echo(
     assert text(pieces(responder, assistant_prefix=begin)) == "The c"
 
 
-def test_vllm_is_told_to_continue(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_vllm_is_asked_to_continue(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "vllm"}]}
     pieces(open_endpoint(), assistant_prefix="So")
     assert server.requests[0]["continue_final_message"] is True
     assert server.requests[0]["add_generation_prompt"] is False
 
 
-def test_who_does_not_continue_refuses(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_servers_that_cannot_continue_are_an_error(
+    server: Server, open_endpoint: Callable[..., EndpointResponder]
+) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "system"}]}
     with pytest.raises(InputError, match="does not continue") as caught:
         pieces(open_endpoint(), assistant_prefix="So")
     one_line(caught)
 
 
-# ---- a conversation that is too long
+# ---- conversations that are too long
 
 
 @pytest.mark.parametrize(
@@ -579,7 +579,7 @@ def test_who_does_not_continue_refuses(server: Server, open_endpoint: Callable[.
         {"message": "The maximum context length is 100 tokens. However, your messages resulted in 300 tokens."},
     ],
 )
-def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
+def test_the_oldest_turns_are_dropped_once_the_limit_is_known(
     server: Server, open_endpoint: Callable[..., EndpointResponder], tmp_path: Path, refusal: dict[str, Any]
 ) -> None:
     server.models = None
@@ -608,7 +608,7 @@ def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
     assert server.requests[-1]["messages"][-1]["content"] == "and another"
 
 
-def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
+def test_parameters_changed_mid_answer_apply_to_the_next_answer(
     server: Server, open_endpoint: Callable[..., EndpointResponder], tmp_path: Path
 ) -> None:
     go = threading.Event()
@@ -658,13 +658,13 @@ def test_base_urls_are_completed(typed: str, url: str) -> None:
     ["", "ftp://x/v1", "https://user:secret@x/v1", "http://", "https://x:99999/v1", "https://x/v1?a=1", "https://[::1/v1",
      "http://x\x1b/v1", "file:///etc/passwd"],
 )  # fmt: skip
-def test_what_is_no_base_url_is_refused(typed: str) -> None:
+def test_invalid_base_urls_are_rejected(typed: str) -> None:
     with pytest.raises(InputError) as caught:
         base_url(typed)
     assert "secret" not in one_line(caught)
 
 
-def test_plain_http_is_warned_about_where_a_key_would_travel() -> None:
+def test_sending_a_key_over_plain_http_gives_a_warning() -> None:
     assert "unencrypted http" in warning("http://192.168.0.5:8000/v1", with_key=True)
     assert warning("http://192.168.0.5:8000/v1", with_key=False) == ""
     assert warning("https://api.example.com/v1", with_key=True) == ""
