@@ -28,10 +28,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def node(name: str, parent: str | None, role: str = "", *parts: Any, **message: Any) -> dict[str, Any]:
     """A node of a tree as in the archive; without a role it holds no message."""
-    message: dict[str, Any] | None = None
+    content: dict[str, Any] | None = None
     if role:
         metadata = {"model_slug": "gpt-4o"} if role == "assistant" else {}
-        message = {
+        content = {
             "id": name,
             "author": {"role": role, "name": None, "metadata": {}},
             "create_time": 1_700_000_000.5,
@@ -40,7 +40,7 @@ def node(name: str, parent: str | None, role: str = "", *parts: Any, **message: 
             "metadata": metadata,
             "recipient": "all",
         } | message
-    return {"id": name, "message": message, "parent": parent, "children": []}
+    return {"id": name, "message": content, "parent": parent, "children": []}
 
 
 def archived(*nodes: dict[str, Any], name: str = "c-1", **fields: Any) -> dict[str, Any]:
