@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_server import Server, chunk, event, said
+from openai_server import Server, chunk, event, text_events
 
 from llm_edge.chat.endpoint import client as endpoints
 from llm_edge.chat.endpoint import key as endpoint_key
@@ -62,7 +62,7 @@ def one_line(caught: pytest.ExceptionInfo[LlmEdgeError]) -> str:
 
 def test_an_answer_streams_with_its_usage(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     responder = open_endpoint()
-    server.events = lambda: said("Hel", "lo ", "there", prompt_tokens=11, completion_tokens=4)
+    server.events = lambda: text_events("Hel", "lo ", "there", prompt_tokens=11, completion_tokens=4)
     found = pieces(responder)
     assert [each.text for each in found] == ["Hel", "lo ", "there", ""]
     assert found[-1].finish_reason is FinishReason.STOP
@@ -75,7 +75,7 @@ def test_an_answer_streams_with_its_usage(server: Server, open_endpoint: Callabl
 
 
 def test_without_usage_the_chunks_are_counted(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
-    server.events = lambda: said("a", "b", "c", finish="length")
+    server.events = lambda: text_events("a", "b", "c", finish="length")
     found = pieces(open_endpoint())
     assert found[-1].finish_reason is FinishReason.LENGTH
     assert found[-1].timings is not None
@@ -89,7 +89,7 @@ def test_reasoning_fields_are_separated(
     def events() -> Iterator[bytes]:
         yield chunk(role="assistant", content=None)
         yield chunk(**{name: "I think"})
-        yield from said("So.")
+        yield from text_events("So.")
 
     server.events = events
     found = pieces(open_endpoint())
@@ -115,7 +115,7 @@ def test_reasoning_fields_are_separated(
 def test_reasoning_tags_in_the_text_are_separated(
     server: Server, open_endpoint: Callable[..., EndpointResponder], said_so: list[str], reasoning: str, answer: str
 ) -> None:
-    server.events = lambda: said(*said_so)
+    server.events = lambda: text_events(*said_so)
     found = pieces(open_endpoint())
     assert "".join(each.text for each in found if each.reasoning) == reasoning
     assert text(found) == answer
@@ -125,7 +125,7 @@ def test_reasoning_tags_in_the_text_are_separated(
 def test_a_continued_answer_has_no_further_reasoning(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
-    server.events = lambda: said("<think>", " opens it.")
+    server.events = lambda: text_events("<think>", " opens it.")
     assert text(pieces(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
 
 
@@ -422,7 +422,7 @@ def test_malformed_responses_are_one_clear_line(
     with pytest.raises((InputError, MachineError)) as caught:
         pieces(responder)
     one_line(caught)
-    server.events = lambda: said("fine")
+    server.events = lambda: text_events("fine")
     assert text(pieces(responder)) == "fine"
 
 
@@ -494,7 +494,7 @@ def test_cancel_takes_effect_immediately_and_closes_the_connection(
     assert last.finish_reason is FinishReason.CANCELLED
     assert server.gone.wait(10)
     leave.set()
-    server.events = lambda: said("again")
+    server.events = lambda: text_events("again")
     assert text(pieces(responder)) == "again"
 
 
@@ -536,15 +536,15 @@ def test_a_text_is_continued_without_repeating_it(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     begin = "The capital of France is"
-    server.events = lambda: said(" Par", "is.")
+    server.events = lambda: text_events(" Par", "is.")
     responder = open_endpoint()
     assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
     assert server.requests[0]["messages"] == [*QUESTION, {"role": "assistant", "content": begin}]
-    server.events = lambda: said("The cap", "ital of France is Par", "is.")
+    server.events = lambda: text_events("The cap", "ital of France is Par", "is.")
     assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
-    server.events = lambda: said("The c", "at.")
+    server.events = lambda: text_events("The c", "at.")
     assert text(pieces(responder, assistant_prefix=begin)) == "The cat."
-    server.events = lambda: said("The c")
+    server.events = lambda: text_events("The c")
     assert text(pieces(responder, assistant_prefix=begin)) == "The c"
 
 
@@ -584,7 +584,7 @@ def test_the_oldest_turns_are_dropped_once_the_limit_is_known(
 ) -> None:
     server.models = None
     server.refuse = lambda asked: (400, refusal) if len(asked["messages"]) > 3 else None
-    server.events = lambda: said("x" * 400)
+    server.events = lambda: text_events("x" * 400)
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
     session.set_responder(open_endpoint("any"))
 
@@ -616,7 +616,7 @@ def test_parameters_changed_mid_answer_apply_to_the_next_answer(
     def events() -> Iterator[bytes]:
         yield chunk(content="x")
         go.wait(10)
-        yield from said("y")
+        yield from text_events("y")
 
     server.events = events
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))

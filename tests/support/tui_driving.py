@@ -1,4 +1,4 @@
-"""Drives the chat application with a fake model, through Textual's pilot."""
+"""Drives the chat application with a fake model using Textual's pilot."""
 
 from __future__ import annotations
 

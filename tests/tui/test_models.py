@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_server import Server, said
+from openai_server import Server, text_events
 from textual.widgets import Input, OptionList, Select
 from tui_driving import app_with, ask, drive, screen, until
 
@@ -322,7 +322,7 @@ def test_a_key_for_the_keyring_is_never_shown(place: Path, server: Server, monke
 
     monkeypatch.setattr("keyring.get_keyring", Ring)
     server.key = CANARY
-    server.events = lambda: said("I know", " you")
+    server.events = lambda: text_events("I know", " you")
     screens: list[str] = []
 
     async def scene() -> None:
