@@ -228,7 +228,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an index cut": (text("model.safetensors.index.json", '{"weight_map": {'), ("index.json", "not JSON")),
     "weights empty": (cut("model.safetensors", lambda _: 0), ("model.safetensors", "empty")),
     "weights cut in the length": (cut("model.safetensors", lambda _: 5), ("model.safetensors", "damaged")),
-    "weights cut behind the length": (cut("model.safetensors", lambda _: 8), ("model.safetensors", "damaged")),
+    "weights cut after the length": (cut("model.safetensors", lambda _: 8), ("model.safetensors", "damaged")),
     "weights cut in the header": (cut("model.safetensors", lambda _: 500), ("model.safetensors", "truncated")),
     "weights cut early": (cut("model.safetensors", past_header), ("model.safetensors", "truncated")),
     "weights cut in the middle": (cut("model.safetensors", lambda size: size // 2), ("model.safetensors", "truncated")),

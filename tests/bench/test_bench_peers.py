@@ -244,7 +244,7 @@ def test_the_engine_worker_answers_requests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--only", "nobody"), "--only: 'nobody' is not known"),
         (("--text", "no/such.txt"), "no/such.txt: no such file"),
@@ -254,7 +254,7 @@ def test_the_engine_worker_answers_requests(tmp_path: Path) -> None:
     ],
 )
 def test_usage_errors_are_one_line(
-    arguments: tuple[str, ...], said: str, tiny_bundle: Path, bench_peers: Peers, tmp_path: Path
+    arguments: tuple[str, ...], message: str, tiny_bundle: Path, bench_peers: Peers, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Paris.", encoding="utf-8")
@@ -263,7 +263,7 @@ def test_usage_errors_are_one_line(
     )
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "work").exists()
 
@@ -344,7 +344,7 @@ def test_other_machines_get_a_clear_message(
     assert err.count("\n") == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_busy_machine_is_detected() -> None:
     hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:

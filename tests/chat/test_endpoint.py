@@ -44,7 +44,7 @@ def open_endpoint(server: Server) -> Iterator[Callable[..., EndpointResponder]]:
         each.close()
 
 
-def pieces(responder: EndpointResponder, params: SamplingParams | None = None, **more: Any) -> list[GenerationChunk]:
+def chunks(responder: EndpointResponder, params: SamplingParams | None = None, **more: Any) -> list[GenerationChunk]:
     return list(responder.answer(QUESTION, params or responder.default_params, **more))
 
 
@@ -63,7 +63,7 @@ def one_line(caught: pytest.ExceptionInfo[LlmEdgeError]) -> str:
 def test_an_answer_streams_with_its_usage(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     responder = open_endpoint()
     server.events = lambda: text_events("Hel", "lo ", "there", prompt_tokens=11, completion_tokens=4)
-    found = pieces(responder)
+    found = chunks(responder)
     assert [each.text for each in found] == ["Hel", "lo ", "there", ""]
     assert found[-1].finish_reason is FinishReason.STOP
     assert found[-1].timings is not None
@@ -76,7 +76,7 @@ def test_an_answer_streams_with_its_usage(server: Server, open_endpoint: Callabl
 
 def test_without_usage_the_chunks_are_counted(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.events = lambda: text_events("a", "b", "c", finish="length")
-    found = pieces(open_endpoint())
+    found = chunks(open_endpoint())
     assert found[-1].finish_reason is FinishReason.LENGTH
     assert found[-1].timings is not None
     assert found[-1].timings.completion_tokens == 3
@@ -92,7 +92,7 @@ def test_reasoning_fields_are_separated(
         yield from text_events("So.")
 
     server.events = events
-    found = pieces(open_endpoint())
+    found = chunks(open_endpoint())
     assert "".join(each.text for each in found if each.reasoning) == "I think"
     assert text(found) == "So."
     assert found[-1].timings is not None
@@ -116,7 +116,7 @@ def test_reasoning_tags_in_the_text_are_separated(
     server: Server, open_endpoint: Callable[..., EndpointResponder], said_so: list[str], reasoning: str, answer: str
 ) -> None:
     server.events = lambda: text_events(*said_so)
-    found = pieces(open_endpoint())
+    found = chunks(open_endpoint())
     assert "".join(each.text for each in found if each.reasoning) == reasoning
     assert text(found) == answer
     assert sum(each.token is not None for each in found) == len(said_so)
@@ -126,7 +126,7 @@ def test_a_continued_answer_has_no_further_reasoning(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     server.events = lambda: text_events("<think>", " opens it.")
-    assert text(pieces(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
+    assert text(chunks(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
 
 
 def test_parameters_are_sent_with_their_api_names(
@@ -138,7 +138,7 @@ def test_parameters_are_sent_with_their_api_names(
         repetition_window=32, mirostat_tau=5.0, dry_breakers=("x",),
         constraint=Constraint.json_schema({"type": "object"}),
     )  # fmt: skip
-    pieces(open_endpoint(), params)
+    chunks(open_endpoint(), params)
     asked = server.requests[0]
     expected = {
         "model": "small", "temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2,
@@ -154,11 +154,11 @@ def test_parameters_are_sent_with_their_api_names(
 
 def test_parameters_that_are_off_are_not_sent(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     responder = open_endpoint()
-    pieces(responder)
+    chunks(responder)
     assert set(server.requests[0]) == {
         "model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens"
     }  # fmt: skip
-    pieces(responder, SamplingParams(constraint=Constraint.json()))
+    chunks(responder, SamplingParams(constraint=Constraint.json()))
     assert server.requests[1]["response_format"] == {"type": "json_object"}
 
 
@@ -193,7 +193,7 @@ def test_logprobs_name_each_token(server: Server, open_endpoint: Callable[..., E
 
     server.events = events
     responder = open_endpoint()
-    found = pieces(responder, SamplingParams(logprobs=2))
+    found = chunks(responder, SamplingParams(logprobs=2))
     assert server.requests[0]["logprobs"] is True
     assert server.requests[0]["top_logprobs"] == 2
     assert [each.text for each in found] == ["Hello", " there", ""]
@@ -217,8 +217,8 @@ def test_a_field_rejected_by_name_is_dropped_or_renamed(
     server.refuse = lambda asked: (400, {"message": complaint}) if field in asked else None
     responder = open_endpoint()
     params = SamplingParams(temperature=0.5, max_tokens=77)
-    assert text(pieces(responder, params)) == "Hello there"
-    assert text(pieces(responder, params)) == "Hello there"
+    assert text(chunks(responder, params)) == "Hello there"
+    assert text(chunks(responder, params)) == "Hello there"
     assert [field in asked for asked in server.requests] == [True, False, False]  # and this is remembered
     assert server.requests[-1].get("max_completion_tokens", server.requests[-1].get("max_tokens")) == 77
 
@@ -228,7 +228,7 @@ def test_a_value_set_by_the_user_is_not_dropped_silently(
 ) -> None:
     server.refuse = lambda asked: (400, {"message": "temperature does not support 0.5"})
     with pytest.raises(InputError, match=r"400.*temperature does not support 0\.5") as caught:
-        pieces(open_endpoint(), SamplingParams(temperature=0.5))
+        chunks(open_endpoint(), SamplingParams(temperature=0.5))
     one_line(caught)
     assert len(server.requests) == 1
 
@@ -249,10 +249,10 @@ def test_a_key_is_sent_but_nothing_else_that_identifies_the_user(
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Token: secret")
     server.key = CANARY
-    pieces(open_endpoint(key=key))
+    chunks(open_endpoint(key=key))
     assert {each["authorization"] for each in server.headers} == {f"Bearer {CANARY}"}
     server.key, server.headers = "", []
-    pieces(open_endpoint())
+    chunks(open_endpoint())
     assert all("authorization" not in each for each in server.headers)
     everything = json.dumps([server.headers, server.requests])
     assert "secret" not in everything
@@ -359,7 +359,7 @@ def test_server_errors_are_one_clear_line(
     responder = open_endpoint()
     server.refuse = lambda _asked: (status, {"message": "the\nserver's \x1b[31mown\x07 words" + "!" * 9000})
     with pytest.raises(kind, match=expected) as caught:
-        pieces(responder)
+        chunks(responder)
     message = one_line(caught)
     assert "\x1b" not in message
     assert len(message) < 600
@@ -389,7 +389,7 @@ def test_an_unlisted_model_and_a_missing_model_list(
         open_endpoint("huge")
     for models in (None, [], {"data": "no"}, {"data": [{"id": 5}, "x"]}):
         server.models = models
-        assert text(pieces(open_endpoint("huge"))) == "Hello there"
+        assert text(chunks(open_endpoint("huge"))) == "Hello there"
         assert list_models(server.url, "") == []
 
 
@@ -420,10 +420,10 @@ def test_malformed_responses_are_one_clear_line(
     responder = open_endpoint(patience=5.0)
     server.events = malformed()[name]
     with pytest.raises((InputError, MachineError)) as caught:
-        pieces(responder)
+        chunks(responder)
     one_line(caught)
     server.events = lambda: text_events("fine")
-    assert text(pieces(responder)) == "fine"
+    assert text(chunks(responder)) == "fine"
 
 
 def test_an_endless_stream_is_stopped(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
@@ -432,7 +432,7 @@ def test_an_endless_stream_is_stopped(server: Server, open_endpoint: Callable[..
             yield chunk(content="x ")
 
     server.events = events
-    found = pieces(open_endpoint(), SamplingParams(max_tokens=10))
+    found = chunks(open_endpoint(), SamplingParams(max_tokens=10))
     assert found[-1].finish_reason is FinishReason.LENGTH
     assert len(found) < 150
     assert server.gone.wait(10)
@@ -445,7 +445,7 @@ def test_keep_alive_messages_alone_time_out(server: Server, open_endpoint: Calla
 
     server.events = events
     with pytest.raises(MachineError, match="sent nothing") as caught:
-        pieces(open_endpoint(patience=0.4))
+        chunks(open_endpoint(patience=0.4))
     one_line(caught)
 
 
@@ -460,7 +460,7 @@ def test_a_finished_answer_does_not_wait_for_the_connection(
 
     server.events = events
     began = time.monotonic()
-    assert text(pieces(open_endpoint())) == "done"
+    assert text(chunks(open_endpoint())) == "done"
     leave.set()
     assert time.monotonic() - began < 10
 
@@ -495,7 +495,7 @@ def test_cancel_takes_effect_immediately_and_closes_the_connection(
     assert server.gone.wait(10)
     leave.set()
     server.events = lambda: text_events("again")
-    assert text(pieces(responder)) == "again"
+    assert text(chunks(responder)) == "again"
 
 
 def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None:
@@ -538,19 +538,19 @@ def test_a_text_is_continued_without_repeating_it(
     begin = "The capital of France is"
     server.events = lambda: text_events(" Par", "is.")
     responder = open_endpoint()
-    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
+    assert text(chunks(responder, assistant_prefix=begin)) == " Paris."
     assert server.requests[0]["messages"] == [*QUESTION, {"role": "assistant", "content": begin}]
     server.events = lambda: text_events("The cap", "ital of France is Par", "is.")
-    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
+    assert text(chunks(responder, assistant_prefix=begin)) == " Paris."
     server.events = lambda: text_events("The c", "at.")
-    assert text(pieces(responder, assistant_prefix=begin)) == "The cat."
+    assert text(chunks(responder, assistant_prefix=begin)) == "The cat."
     server.events = lambda: text_events("The c")
-    assert text(pieces(responder, assistant_prefix=begin)) == "The c"
+    assert text(chunks(responder, assistant_prefix=begin)) == "The c"
 
 
 def test_vllm_is_asked_to_continue(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "vllm"}]}
-    pieces(open_endpoint(), assistant_prefix="So")
+    chunks(open_endpoint(), assistant_prefix="So")
     assert server.requests[0]["continue_final_message"] is True
     assert server.requests[0]["add_generation_prompt"] is False
 
@@ -560,7 +560,7 @@ def test_servers_that_cannot_continue_are_an_error(
 ) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "system"}]}
     with pytest.raises(InputError, match="does not continue") as caught:
-        pieces(open_endpoint(), assistant_prefix="So")
+        chunks(open_endpoint(), assistant_prefix="So")
     one_line(caught)
 
 

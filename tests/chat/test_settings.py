@@ -42,7 +42,7 @@ def test_threads_do_not_overwrite_each_others_changes(tmp_path: Path) -> None:
 
     def add(name: str) -> None:
         for number in range(10):
-            settings.change(LIST, lambda before: [*before, f"{name}{number}"])  # noqa: B023 (called at once)
+            settings.change(LIST, lambda before: [*before, f"{name}{number}"])  # noqa: B023 (called immediately)
 
     threads = [threading.Thread(target=add, args=(name,)) for name in "abc"]
     for thread in threads:

@@ -313,17 +313,17 @@ def test_an_invalid_tensor_is_rejected(make: Callable[..., bytes], what: str, tm
     assert one_line(caught.value, path)
 
 
-def changed(index: int, **lies: Any) -> Archive:
+def changed(index: int, **wrong: Any) -> Archive:
     """Return an archive with one changed record: 0 is data.pkl, 1 byteorder, 2 and 3 are storages."""
     records = torch_records(table({"a": tensor(storage("0")), "b": tensor(storage("1"))}), {"0": FOUR, "1": FOUR[::-1]})
-    for name, value in lies.items():
+    for name, value in wrong.items():
         setattr(records[index], name, value)
     return Archive(records)
 
 
-def ended(**lies: Any) -> Archive:
+def ended(**wrong: Any) -> Archive:
     archive = changed(0)
-    for name, value in lies.items():
+    for name, value in wrong.items():
         setattr(archive, name, value)
     return archive
 
@@ -383,13 +383,13 @@ ARCHIVES: dict[str, tuple[Archive, str]] = {
     "overlapping records": (one_inside_another(), "'archive/data/1' overlaps"),
     "the same name twice": (archive_with(Record("archive/data/0", FOUR)), "duplicate record 'archive/data/0'"),
     "two archives in one": (archive_with(Record("other/data.pkl", b"x")), "not one of torch.save"),
-    "records beside the folder": (archive_with(Record("evil.py", b"x")), "records outside its folder"),
+    "records outside the folder": (archive_with(Record("evil.py", b"x")), "records outside its folder"),
     "no pickle": (changed(0, name="archive/other.pkl"), "not one of torch.save"),
     "a big-endian machine": (changed(1, data=b"big"), "big-endian"),
     "no endianness at all": (changed(1, data=b""), "big-endian"),
     "a name that is not UTF-8": (changed(1, name=b"archive/\xff"), "is not UTF-8"),
     "a descriptor that is not there": (changed(2, flags=8), "contradicts its data descriptor"),
-    "a descriptor that lies": (
+    "a wrong descriptor": (
         changed(2, flags=8, after=struct.pack("<4s3L", b"PK\x07\x08", zlib.crc32(FOUR), 16, 15)),
         "contradicts its data descriptor",
     ),

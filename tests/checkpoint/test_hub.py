@@ -230,10 +230,10 @@ def test_download_progress_is_reported(world: World, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)
     world.fetch()
-    told = [line for line in world.messages if "model.safetensors (6 of 6)" in line]
-    assert len(told) > 3
-    assert told[0].endswith("20 kB of 102 kB")
-    assert told[-1].endswith("102 kB of 102 kB")
+    lines = [line for line in world.messages if "model.safetensors (6 of 6)" in line]
+    assert len(lines) > 3
+    assert lines[0].endswith("20 kB of 102 kB")
+    assert lines[-1].endswith("102 kB of 102 kB")
 
 
 def test_progress_is_reported_for_xet_downloads_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -457,12 +457,12 @@ def test_a_wrong_head_count_is_not_detected(run: Run, tmp_path: Path, few_tokens
 @torch.inference_mode()
 def test_perplexity_reveals_a_wrong_setting(smollm2_file: Path) -> None:
     section = sections()["When the head count is not known"].replace("\n", " ")
-    said = re.search(
+    match = re.search(
         r"is (\d+) on (\d+) tokens; with (\d+) heads instead of (\d+) it is above (\d+)\. .*?: (\d+) with (\d+)",
         section,
     )
-    assert said is not None
-    right, tokens, more, heads, above, other, base = map(int, said.groups())
+    assert match is not None
+    right, tokens, more, heads, above, other, base = map(int, match.groups())
     file, checkpoint = GGUFFile(smollm2_file), read_gguf(smollm2_file)
     assert checkpoint.config.num_attention_heads == heads
     ids = torch.tensor([export_module._texts(checkpoint).validation[:tokens]])
@@ -524,9 +524,9 @@ def test_weights_are_loaded_one_at_a_time(run: Run, tmp_path: Path, monkeypatch:
 
 
 def test_memory_of_validation() -> None:
-    said = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes per weight and (\d+) kB per vocabulary entry", PROSE)
-    assert said is not None
-    base, weight, entry = map(float, said.groups())
+    match = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes per weight and (\d+) kB per vocabulary entry", PROSE)
+    assert match is not None
+    base, weight, entry = map(float, match.groups())
     config = ModelConfig(
         vocab_size=32_000,
         hidden_size=512,

@@ -98,7 +98,7 @@ def service(tiny_bundle: Path, where: Path) -> Iterator[dict[str, Any]]:
     names["engine"].close()
 
 
-def pieces(lines: list[str]) -> list[dict[str, Any]]:
+def parse_events(lines: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines if line]
 
 
@@ -106,9 +106,9 @@ def test_the_service_streams(service: dict[str, Any]) -> None:
     with TestClient(service["app"]) as client:
         with client.stream("POST", "/chat", json={"messages": QUESTION, "max_tokens": 9}) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            found = pieces(list(response.iter_lines()))
+            found = parse_events(list(response.iter_lines()))
         assert 1 <= len(found) <= 9
-        assert [piece["finish_reason"] is None for piece in found] == [True] * (len(found) - 1) + [False]
+        assert [event["finish_reason"] is None for event in found] == [True] * (len(found) - 1) + [False]
         refused = client.post("/chat", json={"messages": [{"role": "user", "content": "word " * 2000}]})
         assert refused.status_code == 422
         assert "tokens, but the model's context holds 1024" in refused.json()["detail"]
@@ -240,7 +240,7 @@ def test_the_service_example(tiny_bundle: Path, tmp_path: Path) -> None:
             while True:
                 try:
                     with urllib.request.urlopen(request, timeout=30) as response:
-                        found = pieces(response.read().decode().splitlines())
+                        found = parse_events(response.read().decode().splitlines())
                     break
                 except ConnectionError:  # raised by a socket before there is an HTTP response
                     raise

@@ -154,10 +154,10 @@ def test_the_logits_of_the_bundle_match_transformers(bundle: Path, theirs: OPTFo
     session = open_file(opened.file(info.model), opened.shape, info.share_buffer, "cpu", spinning=False)
     expected = their_logits(theirs, ids).numpy()
     assert expected.std() > 0.5  # otherwise the bound would be meaningless
-    for pieces in ((LENGTH,), (50, 1, 1, 30, LENGTH - 82)):
+    for chunks in ((LENGTH,), (50, 1, 1, 30, LENGTH - 82)):
         session.clear_cache()
         found, start = [], 0
-        for length in pieces:
+        for length in chunks:
             found.append(session.step(ids[start : start + length], num_logits=0).copy())
             start += length
         assert np.abs(np.concatenate(found) - expected).max() < 1e-4
@@ -265,7 +265,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield install
     for name in set(sys.modules) - before:
-        if name.startswith("stranger"):
+        if name.startswith("plugin"):
             del sys.modules[name]
 
 
@@ -284,7 +284,7 @@ def folder_of(tmp_path: Path, model_type: str) -> Path:
         ("raise RuntimeError('two\\nlines')", "cannot be imported (RuntimeError: two lines)"),
         ("import sys; sys.exit(0)", "cannot be imported (SystemExit: 0)"),
         ("", "has no attribute 'FAMILY'"),
-        ("FAMILY = {}", "strangers:FAMILY is a dict, not a Family"),
+        ("FAMILY = {}", "plugins:FAMILY is a dict, not a Family"),
         ("from llm_edge.model.family import Family as FAMILY", "is a type, not a Family"),
     ],
 )
@@ -295,11 +295,11 @@ def test_a_broken_package_is_reported_in_one_line(
     tmp_path: Path,
     llm_export: Callable[..., tuple[int, str, str]],
 ) -> None:
-    package("strangers", code, odd="strangers:FAMILY", other="strangers:OTHER")
+    package("plugins", code, odd="plugins:FAMILY", other="plugins:OTHER")
     source = folder_of(tmp_path, "odd")
     status, out, err = llm_export(source, "-o", tmp_path / "out", "--progress", "none")
     assert (status, out) == (2, "")
-    assert err.startswith(f"error: {source / 'config.json'}: family 'odd': strangers:FAMILY ")
+    assert err.startswith(f"error: {source / 'config.json'}: family 'odd': plugins:FAMILY ")
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -307,26 +307,26 @@ def test_a_broken_package_is_reported_in_one_line(
 
 def test_an_exception_in_a_package_keeps_its_traceback(package: Callable[..., None], tmp_path: Path) -> None:
     code = "from llm_edge.model.family import Family\nFAMILY = Family(lambda raw: 1 // 0, None)"
-    package("strangers", code, odd="strangers:FAMILY")
+    package("plugins", code, odd="plugins:FAMILY")
     with pytest.raises(ZeroDivisionError):
         read_folder(folder_of(tmp_path, "odd"))
 
 
 def test_packages_cannot_replace_built_in_families(package: Callable[..., None]) -> None:
-    package("strangers", "raise SystemExit('imported')", llama="strangers:FAMILY")
+    package("plugins", "raise SystemExit('imported')", llama="plugins:FAMILY")
     assert find_family("llama") is LLAMA
-    assert "strangers" not in sys.modules
+    assert "plugins" not in sys.modules
 
 
 def test_two_packages_with_the_same_name_are_an_error(package: Callable[..., None]) -> None:
-    package("strangers", "raise SystemExit('imported')", odd="strangers:FAMILY")
-    package("strangers2", "raise SystemExit('imported')", odd="strangers2:FAMILY")
-    with pytest.raises(CheckpointError, match="registered by strangers2:FAMILY and strangers:FAMILY: uninstall"):
+    package("plugins", "raise SystemExit('imported')", odd="plugins:FAMILY")
+    package("plugins2", "raise SystemExit('imported')", odd="plugins2:FAMILY")
+    with pytest.raises(CheckpointError, match="registered by plugins2:FAMILY and plugins:FAMILY: uninstall"):
         find_family("odd")
-    assert not {"strangers", "strangers2"} & set(sys.modules)
+    assert not {"plugins", "plugins2"} & set(sys.modules)
 
 
-@pytest.mark.parametrize("model_type", ["strangers", "strangers:FAMILY", "strangers.FAMILY", "../strangers", "mine"])
+@pytest.mark.parametrize("model_type", ["plugins", "plugins:FAMILY", "plugins.FAMILY", "../plugins", "mine"])
 def test_a_config_cannot_trigger_imports(
     model_type: str,
     package: Callable[..., None],
@@ -337,10 +337,10 @@ def test_a_config_cannot_trigger_imports(
     """Neither its model_type nor auto_map, files in its folder, or families that it does not name."""
     leave = f"open({str(tmp_path / 'witness')!r}, 'w').close()"
     witness = f"{leave}; from llm_edge.model.families.llama import FAMILY"
-    package("strangers", witness, another="strangers:FAMILY")
+    package("plugins", witness, another="plugins:FAMILY")
     source = folder_of(tmp_path, model_type)
     config = json.loads((source / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "strangers.FAMILY", "AutoConfig": "mine.FAMILY"}
+    config["auto_map"] = {"AutoModelForCausalLM": "plugins.FAMILY", "AutoConfig": "mine.FAMILY"}
     (source / "config.json").write_text(json.dumps(config))
     (source / "mine.py").write_text(witness)
     monkeypatch.chdir(source)
@@ -393,13 +393,13 @@ def test_every_switch_is_in_the_document() -> None:
     assert layer in DOCUMENT
     for field in dataclasses.fields(ModelConfig):
         row = next(row for row in table("What the decoder supports") if field.name in names(row[0]))
-        told, default = row[1].strip("`"), field.default
+        documented, default = row[1].strip("`"), field.default
         if field.name == "attention_scale":
-            assert (told, default) == ("1 / √`head_dim", None)
+            assert (documented, default) == ("1 / √`head_dim", None)
         elif default is dataclasses.MISSING:
-            assert told == ""
+            assert documented == ""
         else:
-            assert told == (f"{default:g}" if isinstance(default, float) else str(default)), field.name
+            assert documented == (f"{default:g}" if isinstance(default, float) else str(default)), field.name
 
 
 def test_every_method_of_the_reader_is_in_the_document() -> None:

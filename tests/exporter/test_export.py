@@ -226,9 +226,9 @@ def test_the_chat_template_is_in_both_files(tiny_bundle: Path) -> None:
 
 
 def test_the_transformers_js_config_lists_the_data_files(tiny_bundle: Path) -> None:
-    told = read(tiny_bundle / "config.json")["transformers.js_config"]["use_external_data_format"]
-    assert told.keys() == {f"{stem}.onnx" for stem in STEMS.values()}
-    assert set(told.values()) == {1}
+    data_files = read(tiny_bundle / "config.json")["transformers.js_config"]["use_external_data_format"]
+    assert data_files.keys() == {f"{stem}.onnx" for stem in STEMS.values()}
+    assert set(data_files.values()) == {1}
 
 
 def test_the_genai_config_describes_the_graph(tiny_bundle: Path) -> None:

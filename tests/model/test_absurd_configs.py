@@ -20,7 +20,7 @@ for _ in range(500):
 ABSURD: dict[str, dict[str, Any]] = {
     "countless layers": {"num_hidden_layers": 10**9},
     "layers beyond any number": {"num_hidden_layers": 10**4000},
-    "layers nobody has": {"num_hidden_layers": 1024},
+    "far too many layers": {"num_hidden_layers": 1024},
     "layers of all sizes": {"num_hidden_layers": 1024, "hidden_size": 65_536, "intermediate_size": 1_048_576},
     "no layer": {"num_hidden_layers": 0},
     "layers below none": {"num_hidden_layers": -1},
@@ -58,7 +58,7 @@ ABSURD: dict[str, dict[str, Any]] = {
         "attention_types": [[["global"] * 4000, 10**9]],
         "num_heads": 4,
     },
-    "windows for nobody": {"model_type": "qwen2", "layer_types": ["full_attention"] * 100_000},
+    "layer types for missing layers": {"model_type": "qwen2", "layer_types": ["full_attention"] * 100_000},
 }
 
 

@@ -87,8 +87,8 @@ def run(decoder: Decoder, tokens: Tensor, chunks: Sequence[int]) -> tuple[Tensor
     past, done, logits = decoder.empty_past(), 0, []
     for size in chunks:
         mask = torch.ones(1, done + size, dtype=torch.int64)
-        piece, past = decoder(tokens[None, done : done + size], mask, past)
-        logits.append(piece[0])
+        chunk_logits, past = decoder(tokens[None, done : done + size], mask, past)
+        logits.append(chunk_logits[0])
         done += size
     assert done == len(tokens)
     return torch.cat(logits), past

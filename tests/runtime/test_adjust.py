@@ -33,8 +33,8 @@ def test_later_tokens_are_sampled_with_the_new_parameters(model: Model) -> None:
     plain = replace(GREEDY, repetition_penalty=1.0)
     generation = model.generate(prompt, GREEDY)
     found = []
-    for piece in generation:
-        found += [piece.token] if piece.token is not None else []
+    for chunk in generation:
+        found += [chunk.token] if chunk.token is not None else []
         if len(found) == 10:
             generation.adjust(plain)
     assert found[:10] == whole[:10]
@@ -48,8 +48,8 @@ def test_penalties_keep_counting_across_a_change(model: Model) -> None:
     params = SamplingParams(temperature=0, max_tokens=30)
     generation = model.generate(prompt, params)
     found = []
-    for piece in generation:
-        found += [piece.token] if piece.token is not None else []
+    for chunk in generation:
+        found += [chunk.token] if chunk.token is not None else []
         if len(found) == 10:
             generation.adjust(replace(params, logit_bias=dict.fromkeys(set(found), -100.0), presence_penalty=2.0))
     assert not set(found[:10]) & set(found[10:])
@@ -59,19 +59,19 @@ def test_limits_stop_strings_and_logprobs_can_be_changed(model: Model) -> None:
     prompt = model.encode_chat(QUESTION)
     whole = model.generate(prompt, GREEDY).result()
     shorter = model.generate(prompt, GREEDY)
-    pieces = []
-    for piece in shorter:
-        pieces.append(piece)
-        if len(pieces) == 5:
+    chunks = []
+    for chunk in shorter:
+        chunks.append(chunk)
+        if len(chunks) == 5:
             shorter.adjust(replace(GREEDY, max_tokens=12, logprobs=2))
-    assert pieces[-1].finish_reason == FinishReason.LENGTH
-    assert sum(piece.token is not None for piece in pieces) == 12
-    assert [piece.logprob is not None for piece in pieces] == [False] * 5 + [True] * 7
+    assert chunks[-1].finish_reason == FinishReason.LENGTH
+    assert sum(chunk.token is not None for chunk in chunks) == 12
+    assert [chunk.logprob is not None for chunk in chunks] == [False] * 5 + [True] * 7
     stop = whole.text[-8:-5]
     stopped = model.generate(prompt, GREEDY)
     text = ""
-    for index, piece in enumerate(stopped):
-        text += piece.text
+    for index, chunk in enumerate(stopped):
+        text += chunk.text
         if index == 2:
             stopped.adjust(replace(GREEDY, stop=(stop,)))
     assert text == whole.text[: whole.text.index(stop)]

@@ -279,9 +279,9 @@ def test_an_export_validates_hidden_states_and_reports_it(
     options = ("--hidden-states", "--precision", "fp32,int8")
     assert llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", *options)[0] == 0
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text(encoding="utf-8"))
-    told = {name: entry["parity"]["hidden_states"] for name, entry in manifest["precisions"].items()}
-    assert 0 < told["fp32"]["mean"] <= told["fp32"]["max"] < 1e-5
-    assert 1e-3 < told["int8"]["mean"] <= told["int8"]["max"] < 0.2
+    errors = {name: entry["parity"]["hidden_states"] for name, entry in manifest["precisions"].items()}
+    assert 0 < errors["fp32"]["mean"] <= errors["fp32"]["max"] < 1e-5
+    assert 1e-3 < errors["int8"]["mean"] <= errors["int8"]["max"] < 0.2
     assert "hidden_states" not in manifest["proof"]["rotated"]
     bundle = Bundle.open(tmp_path / "bundle")
     assert {name: info.hidden_size for name, info in bundle.precisions.items()} == {"fp32": 64, "int8": 64}

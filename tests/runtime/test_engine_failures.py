@@ -244,7 +244,7 @@ def test_an_answer_constrained_to_choices(load_engine: Load) -> None:
 
 def test_log_probabilities_of_sampled_tokens(load_engine: Load, model: Model) -> None:
     engine = load_engine()
-    beside = [engine.generate(prompt, DRAWN) for prompt in PROMPTS]
+    concurrent = [engine.generate(prompt, DRAWN) for prompt in PROMPTS]
     for params in (replace(DRAWN, logprobs=3), replace(GREEDY, logprobs=1), replace(COPYING, logprobs=0)):
         prompt = engine.tokenizer.encode(PROMPTS[1] * 3)
         result = engine.generate(prompt, params).result()
@@ -259,9 +259,9 @@ def test_log_probabilities_of_sampled_tokens(load_engine: Load, model: Model) ->
             assert (
                 all(value >= each.logprob for token, value in each.top if token != each.token) or params is not COPYING
             )
-    assert all(answer.result().logprobs == () for answer in beside)
-    pieces = list(engine.generate(PROMPTS[0], replace(DRAWN, logprobs=2)))
-    assert all(piece.logprob is not None and piece.logprob.token == piece.token for piece in pieces)
+    assert all(answer.result().logprobs == () for answer in concurrent)
+    chunks = list(engine.generate(PROMPTS[0], replace(DRAWN, logprobs=2)))
+    assert all(chunk.logprob is not None and chunk.logprob.token == chunk.token for chunk in chunks)
 
 
 # Invalid requests
@@ -275,8 +275,8 @@ def test_the_context_limit_ends_answers(load_engine: Load) -> None:
     results = [answer.result() for answer in engine.generate_many([5] * 1000, replace(GREEDY, max_tokens=900), 2)]
     assert [len(result.tokens) for result in results] == [24, 24]
     assert {result.finish_reason for result in results} == {FinishReason.LENGTH}
-    beside = [engine.generate([5] * 1020, COPYING), engine.generate(PROMPTS[0], GREEDY)]
-    assert [len(answer.result().tokens) for answer in beside] == [4, 40]
+    concurrent = [engine.generate([5] * 1020, COPYING), engine.generate(PROMPTS[0], GREEDY)]
+    assert [len(answer.result().tokens) for answer in concurrent] == [4, 40]
 
 
 def test_a_portable_bundle_is_rejected(tiny_checkpoint: Path, tmp_path: Path) -> None:

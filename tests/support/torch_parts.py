@@ -92,21 +92,21 @@ class Archive:
         for record in self.records:
             name = record.name.encode() if isinstance(record.name, str) else record.name
             size, crc = len(record.data), zlib.crc32(record.data)
-            told = {"flags": record.flags, "method": record.method, "crc": crc, "packed": size, "size": size}
-            told |= record.local
+            fields = {"flags": record.flags, "method": record.method, "crc": crc, "packed": size, "size": size}
+            fields |= record.local
             at = len(body)
             local_name = name if record.local_name is None else record.local_name
             body += struct.pack(
                 "<4s5H3L2H",
                 b"PK\x03\x04",
                 20,
-                told["flags"],
-                told["method"],
+                fields["flags"],
+                fields["method"],
                 0,
                 0,
-                told["crc"],
-                told["packed"],
-                told["size"],
+                fields["crc"],
+                fields["packed"],
+                fields["size"],
                 len(local_name),
                 len(record.local_extra),
             )

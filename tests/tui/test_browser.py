@@ -79,7 +79,7 @@ async def listening(port: int) -> None:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
-            assert time.monotonic() < deadline, "nobody listens"
+            assert time.monotonic() < deadline, "nothing listens on the port"
             await asyncio.sleep(0.05)
         else:
             writer.close()

@@ -40,7 +40,7 @@ def side(*answers: Said | str, pause: float = 0.0, name: str = "script") -> tupl
 def wait(comparison: Comparison) -> None:
     end = time.monotonic() + 20
     while comparison.busy:
-        assert time.monotonic() < end, "it has not come to its end"
+        assert time.monotonic() < end, "the answers are not finished"
         comparison.poll()
         time.sleep(0.001)
 

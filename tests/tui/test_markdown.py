@@ -20,8 +20,8 @@ def texts(lines: list[Line]) -> list[str]:
 
 @given(st.lists(PIECES, max_size=30), st.integers(1, 7))
 @settings(max_examples=150, deadline=None)
-def test_lines_do_not_depend_on_how_the_text_is_split(pieces: list[str], size: int) -> None:
-    whole = "".join(pieces)
+def test_lines_do_not_depend_on_how_the_text_is_split(parts: list[str], size: int) -> None:
+    whole = "".join(parts)
     growing = MarkdownLines()
     for end in range(size, len(whole) + size, size):
         found = growing.lines(whole[:end], 40)

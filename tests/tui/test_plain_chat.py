@@ -139,15 +139,15 @@ def test_a_system_prompt_starts_every_conversation() -> None:
 
 def test_answers_are_written_as_they_stream() -> None:
     chat = Chat()
-    pieces = ["One", " two", " three"]
+    chunks = ["One", " two", " three"]
 
     def wait_until_written(number: int) -> None:
         deadline = time.monotonic() + PATIENCE
-        while chat.output.getvalue() != "".join(pieces[:number]):
+        while chat.output.getvalue() != "".join(chunks[:number]):
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
-    chat.model.enqueue(Answer(pieces, before=wait_until_written))
+    chat.model.enqueue(Answer(chunks, before=wait_until_written))
     chat.lines("Count")
     assert [text for text in chat.output.writes if text] == ["One", " two", " three", "\n"]
 
@@ -277,8 +277,8 @@ def test_notes_cannot_control_the_terminal() -> None:
 # Reasoning
 
 
-def thinking(*pieces: str, thoughts: tuple[str, ...] = ("Two", " and two"), **rest: Any) -> Answer:
-    return Answer(pieces or ("It is", " 4."), reasoning=thoughts, **rest)
+def thinking(*chunks: str, thoughts: tuple[str, ...] = ("Two", " and two"), **rest: Any) -> Answer:
+    return Answer(chunks or ("It is", " 4."), reasoning=thoughts, **rest)
 
 
 @pytest.fixture(autouse=True)
@@ -1041,7 +1041,7 @@ def test_the_rendered_screen(tmp_path: Path) -> None:
     """The screen as rendered by a terminal emulator, including line editing."""
     readline = pytest.importorskip("readline")
     if "libedit" in (readline.__doc__ or ""):
-        pytest.skip("this Python edits lines with libedit, which does not know pasted text")
+        pytest.skip("this Python edits lines with libedit, which does not support bracketed paste")
     command = shlex.join([*faking(tmp_path, "['Hello.', 'Fine.', 'Oh!']"), "--plain"])
     pasted = tmp_path / "pasted.txt"
     pasted.write_text("def f():\n    pass")

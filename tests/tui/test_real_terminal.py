@@ -205,8 +205,10 @@ def test_without_a_bundle_the_picker_opens(screen: Screen) -> None:
 def test_dumb_terminals_and_redirected_output_get_the_plain_chat(screen: Screen, tiny_bundle: Path) -> None:
     """A terminal without cursor addressing, and output redirected to a file."""
     chat = screen.command(str(tiny_bundle), "--max-tokens", "3")
-    for number, (before, behind) in enumerate((("TERM=dumb", ""), ("", "2> errors"))):
-        screen.type(f"clear; echo {number}$((1 + 1))begins; {before} {chat} {behind}; echo {number}$((1 + 1))ended")
+    for number, (prefix, redirection) in enumerate((("TERM=dumb", ""), ("", "2> errors"))):
+        screen.type(
+            f"clear; echo {number}$((1 + 1))begins; {prefix} {chat} {redirection}; echo {number}$((1 + 1))ended"
+        )
         screen.until(lambda shown, number=number: f"{number}2begins" in shown and "/help lists the commands" in shown)
         screen.type("quit")
         assert "quit\n" in screen.until(f"{number}2ended")
@@ -221,7 +223,7 @@ def test_a_terminal_that_is_closed_ends_the_chat(screen: Screen) -> None:
     screen.close()
     deadline = time.monotonic() + PATIENCE
     while alive(process):
-        assert time.monotonic() < deadline, "the chat goes on without a terminal"
+        assert time.monotonic() < deadline, "the chat still runs without a terminal"
         time.sleep(0.05)
 
 

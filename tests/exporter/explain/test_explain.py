@@ -328,7 +328,7 @@ def test_an_invalid_plot_path_is_rejected_before_the_export(
     assert not out.exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody may write to")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a read-only folder")
 def test_an_unwritable_plot_folder_is_an_error(exported: tuple[Path, Path, str], llm_export: Run) -> None:
     refused(llm_export(exported[0], "--plot", "/proc/self/p.png"), "/proc/self/p.png", "cannot be written")
 

@@ -313,8 +313,8 @@ class Runner:
         """Logits [S, V] of one sequence, computed in chunks."""
         past, done, logits = self.empty(), 0, []
         for size in chunks:
-            piece, past = self.run(tokens[None, done : done + size], np.ones((1, done + size)), past)
-            logits.append(piece[0])
+            chunk_logits, past = self.run(tokens[None, done : done + size], np.ones((1, done + size)), past)
+            logits.append(chunk_logits[0])
             done += size
         assert done == len(tokens)
         return np.concatenate(logits)
@@ -424,8 +424,8 @@ def test_a_batch_of_equal_lengths_matches_its_sequences_alone(runner: Runner) ->
     first, past = runner.run(rows[:, :20], np.ones((3, 20)), runner.empty(3))
     logits = [first]
     for step in range(20, 24):
-        piece, past = runner.run(rows[:, step : step + 1], np.ones((3, step + 1)), past)
-        logits.append(piece)
+        chunk_logits, past = runner.run(rows[:, step : step + 1], np.ones((3, step + 1)), past)
+        logits.append(chunk_logits)
     for row, found in zip(rows, np.concatenate(logits, axis=1), strict=True):
         close(found, runner.reference(row))
 

@@ -82,11 +82,11 @@ def test_gptq_improves_8_bit_channels() -> None:
 # ---- algorithm
 
 
-def levels_of(weight: Tensor, scales: Tensor, zeros: Tensor, size: int, most: int) -> Tensor:
+def levels_of(weight: Tensor, scales: Tensor, zeros: Tensor, size: int, max_level: int) -> Tensor:
     """Round each weight to its nearest level."""
     spread = (part.repeat_interleave(size, 1)[:, : weight.shape[1]] for part in (scales, zeros))
     step, zero = spread
-    return (weight / step + zero).round().clamp(0, most)
+    return (weight / step + zero).round().clamp(0, max_level)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

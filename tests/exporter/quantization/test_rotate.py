@@ -56,11 +56,11 @@ def test_many_rows_are_rotated_like_few() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "most", "size"),
+    ("width", "limit", "size"),
     [(1536, 64, 64), (1536, 128, 128), (576, 64, 64), (136, 64, 8), (200, 64, 40), (77, 64, 1), (48, 64, 48)],
 )
-def test_the_largest_hadamard_size_that_divides_a_width_is_found(width: int, most: int, size: int) -> None:
-    block = hadamard_matrix(width, most)
+def test_the_largest_hadamard_size_that_divides_a_width_is_found(width: int, limit: int, size: int) -> None:
+    block = hadamard_matrix(width, limit)
     assert block.shape == (size, size)
     assert (block @ block.T - torch.eye(size)).abs().max() < 1e-6
     assert (block.abs() - size**-0.5).abs().max() < 1e-6

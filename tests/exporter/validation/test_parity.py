@@ -51,9 +51,9 @@ def test_a_model_that_does_not_fit_is_validated_in_part(checkpoint: Path, tmp_pa
     assert report.validation is not None
     assert (report.validation.layers, report.layers) == (2, LAYERS)
     assert report.validation.required_bytes == memory_for(config, LAYERS)
-    told = manifest(tmp_path / "bundle")
-    assert told["validation"] == {"layers": 2, "of": LAYERS}
-    assert told["proof"]["fp32"]["prefill"]["max"] < 1e-4
+    found = manifest(tmp_path / "bundle")
+    assert found["validation"] == {"layers": 2, "of": LAYERS}
+    assert found["proof"]["fp32"]["prefill"]["max"] < 1e-4
     assert {path.name for path in (tmp_path / "bundle").iterdir()}.isdisjoint({"check"})
     answer = Model.load(tmp_path / "bundle").generate("The quick", SamplingParams(temperature=0, max_tokens=4)).result()
     assert len(answer.tokens) == 4  # the bundle itself is complete

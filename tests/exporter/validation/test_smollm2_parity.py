@@ -100,8 +100,8 @@ def in_chunks(decoder: Decoder, tokens: Sequence[int], chunks: Sequence[int]) ->
     for size in chunks:
         ids = torch.tensor([tokens[done : done + size]])
         done += size
-        piece, past = decoder(ids, torch.ones(1, done, dtype=torch.int64), past)
-        logits.append(piece[0])
+        chunk_logits, past = decoder(ids, torch.ones(1, done, dtype=torch.int64), past)
+        logits.append(chunk_logits[0])
     assert done == len(tokens)
     return torch.cat(logits)
 
@@ -180,7 +180,7 @@ def test_chunks_match_the_reference(session: Session, reference: Reference, prom
 @pytest.mark.parametrize(
     "chunks",
     [[1] * 17, [416] + [1] * 96, [MAX_STEP_TOKENS, MAX_STEP_TOKENS, MAX_STEP_TOKENS, 440] + [1] * 24],
-    ids=["17 from the start", "96 behind 416", "24 behind 1976"],
+    ids=["17 from the start", "96 after 416", "24 after 1976"],
 )
 def test_single_tokens_match_the_reference(
     session: Session, reference: Reference, prompt: Prompt, chunks: list[int]

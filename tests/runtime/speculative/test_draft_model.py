@@ -101,7 +101,7 @@ def large(folder: Path, small: Path) -> Path:
 @pytest.fixture(scope="module")
 def unrelated(folder: Path) -> Path:
     """A model of the size of `small` with other weights."""
-    return export_bundle(tiny.save_checkpoint(folder / "stranger-checkpoint", seed=5, **LIVELY), folder / "stranger")
+    return export_bundle(tiny.save_checkpoint(folder / "unrelated-checkpoint", seed=5, **LIVELY), folder / "unrelated")
 
 
 @pytest.fixture(scope="module")

@@ -151,9 +151,9 @@ def test_a_model_without_reasoning_tokens_yields_only_answers(tiny_bundle: Path)
 
 def test_chunks_are_marked_as_reasoning_or_answer(model_answering: ModelAnswering) -> None:
     tokens = [START, *spelled(model_answering([0]), "hm"), END, *spelled(model_answering([0]), "yo"), IM_END]
-    pieces = list(model_answering(tokens).generate([70], GREEDY))
-    assert [piece.token for piece in pieces] == tokens
-    assert [(piece.text, piece.reasoning) for piece in pieces if piece.text] == [
+    chunks = list(model_answering(tokens).generate([70], GREEDY))
+    assert [chunk.token for chunk in chunks] == tokens
+    assert [(chunk.text, chunk.reasoning) for chunk in chunks if chunk.text] == [
         ("h", True), ("m", True), ("y", False), ("o", False)
     ]  # fmt: skip
 
@@ -207,14 +207,14 @@ def test_reasoning_and_answer_add_up_for_any_token_limit(
 
     generation = own.generate(prompt, GREEDY)
     texts: dict[bool, str] = {True: "", False: ""}
-    for number, piece in enumerate(generation, 1):
-        texts[piece.reasoning] += piece.text
+    for number, chunk in enumerate(generation, 1):
+        texts[chunk.reasoning] += chunk.text
         if number == cut:
             generation.cancel()
     assert (texts[True], texts[False]) == wanted[:2]
-    assert piece.timings is not None
-    assert piece.timings.reasoning_tokens == wanted[2]
-    assert piece.finish_reason == (FinishReason.STOP if drawn[-1] == IM_END else FinishReason.CANCELLED)
+    assert chunk.timings is not None
+    assert chunk.timings.reasoning_tokens == wanted[2]
+    assert chunk.finish_reason == (FinishReason.STOP if drawn[-1] == IM_END else FinishReason.CANCELLED)
 
 
 @pytest.mark.parametrize(
@@ -427,20 +427,20 @@ def noisy(whole: Model, *often: str | int, seed: int = 0) -> Model:
     return model_over(session, whole)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_consecutive_newlines_are_counted(whole: dict[bool, Model], most: int, temperature: float) -> None:
+def test_consecutive_newlines_are_counted(whole: dict[bool, Model], limit: int, temperature: float) -> None:
     model = noisy(whole[True], "\n", "\n\n", "a")
     for prompt in ("x", "x\n", "x\n\n\n\n\n"):
         params = SamplingParams(temperature=temperature, max_tokens=200, seed=1)
         free = model.generate(prompt, params).result().text
-        assert "\n" * (most + 1) in free
-        kept = model.generate(prompt, dataclasses.replace(params, max_newlines=most)).result().text
-        assert not re.search(rf"\n{{{most + 1}}}", prompt.rstrip("\n")[-1:] + kept)
+        assert "\n" * (limit + 1) in free
+        kept = model.generate(prompt, dataclasses.replace(params, max_newlines=limit)).result().text
+        assert not re.search(rf"\n{{{limit + 1}}}", prompt.rstrip("\n")[-1:] + kept)
         before = len(prompt) - len(prompt.rstrip("\n"))
         after = len(kept) - len(kept.lstrip("\n"))
-        assert after <= max(0, most - before)
-        assert re.search(rf"\n{{{most}}}", kept)
+        assert after <= max(0, limit - before)
+        assert re.search(rf"\n{{{limit}}}", kept)
 
 
 NEWLINES = NewlineCounter(
@@ -449,7 +449,7 @@ NEWLINES = NewlineCounter(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "most", "banned"),
+    ("tokens", "limit", "banned"),
     [
         ([], 2, {9, 10, 11, 12}),
         ([], 3, set()),
@@ -467,14 +467,14 @@ NEWLINES = NewlineCounter(
         ([5], 1, {5, 6, 8, 9, 10, 11, 12}),
     ],
 )
-def test_a_newline_limit_bans_tokens_that_would_exceed_it(tokens: list[int], most: int, banned: set[int]) -> None:
+def test_a_newline_limit_bans_tokens_that_would_exceed_it(tokens: list[int], limit: int, banned: set[int]) -> None:
     logits = np.zeros(20, np.float32)
-    row = NewlineLimit(NEWLINES, most)(logits, tokens)
+    row = NewlineLimit(NEWLINES, limit)(logits, tokens)
     assert set(np.flatnonzero(np.isneginf(row))) == banned
     assert not logits.any()
-    free = NewlineLimit(NEWLINES, most, allowed=[6, 12])(logits, tokens)
+    free = NewlineLimit(NEWLINES, limit, allowed=[6, 12])(logits, tokens)
     assert set(np.flatnonzero(np.isneginf(free))) == banned - {6, 12}
-    narrow = NewlineLimit(NEWLINES, most)(logits[:7], tokens)
+    narrow = NewlineLimit(NEWLINES, limit)(logits[:7], tokens)
     assert set(np.flatnonzero(np.isneginf(narrow))) == {n for n in banned if n < 7}
 
 

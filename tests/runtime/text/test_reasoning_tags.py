@@ -159,9 +159,9 @@ def test_tags_may_share_tokens_with_surrounding_text(model: Model) -> None:
     assert model.tokenizer.decode(tokens) == " <think>;a </think>;"
     result = generate(model, *tokens, "b")
     assert (result.reasoning, result.text) == (";a ", " ;b")
-    pieces = list(model_answering(model, [*tokens, IM_END]).generate([70], GREEDY))
-    assert [piece.token for piece in pieces if piece.token is not None] == [*tokens, IM_END]
-    shown = [(piece.text, piece.reasoning, piece.token) for piece in pieces if piece.text]
+    chunks = list(model_answering(model, [*tokens, IM_END]).generate([70], GREEDY))
+    assert [chunk.token for chunk in chunks if chunk.token is not None] == [*tokens, IM_END]
+    shown = [(chunk.text, chunk.reasoning, chunk.token) for chunk in chunks if chunk.text]
     assert shown == [
         (" ", False, 271), (";", True, MORE_SEMICOLON), ("a", True, 67), (" ", True, 271), (";", False, MORE_SEMICOLON)
     ]  # fmt: skip
@@ -171,19 +171,19 @@ def test_a_token_with_reasoning_and_answer_text_yields_two_chunks(tiny_bundle: P
     tags = {"start": "hin", "end": "/thi"}  # the second ends within a token
     own = Model.load(bundle_of(tiny_bundle, tmp_path / "own", reasoning_tags=tags), "fp32", provider="cpu", threads=1)
     tokens = [267, *spelled(own, "a/"), THINK, IM_END]
-    pieces = list(model_answering(own, tokens).generate([70], GREEDY))
-    assert [(piece.text, piece.reasoning, piece.token) for piece in pieces[:-1]] == [
+    chunks = list(model_answering(own, tokens).generate([70], GREEDY))
+    assert [(chunk.text, chunk.reasoning, chunk.token) for chunk in chunks[:-1]] == [
         ("", False, 267), ("a", True, 67), ("", True, 17), ("nk", False, THINK)
     ]  # fmt: skip
     tags = {"start": "ain", "end": "hin"}
     own = Model.load(bundle_of(tiny_bundle, tmp_path / "two", reasoning_tags=tags), "fp32", provider="cpu", threads=1)
     generation = model_answering(own, [298, THINK, *spelled(own, "4"), IM_END]).generate([70], GREEDY)
-    pieces = list(generation)
-    assert [(piece.text, piece.reasoning, piece.token) for piece in pieces] == [
+    chunks = list(generation)
+    assert [(chunk.text, chunk.reasoning, chunk.token) for chunk in chunks] == [
         ("", False, 298), ("t", True, None), ("k", False, THINK), ("4", False, 22), ("", False, IM_END)
     ]  # fmt: skip
-    assert pieces[-1].timings is not None
-    assert (pieces[-1].timings.reasoning_tokens, pieces[-1].timings.completion_tokens) == (2, 4)
+    assert chunks[-1].timings is not None
+    assert (chunks[-1].timings.reasoning_tokens, chunks[-1].timings.completion_tokens) == (2, 4)
     for limit in (1, 2):  # both are emitted even if the answer is cut after the token
         result = generate(own, 298, THINK, "4", max_tokens=limit)
         assert (result.reasoning, result.text, len(result.tokens)) == ("t" * (limit - 1), "k" * (limit - 1), limit)
@@ -214,9 +214,9 @@ def test_reasoning_and_answer_add_up_for_any_token_limit(
     generation = own.generate(prompt, GREEDY)
     texts: dict[bool, str] = {True: "", False: ""}
     count = 0
-    for piece in generation:
-        texts[piece.reasoning] += piece.text
-        count += piece.token is not None
+    for chunk in generation:
+        texts[chunk.reasoning] += chunk.text
+        count += chunk.token is not None
         if count == cut:
             generation.cancel()
     assert (texts[True], texts[False]) == wanted
