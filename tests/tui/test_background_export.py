@@ -310,7 +310,7 @@ def test_without_a_model_the_exported_bundle_is_loaded_immediately(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_export_that_ends_behind_the_palette_is_shown_after_closing_it(
+def test_an_export_that_ends_while_the_palette_is_open_is_shown_afterwards(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None], fails: bool
 ) -> None:
     stand_in(stage("reading") + WAIT + ("sys.exit('error: out of luck')\n" if fails else done(tiny_bundle)))

@@ -396,8 +396,8 @@ def test_conversations_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             await dialog(app, pilot, "nowhere/talk.md")
             await until(pilot, lambda: "nowhere/talk.md cannot be written (" in " ".join(screen(app).split()))
             assert app.screen.query_one(Input).value == "nowhere/talk.md"  # it can be corrected there
-            await dialog(app, pilot, "mended.md")
-            await until(pilot, lambda: notifications(app)[-1:] == ["Exported to mended.md"])
+            await dialog(app, pilot, "corrected.md")
+            await until(pilot, lambda: notifications(app)[-1:] == ["Exported to corrected.md"])
 
     drive(scene())
 
