@@ -22,7 +22,7 @@ WAYS = {"greedy": SamplingParams(temperature=0), "drawn": SamplingParams(tempera
 
 
 def measure(plain: Model, drafted: Model, prompts: Sequence[str], params: SamplingParams, rounds: int) -> list[float]:
-    """Medians over prompts: speed against none, speed against lookup, and acceptance rate."""
+    """Medians over prompts: speed relative to none, speed relative to lookup, and acceptance rate."""
     found = []
     for text in prompts:
         rates: dict[str, list[float]] = {"none": [], "lookup": [], "draft": []}

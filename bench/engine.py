@@ -85,7 +85,7 @@ def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) 
 
 
 def turn(engine: Engine) -> None:
-    """Time to the first token of a second turn, against computing all of it again."""
+    """Time to the first token of a second turn, relative to computing all of it again."""
     text = " ".join(f"Item {number} is described in chapter {number * 7 % 50}." for number in range(115))
     ratios, lengths = [], []
     for number in range(ROUNDS):

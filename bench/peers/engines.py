@@ -63,7 +63,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The weights for peers: a GGUF, the first digits of its hash, and the bundle made of it, for its tokenizer."""
+    """The weights for peers: a GGUF, its hash prefix, and a bundle exported from it (for the tokenizer)."""
 
     gguf: Path
     key: str

@@ -33,14 +33,14 @@ QUESTION = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture
 def open_endpoint(server: Server) -> Iterator[Callable[..., EndpointResponder]]:
-    made: list[EndpointResponder] = []
+    responders: list[EndpointResponder] = []
 
     def make(model: str = "small", key: str = "", url: str = "", **options: Any) -> EndpointResponder:
-        made.append(EndpointResponder(Endpoint(url or server.url, model, key), **options))
-        return made[-1]
+        responders.append(EndpointResponder(Endpoint(url or server.url, model, key), **options))
+        return responders[-1]
 
     yield make
-    for each in made:
+    for each in responders:
         each.close()
 
 

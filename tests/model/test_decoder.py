@@ -83,7 +83,7 @@ def text(pair: Pair, length: int, seed: int = 0) -> Tensor:
 
 
 def run(decoder: Decoder, tokens: Tensor, chunks: Sequence[int]) -> tuple[Tensor, Past]:
-    """Return the logits [S, V] of one sequence, fed in chunks."""
+    """Return the logits [S, V] of one sequence, computed in chunks."""
     past, done, logits = decoder.empty_past(), 0, []
     for size in chunks:
         mask = torch.ones(1, done + size, dtype=torch.int64)

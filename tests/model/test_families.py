@@ -86,29 +86,29 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    made: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
 
     def get(name: str) -> Case:
-        if name not in made:
-            made[name] = Case(name, tmp_path_factory.mktemp("family"))
-        return made[name]
+        if name not in cases:
+            cases[name] = Case(name, tmp_path_factory.mktemp("family"))
+        return cases[name]
 
     return get
 
 
 def decoder(checkpoint: Checkpoint) -> Decoder:
-    made = Decoder(checkpoint.config).eval()
-    made.load_weights(checkpoint.weights)
-    return made
+    built = Decoder(checkpoint.config).eval()
+    built.load_weights(checkpoint.weights)
+    return built
 
 
 @torch.inference_mode()
-def our_logits(made: Decoder, ids: Tensor, chunks: tuple[int, ...]) -> Tensor:
-    past, found, start = made.empty_past(), [], 0
+def our_logits(model: Decoder, ids: Tensor, chunks: tuple[int, ...]) -> Tensor:
+    past, found, start = model.empty_past(), [], 0
     for length in chunks:
         start += length
         mask = torch.ones(1, start, dtype=torch.int64)
-        logits, past = made(ids[:, start - length : start], mask, past)
+        logits, past = model(ids[:, start - length : start], mask, past)
         found.append(logits[0])
     return torch.cat(found)
 
@@ -297,10 +297,10 @@ def test_the_bundles_config_builds_the_same_transformers_model(name: str, case: 
     for key in config.keys() & original.keys() - {"architectures"}:
         assert copied[key] == original[key], key
     again._attn_implementation = "eager"
-    made = type(found.theirs)(again).eval()
-    made.load_state_dict(found.theirs.state_dict())
+    rebuilt = type(found.theirs)(again).eval()
+    rebuilt.load_state_dict(found.theirs.state_dict())
     with torch.inference_mode():
-        assert torch.equal(made(found.ids).logits, found.theirs(found.ids).logits)
+        assert torch.equal(rebuilt(found.ids).logits, found.theirs(found.ids).logits)
 
 
 def test_an_empty_window_is_rejected() -> None:

@@ -90,12 +90,12 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    made: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
 
     def get(name: str) -> Case:
-        if name not in made:
-            made[name] = Case(name, tmp_path_factory.mktemp("embed"))
-        return made[name]
+        if name not in cases:
+            cases[name] = Case(name, tmp_path_factory.mktemp("embed"))
+        return cases[name]
 
     return get
 

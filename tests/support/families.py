@@ -203,19 +203,19 @@ def model(name: str, seed: int = 0) -> Any:
 
     kind, config = CASES[name]
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), attn_implementation="eager").eval()
+    created = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), attn_implementation="eager").eval()
     with torch.no_grad():
-        for weight_name, weight in made.named_parameters():
+        for weight_name, weight in created.named_parameters():
             if weight.ndim == 1:
                 weight.add_(torch.randn_like(weight) * 0.1)
             else:
                 embedding = any(part in weight_name for part in ("embed", "wte", "wpe"))
                 weight.mul_(5 if embedding else 8)
-    return made
+    return created
 
 
-def save(made: Any, folder: Path) -> Path:
+def save(model: Any, folder: Path) -> Path:
     """Write a model with the tiny tokenizer."""
-    made.save_pretrained(folder)
+    model.save_pretrained(folder)
     tiny.save_tokenizer(folder)
     return folder

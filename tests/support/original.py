@@ -221,9 +221,9 @@ def save_family(
         config: sections of config.yaml besides `model:`; None omits one.
         shape: see `Shape`.
     """
-    made = random_model(replace(SIZES[size], **shape), seed, tied=tied)
-    made.to(dtype)
-    state: dict[str, Any] = {name: value.detach() for name, value in made.state_dict().items()}
+    created = random_model(replace(SIZES[size], **shape), seed, tied=tied)
+    created.to(dtype)
+    state: dict[str, Any] = {name: value.detach() for name, value in created.state_dict().items()}
     if tied:
         del state["output.weight"]
     state |= extra or {}
@@ -238,19 +238,19 @@ def save_family(
         content = {wrap: state, "step": 1000, "loss": 2.5} if wrapped else state
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     save_tokenizer(folder / "tokenizer")
-    write_config(folder / "config.yaml", made.shape, **(config or {}))
-    return Saved(folder, path, made.float())
+    write_config(folder / "config.yaml", created.shape, **(config or {}))
+    return Saved(folder, path, created.float())
 
 
 def save_tokenizer(folder: Path, prefix: str = "family", control: tuple[str, ...] = CONTROL) -> ByteLevelBPETokenizer:
     """Train a byte-level BPE of 320 tokens and write its two files as its library does."""
-    made = ByteLevelBPETokenizer()
-    made.train_from_iterator(
+    created = ByteLevelBPETokenizer()
+    created.train_from_iterator(
         [TEXT] * 4, vocab_size=320, min_frequency=1, special_tokens=list(control), show_progress=False
     )
     folder.mkdir(parents=True, exist_ok=True)
-    made.save_model(str(folder), prefix)
-    return made
+    created.save_model(str(folder), prefix)
+    return created
 
 
 def write_config(path: Path, shape: Shape, **sections: Any) -> None:

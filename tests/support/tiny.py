@@ -28,17 +28,17 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 def tokenizer() -> tokenizers.Tokenizer:
     """Byte-level BPE of 320 tokens; the first three are special."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    created = tokenizers.Tokenizer(models.BPE())
+    created.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    created.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    made.train_from_iterator([TEXT] * 4, trainer)
-    return made
+    created.train_from_iterator([TEXT] * 4, trainer)
+    return created
 
 
 def save_checkpoint(folder: Path, *, seed: int = 0, shard_size: str = "50GB", **config: Any) -> Path:

@@ -342,7 +342,7 @@ def test_an_export_that_ends_before_it_is_shown_is_shown_as_finished(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None]
 ) -> None:
     stand_in(stage("reading") + WAIT + done(tiny_bundle))
-    made: list[Any] = []
+    results: list[Any] = []
 
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
@@ -351,9 +351,9 @@ def test_an_export_that_ends_before_it_is_shown_is_shown_as_finished(
             assert job is not None
             (place / "go").touch()
             await until(pilot, lambda: job.ended)
-            await app.push_screen(ExportScreen(app.exports, job=job), made.append)
-            await until(pilot, lambda: made)
-            assert made[0].path == tiny_bundle
+            await app.push_screen(ExportScreen(app.exports, job=job), results.append)
+            await until(pilot, lambda: results)
+            assert results[0].path == tiny_bundle
             await until(pilot, lambda: len(app.screen_stack) == 1)
 
     drive(scene())

@@ -90,10 +90,10 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    made = Terminal(tmp_path)
-    yield made
+    created = Terminal(tmp_path)
+    yield created
     with contextlib.suppress(OSError):
-        made.close()
+        created.close()
 
 
 def safe(written: bytes, *ways: str) -> None:

@@ -280,11 +280,11 @@ def test_the_file_dialog_lists_only_exportable_files(
         "open('source', 'w').write(sys.argv[-1])\n"
         f"print(json.dumps({{'stage': 'done', 'path': {str(tiny_bundle)!r}}}))\n"
     )
-    made: list[BundleChoice | None] = []
+    results: list[BundleChoice | None] = []
 
     async def scene() -> None:
         async with app_with(place, size=size) as (app, pilot, _):
-            await app.push_screen(ExportScreen(app.exports, browse=True), made.append)
+            await app.push_screen(ExportScreen(app.exports, browse=True), results.append)
             await until(pilot, lambda: "a.pt" in screen(app))
             shown = screen(app)
             assert "b.gguf" in shown
@@ -301,10 +301,10 @@ def test_the_file_dialog_lists_only_exportable_files(
             await until(pilot, lambda: app.screen.query_one("#source", Input).value.endswith("inner.pth"))
             assert not tree.has_focus
             await pilot.press("enter")
-            await until(pilot, lambda: made)
+            await until(pilot, lambda: results)
 
     drive(scene())
-    assert made == [BundleChoice(tiny_bundle)]
+    assert results == [BundleChoice(tiny_bundle)]
     assert (place / "source").read_text() == str(place / "folder/inner.pth")
 
 

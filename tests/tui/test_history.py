@@ -467,11 +467,11 @@ def test_chatgpt_archives_are_imported(tmp_path: Path) -> None:
 
 def test_exported_conversations_are_imported(tmp_path: Path) -> None:
     odd = {"tokens": "many", "tokens_per_second": [], "time_to_first_token": {}, "prompt_tokens": True, "changes": [1]}
-    made = Conversation(title="Old \x1b[2J talk", created=NOW, updated=NOW, system="Be brief.")
-    made.attach(Message(1, None, "user", "Why?", created=NOW))
-    made.attach(Message(2, 1, "assistant", "Because.", created=NOW, figures=odd | {"finish_reason": "stop"}))
-    made.leaf = 2
-    transcript.save(str(tmp_path / "talk.json"), made)
+    conversation = Conversation(title="Old \x1b[2J talk", created=NOW, updated=NOW, system="Be brief.")
+    conversation.attach(Message(1, None, "user", "Why?", created=NOW))
+    conversation.attach(Message(2, 1, "assistant", "Because.", created=NOW, figures=odd | {"finish_reason": "stop"}))
+    conversation.leaf = 2
+    transcript.save(str(tmp_path / "talk.json"), conversation)
 
     async def scene() -> None:
         async with app_with(tmp_path) as (app, pilot, _):

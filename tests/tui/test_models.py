@@ -305,9 +305,9 @@ def test_an_endpoint_is_connected_and_saved(place: Path, server: Server) -> None
     drive(scene())
 
 
-def connect(app: ChatApp, made: Endpoint | None) -> None:
-    assert made is not None
-    app.chat_screen.loader.start(lambda: open_responder(made))
+def connect(app: ChatApp, endpoint: Endpoint | None) -> None:
+    assert endpoint is not None
+    app.chat_screen.loader.start(lambda: open_responder(endpoint))
 
 
 def test_a_key_for_the_keyring_is_never_shown(place: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,7 @@ def test_a_key_for_the_keyring_is_never_shown(place: Path, server: Server, monke
         async with app_with(place, size=(100, 30)) as (app, pilot, _):
             await app.push_screen(
                 EndpointScreen(server.url),
-                lambda made: made and app.chat_screen.loader.start(lambda: open_responder(made)),
+                lambda endpoint: endpoint and app.chat_screen.loader.start(lambda: open_responder(endpoint)),
             )
             await until(pilot, lambda: isinstance(app.screen, EndpointScreen) and app.screen.is_mounted)
             await pilot.press("enter")

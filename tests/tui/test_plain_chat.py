@@ -879,7 +879,7 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def answers(self, within: float) -> bool:
-        """Whether more output comes within some seconds."""
+        """Whether more output arrives within the given number of seconds."""
         while select.select([self._master], [], [], within)[0]:
             read = self._read()
             self.seen += read

@@ -90,9 +90,9 @@ class Screen:
 
 @pytest.fixture
 def screen(tmp_path: Path) -> Iterator[Screen]:
-    made = Screen(tmp_path)
-    yield made
-    made.close()
+    created = Screen(tmp_path)
+    yield created
+    created.close()
 
 
 def growing(question: str) -> Callable[[str], object]:

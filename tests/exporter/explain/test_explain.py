@@ -45,7 +45,7 @@ def short_texts() -> Iterator[None]:
 def exported(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, short_texts: None
 ) -> tuple[Path, Path, str]:
-    """A bundle made with `--explain --plot`, the picture, and what the command printed."""
+    """A bundle exported with `--explain --plot`, the plot, and the output of the command."""
     folder = tmp_path_factory.mktemp("explained")
     bundle, picture = folder / "tiny", folder / "tiny.png"
     words = (tiny_checkpoint, "-o", bundle, "--precision", PRECISIONS, "--explain", "--plot", picture)

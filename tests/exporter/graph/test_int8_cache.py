@@ -235,15 +235,15 @@ def test_an_engine_with_an_int8_cache_matches_a_model(bundle: Bundle) -> None:
         wanted = []
         for prompt in prompts:
             model.clear_cache()
-            wanted.append(made(model.generate(prompt, params).result()))
+            wanted.append(outcome(model.generate(prompt, params).result()))
         with Engine.load(bundle.path, "int8-kv8", threads=1, speculative=True) as engine:
-            alone = [made(engine.generate(prompt, params).result()) for prompt in prompts]
+            alone = [outcome(engine.generate(prompt, params).result()) for prompt in prompts]
             answers = [engine.generate(prompt, params) for prompt in prompts]
-            together = [made(answer.result()) for answer in answers]
+            together = [outcome(answer.result()) for answer in answers]
             assert engine.counters().cached_tokens > 0
         assert alone == wanted
         assert together == wanted
 
 
-def made(result: GenerationResult) -> tuple[Any, ...]:
+def outcome(result: GenerationResult) -> tuple[Any, ...]:
     return result.text, result.tokens, result.finish_reason, result.logprobs

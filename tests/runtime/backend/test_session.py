@@ -420,7 +420,7 @@ def graph(path: Path, *, rename: dict[str, str] | None = None, **changed: tuple[
         for names in (node.input, node.output):
             names[:] = [new.get(name, name) for name in names]
     kept.name = new["num_logits_to_keep"]
-    made = helper.make_graph(
+    graph_proto = helper.make_graph(
         nodes,
         "decoder",
         [
@@ -430,7 +430,7 @@ def graph(path: Path, *, rename: dict[str, str] | None = None, **changed: tuple[
         [helper.make_tensor_value_info(new[name], *value) for name, value in outputs.items()],
         [kept, sizes],
     )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, path)
     return path
 
