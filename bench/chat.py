@@ -90,7 +90,7 @@ class Terminal:
         return when
 
     def read(self, seconds: float) -> None:
-        """Read output for at most so many seconds."""
+        """Read output for at most the given number of seconds."""
         if select.select([self._terminal], [], [], seconds)[0]:
             with contextlib.suppress(OSError):
                 self._seen += os.read(self._terminal, 1 << 16)

@@ -22,7 +22,7 @@ WAYS = {"greedy": SamplingParams(temperature=0), "drawn": SamplingParams(tempera
 
 
 def measure(plain: Model, drafted: Model, prompts: Sequence[str], params: SamplingParams, rounds: int) -> list[float]:
-    """Medians over prompts: speed against none, speed against lookup, and acceptance rate."""
+    """Medians over prompts: speed relative to none, speed relative to lookup, and acceptance rate."""
     found = []
     for text in prompts:
         rates: dict[str, list[float]] = {"none": [], "lookup": [], "draft": []}
@@ -33,8 +33,8 @@ def measure(plain: Model, drafted: Model, prompts: Sequence[str], params: Sampli
                 timings = model.chat([{"role": "user", "content": text}], params).result().timings
                 rate.append(timings.decode_tokens_per_second)
         none, lookup, draft = (statistics.median(rate) for rate in rates.values())
-        right = timings.accepted_tokens / max(timings.draft_tokens, 1)
-        found.append((draft / max(none, 1e-9), draft / max(lookup, 1e-9), right))
+        accepted = timings.accepted_tokens / max(timings.draft_tokens, 1)
+        found.append((draft / max(none, 1e-9), draft / max(lookup, 1e-9), accepted))
     return [statistics.median(each) for each in zip(*found, strict=True)]
 
 
@@ -61,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind, prompts in (("prose", PROSE), ("copying", COPYING)):
             for name, params in WAYS.items():
                 exact = replace(params, max_tokens=options.tokens)
-                against_none, against_lookup, right = measure(plain, drafted, prompts, exact, options.rounds)
+                against_none, against_lookup, accepted = measure(plain, drafted, prompts, exact, options.rounds)
                 print(
-                    f"{kind}, {name}: {against_none:.2f} x without guesses, {against_lookup:.2f} x with lookup alone, "
-                    f"{right:.0%} of the guessed tokens came",
+                    f"{kind}, {name}: {against_none:.2f} x without speculation, "
+                    f"{against_lookup:.2f} x with prompt lookup alone, {accepted:.0%} of the draft tokens accepted",
                     flush=True,
                 )
 

@@ -121,7 +121,7 @@ def _sample(workers: Mapping[str, Worker], tokens: Sequence[int], figures: dict[
         for name, worker in workers.items():
             reply = worker.ask(tokens=tokens[: max(depth, 1)], count=DECODE_TOKENS)
             if reply["count"] < 2:
-                continue  # the model ended at once
+                continue  # the model ended immediately
             figures[name][f"decode_{depth}"].append((reply["count"] - 1) / reply["rest"])
             if depth == 0 and "inside" in reply:
                 whole = reply["first"] + reply["rest"]

@@ -1,6 +1,6 @@
 """`python -m llm_edge.bench.engine BUNDLE [--precision P] [PART …]`: an engine's performance, as ratios within one run.
 
-Parts: streams (tokens/s of 1 to 16 concurrent answers), turn (first token of a second turn), guesses (speculative
+Parts: streams (tokens/s of 1 to 16 concurrent answers), turn (first token of a second turn), speculation (speculative
 decoding on and off, on copied text and prose), stall (a long prompt among running answers), part (share of Python),
 sampling (a draw against a step), texts (how often speculative decoding changes a text), drift (memory after 10,000
 requests; a small model is enough).
@@ -48,18 +48,23 @@ def chat(text: str) -> list[dict[str, str]]:
 def streams(engine: Engine) -> None:
     """Total tokens/s while all answers are running."""
     prompt = engine.tokenizer.encode(" ".join(PROSE * 4))[:100]
-    rates: dict[tuple[int, bool], list[float]] = {(width, guess): [] for width in WIDTHS for guess in (False, True)}
+    rates: dict[tuple[int, bool], list[float]] = {
+        (width, speculative): [] for width in WIDTHS for speculative in (False, True)
+    }
     for number in range(ROUNDS):
         for width, engine.speculative in rates:
             prompts = [[*prompt[number + index :], *prompt[: number + index]] for index in range(width)]
             for each in prompts:
                 engine.generate(each, SamplingParams(temperature=0.0, max_tokens=1)).result()
             rates[width, engine.speculative].append(together(engine, prompts))
-    for guess in (False, True):
-        one = statistics.median(rates[1, guess])
+    for speculative in (False, True):
+        one = statistics.median(rates[1, speculative])
         for width in WIDTHS:
-            rate = statistics.median(rates[width, guess])
-            print(f"streams {width:2}, {'with' if guess else 'no'} guesses: {rate:6.0f} tok/s, {rate / one:.2f} x one")
+            rate = statistics.median(rates[width, speculative])
+            print(
+                f"streams {width:2}, {'with' if speculative else 'no'} speculation: "
+                f"{rate:6.0f} tok/s, {rate / one:.2f} x one"
+            )
 
 
 def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) -> float:
@@ -80,7 +85,7 @@ def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) 
 
 
 def turn(engine: Engine) -> None:
-    """Time to the first token of a second turn, against computing all of it again."""
+    """Time to the first token of a second turn, relative to computing all of it again."""
     text = " ".join(f"Item {number} is described in chapter {number * 7 % 50}." for number in range(115))
     ratios, lengths = [], []
     for number in range(ROUNDS):
@@ -95,24 +100,27 @@ def turn(engine: Engine) -> None:
     print(f"turn two: {lengths[-1]} tokens, {computed} of them computed, {statistics.median(ratios):.1%} of the time")
 
 
-def guesses(engine: Engine) -> None:
+def speculation(engine: Engine) -> None:
     """Greedy decoding speed with speculative decoding against without."""
     for name, prompts in (("copying", COPYING), ("prose", PROSE)):
         ratios = []
         for text in prompts:
             rates: dict[bool, list[float]] = {True: [], False: []}
-            accepted = guessed = 0
+            accepted = drafted = 0
             for _ in range(3):
-                for guess in (True, False):
-                    engine.speculative = guess
+                for speculative in (True, False):
+                    engine.speculative = speculative
                     result = engine.chat(chat(text), SamplingParams(temperature=0.0, max_tokens=200)).result()
-                    rates[guess].append(result.timings.decode_tokens_per_second)
+                    rates[speculative].append(result.timings.decode_tokens_per_second)
                     accepted += result.timings.accepted_tokens
-                    guessed += result.timings.draft_tokens
+                    drafted += result.timings.draft_tokens
             ratio = statistics.median(rates[True]) / statistics.median(rates[False])
             ratios.append(ratio)
-            print(f"  {text[:40]!r}: {ratio:.2f} x, {accepted}/{guessed} guesses right, {len(result.tokens)} tokens")
-        print(f"guesses, {name}: median {statistics.median(ratios):.2f} x, least {min(ratios):.2f} x")
+            print(
+                f"  {text[:40]!r}: {ratio:.2f} x, {accepted}/{drafted} draft tokens accepted, "
+                f"{len(result.tokens)} tokens"
+            )
+        print(f"speculation, {name}: median {statistics.median(ratios):.2f} x, minimum {min(ratios):.2f} x")
     engine.speculative = True
 
 
@@ -148,7 +156,7 @@ def stall(engine: Engine) -> None:
     middle, late = statistics.median(during), during[int(0.95 * len(during))]
     print(
         f"stall: gap {usual * 1e3:.1f} ms alone; while 2,000 tokens are computed ({ended - began:.1f} s) median "
-        f"{middle / usual:.2f} x, 95 % {late / usual:.2f} x, most {during[-1] / usual:.2f} x"
+        f"{middle / usual:.2f} x, 95 % {late / usual:.2f} x, maximum {during[-1] / usual:.2f} x"
     )
 
 
@@ -190,14 +198,14 @@ def texts(engine: Engine) -> None:
     """How often speculative decoding changes a text, and how close the two tokens were where they diverge."""
     params = SamplingParams(temperature=0.0, max_tokens=200, logprobs=20)
 
-    def run(guess: bool) -> list[GenerationResult]:
-        engine.speculative = guess
+    def run(speculative: bool) -> list[GenerationResult]:
+        engine.speculative = speculative
         return [engine.chat(chat(text), params).result() for text in (*COPYING, *PROSE)]
 
-    with_guesses, without = run(True), run(False)
+    with_speculation, without = run(True), run(False)
     engine.speculative = True
     gaps, tokens = [], 0
-    for one, other in zip(with_guesses, without, strict=True):
+    for one, other in zip(with_speculation, without, strict=True):
         pairs = list(zip(one.tokens, other.tokens, strict=False))
         place = next((index for index, pair in enumerate(pairs) if pair[0] != pair[1]), len(pairs))
         tokens += place
@@ -205,7 +213,7 @@ def texts(engine: Engine) -> None:
             known = dict(other.logprobs[place].top)
             gaps.append(other.logprobs[place].logprob - known.get(one.tokens[place], -np.inf))
     print(
-        f"texts: {len(gaps)} of {len(without)} greedy texts part, once in {tokens / max(len(gaps), 1):.0f} tokens, "
+        f"texts: {len(gaps)} of {len(without)} greedy texts diverge, once in {tokens / max(len(gaps), 1):.0f} tokens, "
         f"where the other token was less probable by exp({statistics.median(gaps) if gaps else 0:.2f}), exp("
         f"{max(gaps, default=0):.2f}) at most"
     )
@@ -228,7 +236,7 @@ def drift(engine: Engine, requests: int = 10_000) -> None:
 
 
 PARTS: dict[str, Callable[[Engine], None]] = {
-    each.__name__: each for each in (streams, turn, guesses, stall, part, sampling, texts, drift)
+    each.__name__: each for each in (streams, turn, speculation, stall, part, sampling, texts, drift)
 }
 
 

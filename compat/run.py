@@ -185,8 +185,8 @@ def judge(
         "prompts": [prompt.job for prompt in prompts],
         "tokens": tokens,
     }
-    answer, said = run(consumer, folder, job)
-    notes = [line for line in said if not any(re.search(known, line) for known in HARMLESS)]
+    answer, messages = run(consumer, folder, job)
+    notes = [line for line in messages if not any(re.search(known, line) for known in HARMLESS)]
     if answer is None:
         return Outcome(consumer.name, "", info.name, "", f"0/{len(prompts)}", good=False, notes=tuple(notes[-8:]))
     good = not any(FAILURE.search(note) for note in notes)
@@ -233,10 +233,10 @@ def run(consumer: Consumer, folder: Path, job: Mapping[str, Any]) -> tuple[dict[
             )
         except subprocess.TimeoutExpired:
             return None, [f"error: no answer within {TIME_LIMIT} s"]
-        said = [line for line in (COLOUR.sub("", line).strip() for line in done.stdout.splitlines()) if line]
+        messages = [line for line in (COLOUR.sub("", line).strip() for line in done.stdout.splitlines()) if line]
         if done.returncode != 0:
-            return None, [*said, f"error: exit status {done.returncode}"]
-        return json.loads(answer.read_text(encoding="utf-8")), said
+            return None, [*messages, f"error: exit status {done.returncode}"]
+        return json.loads(answer.read_text(encoding="utf-8")), messages
 
 
 def logit_gap(bundle: Bundle, info: PrecisionInfo, prompt: Sequence[int], tokens: Sequence[int], theirs: int) -> float:
@@ -295,8 +295,8 @@ def install(command: list[str]) -> None:
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own commands
     if done.returncode != 0:
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise InstallError(f"{' '.join(command)} failed:\n{said}")
+        messages = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise InstallError(f"{' '.join(command)} failed:\n{messages}")
 
 
 def python_script(name: str) -> Callable[[Path], list[str]]:

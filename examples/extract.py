@@ -3,7 +3,7 @@
     python examples/extract.py < letter.txt
     python examples/extract.py --schema invoice.json < invoice.txt
 
-Schemas should bound strings, lists and numbers; docs/embedding.md says why.
+Schemas should bound strings, lists and numbers; docs/embedding.md explains why.
 """
 
 from __future__ import annotations

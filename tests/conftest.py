@@ -1,4 +1,4 @@
-"""Checkpoints and bundles that many tests share; each is made once a run."""
+"""Checkpoints and bundles shared by many tests; each is created once per run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llm_edge.runtime.engine import Engine
 if TYPE_CHECKING:
     from openai_server import Server
 
-# A run in the background may have been begun with Ctrl-C or a closing terminal ignored, and the commands under test
-# would inherit that.
+# A test run in the background may have been started with SIGINT or SIGHUP ignored, and the commands under test would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -37,27 +37,27 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_checkpoint` exported to all precisions; not to be written to."""
+    """`tiny_checkpoint` exported to all precisions; read-only."""
     source = str(tiny_checkpoint)
     return _once(tmp_path_factory, "fused", lambda folder: _export(source, folder / "tiny", GraphChoice.FUSED))
 
 
 @pytest.fixture(scope="session")
 def tiny_portable_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_checkpoint` exported with standard operators only; not to be written to."""
+    """`tiny_checkpoint` exported with standard operators only; read-only."""
     source = str(tiny_checkpoint)
     return _once(tmp_path_factory, "portable", lambda folder: _export(source, folder / "tiny", GraphChoice.PORTABLE))
 
 
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct, fetched once into the user's cache."""
+    """The GGUF of SmolLM2-135M-Instruct, downloaded once into the user's cache."""
     return smollm2_gguf()
 
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 exported to fp32, with validation (about half a minute); not to be written to."""
+    """SmolLM2 exported to fp32, with validation (about half a minute); read-only."""
     assert smollm2_file.is_file()
 
     def make(folder: Path) -> Path:
@@ -68,14 +68,14 @@ def smollm2_bundle(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def llm_export(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs `llm-export` with these arguments; gives exit code, stdout and stderr."""
+    """Runs `llm-export` with these arguments; returns exit code, stdout and stderr."""
     return lambda *arguments: call(cli.main, capsys, "llm-export", *arguments)
 
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[Server]:
-    """A server that speaks OpenAI's API, for a module's tests; see `server`."""
-    from openai_server import Server  # only where it is wanted: a web framework comes with it
+    """A server with OpenAI's API, shared by the tests of a module; see `server`."""
+    from openai_server import Server  # imported only when needed, because it loads a web framework
 
     made = Server()
     yield made
@@ -84,14 +84,14 @@ def running_server() -> Iterator[Server]:
 
 @pytest.fixture
 def server(running_server: Server) -> Server:
-    """The module's server as it was at first."""
+    """The module's server, reset to its initial state."""
     running_server.reset()
     return running_server
 
 
 @pytest.fixture
 def load_engine(tiny_bundle: Path) -> Iterator[Callable[..., Engine]]:
-    """Loads engines of a tiny model that guess as `Model` does; they are closed behind the test."""
+    """Loads engines of a tiny model with speculative decoding, as in `Model`; they are closed after the test."""
     loaded: list[Engine] = []
 
     def load(precision: str = "fp32", **options: Any) -> Engine:
@@ -104,7 +104,7 @@ def load_engine(tiny_bundle: Path) -> Iterator[Callable[..., Engine]]:
 
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
-    """What `make` makes in a folder, made by one of the processes that run the tests, for all of them."""
+    """The output of `make` in a folder, created by one test process and shared by all of them."""
     several = "PYTEST_XDIST_WORKER" in os.environ
     folder = (factory.getbasetemp().parent if several else factory.getbasetemp()) / f"shared-{name}"
     with FileLock(f"{folder}.lock"):

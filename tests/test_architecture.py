@@ -1,4 +1,4 @@
-"""What may import what: the arrows of the design, held in fresh processes and over the sources."""
+"""Allowed imports between packages, checked in the sources and in fresh processes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from project import ROOT
 TORCH_SIDE = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "gguf", "safetensors", "huggingface_hub")
 SCREENS = ("textual", "fastapi", "starlette", "uvicorn")
 
-# package -> which packages it may import besides itself, and of those listed as sets which modules only
-ARROWS: dict[str, dict[str, set[str] | None]] = {
+# package -> packages that it may import besides itself; a set restricts the import to these modules
+ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "runtime": {},
     "model": {"runtime": {"errors", "safe_io"}},
     "checkpoint": {"model": None, "runtime": {"bundle", "errors", "safe_io"}},
-    # The reader owns the folder format; the backend runs graphs for validation.
+    # runtime.bundle defines the folder format; runtime.backend runs graphs for validation.
     "exporter": {
         "model": None,
         "checkpoint": None,
@@ -34,7 +34,7 @@ ARROWS: dict[str, dict[str, set[str] | None]] = {
     "bench": {"runtime": None},
 }
 
-# what a package must not load, even indirectly, when everything in it is imported
+# libraries that a package must not load, even indirectly, when all its modules are imported
 FORBIDDEN = {
     "runtime": (*TORCH_SIDE, *SCREENS, "typer", "rich"),
     "model": (*SCREENS, "onnxruntime", "transformers"),
@@ -50,7 +50,7 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/py.typed"))
 
 
 def modules(package: str) -> list[str]:
-    """Every module of a package by its full name; those of other engines, which are not installed, left out."""
+    """Full names of all modules of a package, except those for other engines, which are not installed."""
     found = []
     for path in sorted((ROOT / package).rglob("*.py")):
         name = ".".join(("llm_edge", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
@@ -60,7 +60,7 @@ def modules(package: str) -> list[str]:
 
 
 def python(code: str) -> str:
-    """What a fresh Python prints."""
+    """The output of code in a new Python process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -74,7 +74,7 @@ def loaded_by(package: str) -> set[str]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules of ours that a source file imports, wherever in it, as `package.module`."""
+    """Our modules that a source file imports anywhere, as `package.module`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
@@ -102,47 +102,47 @@ def is_module(package: str, name: str) -> bool:
 
 
 def test_the_tables_above_match_the_folders() -> None:
-    assert set(PACKAGES) <= ARROWS.keys()
+    assert set(PACKAGES) <= ALLOWED.keys()
     assert {"exporter", "runtime", "tui"} <= set(PACKAGES)
     links = {path.name: path.resolve() for path in (ROOT / ".typing" / "llm_edge").iterdir()}
-    assert links == {name: ROOT / name for name in PACKAGES}  # so that type checkers and editors see them
-    for allowed in ARROWS.values():
-        for other, names in allowed.items():
+    assert links == {name: ROOT / name for name in PACKAGES}  # so that type checkers and editors find them
+    for names_by_package in ALLOWED.values():
+        for other, names in names_by_package.items():
             assert names is None or all(is_module(other, name) for name in names)
-    # and the reading of sources sees what it should
+    # check that imports are found at all
     assert ("runtime", "errors") in ours(ROOT / "exporter" / "export.py")
     assert ("runtime", "model") in ours(ROOT / "chat" / "choice.py")  # inside a function
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_sources_import_along_the_arrows_only(package: str) -> None:
+def test_sources_import_only_what_is_allowed(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         for other, module in ours(path) - {(package, module) for _, module in ours(path)}:
             where = f"{path.relative_to(ROOT)} imports llm_edge.{other}.{module}"
-            assert other in ARROWS[package], where
-            allowed = ARROWS[package][other]
+            assert other in ALLOWED[package], where
+            allowed = ALLOWED[package][other]
             assert allowed is None or module in allowed, where
 
 
 def test_packages_form_no_cycle() -> None:
     order: list[str] = []
-    while len(order) < len(ARROWS):
-        free = [name for name in ARROWS if name not in order and ARROWS[name].keys() <= set(order)]
-        assert free, f"a cycle among {sorted(ARROWS.keys() - set(order))}"
+    while len(order) < len(ALLOWED):
+        free = [name for name in ALLOWED if name not in order and ALLOWED[name].keys() <= set(order)]
+        assert free, f"a cycle among {sorted(ALLOWED.keys() - set(order))}"
         order += free
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name in FORBIDDEN])
-def test_a_fresh_process_loads_nothing_a_package_must_not_have(package: str) -> None:
+def test_a_fresh_process_loads_no_forbidden_library(package: str) -> None:
     loaded = loaded_by(package)
     assert f"llm_edge.{package}" in loaded
     assert sorted(set(FORBIDDEN[package]) & loaded) == []
     of_ours = {name.split(".")[1] for name in loaded if name.startswith("llm_edge.")}
-    allowed = ARROWS[package].keys()
-    assert of_ours <= {package}.union(allowed, *(ARROWS[other].keys() for other in allowed if other == "chat"))
+    allowed = ALLOWED[package].keys()
+    assert of_ours <= {package}.union(allowed, *(ALLOWED[other].keys() for other in allowed if other == "chat"))
 
 
-def test_importing_the_runtime_loads_nothing_heavy_before_it_is_used() -> None:
+def test_importing_the_runtime_is_lazy() -> None:
     names = json.loads(python("import json, sys, llm_edge.runtime\nprint(json.dumps(list(sys.modules)))"))
     assert not {"numpy", "onnxruntime", "tokenizers", "jinja2"} & set(names)
     names = json.loads(
@@ -161,7 +161,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", [name for name, package in COMMANDS.items() if package in PACKAGES])
-def test_help_loads_nothing_heavy(command: str) -> None:
+def test_help_loads_no_heavy_library(command: str) -> None:
     code = f"""
 import json, sys
 from llm_edge.{COMMANDS[command]}.cli import main
@@ -183,5 +183,5 @@ def test_telemetry_is_off_before_onnxruntime_starts() -> None:
     assert python(code).strip() == "1"
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     importers = {str(p.relative_to(ROOT)) for p in sources if "onnxruntime" in {n.split(".")[0] for n in imports(p)}}
-    # the package of these turns it off
+    # the runtime package turns it off
     assert importers <= {f"runtime/backend/{name}.py" for name in ("graph", "kv_cache", "providers")}

@@ -1,4 +1,4 @@
-"""Bad input to the commands: one line that names it, the right exit code, nothing left behind and nothing lost."""
+"""Bad input to the commands: a one-line error, the right exit code, and no created or lost files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Change = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Done:
-    """A command that has ended."""
+    """The result of a command."""
 
     code: int
     err: str
@@ -78,7 +78,7 @@ def kept_trace() -> Callable[..., ir.Model]:
 
 @pytest.fixture
 def traced_once(kept_trace: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports of one shape in this file share a trace."""
+    """Share the trace between exports of the same shape in this file."""
     monkeypatch.setattr(graphs_module, "trace", kept_trace)
 
 
@@ -90,7 +90,7 @@ def script(name: str, *arguments: object, cwd: Path | None = None) -> Done:
 
 
 def refused(done: Done, *words: str, code: int = 2) -> None:
-    """One line says what is wrong, and all of these words are in it."""
+    """Check that the error is a single line that contains all of these words."""
     lines = done.err.splitlines()
     assert done.code == code, done.err
     assert len(lines) == 1, done.err
@@ -101,7 +101,7 @@ def refused(done: Done, *words: str, code: int = 2) -> None:
 
 
 def everything(folder: Path) -> dict[str, str]:
-    """Every path under a folder and what it is; two are equal only if nothing came, went or changed."""
+    """Every path under a folder with its content; equal only if nothing was created, deleted or changed."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -116,7 +116,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# ---- changes that make a good checkpoint or bundle a bad one
+# ---- changes that damage a checkpoint or bundle
 
 
 def text(name: str, content: str | bytes) -> Change:
@@ -129,7 +129,7 @@ def gone(name: str) -> Change:
 
 
 def fields(name: str, **changes: Any) -> Change:
-    """Set keys of a JSON file; None takes one out."""
+    """Set keys of a JSON file; None removes one."""
 
     def change(folder: Path) -> None:
         path = folder / name
@@ -186,7 +186,7 @@ def past_header(size: int) -> int:
 EMBEDDING = "model.embed_tokens.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
-# what is done to a good folder -> the words that the message must hold
+# change to a valid folder -> words that the message must contain
 FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no config": (gone("config.json"), ("no ", "config.json")),
     "config empty": (text("config.json", ""), ("config.json", "not JSON")),
@@ -228,7 +228,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an index cut": (text("model.safetensors.index.json", '{"weight_map": {'), ("index.json", "not JSON")),
     "weights empty": (cut("model.safetensors", lambda _: 0), ("model.safetensors", "empty")),
     "weights cut in the length": (cut("model.safetensors", lambda _: 5), ("model.safetensors", "damaged")),
-    "weights cut behind the length": (cut("model.safetensors", lambda _: 8), ("model.safetensors", "damaged")),
+    "weights cut after the length": (cut("model.safetensors", lambda _: 8), ("model.safetensors", "damaged")),
     "weights cut in the header": (cut("model.safetensors", lambda _: 500), ("model.safetensors", "truncated")),
     "weights cut early": (cut("model.safetensors", past_header), ("model.safetensors", "truncated")),
     "weights cut in the middle": (cut("model.safetensors", lambda size: size // 2), ("model.safetensors", "truncated")),
@@ -265,7 +265,7 @@ def source(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_bad_folder_is_refused(case: str, source: Path, tmp_path: Path, llm_export: Callable[..., Done]) -> None:
+def test_a_bad_folder_is_rejected(case: str, source: Path, tmp_path: Path, llm_export: Callable[..., Done]) -> None:
     change, words = FOLDERS[case]
     before = everything(tmp_path)
     change(source)
@@ -274,7 +274,7 @@ def test_a_bad_folder_is_refused(case: str, source: Path, tmp_path: Path, llm_ex
     assert everything(tmp_path) == damaged
 
 
-def test_a_generation_default_that_is_no_number_is_refused(
+def test_an_invalid_generation_default_is_rejected(
     source: Path, tmp_path: Path, llm_export: Callable[..., Done], traced_once: None
 ) -> None:
     fields("generation_config.json", temperature="hot")(source)
@@ -301,7 +301,7 @@ SOURCES: dict[str, tuple[Change, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", SOURCES)
-def test_a_bad_source_is_refused(case: str, tmp_path: Path, llm_export: Callable[..., Done]) -> None:
+def test_a_bad_source_is_rejected(case: str, tmp_path: Path, llm_export: Callable[..., Done]) -> None:
     make, words = SOURCES[case]
     make(tmp_path / "model.gguf")
     before = everything(tmp_path)
@@ -311,7 +311,7 @@ def test_a_bad_source_is_refused(case: str, tmp_path: Path, llm_export: Callable
 
 @pytest.fixture(scope="module")
 def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A GGUF of one layer that is read without complaint."""
+    """A valid GGUF with one layer."""
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
     bpe = json.loads(tiny.tokenizer().to_str())["model"]
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
@@ -345,7 +345,7 @@ def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("twentieth", range(20))
-def test_a_gguf_cut_anywhere_is_refused(
+def test_a_gguf_truncated_anywhere_is_rejected(
     twentieth: int, small_gguf: bytes, tmp_path: Path, llm_export: Callable[..., Done]
 ) -> None:
     end = len(small_gguf) * twentieth // 20 + 4  # just the magic, up to just short of the end
@@ -355,7 +355,7 @@ def test_a_gguf_cut_anywhere_is_refused(
     assert everything(tmp_path) == before
 
 
-def test_a_gguf_cut_by_a_byte_and_one_with_an_absurd_head_count_are_refused(
+def test_a_gguf_without_its_last_byte_and_one_with_an_absurd_head_count_are_rejected(
     small_gguf: bytes, tmp_path: Path, llm_export: Callable[..., Done]
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -370,7 +370,7 @@ def test_a_gguf_cut_by_a_byte_and_one_with_an_absurd_head_count_are_refused(
     assert names(tmp_path) == {"model.gguf"}
 
 
-def test_smollm2_cut_short_is_refused(smollm2_file: Path, tmp_path: Path, llm_export: Callable[..., Done]) -> None:
+def test_a_truncated_smollm2_is_rejected(smollm2_file: Path, tmp_path: Path, llm_export: Callable[..., Done]) -> None:
     path = tmp_path / "smollm2.gguf"
     for size in (1_000, 1_000_000, 10_000_000):
         with smollm2_file.open("rb") as file:
@@ -406,7 +406,7 @@ OUTPUTS: dict[str, tuple[Change, tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", OUTPUTS)
-def test_an_output_in_the_way_is_refused(
+def test_an_existing_output_is_rejected(
     case: str, tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., Done]
 ) -> None:
     make, options, words = OUTPUTS[case]
@@ -416,20 +416,18 @@ def test_an_output_in_the_way_is_refused(
     assert everything(tmp_path) == before
 
 
-def test_names_that_cannot_be_are_refused(
-    tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., Done]
-) -> None:
+def test_invalid_names_are_rejected(tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., Done]) -> None:
     (tmp_path / "file").touch()
     refused(llm_export("x" * 300, "-o", tmp_path / "bundle"), "too long")
     refused(llm_export(tiny_checkpoint, "-o", tmp_path / ("x" * 300)), "too long")
     refused(llm_export(tmp_path / "line\nfeed", "-o", tmp_path / "bundle"), r"line\nfeed")
-    # the name is good, that of its temporary sibling is not
+    # the name is valid, but that of its temporary sibling is too long
     refused(llm_export(tiny_checkpoint, "-o", tmp_path / ("x" * 250)), "too long")
     refused(llm_export(tiny_checkpoint, "-o", tmp_path / "file" / "bundle"), "file")
     assert names(tmp_path) == {"file"}
 
 
-def test_the_folder_one_stands_in_can_be_replaced(
+def test_the_current_folder_can_be_replaced(
     source: Path,
     tmp_path: Path,
     llm_export: Callable[..., Done],
@@ -451,7 +449,7 @@ def test_the_folder_one_stands_in_can_be_replaced(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a file system in memory with these options."""
+    """Mounts an in-memory file system with these options."""
     place = tmp_path / "disk"
     mounted = False
 
@@ -472,11 +470,11 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        ("200k", ("the bundle needs about", "free disk space")),  # known before the work begins
-        ("556k", ("cannot write the bundle", "full")),  # the graph's constants come on top of the weights
+        ("200k", ("the bundle needs about", "free disk space")),  # known before the export starts
+        ("556k", ("cannot write the bundle", "full")),  # the graph's constants add to the weights
     ],
 )
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_no_files(
     size: str,
     words: tuple[str, ...],
     tiny_checkpoint: Path,
@@ -492,7 +490,7 @@ def test_a_full_disk_leaves_nothing(
         assert "bundle" not in names(place)
 
 
-def test_a_read_only_disk_is_told(
+def test_a_read_only_disk_is_reported(
     tiny_checkpoint: Path, disk: Callable[[str], Path], llm_export: Callable[..., Done]
 ) -> None:
     place = disk("ro")
@@ -500,8 +498,8 @@ def test_a_read_only_disk_is_told(
     refused(llm_export(tiny_checkpoint, "-o", place / "in" / "bundle"), str(place), "Read-only", code=3)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_without_permission_is_told(
+@pytest.mark.skipif(os.geteuid() == 0, reason="root ignores permissions")
+def test_a_folder_without_permission_is_reported(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., Done]
 ) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -527,7 +525,7 @@ def broken() -> OSError:
         ("fsync", full),
     ],
 )
-def test_a_machine_that_fails_part_way_leaves_nothing_and_takes_nothing(
+def test_a_machine_failure_leaves_no_files_and_loses_none(
     step: str,
     error: Callable[[], Exception],
     tiny_bundle: Path,
@@ -564,7 +562,7 @@ def test_a_machine_that_fails_part_way_leaves_nothing_and_takes_nothing(
     assert everything(tmp_path) == before
 
 
-def test_a_bundle_is_put_back_when_its_successor_cannot_take_its_place(
+def test_a_bundle_is_restored_if_its_replacement_cannot_be_renamed(
     tiny_bundle: Path,
     source: Path,
     tmp_path: Path,
@@ -591,7 +589,7 @@ def test_a_bundle_is_put_back_when_its_successor_cannot_take_its_place(
 
 
 @pytest.mark.parametrize("precision", ["int3", "fp32,int3", "INT8", "int8;int4", "", " ", ",", "int8 int4"])
-def test_precisions_that_are_not_known_are_refused(
+def test_unknown_precisions_are_rejected(
     precision: str, tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., Done]
 ) -> None:
     done = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", precision)
@@ -616,7 +614,7 @@ USAGE: dict[str, tuple[Callable[[], None], tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", USAGE)
-def test_usage_that_the_parser_refuses(case: str, command: Callable[..., Done]) -> None:
+def test_usage_errors_are_rejected(case: str, command: Callable[..., Done]) -> None:
     main, arguments, word = USAGE[case]
     done = command(main, *arguments)
     assert done.code == 2
@@ -657,7 +655,7 @@ BUNDLES: dict[str, tuple[Change, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BUNDLES)
-def test_a_bad_bundle_is_refused(case: str, bundle: Path, command: Callable[..., Done]) -> None:
+def test_a_bad_bundle_is_rejected(case: str, bundle: Path, command: Callable[..., Done]) -> None:
     change, words = BUNDLES[case]
     change(bundle)
     before = everything(bundle.parent)
@@ -689,41 +687,39 @@ CHATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CHATS)
-def test_a_bad_parameter_of_a_chat_is_refused(case: str, tiny_bundle: Path, command: Callable[..., Done]) -> None:
+def test_a_bad_chat_parameter_is_rejected(case: str, tiny_bundle: Path, command: Callable[..., Done]) -> None:
     arguments, words = CHATS[case]
     question = () if "--ask" in arguments else ("--ask", "hi")
     refused(command(chat_cli.main, tiny_bundle, *question, *arguments), *words)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="CUDA is there")
-def test_a_provider_that_is_not_there_is_refused(tiny_bundle: Path, command: Callable[..., Done]) -> None:
+def test_an_unavailable_provider_is_rejected(tiny_bundle: Path, command: Callable[..., Done]) -> None:
     refused(
         command(chat_cli.main, tiny_bundle, "--ask", "hi", "--provider", "cuda"), "cuda", "onnxruntime-gpu[cuda,cudnn]"
     )
 
 
-def test_the_default_bundle_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
+def test_a_missing_default_bundle_names_the_export_command(tmp_path: Path) -> None:
     done = script("llm-chat", "--ask", "hi", cwd=tmp_path)
     refused(done, "artifacts/smollm2-135m", "llm-export smollm2")
     assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("precision", ["int2", "int8,int2", ","])
-def test_a_bad_precision_of_a_benchmark_is_refused(
-    precision: str, tiny_bundle: Path, command: Callable[..., Done]
-) -> None:
+def test_a_bad_benchmark_precision_is_rejected(precision: str, tiny_bundle: Path, command: Callable[..., Done]) -> None:
     refused(command(bench_cli.main, tiny_bundle, "--precision", precision), "precision", "fp32, int8, int4")
 
 
-def test_names_that_no_bundle_can_have_are_refused(command: Callable[..., Done]) -> None:
+def test_invalid_bundle_names_are_rejected(command: Callable[..., Done]) -> None:
     for main in (chat_cli.main, bench_cli.main):
         refused(command(main, "x" * 300), "no such bundle folder")
 
 
-# ---- the real commands, in processes of their own
+# ---- the installed commands in separate processes
 
 
-def test_the_installed_command_says_its_stages_and_one_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_installed_command_prints_its_stages_and_one_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     files_in_the_way(tmp_path / "taken")
     cases = [
@@ -740,23 +736,23 @@ def test_the_installed_command_says_its_stages_and_one_error(tiny_checkpoint: Pa
         assert everything(tmp_path) == before
 
 
-def test_the_installed_command_tells_json_readers_on_stderr(tmp_path: Path) -> None:
+def test_the_installed_command_prints_errors_on_stderr_with_json_progress(tmp_path: Path) -> None:
     words = [str(SCRIPTS / "llm-export"), str(tmp_path / "missing"), "--progress", "json"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     refused(Done(done.returncode, done.stderr), "missing")
     assert [json.loads(line)["stage"] for line in done.stdout.splitlines()] in (["reading"], ["reading"] * 2)
 
 
-def test_the_installed_chat_and_benchmark_refuse_a_changed_bundle(bundle: Path) -> None:
+def test_the_installed_chat_and_benchmark_reject_a_changed_bundle(bundle: Path) -> None:
     flipped("onnx/model_quantized.onnx_data")(bundle)
     refused(script("llm-chat", bundle, "--ask", "hi"), "model_quantized.onnx_data", "checksum")
     refused(script("llm-bench", bundle, "--rounds", "1"), "model_quantized.onnx_data", "checksum")
-    # a precision whose files are whole still answers
+    # a precision with intact files still works
     assert script("llm-chat", bundle, "--ask", "hi", "--precision", "int4", "--max-tokens", "2") == Done(0, "")
 
 
-def test_a_bundle_that_lies_in_its_manifest_fails_in_one_line(bundle: Path) -> None:
-    """The checksums agree, so that the damage shows only when the file is used."""
+def test_a_bundle_with_a_wrong_manifest_fails_in_one_line(bundle: Path) -> None:
+    """The checksums match, so the damage is detected only when the file is used."""
     name = "onnx/model_quantized.onnx"
     (bundle / name).write_bytes(b"not a graph")
     manifest = json.loads((bundle / "manifest.json").read_text())

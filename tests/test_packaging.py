@@ -1,4 +1,4 @@
-"""What a user gets: wheels and source distribution from the tracked files alone, installed where nothing else is."""
+"""Packaging: wheels and source distribution contain only tracked files and work in a fresh environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA = {"py.typed", ".tcss", ".html", ".css", ".js", ".txt"}
 
 
 def run(*words: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a program that knows nothing of this checkout."""
+    """Run a program outside this checkout."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     done = subprocess.run(
         [str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600
@@ -38,7 +38,7 @@ def run(*words: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that git tracks or would, without what lies around here: builds, caches, egg-info."""
+    """The files that git tracks or would track, without builds, caches and egg-info."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout
@@ -53,7 +53,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Source distribution, and the wheel that is built out of it."""
+    """The source distribution and the wheel built from it."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--outdir", folder, tree, cwd=folder)
     return folder
@@ -89,10 +89,10 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path, tree: Path) 
     assert {f"llm_edge/exporter/data/{name}.txt" for name in ("calibration", "validation")} <= found
     assert "llm_edge/__init__.py" not in found  # a namespace package
     others = {name for name in contents(wheel) - found if not name.startswith("info/")}
-    assert others == set()  # no tests, no docs, no top-level `runtime` that collides with another distribution
+    assert others == set()  # no tests, no docs, no top-level `runtime` that would collide with other distributions
 
 
-def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+def test_the_wheel_has_correct_metadata(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         info = info_of(wheel)
@@ -112,7 +112,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         assert f"{command} = {entry}" in entries
 
 
-def test_a_wheel_built_directly_is_the_same(wheel: Path, tree: Path, tmp_path: Path) -> None:
+def test_a_wheel_built_directly_is_identical(wheel: Path, tree: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, tree, cwd=tmp_path)
     (direct,) = tmp_path.glob("*.whl")
     assert direct.name == wheel.name
@@ -139,7 +139,7 @@ def test_the_source_distribution_can_be_built_and_read(dist: Path, tree: Path) -
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of a fresh environment that holds the base install and nothing else."""
+    """The `bin` of a fresh environment with only the base install."""
     folder = tmp_path_factory.mktemp("installed")
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     scripts = folder / "venv" / "bin"
@@ -160,7 +160,7 @@ print(json.dumps([llm_edge.runtime.__file__, [name for name in {HEAVY} if import
     run(installed / "python", "-m", "pip", "check", cwd=tmp_path)
 
 
-def test_the_base_install_answers(installed: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_base_install_generates_an_answer(installed: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     code = f"""
 from llm_edge.runtime import Model, SamplingParams
 model = Model.load({str(tiny_bundle)!r}, precision="int4")
@@ -171,7 +171,7 @@ print(len(result.tokens), result.finish_reason)
     assert (count, reason) == ("5", "length") or reason == "stop"
 
 
-def test_the_commands_of_the_base_install(installed: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_base_install_work(installed: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     for command in COMMANDS:
         assert "Usage:" in run(installed / command, "--help", cwd=tmp_path).stdout
     options = ("--temperature", "0", "--max-tokens", "5")
@@ -185,8 +185,8 @@ def test_the_commands_of_the_base_install(installed: Path, tiny_bundle: Path, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_editable_install_imports(installed: Path, tree: Path, tmp_path: Path) -> None:
-    """Last of all: it takes the place of the wheel."""
+def test_an_editable_install_can_be_imported(installed: Path, tree: Path, tmp_path: Path) -> None:
+    """Runs last, because it replaces the wheel."""
     words = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--editable", tree)
     run(installed / "python", *words, cwd=tmp_path)
     code = """

@@ -56,14 +56,14 @@ class Contender:
     speed: tuple[str, ...]
     logits: tuple[str, ...]
 
-    def behind(self, prefix: Sequence[str]) -> Contender:
-        """The same with its commands prefixed by another one."""
+    def with_prefix(self, prefix: Sequence[str]) -> Contender:
+        """The same contender with its commands prefixed by another command."""
         return Contender(self.name, self.size, (*prefix, *self.speed), (*prefix, *self.logits))
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The weights for peers: a GGUF, the first digits of its hash, and the bundle made of it, for its tokenizer."""
+    """The weights for peers: a GGUF, its hash prefix, and a bundle exported from it (for the tokenizer)."""
 
     gguf: Path
     key: str
@@ -183,7 +183,7 @@ def _hf_folder(peer: str, python: Path, source: Source, work: Path, progress: Ca
 
 
 def _converted(home: Path, name: str, tool: Sequence[str], progress: Callable[[str], None]) -> Path:
-    """What a tool makes at `{}` among its arguments, made once; what is half made has another name."""
+    """The output that a tool creates at the `{}` in its arguments, created once; incomplete output has another name."""
     target = home / "models" / name
     if target.exists():
         return target

@@ -16,8 +16,8 @@ from llm_edge.runtime.errors import MachineError
 TORCH = "torch==2.13.0"  # exactly: a looser pin may take a build with gigabytes of CUDA libraries
 _GGUF = ("transformers==5.5.4", "gguf==0.19.0", "accelerate==1.15.0")  # newer ones cannot save a model read from a GGUF
 
-# gcc before 14 declares that `_tile_loadconfig` reads 8 of the 64 bytes it does read, and leaves out the stores of the
-# others: llama.cpp then ends in a segmentation fault on processors with AMX. Nothing else is changed.
+# gcc before 14 declares that `_tile_loadconfig` reads 8 of the 64 bytes that it actually reads, and omits the stores of
+# the others: llama.cpp then crashes with a segmentation fault on processors with AMX. Nothing else is changed.
 _TILE_HEADER = """\
 #if defined(__AMX_TILE__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-CONTEXT = 1024  # its cache is allocated at once
+CONTEXT = 1024  # its cache is allocated at the start
 BATCH = 512
 ROWS = 16  # concurrent sequences in `rows` mode
 

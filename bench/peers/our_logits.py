@@ -1,6 +1,6 @@
 """Logits of a precision of a bundle: `python -m llm_edge.bench.peers.our_logits BUNDLE PRECISION THREADS`.
 
-Uses the protocol of `serving.py` without timings: `bench/worker.py` measures our speed.
+Uses the protocol of `serving.py` without timings: the speed is measured by `bench/worker.py`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ PAIRS: Mapping[str, tuple[str, ...]] = {
     "ours/int4-mixed": ("llama.cpp/Q4_K_M", "llama.cpp/Q4_K_M-no-flash"),
     "ours/source": ("llama.cpp/source", "llama.cpp/source-no-flash"),
 }
-"""Which of ours is held against which of theirs."""
+"""Which of our precisions is compared with which of theirs."""
 
 SPEED = {key: column for key, column in COLUMNS.items() if key != "python_share"}
 """Columns that all engines have."""

@@ -93,7 +93,7 @@ def _peers(
     work.mkdir(parents=True, exist_ok=True)
 
     prefix = (sys.executable, "-I", "-S", str(HERE / "without_amx.py")) if without_amx else ()
-    contenders = [contender.behind(prefix) for contender in make(names, bundle, weights, work, threads, _say)]
+    contenders = [contender.with_prefix(prefix) for contender in make(names, bundle, weights, work, threads, _say)]
     reference = _reference(bundle, weights, work, threads)
     sizes = {contender.name: contender.size for contender in contenders}
     busy = busy_cpus()

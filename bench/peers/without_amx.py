@@ -83,6 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    if said := main():
-        print(said, file=sys.stderr)
+    if message := main():
+        print(message, file=sys.stderr)
         sys.exit(2)

@@ -28,14 +28,14 @@ Bench = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def llm_bench(capfd: pytest.CaptureFixture[str]) -> Bench:
-    """Runs the command; gives exit code, stdout and stderr, those of its workers too."""
+    """Runs the command; returns exit code, stdout and stderr, including those of its workers."""
     return lambda *arguments: call(cli.main, capfd, "llm-bench", *arguments)
 
 
 def check_figures(figures: dict[str, Any]) -> None:
     assert figures.keys() == KEYS
     for key, value in figures.items():
-        if value is None:  # the model ended its text at once, so there is no rate
+        if value is None:  # the model ended its text immediately, so there is no rate
             assert key.startswith(("decode", "python"))
         else:
             assert value > 0, key
@@ -43,7 +43,7 @@ def check_figures(figures: dict[str, Any]) -> None:
     assert share is None or share < 1
 
 
-def test_a_table_and_a_document(tiny_bundle: Path, llm_bench: Bench) -> None:
+def test_a_table_and_a_json_document_are_printed(tiny_bundle: Path, llm_bench: Bench) -> None:
     code, out, err = llm_bench(tiny_bundle, *QUICK)
     assert code == 0, err
     *table, last = out.splitlines()
@@ -79,14 +79,16 @@ def test_chosen_precisions_beside_another_engine(tiny_bundle: Path, llm_bench: B
         assert ratios["prefill_128"] == pytest.approx(ours["prefill_128"] / report["other"]["prefill_128"])
 
 
-def test_medians() -> None:
+def test_ratios_are_medians_of_pairs() -> None:
     assert median([3.0, 1.0, 2.0]) == 2
     assert median([]) is None
-    assert median_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == 3  # of the ratios 2, 3, 4, not of the medians
+    assert (
+        median_ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == 3
+    )  # median of the ratios 2, 3, 4, not the ratio of the medians
     assert median_ratio([], []) is None
 
 
-def test_another_engine_that_fails_is_told_in_one_line(tiny_bundle: Path, llm_bench: Bench) -> None:
+def test_a_failing_engine_is_reported_in_one_line(tiny_bundle: Path, llm_bench: Bench) -> None:
     for command in ("false", "true", "echo not-json"):
         code, out, err = llm_bench(tiny_bundle, "--precision", "int8", *QUICK, "--against", command)
         assert (code, out) == (3, "")
@@ -95,22 +97,22 @@ def test_another_engine_that_fails_is_told_in_one_line(tiny_bundle: Path, llm_be
         assert all(line.startswith("round 1 of 1: ") for line in progress)
 
 
-def test_an_engine_that_ends_while_it_is_asked_is_told_of_and_closed() -> None:
+def test_an_engine_that_dies_during_a_request_is_reported_and_closed() -> None:
     worker = Worker(["sleep", "0.2"])
     with pytest.raises(MachineError, match=r"failed \(exit code 0\)"):
-        worker.ask(tokens=[0] * 100_000)  # more than a pipe holds, so that the end comes in mid-sentence
+        worker.ask(tokens=[0] * 100_000)  # exceeds the pipe buffer, so the engine dies during the write
     worker.close()
 
 
 @pytest.mark.parametrize("command", ["", " ", "/no/such/engine", "'"])
-def test_another_engine_that_cannot_be_is_refused(command: str, tiny_bundle: Path, llm_bench: Bench) -> None:
+def test_an_invalid_engine_command_is_rejected(command: str, tiny_bundle: Path, llm_bench: Bench) -> None:
     code, out, err = llm_bench(tiny_bundle, "--precision", "int8", *QUICK, "--against", command)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in err
 
 
-def test_a_context_too_short_to_measure_is_refused(tmp_path: Path, llm_bench: Bench) -> None:
+def test_a_context_too_short_to_measure_is_rejected(tmp_path: Path, llm_bench: Bench) -> None:
     source = tiny.save_checkpoint(tmp_path / "short", max_position_embeddings=MIN_CONTEXT - 1)
     export(str(source), ExportOptions(tmp_path / "bundle", precision="int8", validate=False))
     code, out, err = llm_bench(tmp_path / "bundle", *QUICK)
@@ -120,7 +122,9 @@ def test_a_context_too_short_to_measure_is_refused(tmp_path: Path, llm_bench: Be
 
 
 @pytest.mark.parametrize("name", ["engine", "draft", "chat", "peers.rows"])
-def test_what_is_no_bundle_is_told_in_a_line(name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_invalid_bundle_is_reported_in_one_line(
+    name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     main = importlib.import_module(f"llm_edge.bench.{name}").main
     folders = [tmp_path / "nowhere"] * (2 if name == "draft" else 1)
     code, out, err = call(main, capfd, name, *folders)

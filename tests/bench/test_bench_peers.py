@@ -1,4 +1,4 @@
-"""The comparison with other engines: its arithmetic, its tables and its doors; no other engine is run here."""
+"""The comparison with other engines: arithmetic, tables and command line; no other engine is run here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Peers = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def bench_peers(capfd: pytest.CaptureFixture[str]) -> Peers:
-    """Runs the command; gives exit code, stdout and stderr, those of its workers too."""
+    """Runs the command; returns exit code, stdout and stderr, including those of its workers."""
     return lambda *arguments: call(run.main, capfd, "bench-peers", *arguments)
 
 
@@ -48,7 +48,7 @@ def write(path: Path, logits: torch.Tensor) -> Path:
     return path
 
 
-def test_divergence_is_torchs(tmp_path: Path) -> None:
+def test_divergence_matches_torch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = [torch.randn(rows, VOCAB) * 5 for rows in (130, 7)]
     found = [logits + torch.randn_like(logits) for logits in expected]
@@ -75,13 +75,13 @@ def test_divergence_is_torchs(tmp_path: Path) -> None:
         (torch.full((4, VOCAB), float("nan")), "not numbers"),
     ],
 )
-def test_logits_that_cannot_be_compared_are_refused(made: torch.Tensor, reason: str, tmp_path: Path) -> None:
+def test_logits_that_cannot_be_compared_are_rejected(made: torch.Tensor, reason: str, tmp_path: Path) -> None:
     expected, found = write(tmp_path / "a", torch.ones(4, VOCAB)), write(tmp_path / "b", made)
     with pytest.raises(MachineError, match=reason):
         fidelity.compare([expected], [found], VOCAB)
 
 
-def test_windows_start_anew() -> None:
+def test_windows_start_with_an_empty_cache() -> None:
     assert fidelity.windows(range(10), 7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
     assert fidelity.windows(range(4), 7, 4) == [[0, 1, 2, 3]]
 
@@ -89,27 +89,27 @@ def test_windows_start_anew() -> None:
 # ---- figures
 
 
-def test_ratios_are_medians_of_what_was_measured_side_by_side() -> None:
+def test_ratios_are_medians_of_paired_measurements() -> None:
     sizes = {"ours/int8": 150, "llama.cpp/Q8_0": 100, "openvino/int8": 300, "ours/int4": 80, "genai/int8": 600}
     measured = {name: figures(1.0) for name in sizes}
     measured["llama.cpp/Q8_0"] = figures(2.0)
-    measured["openvino/int8"]["decode_0"] = []  # it had nothing to say
+    measured["openvino/int8"]["decode_0"] = []  # it produced no figures
     measured["genai/int8"]["prefill_512"] = [1.0, 1.0, 1.0]
     found = report.ratios(sizes, measured)
-    assert list(found) == ["ours/int8"]  # nothing of int4's was measured
+    assert list(found) == ["ours/int8"]  # int4 was not measured
     assert list(found["ours/int8"]) == ["llama.cpp/Q8_0", "openvino/int8", "genai/int8"]
     assert found["ours/int8"]["llama.cpp/Q8_0"] == {"size_mb": 1.5, **dict.fromkeys(report.SPEED, 0.5)}
     assert found["ours/int8"]["openvino/int8"]["decode_0"] is None
-    assert found["ours/int8"]["genai/int8"]["prefill_512"] == 3  # of 2, 7, 3
+    assert found["ours/int8"]["genai/int8"]["prefill_512"] == 3  # median of 2, 7, 3
     assert found["ours/int8"]["genai/int8"]["size_mb"] == 0.25
 
 
-def test_every_peer_of_a_pair_is_there() -> None:
+def test_every_peer_of_a_pair_is_listed() -> None:
     peers = {f"{engine}/{name}" for engine, names in PEERS.items() for name in names}
     assert {other for others in report.PAIRS.values() for other in others} == peers
 
 
-def test_markdown_holds_every_figure() -> None:
+def test_markdown_contains_every_figure() -> None:
     sizes = {"ours/int8": 150_000_000, "llama.cpp/Q8_0": 100_000_000}
     measured = {"ours/int8": figures(30.0), "llama.cpp/Q8_0": figures(10.0)}
     measured["ours/int8"]["decode_512"] = []
@@ -153,10 +153,10 @@ def test_markdown_holds_every_figure() -> None:
     assert table["int8 / llama.cpp/Q8_0"][:2] == ["1.50", "3.00"]
 
 
-# ---- what is measured
+# ---- measurements
 
 
-def test_contenders_are_chosen_by_engine_or_by_name() -> None:
+def test_contenders_are_selected_by_engine_or_by_name() -> None:
     held = ["fp32", "int8", "int4"]
     everything = [f"{engine}/{name}" for engine, names in PEERS.items() for name in names]
     assert choose(None, held) == ["ours/int8", "ours/int4", *everything]
@@ -182,10 +182,10 @@ def test_a_bundle_alone_is_measured(tiny_bundle: Path, bench_peers: Peers, tmp_p
     assert row["size_mb"] == Bundle.open(tiny_bundle).precision("int8").size / 1e6
     assert "ours/int8" in out
     assert "| ours/int8 |" in block.read_text(encoding="utf-8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["block.md", "text.txt"]  # no logits are left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block.md", "text.txt"]  # no logits files remain
 
 
-def test_our_rows_are_counted_together(tiny_bundle: Path) -> None:
+def test_tokens_of_our_sequences_are_counted_together(tiny_bundle: Path) -> None:
     worker = Worker([sys.executable, "-m", "llm_edge.bench.peers.engine_worker", str(tiny_bundle), "int8", "1"])
     try:
         one, four = (worker.ask(rows=[[5, 6, 7 + row] for row in range(width)], count=30)["rate"] for width in (1, 4))
@@ -194,11 +194,11 @@ def test_our_rows_are_counted_together(tiny_bundle: Path) -> None:
     assert min(one, four) > 0
 
 
-def test_our_logits_are_the_sessions(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_our_logits_equal_those_of_a_session(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle, target = Bundle.open(tiny_bundle), tmp_path / "logits"
     worker = Worker([sys.executable, "-m", "llm_edge.bench.peers.our_logits", str(tiny_bundle), "int8", "1"])
     try:
-        worker.ask(logits=[9, 8, 7, 6], to=str(target))  # leaves nothing behind
+        worker.ask(logits=[9, 8, 7, 6], to=str(target))  # leaves no state
         assert worker.ask(logits=[5, 6, 7], to=str(target)) == {"rows": 3}
     finally:
         worker.close()
@@ -225,7 +225,7 @@ serving.serve(generate, lambda tokens: bytes(range(len(tokens))), replies)
 """
 
 
-def test_an_engine_is_served(tmp_path: Path) -> None:
+def test_the_engine_worker_answers_requests(tmp_path: Path) -> None:
     worker = Worker([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{ENGINE}"])
     try:
         reply = worker.ask(tokens=[1, 2], count=48)
@@ -235,7 +235,7 @@ def test_an_engine_is_served(tmp_path: Path) -> None:
         assert worker.ask(tokens=[1], count=1)["rest"] == 0
         assert worker.ask(logits=[5, 5, 5], to=str(tmp_path / "x")) == {"rows": 3}
         assert (tmp_path / "x").read_bytes() == b"\0\1\2"
-        assert worker.ask(peak=True)["peak_mb"] > 1  # no bound above: a child's peak begins with its parent's
+        assert worker.ask(peak=True)["peak_mb"] > 1  # no upper bound: a child's peak starts at its parent's
     finally:
         worker.close()
 
@@ -244,7 +244,7 @@ def test_an_engine_is_served(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--only", "nobody"), "--only: 'nobody' is not known"),
         (("--text", "no/such.txt"), "no/such.txt: no such file"),
@@ -253,8 +253,8 @@ def test_an_engine_is_served(tmp_path: Path) -> None:
         (("--source", "{short}"), "was not made of"),
     ],
 )
-def test_bad_usage_is_one_line(
-    arguments: tuple[str, ...], said: str, tiny_bundle: Path, bench_peers: Peers, tmp_path: Path
+def test_usage_errors_are_one_line(
+    arguments: tuple[str, ...], message: str, tiny_bundle: Path, bench_peers: Peers, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Paris.", encoding="utf-8")
@@ -263,12 +263,12 @@ def test_bad_usage_is_one_line(
     )
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "work").exists()
 
 
-def test_a_folder_that_is_no_bundle_is_refused(bench_peers: Peers, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_rejected(bench_peers: Peers, tmp_path: Path) -> None:
     code, out, err = bench_peers(tmp_path)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {tmp_path} has no manifest.json")
@@ -284,7 +284,7 @@ mask = ctypes.c_uint64()
 for code, argument in ((0x1023, ctypes.c_long(18)), (0x1025, ctypes.c_long(18)), (0x1022, ctypes.byref(mask))):
     result = libc.syscall(158, ctypes.c_long(code), argument)
     print(result, ctypes.get_errno() if result else 0)
-"""  # arch_prctl: ask for the tile registers, for those of a guest, and what there is (which any process may know)
+"""  # arch_prctl: request the tile registers, those for a guest, and query the available features (always allowed)
 
 linux_x86 = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="AMX is asked for on Linux on x86-64 only"
@@ -298,7 +298,7 @@ def without_amx(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @linux_x86
-def test_amx_is_refused_to_a_command_and_its_children() -> None:
+def test_amx_is_denied_to_a_command_and_its_children() -> None:
     plain = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True).stdout.splitlines()
     for command in (
         (sys.executable, "-c", ASK),
@@ -313,7 +313,7 @@ SAY = "import sys; print(input(), sys.argv[1:]); sys.exit(7)"
 
 
 @linux_x86
-def test_a_command_runs_as_it_would() -> None:
+def test_a_command_runs_otherwise_unchanged() -> None:
     done = subprocess.run(
         [sys.executable, str(WITHOUT_AMX), sys.executable, "-c", SAY, "a b", "--c"],
         input="in and out\n",
@@ -325,7 +325,7 @@ def test_a_command_runs_as_it_would() -> None:
 
 
 @pytest.mark.parametrize("command", [(), ("no-such-command-here",)])
-def test_a_command_that_cannot_be_is_one_line(command: tuple[str, ...]) -> None:
+def test_an_invalid_command_is_one_line(command: tuple[str, ...]) -> None:
     done = without_amx(*command)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
@@ -333,7 +333,7 @@ def test_a_command_that_cannot_be_is_one_line(command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "aarch64"), ("win32", "AMD64")])
-def test_other_machines_are_told_so(
+def test_other_machines_get_a_clear_message(
     system: str, machine: str, tiny_bundle: Path, bench_peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
@@ -344,8 +344,8 @@ def test_other_machines_are_told_so(
     assert err.count("\n") == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
-def test_a_busy_machine_is_noticed() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_busy_machine_is_detected() -> None:
     hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         busy = machine.busy_cpus(0.3)

@@ -1,4 +1,4 @@
-"""ChatGPT's archives: what becomes of their trees, and of archives that are damaged or made to do harm."""
+"""Importing ChatGPT archives: conversation trees, and damaged or malicious archives."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def node(name: str, parent: str | None, role: str = "", *parts: Any, **message: Any) -> dict[str, Any]:
-    """A node of a tree as the archive tells it; without a role, one that holds no message."""
-    told: dict[str, Any] | None = None
+    """A node of a tree as in the archive; without a role it holds no message."""
+    content: dict[str, Any] | None = None
     if role:
         metadata = {"model_slug": "gpt-4o"} if role == "assistant" else {}
-        told = {
+        content = {
             "id": name,
             "author": {"role": role, "name": None, "metadata": {}},
             "create_time": 1_700_000_000.5,
@@ -40,11 +40,11 @@ def node(name: str, parent: str | None, role: str = "", *parts: Any, **message: 
             "metadata": metadata,
             "recipient": "all",
         } | message
-    return {"id": name, "message": told, "parent": parent, "children": []}
+    return {"id": name, "message": content, "parent": parent, "children": []}
 
 
 def archived(*nodes: dict[str, Any], name: str = "c-1", **fields: Any) -> dict[str, Any]:
-    """A conversation of an archive; `children` follows from `parent`."""
+    """A conversation of an archive; `children` is derived from `parent`."""
     mapping = {each["id"]: each for each in nodes}
     for each in nodes:
         if each["parent"] in mapping:
@@ -83,7 +83,7 @@ def write(folder: Path, document: Any, name: str = "conversations.json") -> Path
 
 
 def imported(store: Store, folder: Path, *entries: dict[str, Any]) -> Conversation:
-    """The first of these conversations as the store has it."""
+    """The first of these conversations, loaded from the store after the import."""
     import_archive(write(folder, list(entries)), store)
     return store.load(1)
 
@@ -92,11 +92,11 @@ def shown(conversation: Conversation) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in conversation.path()]
 
 
-# What becomes of a tree
+# Trees
 
 
 @pytest.mark.parametrize("name", ["conversations.json", "archive.zip"])
-def test_a_conversation_comes_with_its_facts(store: Store, tmp_path: Path, name: str) -> None:
+def test_a_conversation_is_imported_with_its_metadata(store: Store, tmp_path: Path, name: str) -> None:
     assert import_archive(write(tmp_path, [simple()], name), store) == Imported(1, 0)
     conversation = store.load(1)
     assert shown(conversation) == [("user", "What is the fastest animal?"), ("assistant", "The falcon.")]
@@ -106,7 +106,7 @@ def test_a_conversation_comes_with_its_facts(store: Store, tmp_path: Path, name:
     assert [summary.id for summary in store.search("falcon")] == [1]
 
 
-def test_an_archive_in_parts_and_folders(store: Store, tmp_path: Path) -> None:
+def test_an_archive_may_be_split_into_parts_and_folders(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "archive.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("export/conversations-000.json", json.dumps([simple("c-1"), simple("c-2")]))
@@ -117,7 +117,7 @@ def test_an_archive_in_parts_and_folders(store: Store, tmp_path: Path) -> None:
     assert len(store.recent()) == 3
 
 
-def test_branches_stay_and_the_current_one_shows(store: Store, tmp_path: Path) -> None:
+def test_branches_are_kept_and_the_current_one_is_selected(store: Store, tmp_path: Path) -> None:
     entry = archived(
         node("root", None),
         node("q1", "root", "user", "Capital of France?"),
@@ -138,7 +138,7 @@ def test_branches_stay_and_the_current_one_shows(store: Store, tmp_path: Path) -
     assert [content for _role, content in shown(conversation)] == ["Capital of Italy?", "Rome."]
 
 
-def test_an_answer_of_many_nodes_is_one_message(store: Store, tmp_path: Path) -> None:
+def test_an_answer_of_several_nodes_becomes_one_message(store: Store, tmp_path: Path) -> None:
     thoughts = [{"summary": "Looking", "content": "Birds dive."}, {"summary": "", "content": "Fast."}, "?"]
     entry = archived(
         node("root", None),
@@ -161,7 +161,7 @@ def test_an_answer_of_many_nodes_is_one_message(store: Store, tmp_path: Path) ->
     assert len(conversation.messages) == 3
 
 
-def test_an_answer_that_branches_in_its_middle_is_two(store: Store, tmp_path: Path) -> None:
+def test_an_answer_that_branches_in_the_middle_becomes_two_messages(store: Store, tmp_path: Path) -> None:
     entry = archived(
         node("q", None, "user", "Which?"),
         node("p", "q", "assistant", "Let me see."),
@@ -175,7 +175,7 @@ def test_an_answer_that_branches_in_its_middle_is_two(store: Store, tmp_path: Pa
     assert shown(conversation) == [("user", "Which?"), ("assistant", "Let me see."), ("user", "Go on")]
 
 
-def test_an_answer_behind_which_nothing_is_said_is_one(store: Store, tmp_path: Path) -> None:
+def test_a_final_answer_is_imported(store: Store, tmp_path: Path) -> None:
     entry = archived(
         node("q", None, "user", "Which?"),
         node("a", "q", "assistant", "The falcon."),
@@ -187,7 +187,7 @@ def test_an_answer_behind_which_nothing_is_said_is_one(store: Store, tmp_path: P
     assert len(conversation.messages) == 2
 
 
-def test_branches_are_in_the_order_of_the_archive(store: Store, tmp_path: Path) -> None:
+def test_branches_keep_the_order_of_the_archive(store: Store, tmp_path: Path) -> None:
     entry = archived(
         node("q", None, "user", "Which?"),
         node("third", "q", "assistant", "3"),
@@ -200,7 +200,7 @@ def test_branches_are_in_the_order_of_the_archive(store: Store, tmp_path: Path) 
     assert shown(conversation)[-1] == ("assistant", "2")  # the current node
 
 
-def test_what_is_no_text_is_named(store: Store, tmp_path: Path) -> None:
+def test_other_content_is_replaced_by_a_note(store: Store, tmp_path: Path) -> None:
     parts = [
         {"content_type": "image_asset_pointer", "asset_pointer": "file://1", "width": 5},
         {"content_type": "audio_transcription", "text": "Hello there"},
@@ -229,7 +229,7 @@ def test_importing_again_adds_only_what_is_new(store: Store, tmp_path: Path) -> 
     assert len(store.load(1).messages) == 2
 
 
-def test_importing_again_leaves_alone_what_was_done_here(store: Store, tmp_path: Path) -> None:
+def test_importing_again_keeps_local_changes(store: Store, tmp_path: Path) -> None:
     path = write(tmp_path, [simple("c-1"), simple("c-2")])
     import_archive(path, store)
     conversation = store.load(1)
@@ -248,29 +248,29 @@ def test_importing_again_leaves_alone_what_was_done_here(store: Store, tmp_path:
     assert [summary.id for summary in store.recent()] == [1]
 
 
-def test_conversations_without_an_id_are_known_by_what_they_hold(store: Store, tmp_path: Path) -> None:
+def test_conversations_without_an_id_are_recognized_by_their_content(store: Store, tmp_path: Path) -> None:
     entry = simple()
     del entry["id"], entry["conversation_id"]
     assert import_archive(write(tmp_path, [entry, simple("c-2")]), store) == Imported(2, 0)
     assert import_archive(write(tmp_path, [entry]), store) == Imported(0, 0)
 
 
-def test_what_holds_no_message_is_not_stored(store: Store, tmp_path: Path) -> None:
+def test_conversations_without_messages_are_not_stored(store: Store, tmp_path: Path) -> None:
     empty = archived(node("root", None), node("s", "root", "system", "Hi"), node("q", "s", "user", "", " "))
     assert import_archive(write(tmp_path, [empty]), store) == Imported(0, 0)
     assert import_archive(write(tmp_path, "[ ]"), store) == Imported(0, 0)
     assert store.recent() == []
 
 
-# What nobody vouches for
+# Untrusted archives
 
 
 DEEP = json.loads("[" * 700 + "]" * 700)
 ABSURD: list[Any] = [None, 5, -1e308, 10**400, "text", [], {}, {"a": 1}, True, "\ud800", "\0", "x\ny" * 200, DEEP]
 
 
-def test_absurd_values_in_any_place_do_no_harm(store: Store, tmp_path: Path) -> None:
-    """Each value of a conversation, one at a time, is replaced by things it cannot be."""
+def test_invalid_values_anywhere_are_harmless(store: Store, tmp_path: Path) -> None:
+    """Each value of a conversation is replaced by invalid ones, one at a time."""
 
     def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield path
@@ -297,7 +297,7 @@ def test_absurd_values_in_any_place_do_no_harm(store: Store, tmp_path: Path) -> 
         assert 0 <= summary.updated < 1e11
 
 
-def test_trees_that_are_none_are_counted(store: Store, tmp_path: Path) -> None:
+def test_invalid_trees_are_counted(store: Store, tmp_path: Path) -> None:
     circle = simple("circle")
     circle["mapping"]["q"]["parent"] = "a"
     itself = simple("itself")
@@ -311,13 +311,13 @@ def test_trees_that_are_none_are_counted(store: Store, tmp_path: Path) -> None:
     assert [summary.count for summary in store.recent()] == [2, 2]
 
 
-def test_a_deep_tree_is_walked(store: Store, tmp_path: Path) -> None:
+def test_a_deep_tree_is_imported(store: Store, tmp_path: Path) -> None:
     nodes = [node("0", None, "user", "Start")]
     nodes += [node(str(n), str(n - 1), ("user", "assistant")[n % 2], f"Text {n}") for n in range(1, 5_000)]
     assert len(imported(store, tmp_path, archived(*nodes)).path()) == 5_000
 
 
-def test_branches_that_repeat_a_long_text_are_refused(
+def test_branches_that_repeat_a_long_text_are_rejected(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chatgpt, "MAX_TEXT", 100_000)
@@ -344,7 +344,7 @@ def test_branches_that_repeat_a_long_text_are_refused(
         ('[{"a": ' + "9" * 10_000 + "}]", "unusable JSON"),
     ],
 )
-def test_text_that_is_no_archive_is_told_in_a_line(store: Store, tmp_path: Path, text: str, reason: str) -> None:
+def test_other_text_is_rejected_in_one_line(store: Store, tmp_path: Path, text: str, reason: str) -> None:
     for name in ("conversations.json", "archive.zip"):
         with pytest.raises(InputError, match=reason) as raised:
             import_archive(write(tmp_path, text, name), store)
@@ -353,15 +353,15 @@ def test_text_that_is_no_archive_is_told_in_a_line(store: Store, tmp_path: Path,
         assert len(str(raised.value)) < 400
 
 
-def test_what_came_before_the_damage_stays(store: Store, tmp_path: Path) -> None:
+def test_conversations_before_the_damage_are_imported(store: Store, tmp_path: Path) -> None:
     text = json.dumps([simple("c-1"), simple("c-2"), simple("c-3")])
     with pytest.raises(InputError, match=r"truncated.*2 conversations before that were imported"):
         import_archive(write(tmp_path, text[:-30]), store)
     assert len(store.recent()) == 2
 
 
-def test_large_archives_are_read_in_pieces(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatgpt, "_CHUNK", 1_000)  # less than a conversation; cuts characters of several bytes
+def test_large_archives_are_read_in_chunks(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatgpt, "_CHUNK", 1_000)  # less than a conversation; splits multi-byte characters
     entries = [simple(f"c-{n}", title="Tiere · 动物 😀") for n in range(100)]
     path = tmp_path / "conversations.json"
     path.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -369,7 +369,7 @@ def test_large_archives_are_read_in_pieces(store: Store, tmp_path: Path, monkeyp
     assert {summary.title for summary in store.recent(200)} == {"Tiere · 动物 😀"}
 
 
-def test_bombs_are_refused(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bombs_are_rejected(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chatgpt, "MAX_CONVERSATION", 1 << 21)
     monkeypatch.setattr(chatgpt, "MAX_ARCHIVE", 1 << 23)
     path = write(tmp_path, '[{"a": "' + "x" * (4 << 20) + '"}]', "large.zip")
@@ -390,7 +390,7 @@ def test_bombs_are_refused(store: Store, tmp_path: Path, monkeypatch: pytest.Mon
         import_archive(tmp_path / "many.zip", store)
 
 
-def test_zips_that_are_none(store: Store, tmp_path: Path) -> None:
+def test_invalid_zip_files_are_rejected(store: Store, tmp_path: Path) -> None:
     path = write(tmp_path, [simple(f"c-{n}") for n in range(50)], "archive.zip")
     data = path.read_bytes()
     (tmp_path / "empty.zip").write_bytes(b"PK\x05\x06" + b"\0" * 18)
@@ -417,7 +417,7 @@ def test_zips_that_are_none(store: Store, tmp_path: Path) -> None:
         import_archive(path, store)
 
 
-def test_places_that_hold_no_archive(store: Store, tmp_path: Path) -> None:
+def test_paths_without_an_archive_are_rejected(store: Store, tmp_path: Path) -> None:
     for path, reason in ((tmp_path, "a folder"), (tmp_path / "no.zip", "No such file"), (Path("a\0b"), "cannot be")):
         with pytest.raises(InputError, match=reason):
             import_archive(path, store)
@@ -431,7 +431,7 @@ def test_places_that_hold_no_archive(store: Store, tmp_path: Path) -> None:
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    """Of a long array only a piece is held: a reader that gives 1 MiB at a time is never asked for much more."""
+    """Only a part of a long array is held in memory: reads stay close to 1 MiB."""
 
     class Spaces(io.RawIOBase):
         asked = 0

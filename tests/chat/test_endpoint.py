@@ -1,4 +1,4 @@
-"""Endpoints through the real `openai` client: what is asked of a server, what it says, and what it may get wrong."""
+"""Endpoints with the real `openai` client: requests, streamed answers, and misbehaving servers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_server import Server, chunk, event, said
+from openai_server import Server, chunk, event, text_events
 
 from llm_edge.chat.endpoint import client as endpoints
 from llm_edge.chat.endpoint import key as endpoint_key
@@ -33,18 +33,18 @@ QUESTION = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture
 def open_endpoint(server: Server) -> Iterator[Callable[..., EndpointResponder]]:
-    made: list[EndpointResponder] = []
+    responders: list[EndpointResponder] = []
 
     def make(model: str = "small", key: str = "", url: str = "", **options: Any) -> EndpointResponder:
-        made.append(EndpointResponder(Endpoint(url or server.url, model, key), **options))
-        return made[-1]
+        responders.append(EndpointResponder(Endpoint(url or server.url, model, key), **options))
+        return responders[-1]
 
     yield make
-    for each in made:
+    for each in responders:
         each.close()
 
 
-def pieces(responder: EndpointResponder, params: SamplingParams | None = None, **more: Any) -> list[GenerationChunk]:
+def chunks(responder: EndpointResponder, params: SamplingParams | None = None, **more: Any) -> list[GenerationChunk]:
     return list(responder.answer(QUESTION, params or responder.default_params, **more))
 
 
@@ -60,10 +60,10 @@ def one_line(caught: pytest.ExceptionInfo[LlmEdgeError]) -> str:
     return message
 
 
-def test_an_answer_streams_with_its_figures(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_an_answer_streams_with_its_usage(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     responder = open_endpoint()
-    server.events = lambda: said("Hel", "lo ", "there", prompt_tokens=11, completion_tokens=4)
-    found = pieces(responder)
+    server.events = lambda: text_events("Hel", "lo ", "there", prompt_tokens=11, completion_tokens=4)
+    found = chunks(responder)
     assert [each.text for each in found] == ["Hel", "lo ", "there", ""]
     assert found[-1].finish_reason is FinishReason.STOP
     assert found[-1].timings is not None
@@ -74,25 +74,25 @@ def test_an_answer_streams_with_its_figures(server: Server, open_endpoint: Calla
     assert [responder.token_text(each.token or 0) for each in found[:3]] == ["Hel", "lo ", "there"]
 
 
-def test_an_answer_without_figures_counts_its_pieces(
-    server: Server, open_endpoint: Callable[..., EndpointResponder]
-) -> None:
-    server.events = lambda: said("a", "b", "c", finish="length")
-    found = pieces(open_endpoint())
+def test_without_usage_the_chunks_are_counted(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+    server.events = lambda: text_events("a", "b", "c", finish="length")
+    found = chunks(open_endpoint())
     assert found[-1].finish_reason is FinishReason.LENGTH
     assert found[-1].timings is not None
     assert found[-1].timings.completion_tokens == 3
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-def test_reasoning_comes_apart(server: Server, open_endpoint: Callable[..., EndpointResponder], name: str) -> None:
+def test_reasoning_fields_are_separated(
+    server: Server, open_endpoint: Callable[..., EndpointResponder], name: str
+) -> None:
     def events() -> Iterator[bytes]:
         yield chunk(role="assistant", content=None)
         yield chunk(**{name: "I think"})
-        yield from said("So.")
+        yield from text_events("So.")
 
     server.events = events
-    found = pieces(open_endpoint())
+    found = chunks(open_endpoint())
     assert "".join(each.text for each in found if each.reasoning) == "I think"
     assert text(found) == "So."
     assert found[-1].timings is not None
@@ -112,24 +112,24 @@ def test_reasoning_comes_apart(server: Server, open_endpoint: Callable[..., Endp
         (["<thinking>"], "", "<thinking>"),
     ],
 )
-def test_reasoning_that_was_left_in_the_text_comes_apart(
+def test_reasoning_tags_in_the_text_are_separated(
     server: Server, open_endpoint: Callable[..., EndpointResponder], said_so: list[str], reasoning: str, answer: str
 ) -> None:
-    server.events = lambda: said(*said_so)
-    found = pieces(open_endpoint())
+    server.events = lambda: text_events(*said_so)
+    found = chunks(open_endpoint())
     assert "".join(each.text for each in found if each.reasoning) == reasoning
     assert text(found) == answer
     assert sum(each.token is not None for each in found) == len(said_so)
 
 
-def test_an_answer_that_is_continued_has_its_reasoning_behind_it(
+def test_a_continued_answer_has_no_further_reasoning(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
-    server.events = lambda: said("<think>", " opens it.")
-    assert text(pieces(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
+    server.events = lambda: text_events("<think>", " opens it.")
+    assert text(chunks(open_endpoint(), assistant_prefix="The tag")) == "<think> opens it."
 
 
-def test_parameters_go_along_as_the_api_names_them(
+def test_parameters_are_sent_with_their_api_names(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     params = SamplingParams(
@@ -138,7 +138,7 @@ def test_parameters_go_along_as_the_api_names_them(
         repetition_window=32, mirostat_tau=5.0, dry_breakers=("x",),
         constraint=Constraint.json_schema({"type": "object"}),
     )  # fmt: skip
-    pieces(open_endpoint(), params)
+    chunks(open_endpoint(), params)
     asked = server.requests[0]
     expected = {
         "model": "small", "temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2,
@@ -152,15 +152,13 @@ def test_parameters_go_along_as_the_api_names_them(
     assert asked["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
-def test_parameters_that_are_off_do_not_go_along(
-    server: Server, open_endpoint: Callable[..., EndpointResponder]
-) -> None:
+def test_parameters_that_are_off_are_not_sent(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     responder = open_endpoint()
-    pieces(responder)
+    chunks(responder)
     assert set(server.requests[0]) == {
         "model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens"
     }  # fmt: skip
-    pieces(responder, SamplingParams(constraint=Constraint.json()))
+    chunks(responder, SamplingParams(constraint=Constraint.json()))
     assert server.requests[1]["response_format"] == {"type": "json_object"}
 
 
@@ -173,7 +171,7 @@ def test_parameters_that_are_off_do_not_go_along(
         SamplingParams(constraint=Constraint.regex("a")),
     ],
 )
-def test_what_endpoints_do_not_take_is_refused(
+def test_unsupported_parameters_are_rejected(
     server: Server, open_endpoint: Callable[..., EndpointResponder], params: SamplingParams
 ) -> None:
     with pytest.raises(ParameterError, match="endpoints") as caught:
@@ -195,7 +193,7 @@ def test_logprobs_name_each_token(server: Server, open_endpoint: Callable[..., E
 
     server.events = events
     responder = open_endpoint()
-    found = pieces(responder, SamplingParams(logprobs=2))
+    found = chunks(responder, SamplingParams(logprobs=2))
     assert server.requests[0]["logprobs"] is True
     assert server.requests[0]["top_logprobs"] == 2
     assert [each.text for each in found] == ["Hello", " there", ""]
@@ -213,24 +211,24 @@ def test_logprobs_name_each_token(server: Server, open_endpoint: Callable[..., E
         ("top_p", "temperature and top_p cannot both be specified"),
     ],
 )
-def test_a_field_that_is_refused_by_name_goes_or_gets_its_other_name(
+def test_a_field_rejected_by_name_is_dropped_or_renamed(
     server: Server, open_endpoint: Callable[..., EndpointResponder], field: str, complaint: str
 ) -> None:
     server.refuse = lambda asked: (400, {"message": complaint}) if field in asked else None
     responder = open_endpoint()
     params = SamplingParams(temperature=0.5, max_tokens=77)
-    assert text(pieces(responder, params)) == "Hello there"
-    assert text(pieces(responder, params)) == "Hello there"
-    assert [field in asked for asked in server.requests] == [True, False, False]  # and it is remembered
+    assert text(chunks(responder, params)) == "Hello there"
+    assert text(chunks(responder, params)) == "Hello there"
+    assert [field in asked for asked in server.requests] == [True, False, False]  # and this is remembered
     assert server.requests[-1].get("max_completion_tokens", server.requests[-1].get("max_tokens")) == 77
 
 
-def test_a_value_that_was_chosen_is_not_dropped_in_silence(
+def test_a_value_set_by_the_user_is_not_dropped_silently(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     server.refuse = lambda asked: (400, {"message": "temperature does not support 0.5"})
     with pytest.raises(InputError, match=r"400.*temperature does not support 0\.5") as caught:
-        pieces(open_endpoint(), SamplingParams(temperature=0.5))
+        chunks(open_endpoint(), SamplingParams(temperature=0.5))
     one_line(caught)
     assert len(server.requests) == 1
 
@@ -244,24 +242,24 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
     return "env:CANARY_API_KEY"
 
 
-def test_a_key_goes_along_and_nothing_else_that_tells_of_its_owner(
+def test_a_key_is_sent_but_nothing_else_that_identifies_the_user(
     server: Server, open_endpoint: Callable[..., EndpointResponder], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Token: secret")
     server.key = CANARY
-    pieces(open_endpoint(key=key))
+    chunks(open_endpoint(key=key))
     assert {each["authorization"] for each in server.headers} == {f"Bearer {CANARY}"}
     server.key, server.headers = "", []
-    pieces(open_endpoint())
+    chunks(open_endpoint())
     assert all("authorization" not in each for each in server.headers)
     everything = json.dumps([server.headers, server.requests])
     assert "secret" not in everything
     assert "another" not in everything
 
 
-def test_a_key_that_is_refused_is_not_in_the_message(server: Server, key: str) -> None:
+def test_a_rejected_key_is_not_in_the_error_message(server: Server, key: str) -> None:
     server.key = "another"
     with pytest.raises(InputError, match="rejects the API key") as caught:
         EndpointResponder(Endpoint(server.url, "small", key))
@@ -271,7 +269,7 @@ def test_a_key_that_is_refused_is_not_in_the_message(server: Server, key: str) -
     one_line(caught)
 
 
-def test_no_key_is_kept_in_settings(server: Server, key: str, tmp_path: Any) -> None:
+def test_keys_are_not_saved_in_settings(server: Server, key: str, tmp_path: Any) -> None:
     settings = Settings(tmp_path)
     endpoints.used(settings, Endpoint(server.url, "small", key))
     endpoints.used(settings, Endpoint(server.url, "large", key))
@@ -281,7 +279,7 @@ def test_no_key_is_kept_in_settings(server: Server, key: str, tmp_path: Any) -> 
 
 
 @pytest.mark.parametrize("value", ["", " ", "two words", "bröken", "a\nb", "x" * 9000])
-def test_what_is_no_key_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_an_invalid_key_is_rejected_without_showing_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("CANARY_API_KEY", value)
     with pytest.raises(InputError) as caught:
         endpoint_key.read("env:CANARY_API_KEY", "http://x/v1")
@@ -324,7 +322,7 @@ def test_the_keyring_holds_keys_by_url(monkeypatch: pytest.MonkeyPatch, server: 
     assert ring.kept == {}
 
 
-def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_plaintext_keyrings_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     import keyring.backends.fail
 
     class PlaintextKeyring(Ring):
@@ -337,7 +335,7 @@ def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyP
         assert "environment variable" in one_line(caught)
 
 
-# ---- what goes wrong
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -351,7 +349,7 @@ def test_no_keyring_and_one_in_the_clear_are_refused(monkeypatch: pytest.MonkeyP
         (500, MachineError, "failed"),
     ],
 )
-def test_refusals_are_one_clear_line(
+def test_server_errors_are_one_clear_line(
     server: Server,
     open_endpoint: Callable[..., EndpointResponder],
     status: int,
@@ -361,14 +359,14 @@ def test_refusals_are_one_clear_line(
     responder = open_endpoint()
     server.refuse = lambda _asked: (status, {"message": "the\nserver's \x1b[31mown\x07 words" + "!" * 9000})
     with pytest.raises(kind, match=expected) as caught:
-        pieces(responder)
+        chunks(responder)
     message = one_line(caught)
     assert "\x1b" not in message
     assert len(message) < 600
     assert status == 302 or "server's" in message
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_an_unreachable_server_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(InputError, match="refused the connection") as caught:
@@ -376,7 +374,7 @@ def test_a_server_that_is_not_there() -> None:
     one_line(caught)
 
 
-def test_a_server_that_says_nothing() -> None:
+def test_a_silent_server_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         with pytest.raises(MachineError, match="timed out") as caught:
@@ -384,14 +382,14 @@ def test_a_server_that_says_nothing() -> None:
     one_line(caught)
 
 
-def test_a_model_that_is_not_listed_and_a_list_that_is_not_there(
+def test_an_unlisted_model_and_a_missing_model_list(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     with pytest.raises(InputError, match="no model 'huge'; it lists large, small"):
         open_endpoint("huge")
     for models in (None, [], {"data": "no"}, {"data": [{"id": 5}, "x"]}):
         server.models = models
-        assert text(pieces(open_endpoint("huge"))) == "Hello there"
+        assert text(chunks(open_endpoint("huge"))) == "Hello there"
         assert list_models(server.url, "") == []
 
 
@@ -416,42 +414,42 @@ def malformed() -> dict[str, Callable[[], Iterator[bytes]]]:
 
 
 @pytest.mark.parametrize("name", malformed())
-def test_nonsense_is_one_clear_line(server: Server, open_endpoint: Callable[..., EndpointResponder], name: str) -> None:
+def test_malformed_responses_are_one_clear_line(
+    server: Server, open_endpoint: Callable[..., EndpointResponder], name: str
+) -> None:
     responder = open_endpoint(patience=5.0)
     server.events = malformed()[name]
     with pytest.raises((InputError, MachineError)) as caught:
-        pieces(responder)
+        chunks(responder)
     one_line(caught)
-    server.events = lambda: said("fine")
-    assert text(pieces(responder)) == "fine"
+    server.events = lambda: text_events("fine")
+    assert text(chunks(responder)) == "fine"
 
 
-def test_a_stream_without_an_end_is_ended(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_an_endless_stream_is_stopped(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     def events() -> Iterator[bytes]:
         while True:
             yield chunk(content="x ")
 
     server.events = events
-    found = pieces(open_endpoint(), SamplingParams(max_tokens=10))
+    found = chunks(open_endpoint(), SamplingParams(max_tokens=10))
     assert found[-1].finish_reason is FinishReason.LENGTH
     assert len(found) < 150
     assert server.gone.wait(10)
 
 
-def test_signs_of_life_that_say_nothing_do_not_last_for_ever(
-    server: Server, open_endpoint: Callable[..., EndpointResponder]
-) -> None:
+def test_keep_alive_messages_alone_time_out(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     def events() -> Iterator[bytes]:
         while not server.gone.wait(0.02):
             yield b": still here\n\n"
 
     server.events = events
     with pytest.raises(MachineError, match="sent nothing") as caught:
-        pieces(open_endpoint(patience=0.4))
+        chunks(open_endpoint(patience=0.4))
     one_line(caught)
 
 
-def test_an_answer_that_has_ended_is_not_waited_for(
+def test_a_finished_answer_does_not_wait_for_the_connection(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     leave = threading.Event()
@@ -462,16 +460,16 @@ def test_an_answer_that_has_ended_is_not_waited_for(
 
     server.events = events
     began = time.monotonic()
-    assert text(pieces(open_endpoint())) == "done"
+    assert text(chunks(open_endpoint())) == "done"
     leave.set()
     assert time.monotonic() - began < 10
 
 
-# ---- ending one
+# ---- cancelling
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_cancel_takes_effect_at_once_and_the_server_is_told(
+def test_cancel_takes_effect_immediately_and_closes_the_connection(
     server: Server, open_endpoint: Callable[..., EndpointResponder], after: int
 ) -> None:
     reached, leave = threading.Event(), threading.Event()
@@ -496,12 +494,12 @@ def test_cancel_takes_effect_at_once_and_the_server_is_told(
     assert last.finish_reason is FinishReason.CANCELLED
     assert server.gone.wait(10)
     leave.set()
-    server.events = lambda: said("again")
-    assert text(pieces(responder)) == "again"
+    server.events = lambda: text_events("again")
+    assert text(chunks(responder)) == "again"
 
 
 def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None:
-    """It sends not even headers, and has to see the connection end."""
+    """The server has not sent headers yet, and must see the connection close."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         asked, left = threading.Event(), threading.Event()
@@ -531,40 +529,42 @@ def test_cancel_does_not_wait_for_a_server_that_still_reads_the_prompt() -> None
         responder.close()
 
 
-# ---- continuing one
+# ---- continuing
 
 
-def test_a_text_is_continued_by_an_assistant_message_without_its_echo(
+def test_a_text_is_continued_without_repeating_it(
     server: Server, open_endpoint: Callable[..., EndpointResponder]
 ) -> None:
     begin = "The capital of France is"
-    server.events = lambda: said(" Par", "is.")
+    server.events = lambda: text_events(" Par", "is.")
     responder = open_endpoint()
-    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
+    assert text(chunks(responder, assistant_prefix=begin)) == " Paris."
     assert server.requests[0]["messages"] == [*QUESTION, {"role": "assistant", "content": begin}]
-    server.events = lambda: said("The cap", "ital of France is Par", "is.")
-    assert text(pieces(responder, assistant_prefix=begin)) == " Paris."
-    server.events = lambda: said("The c", "at.")
-    assert text(pieces(responder, assistant_prefix=begin)) == "The cat."
-    server.events = lambda: said("The c")
-    assert text(pieces(responder, assistant_prefix=begin)) == "The c"
+    server.events = lambda: text_events("The cap", "ital of France is Par", "is.")
+    assert text(chunks(responder, assistant_prefix=begin)) == " Paris."
+    server.events = lambda: text_events("The c", "at.")
+    assert text(chunks(responder, assistant_prefix=begin)) == "The cat."
+    server.events = lambda: text_events("The c")
+    assert text(chunks(responder, assistant_prefix=begin)) == "The c"
 
 
-def test_vllm_is_told_to_continue(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_vllm_is_asked_to_continue(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "vllm"}]}
-    pieces(open_endpoint(), assistant_prefix="So")
+    chunks(open_endpoint(), assistant_prefix="So")
     assert server.requests[0]["continue_final_message"] is True
     assert server.requests[0]["add_generation_prompt"] is False
 
 
-def test_who_does_not_continue_refuses(server: Server, open_endpoint: Callable[..., EndpointResponder]) -> None:
+def test_servers_that_cannot_continue_are_an_error(
+    server: Server, open_endpoint: Callable[..., EndpointResponder]
+) -> None:
     server.models = {"data": [{"id": "small", "owned_by": "system"}]}
     with pytest.raises(InputError, match="does not continue") as caught:
-        pieces(open_endpoint(), assistant_prefix="So")
+        chunks(open_endpoint(), assistant_prefix="So")
     one_line(caught)
 
 
-# ---- a conversation that is too long
+# ---- conversations that are too long
 
 
 @pytest.mark.parametrize(
@@ -579,12 +579,12 @@ def test_who_does_not_continue_refuses(server: Server, open_endpoint: Callable[.
         {"message": "The maximum context length is 100 tokens. However, your messages resulted in 300 tokens."},
     ],
 )
-def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
+def test_the_oldest_turns_are_dropped_once_the_limit_is_known(
     server: Server, open_endpoint: Callable[..., EndpointResponder], tmp_path: Path, refusal: dict[str, Any]
 ) -> None:
     server.models = None
     server.refuse = lambda asked: (400, refusal) if len(asked["messages"]) > 3 else None
-    server.events = lambda: said("x" * 400)
+    server.events = lambda: text_events("x" * 400)
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
     session.set_responder(open_endpoint("any"))
 
@@ -608,7 +608,7 @@ def test_the_oldest_turns_are_left_out_once_it_is_known_what_fits(
     assert server.requests[-1]["messages"][-1]["content"] == "and another"
 
 
-def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
+def test_parameters_changed_mid_answer_apply_to_the_next_answer(
     server: Server, open_endpoint: Callable[..., EndpointResponder], tmp_path: Path
 ) -> None:
     go = threading.Event()
@@ -616,7 +616,7 @@ def test_what_is_turned_meanwhile_is_not_said_to_have_had_effect(
     def events() -> Iterator[bytes]:
         yield chunk(content="x")
         go.wait(10)
-        yield from said("y")
+        yield from text_events("y")
 
     server.events = events
     session = ChatSession(Store(tmp_path / "x.db"), ChatParameters(SamplingParams()))
@@ -658,13 +658,13 @@ def test_base_urls_are_completed(typed: str, url: str) -> None:
     ["", "ftp://x/v1", "https://user:secret@x/v1", "http://", "https://x:99999/v1", "https://x/v1?a=1", "https://[::1/v1",
      "http://x\x1b/v1", "file:///etc/passwd"],
 )  # fmt: skip
-def test_what_is_no_base_url_is_refused(typed: str) -> None:
+def test_invalid_base_urls_are_rejected(typed: str) -> None:
     with pytest.raises(InputError) as caught:
         base_url(typed)
     assert "secret" not in one_line(caught)
 
 
-def test_plain_http_is_warned_about_where_a_key_would_travel() -> None:
+def test_sending_a_key_over_plain_http_gives_a_warning() -> None:
     assert "unencrypted http" in warning("http://192.168.0.5:8000/v1", with_key=True)
     assert warning("http://192.168.0.5:8000/v1", with_key=False) == ""
     assert warning("https://api.example.com/v1", with_key=True) == ""

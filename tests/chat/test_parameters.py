@@ -1,4 +1,4 @@
-"""What a person can turn, and presets of it: typed, turned, saved and used again, within what parameters can be."""
+"""Chat parameters and presets: typed and stepped values, validation, saving and applying presets."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ DEFAULTS = SamplingParams(temperature=0.7, top_p=0.95, repetition_penalty=1.1, s
         ("dry_multiplier", "0.8", 0.8),
     ],
 )
-def test_what_is_typed_is_what_the_runtime_gets(name: str, text: str, value: Any) -> None:
+def test_typed_values_reach_the_runtime(name: str, text: str, value: Any) -> None:
     parameters = ChatParameters(DEFAULTS)
     parameters.set_text(name, text)
     assert getattr(parameters.params, name) == value
     again = ChatParameters(DEFAULTS)
-    again.set_text(name, parameters.text(name))  # what is shown can be typed
+    again.set_text(name, parameters.text(name))  # displayed values can be typed
     assert again.params == parameters.params
 
 
@@ -62,7 +62,7 @@ def test_what_is_typed_is_what_the_runtime_gets(name: str, text: str, value: Any
         ("json_schema", "[]"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line_and_changes_nothing(name: str, text: str) -> None:
+def test_invalid_values_are_rejected_in_one_line_and_change_nothing(name: str, text: str) -> None:
     parameters = ChatParameters(DEFAULTS)
     parameters.set_text("top_k", "7")
     before = parameters.params
@@ -74,7 +74,7 @@ def test_what_cannot_be_is_refused_in_a_line_and_changes_nothing(name: str, text
     assert parameters.changed == {"top_k": 7}
 
 
-def test_a_value_like_the_models_own_is_not_a_change() -> None:
+def test_the_models_default_value_is_not_a_change() -> None:
     parameters = ChatParameters(DEFAULTS)
     for parameter in EDITABLE.values():
         parameters.set_text(parameter.name, parameters.text(parameter.name))
@@ -87,7 +87,7 @@ def test_a_value_like_the_models_own_is_not_a_change() -> None:
     [parameter for parameter in EDITABLE.values() if parameter.kind not in ("strings", "text")],
     ids=lambda k: k.name,
 )
-def test_turning_goes_as_far_as_it_goes_and_back(parameter: Any) -> None:
+def test_stepping_stops_at_the_limits(parameter: Any) -> None:
     parameters = ChatParameters(SamplingParams(max_tokens=65))
     start = parameters.value(parameter.name)
     parameters.step(parameter.name, 1)
@@ -120,18 +120,18 @@ def test_a_schema_becomes_a_constraint() -> None:
         ('{"type": "string", "pattern": "("}', "unclosed group"),
     ],
 )
-def test_a_schema_that_nothing_follows_is_told_before_anybody_answers(schema: str, reason: str) -> None:
+def test_an_unsatisfiable_schema_is_rejected_before_generation(schema: str, reason: str) -> None:
     with pytest.raises(ParameterError, match=reason):
         Constraint.json_schema(schema).check()
 
 
 @pytest.mark.parametrize("schema", ["{}", '{"type": "object", "properties": {"a": {"enum": ["x", 1]}}}'])
-def test_a_schema_that_can_be_followed_passes(schema: str) -> None:
+def test_a_satisfiable_schema_is_accepted(schema: str) -> None:
     Constraint.json_schema(schema).check()
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_of_the_runtime_does_what_the_runtime_does(tmp_path: Path, name: str) -> None:
+def test_chat_presets_equal_those_of_the_runtime(tmp_path: Path, name: str) -> None:
     odd = SamplingParams(temperature=0.2, typical_p=0.5, top_n_sigma=1.0, xtc_threshold=0.3, min_p=0.2)
     for defaults in (DEFAULTS, odd):
         parameters = ChatParameters(defaults, {"max_tokens": 9, "top_k": 3, "system": "Be brief."})
@@ -142,10 +142,10 @@ def test_a_preset_of_the_runtime_does_what_the_runtime_does(tmp_path: Path, name
         assert Presets(Settings(tmp_path)).matching("m", parameters) == name
         assert (
             ChatParameters(defaults, json.loads(json.dumps(parameters.changed))).params == expected
-        )  # as it is kept with an answer
+        )  # as saved with an answer
 
 
-def test_presets_are_kept_for_a_model(tmp_path: Path) -> None:
+def test_presets_are_saved_per_model(tmp_path: Path) -> None:
     presets = Presets(Settings(tmp_path))
     parameters = ChatParameters(DEFAULTS, {"temperature": 0.1, "stop": ["a\nb"], "system": "Be brief."})
     assert presets.save("m", "  my \x1b[31m own ", parameters) == "my [31m own"
@@ -163,7 +163,7 @@ def test_presets_are_kept_for_a_model(tmp_path: Path) -> None:
     assert Presets(Settings(tmp_path)).own("m") == []
 
 
-def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_path: Path) -> None:
+def test_own_presets_can_be_replaced_but_built_in_ones_cannot(tmp_path: Path) -> None:
     presets = Presets(Settings(tmp_path))
     for temperature in (0.1, 0.2):
         presets.save("m", "mine", ChatParameters(DEFAULTS, {"temperature": temperature}))
@@ -181,7 +181,7 @@ def test_a_preset_of_ones_own_is_replaced_and_those_of_the_program_are_not(tmp_p
 @pytest.mark.parametrize(
     "changed", [{"temperature": "hot"}, {"temperature": 1e400}, {"nothing": 1}, {"system": 3}, {"top_k": True}]
 )
-def test_a_preset_that_cannot_be_is_told_and_turns_nothing(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_an_invalid_preset_is_reported_and_changes_nothing(tmp_path: Path, changed: dict[str, Any]) -> None:
     text = json.dumps({"presets": {"m": {"bad": {"min_p": 0.1, **changed}}}})
     (tmp_path / "settings.json").write_text(text, encoding="utf-8")
     presets, parameters = Presets(Settings(tmp_path)), ChatParameters(DEFAULTS, {"top_k": 4})
@@ -190,7 +190,7 @@ def test_a_preset_that_cannot_be_is_told_and_turns_nothing(tmp_path: Path, chang
     assert parameters.changed == {"top_k": 4}
 
 
-def test_what_an_answer_was_made_with_fits_on_a_line() -> None:
+def test_the_summary_of_parameters_is_one_line() -> None:
     line = summarize(
         {"temperature": 0.3, "seed": None, "stop": ["\n"], "system": "Be\nbrief. " * 20, "xtc_threshold": 0.2}
     )

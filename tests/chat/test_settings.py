@@ -1,4 +1,4 @@
-"""Settings: what is kept is there for the next program, and what is damaged is told and never lost."""
+"""Settings: saved values persist across programs, and damaged files are reported and kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_edge.runtime.errors import MachineError
 LIST = Section[list[str]]("questions", list, texts)
 
 
-def test_what_is_kept_is_there_for_the_next_program(tmp_path: Path) -> None:
+def test_saved_values_are_loaded_by_the_next_program(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there yet"
     settings = Settings(folder)
     assert settings.get(THEME) == ""
@@ -28,7 +28,7 @@ def test_what_is_kept_is_there_for_the_next_program(tmp_path: Path) -> None:
     assert [each.name for each in folder.iterdir()] == ["settings.json"]
 
 
-def test_two_programs_do_not_undo_each_other(tmp_path: Path) -> None:
+def test_two_programs_do_not_overwrite_each_others_changes(tmp_path: Path) -> None:
     one, other = Settings(tmp_path), Settings(tmp_path)
     one.set(THEME, "nord")
     other.change(LIST, lambda before: [*before, "a"])
@@ -37,12 +37,12 @@ def test_two_programs_do_not_undo_each_other(tmp_path: Path) -> None:
     assert Settings(tmp_path).get(THEME) == "nord"
 
 
-def test_threads_do_not_undo_each_other(tmp_path: Path) -> None:
+def test_threads_do_not_overwrite_each_others_changes(tmp_path: Path) -> None:
     settings = Settings(tmp_path)
 
     def add(name: str) -> None:
         for number in range(10):
-            settings.change(LIST, lambda before: [*before, f"{name}{number}"])  # noqa: B023 (called at once)
+            settings.change(LIST, lambda before: [*before, f"{name}{number}"])  # noqa: B023 (called immediately)
 
     threads = [threading.Thread(target=add, args=(name,)) for name in "abc"]
     for thread in threads:
@@ -52,7 +52,7 @@ def test_threads_do_not_undo_each_other(tmp_path: Path) -> None:
     assert len(Settings(tmp_path).get(LIST)) == 30
 
 
-def test_sections_of_others_stay(tmp_path: Path) -> None:
+def test_unknown_sections_are_kept(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"of a later version": {"a": [1]}}', encoding="utf-8")
     Settings(tmp_path).set(THEME, "nord")
     kept = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def test_sections_of_others_stay(tmp_path: Path) -> None:
     [b"{", b"[]", b"\xff\xfe{}", b'{"theme": ' + b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b""],
     ids=["cut off", "no object", "no text", "deep", "a long number", "empty"],
 )
-def test_a_damaged_file_is_told_in_a_line_and_kept(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_is_reported_in_one_line_and_kept(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "settings.json"
     path.write_bytes(content)
     settings = Settings(tmp_path)
@@ -88,7 +88,7 @@ def test_a_second_damaged_file_does_not_replace_the_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("value", [3, "a", [1], {"a": "b"}, None])
-def test_a_damaged_section_leaves_the_others_alone(tmp_path: Path, value: Any) -> None:
+def test_a_damaged_section_does_not_affect_the_others(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "settings.json"
     before = json.dumps({"questions": value, "theme": "nord"})
     path.write_text(before, encoding="utf-8")
@@ -96,7 +96,7 @@ def test_a_damaged_section_leaves_the_others_alone(tmp_path: Path, value: Any) -
     assert settings.get(LIST) == []
     assert "questions: expected a list of strings" in settings.trouble
     assert settings.get(THEME) == "nord"
-    settings.set(THEME, "dracula")  # does not touch what is damaged
+    settings.set(THEME, "dracula")  # does not touch the damaged section
     assert json.loads(path.read_text(encoding="utf-8")) == {"questions": value, "theme": "dracula"}
     assert not (tmp_path / "settings.damaged-1.json").exists()
     settings.set(LIST, ["a"])
@@ -105,7 +105,7 @@ def test_a_damaged_section_leaves_the_others_alone(tmp_path: Path, value: Any) -
     assert settings.trouble == ""
 
 
-def test_a_pipe_neither_hangs_nor_counts(tmp_path: Path) -> None:
+def test_a_pipe_is_ignored_without_blocking(tmp_path: Path) -> None:
     import os
 
     if not hasattr(os, "mkfifo"):
@@ -114,7 +114,7 @@ def test_a_pipe_neither_hangs_nor_counts(tmp_path: Path) -> None:
     assert "not a regular file" in Settings(tmp_path).trouble
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     settings = Settings(tmp_path / "file")
     with pytest.raises(MachineError, match="cannot be written"):
@@ -135,7 +135,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert json.loads(target.read_text(encoding="utf-8")) == {"theme": "nord"}
 
 
-def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_sets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_EDGE_CONFIG", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"
     Settings().set(THEME, "nord")

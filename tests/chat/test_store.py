@@ -1,4 +1,4 @@
-"""Conversations as trees, in the store and as files: through the doors that the chat uses."""
+"""The store: conversation trees, search, concurrent programs, damaged files, import and export."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def store(path: Path) -> Iterator[Store]:
 
 @pytest.fixture(params=["index", "no index"])
 def either(request: pytest.FixtureRequest, path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A store, also as it is where SQLite has no full-text search."""
+    """A store, with and without SQLite's full-text search."""
     if request.param == "no index":
         monkeypatch.setattr(database, "_has_trigrams", lambda _connection: False)
     with Store(path) as opened:
@@ -53,7 +53,7 @@ def either(request: pytest.FixtureRequest, path: Path, monkeypatch: pytest.Monke
 
 
 def talk(store: Store, *texts: str, title: str = "", model: str = "tiny") -> Conversation:
-    """A conversation of questions and answers in turn."""
+    """A conversation of alternating questions and answers."""
     conversation = store.new(title)
     for place, text in enumerate(texts):
         if place % 2 == 0:
@@ -74,7 +74,7 @@ def found(store: Store, text: str) -> list[int]:
 # Storing and loading
 
 
-def test_a_conversation_comes_back_as_it_was(store: Store, path: Path) -> None:
+def test_a_conversation_is_loaded_as_saved(store: Store, path: Path) -> None:
     conversation = store.new(system="Be brief.")
     store.add(conversation, "user", "What is the fastest animal?")
     answer = store.add(conversation, "assistant", model="tiny (int8)", params={"temperature": 0.3, "stop": ["x"]})
@@ -90,7 +90,7 @@ def test_a_conversation_comes_back_as_it_was(store: Store, path: Path) -> None:
     assert loaded.messages[answer.id].params == {"temperature": 0.3, "stop": ["x"]}
 
 
-def test_what_has_no_message_is_not_stored(store: Store) -> None:
+def test_conversations_without_messages_are_not_stored(store: Store) -> None:
     conversation = store.new("Plans", system="Be brief.")
     store.set_title(conversation, "Other plans")
     store.pin(conversation)
@@ -104,7 +104,7 @@ def test_what_has_no_message_is_not_stored(store: Store) -> None:
 @pytest.mark.parametrize(
     "text", ["a\0b", "\ud83d\ude00 and \ud800", "\x1b]52;c;aGk=\x07", "'; DROP TABLE messages; --"]
 )
-def test_any_text_can_be_kept(store: Store, text: str) -> None:
+def test_any_text_can_be_stored(store: Store, text: str) -> None:
     conversation = talk(store, text, text, title=text, model=text)
     answer = conversation.messages[conversation.path()[1].id]
     answer.reasoning = text
@@ -117,7 +117,7 @@ def test_any_text_can_be_kept(store: Store, text: str) -> None:
     assert found(store, "DROP TABLE") in ([], [conversation.id])
 
 
-def test_titles_pins_and_prompts_change(store: Store) -> None:
+def test_titles_pins_and_prompts_can_be_changed(store: Store) -> None:
     first, second = talk(store, "One", "1"), talk(store, "Two", "2")
     assert [summary.id for summary in store.recent()] == [second.id, first.id]
     store.pin(first.id)
@@ -127,7 +127,7 @@ def test_titles_pins_and_prompts_change(store: Store) -> None:
         (first.id, "A new name", True),
         (second.id, "Two", False),
     ]
-    store.add(first, "user", "Three")  # this one does not know its new name yet
+    store.add(first, "user", "Three")  # this object still has the old title
     assert first.title == store.load(first.id).title == "A new name"
     store.add(second, "user", "Four")
     store.pin(first.id, False)
@@ -135,7 +135,7 @@ def test_titles_pins_and_prompts_change(store: Store) -> None:
     assert store.load(first.id).system == "Be kind."
 
 
-def test_recent_conversations_come_in_pages_with_their_facts(store: Store) -> None:
+def test_recent_conversations_are_paged_with_their_metadata(store: Store) -> None:
     talks = [talk(store, f"Question {number}", "Answer", model=f"model {number}") for number in range(7)]
     pages = [store.recent(3, offset) for offset in (0, 3, 6, 9)]
     assert [[summary.id for summary in page] for page in pages] == [
@@ -150,7 +150,9 @@ def test_recent_conversations_come_in_pages_with_their_facts(store: Store) -> No
     assert store.recent(1)[0].id == talks[2].id
 
 
-def test_deleting_can_be_undone_until_it_is_for_good(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_can_be_undone_until_it_is_permanent(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept, gone = talk(store, "Stay", "Yes"), talk(store, "A very secret word: xylophone", "Oh")
     store.delete(gone.id)
     assert [summary.id for summary in store.recent()] == [kept.id]
@@ -162,7 +164,7 @@ def test_deleting_can_be_undone_until_it_is_for_good(store: Store, path: Path, m
     assert found(store, "xylophone") == [gone.id]
     store.delete(gone.id)
     monkeypatch.setattr("llm_edge.chat.history.store.KEPT_DAYS", -1)
-    Store(path).close()  # deletes what was deleted long ago
+    Store(path).close()  # purges conversations deleted long ago
     with pytest.raises(InputError, match="permanently deleted"):
         store.restore(gone.id)
     with pytest.raises(InputError, match="permanently deleted"):
@@ -173,14 +175,14 @@ def test_deleting_can_be_undone_until_it_is_for_good(store: Store, path: Path, m
     assert found(store, "stay") == [kept.id]
 
 
-def test_a_message_brings_a_deleted_conversation_back(store: Store) -> None:
+def test_a_new_message_restores_a_deleted_conversation(store: Store) -> None:
     conversation = talk(store, "Hi", "Hello")
     store.delete(conversation.id)
     store.add(conversation, "user", "Still there?")
     assert texts(store.load(conversation.id)) == ["Hi", "Hello", "Still there?"]
 
 
-def test_what_was_deleted_long_ago_goes_for_good(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_deleted_long_ago_are_purged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store(path) as store:
         conversations = [talk(store, "Old", "Yes"), talk(store, "Newer", "Yes")]
         now = time.time()
@@ -216,7 +218,7 @@ def test_an_edited_question_and_a_second_answer_are_branches(store: Store) -> No
 
 
 @pytest.mark.parametrize(("role", "parent"), [("system", None), ("user", 99), ("", None)])
-def test_a_message_that_does_not_fit_is_refused(store: Store, role: str, parent: int | None) -> None:
+def test_a_message_with_an_invalid_parent_is_rejected(store: Store, role: str, parent: int | None) -> None:
     conversation = talk(store, "Hi", "Hello")
     with pytest.raises(ValueError, match="does not fit"):
         store.add(conversation, role, "What?", parent=parent)
@@ -232,7 +234,7 @@ JSON = st.recursive(
 
 
 def grown(tree: list[tuple[int, str]]) -> Conversation:
-    """A conversation with a message for each pair: which earlier one it follows (0: none), and its text."""
+    """A conversation with one message per pair of parent number (0: none) and text."""
     conversation = Conversation(title="Tree", created=1.5, updated=2.5, system="Be a tree.")
     for number, (choice, text) in enumerate(tree, start=1):
         parent = choice % number
@@ -261,7 +263,7 @@ def test_a_selected_branch_ends_at_its_newest_message(tree: list[tuple[int, str]
 
 @given(tree=TREES, params=st.dictionaries(st.text(max_size=5), JSON, max_size=3))
 @settings(deadline=None, max_examples=50)
-def test_a_tree_survives_json_and_the_store(tree: list[tuple[int, str]], params: dict[str, Any]) -> None:
+def test_a_tree_is_unchanged_by_json_and_the_store(tree: list[tuple[int, str]], params: dict[str, Any]) -> None:
     conversation = grown(tree)
     conversation.messages[1].params = params
     assert transcript.from_json(transcript.to_json(conversation)) == conversation
@@ -313,7 +315,7 @@ def test_search_finds_languages_without_spaces(either: Store) -> None:
         *("a OR b", 'x" OR "y', "; DROP TABLE messages", "x" * 100_000, "word " * 10_000),
     ],
 )
-def test_a_search_is_text_and_no_language(either: Store, text: str) -> None:
+def test_a_search_is_plain_text_without_query_syntax(either: Store, text: str) -> None:
     talk(either, "Plum?", "Quite.")
     conversation = talk(either, f"This has {text[:1000]} in it", "Sure")
     if text.strip("\0"):
@@ -321,7 +323,7 @@ def test_a_search_is_text_and_no_language(either: Store, text: str) -> None:
     assert len(either.search(text)) <= 2
 
 
-def test_search_follows_what_changes(either: Store) -> None:
+def test_search_reflects_changes(either: Store) -> None:
     conversation = talk(either, "Hi", "A giraffe")
     answer = conversation.path()[-1]
     answer.content, answer.finished = "A zebr", False
@@ -337,18 +339,18 @@ def test_search_follows_what_changes(either: Store) -> None:
     assert found(either, "lion") == [conversation.id]
 
 
-def test_titles_come_first_and_hits_show_their_place(either: Store) -> None:
+def test_title_hits_come_first_and_hits_have_snippets(either: Store) -> None:
     titled = talk(either, "Hi", "Hello", title="All about falcons")
-    said = talk(either, "Hi again", "It is known to all that the " + "very " * 40 + "fast Falcon " + "dives " * 40)
+    hit = talk(either, "Hi again", "It is known to all that the " + "very " * 40 + "fast Falcon " + "dives " * 40)
     first, second = either.search("falcon")
-    assert [first.id, second.id] == [titled.id, said.id]
+    assert [first.id, second.id] == [titled.id, hit.id]
     assert "fast Falcon dives" in second.snippet
     assert len(second.snippet) < 110
     assert second.snippet.startswith("…")
     assert second.snippet.endswith("…")
 
 
-def test_an_index_that_another_program_left_behind_is_made_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outdated_index_is_rebuilt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store(path) as store:
         talk(store, "Strawberries", "Yes")
     with monkeypatch.context() as patch:
@@ -356,13 +358,13 @@ def test_an_index_that_another_program_left_behind_is_made_anew(path: Path, monk
         with Store(path) as store:
             talk(store, "Raspberries", "Yes")
             assert len(found(store, "berries")) == 2
-            with contextlib.closing(sqlite3.connect(path)) as other:  # they would fail there
+            with contextlib.closing(sqlite3.connect(path)) as other:  # the triggers would fail there
                 assert other.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall() == []
     with Store(path) as store:
         assert len(found(store, "berries")) == 2
 
 
-def test_twenty_thousand_messages_are_listed_searched_and_loaded(either: Store) -> None:
+def test_twenty_thousand_messages_are_handled_quickly(either: Store) -> None:
     conversation = Conversation(title="Long")
     words = ["ocean", "mountain", "river", "forest", "desert", "island"]
     draw = random.Random(1)
@@ -380,7 +382,7 @@ def test_twenty_thousand_messages_are_listed_searched_and_loaded(either: Store) 
     assert loaded.siblings(777) == [777]
 
 
-# Several programs, and their ends
+# Several programs, crashes
 
 
 def test_threads_share_a_store(store: Store) -> None:
@@ -417,7 +419,7 @@ def program(path: Path, name: str, body: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, str(path), name], stdout=subprocess.PIPE, text=True)
 
 
-def test_programs_begin_and_write_at_once(path: Path) -> None:
+def test_programs_can_start_and_write_concurrently(path: Path) -> None:
     body = """
         for number in range(20):
             conversation = store.new()
@@ -455,14 +457,14 @@ def test_nothing_is_lost_when_the_program_is_killed(path: Path) -> None:
         time.sleep(draw.random() / 200)
         os.kill(running.pid, signal.SIGKILL)
         lines += running.communicate(timeout=60)[0].splitlines()
-        told = [[int(word) for word in line.split()] for line in lines if len(line.split()) == 4]
+        reported = [[int(word) for word in line.split()] for line in lines if len(line.split()) == 4]
         with Store(path) as store:
-            loaded = store.load(told[0][0])
+            loaded = store.load(reported[0][0])
             assert store.search("word 1")
-        longest = {answer: length for _conversation, answer, length, _finished in told}
+        longest = {answer: length for _conversation, answer, length, _finished in reported}
         for answer, length in longest.items():
             assert len(loaded.messages[answer].content) >= length
-        for _conversation, answer, length, finished in told:
+        for _conversation, answer, length, finished in reported:
             if finished:
                 assert loaded.messages[answer].finished
                 assert len(loaded.messages[answer].content) == length
@@ -471,23 +473,23 @@ def test_nothing_is_lost_when_the_program_is_killed(path: Path) -> None:
         assert all(message.id == loaded.leaf for message in open_ones)
 
 
-def test_a_file_that_another_program_keeps_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_file_is_reported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.05)
     with Store(path) as store:
         conversation = talk(store, "Hi", "Hello")
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            assert store.recent()[0].id == conversation.id  # reading goes on
+            assert store.recent()[0].id == conversation.id  # reading still works
             with pytest.raises(MachineError, match=r"conversations\.sqlite3: locked by another program"):
                 store.add(conversation, "user", "More")
             assert len(conversation.messages) == 2
         store.add(conversation, "user", "More")
 
 
-# Files that are not what they should be
+# Invalid files
 
 
-def test_a_newer_file_is_refused_and_left_alone(path: Path) -> None:
+def test_a_newer_file_is_rejected_and_unchanged(path: Path) -> None:
     with Store(path) as store:
         talk(store, "Hi", "Hello")
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -498,7 +500,7 @@ def test_a_newer_file_is_refused_and_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_database_of_another_program_is_refused_and_left_alone(path: Path) -> None:
+def test_a_database_of_another_program_is_rejected_and_unchanged(path: Path) -> None:
     path.parent.mkdir()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE bookmarks (id)")
@@ -516,7 +518,7 @@ def read_all(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["text", "header", "half", "pages"])
-def test_a_damaged_file_is_told_in_a_line_and_left_alone(path: Path, damage: str) -> None:
+def test_a_damaged_file_is_reported_in_one_line_and_unchanged(path: Path, damage: str) -> None:
     with Store(path) as store:
         for number in range(200):
             talk(store, f"Question {number} " * 20, "Answer " * 50)
@@ -536,7 +538,7 @@ def test_a_damaged_file_is_told_in_a_line_and_left_alone(path: Path, damage: str
     assert path.read_bytes() == data
 
 
-def test_rows_that_make_no_sense_are_told(path: Path) -> None:
+def test_invalid_rows_are_reported(path: Path) -> None:
     for change in ("parent = 2", "role = 'root'", "params = '[]'", "figures = '{'", "content = x'00ff'", "parent = 77"):
         path.unlink(missing_ok=True)
         with Store(path) as store:
@@ -548,7 +550,7 @@ def test_rows_that_make_no_sense_are_told(path: Path) -> None:
             store.load(conversation.id)
 
 
-def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+def test_invalid_paths_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a file"):
         Store(tmp_path)
     (tmp_path / "file").write_text("x", encoding="utf-8")
@@ -562,14 +564,14 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
             Store(tmp_path / "pipe")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="permissions are told otherwise here")
-def test_conversations_are_for_their_user_alone(store: Store, path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="permissions work differently here")
+def test_files_are_readable_only_by_their_user(store: Store, path: Path) -> None:
     talk(store, "Hi", "Hello")
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o600}
 
 
-def test_the_place_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_set_the_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_EDGE_DATA", str(tmp_path))
     assert default_path().parent == tmp_path
     monkeypatch.setenv("LLM_EDGE_DATA", "")
@@ -605,19 +607,19 @@ def test_the_place_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("x" * 58 + "e\u0301\u0301\u0301 and so on", "x" * 58 + "…"),
     ],
 )
-def test_a_title_is_made_from_a_question(question: str, title: str) -> None:
+def test_a_title_is_derived_from_a_question(question: str, title: str) -> None:
     assert title_of(question) == title
 
 
 @given(st.text())
-def test_titles_are_short_lines(text: str) -> None:
+def test_titles_are_single_short_lines(text: str) -> None:
     for line, limit in ((title_of(text), 60), (one_line(text), 200), (snippet(text, text.split()[-1:]), 101)):
         assert len(line) <= limit
         assert len(line.splitlines()) <= 1
         assert line == line.strip()
 
 
-def test_a_first_question_names_its_conversation_once(store: Store) -> None:
+def test_only_the_first_question_sets_the_title(store: Store) -> None:
     conversation = talk(store, "Tell me a joke\nabout ducks", "Quack.", "Another")
     store.add(conversation, "user", "Tell me a story", parent=None)
     assert store.recent()[0].title == "Tell me a joke"
@@ -647,7 +649,7 @@ def example() -> Conversation:
     return conversation
 
 
-def test_markdown_holds_what_is_shown() -> None:
+def test_markdown_contains_the_selected_branch() -> None:
     assert transcript.markdown(example()) == textwrap.dedent(
         """\
         # Animals
@@ -680,7 +682,7 @@ def test_markdown_holds_what_is_shown() -> None:
     )
 
 
-def test_json_holds_the_whole_tree(tmp_path: Path) -> None:
+def test_json_contains_the_whole_tree(tmp_path: Path) -> None:
     name = str(tmp_path / "talk.json")
     transcript.save(name, example())
     assert transcript.read(Path(name)) == example()
@@ -695,8 +697,8 @@ def test_numbers_that_json_lacks_become_null() -> None:
     assert read.messages[3].figures == {"tokens_per_second": None, "all": [None]}
 
 
-def changed(**changes: Any) -> str:
-    """The example as JSON, with fields of the document or, named `m_…`, of its last message changed."""
+def example_json(**changes: Any) -> str:
+    """The example as JSON with changed fields of the document or (prefix `m_`) of its last message."""
     document = json.loads(transcript.to_json(example()))
     for name, value in changes.items():
         target, key = (document["messages"][-1], name[2:]) if name.startswith("m_") else (document, name)
@@ -715,26 +717,26 @@ def changed(**changes: Any) -> str:
         ("9" * 10_000, "invalid JSON"),
         ("[]", '"format"'),
         ('{"format": "other"}', '"format"'),
-        (changed(version=2), '"version" is not 1'),
-        (changed(title=5), '"title" is of the wrong type'),
-        (changed(messages=...), '"messages" is missing'),
-        (changed(messages=[5]), r"messages\[0\]: not an object"),
-        (changed(leaf=9), '"leaf" is 9'),
-        (changed(leaf=True), '"leaf"'),
-        (changed(created=-1), '"created"'),
-        (changed(created=1e300), '"created"'),
-        (changed(m_id=1), r"messages\[2\]: .*in use"),
-        (changed(m_id=2**80), r'messages\[2\]: "id"'),
-        (changed(m_parent=3), "not an earlier message"),
-        (changed(m_parent="1"), '"parent"'),
-        (changed(m_role="system"), "role"),
-        (changed(m_content=None), '"content" is missing'),
-        (changed(m_params=json.loads("[" * 50 + "]" * 50)), '"params"'),
-        (changed(m_params={"a": json.loads("[" * 50 + "]" * 50)}), "nested deeper"),
-        (changed(m_finished=1), '"finished"'),
+        (example_json(version=2), '"version" is not 1'),
+        (example_json(title=5), '"title" is of the wrong type'),
+        (example_json(messages=...), '"messages" is missing'),
+        (example_json(messages=[5]), r"messages\[0\]: not an object"),
+        (example_json(leaf=9), '"leaf" is 9'),
+        (example_json(leaf=True), '"leaf"'),
+        (example_json(created=-1), '"created"'),
+        (example_json(created=1e300), '"created"'),
+        (example_json(m_id=1), r"messages\[2\]: .*in use"),
+        (example_json(m_id=2**80), r'messages\[2\]: "id"'),
+        (example_json(m_parent=3), "not an earlier message"),
+        (example_json(m_parent="1"), '"parent"'),
+        (example_json(m_role="system"), "role"),
+        (example_json(m_content=None), '"content" is missing'),
+        (example_json(m_params=json.loads("[" * 50 + "]" * 50)), '"params"'),
+        (example_json(m_params={"a": json.loads("[" * 50 + "]" * 50)}), "nested deeper"),
+        (example_json(m_finished=1), '"finished"'),
     ],
 )
-def test_json_that_is_no_conversation_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+def test_invalid_json_is_rejected(text: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=reason):
         transcript.from_json(text)
     (tmp_path / "talk.json").write_text(text, encoding="utf-8")
@@ -743,7 +745,7 @@ def test_json_that_is_no_conversation_is_refused(text: str, reason: str, tmp_pat
     assert "\n" not in str(raised.value)
 
 
-def test_files_are_written_whole_and_never_over_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_atomically_and_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = tmp_path / "talk.md"
     transcript.save(str(name), example())
     written = name.read_text(encoding="utf-8")
@@ -751,7 +753,7 @@ def test_files_are_written_whole_and_never_over_others(tmp_path: Path, monkeypat
     with pytest.raises(InputError, match=r"talk\.md exists already"):
         transcript.save(str(name), Conversation(messages={1: Message(1, None, "user", "Other")}, leaf=1))
     assert name.read_text(encoding="utf-8") == written
-    with monkeypatch.context() as patch:  # another program was quicker
+    with monkeypatch.context() as patch:  # another program created the file first
         patch.setattr("llm_edge.chat.history.transcript.os.path.lexists", lambda _path: False)
         with pytest.raises(InputError, match=r"talk\.md exists already"):
             transcript.write_file(str(name), "Other")
@@ -761,7 +763,7 @@ def test_files_are_written_whole_and_never_over_others(tmp_path: Path, monkeypat
     assert [file.name for file in tmp_path.iterdir()] == ["talk.md"]
 
 
-def test_files_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="nothing to save"):
         transcript.save(str(tmp_path / "talk.md"), Conversation(system="Be brief."))
     for name in (str(tmp_path), str(tmp_path / "no" / "talk.md"), f"{tmp_path}/a\0b", f"{tmp_path}/{'x' * 300}.md"):

@@ -78,7 +78,7 @@ def small(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", FLOATS + QUANTIZABLE + READ_ONLY)
-def test_every_type_dequantizes_as_the_gguf_package_does(kind: str, tmp_path: Path) -> None:
+def test_every_type_dequantizes_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
     shapes = {"one_row": (512,), "wide": (3, 1024), "deep": (2, 5, 256), "chunks": (300, 1024)}
     tensors = {name: (stored_as(kind, shape), kind) for name, shape in shapes.items()}
     file = GGUFFile(write(tmp_path / "a.gguf", tensors))
@@ -99,14 +99,14 @@ def test_the_type_lists_of_these_tests_are_complete() -> None:
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_type_that_cannot_be_dequantized_is_named(kind: str, tmp_path: Path) -> None:
+def test_an_unsupported_type_is_named_in_the_error(kind: str, tmp_path: Path) -> None:
     file = GGUFFile(Builder().tensor("odd", (256,), GGMLQuantizationType[kind]).write(tmp_path / "a.gguf"))
     assert file.raw("odd").size == file.tensors["odd"].nbytes
     with pytest.raises(CheckpointError, match=f"'odd' is stored as {kind}"):
         file.load("odd")
 
 
-def test_metadata_is_what_the_gguf_package_reads(tmp_path: Path) -> None:
+def test_metadata_matches_the_gguf_package(tmp_path: Path) -> None:
     path = small(tmp_path / "a.gguf")
     file = GGUFFile(path)
     expected = {k: f.contents() for k, f in GGUFReader(path).fields.items() if not k.startswith("GGUF.")}
@@ -115,7 +115,7 @@ def test_metadata_is_what_the_gguf_package_reads(tmp_path: Path) -> None:
     assert "norm" in file.tensors
 
 
-def test_smollm2_is_parsed_fast_and_as_the_gguf_package_reads_it() -> None:
+def test_smollm2_is_parsed_quickly_and_matches_the_gguf_package() -> None:
     path = smollm2_gguf()
     begin = time.perf_counter()
     file = GGUFFile(path)
@@ -132,7 +132,7 @@ def test_smollm2_is_parsed_fast_and_as_the_gguf_package_reads_it() -> None:
         assert np.array_equal(file.load(theirs.name).numpy(), expected)
 
 
-def test_loading_needs_little_more_than_the_tensor(tmp_path: Path) -> None:
+def test_loading_uses_little_more_memory_than_the_tensor(tmp_path: Path) -> None:
     n = 1 << 24
     path = Builder().tensor("big", (1024, n // 1024), GGMLQuantizationType.Q8_0).write(tmp_path / "a.gguf")
     file = GGUFFile(path)
@@ -145,7 +145,7 @@ def test_loading_needs_little_more_than_the_tensor(tmp_path: Path) -> None:
     assert peak < 1.2 * 4 * n
 
 
-def test_what_is_loaded_outlives_the_file(tmp_path: Path) -> None:
+def test_loaded_tensors_outlive_the_file(tmp_path: Path) -> None:
     path = small(tmp_path / "a.gguf")
     file = GGUFFile(path)
     loaded = [file.load(name) for name in file.tensors]
@@ -165,7 +165,7 @@ def plain(value: Any) -> Any:
 # ---- typed access
 
 
-def test_typed_access_gives_values(tmp_path: Path) -> None:
+def test_typed_access_returns_values(tmp_path: Path) -> None:
     file = GGUFFile(small(tmp_path / "a.gguf"))
     assert file.meta_int("llama.block_count", minimum=1, maximum=2) == 2
     assert file.meta_int("llama.missing", default=7) == 7
@@ -199,14 +199,14 @@ def test_typed_access_gives_values(tmp_path: Path) -> None:
         (lambda f: f.load("absent"), "no tensor 'absent'"),
     ],
 )
-def test_typed_access_refuses_in_one_line(read: Any, reason: str, tmp_path: Path) -> None:
+def test_typed_access_reports_wrong_types_in_one_line(read: Any, reason: str, tmp_path: Path) -> None:
     file = GGUFFile(small(tmp_path / "a.gguf"))
     with pytest.raises(CheckpointError, match=reason) as caught:
         read(file)
     assert one_line(caught.value, file.path)
 
 
-def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+def test_a_number_that_is_not_finite_is_rejected(tmp_path: Path) -> None:
     path = Builder().key("llama.nan", 6, struct.pack("<f", float("nan"))).write(tmp_path / "a.gguf")
     with pytest.raises(CheckpointError, match="finite"):
         GGUFFile(path).meta_float("llama.nan")
@@ -343,7 +343,7 @@ HOSTILE: dict[str, tuple[Builder, str]] = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_files_are_refused_at_once(what: str, tmp_path: Path) -> None:
+def test_hostile_files_are_rejected_quickly(what: str, tmp_path: Path) -> None:
     builder, reason = HOSTILE[what]
     path = builder.write(tmp_path / "hostile.gguf")
     begin = time.perf_counter()
@@ -362,7 +362,7 @@ def test_the_49_bytes_that_hang_the_gguf_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "item"), [(STRING, bytes(8)), (ARRAY, array(U32, 0))])
-def test_the_number_of_items_is_bounded(
+def test_the_number_of_metadata_items_is_limited(
     kind: int, item: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_edge.checkpoint.gguf.header.MAX_ITEMS", 100)
@@ -373,7 +373,7 @@ def test_the_number_of_items_is_bounded(
         GGUFFile(fits.write(tmp_path / "b.gguf"))
 
 
-def test_what_is_odd_but_right_is_read(tmp_path: Path) -> None:
+def test_unusual_but_valid_files_are_read(tmp_path: Path) -> None:
     builder = Builder(version=2).key("split.count", 2, struct.pack("<H", 1))
     builder.key("nested", ARRAY, array(ARRAY, 2, array(U32, 1, struct.pack("<I", 5)) + array(STRING, 1, text("x"))))
     builder.key("empty", ARRAY, array(STRING, 0)).key("none", ARRAY, array(U32, 0))
@@ -389,21 +389,21 @@ def test_what_is_odd_but_right_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"GGUF", b"GGUF\x03\0\0\0", b"#!/bin/sh\necho\n", b"PK\x03\x04" * 9])
-def test_files_that_are_no_gguf_are_refused(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_gguf_are_rejected(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"download it again|not a GGUF"):
         GGUFFile(path)
 
 
-def test_paths_that_are_no_file_are_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         GGUFFile(tmp_path / "absent.gguf")
     with pytest.raises(CheckpointError, match="cannot be read"):
         GGUFFile(tmp_path)
 
 
-def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_rejected(tmp_path: Path) -> None:
     whole = small(tmp_path / "whole.gguf")
     content = whole.read_bytes()
     end = max(tensor.offset + tensor.nbytes for tensor in GGUFFile(whole).tensors.values())
@@ -415,7 +415,7 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
         assert one_line(caught.value, path)
 
 
-def test_smollm2_cut_at_twenty_points_is_refused(tmp_path: Path) -> None:
+def test_smollm2_truncated_at_twenty_points_is_rejected(tmp_path: Path) -> None:
     whole = smollm2_gguf()
     file = GGUFFile(whole)
     begin = min(tensor.offset for tensor in file.tensors.values())
@@ -426,7 +426,7 @@ def test_smollm2_cut_at_twenty_points_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     for size in [*cuts, end - 1]:
         path.write_bytes(header[:size])
-        with path.open("r+b") as sparse:  # the data is not looked at: holes will do
+        with path.open("r+b") as sparse:  # the tensor data is not read, so a sparse file suffices
             sparse.truncate(size)
         started = time.perf_counter()
         with pytest.raises(CheckpointError, match="truncated"):
@@ -434,7 +434,7 @@ def test_smollm2_cut_at_twenty_points_is_refused(tmp_path: Path) -> None:
         assert time.perf_counter() - started < 1
 
 
-def test_random_damage_is_read_or_refused_never_worse(tmp_path: Path) -> None:
+def test_randomly_damaged_files_are_read_or_rejected(tmp_path: Path) -> None:
     content = small(tmp_path / "whole.gguf").read_bytes()
     header = min(t.offset for t in GGUFFile(tmp_path / "whole.gguf").tensors.values())
     rng = random.Random(20)

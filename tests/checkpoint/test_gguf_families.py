@@ -94,7 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {**SHAPE, "model_type": "qwen3", "num_key_value_heads": 3, "tie_word_embeddings": True},
     "gemma3": {**GEMMA, "num_hidden_layers": 7, "query_pre_attn_scalar": 12},
-    # The size of 62 layers is the one with another scale than that of its heads: hidden size / heads.
+    # Only the 62-layer size scales attention by hidden size / heads instead of the head size.
     "gemma3, 27B": {**GEMMA, "num_hidden_layers": 62, "hidden_size": 30, "query_pre_attn_scalar": 5},
 }
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
@@ -245,7 +245,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(read_folder(folder), read_gguf(path), path, model)
 
 
-def test_weights_are_the_same_bit_for_bit(pair: Pair) -> None:
+def test_weights_are_bitwise_equal(pair: Pair) -> None:
     assert list(pair.gguf.weights) == list(pair.folder.weights)
     for name, weight in pair.folder.weights.items():
         assert torch.equal(pair.gguf.weights[name], weight), name
@@ -257,16 +257,18 @@ def unscaled(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, layers=tuple(layers))
 
 
-def test_configs_are_the_same(pair: Pair) -> None:
+def test_configs_are_equal(pair: Pair) -> None:
     ours, theirs = pair.gguf.config, pair.folder.config
-    if isinstance(ours.ropes[0].scaling, FrequencyDivisors):  # the format keeps the result, not the numbers behind it
+    if isinstance(
+        ours.ropes[0].scaling, FrequencyDivisors
+    ):  # the format stores the divisors, not the settings they are computed from
         for mine, other in zip(ours.ropes[0].tables(256), theirs.ropes[0].tables(256), strict=True):
             torch.testing.assert_close(mine, other, atol=2e-5, rtol=0)
         ours, theirs = unscaled(ours), unscaled(theirs)
     assert ours == theirs
 
 
-def test_the_config_for_other_readers_is_that_of_the_folder(pair: Pair) -> None:
+def test_the_transformers_config_matches_the_folder(pair: Pair) -> None:
     saved = pair.theirs.config.to_dict()
     given = AutoConfig.for_model(**pair.gguf.hf_config).to_dict()
     keys = pair.gguf.hf_config.keys() - {"rope_theta", "rope_scaling", "rope_local_base_freq"}
@@ -280,7 +282,7 @@ def test_the_config_for_other_readers_is_that_of_the_folder(pair: Pair) -> None:
     json.dumps(pair.gguf.hf_config)
 
 
-def test_logits_are_those_of_transformers(pair: Pair) -> None:
+def test_logits_match_transformers(pair: Pair) -> None:
     tokens = torch.randint(0, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     with torch.no_grad():
@@ -298,7 +300,7 @@ def test_logits_are_those_of_transformers(pair: Pair) -> None:
         torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=0)
 
 
-def test_the_rest_of_the_checkpoint_is_the_folders(pair: Pair) -> None:
+def test_tokenizer_and_defaults_match_the_folder(pair: Pair) -> None:
     ours, theirs = pair.gguf, pair.folder
     assert ours.generation == {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
     assert ours.generation.items() <= theirs.generation.items()
@@ -310,7 +312,7 @@ def test_the_rest_of_the_checkpoint_is_the_folders(pair: Pair) -> None:
     assert (ours.source.format, ours.source.weight_types, ours.source.size) == ("GGUF", "F32", pair.path.stat().st_size)
 
 
-# ---- what a file may say, or leave out
+# ---- optional keys
 
 
 @pytest.fixture(scope="module")
@@ -371,25 +373,25 @@ def read(folder: Path, path: Path, edit: Callable[[GGUFWriter], None]) -> Checkp
         ([False, True, False], [None, 8, None]),
     ],
 )
-def test_the_pattern_of_gemmas_layers(gemma: Path, tmp_path: Path, pattern: Any, windows: list[int | None]) -> None:
+def test_gemmas_layer_pattern(gemma: Path, tmp_path: Path, pattern: Any, windows: list[int | None]) -> None:
     config = read(gemma, tmp_path, replaced(_0__attention__sliding_window_pattern=pattern)).config
     assert [layer.window for layer in config.layers] == windows
     assert [layer.rope.theta for layer in config.layers if layer.rope] == [1e4 if window else 1e6 for window in windows]
 
 
-def test_gemmas_local_frequencies(gemma: Path, tmp_path: Path) -> None:
+def test_gemmas_local_rope_frequencies(gemma: Path, tmp_path: Path) -> None:
     usual = read(gemma, tmp_path, without("gemma3.rope.freq_base_swa")).config
     own = read(gemma, tmp_path, replaced(_0__rope__freq_base_swa=5000.0)).config
     assert [config.layers[0].rope.theta for config in (usual, own) if config.layers[0].rope] == [10_000.0, 5_000.0]
 
 
-def test_gemma_without_a_window(gemma: Path, tmp_path: Path) -> None:
+def test_gemma_without_a_sliding_window(gemma: Path, tmp_path: Path) -> None:
     config = read(gemma, tmp_path, without("gemma3.attention.sliding_window")).config
     assert {layer.window for layer in config.layers} == {None}
     assert len(config.ropes) == 1
 
 
-def test_what_llama_cpp_takes_for_granted(llama: Path, tmp_path: Path) -> None:
+def test_defaults_match_llama_cpp(llama: Path, tmp_path: Path) -> None:
     full = read(llama, tmp_path, lambda _: None)
     keys = ("attention.value_length", "rope.dimension_count", "rope.freq_base", "vocab_size")
     assert read(llama, tmp_path, without(*(f"llama.{key}" for key in keys))).config == full.config
@@ -397,7 +399,7 @@ def test_what_llama_cpp_takes_for_granted(llama: Path, tmp_path: Path) -> None:
         _0__expert_count=0, _0__attention__scale=0.0, _0__use_parallel_residual=True, _0__rope__scaling__type="none"
     )
     assert read(llama, tmp_path, neutral).config == full.config
-    # a factor without a type, and the older name of it, is linear scaling
+    # a factor without a type, or its older name, means linear scaling
     linear = [
         read(llama, tmp_path, replaced(**{key: 4.0})).config
         for key in ("_0__rope__scaling__factor", "_0__rope__scale_linear")
@@ -406,7 +408,7 @@ def test_what_llama_cpp_takes_for_granted(llama: Path, tmp_path: Path) -> None:
     assert linear == [typed, typed] != [full.config, full.config]
 
 
-def test_yarn_takes_what_the_file_says(llama: Path, tmp_path: Path) -> None:
+def test_yarn_settings_are_read_from_the_file(llama: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"_0__rope__scaling__type": "yarn", "_0__rope__scaling__factor": 4.0}
     usual = read(llama, tmp_path, replaced(**keys)).config.ropes[0].scaling
     more = {
@@ -426,7 +428,7 @@ def test_yarn_takes_what_the_file_says(llama: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_sampling_that_the_file_recommends(llama: Path, tmp_path: Path) -> None:
+def test_recommended_sampling_parameters_are_read(llama: Path, tmp_path: Path) -> None:
     keys = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
     found = read(llama, tmp_path, replaced(**{f"general__sampling__{key}": value for key, value in keys.items()}))
     expected = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
@@ -468,7 +470,7 @@ def test_sampling_that_the_file_recommends(llama: Path, tmp_path: Path) -> None:
         ({"_0__rope__freq_base": "high"}, r"rope\.freq_base is 'high', not a finite number"),
     ],
 )
-def test_what_would_change_the_result_is_refused_by_name(
+def test_unsupported_keys_that_change_the_result_are_rejected_by_name(
     llama: Path, tmp_path: Path, keys: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -477,7 +479,7 @@ def test_what_would_change_the_result_is_refused_by_name(
     assert str(caught.value).isprintable()
 
 
-def test_other_tensors_are_refused_by_name(llama: Path, gemma: Path, tmp_path: Path) -> None:
+def test_unexpected_tensors_are_rejected_by_name(llama: Path, gemma: Path, tmp_path: Path) -> None:
     def refused(folder: Path, name: str, shape: tuple[int, ...], reason: str) -> None:
         with pytest.raises(CheckpointError, match=reason):
             read(folder, tmp_path, lambda writer: writer.add_tensor(name, np.full(shape, 2.0, np.float32)))
@@ -489,7 +491,7 @@ def test_other_tensors_are_refused_by_name(llama: Path, gemma: Path, tmp_path: P
     refused(gemma, "rope_freqs.weight", (6,), r"unexpected tensor rope_freqs\.weight")
 
 
-def test_divisors_that_are_no_numbers_or_come_with_a_scaling(llama: Path, tmp_path: Path) -> None:
+def test_invalid_or_redundant_frequency_divisors_are_rejected(llama: Path, tmp_path: Path) -> None:
     for value in (0.0, -1.0, math.nan, math.inf):
 
         def add(writer: GGUFWriter, value: float = value) -> None:
@@ -506,7 +508,7 @@ def test_divisors_that_are_no_numbers_or_come_with_a_scaling(llama: Path, tmp_pa
         read(llama, tmp_path, twice)
 
 
-def test_more_tokens_than_rows_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_more_tokens_than_embedding_rows_are_rejected(llama: Path, tmp_path: Path) -> None:
     def edit(writer: GGUFWriter) -> None:
         tokens = writer.kv_data[0].pop("tokenizer.ggml.tokens").value
         kinds = writer.kv_data[0].pop("tokenizer.ggml.token_type").value

@@ -31,7 +31,7 @@ USER_DEFINED = ["\n", "\n\n", "\t", *SPACES, "<b>", "<turn>", "x▁y"]  # the tr
 CODE = ("def f(x):", "    return x  ==   y", "=" * 9, "a" * 11, "abab" * 4, "   \t  ", "🙂🙂 👩‍👩‍👧‍👦 ok")
 RUNS = [char * count for char in " a=-" for count in range(1, 40)]
 
-# Trained as: the published vocabularies of Llama and Mistral; one with runs of spaces as pieces; Gemma's; an old one.
+# Trained like the published vocabularies of Llama and Mistral, one with runs of spaces as pieces, Gemma's, an old one.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True},
     "words": {"byte_fallback": True, "split_by_whitespace": False, "allow_whitespace_only_pieces": True},
@@ -89,7 +89,7 @@ def trained(name: str) -> Trained:
         "tokens": tokens,
         "scores": np.array(scores, np.float32),
         "token_type": kinds,
-        "add_space_prefix": None if prefix else False,  # as the converter leaves it out
+        "add_space_prefix": None if prefix else False,  # the converter omits it too
     }
     return Trained(theirs, out.getvalue(), metadata)
 
@@ -118,20 +118,20 @@ def cases(seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_encoding_and_decoding_are_sentencepieces_own(name: str, tmp_path: Path) -> None:
+def test_encoding_and_decoding_match_sentencepiece(name: str, tmp_path: Path) -> None:
     theirs, ours = trained(name).theirs, backend(build(tmp_path, name))
     lengths = set()
     for case in cases(seed=1):
         ids = ours.encode(case, add_special_tokens=False).ids
         assert ids == theirs.encode(case), case
         lengths |= {len(theirs.id_to_piece(index)) for index in ids}
-        if name != "no bytes":  # an unknown token is written in another way there
+        if name != "no bytes":  # an unknown token is represented differently there
             assert ours.decode(ids) == theirs.decode(ids) == case
-    assert max(lengths) > 8  # the merges went a long way
+    assert max(lengths) > 8  # long merges were exercised
 
 
 @pytest.mark.parametrize("source", ["tokenizer.model", "small.gguf"])
-def test_transformers_converts_a_llama_vocabulary_to_the_same(source: str, tmp_path: Path) -> None:
+def test_a_llama_vocabulary_matches_transformers_conversion(source: str, tmp_path: Path) -> None:
     ours = backend(build(tmp_path, "llama"))
     if source == "small.gguf":
         theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=source)
@@ -144,16 +144,16 @@ def test_transformers_converts_a_llama_vocabulary_to_the_same(source: str, tmp_p
         assert theirs.decode(ids) == ours.decode(ids)
         if ids != theirs.encode(case, add_special_tokens=False):
             differing.append(case)
-    # transformers 5.23 adds no prefix to a text that begins with a space, which sentencepiece does
+    # transformers 5.23 adds no prefix to a text that begins with a space, unlike sentencepiece
     assert differing
     assert all(case.startswith(" ") for case in differing)
 
 
-def test_transformers_converts_a_gemma_vocabulary_to_the_same(tmp_path: Path) -> None:
+def test_a_gemma_vocabulary_matches_transformers_conversion(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(trained("gemma").proto)
     theirs, ours = GemmaTokenizer.from_pretrained(tmp_path), backend(build(tmp_path, "gemma"))
     for case in strings(500, seed=3):
-        case = " ".join(case.split())  # transformers takes user-defined pieces for ordinary ones
+        case = " ".join(case.split())  # transformers treats user-defined pieces as ordinary ones
         if any(piece in case for piece in ("<b>", "<turn>", "x y")):
             continue
         ids = ours.encode(case, add_special_tokens=False).ids
@@ -161,7 +161,7 @@ def test_transformers_converts_a_gemma_vocabulary_to_the_same(tmp_path: Path) ->
         assert ours.decode(ids) == theirs.decode(ids) == case
 
 
-def test_user_defined_tokens_are_found_whole(tmp_path: Path) -> None:
+def test_user_defined_tokens_are_not_split(tmp_path: Path) -> None:
     ours = backend(build(tmp_path, "gemma"))
     assert ours.encode("a     b\n\n\n<turn>x y", add_special_tokens=False).tokens == [
         *("a", " " * 5, "b", "\n\n", "\n", "<turn>", "x y")
@@ -169,14 +169,14 @@ def test_user_defined_tokens_are_found_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "words", "gemma"])
-def test_equal_scores_leave_the_order_of_the_vocabulary(name: str, tmp_path: Path) -> None:
-    scores = np.full(1800, -1000.0, np.float32)  # what the converter writes where it has only a tokenizer.json
+def test_equal_scores_are_resolved_by_vocabulary_order(name: str, tmp_path: Path) -> None:
+    scores = np.full(1800, -1000.0, np.float32)  # what the converter writes if there is only a tokenizer.json
     usual, equal = backend(build(tmp_path, name)), backend(build(tmp_path, name, {"scores": scores}))
     for case in cases(seed=4):
         assert usual.encode(case).ids == equal.encode(case).ids
 
 
-def test_what_every_token_is(tmp_path: Path) -> None:
+def test_token_types_are_assigned(tmp_path: Path) -> None:
     assets = build(tmp_path, "llama", {"chat_template": "{{ messages[0].content }}"})
     assert (assets.bos_token_id, assets.eos_token_ids, assets.pad_token_id) == (1, (2,), None)
     assert assets.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -184,9 +184,9 @@ def test_what_every_token_is(tmp_path: Path) -> None:
     assert assets.tokenizer_config["add_prefix_space"] is True
     assert list(assets.tokenizer_config["added_tokens_decoder"]) == ["0", "1", "2"]
     ours = backend(assets)
-    # text behind a token begins with the prefix again, as in the published tokenizer.json of these models
+    # text after a token starts with the prefix again, as in the published tokenizer.json of these models
     assert ours.encode("a</s>a").tokens == ["<s>", "▁a", "</s>", "▁a"]
-    assert ours.encode("<0x41>").tokens[1:] != ["<0x41>"]  # a byte's name is text
+    assert ours.encode("<0x41>").tokens[1:] != ["<0x41>"]  # the name of a byte token is ordinary text
     assert ours.encode("\n").tokens == ["<s>", "▁", "<0x0A>"]
     gemma = build(tmp_path, "gemma")
     assert gemma.tokenizer_config["add_prefix_space"] is False
@@ -207,14 +207,14 @@ def test_what_every_token_is(tmp_path: Path) -> None:
         ({"add_space_prefix": False}, ["<s>", "a"]),
     ],
 )
-def test_what_is_put_around_a_text(changes: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+def test_bos_and_eos_are_added(changes: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
     assets = build(tmp_path, "llama", changes)
     assert backend(assets).encode("a").tokens == expected
     loaded = folder(assets, tmp_path)
     assert loaded.convert_ids_to_tokens(loaded("a").input_ids) == expected
 
 
-def test_ordinary_tokens_get_no_role_by_their_place(tmp_path: Path) -> None:
+def test_ordinary_tokens_get_no_special_role(tmp_path: Path) -> None:
     kinds = [1 if index in (1, 2) else kind for index, kind in enumerate(trained("llama").metadata["token_type"])]
     assets = build(tmp_path, "llama", {"token_type": kinds})
     assert (assets.bos_token_id, assets.eos_token_ids) == (None, ())
@@ -222,7 +222,7 @@ def test_ordinary_tokens_get_no_role_by_their_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_the_files_serve_transformers_and_the_runtime(name: str, tmp_path: Path) -> None:
+def test_the_files_load_in_transformers_and_the_runtime(name: str, tmp_path: Path) -> None:
     assets = build(tmp_path, name)
     loaded, ours = folder(assets, tmp_path), backend(assets)
     served = runtime.Tokenizer.from_files(tmp_path / "tokenizer.json", dict(assets.tokenizer_config), None)
@@ -235,7 +235,7 @@ def test_the_files_serve_transformers_and_the_runtime(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_conversations_are_encoded_as_in_transformers(name: str, tmp_path: Path) -> None:
+def test_conversations_are_encoded_like_in_transformers(name: str, tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     assets = build(tmp_path, name, {"chat_template": template})
     loaded = folder(assets, tmp_path)
@@ -245,7 +245,7 @@ def test_conversations_are_encoded_as_in_transformers(name: str, tmp_path: Path)
         expected = loaded.apply_chat_template(messages, chat_template=template, return_dict=False)
         assert served.encode_chat(messages) == expected
     spelled = served.encode_chat([{"role": "user", "content": "a</s>b"}])
-    assert (spelled.count(2), spelled[-1]) == (1, 2)  # what a user spells stays text
+    assert (spelled.count(2), spelled[-1]) == (1, 2)  # special tokens spelled by a user stay text
     assert served.decode(spelled) == "[user] a</s>b"
 
 
@@ -270,7 +270,7 @@ def test_conversations_are_encoded_as_in_transformers(name: str, tmp_path: Path)
         ("llama", {"bos_token_id": 1800}, "bos_token_id is 1800; it must be at most 1799"),
     ],
 )
-def test_unclear_vocabularies_are_refused_in_one_line(
+def test_ambiguous_vocabularies_are_rejected_in_one_line(
     name: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -280,7 +280,7 @@ def test_unclear_vocabularies_are_refused_in_one_line(
     assert message.isprintable()
 
 
-def test_a_vocabulary_cannot_ask_for_endless_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malicious_vocabulary_is_processed_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = list(trained("llama").metadata["tokens"])
     with pytest.raises(CheckpointError, match=r"token 1799 has 100000 characters; the limit is 512"):
         build(tmp_path, "llama", {"tokens": [*tokens[:-1], "a" * 100_000]})

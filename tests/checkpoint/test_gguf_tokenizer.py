@@ -100,8 +100,8 @@ def theirs() -> Any:
 # ---- SmolLM2
 
 
-def test_smollm2_is_transformers_conversion_except_before_numbers(ours: Tokenizer, theirs: Any) -> None:
-    # transformers 5.23 forgets that "smollm" cuts at every digit first. Runs of digits come out the same; a
+def test_smollm2_matches_transformers_conversion_except_before_digits(ours: Tokenizer, theirs: Any) -> None:
+    # transformers 5.23 ignores that "smollm" splits at every digit first. Runs of digits are equal; a
     # whitespace before a digit does not ("x =  5", " ⑧"), so there the two may differ, and nowhere else.
     cases = strings(1000, seed=1)
     differing = [case for case in cases if ours.encode(case).ids != theirs.encode(case)]
@@ -111,8 +111,8 @@ def test_smollm2_is_transformers_conversion_except_before_numbers(ours: Tokenize
     assert [case for case in digits if ours.encode(case).ids != theirs.encode(case)] == []
 
 
-def test_smollm2_is_the_original_tokenizer_on_a_thousand_strings(ours: Tokenizer, theirs: Any) -> None:
-    # The original tokenizer.json has Digits in front of ByteLevel; the rest is as transformers has it.
+def test_smollm2_matches_the_original_tokenizer_on_a_thousand_strings(ours: Tokenizer, theirs: Any) -> None:
+    # The original tokenizer.json has Digits before ByteLevel; the rest is as in transformers.
     backend = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -125,7 +125,7 @@ def test_smollm2_is_the_original_tokenizer_on_a_thousand_strings(ours: Tokenizer
             assert text == theirs.decode(ids, skip_special_tokens=skip)
 
 
-def test_smollm2_cuts_whitespace_before_a_digit_as_the_original_does(ours: Tokenizer) -> None:
+def test_smollm2_splits_whitespace_before_a_digit_like_the_original(ours: Tokenizer) -> None:
     assert ours.encode("x =  5").tokens == ["x", "Ġ=", "ĠĠ", "5"]
     assert ours.encode("a 12").tokens == ["a", "Ġ", "1", "2"]
 
@@ -208,10 +208,10 @@ def with_metadata(path: Path, metadata: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o"])
-def test_other_pre_tokenizers_cut_as_transformers_does(pre: str, tmp_path: Path) -> None:
+def test_other_pre_tokenizers_match_transformers(pre: str, tmp_path: Path) -> None:
     metadata = dict(GGUFFile(smollm2_gguf()).metadata) | {"tokenizer.ggml.pre": pre}
     merges = metadata["tokenizer.ggml.merges"]
-    cut = len(merges) - 4000  # transformers takes its time over a whole vocabulary
+    cut = len(merges) - 4000  # transformers is slow with a whole vocabulary
     metadata["tokenizer.ggml.merges"] = merges[:-cut]
     metadata["tokenizer.ggml.tokens"] = metadata["tokenizer.ggml.tokens"][:-cut]
     metadata["tokenizer.ggml.token_type"] = metadata["tokenizer.ggml.token_type"][:-cut]
@@ -225,7 +225,7 @@ def test_other_pre_tokenizers_cut_as_transformers_does(pre: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("pre", ["starcoder", "refact", "codeshell"])
-def test_some_pre_tokenizers_are_smollms(pre: str, tmp_path: Path) -> None:
+def test_some_pre_tokenizers_are_equal_to_smollm(pre: str, tmp_path: Path) -> None:
     expected = json.loads(build(tmp_path, {"pre": "smollm"}).tokenizer_json)["pre_tokenizer"]
     assert [step["type"] for step in expected["pretokenizers"]] == ["Digits", "ByteLevel"]
     assert json.loads(build(tmp_path, {"pre": pre}).tokenizer_json)["pre_tokenizer"] == expected
@@ -264,7 +264,7 @@ def encode(assets: TokenizerAssets, text: str) -> list[str]:
     return tokens
 
 
-def test_kinds_of_tokens(tmp_path: Path) -> None:
+def test_token_types_are_assigned(tmp_path: Path) -> None:
     assets = build(tmp_path)
     assert encode(assets, "ab ab<think>é12<|end|>[PAD6]") == [
         "ab",
@@ -291,7 +291,7 @@ def test_kinds_of_tokens(tmp_path: Path) -> None:
     assert "model_max_length" not in assets.tokenizer_config
 
 
-def test_without_kinds_the_tokens_with_a_role_are_special(tmp_path: Path) -> None:
+def test_without_token_types_tokens_with_a_role_are_special(tmp_path: Path) -> None:
     assets = build(tmp_path, {"token_type": None})
     assert list(assets.tokenizer_config["added_tokens_decoder"]) == ["0", "1"]
     assert encode(assets, "ab<|end|>") == ["ab", "<|end|>"]
@@ -310,7 +310,7 @@ def test_without_kinds_the_tokens_with_a_role_are_special(tmp_path: Path) -> Non
         ({"pre": "qwen2"}, ["ab"]),
     ],
 )
-def test_what_is_put_around_a_text(changes: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+def test_bos_and_eos_are_added(changes: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
     assets = build(tmp_path, changes)
     assert encode(assets, "ab") == expected
     config = assets.tokenizer_config
@@ -320,14 +320,14 @@ def test_what_is_put_around_a_text(changes: dict[str, Any], expected: list[str],
     assert loaded.convert_ids_to_tokens(loaded("ab").input_ids) == expected
 
 
-def test_a_pair_is_put_around_twice(tmp_path: Path) -> None:
+def test_bos_and_eos_are_added_to_pairs(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_str(build(tmp_path, {"add_bos_token": True}).tokenizer_json)
     pair = tokenizer.encode("ab", "a")
     assert pair.tokens == ["<|begin|>", "ab", "<|begin|>", "a"]
     assert pair.type_ids == [0, 0, 1, 1]
 
 
-def test_a_word_of_the_vocabulary_needs_no_merges_where_the_family_says_so(tmp_path: Path) -> None:
+def test_whole_words_skip_merges_if_the_family_requires_it(tmp_path: Path) -> None:
     merges = {"merges": ["a b"], "add_bos_token": False}
     assert encode(build(tmp_path, merges), " ab") == ["Ġ", "ab"]
     assert encode(build(tmp_path, merges | {"pre": "llama-bpe"}), " ab") == ["Ġab"]
@@ -345,7 +345,7 @@ def test_a_word_of_the_vocabulary_needs_no_merges_where_the_family_says_so(tmp_p
         ({"chat_template": "{{ messages[0].content }}"}, (0,)),
     ],
 )
-def test_what_ends_an_answer(changes: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
+def test_end_tokens_are_determined(changes: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
     assets = build(tmp_path, changes)
     assert assets.eos_token_ids == expected
     assert assets.pad_token_id is None
@@ -380,7 +380,7 @@ def test_what_ends_an_answer(changes: dict[str, Any], expected: tuple[int, ...],
         ({"add_eos_token": True, "tokens": ["x:0", *TOKENS[1:], *LETTERS, *MERGED]}, "cannot express"),
     ],
 )
-def test_unclear_tokenizers_are_refused_in_one_line(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_ambiguous_tokenizers_are_rejected_in_one_line(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=reason) as caught:
         build(tmp_path, changes)
     message = str(caught.value)

@@ -62,7 +62,7 @@ Container = Callable[..., bytes]
 
 
 @each_container
-def test_files_put_together_by_hand_are_what_torch_reads(container: Container, tmp_path: Path) -> None:
+def test_handcrafted_files_are_read_by_torch(container: Container, tmp_path: Path) -> None:
     path = write(tmp_path / "a.pt", container(text("more")))
     theirs = torch.load(path, weights_only=True)
     assert theirs["x"] == "more"
@@ -71,7 +71,7 @@ def test_files_put_together_by_hand_are_what_torch_reads(container: Container, t
 
 
 @each_container
-def test_older_and_other_ways_to_write_a_tensor_are_read(container: Container, tmp_path: Path) -> None:
+def test_other_tensor_encodings_are_read(container: Container, tmp_path: Path) -> None:
     content = container(text("more"))
     on_a_gpu = content.replace(text("cpu"), b"X\x06\x00\x00\x00cuda:0")
     old = content.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor").replace(b"\x89ccollections\nOrderedDict\n)R", b"")
@@ -85,7 +85,7 @@ def test_older_and_other_ways_to_write_a_tensor_are_read(container: Container, t
 
 # ---- pickles with code in them
 
-COMMAND = "COMMAND"  # stands for a text that leaves the witness, of the same length for all
+COMMAND = "COMMAND"  # placeholder for a command that creates the witness file; same length in all payloads
 SYSTEM = b"cos\nsystem\n"
 CALLED = SYSTEM + text(COMMAND) + b"\x85R"
 POPEN = b"csubprocess\nPopen\n"
@@ -188,7 +188,7 @@ def test_the_code_would_run_in_pickle_itself(tmp_path: Path) -> None:
     assert not harmless
 
 
-def test_a_refused_file_is_not_tried_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejected_file_is_not_retried_with_another_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("torch.load was called")
 
@@ -201,7 +201,7 @@ def test_a_refused_file_is_not_tried_another_way(tmp_path: Path, monkeypatch: py
 # ---- pickles that would take memory or time
 
 DEEP = 100_000
-INERT: dict[str, bytes] = {  # harmless if nobody looks at them
+INERT: dict[str, bytes] = {  # harmless unless they are evaluated
     "bytearray(2**40)": b"c__builtin__\nbytearray\n" + number(2**40) + b"\x85R",
     "set of 2**40": b"cbuiltins\nset\n" + number(2**40) + b"\x85R",
     "lists that double": b"](]\x94" + b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(200)) + b"e",
@@ -238,7 +238,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
 
 @each_container
 @pytest.mark.parametrize("what", INERT)
-def test_values_nobody_needs_cost_nothing(container: Container, what: str, tmp_path: Path) -> None:
+def test_unused_values_are_not_built(container: Container, what: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.pt", container(INERT[what], 4))
     begin = time.process_time()
     with memory_limit(GIB):
@@ -248,17 +248,17 @@ def test_values_nobody_needs_cost_nothing(container: Container, what: str, tmp_p
 
 @each_container
 @pytest.mark.parametrize("what", BOMBS)
-def test_bombs_are_refused_at_once(container: Container, what: str, tmp_path: Path) -> None:
+def test_bombs_are_rejected_quickly(container: Container, what: str, tmp_path: Path) -> None:
     payload, reason = BOMBS[what]
     path = write(tmp_path / "a.pt", container(payload, 4))
     begin = time.process_time()
     with memory_limit(GIB), pytest.raises(CheckpointError, match=reason) as caught:
         read_all(path)
-    assert time.process_time() - begin < 5 * SECONDS  # two million instructions take about one
+    assert time.process_time() - begin < 5 * SECONDS  # two million instructions take about one second
     assert one_line(caught.value, path)
 
 
-# ---- tensors and storages that cannot be
+# ---- invalid tensors and storages
 
 TENSORS: dict[str, tuple[bytes, str]] = {
     "an offset beyond the end": (tensor(storage(), offset=1), "requires bytes 4 to 20 of a storage of 16"),
@@ -305,7 +305,7 @@ TENSORS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("make", [zipped, legacy], ids=["zip", "legacy"])
 @pytest.mark.parametrize("what", TENSORS)
-def test_a_tensor_that_cannot_be_is_refused(make: Callable[..., bytes], what: str, tmp_path: Path) -> None:
+def test_an_invalid_tensor_is_rejected(make: Callable[..., bytes], what: str, tmp_path: Path) -> None:
     payload, reason = TENSORS[what]
     path = write(tmp_path / "a.pt", make(table({"a": payload}), {"0": FOUR}))
     with memory_limit(GIB), pytest.raises(CheckpointError, match=reason) as caught:
@@ -313,17 +313,17 @@ def test_a_tensor_that_cannot_be_is_refused(make: Callable[..., bytes], what: st
     assert one_line(caught.value, path)
 
 
-def changed(index: int, **lies: Any) -> Archive:
+def changed(index: int, **wrong: Any) -> Archive:
     """Return an archive with one changed record: 0 is data.pkl, 1 byteorder, 2 and 3 are storages."""
     records = torch_records(table({"a": tensor(storage("0")), "b": tensor(storage("1"))}), {"0": FOUR, "1": FOUR[::-1]})
-    for name, value in lies.items():
+    for name, value in wrong.items():
         setattr(records[index], name, value)
     return Archive(records)
 
 
-def ended(**lies: Any) -> Archive:
+def ended(**wrong: Any) -> Archive:
     archive = changed(0)
-    for name, value in lies.items():
+    for name, value in wrong.items():
         setattr(archive, name, value)
     return archive
 
@@ -383,13 +383,13 @@ ARCHIVES: dict[str, tuple[Archive, str]] = {
     "overlapping records": (one_inside_another(), "'archive/data/1' overlaps"),
     "the same name twice": (archive_with(Record("archive/data/0", FOUR)), "duplicate record 'archive/data/0'"),
     "two archives in one": (archive_with(Record("other/data.pkl", b"x")), "not one of torch.save"),
-    "records beside the folder": (archive_with(Record("evil.py", b"x")), "records outside its folder"),
+    "records outside the folder": (archive_with(Record("evil.py", b"x")), "records outside its folder"),
     "no pickle": (changed(0, name="archive/other.pkl"), "not one of torch.save"),
     "a big-endian machine": (changed(1, data=b"big"), "big-endian"),
     "no endianness at all": (changed(1, data=b""), "big-endian"),
     "a name that is not UTF-8": (changed(1, name=b"archive/\xff"), "is not UTF-8"),
     "a descriptor that is not there": (changed(2, flags=8), "contradicts its data descriptor"),
-    "a descriptor that lies": (
+    "a wrong descriptor": (
         changed(2, flags=8, after=struct.pack("<4s3L", b"PK\x07\x08", zlib.crc32(FOUR), 16, 15)),
         "contradicts its data descriptor",
     ),
@@ -425,7 +425,7 @@ ARCHIVES: dict[str, tuple[Archive, str]] = {
 
 
 @pytest.mark.parametrize("what", ARCHIVES)
-def test_an_archive_that_lies_is_refused(what: str, tmp_path: Path) -> None:
+def test_an_inconsistent_archive_is_rejected(what: str, tmp_path: Path) -> None:
     archive, reason = ARCHIVES[what]
     path = write(tmp_path / "a.pt", archive.bytes())
     begin = time.process_time()
@@ -439,7 +439,7 @@ def test_an_archive_that_lies_is_refused(what: str, tmp_path: Path) -> None:
     "archive",
     [
         changed(0),
-        changed(2, crc=0, local={"crc": 0}),  # torch was told to make no checksums
+        changed(2, crc=0, local={"crc": 0}),  # as torch writes with checksums turned off
         changed(
             2,
             flags=8,
@@ -455,7 +455,7 @@ def test_an_archive_that_lies_is_refused(what: str, tmp_path: Path) -> None:
         archive_with(Record("archive/", b""), Record("archive/notes.txt", b"x")),
     ],
 )
-def test_an_archive_that_is_odd_but_right_is_read(archive: Archive, tmp_path: Path) -> None:
+def test_an_unusual_but_valid_archive_is_read(archive: Archive, tmp_path: Path) -> None:
     read = read_all(write(tmp_path / "a.pt", archive.bytes()))
     assert read["a"].tolist() == [1, 2, 3, 4]
     assert read["b"].numpy().tobytes() == FOUR[::-1]
@@ -483,7 +483,7 @@ LEGACY: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("what", LEGACY)
-def test_an_old_file_that_lies_is_refused(what: str, tmp_path: Path) -> None:
+def test_an_inconsistent_legacy_file_is_rejected(what: str, tmp_path: Path) -> None:
     content, reason = LEGACY[what]
     path = write(tmp_path / "a.pt", content)
     with pytest.raises(CheckpointError, match=reason) as caught:

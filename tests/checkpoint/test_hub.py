@@ -60,10 +60,10 @@ class World(NamedTuple):
 
     hub: FakeHub
     cache: Path
-    said: list[str]
+    messages: list[str]
 
     def fetch(self, hub_id: str = "owner/name") -> Path:
-        return fetch_checkpoint(hub_id, self.said.append, endpoint=self.hub.endpoint, cache=self.cache)
+        return fetch_checkpoint(hub_id, self.messages.append, endpoint=self.hub.endpoint, cache=self.cache)
 
     def refused(self, kind: type[LlmEdgeError], *words: str, hub_id: str = "owner/name") -> None:
         with pytest.raises(kind) as caught:
@@ -110,7 +110,7 @@ def expected(*parts: dict[str, Any]) -> dict[str, bytes]:
     "text",
     ["owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/b.c_d-1.5", "o/n@main", "o/n@v1.0", "o/n@refs/pr/1"],
 )
-def test_names_of_repositories(text: str) -> None:
+def test_repository_ids_are_recognized(text: str) -> None:
     assert is_hub_id(text)
 
 
@@ -144,24 +144,24 @@ def test_names_of_repositories(text: str) -> None:
         "C:/name",
     ],
 )
-def test_what_is_no_name_of_a_repository(text: str) -> None:
+def test_other_names_are_not_repository_ids(text: str) -> None:
     assert not is_hub_id(text)
 
 
-# ---- what is fetched
+# ---- downloaded files
 
 
-def test_only_what_an_export_reads_is_asked_for(world: World) -> None:
+def test_only_files_needed_by_an_export_are_downloaded(world: World) -> None:
     folder = world.fetch()
     assert content(folder) == expected(SMALL, {"model.safetensors": WEIGHTS})
     assert sorted(world.hub.fetched()) == sorted([*SMALL, "model.safetensors"])
     assert world.hub.fetched()[-1] == "model.safetensors"
     asked = {request.path.rpartition("/")[2] for request in world.hub.log if "/resolve/" in request.path}
     assert asked == {*SMALL, "model.safetensors"}
-    assert any("owner/name" in line and "kB" in line for line in world.said)
+    assert any("owner/name" in line and "kB" in line for line in world.messages)
 
 
-def test_shards(world: World) -> None:
+def test_all_shards_are_downloaded(world: World) -> None:
     sharded(world)
     folder = world.fetch()
     index = world.hub.repos["owner/name"][COMMIT][INDEX]
@@ -170,7 +170,7 @@ def test_shards(world: World) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_pytorch_weights_where_there_is_nothing_else(world: World, whole: bool) -> None:
+def test_pytorch_weights_are_downloaded_if_there_are_no_others(world: World, whole: bool) -> None:
     parts: dict[str, Any] = {"pytorch_model.bin": b"zip"}
     if not whole:
         shards = {f"pytorch_model-0000{n}-of-00002.bin": bytes([n]) * 50 for n in (1, 2)}
@@ -179,24 +179,24 @@ def test_pytorch_weights_where_there_is_nothing_else(world: World, whole: bool) 
     assert content(world.fetch()) == expected(SMALL, parts)
 
 
-def test_safetensors_come_before_pytorch_weights(world: World) -> None:
+def test_safetensors_are_preferred_to_pytorch_weights(world: World) -> None:
     world.hub.add("owner/name", SMALL | {"model.safetensors": WEIGHTS, "pytorch_model.bin": b"zip"})
     assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
 
 
-def test_the_only_safetensors_of_another_name(world: World) -> None:
+def test_a_single_safetensors_file_of_another_name_is_downloaded(world: World) -> None:
     world.hub.add("owner/name", SMALL | {"weights.safetensors": WEIGHTS, "adapter_model.safetensors": b"no"})
     assert content(world.fetch()) == expected(SMALL, {"weights.safetensors": WEIGHTS})
 
 
-def test_a_vocabulary_in_parts(world: World) -> None:
+def test_vocabulary_and_merges_files_are_downloaded(world: World) -> None:
     files = {"config.json": "{}", "vocab.json": '{"a": 1}', "merges.txt": "a b", "model.safetensors": WEIGHTS}
     world.hub.add("owner/name", files | {"README.md": "no"})
     assert content(world.fetch()) == expected(files)
 
 
 @pytest.mark.parametrize("revision", ["refs/pr/1", OTHER_COMMIT])
-def test_another_revision(world: World, revision: str) -> None:
+def test_another_revision_can_be_downloaded(world: World, revision: str) -> None:
     world.hub.add("owner/name", SMALL | {"config.json": '{"new": 1}', "model.safetensors": b"new"}, OTHER_COMMIT)
     old, new = world.fetch(), world.fetch(f"owner/name@{revision}")
     assert (old / "model.safetensors").read_bytes() == WEIGHTS
@@ -207,7 +207,7 @@ def test_another_revision(world: World, revision: str) -> None:
     assert world.fetch() == old
 
 
-def test_a_branch_that_moves_on(world: World) -> None:
+def test_a_moved_branch_is_downloaded_again(world: World) -> None:
     old = world.fetch()
     world.hub.add("owner/name", SMALL | {"model.safetensors": b"new"}, OTHER_COMMIT)
     world.hub.revisions["main"] = OTHER_COMMIT
@@ -216,31 +216,31 @@ def test_a_branch_that_moves_on(world: World) -> None:
     assert (new / "model.safetensors").read_bytes() == b"new"
 
 
-def test_an_adapter(world: World) -> None:
+def test_an_adapter_is_downloaded(world: World) -> None:
     files = {"adapter_config.json": "{ }", "adapter_model.safetensors": b"lora"}
     world.hub.add("owner/adapter", files | {"README.md": "a", "tokenizer.json": "{}", "adapter_model.bin": b"zip"})
-    folder = fetch_adapter("owner/adapter", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
+    folder = fetch_adapter("owner/adapter", world.messages.append, endpoint=world.hub.endpoint, cache=world.cache)
     assert content(folder) == expected(files)
     world.refused(CheckpointError, "owner/adapter", "adapter", "base model", hub_id="owner/adapter")
     with pytest.raises(CheckpointError, match="has no adapter"):
-        fetch_adapter("owner/name", world.said.append, endpoint=world.hub.endpoint, cache=world.cache)
+        fetch_adapter("owner/name", world.messages.append, endpoint=world.hub.endpoint, cache=world.cache)
 
 
-def test_how_far_a_download_has_come_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_progress_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)
     world.fetch()
-    told = [line for line in world.said if "model.safetensors (6 of 6)" in line]
-    assert len(told) > 3
-    assert told[0].endswith("20 kB of 102 kB")
-    assert told[-1].endswith("102 kB of 102 kB")
+    lines = [line for line in world.messages if "model.safetensors (6 of 6)" in line]
+    assert len(lines) > 3
+    assert lines[0].endswith("20 kB of 102 kB")
+    assert lines[-1].endswith("102 kB of 102 kB")
 
 
-def test_the_bar_serves_the_package_s_other_way_of_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_for_xet_downloads_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most weights are downloaded by the Xet client, which requires other servers and reports to the same class."""
     monkeypatch.setattr(hub_progress, "REPORT_SECONDS", 0.0)
-    said: list[str] = []
-    progress = hub_progress.progress_class(said.append, "model.safetensors", 5_000_000_000)
+    messages: list[str] = []
+    progress = hub_progress.progress_class(messages.append, "model.safetensors", 5_000_000_000)
     words = {"reconstruction_desc": "a", "transfer_desc": "b", "total": 5_000_000_000, "log_level": 30}
     with XetDownloadProgressReporter(**words, tqdm_class=progress) as reporter:
         for done in (0, 2_500_000_000, 5_000_000_000):
@@ -252,19 +252,21 @@ def test_the_bar_serves_the_package_s_other_way_of_downloading(monkeypatch: pyte
                 total_transfer_bytes_completion_rate=None,
             )
             reporter.update_progress(report)
-    assert said == [f"downloading model.safetensors: {size} GB of 5.0 GB" for size in ("2.5", "5.0")]
+    assert messages == [f"downloading model.safetensors: {size} GB of 5.0 GB" for size in ("2.5", "5.0")]
 
 
 # ---- the cache
 
 
 @pytest.mark.parametrize("way", ["stopped", "variable", "failing"])
-def test_the_second_time_works_offline(world: World, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_a_cached_model_works_offline(world: World, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     sharded(world)
     folder = world.fetch()
     world.hub.log.clear()
     assert world.fetch() == folder
-    assert [request.path for request in world.hub.log] == ["/api/models/owner/name"]  # has it moved on?
+    assert [request.path for request in world.hub.log] == [
+        "/api/models/owner/name"
+    ]  # checks whether the branch has moved
     if way == "stopped":
         world.hub.stop()
     elif way == "failing":
@@ -285,7 +287,7 @@ def test_offline_with_the_cache_of_an_older_package(world: World) -> None:
     assert world.fetch() == folder
 
 
-def test_what_is_missing_is_fetched(world: World) -> None:
+def test_files_missing_from_the_cache_are_downloaded(world: World) -> None:
     folder = world.fetch()
     (folder / "tokenizer.json").resolve().unlink()
     (folder / "generation_config.json").unlink()
@@ -295,7 +297,7 @@ def test_what_is_missing_is_fetched(world: World) -> None:
     assert world.hub.fetched() == ["tokenizer.json"]  # the other one's content was still there
 
 
-def test_offline_and_not_wholly_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_with_an_incomplete_cache_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = world.fetch()
     (folder / "tokenizer.json").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -303,37 +305,37 @@ def test_offline_and_not_wholly_in_the_cache(world: World, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
-def test_offline_and_not_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+def test_offline_without_a_cache_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     world.refused(MachineError, f"owner/name{revision}", "HF_HUB_OFFLINE", hub_id=f"owner/name{revision}")
 
 
 @pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
-def test_no_network_and_not_in_the_cache(world: World, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+def test_no_network_without_a_cache_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     world.hub.stop()
     world.refused(MachineError, "owner/name", "unreachable", "refused", hub_id=f"owner/name{revision}")
 
 
-# ---- what goes wrong
+# ---- errors
 
 
 @pytest.mark.parametrize("hub_id", ["owner/other", "nobody/name", "owner/other@main"])
-def test_no_such_repository(world: World, hub_id: str) -> None:
+def test_an_unknown_repository_is_an_error(world: World, hub_id: str) -> None:
     world.refused(CheckpointError, hub_id, "neither a local path", "hf auth login", "HF_TOKEN", hub_id=hub_id)
 
 
-def test_a_closed_repository(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_repository_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.hub.gated.add("owner/name")
     world.refused(CheckpointError, "owner/name", "approval", "huggingface.co/owner/name", "hf auth login")
     monkeypatch.setenv("HF_TOKEN", world.hub.token)
     world.hub.log.clear()
     assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
     sent = {request.path.startswith("/store/"): "authorization" in request.headers for request in world.hub.log}
-    assert sent == {False: True, True: False}  # never to where the Hub sends us
+    assert sent == {False: True, True: False}  # never to the host that the Hub redirects to
 
 
-def test_no_such_revision(world: World) -> None:
+def test_an_unknown_revision_is_an_error(world: World) -> None:
     world.refused(CheckpointError, "owner/name@v9", "no revision 'v9'", hub_id="owner/name@v9")
     world.refused(CheckpointError, "no revision", hub_id="owner/name@" + "0" * 40)
 
@@ -348,18 +350,18 @@ def test_no_such_revision(world: World) -> None:
         (500, MachineError, ["500", "later"]),
     ],
 )
-def test_a_hub_that_fails(world: World, status: int, kind: type[LlmEdgeError], words: list[str]) -> None:
+def test_server_errors_are_reported(world: World, status: int, kind: type[LlmEdgeError], words: list[str]) -> None:
     world.hub.status = status
     world.refused(kind, "owner/name", *words)
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>Sign in to this network</html>", b"[]", b"{}"])
-def test_an_answer_that_is_none_of_a_hub(world: World, body: bytes) -> None:
+def test_an_invalid_response_is_an_error(world: World, body: bytes) -> None:
     world.hub.status, world.hub.body = 200, body
     world.refused(MachineError, "owner/name", "HF_ENDPOINT")
 
 
-def test_a_hub_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_respond_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "RESPONSE_SECONDS", 0.3)
     world.hub.silent = threading.Event()
     start = time.monotonic()
@@ -368,7 +370,7 @@ def test_a_hub_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_breaks_off_goes_on(world: World, monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
+def test_an_interrupted_download_is_resumed(world: World, monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     world.hub.ranges = ranges
@@ -379,7 +381,7 @@ def test_a_download_that_breaks_off_goes_on(world: World, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("after", [0, 60_000])
-def test_a_download_that_never_ends_well(world: World, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_a_download_that_keeps_failing_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     world.hub.ranges = False
@@ -393,7 +395,7 @@ def test_a_download_that_never_ends_well(world: World, monkeypatch: pytest.Monke
     assert world.hub.fetched() == ["model.safetensors"]
 
 
-def test_a_file_much_larger_than_listed(world: World) -> None:
+def test_a_file_much_larger_than_listed_is_rejected(world: World) -> None:
     world.hub.listed = [{"type": "file", "path": "model.safetensors", "size": 10, "oid": "0" * 40}]
     world.refused(MachineError, "model.safetensors", "download keeps restarting")
     assert not list(world.cache.rglob("*.incomplete"))
@@ -402,7 +404,7 @@ def test_a_file_much_larger_than_listed(world: World) -> None:
 @pytest.mark.parametrize(
     "name", ["../evil.safetensors", "/tmp/evil.safetensors", "..\\evil.safetensors", "a/../../evil.bin", "..", "", "."]
 )
-def test_hostile_names_in_the_list(world: World, name: str) -> None:
+def test_hostile_file_names_are_rejected(world: World, name: str) -> None:
     world.hub.listed = [{"type": "file", "path": name, "size": 5, "oid": "0" * 40}]
     before = content(world.cache.parent)
     assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
@@ -414,20 +416,20 @@ def test_hostile_names_in_the_list(world: World, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["../config.json", "/etc/passwd", "onnx/model.onnx", "", ".", "gone.safetensors", "a\\b.safetensors"]
 )
-def test_an_index_that_names_other_files(world: World, name: str) -> None:
+def test_an_index_with_paths_outside_the_repository_is_rejected(world: World, name: str) -> None:
     sharded(world, more=name)
     world.refused(CheckpointError, "owner/name", INDEX, repr(name))
     assert not [fetched for fetched in world.hub.fetched() if fetched.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize("index", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_an_index_that_is_none(world: World, index: str) -> None:
+def test_an_invalid_index_is_rejected(world: World, index: str) -> None:
     world.hub.add("owner/name", SMALL | SHARDS | {INDEX: index})
     world.refused(CheckpointError, INDEX)
 
 
 @pytest.mark.parametrize("commit", ["../../../evil", "main", "", "x" * 5000, "0" * 39])
-def test_a_commit_that_is_none(world: World, commit: str) -> None:
+def test_an_invalid_commit_hash_is_rejected(world: World, commit: str) -> None:
     world.hub.revisions["main"] = commit
     world.hub.repos["owner/name"][commit] = world.hub.repos["owner/name"][COMMIT]
     world.refused(CheckpointError, "owner/name", "invalid commit")
@@ -435,7 +437,7 @@ def test_a_commit_that_is_none(world: World, commit: str) -> None:
     assert not (world.cache.parent / "evil").exists()
 
 
-def test_gguf_files_only(world: World) -> None:
+def test_a_repository_with_only_gguf_files_is_an_error(world: World) -> None:
     world.hub.add("owner/name", {"README.md": "a", "m-Q8_0.gguf": b"GGUF" * 9, "m-Q4_K.gguf": b"GGUF"})
     world.refused(CheckpointError, "only GGUF files", "hf download owner/name m-Q4_K.gguf", "path")
 
@@ -450,13 +452,13 @@ def test_gguf_files_only(world: World) -> None:
         ({}, "no supported weights"),
     ],
 )
-def test_repositories_without_a_model(world: World, files: dict[str, Any], word: str) -> None:
+def test_repositories_without_a_model_are_errors(world: World, files: dict[str, Any], word: str) -> None:
     world.hub.add("owner/name", files)
     world.refused(CheckpointError, "owner/name", word)
     assert set(world.hub.fetched()) <= {"config.json"}
 
 
-def test_no_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_disk_space_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(world.cache.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     world.refused(MachineError, "owner/name", "102 kB", "1 kB", "HF_HUB_CACHE")
@@ -464,7 +466,7 @@ def test_no_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
-def test_a_disk_that_fails(world: World, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_failing_disk_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code), "/disk/file")
 
@@ -472,26 +474,26 @@ def test_a_disk_that_fails(world: World, monkeypatch: pytest.MonkeyPatch, code: 
     world.refused(MachineError, "disk space" if code == errno.ENOSPC else "/disk/file", "HF_HUB_CACHE")
 
 
-def test_a_cache_that_is_no_folder(world: World) -> None:
+def test_a_cache_path_that_is_not_a_folder_is_an_error(world: World) -> None:
     world.cache.write_text("")
     world.refused(MachineError, str(world.cache), "HF_HUB_CACHE")
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"pip install 'llm-edge\[export\]'"):
         fetch_checkpoint("owner/name", print)
 
 
-def test_names_that_are_none_are_not_asked_for(world: World) -> None:
+def test_invalid_names_are_not_requested(world: World) -> None:
     world.refused(CheckpointError, "owner/name@../x", "owner/name@revision", hub_id="owner/name@../x")
     assert not world.hub.log
 
 
-# ---- as a user has it: a process of its own, told by environment variables
+# ---- as for a user: a separate process configured by environment variables
 
 
-def test_a_fresh_process(world: World) -> None:
+def test_environment_variables_apply_in_a_new_process(world: World) -> None:
     code = """
 import sys
 from llm_edge.checkpoint.download.hub import fetch_checkpoint
@@ -499,7 +501,10 @@ assert "huggingface_hub" not in sys.modules
 print(fetch_checkpoint("owner/name", lambda _: None))
 """
     variables = {"HF_ENDPOINT": world.hub.endpoint, "HF_HOME": str(world.cache), "AI_AGENT": "someone"}
-    world.hub.cut["model.safetensors"], world.hub.cuts["model.safetensors"] = 50_000, 1  # the package warns of that
+    world.hub.cut["model.safetensors"], world.hub.cuts["model.safetensors"] = (
+        50_000,
+        1,
+    )  # the package logs a warning about this
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     command = [sys.executable, "-W", "default", "-c", code]
     done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, timeout=60, check=False)

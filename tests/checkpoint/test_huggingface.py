@@ -74,10 +74,10 @@ def refused(folder: Path, *words: str) -> None:
         assert word in message
 
 
-# ---- what transformers saves
+# ---- folders saved by transformers
 
 
-def test_every_weight_is_that_of_the_file(tiny_checkpoint: Path) -> None:
+def test_every_weight_equals_the_file(tiny_checkpoint: Path) -> None:
     checkpoint = read_folder(tiny_checkpoint)
     theirs = load_file(tiny_checkpoint / WEIGHTS)
     layer = "model.layers.1."
@@ -97,7 +97,7 @@ def test_every_weight_is_that_of_the_file(tiny_checkpoint: Path) -> None:
     assert sum(checkpoint.weights[name].numel() for name in checkpoint.weights) == count_parameters(checkpoint.config)
 
 
-def test_config_tokenizer_and_source(tiny_checkpoint: Path) -> None:
+def test_config_tokenizer_and_source_are_read(tiny_checkpoint: Path) -> None:
     checkpoint = read_folder(tiny_checkpoint)
     assert checkpoint.config == ModelConfig(
         vocab_size=331,
@@ -124,7 +124,7 @@ def test_config_tokenizer_and_source(tiny_checkpoint: Path) -> None:
     assert checkpoint.source.weight_types == "F32"
 
 
-def test_shards_are_as_one_file(sharded: Path, tiny_checkpoint: Path) -> None:
+def test_shards_equal_a_single_file(sharded: Path, tiny_checkpoint: Path) -> None:
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert len(files) > 2
     assert not (sharded / WEIGHTS).exists()
@@ -133,7 +133,7 @@ def test_shards_are_as_one_file(sharded: Path, tiny_checkpoint: Path) -> None:
     assert [file.name for file in checkpoint.source.files] == files
 
 
-def test_a_file_of_another_name_is_taken_where_it_is_the_only_one(folder: Path, tiny_checkpoint: Path) -> None:
+def test_a_single_weights_file_of_another_name_is_used(folder: Path, tiny_checkpoint: Path) -> None:
     (folder / WEIGHTS).rename(folder / "weights.safetensors")
     same(read_folder(folder), read_folder(tiny_checkpoint))
 
@@ -144,7 +144,7 @@ def test_only_the_files_of_the_index_are_read(shards: Path, tiny_checkpoint: Pat
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
-def test_half_precision(folder: Path, tiny_checkpoint: Path, dtype: torch.dtype, name: str) -> None:
+def test_half_precision_weights_are_read(folder: Path, tiny_checkpoint: Path, dtype: torch.dtype, name: str) -> None:
     edit_weights(folder, lambda tensors: tensors.update({key: it.to(dtype) for key, it in tensors.items()}))
     checkpoint, full = read_folder(folder), read_folder(tiny_checkpoint)
     assert checkpoint.source.weight_types == name
@@ -156,7 +156,7 @@ def test_half_precision(folder: Path, tiny_checkpoint: Path, dtype: torch.dtype,
     assert decoder.norm.weight.dtype == torch.float32
 
 
-def test_untied(tmp_path: Path) -> None:
+def test_untied_heads_are_read(tmp_path: Path) -> None:
     folder = tiny.save_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
     checkpoint = read_folder(folder)
     assert not checkpoint.config.tie_word_embeddings
@@ -164,7 +164,7 @@ def test_untied(tmp_path: Path) -> None:
     assert not torch.equal(checkpoint.weights["lm_head.weight"], checkpoint.weights["embed_tokens.weight"])
 
 
-def test_what_changes_nothing_may_be_left_over(folder: Path, tiny_checkpoint: Path) -> None:
+def test_redundant_tensors_are_ignored(folder: Path, tiny_checkpoint: Path) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # of a tied model
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
@@ -173,7 +173,7 @@ def test_what_changes_nothing_may_be_left_over(folder: Path, tiny_checkpoint: Pa
     same(read_folder(folder), read_folder(tiny_checkpoint))
 
 
-def test_token_ids_may_stand_in_the_config_alone(folder: Path) -> None:
+def test_token_ids_may_be_only_in_the_config(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     edit_json(folder / "config.json", eos_token_id=[2, 1])
     checkpoint = read_folder(folder)
@@ -193,7 +193,7 @@ def test_generation_defaults_are_kept(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file", "config", "named", "nowhere"])
-def test_places_of_the_chat_template(folder: Path, place: str) -> None:
+def test_the_chat_template_is_found_in_all_places(folder: Path, place: str) -> None:
     (folder / "chat_template.jinja").unlink()
     if place == "file":
         (folder / "chat_template.jinja").write_text("{{ 'new' }}")
@@ -206,16 +206,16 @@ def test_places_of_the_chat_template(folder: Path, place: str) -> None:
     assert read_folder(folder).tokenizer.chat_template == (None if place == "nowhere" else "{{ 'new' }}")
 
 
-# ---- weights that do not fit
+# ---- invalid weights
 
 
-def test_a_missing_tensor(folder: Path) -> None:
+def test_a_missing_tensor_is_an_error(folder: Path) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     edit_weights(folder, lambda tensors: tensors.pop(name))
     refused(folder, str(folder), name, "missing")
 
 
-def test_a_missing_head(folder: Path) -> None:
+def test_a_missing_head_is_an_error(folder: Path) -> None:
     edit_json(folder / "config.json", tie_word_embeddings=False)
     refused(folder, str(folder), "lm_head.weight", "missing")
 
@@ -229,7 +229,7 @@ def test_a_missing_head(folder: Path) -> None:
         "score.weight",
     ],
 )
-def test_a_tensor_too_many(folder: Path, name: str) -> None:
+def test_an_unexpected_tensor_is_an_error(folder: Path, name: str) -> None:
     edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(64)}))
     refused(folder, str(folder), name)
 
@@ -247,12 +247,12 @@ def test_a_tensor_too_many(folder: Path, name: str) -> None:
         ("model.layers.1.mlp.up_proj.weight", (0, 64)),
     ],
 )
-def test_a_tensor_of_another_shape(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+def test_a_tensor_of_the_wrong_shape_is_an_error(folder: Path, name: str, shape: tuple[int, ...]) -> None:
     edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
     refused(folder, str(folder), name, str(shape))
 
 
-def test_parts_of_a_packed_projection_have_their_own_shapes(folder: Path) -> None:
+def test_parts_of_a_packed_projection_are_checked_separately(folder: Path) -> None:
     """Moving query rows to the key keeps the packed height but is a different model."""
 
     def swap(tensors: dict[str, torch.Tensor]) -> None:
@@ -264,24 +264,24 @@ def test_parts_of_a_packed_projection_have_their_own_shapes(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float8_e4m3fn])
-def test_a_tensor_of_another_type(folder: Path, dtype: torch.dtype) -> None:
+def test_a_tensor_of_an_unsupported_type_is_an_error(folder: Path, dtype: torch.dtype) -> None:
     edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64).to(dtype)}))
     refused(folder, str(folder / WEIGHTS), "model.norm.weight", "supported: BF16, F16, F32, F64")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 400, -1])
-def test_a_file_that_is_cut(folder: Path, keep: int) -> None:
+def test_a_truncated_file_is_an_error(folder: Path, keep: int) -> None:
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:keep])
     refused(folder, str(folder / WEIGHTS), "damaged")
 
 
-def test_no_weights(folder: Path) -> None:
+def test_a_folder_without_weights_is_an_error(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     refused(folder, str(folder), "no weights", WEIGHTS)
 
 
-def test_several_files_without_an_index(folder: Path) -> None:
+def test_several_files_without_an_index_are_an_error(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "a.safetensors")
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
     refused(folder, str(folder), "2 .safetensors files", INDEX)
@@ -290,7 +290,7 @@ def test_several_files_without_an_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", ""], ids=repr
 )
-def test_an_index_that_names_files_outside(shards: Path, name: str) -> None:
+def test_an_index_with_paths_outside_the_folder_is_an_error(shards: Path, name: str) -> None:
     shutil.copy(next(shards.glob("*.safetensors")), shards.parent / WEIGHTS)
     (shards / "sub").mkdir()
     shutil.copy(shards.parent / WEIGHTS, shards / "sub")
@@ -299,14 +299,14 @@ def test_an_index_that_names_files_outside(shards: Path, name: str) -> None:
     refused(shards, str(shards))
 
 
-def test_an_index_that_names_a_missing_file(shards: Path) -> None:
+def test_an_index_with_a_missing_file_is_an_error(shards: Path) -> None:
     path = sorted(shards.glob("*.safetensors"))[1]
     path.unlink()
     refused(shards, str(path), "missing")
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}", "[]", "{", ""])
-def test_an_index_that_is_no_index(shards: Path, content: str) -> None:
+def test_an_invalid_index_is_an_error(shards: Path, content: str) -> None:
     (shards / INDEX).write_text(content)
     refused(shards, INDEX)
 
@@ -315,7 +315,7 @@ def test_an_index_that_is_no_index(shards: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_missing_file(folder: Path, name: str) -> None:
+def test_a_missing_file_is_an_error(folder: Path, name: str) -> None:
     (folder / name).unlink()
     refused(folder, str(folder), name)
 
@@ -323,13 +323,13 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "tokenizer_config.json", INDEX, "tokenizer.json"]
 )
-def test_a_file_that_is_not_text(folder: Path, name: str) -> None:
+def test_a_file_that_is_not_text_is_an_error(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"\xff\xfe\x00")
     refused(folder, str(folder / name))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model_type": "llama"', "[" * 100_000])
-def test_a_config_that_is_no_object(folder: Path, content: str) -> None:
+def test_a_config_that_is_not_an_object_is_an_error(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     refused(folder, str(folder / "config.json"))
 
@@ -337,7 +337,7 @@ def test_a_config_that_is_no_object(folder: Path, content: str) -> None:
 @pytest.mark.parametrize(
     "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "model_type"]
 )
-def test_a_missing_key(folder: Path, key: str) -> None:
+def test_a_missing_config_key_is_an_error(folder: Path, key: str) -> None:
     edit_json(folder / "config.json", **{key: GONE})
     refused(folder, "config.json", key)
 
@@ -358,7 +358,7 @@ INTEGERS = (
 @pytest.mark.parametrize(
     "value", ["64", 64.0, True, [64], {"a": 1}, 0, -64, 10**18, 10**400], ids=lambda it: repr(it)[:20]
 )
-def test_a_size_that_is_none(folder: Path, key: str, value: Any) -> None:
+def test_an_invalid_size_is_an_error(folder: Path, key: str, value: Any) -> None:
     edit_json(folder / "config.json", **{key: value})
     refused(folder, key)
 
@@ -375,7 +375,7 @@ def test_a_size_that_is_none(folder: Path, key: str, value: Any) -> None:
         ("tie_word_embeddings", "false"),
     ],
 )
-def test_a_number_that_is_none(folder: Path, key: str, value: Any) -> None:
+def test_an_invalid_number_is_an_error(folder: Path, key: str, value: Any) -> None:
     edit_json(folder / "config.json", **{key: value}, rope_parameters=GONE)
     refused(folder, key)
 
@@ -406,7 +406,7 @@ def test_a_number_that_is_none(folder: Path, key: str, value: Any) -> None:
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_a_variant_that_this_decoder_is_not(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+def test_unsupported_variants_are_errors(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
     edit_json(folder / "config.json", **changes)
     refused(folder, *words)
 
@@ -421,12 +421,12 @@ def test_a_variant_that_this_decoder_is_not(folder: Path, changes: dict[str, Any
     ],
     ids=["before transformers 5", "transformers 5", "null", "default"],
 )
-def test_places_of_rope_theta(folder: Path, changes: dict[str, Any], theta: float) -> None:
+def test_rope_theta_is_found_in_all_places(folder: Path, changes: dict[str, Any], theta: float) -> None:
     edit_json(folder / "config.json", **changes)
     assert [rope.theta for rope in read_folder(folder).config.ropes] == [theta]
 
 
-def test_defaults_are_those_of_transformers() -> None:
+def test_defaults_match_transformers() -> None:
     from transformers import LlamaConfig
 
     given = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
@@ -439,12 +439,12 @@ def test_defaults_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, "2", True, [2, "x"], 2.0, [[2]]], ids=repr)
-def test_a_token_id_that_is_none(folder: Path, value: Any) -> None:
+def test_an_invalid_token_id_is_an_error(folder: Path, value: Any) -> None:
     edit_json(folder / "generation_config.json", eos_token_id=value)
     refused(folder, "eos_token_id")
 
 
-def test_more_special_tokens_go_by_the_name_that_every_transformers_knows(folder: Path) -> None:
+def test_extra_special_tokens_use_a_key_known_to_all_transformers_versions(folder: Path) -> None:
     """Version 5 writes a list under a name for which version 4 requires a mapping; it also reads the old name."""
     edit_json(folder / "tokenizer_config.json", extra_special_tokens=["<|im_start|>"], additional_special_tokens=GONE)
     config = read_folder(folder).tokenizer.tokenizer_config

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
-# peft says at length what it does about embeddings and about GPT-2's transposed weights
+# peft warns about embeddings and about GPT-2's transposed weights
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,7 +57,7 @@ def adapt(model: PreTrainedModel, folder: Path, **config: Any) -> dict[str, torc
     adapted = peft.get_peft_model(model, peft.LoraConfig(**asked))
     torch.manual_seed(3)
     for name, weight in adapted.named_parameters():
-        if weight.requires_grad:  # peft starts B at zero, and copies at what they were
+        if weight.requires_grad:  # peft initializes B with zeros, and copies with the original values
             noise = torch.randn_like(weight) * 0.1
             weight.data = weight.data + noise.abs() if "magnitude" in name else noise
     adapted.save_pretrained(folder)
@@ -92,7 +92,7 @@ def check(model: Callable[[], PreTrainedModel], folder: Path, changed: int, **co
     assert moved == changed
 
 
-# ---- what peft saves
+# ---- adapters saved by peft
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -112,7 +112,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
     ],
     ids=["some", "all", "rslora", "gaussian", "layer", "embedding", "saved", "dora-embedding", "dora"],
 )
-def test_llama_as_peft_merges_it(tmp_path: Path, config: dict[str, Any], changed: int) -> None:
+def test_merging_into_llama_matches_peft(tmp_path: Path, config: dict[str, Any], changed: int) -> None:
     check(llama, tmp_path / "adapter", changed, **config)
 
 
@@ -127,16 +127,16 @@ def test_llama_as_peft_merges_it(tmp_path: Path, config: dict[str, Any], changed
     ids=["names", "paths", "expressions", "no match"],
 )
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_rank_and_alpha_patterns(tmp_path: Path, patterns: dict[str, Any], use_rslora: bool) -> None:
+def test_rank_and_alpha_patterns_match_peft(tmp_path: Path, patterns: dict[str, Any], use_rslora: bool) -> None:
     check(llama, tmp_path, 4, target_modules=["q_proj", "v_proj"], use_rslora=use_rslora, **patterns)
 
 
 @pytest.mark.parametrize(("bias", "changed"), [("none", 4), ("all", 4 + 8), ("lora_only", 4 + 4)])
-def test_biases_that_were_trained(tmp_path: Path, bias: str, changed: int) -> None:
+def test_trained_biases_are_merged(tmp_path: Path, bias: str, changed: int) -> None:
     check(lambda: llama(attention_bias=True), tmp_path, changed, target_modules=["q_proj", "v_proj"], bias=bias)
 
 
-def test_a_bias_of_b(tmp_path: Path) -> None:
+def test_a_bias_of_lora_b_is_merged(tmp_path: Path) -> None:
     check(
         lambda: llama(attention_bias=True),
         tmp_path,
@@ -159,11 +159,11 @@ def test_a_bias_of_b(tmp_path: Path) -> None:
     ],
     ids=["attention", "square", "dora", "embeddings", "bias of b", "saved"],
 )
-def test_gpt2_as_peft_merges_it(tmp_path: Path, config: dict[str, Any], changed: int) -> None:
+def test_merging_into_gpt2_matches_peft(tmp_path: Path, config: dict[str, Any], changed: int) -> None:
     check(gpt2, tmp_path, changed, **config)
 
 
-def test_how_a_square_weight_is_stored(tmp_path: Path) -> None:
+def test_the_layout_of_a_square_weight_is_determined(tmp_path: Path) -> None:
     """If an adapter has both layouts, peft's config describes that of the last layer."""
     theirs = adapt(gpt2(), tmp_path, target_modules=["c_proj", "lm_head"])
     base = state(gpt2())
@@ -192,7 +192,7 @@ def damaged(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "damaged")
 
 
-def test_its_name_base_and_files(saved: Path, damaged: Path) -> None:
+def test_adapter_name_base_and_files_are_read(saved: Path, damaged: Path) -> None:
     adapter = open_adapter(saved)
     assert adapter.name == "mine"
     assert [file.name for file in adapter.files] == [CONFIG, WEIGHTS]
@@ -206,7 +206,7 @@ def test_its_name_base_and_files(saved: Path, damaged: Path) -> None:
         assert open_adapter(damaged).base_model is None
 
 
-def test_half_precision_is_merged_in_full(saved: Path, damaged: Path) -> None:
+def test_half_precision_adapters_are_merged_in_float32(saved: Path, damaged: Path) -> None:
     edit_weights(damaged, lambda it: it.update({name: weight.bfloat16() for name, weight in it.items()}))
     adapter = open_adapter(damaged)
     base = {name: weight.bfloat16() for name, weight in state(llama()).items()}
@@ -221,7 +221,7 @@ def test_half_precision_is_merged_in_full(saved: Path, damaged: Path) -> None:
     assert ours["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_a_file_of_torch(saved: Path, damaged: Path) -> None:
+def test_a_file_of_torch_save_is_read(saved: Path, damaged: Path) -> None:
     torch.save(load_file(saved / WEIGHTS), damaged / "adapter_model.bin")
     (damaged / WEIGHTS).unlink()
     base = state(llama())
@@ -230,7 +230,7 @@ def test_a_file_of_torch(saved: Path, damaged: Path) -> None:
     assert open_adapter(damaged).files[1].name == "adapter_model.bin"
 
 
-def test_tensors_are_read_when_asked_for_and_the_base_stays(saved: Path) -> None:
+def test_tensors_are_read_lazily_and_the_base_is_unchanged(saved: Path) -> None:
     base, asked = state(llama()), list[str]()
 
     def load(name: str) -> torch.Tensor:
@@ -247,10 +247,10 @@ def test_tensors_are_read_when_asked_for_and_the_base_stays(saved: Path) -> None
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_a_base_without_the_outer_module(tmp_path: Path, bare: bool) -> None:
+def test_a_base_without_the_outer_module_prefix(tmp_path: Path, bare: bool) -> None:
     theirs = adapt(gpt2(), tmp_path, target_modules=["c_attn"])
     base = state(gpt2())
-    if bare:  # as GPT-2's own files have it
+    if bare:  # as in GPT-2's published files
         base = {name.removeprefix("transformer."): weight for name, weight in base.items()}
     ours = merge(open_adapter(tmp_path), base)
     for name, weight in theirs.items():
@@ -258,7 +258,7 @@ def test_a_base_without_the_outer_module(tmp_path: Path, bare: bool) -> None:
         torch.testing.assert_close(ours[own], weight, atol=1e-6, rtol=0, msg=name)
 
 
-def test_an_adapter_without_the_outer_module(saved: Path, damaged: Path) -> None:
+def test_an_adapter_without_the_outer_module_prefix(saved: Path, damaged: Path) -> None:
     edit(damaged, modules_to_save=["norm"])
     edit_weights(damaged, rename=lambda name: name.replace("base_model.model.model.", "base_model.model."))
     base = state(llama())
@@ -266,7 +266,7 @@ def test_an_adapter_without_the_outer_module(saved: Path, damaged: Path) -> None
     assert all(torch.equal(ours[name], expected[name]) for name in base)
 
 
-# ---- what does not fit
+# ---- errors
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -340,25 +340,25 @@ def refused(folder: Path, *words: str, base: Mapping[str, torch.Tensor] | None =
     ],
     ids=lambda value: next(iter(value))[:20] if isinstance(value, dict) else "",
 )
-def test_a_config_that_is_not_known(damaged: Path, changes: dict[str, Any], words: list[str]) -> None:
+def test_unsupported_configs_are_errors(damaged: Path, changes: dict[str, Any], words: list[str]) -> None:
     edit(damaged, **changes)
     refused(damaged, *words)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "[" * 100_000])
-def test_a_config_that_is_none(damaged: Path, content: str) -> None:
+def test_invalid_configs_are_errors(damaged: Path, content: str) -> None:
     (damaged / CONFIG).write_text(content)
     refused(damaged, CONFIG)
 
 
-def test_unknown_keys_that_ask_for_nothing(saved: Path, damaged: Path) -> None:
+def test_unknown_keys_that_are_off_are_ignored(saved: Path, damaged: Path) -> None:
     edit(damaged, something_of_tomorrow=None, another=False, third=[], fourth={}, alpha_pattern=None, rank_pattern=None)
     base = state(llama())
     ours, expected = merge(open_adapter(damaged), base), merge(open_adapter(saved), base)
     assert all(torch.equal(ours[name], expected[name]) for name in base)
 
 
-def test_patterns_are_matched_in_little_time(damaged: Path) -> None:
+def test_patterns_are_matched_quickly(damaged: Path) -> None:
     """The slowest accepted patterns, on paths that almost match."""
     edit(damaged, alpha_pattern={f"{'.' * n}.*.*\\.q_prox": 3 for n in range(16)})
     edit_weights(damaged, rename=lambda name: name.replace(".self_attn.", f".{'.a' * 50}."))
@@ -368,7 +368,7 @@ def test_patterns_are_matched_in_little_time(damaged: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_no_adapter(damaged: Path) -> None:
+def test_a_folder_without_an_adapter_is_an_error(damaged: Path) -> None:
     (damaged / WEIGHTS).unlink()
     refused(damaged, "no adapter_model.safetensors", "save_pretrained")
     (damaged / CONFIG).unlink()
@@ -376,13 +376,13 @@ def test_no_adapter(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 300, -1])
-def test_a_file_that_is_cut(damaged: Path, keep: int) -> None:
+def test_a_truncated_file_is_an_error(damaged: Path, keep: int) -> None:
     content = (damaged / WEIGHTS).read_bytes()
     (damaged / WEIGHTS).write_bytes(content[:keep])
     refused(damaged, WEIGHTS)
 
 
-def test_a_header_of_a_hostile_size(damaged: Path) -> None:
+def test_a_hostile_header_size_is_an_error(damaged: Path) -> None:
     shape = {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}
     header = json.dumps({f"{Q_PROJ}.lora_A.weight": shape}).encode()
     (damaged / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
@@ -410,7 +410,7 @@ A, B = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight"
     ],
     ids=["empty", "no B", "no A", "named", "diag", "embedding", "magnitude", "twice", "double", "long"],
 )
-def test_tensors_that_make_no_adapter(damaged: Path, change: Callable[[Any], Any], words: list[str]) -> None:
+def test_inconsistent_adapter_tensors_are_errors(damaged: Path, change: Callable[[Any], Any], words: list[str]) -> None:
     edit(damaged, modules_to_save=None)
     edit_weights(damaged, change)
     refused(damaged, *words)
@@ -437,34 +437,36 @@ def test_tensors_that_make_no_adapter(damaged: Path, change: Callable[[Any], Any
     ],
     ids=["rank A", "rank", "one axis", "width", "none", "norm", "score", "twice", "bias"],
 )
-def test_tensors_that_do_not_fit_the_base(damaged: Path, change: Callable[[Any], Any], words: list[str]) -> None:
+def test_tensors_that_do_not_match_the_base_are_errors(
+    damaged: Path, change: Callable[[Any], Any], words: list[str]
+) -> None:
     edit(damaged, base_model_name_or_path="owner/base")
     edit_weights(damaged, change)
     refused(damaged, *words, base=state(llama()))
 
 
-def test_a_rank_that_is_not_the_configs(damaged: Path) -> None:
+def test_a_rank_that_differs_from_the_config_is_an_error(damaged: Path) -> None:
     edit(damaged, rank_pattern={"q_proj": 5})
     refused(damaged, "(4, 32)", "rank 5", base=state(llama()))
 
 
-def test_another_base(saved: Path) -> None:
+def test_another_base_is_an_error(saved: Path) -> None:
     refused(saved, "model.norm.weight", "does not match", base=state(gpt2()))
     base = state(llama())
     layer = {name: weight for name, weight in base.items() if ".layers.1." not in name}
     refused(saved, "layers.1.", "does not match", base=layer)
     ambiguous = {f"{prefix}.{name[6:]}": weight for name, weight in base.items() for prefix in ("transformer", "model")}
-    merge(open_adapter(saved), ambiguous)  # exact names come first
+    merge(open_adapter(saved), ambiguous)  # exact names take precedence
     ambiguous = {name.removeprefix("model."): weight for name, weight in ambiguous.items()}
     refused(saved, "is ambiguous", base=ambiguous)
 
 
-def test_norms_have_no_low_rank(damaged: Path) -> None:
+def test_low_rank_changes_of_norms_are_errors(damaged: Path) -> None:
     edit_weights(damaged, rename=lambda name: name.replace("layers.0.self_attn.q_proj", "layers.0.input_layernorm"))
     refused(damaged, "input_layernorm", "(32,)", base=state(llama()))
 
 
-def test_weights_that_are_not_finite(damaged: Path) -> None:
+def test_weights_that_are_not_finite_are_errors(damaged: Path) -> None:
     edit_weights(damaged, lambda it: it[A].fill_(float("inf")))
     base = state(llama())
     load = open_adapter(damaged).wrap(shapes(base), base.__getitem__)
@@ -484,11 +486,11 @@ def test_weights_that_are_not_finite(damaged: Path) -> None:
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     ],
 )
-def test_a_tied_embedding_is_not_changed_alone(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_an_adapter_of_only_a_tied_embedding_is_an_error(tmp_path: Path, config: dict[str, Any]) -> None:
     """Merged into the shared tensor, the change would also affect the other use, unlike in training."""
     adapt(llama(tied=True), tmp_path, **config)
     base = state(llama(tied=True))
-    refused(tmp_path, "output head", base=base, tied_head=True)  # the head is there as a copy
+    refused(tmp_path, "output head", base=base, tied_head=True)  # the head exists as a copy
     del base[HEAD]
     refused(tmp_path, "embed_tokens" if "lm_head" not in str(config) else HEAD, base=base)
 
@@ -501,6 +503,6 @@ def test_a_tied_embedding_may_be_replaced_with_its_head(damaged: Path) -> None:
     assert torch.equal(merge(open_adapter(damaged), base, tied_head=True)["model.embed_tokens.weight"], new)
 
 
-def test_an_adapter_elsewhere_suits_a_tied_model(saved: Path) -> None:
+def test_adapters_of_other_weights_work_with_a_tied_model(saved: Path) -> None:
     base = {name: weight for name, weight in state(llama(tied=True)).items() if name != HEAD}
     assert not torch.equal(merge(open_adapter(saved), base)["model.norm.weight"], base["model.norm.weight"])

@@ -74,7 +74,7 @@ def agree(saved: Saved, checkpoint: Checkpoint, length: int = 33) -> None:
         0, saved.model.shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(length)
     )
     wanted = saved.model(tokens)
-    assert wanted.std() > 0.5  # or closeness would say little
+    assert wanted.std() > 0.5  # otherwise the bound would be meaningless
     torch.testing.assert_close(logits(decoder(checkpoint), tokens), wanted, rtol=0, atol=1e-4)
 
 
@@ -110,12 +110,12 @@ def refused(family: Saved, tmp_path: Path) -> Callable[..., str]:
     return refuse
 
 
-# ---- what it computes
+# ---- logits
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_logits_are_the_originals(kv_heads: int, seed: int, tmp_path: Path) -> None:
+def test_logits_match_the_original(kv_heads: int, seed: int, tmp_path: Path) -> None:
     saved = save_family(tmp_path, n_kv_heads=kv_heads, seed=seed)
     checkpoint = read(saved.path)
     assert checkpoint.config.num_key_value_heads == kv_heads
@@ -124,7 +124,7 @@ def test_logits_are_the_originals(kv_heads: int, seed: int, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_steps_behind_a_past_are_the_originals(kv_heads: int, tmp_path: Path) -> None:
+def test_steps_with_a_past_match_the_original(kv_heads: int, tmp_path: Path) -> None:
     saved = save_family(tmp_path, n_kv_heads=kv_heads, seed=5)
     model = decoder(read(saved.path))
     tokens = some_tokens(2, 40)
@@ -150,7 +150,7 @@ def test_steps_behind_a_past_are_the_originals(kv_heads: int, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_every_way_of_saving_it(saving: dict[str, Any], tmp_path: Path) -> None:
+def test_every_way_of_saving_is_read(saving: dict[str, Any], tmp_path: Path) -> None:
     saved = save_family(tmp_path, n_kv_heads=2, **saving)
     checkpoint = read(saved.path)
     agree(saved, checkpoint)
@@ -159,7 +159,7 @@ def test_every_way_of_saving_it(saving: dict[str, Any], tmp_path: Path) -> None:
     assert checkpoint.source.format == ("safetensors" if saved.path.suffix == ".safetensors" else "PyTorch")
 
 
-def test_a_model_without_a_head_of_its_own_is_tied(tmp_path: Path) -> None:
+def test_a_model_without_a_separate_head_is_tied(tmp_path: Path) -> None:
     saved = save_family(tmp_path / "a", tied=True)
     checkpoint = read(saved.path)
     assert checkpoint.config.tie_word_embeddings
@@ -171,7 +171,7 @@ def test_a_model_without_a_head_of_its_own_is_tied(tmp_path: Path) -> None:
     assert not read(save_family(tmp_path / "c").path).config.tie_word_embeddings
 
 
-def test_tables_in_the_file_are_left_alone_but_unknown_tensors_are_not(tmp_path: Path) -> None:
+def test_rotary_tables_are_ignored_but_unknown_tensors_are_errors(tmp_path: Path) -> None:
     tables = {
         "rope.freqs": torch.ones(8),
         "freqs_cis": torch.ones(64, 8, dtype=torch.complex64),
@@ -186,7 +186,7 @@ def test_tables_in_the_file_are_left_alone_but_unknown_tensors_are_not(tmp_path:
             read(strange.path)
 
 
-def test_a_heads_width_need_not_divide_the_models(family: Saved, bare: Path) -> None:
+def test_the_head_size_need_not_divide_the_hidden_size(family: Saved, bare: Path) -> None:
     """Mistral's releases use these names too, with head_dim, hidden_dim, and queries narrower than the model."""
     state = {name: value.clone() for name, value in family.model.state_dict().items()}
     for layer in range(2):
@@ -203,10 +203,10 @@ def test_a_heads_width_need_not_divide_the_models(family: Saved, bare: Path) -> 
     assert checkpoint.hf_config["head_dim"] == 8
 
 
-# ---- where the config comes from
+# ---- sources of the config
 
 
-def test_the_yaml_beside_it_says_all(family: Saved) -> None:
+def test_config_yaml_beside_the_checkpoint_is_sufficient(family: Saved) -> None:
     config = read(family.path).config
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (331, 64, 160)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
@@ -214,11 +214,11 @@ def test_the_yaml_beside_it_says_all(family: Saved) -> None:
     assert [layer.rope.theta for layer in config.layers if layer.rope] == [50_000.0] * 2
 
 
-def test_metas_params_json(family: Saved, bare: Path) -> None:
+def test_params_json_of_meta_is_read(family: Saved, bare: Path) -> None:
     params = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "ffn_dim_multiplier": 1.3, "vocab_size": -1}
     file = bare.parent / "params.json"
     file.write_text(json.dumps({**params, "rope_theta": 50000.0, "norm_eps": 1e-5}))
-    checkpoint = read(bare)  # n_kv_heads is seen in wk, as for Meta's models without that key
+    checkpoint = read(bare)  # n_kv_heads is derived from wk, as for Meta's models without that key
     assert checkpoint.config.num_key_value_heads == 2
     assert checkpoint.config.max_position_embeddings == 2048  # the documented default
     agree(family, checkpoint)
@@ -229,7 +229,7 @@ def test_metas_params_json(family: Saved, bare: Path) -> None:
 
 
 @pytest.mark.parametrize("stated", [{}, {"rope_scaling_factor": 32}])
-def test_llama3s_scaled_positions(stated: dict[str, Any], bare: Path) -> None:
+def test_llama3_rope_scaling_is_read(stated: dict[str, Any], bare: Path) -> None:
     shape = Shape(n_kv_heads=2, max_seq_len=512, rope_theta=500_000.0)
     factor = stated.get("rope_scaling_factor", 8.0)
     scaling = {"factor": factor, "low": 1.0, "high": 4.0, "original": 8192}
@@ -243,7 +243,7 @@ def test_llama3s_scaled_positions(stated: dict[str, Any], bare: Path) -> None:
     agree(Saved(bare.parent, bare, model), checkpoint, 300)
 
 
-def test_a_hugging_face_config(family: Saved, bare: Path) -> None:
+def test_a_hugging_face_config_is_read(family: Saved, bare: Path) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
     made = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=331, rope_theta=50_000.0, rms_norm_eps=1e-5)
     (bare.parent / "config.json").write_text(made.to_json_string())
@@ -258,7 +258,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 @pytest.mark.parametrize("left_out", ["factor", "original_max_position_embeddings", "nothing"])
-def test_a_shorter_context_changes_no_frequency(left_out: str, bare: Path) -> None:
+def test_a_shorter_context_does_not_change_frequencies(left_out: str, bare: Path) -> None:
     params = {"dim": 64, "n_heads": 4, "rope_theta": 50000.0, "max_seq_len": 64}
     scaling = {key: value for key, value in YARN.items() if key != left_out}
     (bare.parent / "params.json").write_text(json.dumps({**params, "rope_scaling": scaling}))
@@ -275,22 +275,22 @@ def test_a_shorter_context_changes_no_frequency(left_out: str, bare: Path) -> No
         opened(bare, max_seq_len=65)
 
 
-def test_a_context_that_no_file_states(bare: Path) -> None:
+def test_the_context_length_can_be_given_as_an_option(bare: Path) -> None:
     params = {"dim": 64, "n_heads": 4, "rope_theta": 50000.0}
-    for length in (32, 4096):  # more than the default too
+    for length in (32, 4096):  # also more than the default
         checkpoint = opened(bare, n_heads=4, rope_theta=50_000.0, max_seq_len=length)
         assert checkpoint.config.max_position_embeddings == length
         assert checkpoint.tokenizer.tokenizer_config["model_max_length"] == length
     file = bare.parent / "params.json"
     file.write_text(json.dumps({**params, "rope_scaling": YARN}))
     assert opened(bare, max_seq_len=32).config.ropes == opened(bare).config.ropes
-    for key in ("factor", "original_max_position_embeddings"):  # would derive from the flag
+    for key in ("factor", "original_max_position_embeddings"):  # would otherwise be derived from the option
         file.write_text(json.dumps({**params, "rope_scaling": {k: v for k, v in YARN.items() if k != key}}))
         with pytest.raises(CheckpointError, match=rf"params.json: neither {key} .* nor max_seq_len.*is set"):
             opened(bare, max_seq_len=32)
 
 
-def test_scalings_that_would_be_passed_over(bare: Path) -> None:
+def test_unsupported_rope_scalings_are_rejected(bare: Path) -> None:
     file = bare.parent / "params.json"
     llama3 = {"rope_type": "llama3", "factor": 8.0}
     for keys, message in (
@@ -314,7 +314,7 @@ def test_scalings_that_would_be_passed_over(bare: Path) -> None:
         assert str(file) in str(caught.value)
 
 
-def test_the_context_of_pre_training_beside_the_scaling(bare: Path) -> None:
+def test_the_original_context_length_of_a_scaling_is_read(bare: Path) -> None:
     """The Llama of transformers has the same frequencies and amplitude."""
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 512}
@@ -350,7 +350,7 @@ OTHERWISE = {
 
 
 @pytest.mark.parametrize("key", [*UNKNOWN, *OTHERWISE])
-def test_keys_that_may_mean_another_model_are_refused(
+def test_keys_that_may_change_the_model_are_rejected(
     key: str, family: Saved, bare: Path, refused: Callable[..., str]
 ) -> None:
     value = {**UNKNOWN, **OTHERWISE}[key]
@@ -364,13 +364,13 @@ def test_keys_that_may_mean_another_model_are_refused(
         read(bare)
 
 
-def test_many_unknown_keys_make_one_short_line(refused: Callable[..., str]) -> None:
+def test_many_unknown_keys_yield_one_short_line(refused: Callable[..., str]) -> None:
     message = refused(model={"n_heads": 4, **{f"{index}{'x' * 500}": 1 for index in range(50)}})
     assert "and 47 more" in message
     assert len(message) < 1000
 
 
-def test_keys_that_change_nothing_are_left_alone(family: Saved, bare: Path, tmp_path: Path) -> None:
+def test_irrelevant_keys_are_ignored(family: Saved, bare: Path, tmp_path: Path) -> None:
     harmless = {
         "dropout": 0.1,
         "init_std": 0.02,
@@ -396,7 +396,7 @@ def test_keys_that_change_nothing_are_left_alone(family: Saved, bare: Path, tmp_
     agree(family, read(bare))
 
 
-def test_flags_alone_are_enough_and_win_over_a_file(family: Saved, bare: Path) -> None:
+def test_options_are_sufficient_and_override_a_file(family: Saved, bare: Path) -> None:
     agree(family, read(bare, n_heads=4, rope_theta=50_000.0))
     checkpoint = opened(family.path, rope_theta=123.0, max_seq_len=64, norm_eps=1e-3)
     assert (checkpoint.config.max_position_embeddings, checkpoint.config.norm_eps) == (64, 1e-3)
@@ -406,7 +406,7 @@ def test_flags_alone_are_enough_and_win_over_a_file(family: Saved, bare: Path) -
         read(family.path, n_kv_heads=3)
 
 
-def test_what_nobody_states_is_asked_for(bare: Path) -> None:
+def test_missing_settings_are_requested(bare: Path) -> None:
     with pytest.raises(CheckpointError, match=r"does not contain the head count.*give --config FILE or --n-heads N"):
         read(bare)
     with pytest.raises(
@@ -415,7 +415,7 @@ def test_what_nobody_states_is_asked_for(bare: Path) -> None:
         read(bare, n_heads=4)
 
 
-def test_contradictions_name_both_sides(refused: Callable[..., str]) -> None:
+def test_contradictions_name_both_sources(refused: Callable[..., str]) -> None:
     model = asdict(replace(SHAPE, n_kv_heads=2))
     for key, value, other in (
         ("dim", 1024, "tok_embeddings.weight has 64 columns"),
@@ -430,7 +430,7 @@ def test_contradictions_name_both_sides(refused: Callable[..., str]) -> None:
         assert other in message
 
 
-def test_incomplete_and_sharded_checkpoints(family: Saved, tmp_path: Path) -> None:
+def test_incomplete_and_sharded_checkpoints_are_errors(family: Saved, tmp_path: Path) -> None:
     state = family.model.state_dict()
 
     def attempt(**changes: Any) -> str:
@@ -511,11 +511,11 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("name", ABSURD)
-def test_absurd_configs_are_refused_at_once(name: str, family: Saved, tmp_path: Path) -> None:
+def test_absurd_configs_are_rejected_quickly(name: str, family: Saved, tmp_path: Path) -> None:
     path = tmp_path / "absurd.yaml"
     path.write_text(ABSURD[name])
     times = []
-    for _ in range(3):  # the machine may be busy for one of them
+    for _ in range(3):  # the machine may be busy during one of them
         began = time.process_time()
         with pytest.raises(CheckpointError) as caught:
             read(family.path, config=path)
@@ -526,7 +526,7 @@ def test_absurd_configs_are_refused_at_once(name: str, family: Saved, tmp_path: 
     assert "absurd.yaml" in str(caught.value)
 
 
-def test_absurd_json_configs_are_refused_at_once(family: Saved, tmp_path: Path) -> None:
+def test_absurd_json_configs_are_rejected_quickly(family: Saved, tmp_path: Path) -> None:
     for text in (
         "",
         "[]",
@@ -544,7 +544,7 @@ def test_absurd_json_configs_are_refused_at_once(family: Saved, tmp_path: Path) 
         assert time.process_time() - began < 0.2
 
 
-def test_numbers_of_yaml_as_people_write_them(family: Saved, tmp_path: Path) -> None:
+def test_common_yaml_number_notations_are_read(family: Saved, tmp_path: Path) -> None:
     path = tmp_path / "written.yaml"
     path.write_text(
         "# a comment\nmodel: {dim: 64, n_heads: 4,\n  rope_theta: 5e4, norm_eps: 1e-5, vocab_size: 0_331}\nother: ~\n"
@@ -574,7 +574,7 @@ def runtime_tokenizer(checkpoint: Checkpoint, folder: Path) -> Tokenizer:
     return Tokenizer.from_files(path, checkpoint.tokenizer.tokenizer_config, checkpoint.tokenizer.chat_template)
 
 
-def test_text_is_cut_as_the_library_cuts_it(family: Saved, library: ByteLevelBPETokenizer, tmp_path: Path) -> None:
+def test_text_is_tokenized_like_the_library(family: Saved, library: ByteLevelBPETokenizer, tmp_path: Path) -> None:
     made = runtime_tokenizer(read(family.path), tmp_path)
     for text in (*tiny.TEXT.splitlines(), " two  spaces", "\n\n\ttabs\r\n", "x=5 12345", "🙂🙃 é", "", "it's we'll"):
         ids = library.encode(text).ids
@@ -585,7 +585,7 @@ def test_text_is_cut_as_the_library_cuts_it(family: Saved, library: ByteLevelBPE
     assert QUESTION_END not in made.encode("a text that spells <|question_end|>")
 
 
-def test_a_tokenizer_is_looked_for_in_documented_places(family: Saved, tmp_path: Path) -> None:
+def test_the_tokenizer_is_found_in_documented_places(family: Saved, tmp_path: Path) -> None:
     project = tmp_path / "project"
     (project / "checkpoints" / "run1").mkdir(parents=True)
     weights = project / "checkpoints" / "run1" / "model.pt"
@@ -605,7 +605,7 @@ def test_a_tokenizer_is_looked_for_in_documented_places(family: Saved, tmp_path:
     vocab = tmp_path / "elsewhere" / "family-vocab.json"
     for given in (tmp_path / "elsewhere", vocab, vocab.with_name("family-merges.txt")):
         assert read(weights, **options, tokenizer=given).tokenizer.chat_template
-    paths = {"tokenizer_dir": str(tmp_path / "elsewhere")}  # a folder alone, and where the machine has it
+    paths = {"tokenizer_dir": str(tmp_path / "elsewhere")}  # a folder name alone, and an absolute path on this machine
     original.write_config(config, family.model.shape, paths=paths)
     assert read(weights, **options).tokenizer.chat_template
     original.write_config(config, family.model.shape, paths={"vocab_file": "\0", "merges_file": "x" * 5000})
@@ -617,7 +617,7 @@ def test_a_tokenizer_is_looked_for_in_documented_places(family: Saved, tmp_path:
         read(weights, **options)
 
 
-def test_tokenizers_that_cannot_be_used(family: Saved, bare: Path) -> None:
+def test_unusable_tokenizers_are_errors(family: Saved, bare: Path) -> None:
     vocab, merges = bare.with_name("family-vocab.json"), bare.with_name("family-merges.txt")
     content = json.loads(vocab.read_text())
 
@@ -662,7 +662,7 @@ def test_tokenizers_that_cannot_be_used(family: Saved, bare: Path) -> None:
         attempt("a vocabulary entry is not a token", **options)
 
 
-def test_plain_checkpoints_keep_what_their_tokenizer_says(family: Saved, bare: Path, tmp_path: Path) -> None:
+def test_plain_checkpoints_keep_the_settings_of_their_tokenizer(family: Saved, bare: Path, tmp_path: Path) -> None:
     """Like Meta's models: a Hugging Face tokenizer beside the weights, and no `tokens:`."""
     folder = tiny.save_checkpoint(tmp_path / "hf")
     (folder / "generation_config.json").unlink()
@@ -675,12 +675,12 @@ def test_plain_checkpoints_keep_what_their_tokenizer_says(family: Saved, bare: P
     assert checkpoint.tokenizer.eos_token_ids == (2,)
 
 
-def test_a_vocabulary_without_control_tokens_makes_no_conversation(bare: Path, tmp_path: Path) -> None:
+def test_without_control_tokens_there_is_no_chat_template(bare: Path, tmp_path: Path) -> None:
     original.save_tokenizer(tmp_path / "plain", control=("<s>", "<pad>", "</s>"))
     checkpoint = read(bare, n_heads=4, rope_theta=50_000.0, tokenizer=tmp_path / "plain")
     assert checkpoint.tokenizer.chat_template is None
     assert (checkpoint.generation, checkpoint.reasoning) == ({}, None)
-    known = read(bare, n_heads=4, rope_theta=50_000.0)  # those of the family are known by themselves
+    known = read(bare, n_heads=4, rope_theta=50_000.0)  # those of the family are known
     assert known.tokenizer.chat_template is not None
     assert known.reasoning == ReasoningTokens(THINK_START, THINK_END)
 
@@ -688,7 +688,7 @@ def test_a_vocabulary_without_control_tokens_makes_no_conversation(bare: Path, t
 # ---- control tokens and sampling
 
 
-def test_control_tokens_by_any_obvious_name(family: Saved, tmp_path: Path) -> None:
+def test_control_tokens_are_found_by_common_names(family: Saved, tmp_path: Path) -> None:
     path = tmp_path / "named.yaml"
     for tokens in (
         {"pad": 0, "question_end_id": 1, "answer_end_token": 2, "think_start_token_id": 7, "THINK_END": 8},
@@ -708,7 +708,7 @@ def test_control_tokens_by_any_obvious_name(family: Saved, tmp_path: Path) -> No
     assert checkpoint.tokenizer.special_tokens_map == {"eos_token": "<|reserved_5|>", "pad_token": "<|padding|>"}
 
 
-def test_control_tokens_that_cannot_be(refused: Callable[..., str]) -> None:
+def test_invalid_control_tokens_are_errors(refused: Callable[..., str]) -> None:
     for tokens, message in (
         ({"answer_end": 1}, "question_end and answer_end are both token 1"),
         ({"answer_end": 5000}, "answer_end is 5000, which is not a token of"),
@@ -728,7 +728,7 @@ def test_control_tokens_that_cannot_be(refused: Callable[..., str]) -> None:
     assert "tokens is not an object" in refused("tokens: [1, 2]\n" + MODEL + "  n_heads: 4\n")
 
 
-def test_sampling_of_the_config(family: Saved, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_sampling_parameters_of_the_config_are_read(family: Saved, tmp_path: Path, refused: Callable[..., str]) -> None:
     ends = {"eos_token_id": [ANSWER_END], "pad_token_id": PADDING}
     own = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
     checkpoint = read(family.path)
@@ -836,7 +836,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[Any]]]
     ),
     "nothing said": ([say("user", ""), say("assistant", ""), say("user", "")], {}, [1, 2, 1, 7]),
 }
-# Content that spells the reasoning: transformers reads the tokens in it, and the runtime does by `separate_reasoning`.
+# Content that spells reasoning tags: transformers parses the tokens in it, the runtime uses `separate_reasoning`.
 SPELLED = {
     "an earlier answer": ([say("user", Q1), say("assistant", FULL), say("user", Q2)], {}, [Q1, 1, A1, 2, Q2, 1, 7]),
     "ended twice": (
@@ -863,7 +863,7 @@ def by_hand(parts: list[Any], library: ByteLevelBPETokenizer) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_conversations_token_for_token(
+def test_conversations_match_token_for_token(
     name: str, chat: Tokenizer, hugging_face: PreTrainedTokenizerFast, library: ByteLevelBPETokenizer
 ) -> None:
     messages, variables, parts = CONVERSATIONS[name]
@@ -874,7 +874,7 @@ def test_conversations_token_for_token(
 
 
 @pytest.mark.parametrize("name", SPELLED)
-def test_reasoning_that_an_answer_spells(
+def test_reasoning_spelled_in_an_answer_is_separated(
     name: str, chat: Tokenizer, hugging_face: PreTrainedTokenizerFast, library: ByteLevelBPETokenizer
 ) -> None:
     messages, variables, parts = SPELLED[name]
@@ -882,18 +882,18 @@ def test_reasoning_that_an_answer_spells(
     given = {"add_generation_prompt": True, **variables}
     assert hugging_face.apply_chat_template(messages, return_dict=False, **given) == wanted
     if variables:
-        return  # `separate_reasoning` trims white space around the border, which training data keeps
+        return  # `separate_reasoning` trims white space around the tags, which training data keeps
     split = separate_reasoning(messages, CONTROL[THINK_START], CONTROL[THINK_END])
     assert chat.encode_chat(split, **variables) == by_hand([A1.lstrip("\n") if p == A1 else p for p in parts], library)
 
 
-def test_what_somebody_types_never_steers(chat: Tokenizer, library: ByteLevelBPETokenizer) -> None:
+def test_typed_control_tokens_stay_text(chat: Tokenizer, library: ByteLevelBPETokenizer) -> None:
     ids = chat.encode_chat([say("user", "a<|question_end|><|think_end|>b"), say("user", "<|answer_end")])
     assert [index for index in ids if index in chat.special_ids] == [1, 1, 7]
     assert chat.decode(ids) == "a<|question_end|><|think_end|>b<|answer_end"
 
 
-def test_conversations_that_the_family_does_not_have(chat: Tokenizer) -> None:
+def test_unsupported_conversations_are_errors(chat: Tokenizer) -> None:
     for messages, why in (
         ([say("tool", "4")], "no role tool; it knows system, user and assistant"),
         ([say("user", Q1), say("system", "Be kind.")], "a system message can only be the first"),
@@ -903,7 +903,7 @@ def test_conversations_that_the_family_does_not_have(chat: Tokenizer) -> None:
             chat.encode_chat(messages)
 
 
-def test_a_model_that_does_not_reason(family: Saved, library: ByteLevelBPETokenizer, tmp_path: Path) -> None:
+def test_a_model_without_reasoning_tokens(family: Saved, library: ByteLevelBPETokenizer, tmp_path: Path) -> None:
     original.write_config(tmp_path / "c.yaml", family.model.shape, tokens={"think_start": None, "think_end": None})
     checkpoint = read(family.path, config=tmp_path / "c.yaml", tokenizer=family.folder / "tokenizer")
     assert checkpoint.reasoning is None
@@ -913,7 +913,7 @@ def test_a_model_that_does_not_reason(family: Saved, library: ByteLevelBPETokeni
     assert made.encode_chat(messages) == by_hand([Q1, 1, A1, 2, Q2, 1], library)
 
 
-def test_control_tokens_of_any_spelling(family: Saved, tmp_path: Path) -> None:
+def test_control_tokens_may_have_any_text(family: Saved, tmp_path: Path) -> None:
     odd = ("p'", "\\q{{ x }}", 'a"%}', "r3", "r4", "r5", "r6", "<▁think▁>", "🙂 end")
     original.save_tokenizer(tmp_path / "odd", control=odd)
     checkpoint = read(family.path, tokenizer=tmp_path / "odd")
@@ -929,7 +929,7 @@ def test_control_tokens_of_any_spelling(family: Saved, tmp_path: Path) -> None:
     assert read(family.path, config=tmp_path / "c.yaml", tokenizer=tmp_path / "odd").reasoning is not None
 
 
-def test_a_tokenizer_json_takes_the_families_conversation_too(
+def test_a_tokenizer_json_gets_the_chat_template_of_the_family(
     family: Saved, library: ByteLevelBPETokenizer, tmp_path: Path
 ) -> None:
     library.save(str(tmp_path / "tokenizer.json"))
@@ -940,7 +940,7 @@ def test_a_tokenizer_json_takes_the_families_conversation_too(
     assert made.encode_chat([say("user", Q1)]) == by_hand([Q1, 1, 7], library)
 
 
-# ---- the whole way
+# ---- end to end
 
 
 @pytest.fixture(scope="module")
@@ -950,19 +950,19 @@ def bundle(family: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_bundle_answers_as_the_original_does(family: Saved, bundle: Path) -> None:
+def test_the_bundle_answers_like_the_original(family: Saved, bundle: Path) -> None:
     model = Model.load(bundle)
     prompt = model.encode_chat([say("user", Q1)])
     params = SamplingParams(temperature=0, max_tokens=256)
     tokens = model.generate(prompt, params).result().tokens
     assert len(tokens) == 256
     assert len(set(tokens)) > 20
-    # Each is the original's choice behind those before it, so all are what it would say by itself.
+    # Each token is the original's choice after the previous ones, so the whole answer is the original's.
     chosen = family.model(torch.tensor([[*prompt, *tokens]]))[0].argmax(-1)
     assert chosen[len(prompt) - 1 : -1].tolist() == list(tokens)
 
 
-def test_the_bundle_carries_what_the_family_is(bundle: Path) -> None:
+def test_the_bundle_describes_the_model(bundle: Path) -> None:
     model = Model.load(bundle)
     assert model.bundle.reasoning == ReasoningTokens(THINK_START, THINK_END)
     params = model.default_params

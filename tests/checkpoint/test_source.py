@@ -43,7 +43,7 @@ def test_a_bundle_is_named_after_its_source(source: str, name: str) -> None:
     assert bundle_name(source) == name
 
 
-def test_a_folder_of_the_name_of_an_id_is_the_folder(
+def test_a_folder_takes_precedence_over_a_hub_id(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "owner" / "name")
@@ -52,7 +52,7 @@ def test_a_folder_of_the_name_of_an_id_is_the_folder(
 
 
 @torch.inference_mode()
-def test_a_shorter_context_changes_nothing_within_it(tiny_checkpoint: Path) -> None:
+def test_a_shorter_context_does_not_change_logits_within_it(tiny_checkpoint: Path) -> None:
     whole, short = opened(tiny_checkpoint), opened(tiny_checkpoint, max_seq_len=64)
     assert (whole.config.max_position_embeddings, short.config.max_position_embeddings) == (1024, 64)
     ids = torch.arange(64)[None] + 3
@@ -65,19 +65,21 @@ def test_a_shorter_context_changes_nothing_within_it(tiny_checkpoint: Path) -> N
 
 
 @pytest.mark.parametrize("length", [0, 1, -5, 1025, 10**9])
-def test_a_context_that_cannot_be(tiny_checkpoint: Path, length: int) -> None:
+def test_invalid_context_lengths_are_rejected(tiny_checkpoint: Path, length: int) -> None:
     with pytest.raises(ParameterError, match=r"--max-seq-len is .*2 to 1024"):
         opened(tiny_checkpoint, max_seq_len=length)
 
 
-def test_learned_positions_cannot_be_cut(tmp_path: Path) -> None:
+def test_learned_positions_cannot_be_shortened(tmp_path: Path) -> None:
     families.save(families.model("gpt2"), tmp_path)
     with pytest.raises(ParameterError, match="--max-seq-len"):
         opened(tmp_path, max_seq_len=64)
 
 
 @pytest.mark.parametrize("option", [{"n_heads": 4}, {"rope_theta": 1e4}, {"config": Path("x")}, {"norm_eps": 1e-5}])
-def test_options_of_bare_state_dicts_are_refused_elsewhere(tiny_checkpoint: Path, option: dict[str, Any]) -> None:
+def test_options_of_bare_state_dicts_are_rejected_for_other_sources(
+    tiny_checkpoint: Path, option: dict[str, Any]
+) -> None:
     (name,) = option
     with pytest.raises(ParameterError, match=f"--{name.replace('_', '-')}: .*bare state dicts"):
         opened(tiny_checkpoint, **option)
@@ -107,7 +109,9 @@ def nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"), [(two_files, "name the file"), (only_a_gguf, "model.gguf"), (nothing, "has no config.json")]
 )
-def test_a_folder_that_is_not_one_checkpoint(folder: Path, change: Callable[[Path], None], words: str) -> None:
+def test_a_folder_without_exactly_one_checkpoint_is_an_error(
+    folder: Path, change: Callable[[Path], None], words: str
+) -> None:
     change(folder)
     with pytest.raises(CheckpointError, match=words):
         opened(folder)
@@ -122,25 +126,25 @@ def with_tokens(folder: Path, *texts: str, special: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_the_tokens_of_a_reasoning_are_found(folder: Path, special: bool) -> None:
+def test_reasoning_tokens_are_found(folder: Path, special: bool) -> None:
     checkpoint = opened(with_tokens(folder, "<think>", "</think>", special=special))
     ids = {entry["content"]: entry["id"] for entry in json.loads(checkpoint.tokenizer.tokenizer_json)["added_tokens"]}
     assert checkpoint.reasoning == ReasoningTokens(ids["<think>"], ids["</think>"])
 
 
 @pytest.mark.parametrize("texts", [(), ("<think>",), ("</think>",)])
-def test_a_model_that_does_not_reason(folder: Path, texts: tuple[str, ...]) -> None:
+def test_a_model_without_reasoning_tokens(folder: Path, texts: tuple[str, ...]) -> None:
     assert opened(with_tokens(folder, *texts)).reasoning is None
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_alone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is a LoRA adapter: export its base model with --adapter"):
         opened(tmp_path)
 
 
-def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
+def test_a_missing_path_is_not_looked_up_on_the_hub(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,20 +157,20 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
         opened(tiny_checkpoint, adapter="models/nowhere")
 
 
-def test_a_state_dict_beside_a_config_is_taken(folder: Path, tiny_checkpoint: Path) -> None:
+def test_a_state_dict_beside_a_config_is_used(folder: Path, tiny_checkpoint: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "weights.pt")
     (folder / "model.safetensors").unlink()
     ours, theirs = opened(folder).weights, opened(tiny_checkpoint).weights
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_shard_alone_is_no_checkpoint(folder: Path) -> None:
+def test_a_single_shard_is_an_error(folder: Path) -> None:
     shard = (folder / "model.safetensors").rename(folder / "model-00003-of-00011.safetensors")
     with pytest.raises(CheckpointError, match="is shard 3 of 11: give the folder"):
         opened(shard)
 
 
-def test_a_model_within_a_module_is_told_of(tmp_path: Path) -> None:
+def test_the_prefix_of_a_wrapped_model_is_reported(tmp_path: Path) -> None:
     torch.save({"state_dict": {"net.tok_embeddings.weight": torch.zeros(2, 2)}}, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match=r"net\.tok_embeddings\.weight.*state_dict of the model itself"):
         opened(tmp_path / "last.ckpt")

@@ -1,4 +1,4 @@
-"""Tensor files: files written by torch and safetensors are read like by them, with one tensor in memory at a time."""
+"""Tensor files: files of torch and safetensors are read exactly, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def one_line(error: Exception, path: Path) -> bool:
     return message.startswith(f"{path}: ") and message.isprintable() and len(message) < len(str(path)) + 500
 
 
-# ---- as torch reads them
+# ---- agreement with torch
 
 
 def every_type() -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def every_type() -> dict[str, torch.Tensor]:
 
 
 @each_format
-def test_every_type_is_read_as_written(save: Save, tmp_path: Path) -> None:
+def test_every_data_type_is_read(save: Save, tmp_path: Path) -> None:
     assert_same(save(every_type(), tmp_path / "a.any"), every_type())
 
 
@@ -87,7 +87,7 @@ def test_every_pickle_protocol_is_read(save: Save, protocol: int, tmp_path: Path
 
 
 @each_torch
-def test_views_parameters_and_odd_shapes_are_read_as_torch_reads_them(save: Save, tmp_path: Path) -> None:
+def test_views_parameters_and_unusual_shapes_match_torch(save: Save, tmp_path: Path) -> None:
     base = torch.randn(6, 4)
     deep = torch.randn(2, 3, 1, 4)
     tensors = OrderedDict(
@@ -119,7 +119,7 @@ def test_views_parameters_and_odd_shapes_are_read_as_torch_reads_them(save: Save
 
 
 @each_torch
-def test_a_module_with_an_optimizer_is_read_where_its_weights_are(save: Save, tmp_path: Path) -> None:
+def test_the_weights_of_a_checkpoint_with_an_optimizer_are_found(save: Save, tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
@@ -144,7 +144,7 @@ def test_a_module_with_an_optimizer_is_read_where_its_weights_are(save: Save, tm
 
 @each_torch
 @pytest.mark.parametrize("wrapper", ["model_state_dict", "state_dict", "model"])
-def test_wrappers_are_taken_off(save: Save, wrapper: str, tmp_path: Path) -> None:
+def test_wrapper_keys_are_removed(save: Save, wrapper: str, tmp_path: Path) -> None:
     tensors = {"a": torch.ones(2)}
     assert_same(save({"epoch": 1, "b": torch.zeros(1), wrapper: tensors}, tmp_path / "a.pt"), tensors)
     nothing = {"model_state_dict": None, "state_dict": {}, "model": tensors}
@@ -152,7 +152,7 @@ def test_wrappers_are_taken_off(save: Save, wrapper: str, tmp_path: Path) -> Non
 
 
 @each_torch
-def test_what_is_no_tensor_is_left_alone(save: Save, tmp_path: Path) -> None:
+def test_other_values_are_ignored(save: Save, tmp_path: Path) -> None:
     tensors = {"a": torch.ones(2)}
     assert_same(save(tensors | {"model": 3, "_extra_state": {"x": 1}}, tmp_path / "a.pt"), tensors)
 
@@ -165,7 +165,7 @@ def test_prefixes_of_wrapped_models_are_stripped(save: Save, tmp_path: Path) -> 
     assert_same(save(tensors, tmp_path / "a"), {name: torch.full((1,), i) for i, name in enumerate(clean)})
 
 
-def test_names_that_collide_without_prefix_are_refused() -> None:
+def test_names_that_collide_without_their_prefix_are_rejected() -> None:
     assert strip_prefixes(["module.a", "b"], "x") == {"a": "module.a", "b": "b"}
     with pytest.raises(CheckpointError, match=r"^x: 'a' and 'module.a' differ only in"):
         strip_prefixes(["a", "module.a"], "x")
@@ -187,7 +187,7 @@ def test_the_suffix_does_not_matter(save: Save, tmp_path: Path) -> None:
         assert_same(save({"a": torch.ones(2)}, tmp_path / f"a.{suffix}"), {"a": torch.ones(2)})
 
 
-def test_a_safetensors_header_that_begins_as_a_pickle_is_told_apart(tmp_path: Path) -> None:
+def test_a_safetensors_header_resembling_a_pickle_is_recognized(tmp_path: Path) -> None:
     path = save_safetensors({"a": torch.ones(2)}, tmp_path / "a")
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -197,7 +197,7 @@ def test_a_safetensors_header_that_begins_as_a_pickle_is_told_apart(tmp_path: Pa
     assert_same(path, {"a": torch.ones(2)})
 
 
-# ---- what is not read
+# ---- errors
 
 
 @each_format
@@ -212,7 +212,7 @@ def test_types_torch_does_not_compute_in_are_listed_but_not_loaded(save: Save, t
 
 
 @each_format
-def test_an_absent_tensor_is_named(save: Save, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named(save: Save, tmp_path: Path) -> None:
     file = open_tensor_file(save({"a": torch.ones(2)}, tmp_path / "a"))
     with pytest.raises(CheckpointError, match="has no tensor 'b'"):
         file.load("b")
@@ -245,7 +245,9 @@ class Custom:
     ],
 )
 @each_torch
-def test_what_is_no_state_dict_is_refused_with_a_remedy(save: Save, value: Any, reason: str, tmp_path: Path) -> None:
+def test_files_without_a_state_dict_are_rejected_with_a_remedy(
+    save: Save, value: Any, reason: str, tmp_path: Path
+) -> None:
     path = save(value, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=reason) as caught:
         open_tensor_file(path)
@@ -280,7 +282,7 @@ def test_other_files_are_refused_with_a_remedy(content: bytes, reason: str, tmp_
     assert one_line(caught.value, path)
 
 
-def test_paths_that_are_no_file_are_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         open_tensor_file(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="a folder, not a file"):
@@ -294,7 +296,7 @@ def test_paths_that_are_no_file_are_refused(tmp_path: Path) -> None:
 
 
 @each_format
-def test_a_file_that_shrinks_or_goes_after_it_was_opened_is_refused(save: Save, tmp_path: Path) -> None:
+def test_a_file_that_shrinks_or_disappears_after_opening_is_an_error(save: Save, tmp_path: Path) -> None:
     path = save({"a": torch.ones(100)}, tmp_path / "a")
     file = open_tensor_file(path)
     path.write_bytes(path.read_bytes()[:200])
@@ -329,7 +331,7 @@ def test_memory_does_not_grow_with_the_file(save: Save, tmp_path: Path) -> None:
 
 
 @each_format
-def test_what_is_loaded_is_its_own_memory(save: Save, tmp_path: Path) -> None:
+def test_loaded_tensors_own_their_memory(save: Save, tmp_path: Path) -> None:
     path = save({"a": torch.ones(2)}, tmp_path / "a")
     before = path.read_bytes()
     file = open_tensor_file(path)
@@ -389,7 +391,7 @@ def described(data: bytes = bytes(8), **rows: Any) -> bytes:
         (described(**{"\ud800": row()}), r"unprintable tensor name"),
     ],
 )
-def test_a_safetensors_header_that_breaks_a_rule_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_invalid_safetensors_headers_are_rejected(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=reason) as caught:

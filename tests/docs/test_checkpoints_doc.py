@@ -56,7 +56,7 @@ DOCUMENT = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 PROSE = " ".join(DOCUMENT.split())
 SCRIPTS = sysconfig.get_path("scripts")
 HUB_ID = "HuggingFaceTB/SmolLM2-360M-Instruct"
-QUICK = {"--precision": "fp32", "--progress": "none"}  # put behind a command that does not say otherwise
+QUICK = {"--precision": "fp32", "--progress": "none"}  # appended to commands without these options
 PROMPT, TOKENS = "What is the capital of France?", 60
 
 Reference = Callable[[torch.Tensor], torch.Tensor]  # tokens [1, T] -> logits [1, T, V]
@@ -116,7 +116,7 @@ def agrees(folder: Path, reference: Reference) -> None:
     ids = torch.randint(bundle.shape.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     session = open_session(GraphFile.of(bundle, info), ExecutionOptions("cpu", spinning=False))
     expected = reference(ids)[0].numpy()
-    assert expected.std() > 0.3  # or closeness would say little
+    assert expected.std() > 0.3  # otherwise the bound would be meaningless
     assert np.abs(session.step(ids[0].tolist(), num_logits=0) - expected).max() < 1e-3
     model = Model.load(folder, "fp32", provider="cpu")
     text = model.tokenizer.encode(PROMPT, add_special_tokens=False)
@@ -125,7 +125,7 @@ def agrees(folder: Path, reference: Reference) -> None:
     assert answer == best[len(text) - 1 : -1]
 
 
-# ---- what the commands find
+# ---- files for the commands
 
 
 def meta(folder: Path, **saving: Any) -> Reference:
@@ -251,14 +251,14 @@ GGUF, HUB, SMOLLM2, PLUGIN = (
 )
 
 
-def test_no_command_is_left_out() -> None:
+def test_every_command_is_tested() -> None:
     assert sorted(COMMANDS) == sorted([*ROWS, HUB, SMOLLM2, PLUGIN])
     assert len(tables("Sources")[0]) == len(set(COMMANDS))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of its own making
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # raised by peft itself
 @pytest.mark.parametrize("command", ROWS)
-def test_the_command(command: str, run: Run, tmp_path: Path) -> None:
+def test_the_command_works(command: str, run: Run, tmp_path: Path) -> None:
     row = ROWS[command]
     reference = row.make(tmp_path / row.within)
     code, out, err = run(quick(command, "--no-validate"))
@@ -268,7 +268,7 @@ def test_the_command(command: str, run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3", "gemma3"])
-def test_the_other_architectures_of_gguf(case: str, run: Run, tmp_path: Path) -> None:
+def test_other_gguf_architectures(case: str, run: Run, tmp_path: Path) -> None:
     (row,) = (row for row in tables("Sources")[0] if row[0] == "GGUF")
     assert case in row[3].lower()
     reference = gguf(tmp_path, case)
@@ -276,7 +276,7 @@ def test_the_other_architectures_of_gguf(case: str, run: Run, tmp_path: Path) ->
     agrees(tmp_path / "out", reference)
 
 
-def test_a_family_of_a_package(
+def test_a_family_from_a_package(
     run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = hf_plugin(tmp_path / "path" / "to" / "opt")
@@ -288,7 +288,7 @@ def test_a_family_of_a_package(
 
 
 @pytest.mark.slow
-def test_smollm2(run: Run, smollm2_file: Path, tmp_path: Path) -> None:
+def test_smollm2_is_exported(run: Run, smollm2_file: Path, tmp_path: Path) -> None:
     assert smollm2_file.exists()
     code, out, _ = run(quick(SMOLLM2, "--no-validate"))
     assert code == 0
@@ -299,7 +299,7 @@ def test_smollm2(run: Run, smollm2_file: Path, tmp_path: Path) -> None:
     assert "Paris" in answer.result().text
 
 
-def test_torchscript(run: Run, tmp_path: Path) -> None:
+def test_torchscript_is_exported(run: Run, tmp_path: Path) -> None:
     (command,) = (line for line in shown("Sources") if line.startswith("llm-export"))
     reference = hf_folder(tmp_path / "path" / "to" / "folder")
     code, _, err = run(quick(command, "--no-validate"))
@@ -322,7 +322,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 
 @pytest.mark.slow
-def test_the_hub_and_then_without_it(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_hub_online_and_offline(hub: FakeHub, tmp_path: Path) -> None:
     """In subprocesses, so that the environment variables take effect."""
     (offline,) = shown("Offline")
     assert offline == f"HF_HUB_OFFLINE=1 {HUB} -o out"
@@ -351,7 +351,7 @@ def test_the_hub_and_then_without_it(hub: FakeHub, tmp_path: Path) -> None:
 # ---- families
 
 
-def test_the_families_are_those_there_are() -> None:
+def test_the_table_lists_all_families() -> None:
     assert [spans(row[0]) for row in tables("Families")[0]] == [[name] for name in sorted(BUILT_IN)]
 
 
@@ -367,15 +367,17 @@ REFUSED = [(spans(row[0])[0], key) for row in tables("Families")[0] for key in s
 
 
 @pytest.mark.parametrize(("model_type", "key"), REFUSED)
-def test_a_family_refuses(model_type: str, key: str) -> None:
+def test_documented_limitations_are_rejected(model_type: str, key: str) -> None:
     config = config_of(model_type)
-    assert key in config or key.endswith("softcapping") or key.startswith("use_bi")  # transformers knows it, or did
+    assert (
+        key in config or key.endswith("softcapping") or key.startswith("use_bi")
+    )  # the key exists in transformers, or did
     find_family(model_type).read_config(ConfigReader(config))
     with pytest.raises(CheckpointError, match=key):
         find_family(model_type).read_config(ConfigReader({**config, key: 30.0 if "softcapping" in key else True}))
 
 
-def test_what_all_families_refuse() -> None:
+def test_settings_rejected_by_all_families() -> None:
     for model_type in BUILT_IN:
         family, config = find_family(model_type), config_of(model_type)
         for key in config.keys() & {"hidden_act", "hidden_activation", "activation_function"}:
@@ -392,7 +394,7 @@ def test_what_all_families_refuse() -> None:
 
 
 @pytest.mark.parametrize("model_type", [name for row in tables("Families")[1] for name in spans(row[0])])
-def test_what_is_not_read_is_refused(model_type: str) -> None:
+def test_unsupported_formats_are_rejected(model_type: str) -> None:
     with pytest.raises(CheckpointError, match=f"model_type '{model_type}' is not supported; supported: gemma3_text, "):
         find_family(model_type)
 
@@ -413,7 +415,7 @@ def fp8(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [gptq, bits_and_bytes, fp8])
-def test_quantized_folders_are_refused(
+def test_quantized_folders_are_rejected(
     change: Callable[[dict[str, torch.Tensor]], None], run: Run, tmp_path: Path
 ) -> None:
     hf_folder(tmp_path / "folder")
@@ -426,10 +428,10 @@ def test_quantized_folders_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-# ---- what a state dict does not show
+# ---- settings that a state dict does not contain
 
 
-def test_without_a_head_count(run: Run, tmp_path: Path) -> None:
+def test_a_missing_head_count_is_an_error(run: Run, tmp_path: Path) -> None:
     meta_flags(tmp_path)
     code, _, err = run(quick("llm-export model.safetensors --tokenizer tokenizer -o out"))
     assert (code, [err.rstrip()]) == (2, shown("When the head count is not known"))
@@ -438,7 +440,7 @@ def test_without_a_head_count(run: Run, tmp_path: Path) -> None:
     assert "a state dict does not contain the rotary base" in err
 
 
-def test_a_wrong_head_count_passes(run: Run, tmp_path: Path, few_tokens: None) -> None:
+def test_a_wrong_head_count_is_not_detected(run: Run, tmp_path: Path, few_tokens: None) -> None:
     reference = meta_flags(tmp_path)
     wrong = quick("llm-export model.safetensors --n-heads 8 --rope-theta 50000 --tokenizer tokenizer -o out")
     code, out, _ = run(wrong)
@@ -453,14 +455,14 @@ def test_a_wrong_head_count_passes(run: Run, tmp_path: Path, few_tokens: None) -
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_what_tells_a_wrong_number(smollm2_file: Path) -> None:
+def test_perplexity_reveals_a_wrong_setting(smollm2_file: Path) -> None:
     section = sections()["When the head count is not known"].replace("\n", " ")
-    said = re.search(
+    match = re.search(
         r"is (\d+) on (\d+) tokens; with (\d+) heads instead of (\d+) it is above (\d+)\. .*?: (\d+) with (\d+)",
         section,
     )
-    assert said is not None
-    right, tokens, more, heads, above, other, base = map(int, said.groups())
+    assert match is not None
+    right, tokens, more, heads, above, other, base = map(int, match.groups())
     file, checkpoint = GGUFFile(smollm2_file), read_gguf(smollm2_file)
     assert checkpoint.config.num_attention_heads == heads
     ids = torch.tensor([export_module._texts(checkpoint).validation[:tokens]])
@@ -501,30 +503,30 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shorten_texts(monkeypatch, 200)
 
 
-def test_weights_are_held_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_loaded_one_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-    read, most = [], 0
+    read, max_held = [], 0
     load = WeightFiles.load
 
     def counted(self: Any, name: str) -> torch.Tensor:
-        nonlocal most
+        nonlocal max_held
         tensor = load(self, name)
         held[len(read)] = tensor
         read.append(name)
-        most = max(most, len(held))
+        max_held = max(max_held, len(held))
         return tensor
 
     hf_folder(tmp_path / "folder")
     monkeypatch.setattr(WeightFiles, "load", counted)
     assert run("llm-export folder -o out --no-validate --progress none")[0] == 0
     assert len(set(read)) == len(load_file(tmp_path / "folder" / "model.safetensors"))
-    assert most == 3  # queries, keys and values, which are one weight of the bundle
+    assert max_held == 3  # query, key and value, which form one weight of the bundle
 
 
-def test_what_validation_takes() -> None:
-    said = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes per weight and (\d+) kB per vocabulary entry", PROSE)
-    assert said is not None
-    base, weight, entry = map(float, said.groups())
+def test_memory_of_validation() -> None:
+    match = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes per weight and (\d+) kB per vocabulary entry", PROSE)
+    assert match is not None
+    base, weight, entry = map(float, match.groups())
     config = ModelConfig(
         vocab_size=32_000,
         hidden_size=512,
@@ -554,7 +556,9 @@ def cli_options() -> list[Any]:
     return typer.main.get_command(cli.app).params
 
 
-def test_a_model_that_does_not_fit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None) -> None:
+def test_a_model_that_does_not_fit_into_memory(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None
+) -> None:
     monkeypatch.setattr(parity, "_BASE_GB", 1.0)  # a model of gigabytes would take minutes
     hf_folder(tmp_path / "folder")
     code, out, _ = run("llm-export folder -o out --precision fp32 --validation-memory 1 --progress none")
@@ -578,7 +582,7 @@ class Command:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.bin", "folder/pytorch_model.bin"])
-def test_nothing_in_a_pickle_is_run(name: str, run: Run, tmp_path: Path) -> None:
+def test_pickles_are_not_executed(name: str, run: Run, tmp_path: Path) -> None:
     hf_folder(tmp_path / "folder")
     (tmp_path / "folder" / "model.safetensors").unlink()
     tensors = {"tok_embeddings.weight": torch.zeros(4, 4), "more": Command(tmp_path / "witness")}
@@ -588,4 +592,4 @@ def test_nothing_in_a_pickle_is_run(name: str, run: Run, tmp_path: Path) -> None
     assert name in err
     assert not (tmp_path / "witness").exists()
     pickle.loads(pickle.dumps(Command(tmp_path / "witness")))
-    assert (tmp_path / "witness").exists()  # it does testify
+    assert (tmp_path / "witness").exists()  # the command does work in Python's pickle

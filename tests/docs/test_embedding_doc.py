@@ -1,4 +1,4 @@
-"""docs/embedding.md and examples/: all Python there runs, the engine of the README too; services end with clients."""
+"""docs/embedding.md, examples/ and the engine of the README: all Python runs, and answers end when clients leave."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUESTION = [{"role": "user", "content": "Hi"}]
 
 
 def run_blocks(blocks: list[str], bundle: Path, names: dict[str, Any]) -> dict[str, Any]:
-    """Run them in one namespace; a failure names the line of the document."""
+    """Run the blocks in one namespace; a failure names the line of the document."""
     for block in blocks:
         line = DOCUMENT[: DOCUMENT.index(block)].count("\n")
         code = compile("\n" * line + block.replace(BUNDLE, bundle.as_posix()), "docs/embedding.md", "exec")
@@ -49,7 +49,7 @@ def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def states_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> Path:
-    """The guide's bundle with hidden states, beside its other one."""
+    """The guide's second bundle, with hidden states."""
     folder = tiny_bundle.with_name(f"{tiny_bundle.name}-states")
     export(str(tiny_checkpoint), ExportOptions(folder, precision="fp32", hidden_states=True, validate=False))
     return folder
@@ -57,7 +57,7 @@ def states_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> Path:
 
 @pytest.mark.usefixtures("states_bundle")
 def test_the_guide_runs_from_top_to_bottom(tiny_bundle: Path, where: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(BLOCKS) == DOCUMENT.count("```") / 2  # nothing is left out
+    assert len(BLOCKS) == DOCUMENT.count("```") / 2  # every block is included
     names = run_blocks(BLOCKS, tiny_bundle, {"__name__": "guide"})
     shown = capsys.readouterr().out
     assert names["found"].finish_reason == "stop"
@@ -77,7 +77,7 @@ def test_the_engine_of_the_readme_runs(tiny_bundle: Path, capsys: pytest.Capture
     assert re.fullmatch(r"\['(yes|no)', '(yes|no)', '(yes|no)'\]\n", capsys.readouterr().out)
 
 
-def test_what_is_said_of_presets_and_options(tiny_bundle: Path) -> None:
+def test_statements_about_presets_and_options(tiny_bundle: Path) -> None:
     named = re.search(r"Presets are named combinations of parameters \((.*?)\)", DOCUMENT)
     assert named is not None
     assert re.findall(r"`(\w+)`", named[1]) == list(PRESETS)
@@ -98,7 +98,7 @@ def service(tiny_bundle: Path, where: Path) -> Iterator[dict[str, Any]]:
     names["engine"].close()
 
 
-def pieces(lines: list[str]) -> list[dict[str, Any]]:
+def parse_events(lines: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines if line]
 
 
@@ -106,19 +106,19 @@ def test_the_service_streams(service: dict[str, Any]) -> None:
     with TestClient(service["app"]) as client:
         with client.stream("POST", "/chat", json={"messages": QUESTION, "max_tokens": 9}) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            found = pieces(list(response.iter_lines()))
+            found = parse_events(list(response.iter_lines()))
         assert 1 <= len(found) <= 9
-        assert [piece["finish_reason"] is None for piece in found] == [True] * (len(found) - 1) + [False]
+        assert [event["finish_reason"] is None for event in found] == [True] * (len(found) - 1) + [False]
         refused = client.post("/chat", json={"messages": [{"role": "user", "content": "word " * 2000}]})
         assert refused.status_code == 422
         assert "tokens, but the model's context holds 1024" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize("events_before", [0, 3])
-def test_who_goes_away_ends_the_answer(
+def test_a_disconnected_client_cancels_its_answer(
     service: dict[str, Any], events_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An ASGI server says that the client is gone, at once or after some events."""
+    """The ASGI server reports the disconnect immediately or after some events."""
     engine, batch = service["engine"], service["engine"]._batch
     engine.default_params = dataclasses.replace(engine.default_params, min_tokens=1000)  # does not end by itself, and
     decode, extend = batch.decode, batch.extend
@@ -163,7 +163,7 @@ def test_who_goes_away_ends_the_answer(
         time.sleep(0.01)
 
 
-def test_nothing_is_kept_where_there_is_no_room(tiny_bundle: Path) -> None:
+def test_no_cache_is_kept_without_space(tiny_bundle: Path) -> None:
     with Engine.load(tiny_bundle, "fp32", cache_bytes=0) as engine:
         prompt = list(range(10, 100))
         for _ in range(3):
@@ -186,7 +186,7 @@ def test_examples_are_short() -> None:
     assert all(f"examples/{name}" in DOCUMENT for name in found)
 
 
-def test_a_file_of_prompts(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_batch_example(tiny_bundle: Path, tmp_path: Path) -> None:
     prompts = [f"{number} foxes jump" for number in range(80)]
     prompts[30] = "word " * 2000  # does not fit
     source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
@@ -210,7 +210,7 @@ def test_a_file_of_prompts(tiny_bundle: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"error: .*prompts\.jsonl: each line has to be .*\n", done.stderr)
 
 
-def test_facts_from_a_text(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_extraction_example(tiny_bundle: Path, tmp_path: Path) -> None:
     done = example("extract.py", "--bundle", tiny_bundle, stdin="Ada Lovelace was born in London in 1815.")
     assert (done.returncode, done.stderr) == (0, "")
     assert set(json.loads(done.stdout)) == {"people", "places", "year"}
@@ -224,7 +224,7 @@ def test_facts_from_a_text(tiny_bundle: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: cut off after 3 tokens")
 
 
-def test_the_service_as_a_program(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_service_example(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("uvicorn", reason="of the dev extra")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -240,9 +240,9 @@ def test_the_service_as_a_program(tiny_bundle: Path, tmp_path: Path) -> None:
             while True:
                 try:
                     with urllib.request.urlopen(request, timeout=30) as response:
-                        found = pieces(response.read().decode().splitlines())
+                        found = parse_events(response.read().decode().splitlines())
                     break
-                except ConnectionError:  # of a socket, before there is an HTTP answer
+                except ConnectionError:  # raised by a socket before there is an HTTP response
                     raise
                 except OSError:
                     assert process.poll() is None, log.read_text()

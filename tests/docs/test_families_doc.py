@@ -148,22 +148,22 @@ def their_logits(model: Any, ids: list[int]) -> torch.Tensor:
 # ---- the example
 
 
-def test_the_bundle_has_the_logits_of_transformers(bundle: Path, theirs: OPTForCausalLM, ids: list[int]) -> None:
+def test_the_logits_of_the_bundle_match_transformers(bundle: Path, theirs: OPTForCausalLM, ids: list[int]) -> None:
     opened = Bundle.open(bundle)
     info = opened.precision("fp32")
     session = open_file(opened.file(info.model), opened.shape, info.share_buffer, "cpu", spinning=False)
     expected = their_logits(theirs, ids).numpy()
-    assert expected.std() > 0.5  # or closeness would say little
-    for pieces in ((LENGTH,), (50, 1, 1, 30, LENGTH - 82)):
+    assert expected.std() > 0.5  # otherwise the bound would be meaningless
+    for chunks in ((LENGTH,), (50, 1, 1, 30, LENGTH - 82)):
         session.clear_cache()
         found, start = [], 0
-        for length in pieces:
+        for length in chunks:
             found.append(session.step(ids[start : start + length], num_logits=0).copy())
             start += length
         assert np.abs(np.concatenate(found) - expected).max() < 1e-4
 
 
-def test_the_bundle_says_what_transformers_says(bundle: Path, theirs: OPTForCausalLM) -> None:
+def test_the_text_of_the_bundle_matches_transformers(bundle: Path, theirs: OPTForCausalLM) -> None:
     model = Model.load(bundle, "fp32", provider="cpu")
     prompt = model.tokenizer.encode(PROMPT, add_special_tokens=False)
     answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=GREEDY, do_sample=False)[0, len(prompt) :].tolist()
@@ -178,13 +178,15 @@ def test_the_bundle_says_what_transformers_says(bundle: Path, theirs: OPTForCaus
     [{"enable_bias": False}, {"activation_function": "gelu"}, {"tie_word_embeddings": False}],
     ids=str,
 )
-def test_its_switches(installed: None, changes: dict[str, Any], ids: list[int], tmp_path: Path) -> None:
+def test_the_switches_of_the_example(installed: None, changes: dict[str, Any], ids: list[int], tmp_path: Path) -> None:
     model = opt(**changes)
     checkpoint = read_folder(save(model, tmp_path))
     assert (our_logits(checkpoint.config, checkpoint.weights, ids) - their_logits(model, ids)).abs().max() < 1e-4
 
 
-def test_the_quirk_matters(installed: None, folder: Path, theirs: OPTForCausalLM, ids: list[int]) -> None:
+def test_the_position_offset_changes_the_logits(
+    installed: None, folder: Path, theirs: OPTForCausalLM, ids: list[int]
+) -> None:
     """Using the first rows of the table instead of the correct ones changes the logits."""
     checkpoint = read_folder(folder)
     right = checkpoint.weights["embed_positions.weight"]
@@ -195,13 +197,15 @@ def test_the_quirk_matters(installed: None, folder: Path, theirs: OPTForCausalLM
     assert (wrong - their_logits(theirs, ids)).abs().max() > 0.05
 
 
-def test_a_checkpoint_of_its_body_alone(installed: None, folder: Path, theirs: OPTForCausalLM, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_head_is_read(
+    installed: None, folder: Path, theirs: OPTForCausalLM, tmp_path: Path
+) -> None:
     ours, whole = read_folder(save(theirs.model, tmp_path)).weights, read_folder(folder).weights
     assert ours.keys() == whole.keys()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_the_bundles_config_makes_the_same_model(
+def test_the_bundles_config_builds_the_same_model(
     installed: None, folder: Path, theirs: OPTForCausalLM, ids: list[int]
 ) -> None:
     config = hf_config(read_folder(folder))
@@ -223,7 +227,7 @@ def test_the_bundles_config_makes_the_same_model(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_it_cannot_honour_is_refused(
+def test_unsupported_settings_are_rejected(
     installed: None, changes: dict[str, Any], words: str, folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -235,13 +239,13 @@ def test_what_it_cannot_honour_is_refused(
     assert "\n" not in str(refusal.value)
 
 
-def test_it_is_not_there_unless_installed(folder: Path, llm_export: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_family_is_unknown_unless_installed(folder: Path, llm_export: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = llm_export(folder, "--progress", "none")
     assert code == 2
     assert re.search(r"model_type 'opt' is not supported; supported: gemma3_text, gpt2, .*llama", err)
 
 
-# ---- packages that are wrong
+# ---- invalid packages
 
 
 @pytest.fixture
@@ -261,7 +265,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield install
     for name in set(sys.modules) - before:
-        if name.startswith("stranger"):
+        if name.startswith("plugin"):
             del sys.modules[name]
 
 
@@ -280,50 +284,50 @@ def folder_of(tmp_path: Path, model_type: str) -> Path:
         ("raise RuntimeError('two\\nlines')", "cannot be imported (RuntimeError: two lines)"),
         ("import sys; sys.exit(0)", "cannot be imported (SystemExit: 0)"),
         ("", "has no attribute 'FAMILY'"),
-        ("FAMILY = {}", "strangers:FAMILY is a dict, not a Family"),
+        ("FAMILY = {}", "plugins:FAMILY is a dict, not a Family"),
         ("from llm_edge.model.family import Family as FAMILY", "is a type, not a Family"),
     ],
 )
-def test_a_broken_package_is_one_line(
+def test_a_broken_package_is_reported_in_one_line(
     code: str,
     words: str,
     package: Callable[..., None],
     tmp_path: Path,
     llm_export: Callable[..., tuple[int, str, str]],
 ) -> None:
-    package("strangers", code, odd="strangers:FAMILY", other="strangers:OTHER")
+    package("plugins", code, odd="plugins:FAMILY", other="plugins:OTHER")
     source = folder_of(tmp_path, "odd")
     status, out, err = llm_export(source, "-o", tmp_path / "out", "--progress", "none")
     assert (status, out) == (2, "")
-    assert err.startswith(f"error: {source / 'config.json'}: family 'odd': strangers:FAMILY ")
+    assert err.startswith(f"error: {source / 'config.json'}: family 'odd': plugins:FAMILY ")
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_defect_of_a_package_keeps_its_traceback(package: Callable[..., None], tmp_path: Path) -> None:
+def test_an_exception_in_a_package_keeps_its_traceback(package: Callable[..., None], tmp_path: Path) -> None:
     code = "from llm_edge.model.family import Family\nFAMILY = Family(lambda raw: 1 // 0, None)"
-    package("strangers", code, odd="strangers:FAMILY")
+    package("plugins", code, odd="plugins:FAMILY")
     with pytest.raises(ZeroDivisionError):
         read_folder(folder_of(tmp_path, "odd"))
 
 
-def test_a_built_in_name_stays_built_in(package: Callable[..., None]) -> None:
-    package("strangers", "raise SystemExit('imported')", llama="strangers:FAMILY")
+def test_packages_cannot_replace_built_in_families(package: Callable[..., None]) -> None:
+    package("plugins", "raise SystemExit('imported')", llama="plugins:FAMILY")
     assert find_family("llama") is LLAMA
-    assert "strangers" not in sys.modules
+    assert "plugins" not in sys.modules
 
 
-def test_two_packages_of_one_name(package: Callable[..., None]) -> None:
-    package("strangers", "raise SystemExit('imported')", odd="strangers:FAMILY")
-    package("strangers2", "raise SystemExit('imported')", odd="strangers2:FAMILY")
-    with pytest.raises(CheckpointError, match="registered by strangers2:FAMILY and strangers:FAMILY: uninstall"):
+def test_two_packages_with_the_same_name_are_an_error(package: Callable[..., None]) -> None:
+    package("plugins", "raise SystemExit('imported')", odd="plugins:FAMILY")
+    package("plugins2", "raise SystemExit('imported')", odd="plugins2:FAMILY")
+    with pytest.raises(CheckpointError, match="registered by plugins2:FAMILY and plugins:FAMILY: uninstall"):
         find_family("odd")
-    assert not {"strangers", "strangers2"} & set(sys.modules)
+    assert not {"plugins", "plugins2"} & set(sys.modules)
 
 
-@pytest.mark.parametrize("model_type", ["strangers", "strangers:FAMILY", "strangers.FAMILY", "../strangers", "mine"])
-def test_a_config_makes_nothing_be_imported(
+@pytest.mark.parametrize("model_type", ["plugins", "plugins:FAMILY", "plugins.FAMILY", "../plugins", "mine"])
+def test_a_config_cannot_trigger_imports(
     model_type: str,
     package: Callable[..., None],
     tmp_path: Path,
@@ -333,10 +337,10 @@ def test_a_config_makes_nothing_be_imported(
     """Neither its model_type nor auto_map, files in its folder, or families that it does not name."""
     leave = f"open({str(tmp_path / 'witness')!r}, 'w').close()"
     witness = f"{leave}; from llm_edge.model.families.llama import FAMILY"
-    package("strangers", witness, another="strangers:FAMILY")
+    package("plugins", witness, another="plugins:FAMILY")
     source = folder_of(tmp_path, model_type)
     config = json.loads((source / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "strangers.FAMILY", "AutoConfig": "mine.FAMILY"}
+    config["auto_map"] = {"AutoModelForCausalLM": "plugins.FAMILY", "AutoConfig": "mine.FAMILY"}
     (source / "config.json").write_text(json.dumps(config))
     (source / "mine.py").write_text(witness)
     monkeypatch.chdir(source)
@@ -344,7 +348,7 @@ def test_a_config_makes_nothing_be_imported(
     assert (code, err.count("\n")) == (2, 1)
     assert f"model_type {model_type!r} is not supported; supported: another, gemma3_text" in err
     assert not (tmp_path / "witness").exists()
-    assert isinstance(find_family("another"), Family)  # the witness does testify
+    assert isinstance(find_family("another"), Family)  # the module is importable, so the check is meaningful
     assert (tmp_path / "witness").exists()
 
 
@@ -372,7 +376,7 @@ def test_the_example_is_the_file_that_is_tested() -> None:
     assert len(CODE.splitlines()) < 75
 
 
-def test_the_proof_runs(installed: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_parity_check_runs(installed: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks("python")[1]
     assert code.count('"path/to/opt"') == 1
     exec(compile(code.replace("path/to/opt", str(folder)), "families.md", "exec"), {})
@@ -389,13 +393,13 @@ def test_every_switch_is_in_the_document() -> None:
     assert layer in DOCUMENT
     for field in dataclasses.fields(ModelConfig):
         row = next(row for row in table("What the decoder supports") if field.name in names(row[0]))
-        told, default = row[1].strip("`"), field.default
+        documented, default = row[1].strip("`"), field.default
         if field.name == "attention_scale":
-            assert (told, default) == ("1 / √`head_dim", None)
+            assert (documented, default) == ("1 / √`head_dim", None)
         elif default is dataclasses.MISSING:
-            assert told == ""
+            assert documented == ""
         else:
-            assert told == (f"{default:g}" if isinstance(default, float) else str(default)), field.name
+            assert documented == (f"{default:g}" if isinstance(default, float) else str(default)), field.name
 
 
 def test_every_method_of_the_reader_is_in_the_document() -> None:
@@ -463,7 +467,7 @@ def cohere_weights(config: ModelConfig, raw: ConfigReader) -> WeightTable:
     )
 
 
-def test_quirks(ids: list[int]) -> None:
+def test_a_family_with_many_quirks(ids: list[int]) -> None:
     """Interleaved rotary positions, a folded scale, norms without bias, one norm for two parallel blocks."""
     config = CohereConfig(
         vocab_size=331,

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""README.md: the example runs as printed, and the listed options exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_embedding_example_runs(tiny_bundle: Path, capsys: pytest.CaptureFix
     assert re.search(r" (length|stop) [0-9.]+$", capsys.readouterr().out.rstrip())
 
 
-def test_the_options_of_llm_export_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_options_of_llm_export_exist(capsys: pytest.CaptureFixture[str]) -> None:
     from llm_edge.exporter.cli import app
 
     with pytest.raises(SystemExit):
@@ -34,7 +34,7 @@ def test_the_options_of_llm_export_are_its_own(capsys: pytest.CaptureFixture[str
     assert all(option in shown for option in options)
 
 
-def test_the_options_of_llm_chat_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_options_of_llm_chat_exist(capsys: pytest.CaptureFixture[str]) -> None:
     from llm_edge.tui.cli import app
 
     with pytest.raises(SystemExit):

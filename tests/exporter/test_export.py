@@ -1,4 +1,4 @@
-"""The whole way from a checkpoint to a bundle: what lies in it, who can read it, and that it is whole or not there."""
+"""Exports end to end: the bundle's content, readability by other libraries, and atomicity."""
 
 from __future__ import annotations
 
@@ -88,25 +88,25 @@ def kept_trace() -> Callable[..., ir.Model]:
 
 @pytest.fixture
 def traced_once(kept_trace: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports of one shape in this file share a trace."""
+    """Share the trace between exports of the same shape in this file."""
     monkeypatch.setattr(graphs_module, "trace", kept_trace)
 
 
 @pytest.fixture
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validate on a little of the text: all of it takes most of a small export's time."""
+    """Validate on a part of the text: the whole text dominates the time of a small export."""
     tiny.shorten_texts(monkeypatch, 300)
 
 
-# ---- what lies in a bundle
+# ---- content of a bundle
 
 
-def test_a_bundle_holds_the_files_of_the_design_and_no_others(tiny_bundle: Path) -> None:
+def test_a_bundle_holds_exactly_the_documented_files(tiny_bundle: Path) -> None:
     assert files(tiny_bundle).keys() == CONFIGS | graphs("fp32", "int8", "int4")
     assert not list(tiny_bundle.parent.glob(".*"))  # no temporary sibling
 
 
-def test_the_manifest_is_right_about_every_file(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+def test_the_manifest_describes_every_file(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     manifest = read(tiny_bundle / "manifest.json")
     found = files(tiny_bundle)
     assert manifest["files"].keys() == found.keys() - {"manifest.json"}
@@ -126,7 +126,7 @@ def test_the_manifest_is_right_about_every_file(tiny_bundle: Path, tiny_checkpoi
         assert manifest["tools"][tool] == importlib.metadata.version(tool)
 
 
-def test_precisions_have_their_figures(tiny_bundle: Path) -> None:
+def test_precisions_have_quality_figures(tiny_bundle: Path) -> None:
     precisions = read(tiny_bundle / "manifest.json")["precisions"]
     assert list(precisions) == ["fp32", "int8", "int4"]
     for name, entry in precisions.items():
@@ -136,7 +136,9 @@ def test_precisions_have_their_figures(tiny_bundle: Path) -> None:
             assert 0 < entry["parity"][part]["mean"] < entry["parity"][part]["max"] < 1
         quality = entry["quality"]
         assert quality["tokens"] > 10_000
-        assert -1e-8 < quality["kl_mean"] < quality["kl_p999"] < 0.1  # sums of float32 end a little below 0
+        assert (
+            -1e-8 < quality["kl_mean"] < quality["kl_p999"] < 0.1
+        )  # float32 rounding may yield slightly negative sums
         assert 0.9 < quality["top1"] <= 1
         assert quality["perplexity"] == pytest.approx(quality["perplexity_reference"], rel=0.01)
     for part in precisions["fp32"]["parity"].values():
@@ -144,10 +146,12 @@ def test_precisions_have_their_figures(tiny_bundle: Path) -> None:
         assert part["mean"] <= MEAN_BOUND
     errors = [precisions[name]["quality"]["kl_mean"] for name in ("fp32", "int8", "int4")]
     assert errors == sorted(errors)
-    assert errors[2] > 5 * errors[1] > 5 * errors[0]  # fewer bits cost more: these are figures of three graphs
+    assert (
+        errors[2] > 5 * errors[1] > 5 * errors[0]
+    )  # fewer bits increase the error, so the figures belong to three graphs
 
 
-def test_the_reference_perplexity_is_that_of_transformers(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+def test_the_reference_perplexity_matches_transformers(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     text = (Path(export_module.__file__).parent / "data" / "validation.txt").read_text(encoding="utf-8")
@@ -165,7 +169,7 @@ def test_the_reference_perplexity_is_that_of_transformers(tiny_bundle: Path, tin
     assert quality["perplexity_reference"] == pytest.approx(math.exp(loss / count), rel=1e-5)
 
 
-# ---- who can read it
+# ---- readability by other libraries
 
 
 def test_transformers_reads_the_configs(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
@@ -194,7 +198,7 @@ def test_transformers_reads_the_configs(tiny_bundle: Path, tiny_checkpoint: Path
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 2, 2)
 
 
-def test_transformers_reads_the_tokenizer_as_we_do(tiny_bundle: Path) -> None:
+def test_transformers_and_the_runtime_tokenize_equally(tiny_bundle: Path) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(tiny_bundle)
@@ -214,20 +218,20 @@ def test_transformers_reads_the_tokenizer_as_we_do(tiny_bundle: Path) -> None:
     assert (ours.bos_token_id, ours.eos_token_id) == (0, 2)
 
 
-def test_the_chat_template_is_in_both_places(tiny_bundle: Path) -> None:
+def test_the_chat_template_is_in_both_files(tiny_bundle: Path) -> None:
     assert (tiny_bundle / "chat_template.jinja").read_text(encoding="utf-8") == tiny.CHAT_TEMPLATE
     config = read(tiny_bundle / "tokenizer_config.json")
     assert config["chat_template"] == tiny.CHAT_TEMPLATE
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_transformers_js_is_told_of_the_data_files(tiny_bundle: Path) -> None:
-    told = read(tiny_bundle / "config.json")["transformers.js_config"]["use_external_data_format"]
-    assert told.keys() == {f"{stem}.onnx" for stem in STEMS.values()}
-    assert set(told.values()) == {1}
+def test_the_transformers_js_config_lists_the_data_files(tiny_bundle: Path) -> None:
+    data_files = read(tiny_bundle / "config.json")["transformers.js_config"]["use_external_data_format"]
+    assert data_files.keys() == {f"{stem}.onnx" for stem in STEMS.values()}
+    assert set(data_files.values()) == {1}
 
 
-def test_genai_is_told_what_the_graph_looks_like(tiny_bundle: Path) -> None:
+def test_the_genai_config_describes_the_graph(tiny_bundle: Path) -> None:
     config = read(tiny_bundle / "genai_config.json")
     assert config.keys() == {"model", "search"}
     model, search = config["model"], config["search"]
@@ -255,7 +259,7 @@ def test_genai_is_told_what_the_graph_looks_like(tiny_bundle: Path) -> None:
 # ---- options
 
 
-def test_one_precision_makes_its_files_only_and_other_readers_take_it(
+def test_exporting_one_precision_writes_only_its_files_and_configs(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
 ) -> None:
     before = files(tiny_checkpoint)
@@ -278,7 +282,7 @@ def test_one_precision_makes_its_files_only_and_other_readers_take_it(
     assert files(tiny_checkpoint) == before
 
 
-def test_a_precision_that_transformers_js_has_no_name_for(
+def test_a_precision_unknown_to_transformers_js(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, _, _ = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "int4-mixed", "--no-validate")
@@ -305,7 +309,7 @@ def test_the_default_folder_is_named_after_the_source(
     assert bundle_name("smollm2") == "smollm2-135m"
 
 
-def test_a_portable_bundle_says_what_the_fused_one_says(
+def test_a_portable_bundle_has_the_same_manifest_as_the_fused_one(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
 ) -> None:
     options = ("--graph", "portable", "--no-validate", "--precision", "int8,fp32")
@@ -320,7 +324,7 @@ def test_a_portable_bundle_says_what_the_fused_one_says(
         assert answer(tmp_path / "portable", precision) == answer(tiny_bundle, precision)
 
 
-def test_progress_as_json_is_an_object_a_line(
+def test_json_progress_is_one_object_per_line(
     tiny_checkpoint: Path,
     tmp_path: Path,
     llm_export: Callable[..., tuple[int, str, str]],
@@ -344,7 +348,7 @@ def test_progress_as_json_is_an_object_a_line(
     assert all(line.keys() == {"stage", "share", "detail"} for line in lines)
 
 
-def test_the_report_shows_the_figures_of_the_manifest(
+def test_the_report_matches_the_manifest(
     tiny_checkpoint: Path,
     tmp_path: Path,
     llm_export: Callable[..., tuple[int, str, str]],
@@ -382,11 +386,11 @@ def test_force_replaces_a_bundle(
     Bundle.open(tmp_path / "empty").verify()
 
 
-# ---- graphs that do not compute what the reference computes
+# ---- graphs that disagree with the reference
 
 
-def a_weight_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By 2 % in one norm of the reference."""
+def a_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scale one norm of the reference by 1.02."""
     load = Decoder.load_weights
 
     def wrong(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> None:
@@ -396,8 +400,8 @@ def a_weight_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "load_weights", wrong)
 
 
-def nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph's attention forgets positions."""
+def no_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the rotary embedding from the graph's attention."""
     right = graphs_module.trace
 
     def wrong(*arguments: Any, **options: Any) -> ir.Model:
@@ -411,8 +415,8 @@ def nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_module, "trace", wrong)
 
 
-@pytest.mark.parametrize("defect", [a_weight_is_off, nothing_is_rotated])
-def test_a_graph_that_is_wrong_makes_no_bundle(
+@pytest.mark.parametrize("defect", [a_wrong_weight, no_rotary_embedding])
+def test_a_graph_with_wrong_logits_makes_no_bundle(
     defect: Callable[[pytest.MonkeyPatch], None],
     tiny_bundle: Path,
     tiny_checkpoint: Path,
@@ -424,7 +428,7 @@ def test_a_graph_that_is_wrong_makes_no_bundle(
     shutil.copytree(tiny_bundle, tmp_path / "old")
     before = files(tmp_path)
     defect(monkeypatch)
-    for arguments in (("new",), ("old", "--force"), ("new", "--precision", "int8")):  # fp32 is proven for int8 too
+    for arguments in (("new",), ("old", "--force"), ("new", "--precision", "int8")):  # fp32 is verified for int8 too
         target, *options = arguments
         code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / target, "--progress", "none", *options)
         assert (code, text) == (1, "")
@@ -442,7 +446,7 @@ def test_a_graph_that_is_wrong_makes_no_bundle(
         ("int4", False, r"layers\.0\.mlp\.down\.weight: .*NaN"),
     ],
 )
-def test_weights_that_are_not_numbers_make_no_bundle(
+def test_nan_weights_make_no_bundle(
     precision: str,
     validate: bool,
     words: str,
@@ -451,7 +455,7 @@ def test_weights_that_are_not_numbers_make_no_bundle(
     short_text: None,
     traced_once: None,
 ) -> None:
-    """Both sides yield NaN then, which no comparison finds larger than its bound."""
+    """Both sides yield NaN then, which is never greater than a bound."""
     source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
     weights = load_file(source / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
@@ -461,7 +465,7 @@ def test_weights_that_are_not_numbers_make_no_bundle(
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-# ---- an export that is ended in the middle
+# ---- interrupted exports
 
 SCRIPT = """
 import signal, sys, time
@@ -486,8 +490,8 @@ main()
 """
 
 
-def ended_in(stage: str, how: signal.Signals, *arguments: object) -> tuple[int, str]:
-    """Start the command, send a signal in the middle of a stage; gives exit code and stderr."""
+def interrupted_in(stage: str, how: signal.Signals, *arguments: object) -> tuple[int, str]:
+    """Start the command and send a signal during a stage; returns exit code and stderr."""
     words = [sys.executable, "-c", SCRIPT, *map(str, arguments), "--progress", "json", stage]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -499,8 +503,8 @@ def ended_in(stage: str, how: signal.Signals, *arguments: object) -> tuple[int, 
 
 
 @pytest.mark.parametrize("stage", ["tracing", "validating"])
-def test_ctrl_c_leaves_nothing(stage: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    code, errors = ended_in(stage, signal.SIGINT, tiny_checkpoint, "-o", tmp_path / "in" / "bundle")
+def test_ctrl_c_leaves_no_files(stage: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    code, errors = interrupted_in(stage, signal.SIGINT, tiny_checkpoint, "-o", tmp_path / "in" / "bundle")
     assert code == 130
     assert errors == "interrupted\n"
     assert [path for path in tmp_path.rglob("*") if path != tmp_path / "in"] == []
@@ -512,20 +516,20 @@ def test_ctrl_c_before_the_replacement_keeps_the_old_bundle(
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     before = files(tmp_path)
     options = ("--force", "--no-validate", "--precision", "int8")
-    code, _ = ended_in("writing", signal.SIGINT, tiny_checkpoint, "-o", tmp_path / "bundle", *options)
+    code, _ = interrupted_in("writing", signal.SIGINT, tiny_checkpoint, "-o", tmp_path / "bundle", *options)
     assert code == 130
     assert files(tmp_path) == before
 
 
-def test_a_killed_export_leaves_no_bundle_and_does_not_hinder_the_next(
+def test_a_killed_export_leaves_no_bundle_and_does_not_block_the_next(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
 ) -> None:
     options = ("-o", tmp_path / "bundle", "--no-validate", "--precision", "int8")
-    code, _ = ended_in("writing", signal.SIGKILL, tiny_checkpoint, *options)
+    code, _ = interrupted_in("writing", signal.SIGKILL, tiny_checkpoint, *options)
     assert code == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".bundle.partial-")
-    assert not (left / "manifest.json").exists()  # it is written last, so nobody takes this for a bundle
+    assert not (left / "manifest.json").exists()  # it is written last, so an incomplete folder is not a bundle
     assert llm_export(tiny_checkpoint, *options)[0] == 0
     Bundle.open(tmp_path / "bundle").verify()
 
@@ -534,31 +538,31 @@ def test_a_killed_replacement_leaves_the_old_bundle(tiny_bundle: Path, tiny_chec
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     before = files(tmp_path / "bundle")
     options = ("-o", tmp_path / "bundle", "--force", "--no-validate", "--precision", "int8")
-    assert ended_in("writing", signal.SIGKILL, tiny_checkpoint, *options)[0] == -signal.SIGKILL
+    assert interrupted_in("writing", signal.SIGKILL, tiny_checkpoint, *options)[0] == -signal.SIGKILL
     assert files(tmp_path / "bundle") == before
 
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was made durable or renamed, in the order in which it was."""
+    """Record fsync and rename calls in order."""
     done: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
-    def note_fsync(descriptor: int) -> None:
+    def record_fsync(descriptor: int) -> None:
         done.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
         fsync(descriptor)
 
-    def note_rename(path: Path, target: Path) -> Path:
+    def record_rename(path: Path, target: Path) -> Path:
         done.append(f"rename {Path(target).name}")
         return rename(path, target)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
     return done
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_everything_is_on_disk_before_the_bundle_has_its_name(
+def test_everything_is_flushed_before_the_bundle_is_renamed(
     tiny_checkpoint: Path,
     tmp_path: Path,
     llm_export: Callable[..., tuple[int, str, str]],
@@ -575,7 +579,9 @@ def test_everything_is_on_disk_before_the_bundle_has_its_name(
     assert after == [f"fsync {tmp_path.name}"]
 
 
-def test_a_bundle_without_fp32_tells_of_the_proof(tiny_checkpoint: Path, tmp_path: Path, short_text: None) -> None:
+def test_a_bundle_without_fp32_records_the_parity_check(
+    tiny_checkpoint: Path, tmp_path: Path, short_text: None
+) -> None:
     export(str(tiny_checkpoint), ExportOptions(tmp_path / "bundle", precision="int4"))
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert list(manifest["precisions"]) == ["int4"]

@@ -20,7 +20,7 @@ for _ in range(500):
 ABSURD: dict[str, dict[str, Any]] = {
     "countless layers": {"num_hidden_layers": 10**9},
     "layers beyond any number": {"num_hidden_layers": 10**4000},
-    "layers nobody has": {"num_hidden_layers": 1024},
+    "far too many layers": {"num_hidden_layers": 1024},
     "layers of all sizes": {"num_hidden_layers": 1024, "hidden_size": 65_536, "intermediate_size": 1_048_576},
     "no layer": {"num_hidden_layers": 0},
     "layers below none": {"num_hidden_layers": -1},
@@ -58,17 +58,17 @@ ABSURD: dict[str, dict[str, Any]] = {
         "attention_types": [[["global"] * 4000, 10**9]],
         "num_heads": 4,
     },
-    "windows for nobody": {"model_type": "qwen2", "layer_types": ["full_attention"] * 100_000},
+    "layer types for missing layers": {"model_type": "qwen2", "layer_types": ["full_attention"] * 100_000},
 }
 
 
 @pytest.mark.parametrize("name", ABSURD)
-def test_an_absurd_config_is_refused_at_once(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_absurd_config_is_rejected_quickly(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "absurd"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **ABSURD[name]}))
     seconds = []
-    for _ in range(3):  # the quickest tells of the work, the others of the machine
+    for _ in range(3):  # the fastest run measures the work, the others the load of the machine
         began = time.process_time()
         with pytest.raises(CheckpointError) as refusal:
             read_folder(folder)
@@ -79,5 +79,5 @@ def test_an_absurd_config_is_refused_at_once(name: str, tiny_checkpoint: Path, t
     assert min(seconds) < 0.05
 
 
-def test_they_are_thirty() -> None:
+def test_there_are_thirty_absurd_configs() -> None:
     assert len(ABSURD) >= 30

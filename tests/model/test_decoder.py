@@ -18,8 +18,8 @@ from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.model.decoder import Decoder, Past, count_parameters
 
 BOUND = 1e-4
-# Weights large enough that attention looks at single tokens: at transformers' usual 0.02 a model whose rotary
-# positions are wrong still agrees to 1e-3. Logits here reach about 5.
+# Weights large enough for peaked attention: at transformers' usual 0.02 a model with wrong rotary positions
+# still agrees to 1e-3. Logits here reach about 5.
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4, "head_dim": 16},
@@ -82,13 +82,13 @@ def text(pair: Pair, length: int, seed: int = 0) -> Tensor:
     return torch.randint(0, pair.ours.config.vocab_size, (length,), generator=generator)
 
 
-def run(decoder: Decoder, tokens: Tensor, pieces: Sequence[int]) -> tuple[Tensor, Past]:
-    """Return the logits [S, V] of one sequence, fed in chunks."""
+def run(decoder: Decoder, tokens: Tensor, chunks: Sequence[int]) -> tuple[Tensor, Past]:
+    """Return the logits [S, V] of one sequence, computed in chunks."""
     past, done, logits = decoder.empty_past(), 0, []
-    for size in pieces:
+    for size in chunks:
         mask = torch.ones(1, done + size, dtype=torch.int64)
-        piece, past = decoder(tokens[None, done : done + size], mask, past)
-        logits.append(piece[0])
+        chunk_logits, past = decoder(tokens[None, done : done + size], mask, past)
+        logits.append(chunk_logits[0])
         done += size
     assert done == len(tokens)
     return torch.cat(logits), past
@@ -99,7 +99,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
     assert (found - wanted).abs().max() <= BOUND  # False for NaN
 
 
-def test_the_models_are_worth_comparing(pair: Pair) -> None:
+def test_the_models_are_sensitive_enough_to_compare(pair: Pair) -> None:
     tokens = text(pair, 40)
     logits = pair.expect(tokens)
     assert logits.std() > 0.5
@@ -109,24 +109,24 @@ def test_the_models_are_worth_comparing(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 61, 400])
-def test_one_go(pair: Pair, length: int) -> None:
+def test_a_single_step_matches_transformers(pair: Pair, length: int) -> None:
     tokens = text(pair, length)
     close(run(pair.ours, tokens, [length])[0], pair.expect(tokens))
 
 
 @pytest.mark.parametrize(
-    "pieces", [[30, 31], [1, 7, 16, 2, 35], [60, 1], [1] * 61], ids=["two", "uneven", "last", "token by token"]
+    "chunks", [[30, 31], [1, 7, 16, 2, 35], [60, 1], [1] * 61], ids=["two", "uneven", "last", "token by token"]
 )
-def test_in_pieces(pair: Pair, pieces: list[int]) -> None:
+def test_chunks_match_transformers(pair: Pair, chunks: list[int]) -> None:
     tokens = text(pair, 61)
-    logits, past = run(pair.ours, tokens, pieces)
+    logits, past = run(pair.ours, tokens, chunks)
     close(logits, pair.expect(tokens))
     config = pair.ours.config
     assert len(past) == config.num_hidden_layers
     assert {tuple(it.shape) for layer in past for it in layer} == {(1, config.num_key_value_heads, 61, config.head_dim)}
 
 
-def test_the_cache_is_that_of_transformers(pair: Pair) -> None:
+def test_the_cache_matches_transformers(pair: Pair) -> None:
     tokens = text(pair, 23)
     theirs = pair.theirs(input_ids=tokens[None], use_cache=True).past_key_values
     for (key, value), layer in zip(run(pair.ours, tokens, [20, 3])[1], theirs.layers, strict=True):
@@ -135,7 +135,7 @@ def test_the_cache_is_that_of_transformers(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_rows_of_unequal_length(pair: Pair, side: str) -> None:
+def test_a_padded_batch_matches_its_sequences_alone(pair: Pair, side: str) -> None:
     """Each sequence of a padded batch, through prefill and decode, matches the sequence on its own."""
     prompts, steps = [9, 1, 17, 5], 4
     rows = [text(pair, length + steps, seed) for seed, length in enumerate(prompts)]
@@ -158,7 +158,7 @@ def test_rows_of_unequal_length(pair: Pair, side: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_padded_batch_is_what_transformers_makes_of_it(pair: Pair, side: str) -> None:
+def test_a_padded_batch_matches_transformers(pair: Pair, side: str) -> None:
     ids = torch.stack([text(pair, 12, seed) for seed in range(3)])
     mask = torch.ones(3, 12, dtype=torch.int64)
     for row, padding in enumerate([5, 0, 2]):
@@ -169,7 +169,7 @@ def test_a_padded_batch_is_what_transformers_makes_of_it(pair: Pair, side: str) 
     close(found[mask.bool()], wanted[mask.bool()])
 
 
-def test_a_prompt_over_a_past_of_unequal_rows(pair: Pair) -> None:
+def test_prefill_after_pasts_of_different_lengths(pair: Pair) -> None:
     rows = [text(pair, 12, 1), text(pair, 15, 2)]
     first = torch.stack([torch.cat([rows[0][:4], torch.zeros(3, dtype=torch.int64)]), rows[1][:7]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
@@ -180,7 +180,7 @@ def test_a_prompt_over_a_past_of_unequal_rows(pair: Pair) -> None:
     close(logits[1], pair.expect(rows[1])[7:])
 
 
-def test_num_logits_to_keep(pair: Pair) -> None:
+def test_num_logits_to_keep_limits_the_logits(pair: Pair) -> None:
     tokens = text(pair, 11)
     mask, past = torch.ones(1, 11, dtype=torch.int64), pair.ours.empty_past()
     everything, presents = pair.ours(tokens[None], mask, past)
@@ -193,7 +193,7 @@ def test_num_logits_to_keep(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (1, 11), (2, 10), (1, 6), (10,)])
-def test_a_mask_of_another_shape_is_refused(pair: Pair, shape: tuple[int, ...]) -> None:
+def test_a_mask_of_the_wrong_shape_is_rejected(pair: Pair, shape: tuple[int, ...]) -> None:
     past = pair.ours.empty_past(length=4)
     with pytest.raises(ValueError, match=r"attention_mask has the shape .* past and new tokens require \(1, 10\)"):
         pair.ours(text(pair, 6)[None], torch.ones(shape, dtype=torch.int64), past)
@@ -226,7 +226,7 @@ def test_load_weights_keeps_ties(tmp_path: Path, device: str, tied: bool) -> Non
     assert {it.device.type for it in itertools.chain(decoder.parameters(), decoder.buffers())} == {"cpu"}
 
 
-def test_load_weights_takes_any_float_and_keeps_float32(tmp_path: Path) -> None:
+def test_load_weights_converts_any_float_type_to_float32(tmp_path: Path) -> None:
     checkpoint = read_folder(save_checkpoint(tmp_path / "a"))
     halves = {name: checkpoint.weights[name].bfloat16() for name in checkpoint.weights}
     decoder = Decoder(checkpoint.config)

@@ -31,11 +31,15 @@ from llm_edge.model.registry import BUILT_IN, find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime.errors import CheckpointError
 
-BOUND = 1e-4  # ten times closer than what is asked for
-PIECES = (20, 20, 1, 1, 28)  # behind the first, every piece is longer than, or reaches beyond, a sliding window
-LENGTH = sum(PIECES)
+BOUND = 1e-4  # ten times stricter than required
+CHUNKS = (20, 20, 1, 1, 28)  # after the first, every chunk is longer than, or extends beyond, a sliding window
+LENGTH = sum(CHUNKS)
 GREEDY = 64
-_ODD_HEADS = ("llama with heads of 6", "gpt2", "gpt_neox, one block behind the other")  # the fused operator wants 8
+_ODD_HEADS = (
+    "llama with heads of 6",
+    "gpt2",
+    "gpt_neox with sequential blocks",
+)  # the fused operator requires multiples of 8
 _FIRST = {kind: name for name, (kind, _) in reversed(families.CASES.items())}
 BARE = {
     "vocab_size": 331,
@@ -62,10 +66,10 @@ class Case:
         self.ids = torch.randint(0, 331, (1, LENGTH), generator=torch.Generator().manual_seed(1))
 
     @torch.inference_mode()
-    def logits(self, pieces: tuple[int, ...]) -> Tensor:
+    def logits(self, chunks: tuple[int, ...]) -> Tensor:
         """Return the logits of transformers, [T, V]."""
         cache, found, start = None, [], 0
-        for length in pieces:
+        for length in chunks:
             step = self.theirs(self.ids[:, start : start + length], past_key_values=cache, use_cache=True)
             cache, start = step.past_key_values, start + length
             found.append(step.logits[0])
@@ -82,35 +86,35 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    made: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
 
     def get(name: str) -> Case:
-        if name not in made:
-            made[name] = Case(name, tmp_path_factory.mktemp("family"))
-        return made[name]
+        if name not in cases:
+            cases[name] = Case(name, tmp_path_factory.mktemp("family"))
+        return cases[name]
 
     return get
 
 
 def decoder(checkpoint: Checkpoint) -> Decoder:
-    made = Decoder(checkpoint.config).eval()
-    made.load_weights(checkpoint.weights)
-    return made
+    built = Decoder(checkpoint.config).eval()
+    built.load_weights(checkpoint.weights)
+    return built
 
 
 @torch.inference_mode()
-def our_logits(made: Decoder, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
-    past, found, start = made.empty_past(), [], 0
-    for length in pieces:
+def our_logits(model: Decoder, ids: Tensor, chunks: tuple[int, ...]) -> Tensor:
+    past, found, start = model.empty_past(), [], 0
+    for length in chunks:
         start += length
         mask = torch.ones(1, start, dtype=torch.int64)
-        logits, past = made(ids[:, start - length : start], mask, past)
+        logits, past = model(ids[:, start - length : start], mask, past)
         found.append(logits[0])
     return torch.cat(found)
 
 
-def test_mistral_with_layers_of_two_kinds() -> None:
-    """transformers has the family Ministral for such configs, which differs only in this."""
+def test_mistral_with_mixed_layer_types_matches_ministral() -> None:
+    """transformers implements such configs as the Ministral family, which differs only in this."""
     from transformers import MinistralConfig, MinistralForCausalLM
 
     config = {
@@ -138,9 +142,7 @@ def test_mistral_with_layers_of_two_kinds() -> None:
 
 
 @pytest.mark.parametrize("window", [256, 2**32 + 4])
-def test_a_window_that_the_context_cannot_fill_is_none(
-    window: int, case: Callable[[str], Case], tmp_path: Path
-) -> None:
+def test_a_window_longer_than_the_context_is_ignored(window: int, case: Callable[[str], Case], tmp_path: Path) -> None:
     """2^32 + 4 would overflow to 4 in an operator with 32-bit integers."""
     checkpoint = case("mistral").checkpoint
     config = without(checkpoint.config, window=window)
@@ -162,15 +164,15 @@ def test_every_family_module_is_registered() -> None:
     assert set(BUILT_IN.values()) == modules
 
 
-@pytest.mark.parametrize("pieces", [(LENGTH,), PIECES], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("chunks", [(LENGTH,), CHUNKS], ids=["at once", "in chunks"])
 @pytest.mark.parametrize("name", families.CASES)
 def test_the_reference_agrees_with_transformers(
-    name: str, pieces: tuple[int, ...], case: Callable[[str], Case]
+    name: str, chunks: tuple[int, ...], case: Callable[[str], Case]
 ) -> None:
     found = case(name)
-    ours = our_logits(decoder(found.checkpoint), found.ids, pieces)
-    theirs = found.logits(pieces)
-    assert theirs.std() > 0.5  # so that the bound means something
+    ours = our_logits(decoder(found.checkpoint), found.ids, chunks)
+    theirs = found.logits(chunks)
+    assert theirs.std() > 0.5  # otherwise the bound would be meaningless
     assert (ours - theirs).abs().max() < BOUND
 
 
@@ -183,13 +185,13 @@ def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callabl
         tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
     )
     ids = found.ids[0].tolist()
-    for pieces in ((LENGTH,), PIECES):
+    for chunks in ((LENGTH,), CHUNKS):
         session.clear_cache()
         parts, start = [], 0
-        for length in pieces:
+        for length in chunks:
             parts.append(session.step(ids[start : start + length], num_logits=0).copy())
             start += length
-        assert np.abs(np.concatenate(parts) - found.logits(pieces).numpy()).max() < BOUND
+        assert np.abs(np.concatenate(parts) - found.logits(chunks).numpy()).max() < BOUND
     session.clear_cache()
     logits, tokens = session.step(ids), []
     for _ in range(GREEDY):
@@ -223,7 +225,9 @@ def without(config: ModelConfig, **changes: Any) -> ModelConfig:
         ("phi3, longrope on a part of each head", {"rope": "unscaled"}),
     ],
 )
-def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable[[str], Case]) -> None:
+def test_every_config_switch_changes_the_logits(
+    name: str, changes: dict[str, Any], case: Callable[[str], Case]
+) -> None:
     """Otherwise agreement with transformers would not test the switch."""
     checkpoint = case(name).checkpoint
     rope = checkpoint.config.ropes[0] if checkpoint.config.ropes else None
@@ -236,7 +240,7 @@ def test_every_switch_matters(name: str, changes: dict[str, Any], case: Callable
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3_text"])
-def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_head_is_read(name: str, case: Callable[[str], Case], tmp_path: Path) -> None:
     """`AutoModel.save_pretrained` omits the prefix and the tied head."""
     found = case(name)
     families.save(found.theirs.base_model, tmp_path)
@@ -262,7 +266,7 @@ def test_a_checkpoint_of_the_body_alone(name: str, case: Callable[[str], Case], 
         ("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     ],
 )
-def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
+def test_missing_config_keys_get_their_defaults(kind: str, config: dict[str, Any]) -> None:
     """Configs on the Hub are often older than those that transformers writes today."""
     from transformers import CONFIG_MAPPING
 
@@ -283,7 +287,7 @@ def test_what_a_config_leaves_out(kind: str, config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", families.CASES)
-def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]) -> None:
+def test_the_bundles_config_builds_the_same_transformers_model(name: str, case: Callable[[str], Case]) -> None:
     """The bundle's config.json has the keys that the family read, and transformers builds the same model from it."""
     from transformers import CONFIG_MAPPING
 
@@ -294,13 +298,13 @@ def test_the_bundles_config_is_read_alike(name: str, case: Callable[[str], Case]
     for key in config.keys() & original.keys() - {"architectures"}:
         assert copied[key] == original[key], key
     again._attn_implementation = "eager"
-    made = type(found.theirs)(again).eval()
-    made.load_state_dict(found.theirs.state_dict())
+    rebuilt = type(found.theirs)(again).eval()
+    rebuilt.load_state_dict(found.theirs.state_dict())
     with torch.inference_mode():
-        assert torch.equal(made(found.ids).logits, found.theirs(found.ids).logits)
+        assert torch.equal(rebuilt(found.ids).logits, found.theirs(found.ids).logits)
 
 
-def test_a_window_of_nothing_is_refused() -> None:
+def test_an_empty_window_is_rejected() -> None:
     layer = LayerConfig(window=0)
     with pytest.raises(CheckpointError, match="sliding_window"):
         ModelConfig(
@@ -373,7 +377,7 @@ def test_a_window_of_nothing_is_refused() -> None:
         ("olmo2", {"hidden_size": 10**4000}, "hidden_size is"),
     ],
 )
-def test_what_is_not_honoured_is_refused(
+def test_unsupported_config_options_are_rejected(
     name: str, changes: dict[str, Any], words: str, case: Callable[[str], Case], tmp_path: Path
 ) -> None:
     source = case(name).folder

@@ -1,4 +1,4 @@
-"""Bundles, good and damaged: damage of every kind is one `BundleError` that names the remedy, and nothing else."""
+"""Opening bundles: valid ones open, and damage of any kind is one `BundleError` that names a remedy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check(path: Path) -> None:
 
 
 def refusal(act: Callable[[], object]) -> str:
-    """The message of the one error allowed here."""
+    """The message of the `BundleError`."""
     with pytest.raises(BundleError) as caught:
         act()
     message = str(caught.value)
@@ -55,7 +55,7 @@ def refusal(act: Callable[[], object]) -> str:
 
 
 def refused(act: Callable[[], object]) -> bool:
-    """Whether it is refused, with one line that names a remedy or a place; any other error passes through."""
+    """Whether an `InputError` with a one-line message is raised; other errors propagate."""
     try:
         act()
     except InputError as error:
@@ -68,7 +68,7 @@ def refused(act: Callable[[], object]) -> bool:
 
 
 def precisions_of(name: str) -> list[str]:
-    """Precisions that need a file."""
+    """Precisions that require a file."""
     own = PRECISION.get(name.removesuffix("_data"))
     return [own] if own else list(PRECISION.values())
 
@@ -81,13 +81,13 @@ def write(path: Path, content: Any) -> None:
     (path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
 
 
-# ---- whole
+# ---- valid bundles
 
 
-def test_a_whole_bundle_opens_and_tells_of_itself(tiny_bundle: Path) -> None:
+def test_a_valid_bundle_opens_and_describes_itself(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.verify()
-    assert set(bundle.manifest["files"]) == set(FILES)  # so that the tests below damage every one
+    assert set(bundle.manifest["files"]) == set(FILES)  # so that the tests below damage every file
     assert bundle.name == "tiny"
     assert (bundle.shape.vocab_size, bundle.shape.num_hidden_layers, bundle.shape.head_dim) == (331, 2, 32)
     assert (bundle.shape.num_key_value_heads, bundle.shape.max_position_embeddings) == (2, 1024)
@@ -103,7 +103,7 @@ def test_a_whole_bundle_opens_and_tells_of_itself(tiny_bundle: Path) -> None:
     assert bundle.chat_template() == (tiny_bundle / "chat_template.jinja").read_text(encoding="utf-8")
 
 
-def test_int8_is_taken_where_no_precision_is_named_else_the_first(bundle: Path) -> None:
+def test_the_default_precision_is_int8_or_else_the_first(bundle: Path) -> None:
     assert Bundle.open(bundle).precision().name == "int8"
     assert Bundle.open(bundle).precision("int4").name == "int4"
     content = manifest(bundle)
@@ -113,13 +113,13 @@ def test_int8_is_taken_where_no_precision_is_named_else_the_first(bundle: Path) 
     assert "'int8'" in refusal(lambda: Bundle.open(bundle).precision("int8"))
 
 
-def test_a_link_to_a_bundle_is_one(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_bundle_is_accepted(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tiny_bundle)
     check(tmp_path / "link")
     assert Model.load(tmp_path / "link").precision.name == "int8"
 
 
-def test_files_beside_the_listed_ones_do_no_harm(bundle: Path) -> None:
+def test_extra_files_are_ignored(bundle: Path) -> None:
     (bundle / "notes.txt").write_text("mine")
     check(bundle)
     assert "does not list notes.txt" in refusal(lambda: Bundle.open(bundle).file("notes.txt"))
@@ -132,7 +132,7 @@ def test_a_bundle_without_a_chat_template_has_none(bundle: Path) -> None:
     assert Bundle.open(bundle).chat_template() is None
 
 
-def test_reasoning_and_guards_are_told(bundle: Path) -> None:
+def test_reasoning_and_guards_are_read(bundle: Path) -> None:
     content = manifest(bundle)
     opened = Bundle.open(bundle)
     assert (opened.reasoning, opened.guards) == (None, None)
@@ -157,7 +157,7 @@ def test_reasoning_and_guards_are_told(bundle: Path) -> None:
         ({"guards": {"max_newlines": 2, "single_think_end": True}}, "guards.single_think_end without 'reasoning'"),
     ],
 )
-def test_reasoning_and_guards_that_cannot_be(change: Any, reason: str, bundle: Path) -> None:
+def test_invalid_reasoning_and_guards_are_rejected(change: Any, reason: str, bundle: Path) -> None:
     write(bundle, manifest(bundle) | change)
     message = refusal(lambda: Bundle.open(bundle))
     assert MANIFEST in message
@@ -168,7 +168,7 @@ def test_reasoning_and_guards_that_cannot_be(change: Any, reason: str, bundle: P
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_changed_byte_is_found(name: str, bundle: Path) -> None:
+def test_a_changed_byte_is_detected(name: str, bundle: Path) -> None:
     data = bytearray((bundle / name).read_bytes())
     for at in (0, len(data) // 2, len(data) - 1):
         data[at] ^= 0x01
@@ -184,7 +184,7 @@ def test_a_changed_byte_is_found(name: str, bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_cut_a_grown_and_a_missing_file_are_found_without_reading(name: str, bundle: Path) -> None:
+def test_truncated_grown_and_missing_files_are_detected_without_reading(name: str, bundle: Path) -> None:
     data = (bundle / name).read_bytes()
     for other in (b"", data[:1], data[: len(data) // 2], data[:-1], data + b"\0"):
         (bundle / name).write_bytes(other)
@@ -204,7 +204,7 @@ def test_a_cut_a_grown_and_a_missing_file_are_found_without_reading(name: str, b
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "onnx/model.onnx_data", "onnx"])
-def test_a_link_that_leaves_the_folder_is_refused(name: str, bundle: Path, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_rejected(name: str, bundle: Path, tmp_path: Path) -> None:
     (bundle / name).rename(tmp_path / "outside")
     (bundle / name).symlink_to(tmp_path / "outside")
     for act in (lambda: Bundle.open(bundle), lambda: Model.load(bundle, "fp32")):
@@ -217,18 +217,18 @@ def test_a_link_to_itself_is_refused(bundle: Path) -> None:
     assert "config.json" in refusal(lambda: Bundle.open(bundle))
 
 
-def test_a_file_that_goes_while_the_bundle_is_open_is_told(bundle: Path) -> None:
+def test_a_file_deleted_while_the_bundle_is_open_is_an_error(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     (bundle / "config.json").unlink()
     for act in (opened.verify, lambda: opened.json("config.json")):
         assert "config.json" in refusal(act)
 
 
-# ---- what is no bundle
+# ---- other folders and files
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "file/below", "empty", "x" * 300, "nul\0"])
-def test_what_is_no_bundle_is_refused(name: str, tmp_path: Path) -> None:
+def test_other_folders_and_files_are_rejected(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     for act in (lambda: Bundle.open(tmp_path / name), lambda: Model.load(str(tmp_path / name))):
@@ -254,13 +254,13 @@ def test_what_is_no_bundle_is_refused(name: str, tmp_path: Path) -> None:
     ],
     ids=lambda content: repr(content[:20]),
 )
-def test_a_manifest_that_is_none_is_refused(content: bytes, bundle: Path) -> None:
+def test_an_invalid_manifest_is_rejected(content: bytes, bundle: Path) -> None:
     (bundle / MANIFEST).write_bytes(content)
     for act in (lambda: Bundle.open(bundle), lambda: Model.load(bundle)):
         assert MANIFEST in refusal(act)
 
 
-def test_a_manifest_that_is_no_file_is_refused(bundle: Path) -> None:
+def test_a_manifest_that_is_not_a_file_is_rejected(bundle: Path) -> None:
     (bundle / MANIFEST).unlink()
     for make in (Path.mkdir, os.mkfifo):
         make(bundle / MANIFEST)
@@ -268,14 +268,14 @@ def test_a_manifest_that_is_no_file_is_refused(bundle: Path) -> None:
         (bundle / MANIFEST).rmdir() if make is Path.mkdir else (bundle / MANIFEST).unlink()
 
 
-def test_a_manifest_cut_anywhere_is_refused(bundle: Path) -> None:
+def test_a_manifest_truncated_anywhere_is_rejected(bundle: Path) -> None:
     data = (bundle / MANIFEST).read_bytes()
     for size in range(0, len(data) - 2, 37):
         (bundle / MANIFEST).write_bytes(data[:size])
         refusal(lambda: Bundle.open(bundle))
 
 
-# ---- a manifest that says something else
+# ---- manifests with wrong values
 
 WEIGHTS = "onnx/model_quantized.onnx_data"
 WRONG: tuple[tuple[tuple[str, ...], Any], ...] = (
@@ -322,7 +322,7 @@ WRONG: tuple[tuple[tuple[str, ...], Any], ...] = (
         for value in (0, -1, "2", 2.0, True, [2], 2**31)
     ),
     *((("guards",), {"max_newlines": 2, "single_think_end": value}) for value in (None, 0, 1, "no", {})),
-    (("guards",), {"max_newlines": None, "single_think_end": True}),  # of what reasoning?
+    (("guards",), {"max_newlines": None, "single_think_end": True}),  # but there is no reasoning
     *((("precisions",), value) for value in (None, [], {}, "int8", {"int8": None}, {"int8": []}, {"int8": {}})),
     *((("precisions", "int8", "model"), value) for value in (None, 1, "", "x", "../x", "config.json", "onnx")),
     *((("precisions", "int8", "recipe"), value) for value in (None, 8, [])),
@@ -350,13 +350,13 @@ def test_wrong_values_in_the_manifest_are_refused(bundle: Path) -> None:
     assert accepted == []
 
 
-def test_a_file_name_that_is_no_unicode_is_refused(bundle: Path) -> None:
+def test_a_file_name_that_is_not_unicode_is_rejected(bundle: Path) -> None:
     write(bundle, with_value(manifest(bundle), ("files", "\ud800"), {"size": 0, "sha256": ""}))
     refusal(lambda: Bundle.open(bundle))
 
 
 def paths(value: Any, start: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every place in a tree of objects."""
+    """The path of every value in a tree of objects."""
     if start:
         yield start
     if isinstance(value, dict):
@@ -402,7 +402,7 @@ def test_no_changed_byte_of_the_manifest_raises_another_error(bundle: Path) -> N
     assert found > 50
 
 
-# ---- checksums that agree with damaged files: what is read then has to defend itself
+# ---- damaged files with matching checksums, so that the readers have to detect the damage
 
 
 def replaced(bundle: Path, name: str, data: bytes) -> None:
@@ -416,23 +416,23 @@ def replaced(bundle: Path, name: str, data: bytes) -> None:
     [b"", b"\x00" * 64, b"\xff" * 64, b"{}", b"[]", b'{"a": 1}', b"{{ nothing", b"null", b"text"],
     ids=repr,
 )
-def test_garbage_with_a_checksum_is_refused_or_does_not_matter(name: str, content: bytes, bundle: Path) -> None:
+def test_damage_with_a_matching_checksum_is_rejected_or_harmless(name: str, content: bytes, bundle: Path) -> None:
     replaced(bundle, name, content)
     check(bundle)
     found = refused(lambda: Model.load(bundle, precisions_of(name)[-1]))
     if name in ("config.json", "genai_config.json", "special_tokens_map.json"):
-        assert not found  # other libraries read these
+        assert not found  # these are read by other libraries
     if name.startswith(("onnx/", "tokenizer.json")):
         assert found
 
 
-def test_weights_cut_with_a_checksum_are_refused(bundle: Path) -> None:
+def test_truncated_weights_with_a_matching_checksum_are_rejected(bundle: Path) -> None:
     replaced(bundle, WEIGHTS, (bundle / WEIGHTS).read_bytes()[:-5000])
     assert "model_quantized.onnx" in refusal(lambda: Model.load(bundle))
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "num_key_value_heads", "head_dim"])
-def test_a_shape_that_is_not_the_graphs_is_refused(key: str, bundle: Path) -> None:
+def test_a_shape_that_differs_from_the_graph_is_rejected(key: str, bundle: Path) -> None:
     content = manifest(bundle)
     for change in (1, -1):
         write(bundle, with_value(content, ("model", key), content["model"][key] + change))

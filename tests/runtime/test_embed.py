@@ -1,4 +1,4 @@
-"""`llm-export --hidden-states` and `Model.embed`: hidden states as the reference library computes them."""
+"""`llm-export --hidden-states` and `Model.embed`: hidden states match transformers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Array = npt.NDArray[Any]
 
 OUTPUTS = ("logits", "hidden_states")
 PRECISIONS = ("fp32", "int8", "int4", "fp16")
-CASES = [  # a tied head, an untied one, a factor of the logits; norms of outputs and LayerNorms are not rotated
+CASES = [  # a tied head, an untied one, scaled logits; output norms and LayerNorms are not rotated
     ("llama, tied", "fused"),
     ("llama, tied", "portable"),
     ("llama, untied", "fused"),
@@ -50,7 +50,7 @@ GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=
 
 
 class Case:
-    """A model in transformers, and its bundles with hidden states, one a graph style."""
+    """A model in transformers, and its bundles with hidden states, one per graph style."""
 
     def __init__(self, name: str, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -90,12 +90,12 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    made: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
 
     def get(name: str) -> Case:
-        if name not in made:
-            made[name] = Case(name, tmp_path_factory.mktemp("embed"))
-        return made[name]
+        if name not in cases:
+            cases[name] = Case(name, tmp_path_factory.mktemp("embed"))
+        return cases[name]
 
     return get
 
@@ -120,7 +120,7 @@ def cosine(one: Array, other: Array) -> Any:
     return (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
 
 
-def test_the_cases_are_of_all_kinds(case: Callable[[str], Case]) -> None:
+def test_the_cases_cover_all_kinds_of_models(case: Callable[[str], Case]) -> None:
     configs = [case(name).config for name, _ in CASES]
     rotated = {(rotates_residual(config), config.tie_word_embeddings) for config in configs}
     assert rotated >= {(True, True), (True, False), (False, True)}
@@ -128,10 +128,10 @@ def test_the_cases_are_of_all_kinds(case: Callable[[str], Case]) -> None:
 
 
 @pytest.mark.parametrize(("name", "style"), CASES)
-def test_hidden_states_are_those_of_transformers(name: str, style: str, case: Callable[[str], Case]) -> None:
+def test_hidden_states_match_transformers(name: str, style: str, case: Callable[[str], Case]) -> None:
     found = case(name)
     wanted = found.states(found.ids)
-    assert wanted.std() > 0.5  # so that the bounds mean something
+    assert wanted.std() > 0.5  # otherwise the bounds would be meaningless
     for precision in PRECISIONS:
         model = Model.load(found.bundle(style), precision, provider="cpu", threads=1)
         states = {pooling: model.embed(found.ids, pooling) for pooling in POOLINGS}
@@ -151,21 +151,21 @@ def test_hidden_states_are_those_of_transformers(name: str, style: str, case: Ca
 
 
 @pytest.mark.parametrize("length", [1, 2, PREFILL_CHUNK, PREFILL_CHUNK + 1, 2 * PREFILL_CHUNK + 3, 1024])
-def test_a_text_of_any_length(length: int, model: Model, llama: Case) -> None:
+def test_texts_of_any_length_are_embedded(length: int, model: Model, llama: Case) -> None:
     wanted = llama.states(IDS[:length])
     assert np.abs(model.embed(IDS[:length]) - wanted.mean(0, dtype=np.float64)).max() < 1e-4
     assert np.abs(model.embed(IDS[:length], "last") - wanted[-1]).max() < 1e-4
     assert np.abs(model.embed(IDS[:length], "none") - wanted).max() < 1e-4
 
 
-def test_a_text_is_embedded_as_its_tokens(model: Model) -> None:
+def test_a_text_and_its_tokens_have_the_same_embedding(model: Model) -> None:
     assert (model.embed(TEXT) == model.embed(model.tokenizer.encode(TEXT))).all()
     assert model.embed(TEXT).shape == (64,)
     assert not np.allclose(model.embed(TEXT), model.embed("Hello"))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_normalized(pooling: str, model: Model) -> None:
+def test_embeddings_can_be_normalized(pooling: str, model: Model) -> None:
     plain, normalized = model.embed(IDS[:300], pooling), model.embed(IDS[:300], pooling, normalize=True)
     np.testing.assert_allclose(np.linalg.norm(normalized, axis=-1), 1, rtol=1e-5)
     np.testing.assert_allclose(normalized * np.linalg.norm(plain, axis=-1, keepdims=True), plain, atol=1e-5)
@@ -173,7 +173,7 @@ def test_normalized(pooling: str, model: Model) -> None:
 
 @pytest.mark.parametrize("style", ["fused", "portable"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_embedding_and_answering_do_not_disturb_each_other(style: str, precision: str, llama: Case) -> None:
+def test_embedding_and_generating_do_not_affect_each_other(style: str, precision: str, llama: Case) -> None:
     model = Model.load(llama.bundle(style), precision, provider="cpu", threads=1)
     wanted, vector, score = model.generate(TEXT, GREEDY).result(), model.embed(TEXT), model.score(TEXT)
     running = model.generate(TEXT, GREEDY)
@@ -186,8 +186,8 @@ def test_embedding_and_answering_do_not_disturb_each_other(style: str, precision
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_answers_are_those_of_a_bundle_without(precision: str, llama: Case, plain_bundle: Path) -> None:
-    """The same model in both: logits are bitwise the same, alone and among others."""
+def test_answers_equal_those_of_a_bundle_without_hidden_states(precision: str, llama: Case, plain_bundle: Path) -> None:
+    """Logits of the same model are bitwise equal, alone and in a batch."""
     plain, offering = (
         Model.load(path, precision, provider="cpu", threads=1) for path in (plain_bundle, llama.bundle("fused"))
     )
@@ -199,8 +199,8 @@ def test_answers_are_those_of_a_bundle_without(precision: str, llama: Case, plai
         assert [answer.result().tokens for answer in answers] == [wanted] * 3
 
 
-def test_what_a_step_does_not_yield_is_computed_of_one_position(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime computes all outputs, fetched or not: of how many positions is what a step has to say."""
+def test_unused_hidden_states_are_computed_for_one_position_only(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime computes outputs even if they are not fetched, so each step limits their positions."""
     inputs: dict[str, int] = {}
     fetched: list[str] = []
 
@@ -220,7 +220,7 @@ def test_what_a_step_does_not_yield_is_computed_of_one_position(llama: Case, mon
     original_input, original_output = ort.IOBinding.bind_input, ort.IOBinding.bind_output
     monkeypatch.setattr(ort.IOBinding, "bind_input", bind_input)
     monkeypatch.setattr(ort.IOBinding, "bind_output", bind_output)
-    session = opened(llama.bundle("fused"))
+    session = open_session(llama.bundle("fused"))
     for _ in range(2):
         session.step(IDS[:40])
         assert asked() == (["logits"], 1, 1)
@@ -230,20 +230,20 @@ def test_what_a_step_does_not_yield_is_computed_of_one_position(llama: Case, mon
         assert asked() == (["hidden_states"], 1, 2)
         session.step(IDS[90:97], num_logits=0)
         assert asked() == (["logits"], 0, 1)
-    batch = Batch(opened(llama.bundle("fused")).graph, 2)
+    batch = Batch(open_session(llama.bundle("fused")).graph, 2)
     batch.extend(0, IDS[:40], 0)
     assert asked() == (["logits"], 0, 1)
     batch.decode(0, [5, 6], [True, True])
     assert asked() == (["logits"], 1, 1)
 
 
-def test_steps_and_hidden_states_in_turns(llama: Case) -> None:
-    """All over one cache, which grows meanwhile."""
+def test_steps_and_hidden_states_can_alternate(llama: Case) -> None:
+    """All use one cache, which grows meanwhile."""
     wanted = llama.states(IDS)
-    plain = opened(llama.bundle("fused"))
+    plain = open_session(llama.bundle("fused"))
     logits = np.concatenate([plain.step(IDS[start : start + 128], 0).copy() for start in range(0, 1024, 128)])
     for style in ("fused", "portable"):
-        session = opened(llama.bundle(style))
+        session = open_session(llama.bundle(style))
         for start in range(0, 1024, 256):
             found = session.hidden_states(IDS[start : start + 128])
             assert np.abs(found - wanted[start : start + 128]).max() < 1e-4
@@ -251,8 +251,8 @@ def test_steps_and_hidden_states_in_turns(llama: Case) -> None:
             assert np.abs(found - logits[start + 128 : start + 256]).max() < 1e-4
 
 
-def test_the_graph_by_itself(llama: Case) -> None:
-    """A caller who knows neither optional input gets all; hidden states do not depend on how many logits there are."""
+def test_the_graph_in_plain_onnxruntime(llama: Case) -> None:
+    """Without the optional inputs all outputs are complete; hidden states do not depend on the number of logits."""
     graph = ort.InferenceSession(llama.bundle("portable") / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     assert [each.name for each in graph.get_outputs()][-1] == "hidden_states"
     cache = {each.name: each for each in graph.get_inputs() if each.name.startswith("past")}
@@ -269,25 +269,25 @@ def test_the_graph_by_itself(llama: Case) -> None:
     assert np.abs(states - wanted[:, -3:]).max() < 1e-4
 
 
-# ---- the manifest, and what is refused
+# ---- the manifest, and errors
 
 
-def test_an_export_proves_hidden_states_and_says_so(
+def test_an_export_validates_hidden_states_and_reports_it(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]], monkeypatch: Any
 ) -> None:
     tiny.shorten_texts(monkeypatch, 200)
     options = ("--hidden-states", "--precision", "fp32,int8")
     assert llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", *options)[0] == 0
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text(encoding="utf-8"))
-    told = {name: entry["parity"]["hidden_states"] for name, entry in manifest["precisions"].items()}
-    assert 0 < told["fp32"]["mean"] <= told["fp32"]["max"] < 1e-5
-    assert 1e-3 < told["int8"]["mean"] <= told["int8"]["max"] < 0.2
+    errors = {name: entry["parity"]["hidden_states"] for name, entry in manifest["precisions"].items()}
+    assert 0 < errors["fp32"]["mean"] <= errors["fp32"]["max"] < 1e-5
+    assert 1e-3 < errors["int8"]["mean"] <= errors["int8"]["max"] < 0.2
     assert "hidden_states" not in manifest["proof"]["rotated"]
     bundle = Bundle.open(tmp_path / "bundle")
     assert {name: info.hidden_size for name, info in bundle.precisions.items()} == {"fp32": 64, "int8": 64}
 
 
-def test_hidden_states_that_are_wrong_are_no_bundle(
+def test_wrong_hidden_states_make_no_bundle(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]], monkeypatch: Any
 ) -> None:
     tiny.shorten_texts(monkeypatch, 200)
@@ -299,7 +299,7 @@ def test_hidden_states_that_are_wrong_are_no_bundle(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_torchscript_offers_none(
+def test_torchscript_does_not_support_hidden_states(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
 ) -> None:
     options = ("--format", "torchscript", "--hidden-states", "--progress", "none")
@@ -308,22 +308,22 @@ def test_torchscript_offers_none(
     assert "--hidden-states applies to ONNX" in errors
 
 
-def test_a_bundle_without_hidden_states(plain_bundle: Path) -> None:
+def test_embed_requires_a_bundle_with_hidden_states(plain_bundle: Path) -> None:
     model = Model.load(plain_bundle, "int8", provider="cpu", threads=1)
     assert model.precision.hidden_size is None
     with pytest.raises(BundleError, match=r"^[^\n]*int8 has no hidden states[^\n]*llm-export --hidden-states$"):
         model.embed(TEXT)
     with pytest.raises(BundleError, match="llm-export --hidden-states"):
-        opened(plain_bundle).hidden_states(IDS[:5])
+        open_session(plain_bundle).hidden_states(IDS[:5])
 
 
 @pytest.mark.parametrize("pooling", ["max", "", "Mean", None, 3])
-def test_poolings_that_are_none(pooling: Any, model: Model) -> None:
+def test_unknown_poolings_are_rejected(pooling: Any, model: Model) -> None:
     with pytest.raises(ParameterError, match=r"^pooling is [^\n]*; use one of mean, last, none$"):
         model.embed(TEXT, pooling)
 
 
-def test_texts_that_cannot_be_embedded(model: Model) -> None:
+def test_empty_and_too_long_texts_are_rejected(model: Model) -> None:
     with pytest.raises(ParameterError, match="empty"):
         model.embed("")
     with pytest.raises(ParameterError, match="outside the vocabulary"):
@@ -331,7 +331,7 @@ def test_texts_that_cannot_be_embedded(model: Model) -> None:
     with pytest.raises(ContextLengthError) as refused:
         model.embed([5] * 1025)
     assert refused.value.prompt_tokens == 1025
-    session = opened(model.bundle.path)
+    session = open_session(model.bundle.path)
     with pytest.raises(ParameterError, match=f"1 to {MAX_STEP_TOKENS} tokens"):
         session.hidden_states([])
     with pytest.raises(ParameterError, match="num_logits is 6"):
@@ -340,24 +340,24 @@ def test_texts_that_cannot_be_embedded(model: Model) -> None:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_hidden_states_that_are_no_numbers(value: float, pooling: str) -> None:
+def test_nan_hidden_states_are_an_error(value: float, pooling: str) -> None:
     with pytest.raises(LogitsError, match=r"^[^\n]+$"), np.errstate(all="ignore"):
         pooled([1, 2], lambda part, _: np.full((len(part), 4), value, np.float32), pooling, normalize=True)
 
 
-def test_a_vector_of_zeros_has_no_direction() -> None:
+def test_a_zero_vector_cannot_be_normalized() -> None:
     assert not pooled([1, 2], lambda part, _: np.zeros((len(part), 4), np.float32), "mean", normalize=True).any()
 
 
 @pytest.mark.parametrize("size", [0, -1, 65_537, 2**70, 64.0, "64", True, None, [64]])
-def test_a_manifest_whose_hidden_size_cannot_be(size: Any, llama: Case, tmp_path: Path) -> None:
+def test_an_invalid_hidden_size_in_the_manifest_is_rejected(size: Any, llama: Case, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"^[^\n]*hidden_size[^\n]*: export the bundle again$"):
-        Bundle.open(changed(llama.bundle("fused"), tmp_path, hidden_size=size))
+        Bundle.open(changed_copy(llama.bundle("fused"), tmp_path, hidden_size=size))
 
 
-def test_a_manifest_and_a_graph_that_disagree(llama: Case, plain_bundle: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_disagrees_with_the_graph_is_rejected(llama: Case, plain_bundle: Path, tmp_path: Path) -> None:
     for source, size in ((llama.bundle("fused"), 63), (plain_bundle, 64)):
-        bundle = changed(source, tmp_path / str(size), hidden_size=size)
+        bundle = changed_copy(source, tmp_path / str(size), hidden_size=size)
         for load in (Model.load, Engine.load):
             with pytest.raises(
                 BundleError, match=rf"^[^\n]*no hidden states of width {size}, [^\n]*: export the bundle again$"
@@ -365,13 +365,13 @@ def test_a_manifest_and_a_graph_that_disagree(llama: Case, plain_bundle: Path, t
                 load(bundle, "fp32")
 
 
-def test_hidden_states_of_torchscript_cannot_be(plain_bundle: Path, tmp_path: Path) -> None:
+def test_hidden_states_of_torchscript_are_rejected(plain_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="which torchscript does not support"):
-        Bundle.open(changed(plain_bundle, tmp_path, hidden_size=64, format="torchscript"))
+        Bundle.open(changed_copy(plain_bundle, tmp_path, hidden_size=64, format="torchscript"))
 
 
-def opened(path: Path) -> Session:
-    """The session of a bundle's fp32."""
+def open_session(path: Path) -> Session:
+    """A session over a bundle's fp32 graph."""
     bundle = Bundle.open(path)
     info = bundle.precision("fp32")
     return open_file(
@@ -379,8 +379,8 @@ def opened(path: Path) -> Session:
     )
 
 
-def changed(source: Path, folder: Path, **fields: Any) -> Path:
-    """A copy of a bundle whose fp32 the manifest tells otherwise."""
+def changed_copy(source: Path, folder: Path, **fields: Any) -> Path:
+    """A copy of a bundle with changed fp32 entries in the manifest."""
     shutil.copytree(source, folder / "bundle")
     path = folder / "bundle" / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))

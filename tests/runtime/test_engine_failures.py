@@ -1,4 +1,4 @@
-"""`Engine` where something goes wrong, and with what is added to an answer: grammars, probabilities."""
+"""`Engine`: failures affect only their own request; constraints and log-probabilities."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=
 COPYING = SamplingParams(temperature=0, max_tokens=40)
 DRAWN = SamplingParams(temperature=1.0, max_tokens=40, seed=1)
 PROMPTS = ("The quick brown fox", "What is the capital of France?", 'print("hello', "你好 🙂")
-MARK = 317  # a token that no other prompt holds
+MARK = 317  # a token that no other prompt contains
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -54,23 +54,23 @@ def model(tiny_bundle: Path) -> Model:
     return Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
 
 
-def said(result: GenerationResult) -> tuple[Any, ...]:
+def outcome(result: GenerationResult) -> tuple[Any, ...]:
     return result.text, result.tokens, result.finish_reason
 
 
-# What goes wrong, goes wrong for one
+# Failures are isolated
 
 
 def fails_among_others(engine: Engine, model: Model, kind: type[LlmEdgeError], **bad: Any) -> str:
-    """Whoever asks beside an answer that fails, or after it, gets what a model alone says; tells how it failed."""
-    wanted = [said(model.generate(prompt, GREEDY).result()) for prompt in PROMPTS]
+    """Check that requests during and after a failing one get correct answers; return its error message."""
+    wanted = [outcome(model.generate(prompt, GREEDY).result()) for prompt in PROMPTS]
     before = [engine.generate(prompt, GREEDY) for prompt in PROMPTS[:2]]
     failing = engine.generate(**bad)
-    behind = [engine.generate(prompt, GREEDY) for prompt in PROMPTS[2:]]
+    after = [engine.generate(prompt, GREEDY) for prompt in PROMPTS[2:]]
     with pytest.raises(kind) as failed:
         failing.result()
-    assert [said(answer.result()) for answer in before + behind] == wanted
-    assert [said(engine.generate(prompt, GREEDY).result()) for prompt in PROMPTS] == wanted
+    assert [outcome(answer.result()) for answer in before + after] == wanted
+    assert [outcome(engine.generate(prompt, GREEDY).result()) for prompt in PROMPTS] == wanted
     with pytest.raises(ParameterError, match="already been read to its end"):
         failing.result()
     counters = engine.counters()
@@ -80,22 +80,24 @@ def fails_among_others(engine: Engine, model: Model, kind: type[LlmEdgeError], *
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_constraint_that_comes_to_nothing(load_engine: Load, tiny_bundle: Path, precision: str) -> None:
-    grammar = 'start: "go " c\nc: ' + " | ".join(f'"x{n}"' for n in range(2500))  # too many for the lexer
+def test_a_constraint_that_fails_during_generation(load_engine: Load, tiny_bundle: Path, precision: str) -> None:
+    grammar = 'start: "go " c\nc: ' + " | ".join(f'"x{n}"' for n in range(2500))  # too many alternatives for the lexer
     params = replace(DRAWN, constraint=Constraint.lark(grammar))
     engine, model = load_engine(precision), Model.load(tiny_bundle, precision, provider="cpu", threads=1)
-    said = fails_among_others(engine, model, ParameterError, prompt="go x", params=params)
-    assert said.startswith("constraint (lark): the answer cannot continue")
+    outcome = fails_among_others(engine, model, ParameterError, prompt="go x", params=params)
+    assert outcome.startswith("constraint (lark): the answer cannot continue")
 
 
-def test_a_constraint_that_is_none_is_refused_at_once(load_engine: Load) -> None:
+def test_an_invalid_constraint_is_rejected_immediately(load_engine: Load) -> None:
     engine = load_engine()
     with pytest.raises(ParameterError, match=r"^constraint \(regex\): [^\n]+$"):
         engine.generate("Hi", replace(DRAWN, constraint=Constraint.regex("(")))
     assert engine.counters().requests == 0
 
 
-def test_a_step_that_fails(load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_step_fails_only_its_request(
+    load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Batch.extend
 
     def extend(self: Batch, row: int, tokens: Sequence[int], num_logits: int = 1) -> Any:
@@ -107,7 +109,7 @@ def test_a_step_that_fails(load_engine: Load, model: Model, monkeypatch: pytest.
     assert "memory" in fails_among_others(load_engine(), model, MachineError, prompt=[5, 6, MARK], params=GREEDY)
 
 
-def test_logits_that_are_no_numbers(load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_fail_only_their_request(load_engine: Load, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Batch.decode
 
     def decode(self: Batch, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Any:
@@ -121,9 +123,11 @@ def test_logits_that_are_no_numbers(load_engine: Load, model: Model, monkeypatch
 
 
 @pytest.mark.parametrize("method", ["extend", "decode"])
-def test_what_nobody_expects_is_an_error_too(load_engine: Load, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_an_unexpected_exception_is_reported_as_an_error(
+    load_engine: Load, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     engine = load_engine()
-    wanted = said(engine.generate(PROMPTS[0], GREEDY).result())
+    wanted = outcome(engine.generate(PROMPTS[0], GREEDY).result())
     with monkeypatch.context() as patch:
         patch.setattr(Batch, method, lambda *_: [][1])
         answer = engine.generate(PROMPTS[1], GREEDY)
@@ -132,12 +136,12 @@ def test_what_nobody_expects_is_an_error_too(load_engine: Load, monkeypatch: pyt
         ) as failed:
             answer.result()
         assert isinstance(failed.value.__cause__, IndexError)
-    assert said(engine.generate(PROMPTS[0], GREEDY).result()) == wanted
+    assert outcome(engine.generate(PROMPTS[0], GREEDY).result()) == wanted
 
 
-def test_a_shared_step_that_fails_ends_those_it_was_for(load_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_batch_step_fails_all_its_requests(load_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine(active=2)
-    wanted = said(engine.generate(PROMPTS[0], GREEDY).result())
+    wanted = outcome(engine.generate(PROMPTS[0], GREEDY).result())
     whole, broken = Batch.decode, threading.Event()
 
     def decode(self: Batch, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Any:
@@ -152,12 +156,12 @@ def test_a_shared_step_that_fails_ends_those_it_was_for(load_engine: Load, monke
     for answer in answers[:2]:
         with pytest.raises(MachineError, match="the machine failed"):
             answer.result()
-    assert said(answers[2].result()) == wanted
+    assert outcome(answers[2].result()) == wanted
     assert engine.counters().kept_tokens > 0
 
 
 class Stuck:
-    """A graph that hangs in a step over `width` tokens a row until it is told to end, as onnxruntime's would."""
+    """A graph that hangs in steps of `width` tokens per sequence until it is terminated, like onnxruntime."""
 
     def __init__(self, graph: Any, times: int) -> None:
         self._graph = graph
@@ -175,10 +179,10 @@ class Stuck:
             while not options.terminate:
                 assert time.monotonic() < until
                 time.sleep(0.005)
-        self._graph.run_with_iobinding(binding, options)  # it refuses where it is to end
+        self._graph.run_with_iobinding(binding, options)  # raises if it is to terminate
 
 
-def test_a_stuck_step_is_ended(tiny_bundle: Path, model: Model) -> None:
+def test_a_stuck_step_is_terminated(tiny_bundle: Path, model: Model) -> None:
     loaded = load(tiny_bundle, LoadOptions("fp32", "cpu", 1))
     assert isinstance(loaded.session, Session)
     stuck = loaded.session.graph.inference = Stuck(loaded.session.graph.inference, 1)
@@ -188,7 +192,7 @@ def test_a_stuck_step_is_ended(tiny_bundle: Path, model: Model) -> None:
         with pytest.raises(MachineError, match=r"^a step over 1 x \d+ tokens failed \([^\n]*\)$"):
             first.result()
         assert 0.2 < time.monotonic() - began < 2
-        assert said(second.result()) == said(model.generate(PROMPTS[1], GREEDY).result())
+        assert outcome(second.result()) == outcome(model.generate(PROMPTS[1], GREEDY).result())
         stuck.times, stuck.entered = 1, threading.Event()
         third = engine.generate(PROMPTS[2], GREEDY)
         assert stuck.entered.wait(5)
@@ -197,7 +201,7 @@ def test_a_stuck_step_is_ended(tiny_bundle: Path, model: Model) -> None:
         assert (engine.counters().failed, engine.counters().finished) == (2, 1)
 
 
-# Grammars
+# Constraints
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -207,40 +211,40 @@ def test_constrained_answers_in_a_batch(load_engine: Load, precision: str) -> No
     engine, texts = load_engine(precision), set()
     wanted = {}
     for seed in range(40):
-        wanted[seed] = said(engine.generate("The capital", replace(params, seed=seed)).result())
+        wanted[seed] = outcome(engine.generate("The capital", replace(params, seed=seed)).result())
     plain = engine.generate(PROMPTS[0], GREEDY)
     answers = {seed: engine.generate("The capital", replace(params, seed=seed)) for seed in range(40)}
     for seed, answer in answers.items():
         result = answer.result()
-        assert said(result) == wanted[seed]
+        assert outcome(result) == wanted[seed]
         assert result.finish_reason is FinishReason.STOP
         value = json.loads(result.text)
         assert list(value) == SCHEMA["required"]
         assert value["brown"] in ("fox", "dog")
         assert 0 <= value["number"] <= 99
-        assert result.timings.accepted_tokens > 0  # what must come is guessed
+        assert result.timings.accepted_tokens > 0  # forced tokens are proposed as draft tokens
         texts.add(result.text)
     assert len(texts) == 40
     assert plain.result().finish_reason is FinishReason.LENGTH
     if precision == "fp32":
         without = load_engine(speculative=False)
         for seed in range(10):
-            assert said(without.generate("The capital", replace(params, seed=seed)).result()) == wanted[seed]
+            assert outcome(without.generate("The capital", replace(params, seed=seed)).result()) == wanted[seed]
 
 
-def test_an_answer_that_is_chosen(load_engine: Load) -> None:
+def test_an_answer_constrained_to_choices(load_engine: Load) -> None:
     engine = load_engine()
     params = SamplingParams(temperature=1, constraint=Constraint.choice(["fox", "dog"]))
     answers = engine.generate_many("The quick brown", replace(params, seed=0), 30)
     assert Counter(answer.result().text for answer in answers).keys() == {"fox", "dog"}
 
 
-# Probabilities
+# Log-probabilities
 
 
-def test_probabilities_of_what_was_drawn(load_engine: Load, model: Model) -> None:
+def test_log_probabilities_of_sampled_tokens(load_engine: Load, model: Model) -> None:
     engine = load_engine()
-    beside = [engine.generate(prompt, DRAWN) for prompt in PROMPTS]
+    concurrent = [engine.generate(prompt, DRAWN) for prompt in PROMPTS]
     for params in (replace(DRAWN, logprobs=3), replace(GREEDY, logprobs=1), replace(COPYING, logprobs=0)):
         prompt = engine.tokenizer.encode(PROMPTS[1] * 3)
         result = engine.generate(prompt, params).result()
@@ -255,15 +259,15 @@ def test_probabilities_of_what_was_drawn(load_engine: Load, model: Model) -> Non
             assert (
                 all(value >= each.logprob for token, value in each.top if token != each.token) or params is not COPYING
             )
-    assert all(answer.result().logprobs == () for answer in beside)
-    pieces = list(engine.generate(PROMPTS[0], replace(DRAWN, logprobs=2)))
-    assert all(piece.logprob is not None and piece.logprob.token == piece.token for piece in pieces)
+    assert all(answer.result().logprobs == () for answer in concurrent)
+    chunks = list(engine.generate(PROMPTS[0], replace(DRAWN, logprobs=2)))
+    assert all(chunk.logprob is not None and chunk.logprob.token == chunk.token for chunk in chunks)
 
 
-# What cannot be
+# Invalid requests
 
 
-def test_the_context_has_an_end(load_engine: Load) -> None:
+def test_the_context_limit_ends_answers(load_engine: Load) -> None:
     engine = load_engine()
     with pytest.raises(ContextLengthError, match=r"1024 tokens.* holds 1024") as refused:
         engine.generate([5] * 1024)
@@ -271,11 +275,11 @@ def test_the_context_has_an_end(load_engine: Load) -> None:
     results = [answer.result() for answer in engine.generate_many([5] * 1000, replace(GREEDY, max_tokens=900), 2)]
     assert [len(result.tokens) for result in results] == [24, 24]
     assert {result.finish_reason for result in results} == {FinishReason.LENGTH}
-    beside = [engine.generate([5] * 1020, COPYING), engine.generate(PROMPTS[0], GREEDY)]
-    assert [len(answer.result().tokens) for answer in beside] == [4, 40]
+    concurrent = [engine.generate([5] * 1020, COPYING), engine.generate(PROMPTS[0], GREEDY)]
+    assert [len(answer.result().tokens) for answer in concurrent] == [4, 40]
 
 
-def test_a_portable_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_portable_bundle_is_rejected(tiny_checkpoint: Path, tmp_path: Path) -> None:
     portable = tmp_path / "portable"
     options = ExportOptions(portable, precision="fp32", graph=GraphChoice.PORTABLE, validate=False)
     export(str(tiny_checkpoint), options)
@@ -297,6 +301,6 @@ def test_a_portable_bundle_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> 
         {"step_seconds": float("nan")},
     ],
 )
-def test_sizes_that_nobody_can_mean(load_engine: Load, options: dict[str, Any]) -> None:
+def test_invalid_engine_sizes_are_rejected(load_engine: Load, options: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=rf"^{next(iter(options))} is .*; use [^\n]+$"):
         load_engine(**options)

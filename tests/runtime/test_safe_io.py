@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: every way to be unreadable is one line of the type that was asked for."""
+"""Reading untrusted files: every failure is a one-line error of the requested type; atomic writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_edge.runtime.errors import BundleError, CheckpointError
 from llm_edge.runtime.safe_io import inside, read_bytes, read_json, read_text, write_atomically
 
 
-def test_reads(tmp_path: Path) -> None:
+def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b'{"a": "\xc3\xa4"}\r\n')
     assert read_bytes(tmp_path / "a", 13) == b'{"a": "\xc3\xa4"}\r\n'
     assert read_text(tmp_path / "a", 100) == '{"a": "ä"}\r\n'
@@ -33,7 +33,7 @@ def test_reads(tmp_path: Path) -> None:
         (b'\xef\xbb\xbf{"a": 1}', "BOM"),
     ],
 )
-def test_json_that_is_none(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_invalid_json_is_rejected(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -42,7 +42,7 @@ def test_json_that_is_none(content: bytes, reason: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_json_that_is_too_much(tmp_path: Path) -> None:
+def test_json_that_is_too_large_or_deep_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}")
     with pytest.raises(BundleError, match="nested too deeply"):
@@ -52,7 +52,7 @@ def test_json_that_is_too_much(tmp_path: Path) -> None:
         read_json(path)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such file"):
         read_bytes(tmp_path / "missing", 1)
     with pytest.raises(BundleError, match=r"regular file|folder"):
@@ -64,13 +64,13 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system here")
-def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(BundleError, match="not a regular file"):
         read_bytes(tmp_path / "pipe", 1)
 
 
-def test_inside(tmp_path: Path) -> None:
+def test_paths_outside_a_folder_are_detected(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     (folder / "onnx").mkdir(parents=True)
     (folder / "real").write_text("")
@@ -89,7 +89,7 @@ def test_inside(tmp_path: Path) -> None:
         inside(folder, "far/x", error=CheckpointError)
 
 
-def test_atomic_writes(tmp_path: Path) -> None:
+def test_writes_are_atomic(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_atomically(path, b"one", overwrite=False)
     with pytest.raises(FileExistsError):

@@ -1,4 +1,4 @@
-"""`Model.score`: log-probabilities as the reference library computes them."""
+"""`Model.score`: log-probabilities match transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reference(tiny_checkpoint: Path) -> Any:
 @pytest.mark.parametrize(
     "length", [2, 3, 17, PREFILL_CHUNK, PREFILL_CHUNK + 1, PREFILL_CHUNK + 2, 2 * PREFILL_CHUNK + 1, 700, 1024]
 )
-def test_log_probabilities_are_those_of_transformers(model: Model, reference: Any, length: int) -> None:
+def test_log_probabilities_match_transformers(model: Model, reference: Any, length: int) -> None:
     import torch
 
     ids = (model.tokenizer.encode(TEXT) * 40)[:length]
@@ -48,7 +48,7 @@ def test_log_probabilities_are_those_of_transformers(model: Model, reference: An
     assert score.perplexity == pytest.approx(math.exp(-wanted.mean()), rel=1e-4)
 
 
-def test_a_text_is_scored_as_its_tokens(model: Model) -> None:
+def test_a_text_and_its_tokens_have_the_same_score(model: Model) -> None:
     score = model.score(TEXT)
     assert score.tokens == tuple(model.tokenizer.encode(TEXT))
     assert score == model.score(list(score.tokens))
@@ -56,7 +56,7 @@ def test_a_text_is_scored_as_its_tokens(model: Model) -> None:
     assert 2 not in model.score(spelled).tokens
 
 
-def test_what_a_greedy_answer_takes_is_the_most_probable(model: Model) -> None:
+def test_the_greedy_token_has_the_highest_score(model: Model) -> None:
     prompt = model.tokenizer.encode(TEXT)
     (taken,) = model.generate(prompt, SamplingParams(temperature=0, max_tokens=1)).result().tokens
     found = {token: model.score([*prompt, token]).logprobs[-1] for token in range(0, 331, 3)} | {
@@ -66,13 +66,13 @@ def test_what_a_greedy_answer_takes_is_the_most_probable(model: Model) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_other_precisions_come_close(tiny_bundle: Path, model: Model, precision: str) -> None:
+def test_other_precisions_score_similarly(tiny_bundle: Path, model: Model, precision: str) -> None:
     score = Model.load(tiny_bundle, precision, provider="cpu", threads=1).score(TEXT)
     assert score.logprobs != model.score(TEXT).logprobs
     assert score.perplexity == pytest.approx(model.score(TEXT).perplexity, rel=0.05)
 
 
-def test_scores_and_answers_do_not_disturb_each_other(model: Model) -> None:
+def test_scoring_and_generating_do_not_affect_each_other(model: Model) -> None:
     wanted, score = model.generate(TEXT, GREEDY).result(), model.score(TEXT)
     running = model.generate(TEXT, GREEDY)
     next(iter(running))
@@ -83,12 +83,12 @@ def test_scores_and_answers_do_not_disturb_each_other(model: Model) -> None:
 
 
 @pytest.mark.parametrize("text", ["", [], [5], "a"])
-def test_too_little_to_score(model: Model, text: Any) -> None:
+def test_texts_too_short_to_score_are_rejected(model: Model, text: Any) -> None:
     with pytest.raises(ParameterError, match=r"^[^\n]*(empty|fewer than two tokens)[^\n]*$"):
         model.score(text)
 
 
-def test_what_cannot_be_scored(model: Model) -> None:
+def test_invalid_inputs_are_rejected(model: Model) -> None:
     with pytest.raises(ParameterError, match="outside the vocabulary"):
         model.score([5, 331])
     with pytest.raises(ContextLengthError) as refused:
@@ -97,12 +97,12 @@ def test_what_cannot_be_scored(model: Model) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers(value: float) -> None:
+def test_nan_logits_are_an_error(value: float) -> None:
     with pytest.raises(LogitsError, match=r"^[^\n]+$"), np.errstate(all="ignore"):
         scored([1, 2, 3], lambda part: np.full((len(part), 9), value, np.float32))
 
 
-def test_the_most_improbable_text_has_a_perplexity() -> None:
+def test_an_extremely_improbable_text_has_a_finite_perplexity() -> None:
     def step(part: Any) -> Any:
         logits = np.zeros((len(part), 4), np.float32)
         logits[:, 0] = 3000

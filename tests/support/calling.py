@@ -1,4 +1,4 @@
-"""A command run in the test's own process."""
+"""Runs a command in the test's process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def call(main: Callable[[], object], capture: pytest.CaptureFixture[Any], *words: object) -> tuple[int, str, str]:
-    """Run a command's `main` with these words as its command line; gives exit code, stdout and stderr."""
+    """Run a command's `main` with these words as its command line; returns exit code, stdout and stderr."""
     capture.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [*map(str, words)])

@@ -1,6 +1,6 @@
-"""A small Hugging Face Hub on 127.0.0.1: the routes that huggingface_hub's client asks for a model, with a log.
+"""A small Hugging Face Hub on 127.0.0.1: the routes that huggingface_hub's client requests, with a log.
 
-Weights are sent as the real one does: the file's own address redirects to a store on another host, here `localhost`.
+Weights are sent like by the real Hub: the URL of a file redirects to a store on another host, here `localhost`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 OTHER_COMMIT = "abcdefabcdefabcdefabcdefabcdefabcdefabcd"
-_STORED = (".safetensors", ".bin", ".gguf", ".onnx")  # in the store, and not beside the code
+_STORED = (".safetensors", ".bin", ".gguf", ".onnx")  # in the store, not in the Git repository
 
 
 @dataclass
@@ -31,19 +31,19 @@ class Request:
 
 @dataclass
 class FakeHub:
-    """Repositories, and what is to go wrong.
+    """Repositories, and simulated failures.
 
     Attributes:
         repos: name -> commit -> file name -> content.
         revisions: branch or tag -> commit, the same for all repositories.
-        gated: repositories whose files only `token` may have.
-        token: what opens them.
+        gated: repositories whose files require `token`.
+        token: the access token.
         log: every request.
-        cut: file name -> after how many bytes its sending breaks off.
-        cuts: how often it still does.
-        ranges: whether a part of a file can be asked for.
-        status: answered to everything instead of what was asked for.
-        listed: more entries of every list of files.
+        cut: file name -> number of bytes after which sending it is interrupted.
+        cuts: number of remaining interruptions.
+        ranges: whether range requests are supported.
+        status: sent for every request instead of the response.
+        listed: additional entries of every list of files.
     """
 
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -87,16 +87,16 @@ class FakeHub:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port it listens on."""
         return int(self._server.server_address[1])
 
     @property
     def endpoint(self) -> str:
-        """Its address."""
+        """Its URL."""
         return f"http://127.0.0.1:{self.port}"
 
     def fetched(self) -> list[str]:
-        """Names of the files whose content was asked for, in that order."""
+        """Names of the files whose content was requested, in order."""
         wanted = [it.path for it in self.log if it.method == "GET" and ("/resolve/" in it.path or "/store/" in it.path)]
         return [urllib.parse.unquote(path.rpartition("/")[2]) for path in wanted]
 
@@ -104,7 +104,7 @@ class FakeHub:
 class _Handler(BaseHTTPRequestHandler):
     fake: FakeHub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each answer waits 40 ms between its head and its body
+    disable_nagle_algorithm = True  # otherwise each response waits 40 ms between headers and body
 
     def log_message(self, *_: Any) -> None:
         pass

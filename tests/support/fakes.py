@@ -1,4 +1,4 @@
-"""Stand-ins behind the interfaces of the runtime, so that what is built on it can be tested without a model."""
+"""Fake implementations of the runtime's interfaces, to test code built on it without a model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from llm_edge.runtime.text.prompts import Message
 
 @dataclass
 class Answer:
-    """What a `FakeModel` says to one question.
+    """The answer of a `FakeModel` to one question.
 
     Attributes:
-        pieces: texts, one a token.
-        reason: how it ends.
-        refusal: raised instead of beginning.
-        failure: raised behind the last piece instead of ending.
-        before: called with a piece's number before it is yielded; waits, cancels, or sends a signal.
-        reasoning: texts before the pieces, one a token; they are counted too.
+        chunks: texts, one per token.
+        reason: the finish reason.
+        refusal: raised instead of starting.
+        failure: raised after the last chunk instead of finishing.
+        before: called with a chunk's number before it is yielded; may wait, cancel or send a signal.
+        reasoning: texts before the chunks, one per token; they are counted too.
     """
 
-    pieces: Sequence[str] = ()
+    chunks: Sequence[str] = ()
     reason: FinishReason = FinishReason.STOP
     refusal: LlmEdgeError | None = None
     failure: LlmEdgeError | None = None
@@ -42,7 +42,7 @@ class Answer:
 
 
 class FakeModel:
-    """What `LocalResponder` uses of a `Model`; gives the enqueued answers in order.
+    """The part of `Model` that `LocalResponder` uses; returns the enqueued answers in order.
 
     Attributes:
         questions: the messages and parameters of every call so far.
@@ -61,7 +61,7 @@ class FakeModel:
         self.template_variables: list[dict[str, Any]] = []
 
     def enqueue(self, *answers: Answer | str) -> None:
-        """Say these next; a string is an answer of one piece a character."""
+        """Enqueue answers; a string is an answer with one chunk per character."""
         self._answers.extend(answers)
 
     def chat(
@@ -76,8 +76,8 @@ class FakeModel:
         assert (assistant_prefix, reasoning_prefix) == ("", "")
         self.template_variables.append(dict(template_variables or {}))
         self.questions.append(([dict(message) for message in messages], params))
-        said = self._answers.popleft()
-        answer = Answer(said) if isinstance(said, str) else said
+        enqueued = self._answers.popleft()
+        answer = Answer(enqueued) if isinstance(enqueued, str) else enqueued
         if answer.refusal is not None:
             raise answer.refusal
         cancelled = threading.Event()
@@ -95,7 +95,7 @@ class FakeModel:
             timings = Timings(7, count, to_first, 0.25, max(count - 1, 0) * 0.1, min(count, len(answer.reasoning)))
             return GenerationChunk("", None, reason, timings)
 
-        texts = [*answer.reasoning, *answer.pieces]
+        texts = [*answer.reasoning, *answer.chunks]
         for number, text in enumerate(texts):
             answer.before(number)
             if cancelled.is_set():
@@ -110,10 +110,10 @@ class FakeModel:
 
 
 class FakeSession:
-    """A `Session` that makes a greedy sampler draw given tokens, over and over from each `reset`.
+    """A `Session` that makes a greedy sampler repeat the given tokens, starting over at each `reset`.
 
     Attributes:
-        steps: how many tokens each step took, since the session was made.
+        steps: the number of tokens of each step since the session was created.
         before_step: called with the step's number before it runs.
     """
 

@@ -178,7 +178,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
-    "gpt_neox, one block behind the other": (
+    "gpt_neox with sequential blocks": (
         "gpt_neox",
         {
             "vocab_size": 331,
@@ -198,24 +198,24 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def model(name: str, seed: int = 0) -> Any:
-    """A transformers model whose attention looks around: with the usual tiny weights it would be a plain average."""
+    """A transformers model with non-uniform attention: with the usual tiny weights it would be a plain average."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind, config = CASES[name]
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), attn_implementation="eager").eval()
+    created = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), attn_implementation="eager").eval()
     with torch.no_grad():
-        for weight_name, weight in made.named_parameters():
+        for weight_name, weight in created.named_parameters():
             if weight.ndim == 1:
                 weight.add_(torch.randn_like(weight) * 0.1)
             else:
                 embedding = any(part in weight_name for part in ("embed", "wte", "wpe"))
                 weight.mul_(5 if embedding else 8)
-    return made
+    return created
 
 
-def save(made: Any, folder: Path) -> Path:
+def save(model: Any, folder: Path) -> Path:
     """Write a model with the tiny tokenizer."""
-    made.save_pretrained(folder)
+    model.save_pretrained(folder)
     tiny.save_tokenizer(folder)
     return folder

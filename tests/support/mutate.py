@@ -1,4 +1,4 @@
-"""Damage for files, the same on every run: what a fuzz test does to bytes that were right."""
+"""Deterministic damage to files for fuzz tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def mutations(content: bytes, count: int, seed: int, headers: Sequence[range] = 
     Args:
         content: the file.
         count: how many copies.
-        seed: the same seed makes the same damage.
-        headers: where sizes and offsets stand; three quarters of the damage goes there.
+        seed: the same seed yields the same damage.
+        headers: ranges with sizes and offsets; three quarters of the damage is there.
     """
     rng = random.Random(seed)
     kinds = (_flip_bits, _flip_bits, _set_integer, _set_integer, _set_integer, _fill_run, _cut, _repeat, _remove, _swap)
@@ -38,7 +38,7 @@ def _flip_bits(data: bytearray, at: int, rng: random.Random) -> None:
 
 
 def _set_integer(data: bytearray, at: int, rng: random.Random) -> None:
-    """An integer of 1 to 8 bytes is moved a little or goes to an extreme; the length stays as it is."""
+    """Change an integer of 1 to 8 bytes slightly or to an extreme; the length is unchanged."""
     width = rng.choice((1, 2, 4, 8))
     at -= at % rng.choice((1, 2, 4))
     field = data[at : at + width]
@@ -67,7 +67,7 @@ def _remove(data: bytearray, at: int, rng: random.Random) -> None:
 
 
 def _swap(data: bytearray, at: int, rng: random.Random) -> None:
-    """Bytes from elsewhere in the file stand here."""
+    """Overwrite bytes with others from elsewhere in the file."""
     length = rng.choice((1, 4, 8, 30))
     other = rng.randrange(len(data))
     data[at : at + length] = data[other : other + length]
@@ -75,7 +75,7 @@ def _swap(data: bytearray, at: int, rng: random.Random) -> None:
 
 @contextmanager
 def memory_limit(extra: int) -> Iterator[None]:
-    """Within the block, this process cannot get more than `extra` bytes beyond what it has (where Linux tells)."""
+    """Within the block, this process can allocate at most `extra` further bytes (on Linux)."""
     if not sys.platform.startswith("linux"):
         yield
         return

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's chat completions on this machine, for tests of whoever calls one."""
+"""A local server with OpenAI's chat completions API, for tests of clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 
 class Server:
-    """Speaks OpenAI's stream; `events` says what comes next, as bytes behind `data: ` or as they are."""
+    """Streams the bytes that `events` yields as server-sent events."""
 
     def __init__(self) -> None:
         self.reset()
@@ -29,13 +29,13 @@ class Server:
         self._thread.start()
 
     def reset(self) -> None:
-        """As it was at first."""
+        """Restore the initial state."""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.models: Any = {"data": [{"id": "small", "max_model_len": 4096}, {"id": "large"}]}
         self.key = ""
         self.refuse: Callable[[dict[str, Any]], tuple[int, Any] | None] = lambda _asked: None
-        self.events: Callable[[], Iterator[bytes]] = lambda: said("Hello", " there")
+        self.events: Callable[[], Iterator[bytes]] = lambda: text_events("Hello", " there")
         self.gone = threading.Event()
 
     def stop(self) -> None:
@@ -74,7 +74,7 @@ def chunk(finish: str | None = None, logprobs: Any = None, **delta: Any) -> byte
     return event({"id": "1", "object": "chat.completion.chunk", "choices": [choice]})
 
 
-def said(*texts: str, finish: str = "stop", **usage: int) -> Iterator[bytes]:
+def text_events(*texts: str, finish: str = "stop", **usage: int) -> Iterator[bytes]:
     for text in texts:
         yield chunk(content=text)
     yield chunk(finish)

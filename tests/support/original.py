@@ -1,6 +1,6 @@
-"""The family in Meta's naming as its own code computes it, and checkpoints of it with all that lies beside them.
+"""An independent implementation of the model family with Meta's naming, and checkpoints of it with their side files.
 
-Written from the papers, as an independent yardstick of the reader: rotary positions are complex numbers of
+Written from the papers to check the reader independently: rotary positions are complex numbers of
 neighbouring dimensions (RoFormer, arXiv:2104.09864), key/value heads are repeated, there is no cache. Parameters are
 named as in the files.
 """
@@ -44,7 +44,7 @@ class Shape:
     n_layers: int = 2
     n_heads: int = 4
     n_kv_heads: int = 4
-    vocab_size: int = 331  # a few rows more than the tokenizer has tokens
+    vocab_size: int = 331  # slightly more than the number of tokens of the tokenizer
     max_seq_len: int = 512
     norm_eps: float = 1e-5
     rope_theta: float = 50_000.0
@@ -57,7 +57,7 @@ SIZES = {
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467), in float32 whatever the weights are."""
+    """RMSNorm (arXiv:1910.07467), in float32 regardless of the weights' type."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -78,11 +78,11 @@ class Attention(nn.Module):
         self.wv = nn.Linear(shape.dim, shape.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(shape.n_heads * self.head_dim, shape.dim, bias=False)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """x [B, S, dim]; turns, complex [S, D / 2]."""
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """x [B, S, dim]; rotations, complex [S, D / 2]."""
         batch, length, _ = x.shape
         query, key, value = (w(x).view(batch, length, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        query, key = rotate(query, turns), rotate(key, turns)
+        query, key = rotate(query, rotations), rotate(key, rotations)
         times = self.shape.n_heads // self.shape.n_kv_heads
         key, value = key.repeat_interleave(times, dim=2), value.repeat_interleave(times, dim=2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(self.head_dim)
@@ -112,13 +112,13 @@ class Block(nn.Module):
         self.attention_norm = Norm(shape.dim, shape.norm_eps)
         self.ffn_norm = Norm(shape.dim, shape.norm_eps)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turns)
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Original(nn.Module):
-    """The whole model; `llama3` are the arguments of Llama 3.1's scaling of frequencies, where there is one."""
+    """The whole model; `llama3` are the arguments of Llama 3.1's frequency scaling, if any."""
 
     def __init__(self, shape: Shape, llama3: Mapping[str, float] | None = None) -> None:
         super().__init__()
@@ -132,13 +132,13 @@ class Original(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, S] -> logits [B, S, V]."""
         x = self.tok_embeddings(tokens)
-        turns = self.turns(tokens.shape[1])
+        rotations = self.rotations(tokens.shape[1])
         for layer in self.layers:
-            x = layer(x, turns)
+            x = layer(x, rotations)
         return self.output(self.norm(x))
 
-    def turns(self, length: int) -> Tensor:
-        """How far each pair of dimensions is turned at each position, complex [length, D / 2]."""
+    def rotations(self, length: int) -> Tensor:
+        """Rotation of each pair of dimensions at each position, complex [length, D / 2]."""
         head_dim = self.shape.dim // self.shape.n_heads
         speeds = 1.0 / self.shape.rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
         if self.llama3 is not None:
@@ -147,14 +147,14 @@ class Original(nn.Module):
         return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """x [B, S, heads, D], neighbouring dimensions as complex numbers."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * rotations[:, None, :]).flatten(-2).type_as(x)
 
 
 def scaled(speed: float, factor: float, low: float, high: float, original: float) -> float:
-    """Llama 3.1: waves longer than `original / low` slowed down by `factor`, those in between in part."""
+    """Llama 3.1: divide frequencies of wavelengths above `original / low` by `factor`, interpolating in between."""
     wavelength = 2 * math.pi / speed
     if wavelength < original / high:
         return speed
@@ -205,25 +205,25 @@ def save_family(
     config: Mapping[str, Any] | None = None,
     **shape: Any,
 ) -> Saved:
-    """Write a random checkpoint as that project lays it out: `model.pt`, `config.yaml`, `tokenizer/`.
+    """Write a random checkpoint in the layout of such a project: `model.pt`, `config.yaml`, `tokenizer/`.
 
     Args:
-        folder: is made.
-        size: a key of `SIZES`; `shape` are changes to it.
+        folder: is created.
+        size: a key of `SIZES`; `shape` overrides its values.
         seed: of the weights.
         wrap: `model_state_dict`, `state_dict` or `model` put the state dict into a training checkpoint under that key;
-            `module.` and `_orig_mod.` are put before every name.
-        dtype: of the file; the model returned has its values.
-        suffix: of the file; `.safetensors` is written as such, all others by torch.save.
+            `module.` and `_orig_mod.` are prepended to every name.
+        dtype: of the file; the returned model has the same values.
+        suffix: of the file; `.safetensors` selects that format, all others torch.save.
         legacy: torch.save's format before torch 1.6.
-        tied: without `output.weight`.
+        tied: omit `output.weight`.
         extra: further tensors in the file.
-        config: sections of config.yaml beside `model:`, None leaves one out.
+        config: sections of config.yaml besides `model:`; None omits one.
         shape: see `Shape`.
     """
-    made = random_model(replace(SIZES[size], **shape), seed, tied=tied)
-    made.to(dtype)
-    state: dict[str, Any] = {name: value.detach() for name, value in made.state_dict().items()}
+    created = random_model(replace(SIZES[size], **shape), seed, tied=tied)
+    created.to(dtype)
+    state: dict[str, Any] = {name: value.detach() for name, value in created.state_dict().items()}
     if tied:
         del state["output.weight"]
     state |= extra or {}
@@ -238,23 +238,23 @@ def save_family(
         content = {wrap: state, "step": 1000, "loss": 2.5} if wrapped else state
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     save_tokenizer(folder / "tokenizer")
-    write_config(folder / "config.yaml", made.shape, **(config or {}))
-    return Saved(folder, path, made.float())
+    write_config(folder / "config.yaml", created.shape, **(config or {}))
+    return Saved(folder, path, created.float())
 
 
 def save_tokenizer(folder: Path, prefix: str = "family", control: tuple[str, ...] = CONTROL) -> ByteLevelBPETokenizer:
     """Train a byte-level BPE of 320 tokens and write its two files as its library does."""
-    made = ByteLevelBPETokenizer()
-    made.train_from_iterator(
+    created = ByteLevelBPETokenizer()
+    created.train_from_iterator(
         [TEXT] * 4, vocab_size=320, min_frequency=1, special_tokens=list(control), show_progress=False
     )
     folder.mkdir(parents=True, exist_ok=True)
-    made.save_model(str(folder), prefix)
-    return made
+    created.save_model(str(folder), prefix)
+    return created
 
 
 def write_config(path: Path, shape: Shape, **sections: Any) -> None:
-    """Write a config.yaml of that project; a section that is None is left out."""
+    """Write such a config.yaml; a section that is None is omitted."""
     content: dict[str, Any] = {
         "model": asdict(shape),
         "paths": {

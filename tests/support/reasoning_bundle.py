@@ -14,7 +14,7 @@ from llm_edge.runtime.bundle import MANIFEST, manifest_entry
 def bundle_with(
     tiny: Path, folder: Path, added: Mapping[int, str], *, special: bool, template: str | None = None, **manifest: Any
 ) -> Path:
-    """A copy of a bundle; `added` are tokens of its tokenizer, by id."""
+    """A copy of a bundle; `added` are further tokens of its tokenizer, by id."""
     shutil.copytree(tiny, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     like = tokenizer["added_tokens"][0]

@@ -1,4 +1,4 @@
-"""Sessions and models over graph files, for tests that take a bundle apart."""
+"""Sessions and models over graph files, for tests that use parts of a bundle."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def open_precision(path: Path, precision: str, provider: str = "cpu", threads: i
 
 
 def model_over(session: Any, like: Model) -> Model:
-    """A model that is `like` another one, over another session."""
+    """A copy of the model `like` that uses another session."""
     return Model(LoadedBundle(like.bundle, like.precision, like.tokenizer, session))

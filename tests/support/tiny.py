@@ -28,17 +28,17 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 def tokenizer() -> tokenizers.Tokenizer:
     """Byte-level BPE of 320 tokens; the first three are special."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    created = tokenizers.Tokenizer(models.BPE())
+    created.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    created.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    made.train_from_iterator([TEXT] * 4, trainer)
-    return made
+    created.train_from_iterator([TEXT] * 4, trainer)
+    return created
 
 
 def save_checkpoint(folder: Path, *, seed: int = 0, shard_size: str = "50GB", **config: Any) -> Path:
@@ -46,7 +46,7 @@ def save_checkpoint(folder: Path, *, seed: int = 0, shard_size: str = "50GB", **
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape: dict[str, Any] = {
-        "vocab_size": 331,  # a few rows more than the tokenizer has tokens, as real models do
+        "vocab_size": 331,  # slightly more than the number of tokens of the tokenizer, as in real models
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -84,7 +84,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def shorten_texts(patch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Exports validate and calibrate on the first tokens of each text: all of them take most of a small export."""
+    """Make exports validate and calibrate on the first tokens of each text: whole texts dominate the time."""
     whole = export_module._texts
 
     def shortened(checkpoint: Checkpoint) -> Texts:

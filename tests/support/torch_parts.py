@@ -1,4 +1,4 @@
-"""Files of torch.save put together by hand, part by part, so that any part can lie."""
+"""Handcrafted files of torch.save, in which any part can be inconsistent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensor(
 
 
 def table(entries: Mapping[str, bytes], protocol: int = 2) -> bytes:
-    """The pickle of a dict whose values are pickled already."""
+    """The pickle of a dict of already pickled values."""
     items = b"".join(text(name) + value for name, value in entries.items())
     return b"\x80" + bytes((protocol,)) + b"}(" + items + b"u."
 
@@ -58,7 +58,7 @@ def legacy(pickle: bytes, storages: Mapping[str, bytes], item: int = 4) -> bytes
 
 @dataclass
 class Record:
-    """A record of an archive; what is not given follows from its content."""
+    """A record of an archive; omitted fields are derived from its content."""
 
     name: str | bytes
     data: bytes = b""
@@ -69,15 +69,15 @@ class Record:
     packed: int | None = None
     at: int | None = None  # the header's offset, in the directory
     extra: bytes = b""  # in the directory
-    local: dict[str, int] = field(default_factory=dict)  # what the local header says instead
+    local: dict[str, int] = field(default_factory=dict)  # values that differ in the local header
     local_name: bytes | None = None
     local_extra: bytes = b""
-    after: bytes = b""  # behind the data
+    after: bytes = b""  # after the data
 
 
 @dataclass
 class Archive:
-    """A zip archive; what is not given follows from the records."""
+    """A zip archive; omitted fields are derived from the records."""
 
     records: list[Record]
     count: int | None = None
@@ -92,21 +92,21 @@ class Archive:
         for record in self.records:
             name = record.name.encode() if isinstance(record.name, str) else record.name
             size, crc = len(record.data), zlib.crc32(record.data)
-            told = {"flags": record.flags, "method": record.method, "crc": crc, "packed": size, "size": size}
-            told |= record.local
+            fields = {"flags": record.flags, "method": record.method, "crc": crc, "packed": size, "size": size}
+            fields |= record.local
             at = len(body)
             local_name = name if record.local_name is None else record.local_name
             body += struct.pack(
                 "<4s5H3L2H",
                 b"PK\x03\x04",
                 20,
-                told["flags"],
-                told["method"],
+                fields["flags"],
+                fields["method"],
                 0,
                 0,
-                told["crc"],
-                told["packed"],
-                told["size"],
+                fields["crc"],
+                fields["packed"],
+                fields["size"],
                 len(local_name),
                 len(record.local_extra),
             )

@@ -1,4 +1,4 @@
-"""Drives the chat application with a fake model, through Textual's pilot."""
+"""Drives the chat application with a fake model using Textual's pilot."""
 
 from __future__ import annotations
 
@@ -37,10 +37,14 @@ async def until(pilot: Pilot[Any], condition: Callable[[], object], seconds: flo
 
 @contextlib.asynccontextmanager
 async def app_with(
-    folder: Path, *said: Said | str, size: tuple[int, int] = (100, 30), pause: float = 0.0, context_length: int = 4096
+    folder: Path,
+    *answers: Said | str,
+    size: tuple[int, int] = (100, 30),
+    pause: float = 0.0,
+    context_length: int = 4096,
 ) -> AsyncIterator[Driven]:
     """The application, with its fake model loaded."""
-    fake = FakeResponder(*said, pause=pause, context_length=context_length)
+    fake = FakeResponder(*answers, pause=pause, context_length=context_length)
     app = ChatApp(Store(folder / "chats.db"), lambda: fake, Settings(folder))
     async with app.run_test(size=size, notifications=True) as pilot:
         await until(pilot, lambda: app.session.responder is not None)

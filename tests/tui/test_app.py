@@ -1,4 +1,4 @@
-"""Manners of the terminal chat: themes, help, palette, the context gauge, long conversations, what starts when."""
+"""The chat application: themes, help, palette, context gauge, long conversations, and lazy imports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MARKDOWN = (
 # ---- themes
 
 
-def test_a_theme_that_was_chosen_is_that_of_the_next_start(tmp_path: Path) -> None:
+def test_the_chosen_theme_is_used_at_the_next_start(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path) as (app, pilot, _):
             await pilot.press("ctrl+p")
@@ -53,7 +53,7 @@ def test_a_theme_that_was_chosen_is_that_of_the_next_start(tmp_path: Path) -> No
     drive(scene())
 
 
-def test_a_theme_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_an_unknown_theme_is_reported(tmp_path: Path) -> None:
     Settings(tmp_path).change(THEME, lambda _: "beige")
 
     async def scene() -> None:
@@ -65,7 +65,7 @@ def test_a_theme_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "settings.json").read_text()) == {"theme": "beige"}
 
 
-def test_themes_of_every_kind_draw_every_part(tmp_path: Path) -> None:
+def test_all_kinds_of_themes_render_all_parts(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, Said(MARKDOWN, reasoning="So."), size=(120, 40)) as (app, pilot, _):
             app.session.parameters.set("logprobs", 3)
@@ -84,9 +84,9 @@ def test_themes_of_every_kind_draw_every_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("theme", ["textual-dark", "textual-light", "high-contrast", "solarized-light", "nord"])
-def test_all_of_a_message_can_be_read(tmp_path: Path, theme: str) -> None:
-    """Every letter stands out from its ground: 3:1 by WCAG's formula, 4.5:1 with high contrast; what is dim is drawn
-    by the terminal."""
+def test_messages_have_sufficient_contrast(tmp_path: Path, theme: str) -> None:
+    """The contrast of all text is at least 3:1 by WCAG's formula, and 4.5:1 in high-contrast themes; dim text is
+    rendered by the terminal."""
 
     def luminance(colour: tuple[int, int, int]) -> float:
         parts = [each / 255 for each in colour]
@@ -113,7 +113,7 @@ def test_all_of_a_message_can_be_read(tmp_path: Path, theme: str) -> None:
     drive(scene())
 
 
-def test_code_in_a_line_stands_on_the_ground_of_code_blocks() -> None:
+def test_inline_code_has_the_background_of_code_blocks() -> None:
     for theme in ("monokai", "tango"):
         lines = MarkdownLines(theme).lines("A `word`.\n\n```\nblock\n```\n", 40)
         grounds = {s.text.strip(): s.style.bgcolor for line in lines for s in line if s.style and s.text.strip()}
@@ -124,7 +124,7 @@ def test_code_in_a_line_stands_on_the_ground_of_code_blocks() -> None:
 # ---- help and palette
 
 
-def test_help_has_every_key_and_fits_a_small_terminal(tmp_path: Path) -> None:
+def test_help_lists_every_key_and_fits_a_small_terminal(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(80, 24)) as (app, pilot, _):
             await pilot.press("f1")
@@ -138,7 +138,7 @@ def test_help_has_every_key_and_fits_a_small_terminal(tmp_path: Path) -> None:
             assert app.focused is app.chat_screen.composer
 
     drive(scene())
-    told = {key for keys in KEYS.values() for each, _ in keys for key in each.replace(",", " ").split()}
+    listed = {key for keys in KEYS.values() for each, _ in keys for key in each.replace(",", " ").split()}
     named = {"escape": "Esc", "space": "Space", "left_square_bracket": "[", "right_square_bracket": "]"}
     for binding in (*ChatApp.BINDINGS, *ChatScreen.BINDINGS, *MessageView.BINDINGS):
         assert isinstance(binding, Binding)
@@ -146,10 +146,10 @@ def test_help_has_every_key_and_fits_a_small_terminal(tmp_path: Path) -> None:
             name = named.get(key) or "-".join(part.title() if len(part) > 1 else part for part in key.split("+"))
             name = {"Up": "↑", "Down": "↓", "Left": "←", "Right": "→"}.get(name, name)
             name = name[:-1] + name[-1].upper() if name[-2:-1] == "-" else name
-            assert name in told, key
+            assert name in listed, key
 
 
-def test_the_palette_does_what_it_says(tmp_path: Path) -> None:
+def test_the_palette_commands_work(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Because.") as (app, pilot, _):
             assert "Copy answer" not in [each.title for each in app.get_system_commands(app.screen)]
@@ -163,12 +163,12 @@ def test_the_palette_does_what_it_says(tmp_path: Path) -> None:
             await pilot.press("f1")
             await until(pilot, lambda: len(app.screen_stack) == 2)
             over_it = [each.title for each in app.get_system_commands(app.screen)]
-            assert over_it == ["Theme", "Help", "Screenshot", "Quit"]  # what would do nothing there is not offered
+            assert over_it == ["Theme", "Help", "Screenshot", "Quit"]  # commands without effect there are not offered
 
     drive(scene())
 
 
-def test_the_footer_of_a_small_terminal(tmp_path: Path) -> None:
+def test_the_footer_fits_a_small_terminal(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(80, 24)) as (app, pilot, _):
             await until(pilot, lambda: "palette" in screen(app))
@@ -180,15 +180,15 @@ def test_the_footer_of_a_small_terminal(tmp_path: Path) -> None:
     drive(scene())
 
 
-# ---- instruments
+# ---- context gauge
 
 
-def test_the_gauge_counts_what_is_being_written(tmp_path: Path) -> None:
+def test_the_gauge_counts_the_text_being_typed(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Fine.") as (app, pilot, _):
             gauge = app.query_one(ContextGauge)
             app.chat_screen.composer.write("How are you today?")
-            await until(pilot, lambda: gauge.typed == 4 + 4)  # words, and what the script's template says
+            await until(pilot, lambda: gauge.typed == 4 + 4)  # words, and the tokens of the fake chat template
             assert "0 + 8 used, 4,088 left" in screen(app)
             await pilot.press("enter")
             await until(pilot, lambda: app.session.answering is None and gauge.typed == 0 and gauge.used == 9)
@@ -220,13 +220,13 @@ def test_a_question_is_counted_at_bounded_cost() -> None:
     assert tokens_of_question(Refusing(), "word", first=True) == 0
 
 
-# ---- an answer that goes on
+# ---- continued answers
 
 
-def test_what_was_thought_stays_when_an_answer_goes_on(tmp_path: Path) -> None:
+def test_reasoning_is_kept_when_an_answer_is_continued(tmp_path: Path) -> None:
     async def scene() -> None:
-        said = Said("one two three four", reasoning="Let me count")
-        async with app_with(tmp_path, said, size=(80, 24)) as (app, pilot, fake):
+        reply = Said("one two three four", reasoning="Let me count")
+        async with app_with(tmp_path, reply, size=(80, 24)) as (app, pilot, fake):
             app.session.parameters.set("max_tokens", 5)
             await ask(pilot, "Count.")
             answer = app.session.conversation.path()[-1]
@@ -252,7 +252,7 @@ def long_conversation(store: Store, messages: int) -> int:
     return conversation.id
 
 
-def test_a_long_conversation_shows_its_end_and_the_rest_when_one_goes_there(tmp_path: Path) -> None:
+def test_a_long_conversation_shows_its_end_and_loads_the_rest_on_scrolling(tmp_path: Path) -> None:
     with Store(tmp_path / "chats.db") as store:
         number = long_conversation(store, 100)
 
@@ -268,7 +268,7 @@ def test_a_long_conversation_shows_its_end_and_the_rest_when_one_goes_there(tmp_
             first = views(app)[0]
             await until(pilot, lambda: view.unmounted == 20)
             await pilot.pause()
-            await until(pilot, lambda: first in view.children and "Number 60." in screen(app))  # it stays in sight
+            await until(pilot, lambda: first in view.children and "Number 60." in screen(app))  # it stays visible
             assert [view.message.content.split(".")[0] for view in views(app)] == [
                 f"Number {n}" for n in range(20, 100)
             ]
@@ -282,7 +282,7 @@ def test_a_long_conversation_shows_its_end_and_the_rest_when_one_goes_there(tmp_
     drive(scene())
 
 
-def test_home_is_the_first_message_and_end_the_last_of_a_long_conversation(tmp_path: Path) -> None:
+def test_home_and_end_go_to_the_first_and_last_message_of_a_long_conversation(tmp_path: Path) -> None:
     with Store(tmp_path / "chats.db") as store:
         number = long_conversation(store, 150)
 
@@ -300,7 +300,7 @@ def test_home_is_the_first_message_and_end_the_last_of_a_long_conversation(tmp_p
     drive(scene())
 
 
-def test_the_composer_scrolls_the_conversation_by_pages(tmp_path: Path) -> None:
+def test_page_keys_in_the_composer_scroll_the_conversation(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "\n\n".join(f"Line {n}" for n in range(80)), size=(80, 24)) as (app, pilot, _):
             chat = app.chat_screen
@@ -312,7 +312,9 @@ def test_the_composer_scrolls_the_conversation_by_pages(tmp_path: Path) -> None:
             await until(pilot, lambda: "Line 79" in screen(app) and chat.conversation_view.is_vertical_scroll_end)
             chat.composer.write("\n".join(str(n) for n in range(40)))
             await pilot.press("pageup")
-            await until(pilot, lambda: chat.composer.cursor_location[0] < 39)  # a long text scrolls itself
+            await until(
+                pilot, lambda: chat.composer.cursor_location[0] < 39
+            )  # a long text in the composer scrolls first
             assert chat.conversation_view.scroll_target_y >= chat.conversation_view.max_scroll_y - 10
 
     drive(scene())
@@ -321,7 +323,7 @@ def test_the_composer_scrolls_the_conversation_by_pages(tmp_path: Path) -> None:
 # ---- panels
 
 
-def test_escape_closes_the_parameters(tmp_path: Path) -> None:
+def test_escape_closes_the_parameter_panel(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(80, 24)) as (app, pilot, _):
             await pilot.press("f3")
@@ -336,7 +338,7 @@ def test_escape_closes_the_parameters(tmp_path: Path) -> None:
 # ---- start
 
 
-def test_what_is_not_needed_at_the_start_is_not_imported() -> None:
+def test_unneeded_modules_are_not_imported_at_start() -> None:
     code = "import sys, llm_edge.tui.start; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "textual" in found

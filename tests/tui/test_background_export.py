@@ -1,4 +1,4 @@
-"""An export that is left at work while the chat goes on: seen again, ended well and badly, cancelled, and left."""
+"""Exports in the background of the chat: progress, success, failure, cancelling, and quitting."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ WAIT = "while not os.path.exists('go'): time.sleep(0.01)\n"
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in."""
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Runs these lines of Python in place of `llm-export`."""
+    """Runs these lines of Python instead of `llm-export`."""
     return lambda code: monkeypatch.setattr(
         "llm_edge.chat.export_process._COMMAND", f"import json, os, signal, sys, time\n{BEGUN}{code}"
     )
@@ -46,8 +46,8 @@ def done(bundle: Path) -> str:
     return f"print(json.dumps({{'stage': 'done', 'path': {str(bundle)!r}}}), flush=True)\n"
 
 
-def begun(place: Path) -> list[int]:
-    """The processes so far."""
+def started(place: Path) -> list[int]:
+    """The process ids started so far."""
     noted = place / "begun"
     return [int(each) for each in noted.read_text().split()] if noted.exists() else []
 
@@ -61,7 +61,7 @@ async def open_models(app: ChatApp, pilot: Any) -> ModelsScreen:
 
 
 async def write(app: ChatApp, pilot: Any, field: str, text: str) -> None:
-    """Fill in a field, at once, and press Enter in it."""
+    """Fill in a field without typing, and press Enter in it."""
     app.screen.query_one(field, Input).value = text
     app.screen.query_one(field).focus()
     await pilot.pause()
@@ -75,22 +75,22 @@ async def open_export(app: ChatApp, pilot: Any, typed: str = "") -> None:
     await pilot.pause()
 
 
-async def leave_one(app: ChatApp, pilot: Any, place: Path, key: str = "ctrl+b") -> None:
-    """Begin an export of owner/name, and go back to the conversation."""
+async def export_in_background(app: ChatApp, pilot: Any, place: Path, key: str = "ctrl+b") -> None:
+    """Start an export of owner/name and return to the conversation."""
     await open_export(app, pilot, "hugging")
     await write(app, pilot, "#source", "owner/name")
-    await until(pilot, lambda: "▸" in screen(app) and begun(place))
+    await until(pilot, lambda: "▸" in screen(app) and started(place))
     await pilot.press(key)
     await until(pilot, lambda: len(app.screen_stack) == 1)
 
 
-def told(app: ChatApp, text: str) -> bool:
-    """Whether a notification says so."""
+def notified(app: ChatApp, text: str) -> bool:
+    """Whether a notification contains the text."""
     return any(text in each.message for each in app._notifications)
 
 
 @pytest.mark.parametrize(("key", "size"), [("ctrl+b", (80, 24)), ("b", (120, 40))])
-def test_one_chats_beside_an_export_and_chooses_its_bundle(
+def test_the_chat_works_during_an_export_whose_bundle_can_then_be_chosen(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None], key: str, size: tuple[int, int]
 ) -> None:
     stand_in(stage("quantizing", 0.45) + WAIT + done(tiny_bundle))
@@ -105,16 +105,16 @@ def test_one_chats_beside_an_export_and_chooses_its_bundle(
             assert "Run in background" in screen(app)
             await pilot.press(key)
             await until(pilot, lambda: len(app.screen_stack) == 1)
-            assert told(app, "Exporting owner/bob in the background. Press F4 to see the progress.")
+            assert notified(app, "Exporting owner/bob in the background. Press F4 to see the progress.")
             await until(pilot, lambda: "Export: quantizing 45%" in screen(app))
             await ask(pilot, "While it works?", wait=False)
             assert app.session.answering is not None
             (place / "go").touch()
-            await until(pilot, lambda: told(app, f"Exported {tiny_bundle.name}. Press F4 to use it."))
+            await until(pilot, lambda: notified(app, f"Exported {tiny_bundle.name}. Press F4 to use it."))
             await until(pilot, lambda: app.session.answering is None)
             assert app.session.conversation.path()[-1].content == answer
             assert app.session.responder is fake
-            await open_models(app, pilot)  # it lies outside of artifacts/, and is highlighted all the same
+            await open_models(app, pilot)  # it is outside artifacts/, and highlighted nevertheless
             await pilot.press("enter")
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
             assert isinstance(app.session.responder, LocalResponder)
@@ -123,13 +123,13 @@ def test_one_chats_beside_an_export_and_chooses_its_bundle(
     drive(scene())
 
 
-def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str], None]) -> None:
-    """None begins a second one."""
+def test_every_export_row_opens_the_running_export(place: Path, stand_in: Callable[[str], None]) -> None:
+    """None of them starts a second one."""
     stand_in(stage("quantizing", 0.45) + "time.sleep(600)\n")
 
     async def scene() -> None:
         async with app_with(place, size=(80, 24)) as (app, pilot, _):
-            await leave_one(app, pilot, place)
+            await export_in_background(app, pilot, place)
             models = await open_models(app, pilot)
             assert "Exporting owner/name: quantizing 45%" in models._entries[0].label.plain
             assert models.query_one("#models", OptionList).highlighted == 0
@@ -142,19 +142,19 @@ def test_every_row_shows_the_export_at_work(place: Path, stand_in: Callable[[str
                 await until(pilot, lambda: len(app.screen_stack) == 1)
             with pytest.raises(InputError, match="still running"):
                 app.exports.start(ExportRequest("second"))
-            assert len(begun(place)) == 1
+            assert len(started(place)) == 1
 
     drive(scene())
 
 
-def test_the_list_shows_how_far_it_is_and_what_there_is_then(
+def test_the_list_shows_the_progress_and_then_the_bundle(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None]
 ) -> None:
     stand_in(stage("reading") + WAIT + stage("writing", 0.9) + WAIT.replace("go", "on") + done(tiny_bundle))
 
     async def scene() -> None:
         async with app_with(place, size=(100, 30)) as (app, pilot, _):
-            await leave_one(app, pilot, place)
+            await export_in_background(app, pilot, place)
             await open_models(app, pilot)
             assert ": reading" in screen(app)
             await write(app, pilot, "#filter", "connect")
@@ -175,27 +175,27 @@ def test_the_list_shows_how_far_it_is_and_what_there_is_then(
     drive(scene())
 
 
-def test_it_is_cancelled_where_it_is_seen_again(place: Path, stand_in: Callable[[str], None]) -> None:
+def test_a_running_export_can_be_reopened_and_cancelled(place: Path, stand_in: Callable[[str], None]) -> None:
     stand_in(stage("reading") + "time.sleep(600)\n")
 
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
-            await leave_one(app, pilot, place)
+            await export_in_background(app, pilot, place)
             await open_export(app, pilot)
             await pilot.press("escape")
             await until(pilot, lambda: "was cancelled" in screen(app))
-            assert all(map(gone, begun(place)))
+            assert all(map(gone, started(place)))
             assert app.screen.query_one("#source", Input).value == "owner/name"
             await pilot.press("escape", "escape")
             await until(pilot, lambda: len(app.screen_stack) == 1)
             models = await open_models(app, pilot)
-            assert all("export of" not in row.searched for row in models._entries)  # seen, and done with
+            assert all("export of" not in row.searched for row in models._entries)  # shown once, then removed
 
     drive(scene())
 
 
 @pytest.mark.parametrize("row", ["", "hugging"])
-def test_what_went_wrong_is_told_and_the_form_is_as_it_was(
+def test_an_error_is_reported_and_the_form_keeps_its_values(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None], row: str
 ) -> None:
     stand_in(
@@ -219,7 +219,7 @@ def test_what_went_wrong_is_told_and_the_form_is_as_it_was(
             await pilot.press("ctrl+b")
             await until(pilot, lambda: len(app.screen_stack) == 1)
             (place / "go").touch()
-            await until(pilot, lambda: told(app, "Export of owner/name failed: what is it?[2J give --n-heads N"))
+            await until(pilot, lambda: notified(app, "Export of owner/name failed: what is it?[2J give --n-heads N"))
             (place / "again").touch()
             app.clear_notifications()
             models = await open_models(app, pilot)
@@ -245,20 +245,18 @@ def test_what_went_wrong_is_told_and_the_form_is_as_it_was(
     drive(scene())
 
 
-def test_a_failed_export_does_not_stand_in_the_way_of_another_source(
-    place: Path, stand_in: Callable[[str], None]
-) -> None:
+def test_a_failed_export_does_not_block_another_source(place: Path, stand_in: Callable[[str], None]) -> None:
     stand_in(stage("reading") + WAIT + "sys.exit('error: no')\n")
 
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
-            await leave_one(app, pilot, place, "b")
+            await export_in_background(app, pilot, place, "b")
             (place / "go").touch()
-            await until(pilot, lambda: told(app, "failed: no"))
+            await until(pilot, lambda: notified(app, "failed: no"))
             await open_export(app, pilot, "an/other")
             assert app.screen.query_one("#source", Input).value == "an/other"
             await pilot.press("escape", "escape")
-            await open_export(app, pilot)  # the first one, of which nobody has seen what came
+            await open_export(app, pilot)  # the first one, whose result has not been shown yet
             assert app.screen.query_one("#source", Input).value == "owner/name"
             await pilot.press("escape", "escape")
             await open_export(app, pilot, "hugging")
@@ -267,7 +265,7 @@ def test_a_failed_export_does_not_stand_in_the_way_of_another_source(
     drive(scene())
 
 
-def test_what_was_to_be_quick_is_quick_the_second_time(place: Path, stand_in: Callable[[str], None]) -> None:
+def test_options_are_kept_for_the_second_attempt(place: Path, stand_in: Callable[[str], None]) -> None:
     stand_in("open('arguments', 'w').write(json.dumps(sys.argv[1:]))\nsys.exit('error: the network is down')\n")
 
     async def scene() -> None:
@@ -275,20 +273,20 @@ def test_what_was_to_be_quick_is_quick_the_second_time(place: Path, stand_in: Ca
             await open_export(app, pilot, "smollm2 now")
             await until(pilot, lambda: "the network is down" in screen(app))
             assert "--no-validate" in json.loads((place / "arguments").read_text())
-            assert app.screen.query_one("#force").display  # what is ticked is to be seen
+            assert app.screen.query_one("#force").display  # ticked options are visible
             (place / "arguments").unlink()
             await pilot.press("f10")
-            await until(pilot, lambda: len(begun(place)) == 2 and "the network is down" in screen(app))
+            await until(pilot, lambda: len(started(place)) == 2 and "the network is down" in screen(app))
             assert "--no-validate" in json.loads((place / "arguments").read_text())
             app.screen.query_one("#precision-int4", Checkbox).value = True
             await pilot.press("f10")
-            await until(pilot, lambda: len(begun(place)) == 3 and "the network is down" in screen(app))
+            await until(pilot, lambda: len(started(place)) == 3 and "the network is down" in screen(app))
             assert "--no-validate" not in json.loads((place / "arguments").read_text())
 
     drive(scene())
 
 
-def test_where_there_is_no_model_it_answers_at_once(
+def test_without_a_model_the_exported_bundle_is_loaded_immediately(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None]
 ) -> None:
     stand_in(stage("reading") + WAIT + done(tiny_bundle))
@@ -312,7 +310,7 @@ def test_where_there_is_no_model_it_answers_at_once(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_end_behind_the_palette_is_seen_once_that_is_closed(
+def test_an_export_that_ends_while_the_palette_is_open_is_shown_afterwards(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None], fails: bool
 ) -> None:
     stand_in(stage("reading") + WAIT + ("sys.exit('error: out of luck')\n" if fails else done(tiny_bundle)))
@@ -340,29 +338,29 @@ def test_an_end_behind_the_palette_is_seen_once_that_is_closed(
     drive(scene())
 
 
-def test_one_that_ends_before_it_is_shown_is_shown_with_its_end(
+def test_an_export_that_ends_before_it_is_shown_is_shown_as_finished(
     place: Path, tiny_bundle: Path, stand_in: Callable[[str], None]
 ) -> None:
     stand_in(stage("reading") + WAIT + done(tiny_bundle))
-    made: list[Any] = []
+    results: list[Any] = []
 
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
-            await leave_one(app, pilot, place)
+            await export_in_background(app, pilot, place)
             job = app.exports.running
             assert job is not None
             (place / "go").touch()
             await until(pilot, lambda: job.ended)
-            await app.push_screen(ExportScreen(app.exports, job=job), made.append)
-            await until(pilot, lambda: made)
-            assert made[0].path == tiny_bundle
+            await app.push_screen(ExportScreen(app.exports, job=job), results.append)
+            await until(pilot, lambda: results)
+            assert results[0].path == tiny_bundle
             await until(pilot, lambda: len(app.screen_stack) == 1)
 
     drive(scene())
 
 
 @pytest.mark.parametrize("ignores", [False, True])
-def test_none_outlives_the_chat(
+def test_no_background_export_outlives_the_chat(
     place: Path, stand_in: Callable[[str], None], ignores: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_edge.chat.export_process._GRACE", 0.3)
@@ -372,9 +370,9 @@ def test_none_outlives_the_chat(
 
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
-            await leave_one(app, pilot, place)
+            await export_in_background(app, pilot, place)
             await pilot.press("ctrl+q")
 
     drive(scene())
-    assert len(begun(place)) == 1
-    assert gone(begun(place)[0])  # already
+    assert len(started(place)) == 1
+    assert gone(started(place)[0])  # it has already ended

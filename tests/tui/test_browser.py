@@ -1,4 +1,4 @@
-"""`llm-chat --serve`: the page, the application behind it, and who may not have it."""
+"""`llm-chat --serve`: the web page, the application served by it, and access control."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-PATIENCE = 60  # seconds until a test that waits for a program gives up
+PATIENCE = 60  # timeout in seconds for a program
 _SEQUENCE = re.compile(r"\x1b(?:\[[0-9;?>]*\$?[a-zA-Z]|\][^\x07]*\x07)")
 
 
@@ -35,7 +35,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Served:
-    """A server in a process group of its own."""
+    """A server in a separate process group."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.port = free_port()
@@ -50,11 +50,11 @@ class Served:
                 start_new_session=True,
             )
         assert self.process.stdout is not None
-        self.said = self.process.stdout.readline().decode()
-        assert self.said, self.errors.read_text()
+        self.first_line = self.process.stdout.readline().decode()
+        assert self.first_line, self.errors.read_text()
 
     def visit(self, scene: Callable[[aiohttp.ClientSession, str], Awaitable[None]]) -> None:
-        """Play a scene against the page's address."""
+        """Run a scene with the page's address."""
 
         async def play() -> None:
             url = f"http://localhost:{self.port}"
@@ -73,13 +73,13 @@ class Served:
 
 
 async def listening(port: int) -> None:
-    """Its line is written a moment before it listens."""
+    """Wait until it accepts connections; its line is written shortly before."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
-            assert time.monotonic() < deadline, "nobody listens"
+            assert time.monotonic() < deadline, "nothing listens on the port"
             await asyncio.sleep(0.05)
         else:
             writer.close()
@@ -95,7 +95,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 async def shown(socket: aiohttp.ClientWebSocketResponse, wanted: str) -> str:
-    """What the application writes until it has written this; how that is coloured and placed is left out."""
+    """The application's output up to a text, without colours and cursor movements."""
     written = ""
     while wanted not in (plain := _SEQUENCE.sub("", written)):
         message = await socket.receive()
@@ -104,8 +104,8 @@ async def shown(socket: aiohttp.ClientWebSocketResponse, wanted: str) -> str:
     return plain
 
 
-def test_a_visit(served: Served) -> None:
-    assert served.said == f"http://localhost:{served.port}  Press Ctrl-C to stop.\n"
+def test_the_page_serves_the_chat(served: Served) -> None:
+    assert served.first_line == f"http://localhost:{served.port}  Press Ctrl-C to stop.\n"
 
     async def scene(client: aiohttp.ClientSession, url: str) -> None:
         async with client.get(url) as page:
@@ -113,8 +113,8 @@ def test_a_visit(served: Served) -> None:
             text = await page.text()
         assert "llm-edge" in text
         assert f'data-session-websocket-url="ws://localhost:{served.port}/ws"' in text
-        assert {*re.findall(r'(?:href|src)="(https?://[^/"]+)', text)} == {url}  # nothing comes from elsewhere
-        (style,) = re.findall(r'rel="stylesheet"\s+href="([^"]+)"', text)  # without which clicks go astray
+        assert {*re.findall(r'(?:href|src)="(https?://[^/"]+)', text)} == {url}  # nothing is loaded from other hosts
+        (style,) = re.findall(r'rel="stylesheet"\s+href="([^"]+)"', text)  # without it clicks are misplaced
         async with client.get(style) as sheet:
             assert ".xterm" in await sheet.text()
         assert '<meta name="viewport" content="width=device-width' in text
@@ -130,7 +130,7 @@ def test_a_visit(served: Served) -> None:
     assert served.errors.read_text() == ""
 
 
-def test_the_page_follows_the_address_it_was_asked_by(served: Served) -> None:
+def test_the_page_uses_the_address_of_the_request(served: Served) -> None:
     async def scene(client: aiohttp.ClientSession, url: str) -> None:
         async with client.get(url, headers={"Host": "127.0.0.1:9999"}) as page:  # a port forwarded by ssh
             assert 'websocket-url="ws://127.0.0.1:9999/ws"' in await page.text()
@@ -143,11 +143,14 @@ def test_the_page_follows_the_address_it_was_asked_by(served: Served) -> None:
     [
         {"Origin": "https://elsewhere.example"},
         {"Origin": "null"},
-        {"Host": "elsewhere.example", "Origin": "http://elsewhere.example"},  # a name that leads here
+        {
+            "Host": "elsewhere.example",
+            "Origin": "http://elsewhere.example",
+        },  # another name that resolves to this address
         {"Host": "[nonsense"},
     ],
 )
-def test_pages_of_other_sites_do_not_reach_it(served: Served, headers: dict[str, str]) -> None:
+def test_requests_from_other_sites_are_rejected(served: Served, headers: dict[str, str]) -> None:
     async def scene(client: aiohttp.ClientSession, url: str) -> None:
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
             await client.ws_connect(f"{url}/ws", headers=headers)
@@ -158,8 +161,8 @@ def test_pages_of_other_sites_do_not_reach_it(served: Served, headers: dict[str,
     served.visit(scene)
 
 
-def test_a_bundle_is_shown_and_the_end_ends_the_visits(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Where it is open to the network, which is told; ended while somebody is there."""
+def test_a_bundle_is_served_and_stopping_ends_the_sessions(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Served on all interfaces, with a warning; stopped during a session."""
     server = Served(tmp_path, "--host", "0.0.0.0", str(tiny_bundle), "--precision", "fp32")
 
     async def scene(client: aiohttp.ClientSession, url: str) -> None:
@@ -173,7 +176,7 @@ def test_a_bundle_is_shown_and_the_end_ends_the_visits(tiny_bundle: Path, tmp_pa
         server.visit(scene)
         assert server.process.wait(PATIENCE) == 0
         with pytest.raises(ProcessLookupError):
-            os.killpg(server.process.pid, 0)  # nobody of the group is left
+            os.killpg(server.process.pid, 0)  # no process of the group is left
         lines = server.errors.read_text().splitlines()
         assert lines == [f"warning: anyone who can reach 0.0.0.0:{server.port} can use this chat and read its files"]
     finally:
@@ -181,7 +184,7 @@ def test_a_bundle_is_shown_and_the_end_ends_the_visits(tiny_bundle: Path, tmp_pa
 
 
 def refused(folder: Path, *arguments: str) -> str:
-    """The one line of a command that is refused."""
+    """The one-line error of a failing command."""
     command = [sys.executable, "-m", "llm_edge.tui", *arguments]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, env=environment(folder)
@@ -190,17 +193,17 @@ def refused(folder: Path, *arguments: str) -> str:
     return done.stderr
 
 
-def test_a_port_that_is_taken(served: Served, tmp_path: Path) -> None:
+def test_a_port_in_use_is_an_error(served: Served, tmp_path: Path) -> None:
     line = refused(tmp_path, "--serve", "--fake", "--port", str(served.port))
     assert line == (
         f"error: cannot listen on localhost:{served.port} (address already in use): choose another --port or --host\n"
     )
 
 
-def test_an_address_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_address_is_an_error(tmp_path: Path) -> None:
     line = refused(tmp_path, "--serve", "--fake", "--host", "nowhere.invalid")
     assert line.startswith("error: --host nowhere.invalid: unknown address: ")
 
 
-def test_a_script_needs_a_screen(tmp_path: Path) -> None:
+def test_a_fake_script_requires_a_screen(tmp_path: Path) -> None:
     assert refused(tmp_path, "--fake").startswith("error: --fake needs a terminal: ")

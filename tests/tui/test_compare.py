@@ -1,4 +1,4 @@
-"""One question, two answers beside each other, and one of them kept."""
+"""The comparison screen: one question, two answers side by side, and keeping one of them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from llm_edge.tui.widgets.message_view import MessageView
 from llm_edge.tui.widgets.parameter_fields import ValueField
 
 
-def side(*said: Said | str, pause: float = 0.0, name: str = "script") -> tuple[ComparisonSide, FakeResponder]:
-    fake = FakeResponder(*said, pause=pause, name=name)
+def side(*answers: Said | str, pause: float = 0.0, name: str = "script") -> tuple[ComparisonSide, FakeResponder]:
+    fake = FakeResponder(*answers, pause=pause, name=name)
     return ComparisonSide(fake, ChatParameters(fake.default_params)), fake
 
 
 def wait(comparison: Comparison) -> None:
     end = time.monotonic() + 20
     while comparison.busy:
-        assert time.monotonic() < end, "it has not come to its end"
+        assert time.monotonic() < end, "the answers are not finished"
         comparison.poll()
         time.sleep(0.001)
 
@@ -51,7 +51,7 @@ def compare(app: ChatApp) -> CompareScreen:
 
 
 async def both(pilot: Pilot[Any], text: str | None = None) -> CompareScreen:
-    """Ask in the comparison, and wait for both."""
+    """Ask in the comparison and wait for both answers."""
     app = pilot.app
     assert isinstance(app, ChatApp)
     shown = compare(app)
@@ -66,7 +66,7 @@ async def both(pilot: Pilot[Any], text: str | None = None) -> CompareScreen:
 # ---- without a screen
 
 
-def test_both_are_asked_the_same_and_nothing_is_kept() -> None:
+def test_both_sides_get_the_same_question_and_nothing_is_saved() -> None:
     left, one = side("left says")
     right, other = side("right says")
     history = [Message(3, None, "user", "Hi"), Message(8, 3, ASSISTANT, "Hello")]
@@ -78,11 +78,11 @@ def test_both_are_asked_the_same_and_nothing_is_kept() -> None:
     assert [each["content"] for each in one.asked[0][0]] == ["Hi", "Hello", "Why?"]
     comparison.ask("And?")
     wait(comparison)
-    assert [each["content"] for each in one.asked[1][0]] == ["Hi", "Hello", "And?"]  # not behind what was compared
+    assert [each["content"] for each in one.asked[1][0]] == ["Hi", "Hello", "And?"]  # without the compared answers
     assert [each.content for each in history] == ["Hi", "Hello"]
 
 
-def test_one_responder_on_both_sides_takes_turns() -> None:
+def test_one_responder_on_both_sides_answers_in_turn() -> None:
     fake = FakeResponder("first", "second")
     left, right = (ComparisonSide(fake, ChatParameters(fake.default_params, {"temperature": t})) for t in (0.1, 0.9))
     comparison = Comparison(left, right, [])
@@ -97,7 +97,7 @@ def test_one_responder_on_both_sides_takes_turns() -> None:
     comparison.close()
 
 
-def test_two_go_together_unless_they_are_told_to_take_turns() -> None:
+def test_two_responders_answer_concurrently_unless_in_turn_is_set() -> None:
     for in_turn in (False, True):
         left, _ = side("word " * 50, pause=0.001)
         right, other = side("word " * 50, pause=0.001)
@@ -111,7 +111,7 @@ def test_two_go_together_unless_they_are_told_to_take_turns() -> None:
         assert len(other.asked) == 1
 
 
-def test_stopping_stops_both_and_one_that_fails_leaves_the_other() -> None:
+def test_stopping_stops_both_and_a_failure_affects_only_one_side() -> None:
     fake = FakeResponder("word " * 1000, pause=0.001)
     left, right = (ComparisonSide(fake, ChatParameters(fake.default_params)) for _ in range(2))
     comparison = Comparison(left, right, [])
@@ -133,7 +133,7 @@ def test_stopping_stops_both_and_one_that_fails_leaves_the_other() -> None:
     assert good.answer.content == "fine"
 
 
-def test_nowhere_takes_messages_as_a_store_does() -> None:
+def test_the_in_memory_store_accepts_messages_like_a_store() -> None:
     store, conversation = InMemoryStore(), Conversation(messages={5: Message(5, None, "user", "Hi")}, leaf=5)
     answer = store.add(conversation, ASSISTANT, model="m")
     again = store.add(conversation, ASSISTANT, parent=5)
@@ -179,7 +179,7 @@ def test_two_settings_of_one_model(tmp_path: Path, size: tuple[int, int]) -> Non
     drive(scene())
 
 
-def test_the_last_question_is_compared_again_and_kept_as_another_version(tmp_path: Path) -> None:
+def test_the_last_question_is_compared_and_kept_as_another_version(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "first", "left", "right") as (app, pilot, fake):
             await ask(pilot, "Why?")
@@ -197,7 +197,7 @@ def test_the_last_question_is_compared_again_and_kept_as_another_version(tmp_pat
     drive(scene())
 
 
-def test_both_can_be_kept_and_another_question_begins_a_branch(tmp_path: Path) -> None:
+def test_both_can_be_kept_and_another_question_starts_a_branch(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "first", "left", "right") as (app, pilot, _):
             await ask(pilot, "Why?")
@@ -217,7 +217,7 @@ def test_both_can_be_kept_and_another_question_begins_a_branch(tmp_path: Path) -
     drive(scene())
 
 
-def test_leaving_keeps_nothing_and_escape_stops_first(tmp_path: Path) -> None:
+def test_leaving_saves_nothing_and_escape_stops_first(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "word " * 500, pause=0.01) as (app, pilot, _):
             await pilot.press("f7")
@@ -239,7 +239,7 @@ def test_leaving_keeps_nothing_and_escape_stops_first(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
+def test_each_side_has_separate_parameters(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 40)) as (app, pilot, fake):
             app.session.parameters.set("system", "Be brief.")
@@ -265,14 +265,17 @@ def test_each_side_has_parameters_of_its_own(tmp_path: Path) -> None:
             await both(pilot, "Why?")
             assert [each[1].temperature for each in fake.asked] == [0.65, 0.75]
             assert [each[1].top_k for each in fake.asked] == [9, 0]
-            assert app.session.parameters.changed == {"system": "Be brief.", "top_k": 9}  # the chat's stay
+            assert app.session.parameters.changed == {
+                "system": "Be brief.",
+                "top_k": 9,
+            }  # those of the chat are unchanged
 
     drive(scene())
 
 
 @contextlib.asynccontextmanager
 async def with_another(tmp_path: Path, other: FakeResponder) -> AsyncIterator[tuple[ChatApp, Pilot[None], list[str]]]:
-    """The comparison, with somebody else to choose."""
+    """Open the comparison with another model to choose."""
     async with app_with(tmp_path, "word " * 30, pause=0.002, size=(120, 40)) as (app, pilot, _):
         kept: list[str] = []
 
@@ -291,7 +294,7 @@ async def with_another(tmp_path: Path, other: FakeResponder) -> AsyncIterator[tu
         yield app, pilot, kept
 
 
-def test_two_models_answer_at_once(tmp_path: Path) -> None:
+def test_two_models_answer_concurrently(tmp_path: Path) -> None:
     async def scene() -> None:
         other = FakeResponder("another " * 30, pause=0.002, name="other\x1b[31m", detail="int4")
         async with with_another(tmp_path, other) as (app, pilot, kept):
@@ -310,7 +313,7 @@ def test_two_models_answer_at_once(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 40)) as (app, pilot, _):
 
@@ -330,7 +333,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_the_tokens_of_a_side(tmp_path: Path) -> None:
+def test_the_tokens_of_a_side_can_be_viewed(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "alpha", "omega") as (app, pilot, _):
             app.session.parameters.set("logprobs", 3)
@@ -346,7 +349,7 @@ def test_the_tokens_of_a_side(tmp_path: Path) -> None:
             await pilot.press("escape")
             await pilot.pause()
             right.focus()
-            await pilot.press("e", "r", "left_square_bracket")  # for kept answers alone
+            await pilot.press("e", "r", "left_square_bracket")  # available for kept answers only
             await pilot.pause()
             assert app.screen is shown
             assert not app.session.conversation.messages
@@ -354,7 +357,7 @@ def test_the_tokens_of_a_side(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_leaving_in_the_middle_ends_both(tmp_path: Path) -> None:
+def test_leaving_during_generation_stops_both(tmp_path: Path) -> None:
     async def scene() -> None:
         other = FakeResponder("another " * 500, pause=0.01)
         async with with_another(tmp_path, other) as (app, pilot, kept):
@@ -369,7 +372,7 @@ def test_leaving_in_the_middle_ends_both(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_nothing_is_compared_while_an_answer_comes(tmp_path: Path) -> None:
+def test_comparing_is_not_possible_during_generation(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "word " * 500, pause=0.01) as (app, pilot, _):
             await ask(pilot, "Talk.", wait=False)
@@ -381,7 +384,7 @@ def test_nothing_is_compared_while_an_answer_comes(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_a_bundle_from_the_list_answers_beside_the_chats_model(
+def test_a_bundle_from_the_list_is_compared_with_the_chats_model(
     tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -414,7 +417,7 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
             await pilot.press("2")
             await until(pilot, lambda: app.screen is app.chat_screen)
             await until(pilot, lambda: len(views(app)) == 2)
-            assert app.session.responder is fake  # it was asked only this once
+            assert app.session.responder is fake  # it was asked only once
             kept = app.session.conversation.path()[-1]
             assert kept.model == right.model
             assert app.session.record_of(kept) == records
@@ -422,7 +425,7 @@ def test_a_bundle_from_the_list_answers_beside_the_chats_model(
     drive(scene())
 
 
-def test_what_tokens_say_makes_up_the_answer(tiny_bundle: Path) -> None:
+def test_token_texts_add_up_to_the_answer(tiny_bundle: Path) -> None:
     responder = LocalResponder(Model.load(tiny_bundle, "fp32"))
     text = "Hi there,\n  how are you? "
     model = responder._model

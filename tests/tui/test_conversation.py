@@ -1,4 +1,4 @@
-"""The conversation in the application: streaming, reasoning, figures, and all that can be done with a message."""
+"""The conversation in the application: streaming, reasoning, figures, and actions on messages."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ CODE = "Look:\n\n```python\ndef greet():\n    return 1\n```\n\nand\n\n```sh\nls\
 
 @pytest.fixture
 def clipboard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was copied."""
+    """The copied texts."""
     copied: list[str] = []
     monkeypatch.setattr(ChatApp, "copy_to_clipboard", lambda _, text: copied.append(text))
     return copied
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])
-def test_an_answer_streams_and_stays(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_an_answer_streams_and_is_kept(tmp_path: Path, size: tuple[int, int]) -> None:
     async def scene() -> None:
-        said = CODE + " And on" * 40 + " finished."
-        async with app_with(tmp_path, said, size=size, pause=0.02) as (app, pilot, fake):
+        reply = CODE + " And on" * 40 + " finished."
+        async with app_with(tmp_path, reply, size=size, pause=0.02) as (app, pilot, fake):
             await ask(pilot, "How?", wait=False)
             await until(pilot, lambda: "def greet" in shown(views(app)[-1]))
             assert app.session.answering is not None  # still growing
@@ -47,10 +47,10 @@ def test_an_answer_streams_and_stays(tmp_path: Path, size: tuple[int, int]) -> N
     drive(scene())
 
 
-def test_reasoning_is_live_and_folds_away(tmp_path: Path) -> None:
+def test_reasoning_streams_and_collapses(tmp_path: Path) -> None:
     async def scene() -> None:
-        said = Said("The answer.", reasoning="\n".join(f"thought {number}" for number in range(12)))
-        async with app_with(tmp_path, said, pause=0.15) as (app, pilot, _):
+        reply = Said("The answer.", reasoning="\n".join(f"thought {number}" for number in range(12)))
+        async with app_with(tmp_path, reply, pause=0.15) as (app, pilot, _):
             await ask(pilot, "Why?", wait=False)
             await until(pilot, lambda: "thought 8" in shown(views(app)[-1]))
             assert "Thinking" in shown(views(app)[-1])
@@ -70,7 +70,7 @@ def test_reasoning_is_live_and_folds_away(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_several_lines_history_and_paste(tmp_path: Path) -> None:
+def test_multiline_input_history_and_paste(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Yes.") as (app, pilot, fake):
             await pilot.press("a", "ctrl+j", "b", "enter")
@@ -96,7 +96,7 @@ def test_several_lines_history_and_paste(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_an_empty_enter_begins_anew_and_can_be_undone(tmp_path: Path) -> None:
+def test_an_empty_enter_starts_a_new_conversation_and_can_be_undone(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Yes.") as (app, pilot, _):
             await ask(pilot, "Is it?")
@@ -142,13 +142,13 @@ def test_a_question_that_cannot_fit_is_not_sent(tmp_path: Path) -> None:
             await pilot.press("enter")
             await until(pilot, lambda: app.query_one(Composer).text == long)
             await pilot.pause()
-            assert app.chat_screen.composer.editing is not None  # it is edited still
+            assert app.chat_screen.composer.editing is not None  # editing is still active
             assert len(app.session.conversation.messages) == 2
 
     drive(scene())
 
 
-def test_the_gauge_counts_the_prompt_while_an_answer_comes(tmp_path: Path) -> None:
+def test_the_gauge_counts_the_prompt_during_generation(tmp_path: Path) -> None:
     async def scene() -> None:
         long = "four five " * 100
         async with app_with(tmp_path, "one two three", long, long, pause=0.02) as (app, pilot, fake):
@@ -167,8 +167,8 @@ def test_the_gauge_counts_the_prompt_while_an_answer_comes(tmp_path: Path) -> No
     drive(scene())
 
 
-def test_what_is_copied_reaches_tmux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not take OSC 52 from programs unless it is told to; test_tui_terminal.py has the real one."""
+def test_copied_text_reaches_tmux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tmux accepts OSC 52 from programs only if configured; test_real_terminal.py uses the real one."""
     (tmp_path / "tmux").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words; cat > {tmp_path}/copied\n')
     (tmp_path / "tmux").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -200,7 +200,7 @@ def test_an_answer_can_be_stopped(tmp_path: Path, key: str) -> None:
     drive(scene())
 
 
-def test_regenerate_and_walk_between_versions(tmp_path: Path) -> None:
+def test_regenerate_and_switch_between_versions(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "First.", "Second.", "Third.") as (app, pilot, fake):
             await ask(pilot, "Say.")
@@ -213,7 +213,7 @@ def test_regenerate_and_walk_between_versions(tmp_path: Path) -> None:
             await pilot.press("left_square_bracket")
             await until(pilot, lambda: "First." in shown(views(app)[-1]))
             assert "1 of 2" in shown(views(app)[-1])
-            await pilot.press("left_square_bracket")  # there is none before it
+            await pilot.press("left_square_bracket")  # there is no earlier version
             await pilot.press("right_square_bracket")
             await until(pilot, lambda: "Second." in shown(views(app)[-1]))
             await ask(pilot, "And now?")
@@ -222,7 +222,7 @@ def test_regenerate_and_walk_between_versions(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_editing_branches(tmp_path: Path) -> None:
+def test_editing_creates_a_branch(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "One.", "Two.", "Three.") as (app, pilot, fake):
             await ask(pilot, "first question")
@@ -252,7 +252,7 @@ def test_editing_branches(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_go_on(tmp_path: Path) -> None:
+def test_an_answer_can_be_continued(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two three four") as (app, pilot, fake):
             app.session.parameters.set("max_tokens", 2)
@@ -269,10 +269,10 @@ def test_go_on(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_a_thought_that_was_cut_off_is_thought_to_its_end(tmp_path: Path) -> None:
+def test_reasoning_that_was_cut_off_is_continued(tmp_path: Path) -> None:
     async def scene() -> None:
-        said = Said("The end.", reasoning="one two three four")
-        async with app_with(tmp_path, said) as (app, pilot, _):
+        reply = Said("The end.", reasoning="one two three four")
+        async with app_with(tmp_path, reply) as (app, pilot, _):
             app.session.parameters.set("max_tokens", 2)
             await ask(pilot, "Count.")
             answer = app.session.conversation.path()[-1]
@@ -300,7 +300,7 @@ def test_copy_code_and_quote(tmp_path: Path, clipboard: list[str]) -> None:
     drive(scene())
 
 
-def test_the_mouse_marks_text(tmp_path: Path, clipboard: list[str]) -> None:
+def test_the_mouse_selects_text(tmp_path: Path, clipboard: list[str]) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "alpha beta gamma") as (app, pilot, _):
             await ask(pilot, "Say.")
@@ -317,10 +317,10 @@ def test_the_mouse_marks_text(tmp_path: Path, clipboard: list[str]) -> None:
     drive(scene())
 
 
-def test_an_error_is_told_and_kept(tmp_path: Path) -> None:
+def test_an_error_is_shown_and_saved(tmp_path: Path) -> None:
     async def scene() -> None:
-        said = Said("Half of it", failure=MachineError("the weights \x1b[31mmelted"))
-        async with app_with(tmp_path, said, "Better.") as (app, pilot, _):
+        reply = Said("Half of it", failure=MachineError("the weights \x1b[31mmelted"))
+        async with app_with(tmp_path, reply, "Better.") as (app, pilot, _):
             await ask(pilot, "Work.")
             assert "Half of it" in shown(views(app)[-1])
             assert "error: the weights [31mmelted" in shown(views(app)[-1])
@@ -330,14 +330,14 @@ def test_an_error_is_told_and_kept(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_the_oldest_turns_go_where_the_context_ends(tmp_path: Path) -> None:
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "a b c d e f g h", context_length=60) as (app, pilot, fake):
             for number in range(6):
                 await ask(pilot, f"question {number}")
             assert len(fake.asked[-1][0]) < 11
             assert fake.asked[-1][0][-1]["content"] == "question 5"
-            assert len(views(app)) == 12  # on the screen they stay
+            assert len(views(app)) == 12  # they stay on the screen
             assert "oldest" in shown(views(app)[-1])
             assert "left out" in shown(views(app)[-1])
 
@@ -369,7 +369,7 @@ def test_a_question_waits_for_the_model(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_nothing_a_model_says_commands_the_terminal(tmp_path: Path) -> None:
+def test_model_output_cannot_control_the_terminal(tmp_path: Path) -> None:
     async def scene() -> None:
         evil = "a\x1b]52;c;aGk=\x07b \x9b31m &#x202e;c\n\n```\n\x1b[0m\u2066\n```"
         async with app_with(tmp_path, Said(evil, reasoning=evil)) as (app, pilot, _):
@@ -384,7 +384,7 @@ def test_nothing_a_model_says_commands_the_terminal(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_an_answer_that_cannot_be_kept_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_cannot_be_saved_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two three") as (app, pilot, _):
 

@@ -1,7 +1,7 @@
-"""What a terminal is sent where everything that comes from outside holds sequences it would obey.
+"""Escape sequences in untrusted text never reach the terminal.
 
-The application runs in a terminal of its own; all bytes it writes there are looked at. (What is left of a text without
-its controls is in test_terminal.py.)
+The application runs in a pseudo-terminal, and all bytes it writes are checked. (test_terminal.py tests the text that
+remains without control characters.)
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import pytest
 
 PAYLOADS = (
     "\x1b]52;c;b3duZWQ=\x07",  # writes the clipboard
-    "\x1b]0;owned\x07",  # the window's title
+    "\x1b]0;owned\x07",  # sets the window title
     "\x1b]8;;https://owned.example\x1b\\link\x1b]8;;\x1b\\",
     "\x1b[2J\x1b[Howned",  # clears the screen
-    "\x1b[6nowned",  # has the terminal type an answer
-    "\x1bP$qowned\x1b\\",  # so does this
+    "\x1b[6nowned",  # makes the terminal send a response
+    "\x1bP$qowned\x1b\\",  # this too
     "\x1bcowned",  # resets it
-    "\x9b31mowned",  # CSI in one character, as the next is
+    "\x9b31mowned",  # CSI as a single character, like the next one
     "\x9d0;owned\x9c",
-    "\u202eowned\u202c\u2066owned\u2069",  # turns the order of letters
+    "\u202eowned\u202c\u2066owned\u2069",  # reverses the order of letters
 )
 ALL = " ".join(PAYLOADS)
-CONTROLS = ("\x9b", "\x9c", "\x9d", "\u202e", "\u202c", "\u2066", "\u2069")  # nobody here writes these
+CONTROLS = ("\x9b", "\x9c", "\x9d", "\u202e", "\u202c", "\u2066", "\u2069")  # the application never writes these
 PATIENCE = 60.0
 
 CHAT = """
@@ -53,7 +53,7 @@ app.run()
 
 
 class Terminal:
-    """The chat in a terminal of 120 by 100, and all that it wrote there."""
+    """The chat in a terminal of 120 by 100, and its complete output."""
 
     def __init__(self, folder: Path) -> None:
         self._process, self._terminal = pty.fork()
@@ -65,7 +65,7 @@ class Terminal:
         self.written = b""
 
     def until(self, text: str) -> None:
-        """Read on until a text has come."""
+        """Read until a text appears."""
         begin, deadline = len(self.written), time.monotonic() + PATIENCE
         while text.encode() not in self.written[begin:]:
             assert time.monotonic() < deadline, (text, self.written[-2000:])
@@ -90,14 +90,14 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    made = Terminal(tmp_path)
-    yield made
+    created = Terminal(tmp_path)
+    yield created
     with contextlib.suppress(OSError):
-        made.close()
+        created.close()
 
 
 def safe(written: bytes, *ways: str) -> None:
-    """Every way led to the screen, and nothing of it is a command."""
+    """Check that every payload reached the screen, and none as a control sequence."""
     for way in ways:
         assert way.encode() in written, way
     for payload in PAYLOADS:
@@ -106,9 +106,9 @@ def safe(written: bytes, *ways: str) -> None:
         assert control.encode() not in written, control
 
 
-def test_ten_payloads_by_every_way_in(terminal: Terminal, tmp_path: Path) -> None:
-    """Pasted, streamed, thought, as code, in a table, a model's name, a title, an error, a notification, in what is
-    found; then all of it again from the store.
+def test_ten_payloads_from_all_sources_are_harmless(terminal: Terminal, tmp_path: Path) -> None:
+    """Sources: pasted text, answer, reasoning, code, table, model name, title, error, notification and search results;
+    then all of them again from the store.
     """
     terminal.until("Ready")
     terminal.send(f"\x1b[200~pasted {ALL}\x1b[201~")

@@ -1,4 +1,4 @@
-"""Bundles made from within the application: real exports, stand-ins for those that go wrong, and ending one."""
+"""The export screen: real exports, fake ones for failures, and cancelling."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ StandIn = Callable[[str], None]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in."""
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Runs these lines of Python in place of `llm-export`."""
+    """Runs these lines of Python instead of `llm-export`."""
     return lambda code: monkeypatch.setattr(
         "llm_edge.chat.export_process._COMMAND", f"import json, os, signal, sys, time\n{code}"
     )
@@ -47,7 +47,7 @@ def stage(name: str, share: float | None = None, detail: str = "") -> str:
 
 
 async def open_export(app: ChatApp, pilot: Any, *typed: str) -> None:
-    """F4, what is typed to find the way, Enter."""
+    """Open the export screen: F4, filter text, Enter."""
     await pilot.press("f4")
     await until(pilot, lambda: getattr(app.screen, "_entries", None))
     await pilot.press(*typed, "enter")
@@ -60,7 +60,7 @@ def value(app: ChatApp, name: str) -> Input:
 
 
 def bare_state_dict(path: Path) -> None:
-    """A two-layer model in Meta's names, which says little of itself."""
+    """A two-layer model in Meta's naming, without a config."""
     torch.manual_seed(0)
     tensors = {"tok_embeddings.weight": torch.randn(331, 64) * 0.02, "output.weight": torch.randn(331, 64) * 0.05}
     for layer in range(2):
@@ -73,8 +73,8 @@ def bare_state_dict(path: Path) -> None:
     torch.save({**tensors, "norm.weight": torch.ones(64)}, path)
 
 
-def test_a_bare_state_dict_asks_for_what_it_does_not_say_and_then_answers(place: Path) -> None:
-    """The real `llm-export`, twice: its error brings up the options, and with them the bundle is made and loads."""
+def test_a_bare_state_dict_is_exported_after_entering_missing_options(place: Path) -> None:
+    """Runs the real `llm-export` twice: its error shows the options, and with them the bundle is created and loaded."""
     bare_state_dict(place / "model.pt")
     tiny.save_tokenizer(place / "words")
 
@@ -108,7 +108,7 @@ def test_a_bare_state_dict_asks_for_what_it_does_not_say_and_then_answers(place:
     drive(scene())
 
 
-def test_stages_and_shares_show_while_an_export_works(place: Path, tiny_bundle: Path, stand_in: StandIn) -> None:
+def test_stages_and_progress_are_shown_during_an_export(place: Path, tiny_bundle: Path, stand_in: StandIn) -> None:
     go = place / "go"
     stand_in(
         stage("reading", None, "owner/name")
@@ -135,7 +135,7 @@ def test_stages_and_shares_show_while_an_export_works(place: Path, tiny_bundle: 
     drive(scene())
 
 
-def test_arguments_are_what_was_chosen(place: Path, stand_in: StandIn) -> None:
+def test_arguments_match_the_form(place: Path, stand_in: StandIn) -> None:
     stand_in("print('error: ' + json.dumps(sys.argv[1:]), file=sys.stderr); sys.exit(2)")
     typed = parse_options({"config": " a b.yaml ", "n-heads": " ", "norm-eps": "1e-5"})
     options = ExportOptions(**typed, precision="int8,int4", validate=False, force=True)
@@ -154,7 +154,7 @@ def test_the_form_offers_the_precisions_that_exist() -> None:
     assert list(PRECISIONS) == list(RECIPES)
 
 
-def test_a_bundle_that_is_there_can_be_replaced(place: Path, tiny_bundle: Path, stand_in: StandIn) -> None:
+def test_an_existing_bundle_can_be_replaced(place: Path, tiny_bundle: Path, stand_in: StandIn) -> None:
     stand_in(
         "if '--force' not in sys.argv:\n"
         "    sys.exit('error: artifacts/x exists: choose another folder with -o, or replace it with --force')\n"
@@ -175,14 +175,14 @@ def test_a_bundle_that_is_there_can_be_replaced(place: Path, tiny_bundle: Path, 
     drive(scene())
 
 
-def test_options_are_read_out_of_errors() -> None:
+def test_options_are_extracted_from_errors() -> None:
     assert named_options("x exists: choose another folder with -o, or replace it with --force") == ["output", "force"]
     assert named_options("give --config FILE or --n-heads N")[:3] == ["config", "n-heads", "tokenizer"]
     assert named_options("see --help, --explain, x--config and one-of") == []
 
 
 def gone(process: int) -> bool:
-    """Whether no process of this number runs any more."""
+    """Whether the process no longer runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -191,7 +191,7 @@ def gone(process: int) -> bool:
 
 
 @pytest.mark.parametrize("ignores", [False, True])
-def test_esc_ends_an_export_and_all_it_has_started(
+def test_escape_stops_an_export_and_its_child_processes(
     place: Path, stand_in: StandIn, ignores: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_edge.chat.export_process._GRACE", 0.3)
@@ -212,7 +212,7 @@ def test_esc_ends_an_export_and_all_it_has_started(
             await pilot.press("escape")
             await until(pilot, lambda: "was cancelled" in screen(app))
             await until(pilot, lambda: all(map(gone, processes)))
-            assert isinstance(app.screen, ExportScreen)  # with the form as it was filled in
+            assert isinstance(app.screen, ExportScreen)  # with the values of the form
             assert app.screen.query_one("#source", Input).value == "owner/name"
             await pilot.press("escape", "escape")
             await until(pilot, lambda: len(app.screen_stack) == 1)
@@ -238,8 +238,8 @@ def test_no_export_outlives_the_chat(place: Path, stand_in: StandIn) -> None:
         time.sleep(0.02)
 
 
-def test_without_the_extra_there_is_one_line_with_the_remedy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real `llm-export`, where torch cannot be imported."""
+def test_without_the_export_extra_the_error_names_the_remedy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the real `llm-export` with torch unavailable."""
     without = place / "without"
     without.mkdir()
     (without / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
@@ -260,7 +260,7 @@ def test_without_the_extra_there_is_one_line_with_the_remedy(place: Path, monkey
         ("print(json.dumps({'stage': 'done', 'path': 'x'}), flush=True); sys.exit(1)", "code 1"),
     ],
 )
-def test_what_goes_wrong_is_one_line(place: Path, stand_in: StandIn, code: str, expected: str) -> None:
+def test_errors_are_one_line(place: Path, stand_in: StandIn, code: str, expected: str) -> None:
     stand_in(code)
     export = Export(ExportRequest("x"))
     assert export.result() is None
@@ -271,7 +271,7 @@ def test_what_goes_wrong_is_one_line(place: Path, stand_in: StandIn, code: str, 
     assert len(error) <= 600
 
 
-def test_a_command_that_is_not_there_is_told(place: Path) -> None:
+def test_a_missing_command_is_reported(place: Path) -> None:
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
             await app.push_screen(ExportScreen(app.exports, "owner/name", command=[str(place / "nothing")]))
@@ -282,7 +282,7 @@ def test_a_command_that_is_not_there_is_told(place: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])
-def test_files_are_looked_for_among_what_can_be_exported(
+def test_the_file_dialog_lists_only_exportable_files(
     place: Path, tiny_bundle: Path, stand_in: StandIn, size: tuple[int, int]
 ) -> None:
     for name in ("a.pt", "b.gguf", "c.txt", ".d.pt", "e.SAFETENSORS"):
@@ -293,11 +293,11 @@ def test_files_are_looked_for_among_what_can_be_exported(
         "open('source', 'w').write(sys.argv[-1])\n"
         f"print(json.dumps({{'stage': 'done', 'path': {str(tiny_bundle)!r}}}))\n"
     )
-    made: list[BundleChoice | None] = []
+    results: list[BundleChoice | None] = []
 
     async def scene() -> None:
         async with app_with(place, size=size) as (app, pilot, _):
-            await app.push_screen(ExportScreen(app.exports, browse=True), made.append)
+            await app.push_screen(ExportScreen(app.exports, browse=True), results.append)
             await until(pilot, lambda: "a.pt" in screen(app))
             shown = screen(app)
             assert "b.gguf" in shown
@@ -314,14 +314,14 @@ def test_files_are_looked_for_among_what_can_be_exported(
             await until(pilot, lambda: app.screen.query_one("#source", Input).value.endswith("inner.pth"))
             assert not tree.has_focus
             await pilot.press("enter")
-            await until(pilot, lambda: made)
+            await until(pilot, lambda: results)
 
     drive(scene())
-    assert made == [BundleChoice(tiny_bundle)]
+    assert results == [BundleChoice(tiny_bundle)]
     assert (place / "source").read_text() == str(place / "folder/inner.pth")
 
 
-def test_nothing_given_is_told(place: Path) -> None:
+def test_a_missing_source_is_reported(place: Path) -> None:
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
             await app.push_screen(ExportScreen(app.exports, browse=True))
@@ -331,16 +331,16 @@ def test_nothing_given_is_told(place: Path) -> None:
     drive(scene())
 
 
-# ---- the precisions, which are ticked
+# ---- precision check boxes
 
 
 def inside(tick: CrossCheckbox) -> str:
-    """What stands in a box, colours apart."""
+    """The text of a check box without colours."""
     return tick.render_line(0).text[1]
 
 
 @pytest.mark.parametrize("by", ["space", "click"])
-def test_what_is_ticked_shows_without_colours_and_is_what_is_made(place: Path, stand_in: StandIn, by: str) -> None:
+def test_ticked_precisions_are_visible_without_colours_and_exported(place: Path, stand_in: StandIn, by: str) -> None:
     stand_in("sys.exit('error: ' + json.dumps(sys.argv[1:]))")
 
     async def scene() -> None:
@@ -374,7 +374,7 @@ def test_what_is_ticked_shows_without_colours_and_is_what_is_made(place: Path, s
                 await turn(name)
             assert "X▌" not in screen(app)
             app.screen.query_one("#source").focus()
-            await pilot.press("enter")  # none: whatever llm-export takes by itself
+            await pilot.press("enter")  # none: the default of llm-export
             await until(pilot, lambda: '["--progress=json", "--", "a/b"]' in " ".join(screen(app).split()))
 
     drive(scene())

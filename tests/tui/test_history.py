@@ -1,4 +1,4 @@
-"""The panel of conversations, and what is kept of them, in the application."""
+"""The history panel: finding, renaming, deleting, exporting, importing and reopening conversations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DAY = 86_400
 
 
 def keep(folder: Path, *questions: str, answer: str = "The cheetah, at 110 km/h.", finished: bool = True) -> list[int]:
-    """Put conversations into the application's store, the first one the latest used."""
+    """Put conversations into the application's store; the first one is the most recent."""
     numbers = []
     with Store(folder / "chats.db") as store:
         for question in reversed(questions):
@@ -53,19 +53,19 @@ def panel(app: ChatApp) -> HistoryPanel:
 
 
 def lines(app: ChatApp) -> list[str]:
-    """What the list shows, line by line."""
+    """The lines of the list."""
     conversations = app.query_one(ConversationList)
     return [str(option.prompt) for option in conversations.options]
 
 
 def titles(app: ChatApp) -> list[str]:
-    """First lines of what the list holds, headings in brackets."""
+    """The first line of each entry, with headings in brackets."""
     options = app.query_one(ConversationList).options
     firsts = [(str(option.prompt).splitlines()[0], option.disabled) for option in options]
     return [f"[{first}]" if heading else first for first, heading in firsts]
 
 
-def told(app: ChatApp) -> list[str]:
+def notifications(app: ChatApp) -> list[str]:
     """All notifications."""
     return [notification.message for notification in app._notifications]
 
@@ -83,7 +83,7 @@ async def until_titles(app: ChatApp, pilot: Pilot[Any], wanted: list[str]) -> No
 
 
 async def dialog(app: ChatApp, pilot: Pilot[Any], text: str) -> None:
-    """Answer the question for a line of text."""
+    """Enter a line of text into the dialog."""
     await until(pilot, lambda: isinstance(app.screen, TextPrompt) and app.screen.query(Input))
     app.screen.query_one(Input).value = text
     await pilot.press("enter")
@@ -111,13 +111,13 @@ def test_a_conversation_is_found_and_opened(tmp_path: Path, size: tuple[int, int
             assert app.session.conversation.id == numbers[1]
             assert "Tell me a joke" in shown(views(app)[0])
             assert app.query_one(Composer).has_focus
-            assert panel(app).display == (size[0] > 110)  # it lies over the conversation where there is no room
+            assert panel(app).display == (size[0] > 110)  # it covers the conversation on narrow screens
             assert "Tell me a joke  —  script" in screen(app)
 
     drive(scene())
 
 
-def test_search_finds_messages_as_one_types(tmp_path: Path) -> None:
+def test_search_finds_messages_while_typing(tmp_path: Path) -> None:
     numbers = keep(tmp_path, "Tell me a joke")
     keep(tmp_path, "How many Rs are there in strawberry?", answer="Well, there are three of them, as I count " * 3)
 
@@ -143,7 +143,7 @@ def test_search_finds_messages_as_one_types(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_the_mouse_does_it_too(tmp_path: Path) -> None:
+def test_the_mouse_works_too(tmp_path: Path) -> None:
     numbers = keep(tmp_path, "first", "second", "third")
 
     async def scene() -> None:
@@ -153,7 +153,7 @@ def test_the_mouse_does_it_too(tmp_path: Path) -> None:
             await until(pilot, lambda: app.session.conversation.id == numbers[1])
             await pilot.click(ConversationList, offset=(3, 5), button=3)
             await pilot.pause()
-            assert app.session.conversation.id == numbers[1]  # the right button only goes there
+            assert app.session.conversation.id == numbers[1]  # the right button only focuses
             buttons = {button.name: button for button in panel(app).query("Button")}
             await pilot.click(buttons["pin"])
             await until(pilot, lambda: titles(app) == ["[Pinned]", "third", "[Today]", "first", "second"])
@@ -165,7 +165,7 @@ def test_the_mouse_does_it_too(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_groups_by_the_calendar(tmp_path: Path) -> None:
+def test_conversations_are_grouped_by_date(tmp_path: Path) -> None:
     def group(age: float, pinned: bool = False) -> str:
         return group_of(Summary(1, "", pinned, NOW - age, 2, ""), NOW)
 
@@ -175,7 +175,7 @@ def test_groups_by_the_calendar(tmp_path: Path) -> None:
     assert group(400 * DAY, pinned=True) == "Pinned"
 
 
-def test_thousands_come_as_they_are_looked_at(tmp_path: Path) -> None:
+def test_thousands_of_conversations_are_loaded_on_demand(tmp_path: Path) -> None:
     count = 3 * PAGE + 20
     with Store(tmp_path / "chats.db") as store:
         for number in range(count):
@@ -209,7 +209,7 @@ def test_thousands_come_as_they_are_looked_at(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
+def test_stored_text_cannot_control_the_terminal(tmp_path: Path) -> None:
     payloads = [
         "\x1b]52;c;ZXZpbA==\x07",
         "\x1b[2J",
@@ -226,7 +226,7 @@ def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
         foreign.attach(Message(2, 1, "assistant", foul, reasoning=foul, model=foul, params={"seed": foul}))
         foreign.leaf = 2
         store.import_conversation(foreign)
-        store._database.execute("UPDATE conversations SET title = ?", (foul,))  # past all that tidies it up
+        store._database.execute("UPDATE conversations SET title = ?", (foul,))  # bypasses the sanitization
 
     async def scene() -> None:
         async with app_with(tmp_path, size=(120, 40)) as (app, pilot, _):
@@ -234,7 +234,7 @@ def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
 
             async def look(text: str) -> None:
                 await until(pilot, lambda: text in screen(app))
-                seen.append(screen(app) + "".join(lines(app)) + "".join(told(app)))
+                seen.append(screen(app) + "".join(lines(app)) + "".join(notifications(app)))
 
             await open_panel(app, pilot)
             await look("needle")
@@ -253,7 +253,7 @@ def test_nothing_kept_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_nothing_kept_and_keys_that_close(tmp_path: Path) -> None:
+def test_an_empty_history_and_keys_that_close_it(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(80, 24)) as (app, pilot, _):
             await pilot.press("f2")
@@ -266,7 +266,7 @@ def test_nothing_kept_and_keys_that_close(tmp_path: Path) -> None:
             await pilot.press("f3")
             assert app.query_one("#parameters").display
             await pilot.press("ctrl+t")
-            assert not app.query_one("#parameters").display  # one panel at a time where it is narrow
+            assert not app.query_one("#parameters").display  # one panel at a time on narrow screens
             assert panel(app).display
 
     drive(scene())
@@ -276,7 +276,7 @@ def test_nothing_kept_and_keys_that_close(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["r", "f2"])
-def test_rename(tmp_path: Path, key: str) -> None:
+def test_a_conversation_can_be_renamed(tmp_path: Path, key: str) -> None:
     numbers = keep(tmp_path, "first", "second")
 
     async def scene() -> None:
@@ -293,14 +293,14 @@ def test_rename(tmp_path: Path, key: str) -> None:
             await until(pilot, lambda: isinstance(app.screen, TextPrompt))
             await pilot.press("escape")
             await pilot.press("escape")
-            await ask(pilot, "And the next?")  # the new title stays when its conversation goes on
+            await ask(pilot, "And the next?")  # the new title is kept when the conversation continues
             assert app.session.store.load(numbers[0]).title.startswith("Cheetahs")
             assert app.session.store.load(numbers[1]).title == "second"
 
     drive(scene())
 
 
-def test_pin(tmp_path: Path) -> None:
+def test_a_conversation_can_be_pinned(tmp_path: Path) -> None:
     keep(tmp_path, "first", "second")
 
     async def scene() -> None:
@@ -308,13 +308,13 @@ def test_pin(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             await pilot.press("down", "p")
             await until(pilot, lambda: titles(app) == ["[Pinned]", "second", "[Today]", "first"])
-            await pilot.press("p")  # the list still stands on it
+            await pilot.press("p")  # it is still highlighted
             await until(pilot, lambda: titles(app) == ["[Today]", "first", "second"])
 
     drive(scene())
 
 
-def test_delete_and_undo(tmp_path: Path) -> None:
+def test_deleting_can_be_undone(tmp_path: Path) -> None:
     numbers = keep(tmp_path, "first", "second", "third")
 
     async def scene() -> None:
@@ -325,8 +325,8 @@ def test_delete_and_undo(tmp_path: Path) -> None:
             app.query_one(ConversationList).focus()
             await pilot.press("d")
             await until_titles(app, pilot, ["second", "third"])
-            await until(pilot, lambda: not views(app))  # it was the one of now
-            assert told(app)[-1] == "Deleted “first”. Press u in the list to undo."
+            await until(pilot, lambda: not views(app))  # it was the current one
+            assert notifications(app)[-1] == "Deleted “first”. Press u in the list to undo."
             await pilot.press("delete")
             await until_titles(app, pilot, ["third"])
             await pilot.press("u")
@@ -337,12 +337,12 @@ def test_delete_and_undo(tmp_path: Path) -> None:
             await until(pilot, lambda: len(views(app)) == 2)  # as it was before
             assert app.session.conversation.id == numbers[0]
             await pilot.press("u")
-            await until(pilot, lambda: told(app)[-1] == "Nothing to undo.")
+            await until(pilot, lambda: notifications(app)[-1] == "Nothing to undo.")
 
     drive(scene())
 
 
-def test_deleting_what_is_being_answered_ends_the_answer(tmp_path: Path) -> None:
+def test_deleting_a_conversation_stops_its_answer(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "word " * 10_000, pause=0.005) as (app, pilot, fake):
             await ask(pilot, "Count", wait=False)
@@ -362,7 +362,7 @@ def test_deleting_what_is_being_answered_ends_the_answer(tmp_path: Path) -> None
 # Files
 
 
-def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
@@ -376,11 +376,11 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert app.screen.query_one(Input).value == "What-is-the-fastest-animal.md"
             await pilot.press("enter")
             written = tmp_path / "What-is-the-fastest-animal.md"
-            await until(pilot, lambda: told(app)[-1:] == [f"Exported to {written.name}"])
+            await until(pilot, lambda: notifications(app)[-1:] == [f"Exported to {written.name}"])
             assert "The cheetah" in written.read_text()
             await pilot.press("e")
             await dialog(app, pilot, "~/talk.json")
-            await until(pilot, lambda: told(app)[-1:] == ["Exported to ~/talk.json"])
+            await until(pilot, lambda: notifications(app)[-1:] == ["Exported to ~/talk.json"])
             assert transcript.read(tmp_path / "home" / "talk.json").title == "What is: the/fastest animal?"
 
             written.write_text("precious")
@@ -395,9 +395,9 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             await pilot.press("e")
             await dialog(app, pilot, "nowhere/talk.md")
             await until(pilot, lambda: "nowhere/talk.md cannot be written (" in " ".join(screen(app).split()))
-            assert app.screen.query_one(Input).value == "nowhere/talk.md"  # it can be mended there
-            await dialog(app, pilot, "mended.md")
-            await until(pilot, lambda: told(app)[-1:] == ["Exported to mended.md"])
+            assert app.screen.query_one(Input).value == "nowhere/talk.md"  # it can be corrected there
+            await dialog(app, pilot, "corrected.md")
+            await until(pilot, lambda: notifications(app)[-1:] == ["Exported to corrected.md"])
 
     drive(scene())
 
@@ -413,12 +413,12 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("x" * 300, "x" * 60 + ".md"),
     ],
 )
-def test_names_of_files(title: str, name: str) -> None:
+def test_file_names_are_derived_from_titles(title: str, name: str) -> None:
     assert file_name(title) == name
 
 
 def archive(folder: Path, count: int) -> Path:
-    """What ChatGPT sends."""
+    """An archive as exported by ChatGPT."""
     entries = []
     for number in range(count):
         nodes = {}
@@ -441,18 +441,18 @@ def archive(folder: Path, count: int) -> Path:
     return path
 
 
-def test_import_of_chatgpt(tmp_path: Path) -> None:
+def test_chatgpt_archives_are_imported(tmp_path: Path) -> None:
     path = archive(tmp_path, 120)
 
     async def scene() -> None:
         async with app_with(tmp_path, size=(120, 30)) as (app, pilot, _):
             await pilot.press("f2", "down", "i")
             await dialog(app, pilot, str(path))
-            await until(pilot, lambda: told(app)[-1:] == ["Imported 120 conversations."])
+            await until(pilot, lambda: notifications(app)[-1:] == ["Imported 120 conversations."])
             await until(pilot, lambda: len(titles(app)) > PAGE)
             await pilot.press("i")
             await dialog(app, pilot, str(path))
-            await until(pilot, lambda: told(app)[-1:] == ["Imported 0 conversations."])
+            await until(pilot, lambda: notifications(app)[-1:] == ["Imported 0 conversations."])
             await pilot.press("slash", *"Answer 77")
             await until_titles(app, pilot, ["Talk 77"])
             await pilot.press("enter")
@@ -460,24 +460,24 @@ def test_import_of_chatgpt(tmp_path: Path) -> None:
             panel(app).query_one(ConversationList).focus()
             await pilot.press("i")
             await dialog(app, pilot, str(tmp_path / "none.zip"))
-            await until(pilot, lambda: "none.zip: cannot be read (No such file" in told(app)[-1])
+            await until(pilot, lambda: "none.zip: cannot be read (No such file" in notifications(app)[-1])
 
     drive(scene())
 
 
-def test_import_of_our_own(tmp_path: Path) -> None:
+def test_exported_conversations_are_imported(tmp_path: Path) -> None:
     odd = {"tokens": "many", "tokens_per_second": [], "time_to_first_token": {}, "prompt_tokens": True, "changes": [1]}
-    made = Conversation(title="Old \x1b[2J talk", created=NOW, updated=NOW, system="Be brief.")
-    made.attach(Message(1, None, "user", "Why?", created=NOW))
-    made.attach(Message(2, 1, "assistant", "Because.", created=NOW, figures=odd | {"finish_reason": "stop"}))
-    made.leaf = 2
-    transcript.save(str(tmp_path / "talk.json"), made)
+    conversation = Conversation(title="Old \x1b[2J talk", created=NOW, updated=NOW, system="Be brief.")
+    conversation.attach(Message(1, None, "user", "Why?", created=NOW))
+    conversation.attach(Message(2, 1, "assistant", "Because.", created=NOW, figures=odd | {"finish_reason": "stop"}))
+    conversation.leaf = 2
+    transcript.save(str(tmp_path / "talk.json"), conversation)
 
     async def scene() -> None:
         async with app_with(tmp_path) as (app, pilot, _):
             await pilot.press("f2", "down", "i")
             await dialog(app, pilot, str(tmp_path / "talk.json"))
-            await until(pilot, lambda: told(app)[-1:] == ["Imported 1 conversation."])
+            await until(pilot, lambda: notifications(app)[-1:] == ["Imported 1 conversation."])
             await until_titles(app, pilot, ["Old [2J talk"])
             await pilot.press("enter")
             await until(pilot, lambda: views(app))
@@ -488,10 +488,10 @@ def test_import_of_our_own(tmp_path: Path) -> None:
     drive(scene())
 
 
-# What an opened conversation brings along
+# State restored with a conversation
 
 
-def test_the_system_prompt_of_a_conversation_returns(tmp_path: Path) -> None:
+def test_the_system_prompt_of_a_conversation_is_restored(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Arr.", "Yes.", "Hm.", "So.", size=(120, 40)) as (app, pilot, fake):
             app.session.apply_change(lambda parameters: parameters.set_text("system", "You are a pirate."))
@@ -511,7 +511,7 @@ def test_the_system_prompt_of_a_conversation_returns(tmp_path: Path) -> None:
             await pilot.press("f3")
             assert app.query_one("#value-system").text == "You are a pirate."  # type: ignore[attr-defined]
             await ask(pilot, "Sure?")
-            await pilot.press("ctrl+n")  # a new one begins with what was last written, not with what was looked at
+            await pilot.press("ctrl+n")  # a new one starts with the last edited prompt, not with the last viewed one
             await ask(pilot, "And now?")
             systems = [asked[0]["content"] for asked, _, _ in fake.asked if asked[0]["role"] == "system"]
             assert systems == ["You are a pirate.", "Be brief.", "You are a pirate.", "Be brief."]
@@ -520,7 +520,7 @@ def test_the_system_prompt_of_a_conversation_returns(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_what_was_asked_before_is_at_hand(tmp_path: Path) -> None:
+def test_earlier_questions_are_in_the_input_history(tmp_path: Path) -> None:
     _, gone, *_ = keep(tmp_path, "the latest", "deleted", "the first\nof two lines")
     with Store(tmp_path / "chats.db") as store:
         store.delete(gone)
@@ -541,7 +541,7 @@ def test_what_was_asked_before_is_at_hand(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_a_title_comes_with_the_first_question(tmp_path: Path) -> None:
+def test_the_title_is_set_by_the_first_question(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "word " * 1000, pause=0.01, size=(120, 30)) as (app, pilot, _):
             await pilot.press("f2")
@@ -572,7 +572,7 @@ asyncio.run(scene())
 """
 
 
-def test_an_answer_that_a_kill_cut_is_continued(tmp_path: Path) -> None:
+def test_an_answer_cut_by_a_kill_can_be_continued(tmp_path: Path) -> None:
     script = KILLED.format(tests=str(SUPPORT), folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ) as process:
         assert process.stdout is not None
@@ -595,7 +595,7 @@ def test_an_answer_that_a_kill_cut_is_continued(tmp_path: Path) -> None:
             kept = app.session.store.load(1).path()[1]
             assert (kept.content, kept.finished) == (cut + "and the rest.", True)
             assert "unfinished" not in shown(views(app)[1])
-            assert views(app)[1].region.bottom <= app.query_one("#conversation").region.bottom  # at its end
+            assert views(app)[1].region.bottom <= app.query_one("#conversation").region.bottom  # scrolled to its end
             await pilot.press("ctrl+r")
             await until(pilot, lambda: len(fake.asked) == 2 and app.session.answering is None)
             assert app.session.conversation.path()[1].content == "From the beginning."
@@ -603,7 +603,7 @@ def test_an_answer_that_a_kill_cut_is_continued(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_what_a_kill_left_before_any_answer(tmp_path: Path) -> None:
+def test_a_question_without_an_answer_after_a_kill(tmp_path: Path) -> None:
     with Store(tmp_path / "chats.db") as store:
         asked = store.new()
         store.add(asked, "user", "Only asked")
@@ -614,8 +614,8 @@ def test_what_a_kill_left_before_any_answer(tmp_path: Path) -> None:
         store.update(message)
 
     async def scene() -> None:
-        said = Said("Two.", reasoning="One and one")
-        async with app_with(tmp_path, "One.", said) as (app, pilot, _):
+        reply = Said("Two.", reasoning="One and one")
+        async with app_with(tmp_path, "One.", reply) as (app, pilot, _):
             for number, (content, reasoning) in ((asked.id, ("One.", "")), (thought.id, ("Two.", "One and one"))):
                 panel(app).open(number)
                 await until(pilot, lambda number=number: app.session.conversation.id == number)
@@ -630,7 +630,7 @@ def test_what_a_kill_left_before_any_answer(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_opening_stops_an_answer_and_says_so(tmp_path: Path) -> None:
+def test_opening_another_conversation_stops_an_answer_and_reports_it(tmp_path: Path) -> None:
     (number,) = keep(tmp_path, "earlier")
 
     async def scene() -> None:
@@ -641,7 +641,7 @@ def test_opening_stops_an_answer_and_says_so(tmp_path: Path) -> None:
             await open_panel(app, pilot)
             await pilot.press("down", "enter")
             await until(pilot, lambda: app.session.conversation.id == number)
-            assert "Press Ctrl-G there to continue it" in told(app)[-1]
+            assert "Press Ctrl-G there to continue it" in notifications(app)[-1]
             answer = app.session.store.load(counting.id).path()[1]
             assert (answer.figures["finish_reason"], answer.content[:5]) == ("cancelled", "word ")
 

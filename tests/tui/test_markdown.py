@@ -1,4 +1,4 @@
-"""Markdown as lines: the same however the text came, and nothing in them that a terminal would obey."""
+"""Rendering Markdown as lines: independent of how the text is split, and without control sequences."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def texts(lines: list[Line]) -> list[str]:
 
 @given(st.lists(PIECES, max_size=30), st.integers(1, 7))
 @settings(max_examples=150, deadline=None)
-def test_lines_do_not_depend_on_how_the_text_came(pieces: list[str], size: int) -> None:
-    whole = "".join(pieces)
+def test_lines_do_not_depend_on_how_the_text_is_split(parts: list[str], size: int) -> None:
+    whole = "".join(parts)
     growing = MarkdownLines()
     for end in range(size, len(whole) + size, size):
         found = growing.lines(whole[:end], 40)
@@ -29,7 +29,7 @@ def test_lines_do_not_depend_on_how_the_text_came(pieces: list[str], size: int) 
         assert texts(found) == texts(MarkdownLines().lines(whole, 40))
 
 
-def test_a_code_block_shows_while_it_grows_and_once_it_is_closed() -> None:
+def test_a_code_block_is_shown_while_open_and_when_closed() -> None:
     text = "Look:\n\n```python\ndef greet():\n    return 1\n```\n\nDone."
     growing = MarkdownLines()
     for end in range(1, len(text) + 1):
@@ -45,7 +45,7 @@ def test_a_code_block_shows_while_it_grows_and_once_it_is_closed() -> None:
     assert styles["def"].color != styles["Done."].color if styles["Done."] is not None else True
 
 
-def test_nothing_of_it_commands_a_terminal() -> None:
+def test_lines_contain_no_control_sequences() -> None:
     evil = "a\x1b]52;c;aGk=\x07b \x9b31m &#x202e;c &#27;[2J `x\x1b[31m`\n\n```\n\x1b[0m\u2066\n```\n[l](http://x\x1b/)"
     shown = "\n".join(texts(MarkdownLines().lines(evil, 60)))
     assert not {"\x1b", "\x07", "\x9b", "\u202e", "\u2066"} & set(shown)
@@ -57,7 +57,7 @@ def test_lines_fit_the_width() -> None:
         assert max(map(len, texts(MarkdownLines().lines(text, width)))) <= width
 
 
-def test_a_huge_block_is_shown_as_it_stands() -> None:
+def test_a_huge_block_is_shown_unformatted() -> None:
     shown = texts(MarkdownLines().lines("*a" * 25_000, 100))
     assert "".join(shown) == "*a" * 25_000
     code = "\n".join(f"line {number}" for number in range(1000))

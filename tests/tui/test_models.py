@@ -1,4 +1,4 @@
-"""The picker of models in the real application: bundles, endpoints, and what happens to the chat meanwhile."""
+"""The model picker: bundles, endpoints, and the chat while a model loads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_server import Server, said
+from openai_server import Server, text_events
 from textual.widgets import Input, OptionList, Select
 from tui_driving import app_with, ask, drive, screen, until
 
@@ -36,7 +36,7 @@ HOSTILE = "evil\x1b]52;c;aGk=\x07[red]\u202etxt\x9b2J"
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in, with an `artifacts/`."""
+    """A working directory with an empty `artifacts/`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "artifacts").mkdir()
     return tmp_path
@@ -61,16 +61,18 @@ async def open_models(app: ChatApp, pilot: Any, key: str = "f4") -> ModelsScreen
 
 
 def line(app: ChatApp, *words: str) -> str:
-    """The one line of the screen that holds these words."""
+    """The only line of the screen that contains these words."""
     found = [each for each in screen(app).splitlines() if all(word in each for word in words)]
     assert len(found) == 1, screen(app)
     return found[0]
 
 
-# ---- what there is
+# ---- listing
 
 
-def test_bundles_are_found_with_size_and_fidelity_and_broken_ones_with_why(two: Path, tiny_bundle: Path) -> None:
+def test_bundles_are_listed_with_size_and_fidelity_and_broken_ones_with_the_reason(
+    two: Path, tiny_bundle: Path
+) -> None:
     found = bundles.offers([tiny_bundle, two / "gone", two / "artifacts/good"])
     broken = [each for each in found if isinstance(each, Broken)]
     assert [each.path.name for each in broken] == ["cut"]
@@ -82,7 +84,7 @@ def test_bundles_are_found_with_size_and_fidelity_and_broken_ones_with_why(two: 
         ("good", "int8"),
         ("good", "int4"),
     ]
-    assert {each.path for each in offers[3:]} == {tiny_bundle}  # the recent one, and none twice
+    assert {each.path for each in offers[3:]} == {tiny_bundle}  # the recent one, without duplicates
     assert [each.precision for each in offers if each.preferred] == ["int8", "int8"]
     model = two / "artifacts/good/onnx"
     size = sum((model / f"model{end}").stat().st_size for end in (".onnx", ".onnx_data"))
@@ -90,7 +92,7 @@ def test_bundles_are_found_with_size_and_fidelity_and_broken_ones_with_why(two: 
     assert all(each.fidelity.startswith("KL ") and "top-1" in each.fidelity for each in offers)
 
 
-def test_recent_bundles_come_the_latest_first_and_once(place: Path) -> None:
+def test_recent_bundles_are_listed_latest_first_without_duplicates(place: Path) -> None:
     settings = Settings(place)
     for name in ("a", "b", "a"):
         bundles.used(settings, Path(name))
@@ -117,7 +119,7 @@ def test_each_precision_has_one_line(two: Path, size: tuple[int, int], key: str)
 # ---- choosing
 
 
-def test_a_bundle_is_found_by_typing_and_the_conversation_goes_on_with_it(two: Path) -> None:
+def test_a_bundle_is_found_by_typing_and_the_conversation_continues_with_it(two: Path) -> None:
     async def scene() -> None:
         async with app_with(two, "From the script.") as (app, pilot, fake):
             await ask(pilot, "First?")
@@ -147,7 +149,7 @@ def test_a_bundle_is_found_by_typing_and_the_conversation_goes_on_with_it(two: P
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[threading.Event, FakeResponder]]:
-    """What is chosen loads once an event is set, and is a script."""
+    """The chosen bundle loads once an event is set, as a fake model."""
 
     def make() -> tuple[threading.Event, FakeResponder]:
         loaded, second = threading.Event(), FakeResponder("From the second.", name="second")
@@ -162,7 +164,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[threading.Event,
     return make
 
 
-def test_the_old_model_answers_until_the_new_one_is_there(
+def test_the_old_model_answers_until_the_new_one_is_loaded(
     two: Path, slow: Callable[[], tuple[threading.Event, FakeResponder]]
 ) -> None:
     loaded, second = slow()
@@ -182,7 +184,7 @@ def test_the_old_model_answers_until_the_new_one_is_there(
     drive(scene())
 
 
-def test_an_answer_on_its_way_comes_to_its_end(
+def test_a_running_answer_finishes_with_the_old_model(
     two: Path, slow: Callable[[], tuple[threading.Event, FakeResponder]]
 ) -> None:
     loaded, second = slow()
@@ -202,7 +204,7 @@ def test_an_answer_on_its_way_comes_to_its_end(
     drive(scene())
 
 
-def test_what_cannot_be_loaded_is_told_and_changes_nothing(two: Path) -> None:
+def test_a_load_error_is_reported_and_changes_nothing(two: Path) -> None:
     async def scene() -> None:
         async with app_with(two) as (app, pilot, fake):
             await open_models(app, pilot)
@@ -215,10 +217,8 @@ def test_what_cannot_be_loaded_is_told_and_changes_nothing(two: Path) -> None:
     drive(scene())
 
 
-def test_a_bundle_that_is_not_there_leads_to_where_one_is_made(
-    place: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One Enter makes SmolLM2; here a stand-in for `llm-export` does, which gives the tiny model for it."""
+def test_a_missing_bundle_leads_to_the_export(place: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enter exports SmolLM2; here a fake `llm-export` returns the tiny model instead."""
     says = f"""
 import json, sys
 open("arguments", "w").write(json.dumps(sys.argv[1:]))
@@ -254,7 +254,7 @@ print(json.dumps({{"stage": "done", "path": {str(tiny_bundle)!r}, "seconds": 1.0
         ("https://x.example/v1", EndpointScreen, "#url"),
     ],
 )
-def test_what_is_typed_leads_to_where_it_is_of_use(two: Path, typed: str, kind: type, field: str) -> None:
+def test_typed_paths_ids_and_urls_open_the_matching_form(two: Path, typed: str, kind: type, field: str) -> None:
     async def scene() -> None:
         async with app_with(two) as (app, pilot, _):
             await open_models(app, pilot)
@@ -265,7 +265,7 @@ def test_what_is_typed_leads_to_where_it_is_of_use(two: Path, typed: str, kind: 
     drive(scene())
 
 
-def test_what_fits_nothing_chooses_nothing(two: Path) -> None:
+def test_a_filter_without_matches_chooses_nothing(two: Path) -> None:
     async def scene() -> None:
         async with app_with(two) as (app, pilot, fake):
             models = await open_models(app, pilot)
@@ -280,7 +280,7 @@ def test_what_fits_nothing_chooses_nothing(two: Path) -> None:
 # ---- endpoints
 
 
-def test_an_endpoint_is_connected_to_and_kept(place: Path, server: Server) -> None:
+def test_an_endpoint_is_connected_and_saved(place: Path, server: Server) -> None:
     async def scene() -> None:
         async with app_with(place, "From the script.") as (app, pilot, _):
             await ask(pilot, "First?")
@@ -305,12 +305,12 @@ def test_an_endpoint_is_connected_to_and_kept(place: Path, server: Server) -> No
     drive(scene())
 
 
-def connect(app: ChatApp, made: Endpoint | None) -> None:
-    assert made is not None
-    app.chat_screen.loader.start(lambda: open_responder(made))
+def connect(app: ChatApp, endpoint: Endpoint | None) -> None:
+    assert endpoint is not None
+    app.chat_screen.loader.start(lambda: open_responder(endpoint))
 
 
-def test_a_key_for_the_keyring_shows_nowhere(place: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_for_the_keyring_is_never_shown(place: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[tuple[str, str], str] = {}
 
     class Ring:
@@ -322,14 +322,14 @@ def test_a_key_for_the_keyring_shows_nowhere(place: Path, server: Server, monkey
 
     monkeypatch.setattr("keyring.get_keyring", Ring)
     server.key = CANARY
-    server.events = lambda: said("I know", " you")
+    server.events = lambda: text_events("I know", " you")
     screens: list[str] = []
 
     async def scene() -> None:
         async with app_with(place, size=(100, 30)) as (app, pilot, _):
             await app.push_screen(
                 EndpointScreen(server.url),
-                lambda made: made and app.chat_screen.loader.start(lambda: open_responder(made)),
+                lambda endpoint: endpoint and app.chat_screen.loader.start(lambda: open_responder(endpoint)),
             )
             await until(pilot, lambda: isinstance(app.screen, EndpointScreen) and app.screen.is_mounted)
             await pilot.press("enter")
@@ -360,7 +360,7 @@ def test_a_key_for_the_keyring_shows_nowhere(place: Path, server: Server, monkey
             assert CANARY.encode() not in file.read_bytes(), file
 
 
-def test_what_is_wrong_with_an_endpoint_is_told_where_it_is_typed(place: Path, server: Server) -> None:
+def test_endpoint_errors_are_shown_in_the_form(place: Path, server: Server) -> None:
     async def scene() -> None:
         async with app_with(place) as (app, pilot, _):
             await app.push_screen(EndpointScreen())
@@ -382,10 +382,10 @@ def test_what_is_wrong_with_an_endpoint_is_told_where_it_is_typed(place: Path, s
     drive(scene())
 
 
-# ---- strangers' names
+# ---- untrusted names
 
 
-def test_names_cannot_steer_the_terminal(two: Path, server: Server) -> None:
+def test_names_cannot_control_the_terminal(two: Path, server: Server) -> None:
     (two / "artifacts" / HOSTILE).mkdir()
     (two / "artifacts" / HOSTILE / "manifest.json").write_text("{")
     (two / f"{HOSTILE}.pt").write_bytes(b"")
@@ -414,7 +414,7 @@ def test_names_cannot_steer_the_terminal(two: Path, server: Server) -> None:
     drive(scene())
 
 
-def test_settings_that_hold_nonsense_offer_nothing(place: Path) -> None:
+def test_invalid_settings_are_ignored(place: Path) -> None:
     (place / "settings.json").write_text(
         '{"endpoints": [{"url": 5}, {"model": "x", "url": "ftp://y"}], "recent": ["\\u0000"]}'
     )

@@ -31,7 +31,7 @@ def error_under(app: ChatApp, name: str) -> str:
 
 
 async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
-    """As a person does: to the field, over what stands there, Enter."""
+    """Type like a user: focus the field, replace its text, press Enter."""
     pilot.app.query_one(f"#value-{name}").focus()
     await pilot.pause()
     await pilot.press("end", "ctrl+u", *text)
@@ -40,7 +40,7 @@ async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
     await pilot.pause()
 
 
-def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> None:
+def test_every_number_can_be_changed_by_keys_during_generation(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, LONG, pause=3 * PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
             await ask(pilot, "Talk.", wait=False)
@@ -59,7 +59,7 @@ def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> N
                     parameter.name
                 )
                 assert app.query_one(f"#title-{parameter.name}").has_class("changed")
-            assert app.session.answering is answer  # it all happened while it came
+            assert app.session.answering is answer  # all changes happened during generation
             changes = {each["name"]: each for each in answer.figures["changes"]}
             assert set(changes) == {parameter.name for parameter in NUMBERS}
             assert all(0 < each["at"] < 400 for each in changes.values())
@@ -70,7 +70,7 @@ def test_every_number_is_live_by_keys_while_an_answer_comes(tmp_path: Path) -> N
     drive(scene())
 
 
-def test_texts_are_live_too_and_what_can_only_begin_with_an_answer_waits_for_the_next(tmp_path: Path) -> None:
+def test_texts_apply_during_generation_and_others_from_the_next_answer(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, LONG, "two", pause=PER_TOKEN, size=(120, 60)) as (app, pilot, fake):
             await ask(pilot, "Talk.", wait=False)
@@ -100,7 +100,7 @@ def test_texts_are_live_too_and_what_can_only_begin_with_an_answer_waits_for_the
     drive(scene())
 
 
-def test_typing_counts_on_enter_and_on_leaving_and_errors_stand_under_the_field(tmp_path: Path) -> None:
+def test_typed_values_apply_on_enter_and_blur_with_errors_below_the_field(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
             await pilot.press("f3")
@@ -110,7 +110,7 @@ def test_typing_counts_on_enter_and_on_leaving_and_errors_stand_under_the_field(
             assert "temperature" in error_under(app, "temperature")
             assert "a number" in error_under(app, "temperature")
             assert app.session.parameters.changed == {"temperature": 1.3}
-            await type_into(pilot, "temperature", "99")  # beyond where keys turn it, within what it can be
+            await type_into(pilot, "temperature", "99")  # beyond the slider's range but valid
             assert error_under(app, "temperature") == ""
             assert app.session.parameters.changed == {"temperature": 99.0}
             field = app.query_one("#value-top_k", ValueField)
@@ -123,7 +123,7 @@ def test_typing_counts_on_enter_and_on_leaving_and_errors_stand_under_the_field(
     drive(scene())
 
 
-def test_the_mouse_turns(tmp_path: Path) -> None:
+def test_the_mouse_changes_values(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
             await pilot.press("f3")
@@ -153,7 +153,7 @@ def test_the_mouse_turns(tmp_path: Path) -> None:
         ('{"a": "\\u001b]52;c;x\\u0007", "type": "\\u009b31m"}', ""),
     ],
 )
-def test_a_schema_that_cannot_be_followed_is_told_under_its_field(tmp_path: Path, schema: str, reason: str) -> None:
+def test_an_unsatisfiable_schema_is_reported_below_its_field(tmp_path: Path, schema: str, reason: str) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(120, 60)) as (app, pilot, _):
             await pilot.press("f3")
@@ -208,14 +208,14 @@ def test_a_preset_is_saved_used_replaced_and_deleted(tmp_path: Path) -> None:
             await until(pilot, lambda: select.value == "mine")
             await pilot.click("#delete-preset")
             await until(pilot, lambda: select.value is Select.NULL)
-            assert app.session.parameters.changed == {"temperature": 1.2}  # in force still
+            assert app.session.parameters.changed == {"temperature": 1.2}  # still applied
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             assert "mine" not in (tmp_path / "settings.json").read_text(encoding="utf-8")
 
     drive(scene())
 
 
-def test_presets_are_there_for_the_next_program_and_chosen_by_keys(tmp_path: Path) -> None:
+def test_presets_persist_and_can_be_chosen_by_keys(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok", size=(80, 24)) as (app, pilot, _):
             await pilot.press("f3")
@@ -241,7 +241,7 @@ def test_presets_are_there_for_the_next_program_and_chosen_by_keys(tmp_path: Pat
     drive(scene())
 
 
-def test_escape_from_the_name_saves_nothing(tmp_path: Path) -> None:
+def test_escape_from_the_name_field_saves_nothing(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f3")
@@ -253,7 +253,7 @@ def test_escape_from_the_name_saves_nothing(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_a_preset_is_live_while_an_answer_comes(tmp_path: Path) -> None:
+def test_a_preset_applies_during_generation(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, LONG, pause=PER_TOKEN, size=(120, 50)) as (app, pilot, fake):
             await ask(pilot, "Talk.", wait=False)
@@ -308,7 +308,7 @@ def test_escape_codes_pasted_into_a_field_do_not_reach_the_terminal(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         ("{", "not JSON"),
         ('{"presets": 3}', "presets: expected an object of models"),
@@ -316,15 +316,15 @@ def test_escape_codes_pasted_into_a_field_do_not_reach_the_terminal(tmp_path: Pa
         ('{"presets": {"script": {"b\\u001b[2Jd": {"temperature": "hot"}}}}', ""),
     ],
 )
-def test_damaged_settings_are_told_and_the_panel_works(tmp_path: Path, content: str, told: str) -> None:
+def test_damaged_settings_are_reported_and_the_panel_works(tmp_path: Path, content: str, reported: str) -> None:
     async def scene() -> None:
         (tmp_path / "settings.json").write_text(content, encoding="utf-8")
         async with app_with(tmp_path, "ok", size=(120, 50)) as (app, pilot, _):
-            assert (told in app.settings.trouble) if told else not app.settings.trouble
-            if told:
+            assert (reported in app.settings.trouble) if reported else not app.settings.trouble
+            if reported:
                 assert str(tmp_path)[:12] in screen(app)  # a notification
             await pilot.press("f3")
-            if not told:
+            if not reported:
                 app.query_one("#presets", Select).value = "b\x1b[2Jd"
                 await until(pilot, lambda: "cannot be used" in error_under(app, "presets"))
                 await until(pilot, lambda: app.query_one("#presets", Select).value == MODEL_DEFAULTS)
@@ -332,7 +332,7 @@ def test_damaged_settings_are_told_and_the_panel_works(tmp_path: Path, content: 
             await pilot.press("ctrl+s", *"mine", "enter")
             await until(pilot, lambda: app.query_one("#presets", Select).value == "mine")
             assert "\x1b" not in screen(app)
-        if told:
+        if reported:
             assert (tmp_path / "settings.damaged-1.json").read_text(encoding="utf-8") == content
 
     drive(scene())

@@ -1,4 +1,4 @@
-"""The chat line by line: alone with a fake model, through pipes, and in a terminal."""
+"""The plain line-by-line chat: with a fake model, through pipes, and in a terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llm_edge.runtime.errors import ContextLengthError, LogitsError, MachineErro
 from llm_edge.tui.plain import PlainChat
 
 PARAMS = SamplingParams(temperature=0.5, max_tokens=100)
-PATIENCE = 60  # seconds until a test that waits for a program gives up
+PATIENCE = 60  # timeout in seconds for a program
 
 
 def partition(line: str) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def partition(line: str) -> tuple[str, str]:
 
 
 class Output(io.StringIO):
-    """Remembers its writes one by one; may be a terminal."""
+    """Records each write; may be a terminal."""
 
     def __init__(self, terminal: bool = False) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Output(io.StringIO):
 
 
 class Chat:
-    """A `PlainChat` over a fake model, and what it wrote."""
+    """A `PlainChat` with a fake model, and its output."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Chat:
 
     @property
     def asked(self) -> list[list[str]]:
-        """What the model was asked, as the contents of all messages."""
+        """The contents of all messages sent to the model."""
         return [[message["content"] for message in messages] for messages, _params in self.model.questions]
 
     @property
@@ -118,14 +118,14 @@ def test_a_conversation_keeps_its_context() -> None:
 
 
 @pytest.mark.parametrize("empty", ["", "   ", "\t", "\r"])
-def test_an_empty_line_begins_a_new_conversation(empty: str) -> None:
+def test_an_empty_line_starts_a_new_conversation(empty: str) -> None:
     chat = Chat("Hello.", "Who?")
     chat.lines("Hi", empty, "Do you remember me?")
     assert chat.asked[1] == ["Do you remember me?"]
     assert "(new conversation)" in chat.notes.getvalue()
 
 
-def test_a_system_prompt_goes_first_in_every_conversation() -> None:
+def test_a_system_prompt_starts_every_conversation() -> None:
     chat = Chat("Hello.", "Fine.", "Hello.", system="Be brief.")
     chat.lines("Hi", "How are you?", "", "Hi again")
     assert chat.asked == [
@@ -136,36 +136,36 @@ def test_a_system_prompt_goes_first_in_every_conversation() -> None:
     assert [messages[0]["role"] for messages, _params in chat.model.questions] == ["system"] * 3
 
 
-def test_answers_are_written_piece_by_piece() -> None:
+def test_answers_are_written_as_they_stream() -> None:
     chat = Chat()
-    pieces = ["One", " two", " three"]
+    chunks = ["One", " two", " three"]
 
     def wait_until_written(number: int) -> None:
         deadline = time.monotonic() + PATIENCE
-        while chat.output.getvalue() != "".join(pieces[:number]):
+        while chat.output.getvalue() != "".join(chunks[:number]):
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
-    chat.model.enqueue(Answer(pieces, before=wait_until_written))
+    chat.model.enqueue(Answer(chunks, before=wait_until_written))
     chat.lines("Count")
     assert [text for text in chat.output.writes if text] == ["One", " two", " three", "\n"]
 
 
 @pytest.mark.parametrize("leave", ["quit", "exit", " QUIT ", "/quit", "/exit"])
-def test_quit_leaves(leave: str) -> None:
+def test_quit_ends_the_chat(leave: str) -> None:
     chat = Chat("Hello.")
     assert chat.lines("Hi", leave, "never asked") == 0
     assert chat.asked == [["Hi"]]
 
 
-def test_the_end_of_the_lines_leaves() -> None:
+def test_end_of_input_ends_the_chat() -> None:
     chat = Chat("Hello.")
     assert chat.plain.run(["Hi"]) == 0  # without a line feed
     assert chat.asked == [["Hi"]]
 
 
 @pytest.mark.parametrize("line", ["Hi\n", "Hi\r\n", "Hi", "\ufeffHi\n"])
-def test_line_ends_and_marks_are_no_part_of_a_question(line: str) -> None:
+def test_line_ends_and_byte_order_marks_are_removed(line: str) -> None:
     chat = Chat("Hello.")
     chat.plain.run([line])
     assert chat.asked == [["Hi"]]
@@ -196,13 +196,13 @@ def test_an_error_does_not_lose_the_conversation(error: Any, late: bool) -> None
     assert chat.output.getvalue() == "Hello.\n" + late * "Half an\n" + "Fine.\n"
 
 
-def test_the_worst_error_counts() -> None:
+def test_the_exit_code_is_that_of_the_worst_error() -> None:
     chat = Chat(Answer(refusal=MachineError("no")), Answer(refusal=TemplateError("no")))
     assert chat.lines("Hi", "Hi") == 3
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_a_full_context_lets_the_oldest_turns_go_and_says_so(system: str | None) -> None:
+def test_a_full_context_drops_the_oldest_turns_and_reports_it(system: str | None) -> None:
     full = Answer(refusal=ContextLengthError(1030, 1024))
     chat = Chat("Hello.", "Fine.", full, full, "Yes.", full, "No.", system=system)
     assert chat.lines("Hi", "How are you?", "More?", "And more?") == 0
@@ -215,7 +215,7 @@ def test_a_full_context_lets_the_oldest_turns_go_and_says_so(system: str | None)
     ]
 
 
-def test_a_question_that_never_fits_loses_nothing() -> None:
+def test_a_question_that_never_fits_drops_nothing() -> None:
     full = Answer(refusal=ContextLengthError(9030, 1024))
     chat = Chat("Hello.", full, full, "Fine.")
     assert chat.lines("Hi", "x " * 9000, "How are you?") == 2
@@ -224,39 +224,39 @@ def test_a_question_that_never_fits_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_a_question_too_long_for_any_conversation(system: str | None) -> None:
+def test_a_question_longer_than_the_context_is_an_error(system: str | None) -> None:
     chat = Chat(Answer(refusal=ContextLengthError(1030, 1024)), system=system)
     chat.lines("x " * 1000)
     assert chat.errors == [f"error: {ContextLengthError(1030, 1024)}"]
 
 
-def test_a_line_that_is_no_text() -> None:
+def test_an_undecodable_line_is_an_error() -> None:
     chat = Chat("Hello.")
     assert chat.plain.run([b"caf\xe9\n".decode("utf-8", "surrogateescape"), "/save \udcff\n", "Hi\n"]) == 2
     assert chat.asked == [["Hi"]]
     assert chat.errors == ["error: this line is not valid UTF-8: convert it first"] * 2
 
 
-def test_an_answer_cancelled_half_way_stays_in_the_conversation() -> None:
+def test_a_partly_generated_cancelled_answer_stays_in_the_conversation() -> None:
     chat = Chat(Answer(["Once", " upon"], FinishReason.CANCELLED), "Fine.")
     chat.lines("A story", "Hi")
     assert chat.asked[1] == ["A story", "Once upon", "Hi"]
 
 
-def test_an_answer_cancelled_before_any_text_does_not() -> None:
+def test_an_answer_cancelled_before_any_text_is_dropped() -> None:
     chat = Chat(Answer([], FinishReason.CANCELLED), "Fine.")
     chat.lines("A story", "Hi")
     assert chat.asked[1] == ["Hi"]
     assert "stopped" in chat.notes.getvalue()
 
 
-def test_an_empty_answer_is_one() -> None:
+def test_an_empty_answer_is_kept() -> None:
     chat = Chat(Answer([]), "Fine.")
     chat.lines("Hm", "Hi")
     assert chat.asked[1] == ["Hm", "", "Hi"]
 
 
-def test_only_terminals_get_cleaned_text() -> None:
+def test_text_is_cleaned_only_for_terminals() -> None:
     nasty = Answer(["a\x1b[31m", "b\rc\u202e"])
     piped, shown = Chat(nasty), Chat(nasty, terminal=True)
     piped.lines("Hi")
@@ -266,7 +266,7 @@ def test_only_terminals_get_cleaned_text() -> None:
     assert piped.messages == shown.messages
 
 
-def test_notes_never_command_the_terminal() -> None:
+def test_notes_cannot_control_the_terminal() -> None:
     chat = Chat()
     chat.lines("/\x1b[31mred", "/set x\x1b[2J 1", "/save \x1b]0;title\x07/x")
     assert "\x1b" not in chat.notes.getvalue()
@@ -276,8 +276,8 @@ def test_notes_never_command_the_terminal() -> None:
 # Reasoning
 
 
-def thinking(*pieces: str, thoughts: tuple[str, ...] = ("Two", " and two"), **rest: Any) -> Answer:
-    return Answer(pieces or ("It is", " 4."), reasoning=thoughts, **rest)
+def thinking(*chunks: str, thoughts: tuple[str, ...] = ("Two", " and two"), **rest: Any) -> Answer:
+    return Answer(chunks or ("It is", " 4."), reasoning=thoughts, **rest)
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +285,7 @@ def a_terminal_that_can_dim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
-def test_reasoning_is_no_part_of_the_conversation(tmp_path: Path) -> None:
+def test_reasoning_is_not_part_of_the_conversation(tmp_path: Path) -> None:
     chat = Chat(thinking(), "Yes.")
     chat.lines("2+2?", "Sure?", f"/save {tmp_path / 'talk.json'}")
     assert chat.asked[1] == ["2+2?", "It is 4.", "Sure?"]
@@ -307,14 +307,14 @@ def test_reasoning_is_dim_on_a_terminal(ending: str, monkeypatch: pytest.MonkeyP
         assert written == shown.format(ending) + gap + "It is 4.\n\n"
 
 
-def test_reasoning_goes_nowhere_where_there_is_no_place() -> None:
+def test_reasoning_is_not_written_without_a_terminal() -> None:
     chat = Chat(thinking(), with_reasoning=False)
     chat.lines("2+2?")
     assert chat.output.getvalue() == "It is 4.\n"
     assert "Two" not in chat.notes.getvalue()
 
 
-def test_reasoning_that_is_all() -> None:
+def test_an_answer_with_only_reasoning() -> None:
     for reason in (FinishReason.LENGTH, FinishReason.CANCELLED):
         chat = Chat(Answer((), reason, reasoning=("Two",)), "Yes.")
         chat.lines("2+2?", "Sure?")
@@ -323,7 +323,7 @@ def test_reasoning_that_is_all() -> None:
         assert chat.asked[1] == (["2+2?", "", "Sure?"] if reason == FinishReason.LENGTH else ["Sure?"])
 
 
-def test_an_answer_that_is_all_reasoning_says_so() -> None:
+def test_an_answer_with_only_reasoning_is_reported() -> None:
     for limit, terminal, remedy in (
         (2, False, "raise --max-tokens"),
         (2, True, "raise it with /set max_tokens"),
@@ -336,7 +336,7 @@ def test_an_answer_that_is_all_reasoning_says_so() -> None:
         assert chat.notes.getvalue().splitlines()[1:] == [f"all 2 tokens of the answer are reasoning: {remedy}"]
 
 
-def test_other_answers_do_not_say_so() -> None:
+def test_other_answers_are_not_reported() -> None:
     chat = Chat(
         thinking(reason=FinishReason.LENGTH),
         Answer((), FinishReason.STOP, reasoning=("Two",)),
@@ -347,7 +347,7 @@ def test_other_answers_do_not_say_so() -> None:
     assert "of the answer are reasoning" not in chat.notes.getvalue()
 
 
-def test_reasoning_may_be_hidden() -> None:
+def test_reasoning_can_be_hidden() -> None:
     chat = Chat(thinking(), thinking(), thinking(), "Yes.", terminal=True)
     chat.lines("/think hide", "2+2?")
     assert chat.output.getvalue() == "\x1b[2m(thinking)\x1b[0m\n\nIt is 4.\n\n"
@@ -356,7 +356,7 @@ def test_reasoning_may_be_hidden() -> None:
     assert chat.output.getvalue().count("and two") == 1
 
 
-def test_reasoning_may_be_asked_for() -> None:
+def test_reasoning_can_be_shown_explicitly() -> None:
     chat = Chat("1", "2", "3")
     chat.lines("a", "/think off", "b", "/think on", "", "c")
     assert chat.model.template_variables == [{}, {"enable_thinking": False}, {"enable_thinking": True}]
@@ -390,7 +390,7 @@ def test_reasoning_may_be_asked_for() -> None:
         ("/set single_think_end true", "single_think_end", True),
     ],
 )
-def test_set(line: str, name: str, value: Any) -> None:
+def test_set_changes_parameters(line: str, name: str, value: Any) -> None:
     chat = Chat("Hello.")
     assert chat.lines(line, "Hi") == 0
     wanted = dataclasses.replace(PARAMS, **{name: value})
@@ -425,7 +425,7 @@ def test_set(line: str, name: str, value: Any) -> None:
         ("/set =", "/set needs a name and a value"),
     ],
 )
-def test_set_refuses(line: str, reason: str) -> None:
+def test_set_rejects_invalid_values(line: str, reason: str) -> None:
     chat = Chat("Hello.")
     assert chat.lines("/set top_p 0.8", line, "Hi") == 2
     assert len(chat.errors) == 1
@@ -433,7 +433,7 @@ def test_set_refuses(line: str, reason: str) -> None:
     assert chat.model.questions[0][1] == dataclasses.replace(PARAMS, top_p=0.8)
 
 
-def test_params_shows_all_and_reset_restores_them() -> None:
+def test_params_lists_all_and_reset_restores_them() -> None:
     chat = Chat("Hello.")
     chat.lines("/set seed 7", "/set stop END", "/params", "/reset", "Hi")
     notes = chat.notes.getvalue()
@@ -448,21 +448,21 @@ def test_params_shows_all_and_reset_restores_them() -> None:
     assert chat.model.questions[0][1] == PARAMS
 
 
-def test_parameters_outlive_a_conversation() -> None:
+def test_parameters_are_kept_in_the_next_conversation() -> None:
     chat = Chat("Hello.")
     chat.lines("/set seed 7", "", "Hi")
     assert chat.model.questions[0][1] == dataclasses.replace(PARAMS, seed=7)
 
 
 @pytest.mark.parametrize("line", ["/frobnicate", "/Set temperature 1", "/settemperature 1", "/", "/etc/passwd?"])
-def test_unknown_commands(line: str) -> None:
+def test_unknown_commands_are_errors(line: str) -> None:
     chat = Chat()
     assert chat.lines(line) == 2
     assert chat.errors == [f"error: {line.split()[0]}: unknown command; /help lists them"]
     assert chat.asked == []
 
 
-def test_help_names_every_command() -> None:
+def test_help_lists_every_command() -> None:
     chat = Chat()
     assert chat.lines("/help") == 0
     assert all(f"\n{name}" in "\n" + chat.notes.getvalue() for name in (*COMMANDS, "quit", "Ctrl-C", "(empty line)"))
@@ -515,7 +515,7 @@ def test_save_never_overwrites(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing/talk.md", "file/talk.md", "a\0b", "~nobody-of-this-name/x", "x" * 300])
-def test_save_where_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_save_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     chat = Chat("Hello.", "Fine.")
@@ -527,7 +527,7 @@ def test_save_where_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
-def test_save_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_to_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
     def full(path: Path, mode: str, **options: Any) -> Any:
@@ -542,7 +542,7 @@ def test_save_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_nothing_to_save(tmp_path: Path, system: str | None) -> None:
+def test_saving_an_empty_conversation_is_an_error(tmp_path: Path, system: str | None) -> None:
     chat = Chat("Hello.", system=system)
     assert chat.lines(f"/save {tmp_path}/a.md", "Hi", "", f"/save {tmp_path}/b.md", "/save") == 2
     assert chat.errors[:2] == ["error: nothing to save yet: ask a question first"] * 2
@@ -561,7 +561,7 @@ def test_nothing_to_save(tmp_path: Path, system: str | None) -> None:
         (0, FinishReason.CANCELLED, "0 tokens · fp32 · stopped"),
     ],
 )
-def test_figures(count: int, reason: FinishReason, line: str) -> None:
+def test_figures_are_formatted(count: int, reason: FinishReason, line: str) -> None:
     timings = Timings(7, count, 0.25 if count else 0.0, 0.2, 2.0 if count else 0.0)
     assert figures_line(figures_of(timings, reason, "fp32")) == line
 
@@ -586,27 +586,27 @@ def chat(*arguments: str | Path, lines: bytes | str = b"", **environment: str) -
 FEW = ("--precision", "fp32", "--threads", "1", "--max-tokens", "8", "--seed", "1", "--temperature", "1")
 
 
-def test_through_a_pipe(tiny_bundle: Path) -> None:
+def test_questions_through_a_pipe(tiny_bundle: Path) -> None:
     asked = chat(tiny_bundle, "--ask", "Hi", *FEW)
     assert (asked.returncode, asked.stderr) == (0, b"")
     assert len(asked.stdout) > 1
     piped = chat(tiny_bundle, "--plain", *FEW, lines="Hi\n\nHi\n/params\nquit\nHi\n")
     assert piped.returncode == 0
-    assert piped.stdout == 2 * asked.stdout  # the answers and nothing else
+    assert piped.stdout == 2 * asked.stdout  # only the answers
     assert b"(new conversation)" in piped.stderr
     assert b"seed = 1" in piped.stderr
     windows = chat(tiny_bundle, "--plain", *FEW, lines="\ufeffHi\r\n\r\nHi\r\n")
     assert windows.stdout == piped.stdout
 
 
-def test_the_system_prompt_and_parameters_arrive(tiny_bundle: Path) -> None:
+def test_the_system_prompt_and_parameters_are_used(tiny_bundle: Path) -> None:
     plain = chat(tiny_bundle, "--ask", "Hi", *FEW)
     assert chat(tiny_bundle, "--ask", "Hi", *FEW).stdout == plain.stdout
     assert chat(tiny_bundle, "--ask", "Hi", *FEW, "--system", "Be brief.").stdout != plain.stdout
     assert chat(tiny_bundle, "--ask", "Hi", *FEW[:-1], "2").stdout != plain.stdout
 
 
-def test_lines_that_cannot_be_answered(tiny_bundle: Path) -> None:
+def test_lines_that_cannot_be_answered_are_errors(tiny_bundle: Path) -> None:
     lines = b"caf\xe9\n" + b"x" * 1_000_000 + b"\n/nonsense\nHi\n"
     done = chat(tiny_bundle, "--plain", *FEW, lines=lines)
     assert done.returncode == 2
@@ -628,7 +628,7 @@ def test_lines_that_cannot_be_answered(tiny_bundle: Path) -> None:
         (["--provider", "tpu"], "provider is 'tpu'"),
     ],
 )
-def test_arguments_that_cannot_be_used(tiny_bundle: Path, arguments: list[str], reason: str) -> None:
+def test_invalid_arguments_are_rejected(tiny_bundle: Path, arguments: list[str], reason: str) -> None:
     done = chat(tiny_bundle, "--plain", *arguments, lines="Hi\n")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode().startswith("error: ")
@@ -636,13 +636,13 @@ def test_arguments_that_cannot_be_used(tiny_bundle: Path, arguments: list[str], 
     assert done.stderr.count(b"\n") == 1
 
 
-def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_bundle_is_an_error(tmp_path: Path) -> None:
     done = chat(tmp_path / "nothing", "--ask", "Hi")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode() == f"error: {tmp_path}/nothing: no such bundle folder: create one with llm-export\n"
 
 
-def test_without_optional_packages(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_plain_chat_needs_no_optional_packages(tiny_bundle: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('textual', 'openai', 'httpx2', 'platformdirs', 'keyring'): sys.modules[name] = None\n"
@@ -673,7 +673,7 @@ def test_without_optional_packages(tiny_bundle: Path, tmp_path: Path) -> None:
         assert done.stderr.count(b"\n") == 1
 
 
-def test_endpoints(server: Server, tmp_path: Path) -> None:
+def test_endpoints_can_be_used(server: Server, tmp_path: Path) -> None:
     server.key = "sk-secret"
     endpoint = ("--endpoint", server.url, "--model", "small", "--key", "env:TEST_API_KEY")
     places = {"TEST_API_KEY": "sk-secret", "LLM_EDGE_CONFIG": str(tmp_path), "LLM_EDGE_DATA": str(tmp_path)}
@@ -700,14 +700,14 @@ def test_endpoints(server: Server, tmp_path: Path) -> None:
         (["--endpoint", "localhost:1", "--model", "small", "--key", "env:NO_SUCH_VARIABLE"], "is not set"),
     ],
 )
-def test_endpoints_that_cannot_be_used(arguments: list[str], reason: str) -> None:
+def test_unusable_endpoints_are_errors(arguments: list[str], reason: str) -> None:
     done = chat(*arguments, "--ask", "Hi")
     assert (done.returncode, done.stdout) == (2, b"")
     assert reason in done.stderr.decode()
     assert done.stderr.count(b"\n") == 1
 
 
-# As a program over a fake model
+# As a program with a fake model
 
 
 FAKE = """
@@ -729,7 +729,7 @@ main()
 
 
 def faking(tmp_path: Path, answers: str, loading: str = "pass") -> list[str]:
-    """A command that is `llm-chat`, but answers as this source says."""
+    """A `llm-chat` command whose answers are defined by this source."""
     body = f"answers = {answers}\ndef loading():\n{textwrap.indent(loading, '    ')}"
     script = tmp_path / "fake_chat.py"
     script.write_text(FAKE.format(tests=str(SUPPORT), body=body))
@@ -739,7 +739,7 @@ def faking(tmp_path: Path, answers: str, loading: str = "pass") -> list[str]:
 ENDLESS = "[Answer(['word\\n'] * 10**6, before=lambda n: time.sleep(0.01))]"
 
 
-def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+def test_a_closed_output_pipe_ends_the_program(tmp_path: Path) -> None:
     with subprocess.Popen(
         [*faking(tmp_path, ENDLESS), "--plain"],
         stdin=subprocess.PIPE,
@@ -753,12 +753,12 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
         process.stdin.close()
         assert process.stdout.readline() == b"word\n"
         process.stdout.close()
-        assert process.wait(PATIENCE) == 141  # as a shell counts SIGPIPE
+        assert process.wait(PATIENCE) == 141  # the shell's exit code for SIGPIPE
         assert process.stderr.read() == b""
 
 
 @pytest.mark.parametrize("arguments", [["--plain"], ["--ask", "Hi", "--no-stdin"]])
-def test_an_interrupt_ends_what_nobody_watches(tmp_path: Path, arguments: list[str]) -> None:
+def test_an_interrupt_ends_a_non_interactive_chat(tmp_path: Path, arguments: list[str]) -> None:
     with subprocess.Popen(
         [*faking(tmp_path, ENDLESS), *arguments],
         stdin=subprocess.PIPE,
@@ -780,7 +780,7 @@ def test_an_interrupt_ends_what_nobody_watches(tmp_path: Path, arguments: list[s
         assert notes == b"interrupted\n"
 
 
-def test_text_that_the_locale_lacks(tmp_path: Path) -> None:
+def test_text_not_encodable_in_the_locale(tmp_path: Path) -> None:
     command = [*faking(tmp_path, "[Answer(['Hé 👋'])]"), "--ask", "Hi"]
     for encoding, wanted in (("utf-8", "Hé 👋\n".encode()), ("ascii", b"H? ?\n"), ("latin-1", b"H\xe9 ?\n")):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -788,7 +788,7 @@ def test_text_that_the_locale_lacks(tmp_path: Path) -> None:
         assert (done.stdout, done.stderr) == (wanted, b"")
 
 
-def test_only_answers_go_through_a_pipe(tmp_path: Path) -> None:
+def test_only_answers_are_written_to_a_pipe(tmp_path: Path) -> None:
     answers = "[Answer(['4'], reasoning=['hm', ' so'])] * 2"
     asked = subprocess.run(
         [*faking(tmp_path, answers), "--ask", "Hi"], capture_output=True, timeout=PATIENCE, check=True
@@ -802,7 +802,7 @@ def test_only_answers_go_through_a_pipe(tmp_path: Path) -> None:
     assert b"hm" not in piped.stderr
 
 
-def test_reasoning_that_takes_all_tokens_is_told_beside_a_pipe(tmp_path: Path) -> None:
+def test_reasoning_that_uses_all_tokens_is_reported_on_stderr(tmp_path: Path) -> None:
     command = faking(tmp_path, "[Answer([], FinishReason.LENGTH, reasoning=['hm', ' so'])]")
     line = b"all 2 tokens of the answer are reasoning: raise --max-tokens\n"
     asked = subprocess.run(
@@ -830,7 +830,7 @@ def test_reasoning_that_takes_all_tokens_is_told_beside_a_pipe(tmp_path: Path) -
         ("<&- >&- 2>&-", "--ask Hi", 2, b"", b""),
     ],
 )
-def test_streams_that_are_closed(
+def test_closed_standard_streams(
     tmp_path: Path, closed: str, arguments: str, code: int, out: bytes, error: bytes
 ) -> None:
     command = f"{shlex.join(faking(tmp_path, '[Answer([str(4)])]'))} {arguments} {closed}"
@@ -847,7 +847,7 @@ LEADER = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); 
 
 
 class Terminal:
-    """A program in a pseudo-terminal, and what it wrote there."""
+    """A program in a pseudo-terminal, and its output."""
 
     def __init__(self, command: list[str]) -> None:
         self._master, slave = os.openpty()
@@ -878,7 +878,7 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def answers(self, within: float) -> bool:
-        """Whether more output comes within some seconds."""
+        """Whether more output arrives within the given number of seconds."""
         while select.select([self._master], [], [], within)[0]:
             read = self._read()
             self.seen += read
@@ -895,7 +895,7 @@ class Terminal:
 
     @staticmethod
     def _text(output: bytes) -> str:
-        """Output without readline's own words to the terminal, that pasted text shall come marked."""
+        """Output without readline's sequences for bracketed paste."""
         return re.sub(r"\x1b\[\?2004[hl]\r?", "", output.decode()).replace("\r\n", "\n")
 
     def _read(self) -> bytes:
@@ -903,7 +903,7 @@ class Terminal:
         assert ready, f"nothing came any more after {self.seen!r}"
         try:
             return os.read(self._master, 4096)
-        except OSError:  # how Linux says that nobody is there any more
+        except OSError:  # on Linux: the other end is closed
             return b""
 
     def close(self) -> None:
@@ -929,7 +929,7 @@ INTERRUPT, END = "\x03", "\x04"
 LISTENING = "Answer(['word '] * 10**6, before=lambda n: time.sleep(0.01))"
 
 
-def test_a_talk_in_a_terminal(terminal: Any) -> None:
+def test_a_conversation_in_a_terminal(terminal: Any) -> None:
     talk = terminal("['Hello.', 'Fine.']", "--system", "Be brief.")
     assert talk.expect("> ") == (
         "fake, fp32, on cpu. /help lists the commands, Ctrl-C stops an answer, quit leaves.\n\n> "
@@ -946,7 +946,7 @@ def test_a_talk_in_a_terminal(terminal: Any) -> None:
     assert talk.end() == (0, "quit\n")
 
 
-def test_interrupt_stops_the_answer_and_the_talk_goes_on(terminal: Any) -> None:
+def test_interrupt_stops_the_answer_and_the_chat_continues(terminal: Any) -> None:
     talk = terminal(f"[{LISTENING}, {LISTENING}, 'Fine.']")
     for _ in range(2):
         talk.expect("> ")
@@ -962,11 +962,11 @@ def test_interrupt_stops_the_answer_and_the_talk_goes_on(terminal: Any) -> None:
     assert (code, rest.strip(), rest[-1]) == (0, "", "\n")
 
 
-def test_interrupt_at_the_prompt_leaves(terminal: Any) -> None:
+def test_interrupt_at_the_prompt_ends_the_chat(terminal: Any) -> None:
     talk = terminal("['Hello.']")
     talk.expect("> ")
     talk.send(INTERRUPT)
-    while not talk.answers(within=3):  # a signal between Python's look for signals and its wait for keys is lost
+    while not talk.answers(within=3):  # a signal between Python's signal check and its wait for keys is lost
         talk.send(INTERRUPT)
     code, rest = talk.end()
     assert code == 130
@@ -984,7 +984,7 @@ def test_interrupt_while_the_model_loads(terminal: Any) -> None:
     assert "Traceback" not in rest
 
 
-def test_keys_pressed_during_an_answer_show_once(terminal: Any) -> None:
+def test_keys_pressed_during_an_answer_are_shown_once(terminal: Any) -> None:
     talk = terminal("[Answer(['word '] * 100, before=lambda n: time.sleep(0.01)), 'Fine.']")
     talk.expect("> ")
     talk.send("Hi\r")
@@ -998,7 +998,7 @@ def test_keys_pressed_during_an_answer_show_once(terminal: Any) -> None:
     assert talk.end()[0] == 0
 
 
-def test_a_terminal_gets_no_commands_from_the_model(terminal: Any) -> None:
+def test_model_output_cannot_control_the_terminal(terminal: Any) -> None:
     talk = terminal("[Answer(['a\\x1b[31m', 'b\\x1b]52;c;eA==\\x07', '\\x9b2J\\rc'])]", "--temperature", "0")
     before = talk.expect("> ")
     talk.send("Hi\r")
@@ -1025,7 +1025,7 @@ def test_reasoning_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
     talk.expect("> ")
     talk.send("Hi\r")
     assert talk.expect("> ") == f"Hi\n{answer}\n> "
-    # The answer into a file: the reasoning shows, and does not join it.
+    # With the answer redirected to a file, the reasoning is shown but not written to it.
     command = [*faking(tmp_path, answers), "--ask", "Hi"]
     shell = Terminal(["/bin/sh", "-c", f"{shlex.join(command)} > {shlex.quote(str(tmp_path / 'answer'))}"])
     try:
@@ -1036,11 +1036,11 @@ def test_reasoning_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
-def test_the_screen(tmp_path: Path) -> None:
-    """A screen as people see it, its line editing included."""
+def test_the_rendered_screen(tmp_path: Path) -> None:
+    """The screen as rendered by a terminal emulator, including line editing."""
     readline = pytest.importorskip("readline")
     if "libedit" in (readline.__doc__ or ""):
-        pytest.skip("this Python edits lines with libedit, which does not know pasted text")
+        pytest.skip("this Python edits lines with libedit, which does not support bracketed paste")
     command = shlex.join([*faking(tmp_path, "['Hello.', 'Fine.', 'Oh!']"), "--plain"])
     pasted = tmp_path / "pasted.txt"
     pasted.write_text("def f():\n    pass")
@@ -1055,7 +1055,7 @@ def test_the_screen(tmp_path: Path) -> None:
         while until not in (shown := run("capture-pane", "-p").rstrip("\n")):
             assert time.monotonic() < deadline, shown
             time.sleep(0.05)
-        return shown  # without the blanks at the ends of lines
+        return shown  # without trailing blanks
 
     run("new-session", "-d", "-x", "90", "-y", "24", f"{command}; echo left with $?; sleep 60")
     try:
@@ -1074,7 +1074,7 @@ def test_the_screen(tmp_path: Path) -> None:
         run("send-keys", " # why?", "Enter")
         screen(until="Oh!\n3 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n>")
         run("send-keys", "C-d")
-        assert screen(until="left with 0").replace(">\n\n", ">\n") == (  # where readline adds a line
+        assert screen(until="left with 0").replace(">\n\n", ">\n") == (  # some readline versions add a line
             "fake, fp32, on cpu. /help lists the commands, Ctrl-C stops an answer, quit leaves.\n\n"
             "> Hello there\nHello.\n6 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n"
             "> So: How are you?\nFine.\n5 tokens · 10.0 tok/s · first token 0.25 s · fp32 · complete\n\n"

@@ -1,4 +1,4 @@
-"""Quick questions: a list that a person changes, and the drop-down that asks them."""
+"""Sample questions: the editable list, and the drop-down menu that asks them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def listed(app: ChatApp) -> list[str]:
     return [str(option.prompt) for option in options]
 
 
-def test_those_of_the_program_are_there_until_somebody_changes_them(tmp_path: Path) -> None:
+def test_default_questions_are_listed_until_changed(tmp_path: Path) -> None:
     questions = Questions(Settings(tmp_path))
     assert questions.all() == PRESCRIBED
     assert questions.add(" Why?\r\nAnd how?\x1b[2J ") == 6
@@ -47,14 +47,14 @@ def test_those_of_the_program_are_there_until_somebody_changes_them(tmp_path: Pa
     assert questions.restore() == 0
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_invalid_questions_are_rejected(tmp_path: Path) -> None:
     questions = Questions(Settings(tmp_path))
     for text in ("", " \n ", "\x1b", SHIPPED[0], "x" * 20_001):
         with pytest.raises(ParameterError):
             questions.add(text)
     with pytest.raises(ParameterError):
         questions.edit(1, SHIPPED[0])
-    questions.edit(1, SHIPPED[1])  # as it was
+    questions.edit(1, SHIPPED[1])  # back to the default
     for place in (-1, 6, 100):
         with pytest.raises(InputError):
             questions.delete(place)
@@ -63,7 +63,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert questions.all() == PRESCRIBED
 
 
-def test_there_is_an_end_to_them(tmp_path: Path) -> None:
+def test_the_number_of_questions_is_limited(tmp_path: Path) -> None:
     settings = Settings(tmp_path)
     settings.set(SECTION, [str(number) for number in range(MAX_QUESTIONS)])
     with pytest.raises(ParameterError, match="delete one first"):
@@ -72,7 +72,7 @@ def test_there_is_an_end_to_them(tmp_path: Path) -> None:
     assert Questions(settings).add("one more") == MAX_QUESTIONS - 1
 
 
-def test_a_list_that_was_emptied_stays_empty(tmp_path: Path) -> None:
+def test_an_emptied_list_stays_empty(tmp_path: Path) -> None:
     questions = Questions(Settings(tmp_path))
     for _ in PRESCRIBED:
         questions.delete(0)
@@ -83,7 +83,7 @@ def test_a_list_that_was_emptied_stays_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])
-def test_enter_asks_at_once(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_enter_asks_immediately(tmp_path: Path, size: tuple[int, int]) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Paris.", size=size) as (app, pilot, fake):
             app.query_one(Composer).write("a draft")
@@ -110,7 +110,7 @@ def test_another_key_puts_it_into_the_composer(tmp_path: Path, key: str) -> None
             assert app.focused is composer
             await pilot.press("f5", key)
             await pilot.pause()
-            assert composer.text == f"{SHIPPED[1]}\n\n{SHIPPED[0]}"  # a draft is not lost
+            assert composer.text == f"{SHIPPED[1]}\n\n{SHIPPED[0]}"  # the text in the composer is kept
             assert not fake.asked
 
     drive(scene())
@@ -161,7 +161,7 @@ def test_add_change_delete_undo_restore(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_what_is_refused_stays_to_be_mended_and_escape_leaves_it(tmp_path: Path) -> None:
+def test_a_rejected_question_can_be_corrected_or_abandoned(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f5", "a", "enter")
@@ -179,13 +179,13 @@ def test_what_is_refused_stays_to_be_mended_and_escape_leaves_it(tmp_path: Path)
     drive(scene())
 
 
-def test_an_emptied_list_says_how_to_fill_it(tmp_path: Path) -> None:
+def test_an_empty_list_explains_how_to_add_questions(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f5", *"dddddd")
             await pilot.pause()
             assert "Press r to restore" in screen(app)
-            await pilot.press("enter", "space", "e", "d")  # nothing to do these with
+            await pilot.press("enter", "space", "e", "d")  # there is no question to act on
             await pilot.press("r")
             await pilot.pause()
             assert listed(app) == PRESCRIBED
@@ -214,7 +214,7 @@ def test_escape_codes_reach_neither_the_list_nor_the_file(tmp_path: Path) -> Non
     drive(scene())
 
 
-def test_questions_can_be_looked_at_while_an_answer_comes(tmp_path: Path) -> None:
+def test_questions_can_be_viewed_during_generation(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "word " * 40, pause=0.01) as (app, pilot, fake):
             await ask(pilot, "Talk.", wait=False)

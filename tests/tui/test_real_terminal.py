@@ -1,6 +1,6 @@
-"""The chat in a real terminal, tmux's, with SmolLM2: what a person sees, and what is left when it has gone.
+"""The chat in a real terminal (tmux) with SmolLM2: what a user sees, and the terminal's state afterwards.
 
-Scenes are few and long, for each loads the model.
+There are few, long scenes, because each loads the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
-PATIENCE = 90  # seconds until a test that waits for a screen gives up
+PATIENCE = 90  # timeout in seconds for a screen
 READY = "Ready"
 ANSWERED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first token [\d.]+ s · fp32 · complete")
 STOPPED = re.compile(r"\d+ tokens · [\d.]+ tok/s · first token [\d.]+ s · fp32 · stopped")
@@ -28,13 +28,13 @@ LONG = "Write a very long story about a fox and a river."
 
 
 class Screen:
-    """A shell in tmux, 80 by 24, in which the chat runs; its folder holds all that the chat keeps."""
+    """A shell in tmux, 80 by 24, in which the chat runs; its folder holds all data of the chat."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tmux = ["tmux", "-L", f"llm-edge-{os.getpid()}-{folder.name}", "-f", os.devnull]
         kept = {"LLM_EDGE_DATA": str(folder / "data"), "LLM_EDGE_CONFIG": str(folder / "config")}
-        kept |= {"COLUMNS": "80", "LINES": "24"}  # as some shells export them
+        kept |= {"COLUMNS": "80", "LINES": "24"}  # some shells export these
         variables = [word for name, value in kept.items() for word in ("-e", f"{name}={value}")]
         shell = "env LC_ALL=C.UTF-8 sh"
         self.run("new-session", "-d", "-x", "80", "-y", "24", *variables, "-c", str(folder), shell)
@@ -45,11 +45,11 @@ class Screen:
         return done.stdout
 
     def shown(self) -> str:
-        """All lines, without the blanks at their ends."""
+        """All lines without trailing blanks."""
         return self.run("capture-pane", "-p").rstrip("\n")
 
     def until(self, wanted: str | re.Pattern[str] | Callable[[str], object]) -> str:
-        """The screen once it shows a text, or is what is wanted."""
+        """Wait until the screen contains a text or satisfies a condition, and return it."""
         holds = (
             (lambda shown: wanted in shown)
             if isinstance(wanted, str)
@@ -70,16 +70,16 @@ class Screen:
         self.keys("Enter")
 
     def chat(self, *arguments: str) -> None:
-        """Begin the chat; the shell then says how it left."""
-        # The shell's own number becomes the chat's, so that it can be killed.
+        """Start the chat; the shell then prints its exit code."""
+        # exec keeps the shell's process id, so that the chat can be killed.
         self.type(f"clear; sh -c 'echo $$ > process; exec \"$@\"' - {self.command(*arguments)}; echo left with $?")
 
     def command(self, *arguments: str) -> str:
-        """The chat, for a shell."""
+        """The shell command of the chat."""
         return shlex.join([sys.executable, "-m", "llm_edge.tui", *arguments])
 
     def ask(self, question: str) -> None:
-        """Write a question, which shows, and send it."""
+        """Type a question, wait until it is shown, and send it."""
         self.run("send-keys", "-l", question)
         self.until(lambda shown: question in shown.partition("╭")[2])
         self.keys("Enter")
@@ -90,13 +90,13 @@ class Screen:
 
 @pytest.fixture
 def screen(tmp_path: Path) -> Iterator[Screen]:
-    made = Screen(tmp_path)
-    yield made
-    made.close()
+    created = Screen(tmp_path)
+    yield created
+    created.close()
 
 
 def growing(question: str) -> Callable[[str], object]:
-    """Whether an answer to a question has some words, and is on its way."""
+    """Whether an answer to a question is being generated and has some words."""
     return lambda shown: "Esc to stop" in shown and len(_answer(shown, question).split()) > 8
 
 
@@ -105,8 +105,8 @@ def _answer(shown: str, question: str) -> str:
     return answer.partition("╭")[0].replace("▌", "")
 
 
-def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
-    """Asked, answered, stopped, turned, asked again, resized, left."""
+def test_a_conversation_with_the_main_features(screen: Screen, smollm2_bundle: Path) -> None:
+    """Ask, stop, change parameters, ask again, resize, and quit."""
     screen.chat(str(smollm2_bundle), "--precision", "fp32", "--temperature", "0", "--max-tokens", "4000")
     shown = screen.until(READY)
     assert shown.startswith(" New conversation  —  SmolLM2-135M-Instruct · fp32\n")
@@ -120,7 +120,7 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
     screen.keys("y")
     screen.until("Copied.")
     deadline = time.monotonic() + PATIENCE
-    while "Paris." not in screen.run("list-buffers", "-F", "#{buffer_sample}"):  # whatever its set-clipboard says
+    while "Paris." not in screen.run("list-buffers", "-F", "#{buffer_sample}"):  # independent of tmux's set-clipboard
         assert time.monotonic() < deadline
         time.sleep(0.05)
     screen.keys("Escape")
@@ -154,24 +154,24 @@ def test_a_talk(screen: Screen, smollm2_bundle: Path) -> None:
     screen.keys("C-q")
     shown = screen.until("left with 0")
     assert shown.splitlines()[-2:] == ["left with 0", "shell>"]
-    assert "SmolLM2" not in shown  # the chat's screen has gone, and what was there before is back
+    assert "SmolLM2" not in shown  # the alternate screen is closed and the previous one restored
     screen.type("stty -a | tr ' ;' '\\n\\n' | grep -x -e echo -e icanon")
-    screen.until("icanon\necho\nshell>")  # keys show again, and lines are the terminal's
+    screen.until("icanon\necho\nshell>")  # echo and canonical mode are restored
     assert screen.run("display-message", "-p", "#{mouse_any_flag} #{alternate_on} #{cursor_flag}") == "0 0 1\n"
 
 
-def test_killed_in_mid_answer(screen: Screen, smollm2_bundle: Path) -> None:
-    """What had come of it is there, and can be gone on with."""
+def test_a_kill_during_an_answer_keeps_the_text(screen: Screen, smollm2_bundle: Path) -> None:
+    """The partial answer is saved and can be continued."""
     arguments = (str(smollm2_bundle), "--precision", "fp32", "--temperature", "0", "--max-tokens", "4000")
     screen.chat(*arguments)
     screen.until(READY)
     screen.ask(LONG)
     seen = _answer(screen.until(growing(LONG)), LONG).split()[:6]
-    screen.until(lambda shown: len(_answer(shown, LONG).split()) > 40)  # it was written down meanwhile
+    screen.until(lambda shown: len(_answer(shown, LONG).split()) > 40)  # it has been saved meanwhile
     os.kill(int((screen.folder / "process").read_text()), signal.SIGKILL)
     screen.until("left with 137")
     screen.run("send-keys", "-l", "stty sane; reset")
-    screen.keys("C-j")  # nobody makes a line end of Enter, as the terminal was left
+    screen.keys("C-j")  # the terminal was left in raw mode, so Enter is not translated to a line end
     screen.until(lambda shown: "fox" not in shown)
     screen.run("resize-window", "-x", "200", "-y", "60")
     screen.chat(*arguments)
@@ -184,12 +184,12 @@ def test_killed_in_mid_answer(screen: Screen, smollm2_bundle: Path) -> None:
     assert " ".join(seen) in answer
     screen.keys("Escape", "C-g")
     screen.until(lambda shown: "unfinished" not in shown and "Esc to stop" in shown)
-    os.kill(int((screen.folder / "process").read_text()), signal.SIGTERM)  # as a machine that shuts down
+    os.kill(int((screen.folder / "process").read_text()), signal.SIGTERM)  # as on shutdown
     screen.until("left with 130")
 
 
-def test_no_bundle_yet(screen: Screen) -> None:
-    """The picker offers to make one; a folder that is named and is not there is told before the screen is taken."""
+def test_without_a_bundle_the_picker_opens(screen: Screen) -> None:
+    """The picker offers an export; a missing folder given by name is reported before the screen starts."""
     screen.chat()
     shown = screen.until("Make SmolLM2-135M now")
     assert "artifacts/smollm2-135m: not found" in shown
@@ -202,11 +202,13 @@ def test_no_bundle_yet(screen: Screen) -> None:
     assert "error: nowhere: no such folder" in shown
 
 
-def test_lines_where_there_is_no_screen(screen: Screen, tiny_bundle: Path) -> None:
-    """A terminal that cannot place text, and one where the chat would draw into a file."""
+def test_dumb_terminals_and_redirected_output_get_the_plain_chat(screen: Screen, tiny_bundle: Path) -> None:
+    """A terminal without cursor addressing, and output redirected to a file."""
     chat = screen.command(str(tiny_bundle), "--max-tokens", "3")
-    for number, (before, behind) in enumerate((("TERM=dumb", ""), ("", "2> errors"))):
-        screen.type(f"clear; echo {number}$((1 + 1))begins; {before} {chat} {behind}; echo {number}$((1 + 1))ended")
+    for number, (prefix, redirection) in enumerate((("TERM=dumb", ""), ("", "2> errors"))):
+        screen.type(
+            f"clear; echo {number}$((1 + 1))begins; {prefix} {chat} {redirection}; echo {number}$((1 + 1))ended"
+        )
         screen.until(lambda shown, number=number: f"{number}2begins" in shown and "/help lists the commands" in shown)
         screen.type("quit")
         assert "quit\n" in screen.until(f"{number}2ended")
@@ -221,7 +223,7 @@ def test_a_terminal_that_is_closed_ends_the_chat(screen: Screen) -> None:
     screen.close()
     deadline = time.monotonic() + PATIENCE
     while alive(process):
-        assert time.monotonic() < deadline, "the chat goes on without a terminal"
+        assert time.monotonic() < deadline, "the chat still runs without a terminal"
         time.sleep(0.05)
 
 

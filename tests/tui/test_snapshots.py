@@ -1,4 +1,4 @@
-"""Compares the text of each screen, at two sizes, with tests/tui/snapshots.
+"""Compare the text of each screen, at two sizes, with tests/tui/snapshots.
 
 After an intended change, update the snapshots and review the diff:
 LLM_EDGE_UPDATE_SNAPSHOTS=1 python -m pytest tests/tui/test_snapshots.py

@@ -1,4 +1,4 @@
-"""What reaches a terminal are characters, never commands."""
+"""Cleaning text for the terminal: control sequences are removed, all other text is kept."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llm_edge.chat.text import printable
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("\x1b[31mred\x1b[0m", "[31mred[0m"),  # CSI: colours, the cursor, the screen
+        ("\x1b[31mred\x1b[0m", "[31mred[0m"),  # CSI: colours, cursor, screen
         ("\x1b[2J\x1b[H", "[2J[H"),
-        ("\x1b]0;title\x07", "]0;title"),  # OSC: the window's title
+        ("\x1b]0;title\x07", "]0;title"),  # OSC: window title
         ("\x1b]52;c;cm0gLXJmIH4=\x07", "]52;c;cm0gLXJmIH4="),  # the clipboard
         ("\x1b]8;;https://a.example\x1b\\text\x1b]8;;\x1b\\", "]8;;https://a.example\\text]8;;\\"),
         ("\x1bP1$r\x1b\\", "P1$r\\"),  # DCS
         ("\x1bc", "c"),  # full reset
-        ("\x9b31mred\x9d0;title\x9c\x90q", "31mred0;titleq"),  # the same in C1
+        ("\x9b31mred\x9d0;title\x9c\x90q", "31mred0;titleq"),  # the same with C1 characters
         ("\x85next line", "next line"),
         ("rm -rf ~\rls     ", "rm -rf ~ls     "),  # overwritten by what follows
         ("abc\b\b\bxyz", "abcxyz"),
@@ -32,7 +32,7 @@ from llm_edge.chat.text import printable
         ("half \ud83d pair \udc4b", "half  pair "),
     ],
 )
-def test_what_a_terminal_would_obey_is_taken_out(text: str, shown: str) -> None:
+def test_control_sequences_are_removed(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
@@ -63,6 +63,6 @@ def test_no_control_character_is_left() -> None:
     assert len(everything) - len(shown) == 63 + 12 + 2048  # controls but two, bidirectional marks, surrogates
 
 
-def test_pieces_may_be_cleaned_one_by_one() -> None:
+def test_text_may_be_cleaned_in_parts() -> None:
     text = "a\x1b[31m\r\n👩\u200d👧\u202e\x9b1m"
     assert "".join(map(printable, text)) == printable(text)

@@ -1,4 +1,4 @@
-"""The token view: what a record says of each token, and what the parameters of now would make of it."""
+"""The token view: recorded probabilities of each token, and how the current parameters would change them."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ def by_token(record: TokenLogprob, params: SamplingParams) -> dict[int | None, C
         ({"top_k": 3, "min_p": 0.3}, {1: "min_p", 2: "top_k", None: "top_k"}, {3: 5 / 7, 7: 2 / 7}),
         ({"top_k": 3, "top_p": 0.7}, {1: "top_p", 2: "top_k", None: "top_k"}, {3: 5 / 7, 7: 2 / 7}),
         ({"temperature": 0.5, "top_k": 2}, {1: "top_k", 2: "top_k", None: "top_k"}, {3: 25 / 29, 7: 4 / 29}),
-        ({"repetition_penalty": 5.0, "presence_penalty": 2.0}, {}, {3: 0.5, 7: 0.2}),  # they know of other tokens
+        ({"repetition_penalty": 5.0, "presence_penalty": 2.0}, {}, {3: 0.5, 7: 0.2}),  # they depend on other tokens
     ],
 )
-def test_what_is_cut_and_what_is_left(params: dict[str, Any], cut: dict[int, str], after: dict[int, float]) -> None:
+def test_filtered_and_remaining_candidates(
+    params: dict[str, Any], cut: dict[int, str], after: dict[int, float]
+) -> None:
     found = by_token(RECORD, SamplingParams(**params))
     assert [*found] == [3, 7, 1, 2, None]
     assert {token: each.cut for token, each in found.items() if each.cut} == cut
@@ -60,9 +62,9 @@ def test_what_is_cut_and_what_is_left(params: dict[str, Any], cut: dict[int, str
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whole_distributions_are_cut_as_the_sampler_cuts_them(seed: int) -> None:
+def test_complete_distributions_are_filtered_like_in_the_sampler(seed: int) -> None:
     random = np.random.default_rng(seed)
-    logits = random.normal(0, 3, 20).astype(np.float32)  # so few that a record holds all
+    logits = random.normal(0, 3, 20).astype(np.float32)  # so few that the record contains all
     record = log_probabilities(logits, int(random.integers(20)), 20)
     for params in (
         SamplingParams(temperature=0.6, top_k=7, top_p=0.9, min_p=0.02),
@@ -78,7 +80,7 @@ def test_whole_distributions_are_cut_as_the_sampler_cuts_them(seed: int) -> None
             assert found[token].after == pytest.approx(chance, rel=1e-4)
 
 
-def test_a_token_from_far_below_is_cut_and_not_taken_for_a_runner_up() -> None:
+def test_an_improbable_sampled_token_is_not_listed_as_a_runner_up() -> None:
     record = TokenLogprob(9, math.log(0.001), ((3, math.log(0.5)), (7, math.log(0.2))))
     found = by_token(record, SamplingParams(top_k=3))
     assert found[9].cut == "top_k"
@@ -95,18 +97,18 @@ def test_a_token_from_far_below_is_cut_and_not_taken_for_a_runner_up() -> None:
         TokenLogprob(1, -0.5, ((1, -math.inf), (2, math.inf))),
     ],
 )
-def test_a_record_that_says_nothing_gives_nothing(record: TokenLogprob) -> None:
+def test_an_empty_record_yields_nothing(record: TokenLogprob) -> None:
     assert candidates(record, SamplingParams()) == []
 
 
 @pytest.mark.parametrize("own", [math.nan, -math.inf, -9999.0, 5.0])
-def test_records_of_others_may_be_odd(own: float) -> None:
+def test_unusual_records_of_endpoints_are_accepted(own: float) -> None:
     for params in (SamplingParams(temperature=0.01, top_p=0.5), SamplingParams(temperature=0), SamplingParams(top_k=1)):
         found = by_token(TokenLogprob(1, own, ((2, -1e-9), (3, -9999.0))), params)
         assert sum(each.after for each in found.values()) == pytest.approx(1)
 
 
-def test_what_shows_of_a_token_is_on_one_line_and_safe() -> None:
+def test_displayed_tokens_are_one_line_without_control_characters() -> None:
     assert visible("a\n\n\tb") == "a⏎⏎⇥b"
     assert visible("\x1b[31m\u202e") == "[31m"
     assert visible("") == "·"
@@ -124,10 +126,10 @@ async def asked(pilot: Pilot[Any], app: ChatApp, logprobs: int | None = 8) -> To
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])
-def test_the_cursor_walks_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_the_cursor_moves_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: Path, size: tuple[int, int]) -> None:
     async def scene() -> None:
-        said = "one two three\nfour five " + " ".join(map(str, range(60)))
-        async with app_with(tmp_path, said, size=size) as (app, pilot, _):
+        reply = "one two three\nfour five " + " ".join(map(str, range(60)))
+        async with app_with(tmp_path, reply, size=size) as (app, pilot, _):
             tokens = (await asked(pilot, app)).query_one(TokenText)
             records = app.session.records[app.session.conversation.path()[-1].id]
             text = screen(app)
@@ -142,7 +144,7 @@ def test_the_cursor_walks_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: P
             await pilot.press("down", "home", "left")
             assert tokens.cursor == 0
             await pilot.press("down")
-            assert tokens.cursor == 3  # the token that begins with a line end has its word on the next line
+            assert tokens.cursor == 3  # a token that starts with a line end has its word on the next line
             await pilot.click(TokenText, offset=(6, 0))
             await pilot.pause()
             assert tokens.cursor == 1
@@ -158,7 +160,7 @@ def test_the_cursor_walks_by_keys_and_mouse_and_shows_the_runners_up(tmp_path: P
     drive(scene())
 
 
-def test_turning_shows_at_once_what_it_cuts_and_counts_for_the_chat(tmp_path: Path) -> None:
+def test_changing_a_parameter_shows_its_effect_and_applies_to_the_chat(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two three", size=(120, 40)) as (app, pilot, fake):
             await asked(pilot, app)
@@ -185,7 +187,7 @@ def test_turning_shows_at_once_what_it_cuts_and_counts_for_the_chat(tmp_path: Pa
     drive(scene())
 
 
-def test_an_answer_without_a_record_says_how_to_get_one_and_gets_it(tmp_path: Path) -> None:
+def test_an_answer_without_a_record_can_be_regenerated_with_one(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two", "three four") as (app, pilot, fake):
             await asked(pilot, app, None)
@@ -203,7 +205,7 @@ def test_an_answer_without_a_record_says_how_to_get_one_and_gets_it(tmp_path: Pa
     drive(scene())
 
 
-def test_t_shows_the_tokens_of_the_answer_that_has_the_focus(tmp_path: Path) -> None:
+def test_t_shows_the_tokens_of_the_focused_answer(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "alpha", "omega") as (app, pilot, _):
             app.session.parameters.set("logprobs", 3)
@@ -218,7 +220,7 @@ def test_t_shows_the_tokens_of_the_answer_that_has_the_focus(tmp_path: Path) -> 
     drive(scene())
 
 
-def test_without_an_answer_it_says_so(tmp_path: Path) -> None:
+def test_without_an_answer_a_message_is_shown(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "ok") as (app, pilot, _):
             await pilot.press("f6")
@@ -229,8 +231,8 @@ def test_without_an_answer_it_says_so(tmp_path: Path) -> None:
     drive(scene())
 
 
-def test_a_record_stays_with_its_answer(tmp_path: Path) -> None:
-    """The program ends, and another model answers: what the first one's tokens say is known still."""
+def test_a_record_is_saved_with_its_answer(tmp_path: Path) -> None:
+    """The record of the first answer is still available after a restart with another model."""
 
     async def first() -> None:
         async with app_with(tmp_path, "one two three four") as (app, pilot, fake):
@@ -264,7 +266,7 @@ def test_a_record_stays_with_its_answer(tmp_path: Path) -> None:
     drive(second())
 
 
-def test_a_damaged_record_says_so_and_harms_nothing(tmp_path: Path) -> None:
+def test_a_damaged_record_is_reported_and_harmless(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "one two") as (app, pilot, fake):
             app.session.parameters.set("logprobs", 3)
@@ -297,12 +299,12 @@ def test_a_damaged_record_says_so_and_harms_nothing(tmp_path: Path) -> None:
         zlib.compress(b" " * (65 << 20)),
     ],
 )
-def test_what_is_no_record_is_refused(data: bytes) -> None:
+def test_invalid_records_are_rejected(data: bytes) -> None:
     with pytest.raises(InputError, match="damaged"):
         unpack(data)
 
 
-def test_records_come_back_as_they_were() -> None:
+def test_records_are_loaded_as_saved() -> None:
     recorder = Recorder(lambda token: f"\ud83d\x00{token}" if token == 3 else f"t{token}")
     records = [recorder.record(RECORD), recorder.record(TokenLogprob(5, -math.inf, ((3, -0.25), (5, -math.inf))))]
     again = unpack(pack(records))
@@ -312,10 +314,10 @@ def test_records_come_back_as_they_were() -> None:
     assert again[0].logprob.top == tuple((id_, round(value, 5)) for id_, value in RECORD.top)
 
 
-def test_it_grows_while_the_answer_comes_and_escape_codes_stay_out(tmp_path: Path) -> None:
+def test_the_view_grows_during_generation_without_escape_codes(tmp_path: Path) -> None:
     async def scene() -> None:
-        said = "\x1b]52;c;eA==\x07 \u202eab \x9b31m " + "word " * 200
-        async with app_with(tmp_path, said, pause=0.01) as (app, pilot, _):
+        reply = "\x1b]52;c;eA==\x07 \u202eab \x9b31m " + "word " * 200
+        async with app_with(tmp_path, reply, pause=0.01) as (app, pilot, _):
             app.session.parameters.set("logprobs", 3)
             await ask(pilot, "Talk.", wait=False)
             answer = app.session.answering
@@ -332,7 +334,7 @@ def test_it_grows_while_the_answer_comes_and_escape_codes_stay_out(tmp_path: Pat
     drive(scene())
 
 
-def test_a_long_answer_opens_and_walks_soon(tmp_path: Path) -> None:
+def test_a_long_answer_opens_and_scrolls_quickly(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "word " * 3000 + "last", size=(80, 24), context_length=9000) as (app, pilot, _):
             app.session.parameters.set("max_tokens", 5000)

@@ -1,4 +1,4 @@
-"""Where a bundle comes to lie: nothing that is not a bundle is ever replaced, and nobody is overtaken."""
+"""Output folders of exports: only bundles are ever replaced, and concurrent exports do not overwrite each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def manifest_of_a_web_page(bundle: Path) -> None:
     (bundle / "src" / "main.js").write_text("work of years")
 
 
-def somebodys_notes(bundle: Path) -> None:
+def users_notes(bundle: Path) -> None:
     (bundle / "onnx" / "notes.md").write_text("work of years")
 
 
@@ -35,7 +35,7 @@ def a_folder_of_pictures(bundle: Path) -> None:
     (bundle / "pictures").mkdir()
 
 
-def a_link_in_place_of_a_folder(bundle: Path) -> None:
+def a_link_instead_of_a_folder(bundle: Path) -> None:
     (bundle / "onnx").rename(bundle.with_name("elsewhere"))
     (bundle / "onnx").symlink_to(bundle.with_name("elsewhere"))
 
@@ -48,14 +48,14 @@ def a_damaged_manifest(bundle: Path) -> None:
     "change",
     [
         manifest_of_a_web_page,
-        somebodys_notes,
+        users_notes,
         another_bundle,
         a_folder_of_pictures,
-        a_link_in_place_of_a_folder,
+        a_link_instead_of_a_folder,
         a_damaged_manifest,
     ],
 )
-def test_force_replaces_bundles_alone(change: Callable[[Path], None], tiny_bundle: Path, tmp_path: Path) -> None:
+def test_force_replaces_only_bundles(change: Callable[[Path], None], tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     check_target(bundle, force=True)
     change(bundle)
@@ -64,34 +64,34 @@ def test_force_replaces_bundles_alone(change: Callable[[Path], None], tiny_bundl
             check_target(bundle, force)
 
 
-def test_a_bundle_in_the_way_can_be_forced_and_an_empty_folder_too(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_force_replaces_a_bundle_and_an_empty_folder(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--force"):
         check_target(tiny_bundle, force=False)
     check_target(tmp_path, force=True)
 
 
-def test_who_is_overtaken_says_so(tmp_path: Path) -> None:
+def test_a_target_created_by_another_process_is_an_error(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
 
-    def overtaken() -> None:
+    def export_while_target_appears() -> None:
         with staging(target, force=False) as folder:
             (folder / "mine").touch()
             target.mkdir()
             (target / "theirs").touch()
 
     with pytest.raises(InputError, match="created by another process"):
-        overtaken()
+        export_while_target_appears()
     assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "theirs"]
 
 
 @pytest.mark.parametrize("name", ["file/below", "x" * 300])
-def test_a_place_that_cannot_be(name: str, tmp_path: Path) -> None:
+def test_an_invalid_target_path_is_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="choose another one with -o"), staging(tmp_path / name, force=False):
         pass
 
 
-def test_room_that_is_short_by_a_little_is_told_apart(tmp_path: Path) -> None:
+def test_a_small_shortage_of_disk_space_is_reported_with_decimals(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_disk_space(tmp_path, free // 2)
     with pytest.raises(MachineError, match=r"about [\d,]+\.\d MB, but only [\d,]+\.\d MB are free: free disk space"):
@@ -113,7 +113,7 @@ sys.exit(run(command))
 
 
 @pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGTERM])
-def test_a_terminal_that_closes_leaves_nothing(how: signal.Signals, tmp_path: Path) -> None:
+def test_a_closed_terminal_leaves_no_files(how: signal.Signals, tmp_path: Path) -> None:
     words = [sys.executable, "-c", HANGS, str(tmp_path / "bundle")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""TorchScript: the file alone in plain torch against transformers, and the bundle around it in the runtime."""
+"""TorchScript: the file run with plain torch matches transformers, and the runtime runs the bundle with it."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ from llm_edge.runtime.errors import (
 )
 
 BOUND = 1e-4
-PIECES = (20, 20, 1, 1, 28)  # behind the first, every piece is longer than, or reaches beyond, a sliding window
-LENGTH = sum(PIECES)
+CHUNKS = (20, 20, 1, 1, 28)  # after the first, every chunk is longer than, or extends beyond, a sliding window
+LENGTH = sum(CHUNKS)
 SHORT = 41  # tokens of the second row of a batch
 PHI3 = "phi3, longrope on a part of each head"
 NAMES = ("llama with biases, tied", "mistral", "qwen3", "smollm3", PHI3, "gemma3_text", "gpt2", "gpt_neo", "gpt_neox")
 NAMES += ("llama, longrope", "olmo2", "granite")
 MODEL = "torchscript/model.pt"
 
-# What anybody can do with the file, in a process that cannot import us.
+# Uses the file in a process that cannot import llm_edge.
 ALONE = """
 import sys, warnings
 sys.modules["llm_edge"] = None
 warnings.simplefilter("ignore")
 import torch
 
-pieces, found = PIECES, {}
+chunks, found = CHUNKS, {}
 for path in sys.argv[2:]:
     module = torch.jit.load(path)
     ids = torch.load(path + ".ids")
@@ -83,9 +83,9 @@ for path in sys.argv[2:]:
     whole = ids.shape[1]
     found[path] = {
         "at once": run(ids[:1], ones[:1], [whole])[0],
-        "in pieces": run(ids[:1], ones[:1], pieces)[0],
+        "in chunks": run(ids[:1], ones[:1], chunks)[0],
         "batch": run(ids, ones, [whole]),
-        "batch in pieces": run(ids, ones, pieces),
+        "batch in chunks": run(ids, ones, chunks),
         "last": module(ids[:1], ones[:1], module.empty_past(), num_logits_to_keep=2)[0],
     }
     assert not any(tensor.requires_grad for tensor in found[path].values())
@@ -108,10 +108,10 @@ def files(folder: Path) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def logits_of(theirs: Any, ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
+def logits_of(theirs: Any, ids: Tensor, chunks: tuple[int, ...]) -> Tensor:
     """Logits of transformers, [T, V]."""
     cache, found, start = None, [], 0
-    for length in pieces:
+    for length in chunks:
         step = theirs(ids[None, start : start + length], past_key_values=cache, use_cache=True)
         cache, start = step.past_key_values, start + length
         found.append(step.logits[0])
@@ -128,7 +128,7 @@ def greedy(theirs: Any, ids: Tensor, count: int) -> list[int]:
 
 
 class Written:
-    """A family's model in transformers, its file, and what that yields in a process of its own."""
+    """A family's model in transformers, its TorchScript file, and the file's results in a separate process."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.theirs = families.model(name)
@@ -145,7 +145,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     """All families, run in one process."""
     made = {name: Written(name, tmp_path_factory.mktemp("family")) for name in NAMES}
     results = tmp_path_factory.mktemp("alone") / "results"
-    code = ALONE.replace("PIECES", repr(PIECES)).replace("SHORT", repr(SHORT))
+    code = ALONE.replace("CHUNKS", repr(CHUNKS)).replace("SHORT", repr(SHORT))
     command = [sys.executable, "-c", code, results, *(case.path for case in made.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=results.parent)
     assert done.returncode == 0, done.stderr
@@ -163,39 +163,39 @@ def source_of(case: Written) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_alone_agrees_with_transformers(name: str, written: dict[str, Written]) -> None:
+def test_the_file_in_plain_torch_matches_transformers(name: str, written: dict[str, Written]) -> None:
     case = written[name]
-    at_once, in_pieces = (logits_of(case.theirs, case.ids[0], pieces) for pieces in ((LENGTH,), PIECES))
-    assert at_once.std() > 0.5  # so that the bound means something
+    at_once, in_chunks = (logits_of(case.theirs, case.ids[0], chunks) for chunks in ((LENGTH,), CHUNKS))
+    assert at_once.std() > 0.5  # otherwise the bound would be meaningless
     assert (case.found["at once"] - at_once).abs().max() < BOUND
-    assert (case.found["in pieces"] - in_pieces).abs().max() < BOUND
+    assert (case.found["in chunks"] - in_chunks).abs().max() < BOUND
     assert case.found["last"].shape == (1, 2, 331)
     assert (case.found["last"][0] - at_once[-2:]).abs().max() < BOUND
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_of_a_batch_do_not_see_each_other(name: str, written: dict[str, Written]) -> None:
-    """Traced with two rows of three tokens: nothing of that may be left, and rows may be of unequal length."""
+def test_sequences_of_a_batch_are_independent(name: str, written: dict[str, Written]) -> None:
+    """Traced with two sequences of three tokens: other shapes must work too, and sequences of different lengths."""
     case = written[name]
-    for way, pieces in (("batch", (LENGTH,)), ("batch in pieces", PIECES)):
-        if "longrope" in name and len(pieces) > 1:
-            continue  # the longest row decides for all which angles count, and here from piece to piece
+    for way, chunks in (("batch", (LENGTH,)), ("batch in chunks", CHUNKS)):
+        if "longrope" in name and len(chunks) > 1:
+            continue  # the longest sequence selects the rotary angles for all, and here for each chunk
         for row, length in ((0, LENGTH), (1, SHORT)):
             alone = logits_of(case.theirs, case.ids[row, :length], (length,))
             assert (case.found[way][row, :length] - alone).abs().max() < BOUND
 
 
-def test_equal_sources_make_equal_files(written: dict[str, Written], tmp_path: Path) -> None:
+def test_equal_sources_yield_equal_files(written: dict[str, Written], tmp_path: Path) -> None:
     for name in ("llama with biases, tied", "gemma3_text"):
         case = written[name]
         again = tmp_path / "model.pt"
         write_torchscript(again, case.checkpoint.config, case.checkpoint.weights, silent)
         assert again.read_bytes() == case.path.read_bytes()
-        assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]  # and nothing beside it
+        assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]  # and no other file
 
 
-def test_other_processes_make_the_same_file(written: dict[str, Written], tmp_path: Path) -> None:
-    """With another seed of Python's hashes, so with sets in another order, and with other work done before."""
+def test_another_process_writes_the_same_file(written: dict[str, Written], tmp_path: Path) -> None:
+    """With another hash seed, so that sets are ordered differently, and after other work."""
     code = """
 import sys
 from pathlib import Path
@@ -227,10 +227,10 @@ def test_a_tied_weight_is_stored_once_and_no_source_file_is_named(written: dict[
     assert b"site-packages" not in text
 
 
-def test_archives_beyond_four_gigabytes_are_read_by_torch(
+def test_torch_reads_archives_larger_than_four_gigabytes(
     written: dict[str, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their records hold sizes in 64 bits; here they begin earlier."""
+    """Their records hold 64-bit sizes; the test lowers the limit where they begin."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 5)
     case = written["gpt2"]
@@ -285,7 +285,7 @@ def changed(bundle: Path, tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
-def test_a_bundle_holds_what_makes_sense_without_onnx(bundle: Path, written: dict[str, Written]) -> None:
+def test_a_bundle_omits_the_files_for_onnx(bundle: Path, written: dict[str, Written]) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     names = files(bundle).keys()
     assert names == {
@@ -311,7 +311,7 @@ def test_a_bundle_holds_what_makes_sense_without_onnx(bundle: Path, written: dic
     assert (bundle / MODEL).read_bytes() == written["smollm3"].path.read_bytes()
 
 
-def test_greedy_text_is_that_of_transformers(bundle: Path, written: dict[str, Written]) -> None:
+def test_greedy_text_matches_transformers(bundle: Path, written: dict[str, Written]) -> None:
     case = written["smollm3"]
     model = Model.load(bundle)
     tokens = greedy(case.theirs, case.ids[0], 64)
@@ -325,8 +325,8 @@ def test_greedy_text_is_that_of_transformers(bundle: Path, written: dict[str, Wr
     assert model.chat([{"role": "user", "content": "Hi"}], params).result().tokens
 
 
-def test_other_ends_of_an_export(written: dict[str, Written], bundle: Path, tmp_path: Path) -> None:
-    """A cut model, no validation, a replacement: as with ONNX."""
+def test_partial_unvalidated_and_replacing_exports(written: dict[str, Written], bundle: Path, tmp_path: Path) -> None:
+    """Fewer validated layers, no validation, and --force work as with ONNX."""
     source = source_of(written["smollm3"])
     target = tmp_path / "made"
     stages: list[str] = []
@@ -342,7 +342,7 @@ def test_other_ends_of_an_export(written: dict[str, Written], bundle: Path, tmp_
     assert (target / MODEL).read_bytes() == (bundle / MODEL).read_bytes()
 
 
-def test_a_file_that_is_wrong_makes_no_bundle(
+def test_a_file_with_wrong_logits_makes_no_bundle(
     written: dict[str, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = torchscript_writer._add
@@ -356,7 +356,7 @@ def test_a_file_that_is_wrong_makes_no_bundle(
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_no_files(
     written: dict[str, Written], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -368,8 +368,8 @@ def test_a_full_disk_leaves_nothing(
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_disk_that_fills_up_anywhere_leaves_nothing(written: dict[str, Written], tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk; torch's own writer would abort the process."""
+def test_a_disk_that_fills_up_at_any_point_leaves_no_files(written: dict[str, Written], tmp_path: Path) -> None:
+    """A file size limit simulates the disk; torch's own writer would abort the process."""
     case = written["gpt2"]
     code = """
 import resource, sys
@@ -395,7 +395,7 @@ main()
         (("--graph", "portable"), "--graph applies to ONNX only"),
     ],
 )
-def test_what_torchscript_cannot_be_asked_for(
+def test_options_that_torchscript_does_not_support_are_rejected(
     arguments: tuple[str, ...],
     message: str,
     tmp_path: Path,
@@ -412,7 +412,7 @@ def test_what_torchscript_cannot_be_asked_for(
     assert errors.count("\n") == 1
 
 
-def test_the_command_takes_fp32_and_says_what_it_made(
+def test_the_command_exports_fp32_and_reports_it(
     written: dict[str, Written], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = source_of(written["gpt2"]), tmp_path / "made"
@@ -424,10 +424,10 @@ def test_the_command_takes_fp32_and_says_what_it_made(
     assert [*Bundle.open(target).precisions] == ["fp32"]
 
 
-# ---- what the runtime refuses
+# ---- files that the runtime rejects
 
 
-def test_a_format_from_the_future_is_refused(changed: Callable[..., Path]) -> None:
+def test_a_newer_format_is_rejected(changed: Callable[..., Path]) -> None:
     with pytest.raises(BundleError, match=r"fp32 has format 'gguf', but this runtime supports onnx and torchscr"):
         Bundle.open(changed(format="gguf"))
 
@@ -447,7 +447,7 @@ def test_an_unverified_file_is_not_loaded(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x05\x06" + bytes(18)])
-def test_a_file_that_is_no_torchscript_gets_one_line(content: bytes, changed: Callable[..., Path]) -> None:
+def test_a_file_that_is_not_torchscript_is_rejected_in_one_line(content: bytes, changed: Callable[..., Path]) -> None:
     with pytest.raises(BundleError, match=r"model\.pt: .*export the bundle again") as raised:
         Model.load(changed(content))
     assert "\n" not in str(raised.value)
@@ -456,13 +456,13 @@ def test_a_file_that_is_no_torchscript_gets_one_line(content: bytes, changed: Ca
 @pytest.mark.parametrize(
     "shape", [{"vocab_size": 400}, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {"head_dim": 16}]
 )
-def test_a_module_of_another_shape_gets_one_line(shape: dict[str, int], changed: Callable[..., Path]) -> None:
+def test_a_module_of_another_shape_is_rejected_in_one_line(shape: dict[str, int], changed: Callable[..., Path]) -> None:
     with pytest.raises(BundleError, match="it is not a decoder with the dimensions in the manifest") as raised:
         Model.load(changed(shape=shape))
     assert "\n" not in str(raised.value)
 
 
-def test_without_torch_one_line_says_what_to_install(bundle: Path) -> None:
+def test_without_torch_the_error_says_what_to_install(bundle: Path) -> None:
     code = "import sys\nsys.modules['torch'] = None\nfrom llm_edge.tui.cli import main\nmain()"
     command = [sys.executable, "-c", code, bundle, "--ask", "Hi"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -471,11 +471,11 @@ def test_without_torch_one_line_says_what_to_install(bundle: Path) -> None:
     assert "a TorchScript bundle needs torch: pip install torch" in done.stderr
 
 
-# ---- a program that does more than arithmetic
+# ---- programs that do more than arithmetic
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], tuple[str, bytes]], stored: bool = True) -> bytes:
-    """An archive with every record's name and content changed."""
+    """Rewrite an archive, transforming the name and content of every record."""
     made = io.BytesIO()
     kind = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w", kind) as new:
@@ -513,7 +513,7 @@ HOSTILE: dict[str, tuple[bytes, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_program_that_does_more_is_refused_before_torch_sees_it(
+def test_a_program_with_other_operations_is_rejected_before_torch_loads_it(
     name: str, bundle: Path, changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new, message = HOSTILE[name]
@@ -526,7 +526,7 @@ def test_a_program_that_does_more_is_refused_before_torch_sees_it(
     assert not (tmp_path / "victim").exists()
 
 
-def test_archives_in_other_clothes_are_refused(bundle: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_unusual_archive_layouts_are_rejected(bundle: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
     whole = (bundle / MODEL).read_bytes()
     for model, message in (
         (rewritten(bundle / MODEL, lambda name, content: (name, content), stored=False), "contains compressed records"),
@@ -555,7 +555,7 @@ def test_every_family_and_activation_passes(written: dict[str, Written], tmp_pat
         check_program(path)
 
 
-# ---- the session's door
+# ---- the session
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +564,7 @@ def session(bundle: Path) -> TorchScriptSession:
     return TorchScriptSession(GraphFile(opened.file(MODEL), opened.shape), ExecutionOptions("cpu"))
 
 
-def test_steps_are_those_of_the_onnx_session(session: TorchScriptSession, written: dict[str, Written]) -> None:
+def test_steps_match_the_onnx_session(session: TorchScriptSession, written: dict[str, Written]) -> None:
     ids, whole = written["smollm3"].ids[0].numpy(), written["smollm3"].found["at once"].numpy()
     session.clear_cache()
     start = 0
@@ -580,7 +580,7 @@ def test_steps_are_those_of_the_onnx_session(session: TorchScriptSession, writte
     assert session.run_seconds > 0
 
 
-def test_steps_that_cannot_be_made(session: TorchScriptSession) -> None:
+def test_invalid_steps_are_rejected(session: TorchScriptSession) -> None:
     session.clear_cache()
     for tokens, count in (([], 1), ([1] * (MAX_STEP_TOKENS + 1), 1), ([1], 2), ([1], -1)):
         with pytest.raises(ParameterError):
@@ -592,7 +592,7 @@ def test_steps_that_cannot_be_made(session: TorchScriptSession) -> None:
     assert session.length == session.limit
 
 
-def test_providers_and_threads(bundle: Path) -> None:
+def test_provider_and_thread_options_are_checked(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     before = torch.get_num_threads()
     try:

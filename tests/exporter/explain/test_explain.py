@@ -1,4 +1,4 @@
-"""`llm-export --explain` and `--plot`: what they tell is what lies in the files, of an export and of a bundle."""
+"""`llm-export --explain` and `--plot`: the reported formats, sizes and errors match the files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def short_texts() -> Iterator[None]:
 def exported(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, short_texts: None
 ) -> tuple[Path, Path, str]:
-    """A bundle made with `--explain --plot`, the picture, and what the command printed."""
+    """A bundle exported with `--explain --plot`, the plot, and the output of the command."""
     folder = tmp_path_factory.mktemp("explained")
     bundle, picture = folder / "tiny", folder / "tiny.png"
     words = (tiny_checkpoint, "-o", bundle, "--precision", PRECISIONS, "--explain", "--plot", picture)
@@ -74,7 +74,7 @@ def write(bundle: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def stored(bundle: Path, entry: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of every initializer of a graph, by name, as the onnx package tells them."""
+    """Bytes of every initializer of a graph by name, as the onnx package reports them."""
     model = onnx.load(bundle / entry["model"], load_external_data=False)
     return {
         tensor.name: next((int(pair.value) for pair in tensor.external_data if pair.key == "length"), 0)
@@ -86,24 +86,26 @@ def stored(bundle: Path, entry: Mapping[str, Any]) -> dict[str, int]:
 # ---- the manifest
 
 
-def test_every_projection_is_told_with_format_size_and_error(exported: tuple[Path, Path, str]) -> None:
+def test_every_projection_has_a_format_size_and_error(exported: tuple[Path, Path, str]) -> None:
     for name, entry in read(exported[0])["precisions"].items():
-        told = entry["projections"]
-        assert told.keys() == PROJECTIONS | {"embed_tokens"} | ({"head_mix"} if RECIPES[name].calibrated else set())
+        projections = entry["projections"]
+        assert projections.keys() == PROJECTIONS | {"embed_tokens"} | (
+            {"head_mix"} if RECIPES[name].calibrated else set()
+        )
         for module in PROJECTIONS:
-            assert set(told[module]) == {"format", "bytes"} | ({"error"} if RECIPES[name].calibrated else set())
-            assert told[module].get("error", 0.5) == float(f"{told[module].get('error', 0.5):.4g}")
-        assert "error" not in told["embed_tokens"]
+            assert set(projections[module]) == {"format", "bytes"} | ({"error"} if RECIPES[name].calibrated else set())
+            assert projections[module].get("error", 0.5) == float(f"{projections[module].get('error', 0.5):.4g}")
+        assert "error" not in projections["embed_tokens"]
 
 
-def test_sizes_are_those_of_the_files(exported: tuple[Path, Path, str]) -> None:
+def test_sizes_match_the_files(exported: tuple[Path, Path, str]) -> None:
     bundle = exported[0]
     for name, entry in read(bundle)["precisions"].items():
         found = stored(bundle, entry)
-        for module, told in entry["projections"].items():
-            assert told["bytes"] == sum(size for key, size in found.items() if key.startswith(f"{module}.")), module
+        for module, one in entry["projections"].items():
+            assert one["bytes"] == sum(size for key, size in found.items() if key.startswith(f"{module}.")), module
         files = sum((bundle / f"{entry['model']}{end}").stat().st_size for end in ("", "_data"))
-        parts = sum(told["bytes"] for told in entry["projections"].values()) + sum(entry["other"].values())
+        parts = sum(one["bytes"] for one in entry["projections"].values()) + sum(entry["other"].values())
         assert parts == files
         weights = sum(found.values())
         assert files - entry["other"]["graph"] == weights, name
@@ -112,53 +114,58 @@ def test_sizes_are_those_of_the_files(exported: tuple[Path, Path, str]) -> None:
 
 
 def test_sizes_follow_from_formats_and_shapes(exported: tuple[Path, Path, str]) -> None:
-    told = {name: entry["projections"] for name, entry in read(exported[0])["precisions"].items()}
+    projections = {name: entry["projections"] for name, entry in read(exported[0])["precisions"].items()}
     for module in PROJECTIONS:
         rows, width = ROLES[module.partition(".")[2].partition(".")[2]]
-        assert told["fp32"][module] == {"format": Dense().to_dict(), "bytes": 4 * rows * width}
-        for name in told:
-            stored_format = told[name][module]["format"]
+        assert projections["fp32"][module] == {"format": Dense().to_dict(), "bytes": 4 * rows * width}
+        for name in projections:
+            stored_format = projections[name][module]["format"]
             if stored_format["kind"] == "blocks":
                 form = Blocks(stored_format["bits"], stored_format["size"], stored_format["symmetric"])
                 assert stored_format == form.to_dict()
                 zeros = 0 if form.symmetric else rows * -(-form.num_blocks(width) * form.bits // 8)
-                assert told[name][module]["bytes"] == int(form.bytes_per_weight * rows * width) + zeros
+                assert projections[name][module]["bytes"] == int(form.bytes_per_weight * rows * width) + zeros
             elif stored_format["kind"] == "int8_static":
-                rest = told[name][module]["bytes"] - rows * width - 4 * rows  # steps, and factors of the channels
+                rest = (
+                    projections[name][module]["bytes"] - rows * width - 4 * rows
+                )  # scales of the activations and of the channels
                 assert 4 <= rest <= 8 + 4 * width
-    assert told["fp32"]["embed_tokens"]["bytes"] == 4 * 331 * 64
-    assert told["int8"]["embed_tokens"] == {"format": INT8_BLOCKS, "bytes": 331 * (64 + 4)}
+    assert projections["fp32"]["embed_tokens"]["bytes"] == 4 * 331 * 64
+    assert projections["int8"]["embed_tokens"] == {"format": INT8_BLOCKS, "bytes": 331 * (64 + 4)}
 
 
-def test_errors_grow_as_bits_go(exported: tuple[Path, Path, str]) -> None:
-    told = {name: entry["projections"] for name, entry in read(exported[0])["precisions"].items()}
+def test_errors_grow_with_fewer_bits(exported: tuple[Path, Path, str]) -> None:
+    projections = {name: entry["projections"] for name, entry in read(exported[0])["precisions"].items()}
     for name, better, worse in ((it, "int8-exact", "int8") for it in PROJECTIONS):
-        same = told[better][name]["format"] == told[worse][name]["format"]
-        assert 0 < told[better][name]["error"] < told[worse][name]["error"] * (1.01 if same else 1) < 1e-2
-    assert all(0 < told["int4"][name]["error"] < 0.1 for name in PROJECTIONS)
+        same = projections[better][name]["format"] == projections[worse][name]["format"]
+        assert 0 < projections[better][name]["error"] < projections[worse][name]["error"] * (1.01 if same else 1) < 1e-2
+    assert all(0 < projections["int4"][name]["error"] < 0.1 for name in PROJECTIONS)
 
 
 @pytest.mark.parametrize(("graph", "tied"), [("portable", True), ("fused", False)])
-def test_other_graphs_are_told_as_well(
+def test_other_graphs_are_explained_too(
     graph: str, tied: bool, tmp_path: Path, llm_export: Run, short_texts: None
 ) -> None:
     checkpoint = tiny.save_checkpoint(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
     words = (checkpoint, "-o", tmp_path / "made", "--precision", "int8,int4", "--graph", graph, "--no-validate")
     assert llm_export(*words)[0] == 0
     for name, entry in read(tmp_path / "made")["precisions"].items():
-        told = entry["projections"]
+        projections = entry["projections"]
         mix = {"head_mix"} if tied else set()
-        assert told.keys() == {f"layers.0.{it}" for it in ROLES} | mix | {"embed_tokens", "lm_head"}
-        assert told["embed_tokens"]["format"] == told["lm_head"]["format"] == INT8_BLOCKS
+        assert projections.keys() == {f"layers.0.{it}" for it in ROLES} | mix | {"embed_tokens", "lm_head"}
+        assert projections["embed_tokens"]["format"] == projections["lm_head"]["format"] == INT8_BLOCKS
         for module in ("embed_tokens", "lm_head"):
-            assert told[module]["bytes"] == 331 * (64 + 4)
+            assert projections[module]["bytes"] == 331 * (64 + 4)
         if name == "int4":
-            assert any(it["format"]["label"].startswith("int4-") for it in told.values())
+            assert any(it["format"]["label"].startswith("int4-") for it in projections.values())
         weights = sum(stored(tmp_path / "made", entry).values())
-        assert sum(it["bytes"] for it in told.values()) + entry["other"]["norms"] + entry["other"]["tables"] == weights
+        assert (
+            sum(it["bytes"] for it in projections.values()) + entry["other"]["norms"] + entry["other"]["tables"]
+            == weights
+        )
 
 
-def test_what_is_told_does_not_depend_on_validation(
+def test_the_report_does_not_depend_on_validation(
     exported: tuple[Path, Path, str], tiny_checkpoint: Path, tmp_path: Path, llm_export: Run, short_texts: None
 ) -> None:
     out = tmp_path / "again"
@@ -181,11 +188,11 @@ def test_the_table_shows_each_projection_of_each_layer(exported: tuple[Path, Pat
     assert "\x1b" not in text
     for name, entry in read(bundle)["precisions"].items():
         table = text.partition(f"\n{name}: " if name != "fp32" else f"{name}: ")[2].partition("total")[0]
-        told = entry["projections"]
+        projections = entry["projections"]
         for layer in range(2):
             cells = []
             for role in ROLES:
-                one = told[f"layers.{layer}.{role}"]
+                one = projections[f"layers.{layer}.{role}"]
                 cells += [one["format"]["label"], r"[0-9.]+"]
                 if "error" in one:
                     cells.append(re.sub("e-0", "e-", f"{one['error']:.1e}"))
@@ -200,7 +207,7 @@ def test_the_table_shows_each_projection_of_each_layer(exported: tuple[Path, Pat
     assert "error: mean over calibration tokens" in text
 
 
-def test_parts_of_the_table_add_up(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+def test_sizes_in_the_table_add_up(exported: tuple[Path, Path, str], llm_export: Run) -> None:
     _, text, _ = llm_export(exported[0], "--explain", "--precision", "int8")
     lines = re.findall(r"^(\w.*?)  +(?:\S+ +)?([0-9.,]+) kB +([0-9.]+)%$", text, re.MULTILINE)
     sizes = {label: float(size.replace(",", "")) for label, size, _ in lines}
@@ -213,7 +220,7 @@ def test_parts_of_the_table_add_up(exported: tuple[Path, Path, str], llm_export:
     assert sum(map(float, layers[0])) == pytest.approx(sizes["layers"], rel=0.01)
 
 
-def test_a_bundle_tells_what_its_export_told(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+def test_explaining_a_bundle_prints_the_same_as_its_export(exported: tuple[Path, Path, str], llm_export: Run) -> None:
     bundle, _, printed = exported
     before = sorted(bundle.rglob("*"))
     code, text, errors = llm_export(bundle, "--explain")
@@ -223,13 +230,13 @@ def test_a_bundle_tells_what_its_export_told(exported: tuple[Path, Path, str], l
     assert sorted(bundle.rglob("*")) == before
 
 
-def test_a_bundle_tells_of_the_precisions_that_are_asked_for(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+def test_only_the_requested_precisions_are_explained(exported: tuple[Path, Path, str], llm_export: Run) -> None:
     code, text, _ = llm_export(exported[0], "--explain", "--precision", "int4, int8")
     assert code == 0
     assert re.findall(r"^(\S+): .* mean KL", text, re.MULTILINE) == ["int4", "int8"]
 
 
-def test_json_tells_the_same(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
+def test_json_output_has_the_same_content(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
     code, text, _ = llm_export(exported[0], "--explain", "--progress", "json", "--plot", tmp_path / "p.png")
     assert code == 0
     *lines, last = [json.loads(line) for line in text.splitlines()]
@@ -239,7 +246,7 @@ def test_json_tells_the_same(exported: tuple[Path, Path, str], tmp_path: Path, l
     assert last == {"stage": "plot", "path": str(tmp_path / "p.png")}
 
 
-def test_formats_of_all_recipes_have_short_names_of_their_own() -> None:
+def test_formats_of_all_recipes_have_short_unique_labels() -> None:
     forms = {
         form
         for recipe in RECIPES.values()
@@ -251,21 +258,21 @@ def test_formats_of_all_recipes_have_short_names_of_their_own() -> None:
     assert OriginalBlocks(4, offsets=True).label == "int4-32o"
 
 
-# ---- the picture
+# ---- the plot
 
 
-def test_the_picture_of_an_export(exported: tuple[Path, Path, str]) -> None:
+def test_the_plot_of_an_export(exported: tuple[Path, Path, str]) -> None:
     _, picture, text = exported
     assert f"Plot: {picture}" in text
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] > pixels.shape[0] > 500
     colours = {tuple(pixel) for pixel in pixels.reshape(-1, 3).tolist()}
-    assert {(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)} <= colours  # a line for each role
+    assert {(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)} <= colours  # one line per role
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".pdf", ".PNG"])
-def test_pictures_of_a_bundle(suffix: str, exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
+def test_plots_of_a_bundle(suffix: str, exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
     files = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
     for file in files:
         assert llm_export(exported[0], "--plot", file) == (0, f"Plot: {file}\n", "")
@@ -284,12 +291,12 @@ def test_pictures_of_a_bundle(suffix: str, exported: tuple[Path, Path, str], tmp
             image.verify()
 
 
-def test_a_picture_where_nothing_was_rounded(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
+def test_a_plot_without_quantized_weights(exported: tuple[Path, Path, str], tmp_path: Path, llm_export: Run) -> None:
     assert llm_export(exported[0], "--plot", tmp_path / "p.svg", "--precision", "fp32")[0] == 0
     assert "No errors were measured" in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
 
-# ---- what is refused
+# ---- errors
 
 
 def refused(outcome: tuple[int, str, str], *words: str) -> None:
@@ -311,7 +318,7 @@ def refused(outcome: tuple[int, str, str], *words: str) -> None:
         ("file/p.png", "no folder"),
     ],
 )
-def test_a_picture_that_cannot_be_is_refused_before_the_work(
+def test_an_invalid_plot_path_is_rejected_before_the_export(
     name: str, word: str, tiny_checkpoint: Path, tmp_path: Path, llm_export: Run
 ) -> None:
     (tmp_path / "taken.png").mkdir()
@@ -321,12 +328,12 @@ def test_a_picture_that_cannot_be_is_refused_before_the_work(
     assert not out.exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody may write to")
-def test_a_folder_that_takes_no_file(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a read-only folder")
+def test_an_unwritable_plot_folder_is_an_error(exported: tuple[Path, Path, str], llm_export: Run) -> None:
     refused(llm_export(exported[0], "--plot", "/proc/self/p.png"), "/proc/self/p.png", "cannot be written")
 
 
-def test_without_matplotlib_one_line_names_the_extra(
+def test_without_matplotlib_the_error_names_the_extra(
     tiny_checkpoint: Path, tmp_path: Path, llm_export: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -338,24 +345,24 @@ def test_without_matplotlib_one_line_names_the_extra(
 @pytest.mark.parametrize(
     "words", [("--force",), ("-o", "elsewhere"), ("--graph", "fused"), ("--no-validate",), ("--n-heads", "4")]
 )
-def test_a_bundle_takes_no_options_that_make_one(
+def test_export_options_are_rejected_for_a_bundle(
     words: tuple[str, ...], exported: tuple[Path, Path, str], llm_export: Run
 ) -> None:
     refused(llm_export(exported[0], "--explain", *words), "omit it")
 
 
-def test_a_precision_that_the_bundle_lacks(exported: tuple[Path, Path, str], llm_export: Run) -> None:
+def test_a_precision_missing_from_the_bundle_is_an_error(exported: tuple[Path, Path, str], llm_export: Run) -> None:
     refused(llm_export(exported[0], "--explain", "--precision", "int4-mixed"), "int4-mixed", PRECISIONS.split(",")[-1])
     refused(llm_export(exported[0], "--explain", "--precision", ","), "--precision is empty")
 
 
-def test_torchscript_has_nothing_to_tell(tiny_checkpoint: Path, tmp_path: Path, llm_export: Run) -> None:
+def test_torchscript_bundles_cannot_be_explained(tiny_checkpoint: Path, tmp_path: Path, llm_export: Run) -> None:
     words = (tiny_checkpoint, "-o", tmp_path / "out", "--format", "torchscript", "--explain")
     refused(llm_export(*words), "--format torchscript")
     assert not (tmp_path / "out").exists()
 
 
-def test_bundles_of_earlier_versions_load_and_say_what_they_lack(copied: Path, llm_export: Run) -> None:
+def test_bundles_of_earlier_versions_load_and_report_what_is_missing(copied: Path, llm_export: Run) -> None:
     manifest = read(copied)
     for entry in manifest["precisions"].values():
         del entry["projections"], entry["other"]
@@ -365,7 +372,7 @@ def test_bundles_of_earlier_versions_load_and_say_what_they_lack(copied: Path, l
 
 
 @pytest.mark.parametrize(
-    ("module", "told"),
+    ("module", "value"),
     [
         ("layers.0.mlp.down", {"format": FP32, "bytes": -1}),
         ("layers.0.mlp.down", {"format": FP32, "bytes": True}),
@@ -386,9 +393,9 @@ def test_bundles_of_earlier_versions_load_and_say_what_they_lack(copied: Path, l
         ("", {"format": FP32, "bytes": 1}),
     ],
 )
-def test_a_manifest_that_tells_nonsense(module: str, told: Any, copied: Path, llm_export: Run) -> None:
+def test_invalid_manifest_values_are_errors(module: str, value: Any, copied: Path, llm_export: Run) -> None:
     manifest = read(copied)
-    manifest["precisions"]["int8"]["projections"][module] = told
+    manifest["precisions"]["int8"]["projections"][module] = value
     write(copied, manifest)
     refused(llm_export(copied, "--explain"), "manifest.json", "int8")
 
@@ -396,20 +403,20 @@ def test_a_manifest_that_tells_nonsense(module: str, told: Any, copied: Path, ll
 @pytest.mark.parametrize(
     ("key", "value"), [("other", {"norms": 1}), ("other", 3), ("projections", []), ("quality", {"kl_mean": "low"})]
 )
-def test_a_manifest_with_damaged_entries(key: str, value: Any, copied: Path, llm_export: Run) -> None:
+def test_damaged_manifest_entries_are_errors(key: str, value: Any, copied: Path, llm_export: Run) -> None:
     manifest = read(copied)
     manifest["precisions"]["int4"][key] = value
     write(copied, manifest)
     refused(llm_export(copied, "--explain"), "manifest.json", "int4")
 
 
-def test_a_precision_with_a_name_that_is_none(copied: Path, llm_export: Run) -> None:
+def test_an_invalid_precision_name_is_an_error(copied: Path, llm_export: Run) -> None:
     manifest = read(copied)
     manifest["precisions"]["\x1b[2J"] = manifest["precisions"].pop("int4")
     write(copied, manifest)
     refused(llm_export(copied, "--explain"), "manifest.json", "name")
 
 
-def test_a_manifest_that_is_none(copied: Path, llm_export: Run) -> None:
+def test_a_file_that_is_not_a_manifest_is_an_error(copied: Path, llm_export: Run) -> None:
     (copied / "manifest.json").write_text("{", encoding="utf-8")
     refused(llm_export(copied, "--explain"), "manifest.json", "not JSON")

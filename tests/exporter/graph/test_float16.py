@@ -1,4 +1,4 @@
-"""fp16: everything between token ids and logits is float16, and the logits are nearly fp32's."""
+"""fp16: all tensors between token ids and logits are float16, and the logits are close to those of fp32."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CASES = (
     ("llama", GraphChoice.FUSED),
     ("llama", GraphChoice.PORTABLE),
     ("llama with biases, tied", GraphChoice.FUSED),
-    ("qwen3", GraphChoice.FUSED),  # norms of queries and keys
+    ("qwen3", GraphChoice.FUSED),  # query and key norms
     ("phi3, longrope on a part of each head", GraphChoice.FUSED),
-    ("gemma3_text", GraphChoice.FUSED),  # a factor of the embedding, windows
-    ("gpt2", GraphChoice.PORTABLE),  # LayerNorm, a table of positions
+    ("gemma3_text", GraphChoice.FUSED),  # scaled embeddings, sliding windows
+    ("gpt2", GraphChoice.PORTABLE),  # LayerNorm, learned positions
 )
-BOUND = 8e-3  # of the logits' size; up to 2.7e-3 was measured
+BOUND = 8e-3  # relative to the size of the logits; measured: up to 2.7e-3
 
 
 def exported(source: Path, output: Path, graph: GraphChoice, *, validate: bool = False) -> Bundle:
@@ -75,24 +75,24 @@ def test_only_the_logits_are_float32(bundle: Bundle) -> None:
     assert TensorProto.FLOAT not in made.values()
 
 
-def test_half_the_size(bundle: Bundle) -> None:
+def test_fp16_files_are_half_the_size_of_fp32(bundle: Bundle) -> None:
     sizes = [sum(path.stat().st_size for path in (bundle.path / "onnx").glob(f"{RECIPES[name].stem}.onnx_data"))
              for name in ("fp16", "fp32")]  # fmt: skip
     assert 0.48 < sizes[0] / sizes[1] < 0.55
 
 
-def test_logits_are_nearly_those_of_fp32(bundle: Bundle) -> None:
+def test_logits_are_close_to_those_of_fp32(bundle: Bundle) -> None:
     found, wanted = (logits_of(bundle, precision, [30]) for precision in ("fp16", "fp32"))
     assert found.dtype == np.float32
     assert 1e-5 < distance(found, wanted) < BOUND
 
 
 @pytest.mark.parametrize("cuts", [[1] * 30, [13, 17]])
-def test_the_cut_into_steps_does_not_matter(bundle: Bundle, cuts: list[int]) -> None:
+def test_splitting_into_steps_does_not_change_the_logits(bundle: Bundle, cuts: list[int]) -> None:
     assert distance(logits_of(bundle, "fp16", cuts), logits_of(bundle, "fp16", [30])) < BOUND
 
 
-def test_it_is_validated_but_not_held_to_the_bound_of_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_is_validated_but_not_against_the_fp32_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shorten_texts(monkeypatch, 64)
     source = families.save(families.model("llama"), tmp_path / "source")
     bundle = exported(source, tmp_path / "bundle", GraphChoice.FUSED, validate=True)
@@ -100,21 +100,21 @@ def test_it_is_validated_but_not_held_to_the_bound_of_fp32(tmp_path: Path, monke
     assert entry["recipe"] == "fp16"
     assert entry["parity"]
     assert 0 < entry["quality"]["kl_mean"] < 0.01
-    assert bundle.precision().name == "fp32"  # fp16 is slow on a CPU: it is not what one gets unasked
+    assert bundle.precision().name == "fp32"  # fp16 is slow on a CPU, so it is not the default there
 
 
 @pytest.fixture
-def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A CUDA that is a CPU; it fails in a step once the list says why."""
+def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Simulate CUDA on the CPU; a step fails once the returned list contains a reason."""
     reasons: list[str] = []
 
-    class OnPaper(ort.InferenceSession):  # type: ignore[misc]
+    class SimulatedCuda(ort.InferenceSession):  # type: ignore[misc]
         def __init__(self, path: Path, options: Any, providers: list[Any], **rest: Any) -> None:
             super().__init__(path, options, providers=["CPUExecutionProvider"], **rest)
             self.on_cuda = len(providers) > 1
 
         def get_provider_graph_assignment_info(self) -> list[Any]:
-            return []  # nothing is left to the CPU
+            return []  # no operator is assigned to the CPU
 
         def run_with_iobinding(self, binding: Any, run_options: Any = None) -> None:
             if self.on_cuda and reasons:
@@ -122,11 +122,11 @@ def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             super().run_with_iobinding(binding, run_options)
 
     monkeypatch.setattr(providers, "_cuda_problem", lambda: None)
-    monkeypatch.setattr(ort, "InferenceSession", OnPaper)
+    monkeypatch.setattr(ort, "InferenceSession", SimulatedCuda)
     return reasons
 
 
-def test_on_cuda_it_is_what_one_gets_unasked(bundle: Bundle, tiny_bundle: Path, cuda_on_paper: list[str]) -> None:
+def test_fp16_is_the_default_on_cuda(bundle: Bundle, tiny_bundle: Path, simulated_cuda: list[str]) -> None:
     def loaded(precision: str | None, provider: str) -> tuple[str, str]:
         model = Model.load(bundle.path, precision, provider=provider, threads=1)
         return model.precision.name, model.provider
@@ -134,15 +134,15 @@ def test_on_cuda_it_is_what_one_gets_unasked(bundle: Bundle, tiny_bundle: Path, 
     assert loaded(None, "auto") == loaded(None, "cuda") == ("fp16", "cuda")
     assert loaded("fp32", "auto") == ("fp32", "cuda")
     assert loaded(None, "cpu") == ("fp32", "cpu")
-    assert Model.load(tiny_bundle, None, provider="auto", threads=1).precision.name == "int8"  # holds no fp16
-    cuda_on_paper.append("CUDA failure 2: out of memory")
+    assert Model.load(tiny_bundle, None, provider="auto", threads=1).precision.name == "int8"  # has no fp16
+    simulated_cuda.append("CUDA failure 2: out of memory")
     assert loaded(None, "auto") == ("fp32", "cpu")
-    assert loaded("fp16", "auto") == ("fp16", "cpu")  # whoever names it gets it
+    assert loaded("fp16", "auto") == ("fp16", "cpu")  # an explicit precision is not overridden
     with pytest.raises(ProviderError, match=r"^provider cuda: .*out of memory.*provider='cpu' or 'auto'$"):
         loaded(None, "cuda")
 
 
-def test_an_engine_takes_it_where_it_is_told_to_try_cuda(tmp_path: Path, cuda_on_paper: list[str]) -> None:
+def test_an_engine_chooses_fp16_if_asked_to_try_cuda(tmp_path: Path, simulated_cuda: list[str]) -> None:
     made = exported(families.save(families.model("llama"), tmp_path / "source"), tmp_path / "bundle", GraphChoice.FUSED)
 
     def loaded(**options: Any) -> tuple[str, str, int]:
@@ -152,16 +152,16 @@ def test_an_engine_takes_it_where_it_is_told_to_try_cuda(tmp_path: Path, cuda_on
 
     assert loaded() == ("fp32", "cpu", 4)
     assert loaded(provider="auto") == loaded(provider="cuda") == ("fp16", "cuda", 4)
-    cuda_on_paper.append("CUDA failure 2: out of memory")
+    simulated_cuda.append("CUDA failure 2: out of memory")
     assert loaded(provider="auto", active=2) == ("fp32", "cpu", 4)
 
 
-def test_it_is_the_last_that_is_taken_unasked() -> None:
+def test_fp16_is_the_last_choice_by_default() -> None:
     assert [recipe.name for recipe in parse_precisions("fp16,int4,int8-kv8")][-1] == "fp16"
     assert not RECIPES["fp16"].lossless
 
 
-def test_a_weight_that_float16_cannot_hold(tmp_path: Path) -> None:
+def test_a_weight_outside_the_float16_range_is_an_error(tmp_path: Path) -> None:
     made = families.model("llama")
     with torch.no_grad():
         made.model.layers[1].mlp.down_proj.weight[3, 4] = 1e5

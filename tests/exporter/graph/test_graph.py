@@ -1,4 +1,4 @@
-"""The ONNX graphs: what they promise to every consumer, and that they compute what the reference computes."""
+"""ONNX graphs: the interface documented for consumers, and agreement of the logits with the reference."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Cache = list[npt.NDArray[np.float32]]
 
 BOUND = 1e-4
 INLINE = 1024
-LAYERS = 2  # of `tiny_checkpoint`, which the bundles of conftest.py are made of
-HELD = ("fp32", "int8", "int4")  # by the bundles of conftest.py
-UNDECLARED = "SimplifiedLayerNormalization"  # onnxruntime's own, but it lies in the standard domain
+LAYERS = 2  # of `tiny_checkpoint`, from which the bundles of conftest.py are exported
+PRECISIONS = ("fp32", "int8", "int4")  # in the bundles of conftest.py
+UNDECLARED = "SimplifiedLayerNormalization"  # specific to onnxruntime, but in the standard domain
 STYLES = [style.value for style in GraphStyle]
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha, untied": {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": False},
-    # Nothing here is a multiple of a block or a kernel's lane but the head's size, which GroupQueryAttention wants so.
+    # Nothing here is a multiple of a block or a SIMD width except the head size, which GroupQueryAttention requires.
     "mqa, odd sizes": {
         "vocab_size": 347,
         "hidden_size": 52,
@@ -78,14 +78,14 @@ def graphs(tiny_bundle: Path, tiny_portable_bundle: Path) -> Graphs:
     return Graphs(tiny_bundle, tiny_portable_bundle)
 
 
-every_graph = pytest.mark.parametrize(("style", "recipe"), list(itertools.product(STYLES, HELD)))
+every_graph = pytest.mark.parametrize(("style", "recipe"), list(itertools.product(STYLES, PRECISIONS)))
 
 
-# ---- what the bundle's rules say
+# ---- the documented interface
 
 
 @every_graph
-def test_inputs_and_outputs(graphs: Graphs, style: str, recipe: str) -> None:
+def test_inputs_and_outputs_are_as_documented(graphs: Graphs, style: str, recipe: str) -> None:
     def described(values: Sequence[Any]) -> list[tuple[str, int, list[str | int]]]:
         tensors = [(value.name, value.type.tensor_type) for value in values]
         return [(name, it.elem_type, [dim.dim_param or dim.dim_value for dim in it.shape.dim]) for name, it in tensors]
@@ -108,15 +108,15 @@ def test_inputs_and_outputs(graphs: Graphs, style: str, recipe: str) -> None:
 
 
 @every_graph
-def test_consumers_that_do_not_know_num_logits_need_not_give_it(graphs: Graphs, style: str, recipe: str) -> None:
-    """Older IR versions make every initializer an optional input; here it is this one alone."""
+def test_num_logits_to_keep_is_optional(graphs: Graphs, style: str, recipe: str) -> None:
+    """Older IR versions make every initializer an optional input; here only this one is."""
     session = ort.InferenceSession(graphs.path(style, recipe), providers=["CPUExecutionProvider"])
     assert "num_logits_to_keep" not in [node.name for node in session.get_inputs()]
     assert [node.name for node in session.get_overridable_initializers()] == ["num_logits_to_keep"]
 
 
-@pytest.mark.parametrize("recipe", HELD)
-def test_portable_graphs_are_standard(graphs: Graphs, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", PRECISIONS)
+def test_portable_graphs_use_standard_operators_only(graphs: Graphs, recipe: str) -> None:
     model = graphs.proto("portable", recipe)
     assert {(node.domain, node.op_type) for node in model.graph.node if node.domain} == set()
     assert {it.domain for it in model.opset_import} == {""}
@@ -128,8 +128,8 @@ def test_portable_graphs_are_standard(graphs: Graphs, recipe: str) -> None:
     assert counts["RotaryEmbedding"] == 2 * LAYERS
 
 
-@pytest.mark.parametrize("recipe", HELD)
-def test_fused_graphs_use_the_kernels_they_are_for(graphs: Graphs, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", PRECISIONS)
+def test_fused_graphs_use_the_fused_kernels(graphs: Graphs, recipe: str) -> None:
     model = graphs.proto("fused", recipe)
     named = {(node.domain, node.name) for node in model.graph.node}
     counts = Counter(node.op_type for node in model.graph.node)
@@ -152,8 +152,8 @@ def test_fused_graphs_use_the_kernels_they_are_for(graphs: Graphs, recipe: str) 
 
 
 @every_graph
-def test_one_sum_of_the_mask_serves_all_layers(graphs: Graphs, style: str, recipe: str) -> None:
-    """What depends on the mask alone is computed once, not once a layer."""
+def test_the_mask_is_summed_once_for_all_layers(graphs: Graphs, style: str, recipe: str) -> None:
+    """Values that depend only on the mask are computed once, not once per layer."""
     counts = Counter(node.op_type for node in graphs.proto(style, recipe).graph.node)
     assert counts["ReduceSum"] + counts["CumSum"] == 1
 
@@ -180,7 +180,7 @@ def test_node_names_are_paths(graphs: Graphs, style: str, recipe: str) -> None:
 
 
 @every_graph
-def test_small_tensors_are_inline_and_large_ones_beside(graphs: Graphs, style: str, recipe: str) -> None:
+def test_small_tensors_are_inline_and_large_ones_external(graphs: Graphs, style: str, recipe: str) -> None:
     path = graphs.path(style, recipe)
     model = graphs.proto(style, recipe)
     end = 0
@@ -192,7 +192,7 @@ def test_small_tensors_are_inline_and_large_ones_beside(graphs: Graphs, style: s
             where = {entry.key: entry.value for entry in tensor.external_data}
             assert where["location"] == f"{path.name}_data"
             assert int(where["length"]) == math.ceil(size)
-            assert int(where["offset"]) >= end  # none lies over another
+            assert int(where["offset"]) >= end  # no overlaps
             end = int(where["offset"]) + int(where["length"])
         else:
             assert len(tensor.SerializeToString()) < INLINE + 200
@@ -214,7 +214,7 @@ BITS = {
 
 
 @every_graph
-def test_nothing_of_the_exporting_machine_is_left(
+def test_graphs_contain_no_paths_of_the_exporting_machine(
     graphs: Graphs, style: str, recipe: str, tiny_checkpoint: Path
 ) -> None:
     def messages(root: Message) -> Iterator[Message]:
@@ -235,15 +235,15 @@ def test_nothing_of_the_exporting_machine_is_left(
 
 
 @every_graph
-def test_every_initializer_is_read(graphs: Graphs, style: str, recipe: str) -> None:
+def test_every_initializer_is_used(graphs: Graphs, style: str, recipe: str) -> None:
     graph = graphs.proto(style, recipe).graph
     read = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= read
 
 
 @every_graph
-def test_the_checker_passes(graphs: Graphs, style: str, recipe: str) -> None:
-    """With shape inference where onnx knows every operator: no declared shape contradicts the operators'."""
+def test_the_onnx_checker_accepts_the_graphs(graphs: Graphs, style: str, recipe: str) -> None:
+    """With shape inference if onnx knows every operator, so that declared shapes match the inferred ones."""
     if style == "portable":
         onnx.checker.check_model(graphs.path(style, recipe), full_check=True)
         return
@@ -255,10 +255,10 @@ def test_the_checker_passes(graphs: Graphs, style: str, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_same_checkpoint_makes_the_same_bytes(
+def test_the_same_checkpoint_yields_the_same_bytes(
     graphs: Graphs, tiny_checkpoint: Path, tmp_path: Path, style: str
 ) -> None:
-    """In another process too, whose hashes are seeded otherwise."""
+    """Also in another process with another hash seed."""
     program = (
         "import sys; from pathlib import Path; from llm_edge.exporter.export import export;"
         "from llm_edge.exporter.options import ExportOptions, GraphChoice;"
@@ -267,20 +267,20 @@ def test_the_same_checkpoint_makes_the_same_bytes(
     )
     other = tmp_path / "other"
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    command = [sys.executable, "-c", program, tiny_checkpoint, other, style, ",".join(HELD)]
+    command = [sys.executable, "-c", program, tiny_checkpoint, other, style, ",".join(PRECISIONS)]
     subprocess.run(command, check=True, env=environment)
     files = sorted(path.name for path in (other / "onnx").iterdir())
-    assert files == sorted(f"{RECIPES[name].stem}.onnx{end}" for name in HELD for end in ("", "_data"))
+    assert files == sorted(f"{RECIPES[name].stem}.onnx{end}" for name in PRECISIONS for end in ("", "_data"))
     for name in files:
         theirs = graphs.path(style, "fp32").with_name(name)
         assert (other / "onnx" / name).read_bytes() == theirs.read_bytes(), name
 
 
-# ---- what they compute
+# ---- computed logits
 
 
 class Runner:
-    """A graph and the reference of the same weights, one behind the other."""
+    """A graph and the reference decoder with the same weights."""
 
     def __init__(self, checkpoint: Path, model: Path) -> None:
         read = read_folder(checkpoint)
@@ -309,19 +309,19 @@ class Runner:
             assert present.shape == (len(feeds["input_ids"]), *self._cache_shape(feeds["attention_mask"].shape[1]))
         return logits, presents
 
-    def in_pieces(self, tokens: npt.NDArray[np.int64], pieces: Sequence[int]) -> Logits:
-        """Logits [S, V] of one row."""
+    def in_chunks(self, tokens: npt.NDArray[np.int64], chunks: Sequence[int]) -> Logits:
+        """Logits [S, V] of one sequence, computed in chunks."""
         past, done, logits = self.empty(), 0, []
-        for size in pieces:
-            piece, past = self.run(tokens[None, done : done + size], np.ones((1, done + size)), past)
-            logits.append(piece[0])
+        for size in chunks:
+            chunk_logits, past = self.run(tokens[None, done : done + size], np.ones((1, done + size)), past)
+            logits.append(chunk_logits[0])
             done += size
         assert done == len(tokens)
         return np.concatenate(logits)
 
     @torch.inference_mode()
     def reference(self, tokens: npt.NDArray[np.int64]) -> Logits:
-        """Logits [S, V] of one row in one go, without padding."""
+        """Logits [S, V] of one sequence in a single step, without padding."""
         ids = torch.from_numpy(tokens)[None]
         logits: Logits = self._decoder(ids, torch.ones_like(ids), self._decoder.empty_past())[0][0].numpy()
         return logits
@@ -329,7 +329,7 @@ class Runner:
 
 @pytest.fixture(scope="module", params=SHAPES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose weights matter: large enough that attention looks at single tokens, norms not all ones."""
+    """A model that is sensitive to its weights: large enough for peaked attention, with norms that are not all one."""
     folder = tiny.save_checkpoint(tmp_path_factory.mktemp("weights"), initializer_range=0.15, **SHAPES[request.param])
     weights = load_file(folder / "model.safetensors")
     torch.manual_seed(1)
@@ -348,7 +348,7 @@ def style(request: pytest.FixtureRequest) -> str:
 def models(checkpoint: Path, style: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Graphs by recipe."""
     output = tmp_path_factory.mktemp("made") / "bundle"
-    precisions = ",".join(HELD)
+    precisions = ",".join(PRECISIONS)
     export(str(checkpoint), ExportOptions(output, precision=precisions, graph=GraphChoice(style), validate=False))
     return {recipe.name: output / "onnx" / f"{recipe.stem}.onnx" for recipe in parse_precisions(precisions)}
 
@@ -364,41 +364,41 @@ def close(found: Logits, wanted: Logits) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 61, 700])
-def test_one_go(runner: Runner, length: int) -> None:
+def test_a_single_step_matches_the_reference(runner: Runner, length: int) -> None:
     tokens = runner.text(length)
     wanted = runner.reference(tokens)
     assert length < 3 or wanted.std() > 0.5
-    close(runner.in_pieces(tokens, [length]), wanted)
+    close(runner.in_chunks(tokens, [length]), wanted)
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "chunks",
     [[30, 31], [1, 7, 16, 2, 35], [60, 1], [1] * 61],
     ids=["two", "uneven", "last", "token by token"],
 )
-def test_in_pieces(runner: Runner, pieces: list[int]) -> None:
+def test_chunks_match_the_reference(runner: Runner, chunks: list[int]) -> None:
     tokens = runner.text(61)
-    close(runner.in_pieces(tokens, pieces), runner.reference(tokens))
+    close(runner.in_chunks(tokens, chunks), runner.reference(tokens))
 
 
-def test_up_to_the_last_position(runner: Runner) -> None:
+def test_the_whole_context_can_be_used(runner: Runner) -> None:
     limit = runner.config.max_position_embeddings
     tokens = runner.text(limit)
-    close(runner.in_pieces(tokens, [limit - 3, 1, 1, 1]), runner.reference(tokens))
+    close(runner.in_chunks(tokens, [limit - 3, 1, 1, 1]), runner.reference(tokens))
 
 
-def test_rows_of_unequal_length(runner: Runner) -> None:
-    unequal_rows(runner, "right")
+def test_a_right_padded_batch_matches_its_sequences_alone(runner: Runner) -> None:
+    check_padded_batch(runner, "right")
 
 
 @pytest.mark.parametrize("style", ["portable"], scope="module", indirect=True)
-def test_rows_padded_on_the_left(runner: Runner) -> None:
-    """GroupQueryAttention takes padding on the right only, as GraphStyle says."""
-    unequal_rows(runner, "left")
+def test_a_left_padded_batch_matches_its_sequences_alone(runner: Runner) -> None:
+    """Portable graphs only: GroupQueryAttention supports padding on the right only."""
+    check_padded_batch(runner, "left")
 
 
-def unequal_rows(runner: Runner, side: str) -> None:
-    """Each row of a padded batch, over its prompt and then token by token, is as that row alone."""
+def check_padded_batch(runner: Runner, side: str) -> None:
+    """Each sequence of a padded batch matches the sequence alone, for the prompt and then token by token."""
     prompts, steps = [9, 1, 17, 5], 5
     rows = [runner.text(length + steps, seed) for seed, length in enumerate(prompts)]
     wanted = [runner.reference(row) for row in rows]
@@ -419,18 +419,18 @@ def unequal_rows(runner: Runner, side: str) -> None:
             close(logits[number, 0], wanted[number][length + step])
 
 
-def test_rows_of_equal_length(runner: Runner) -> None:
+def test_a_batch_of_equal_lengths_matches_its_sequences_alone(runner: Runner) -> None:
     rows = np.stack([runner.text(24, seed) for seed in range(3)])
     first, past = runner.run(rows[:, :20], np.ones((3, 20)), runner.empty(3))
     logits = [first]
     for step in range(20, 24):
-        piece, past = runner.run(rows[:, step : step + 1], np.ones((3, step + 1)), past)
-        logits.append(piece)
+        chunk_logits, past = runner.run(rows[:, step : step + 1], np.ones((3, step + 1)), past)
+        logits.append(chunk_logits)
     for row, found in zip(rows, np.concatenate(logits, axis=1), strict=True):
         close(found, runner.reference(row))
 
 
-def test_num_logits_to_keep(runner: Runner) -> None:
+def test_num_logits_to_keep_limits_the_logits(runner: Runner) -> None:
     tokens = runner.text(2 * 11).reshape(2, 11)
     mask, past = np.ones((2, 11)), runner.empty(2)
     everything, presents = runner.run(tokens, mask, past)
@@ -444,12 +444,12 @@ def test_num_logits_to_keep(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
-def test_quantized_graphs_of_any_shape_work(checkpoint: Path, models: dict[str, Path], recipe: str) -> None:
-    """Sizes that are no multiple of a block too, in one go, in pieces and token by token."""
+def test_quantized_graphs_work_for_any_shape(checkpoint: Path, models: dict[str, Path], recipe: str) -> None:
+    """Including sizes that are not a multiple of a block; in a single step, in chunks and token by token."""
     runner = Runner(checkpoint, models[recipe])
     tokens = runner.text(40)
     wanted = runner.reference(tokens)
-    for pieces in ([40], [20, 20], [30, *[1] * 10]):
-        found = runner.in_pieces(tokens, pieces)
+    for chunks in ([40], [20, 20], [30, *[1] * 10]):
+        found = runner.in_chunks(tokens, chunks)
         error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert error < {"int8": 0.08, "int4": 0.5}[recipe]

@@ -1,4 +1,4 @@
-"""A cache of int8: its numbers are those of the float cache, rounded once, and little is lost."""
+"""int8 KV cache: it holds the values of the float cache rounded once, with a small loss of accuracy."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Array = npt.NDArray[Any]
 CALIBRATION = 512  # tokens
 SHORT = 48  # tokens
 CASES = (
-    "llama with heads of 24",  # rotated outside of the operator
-    "qwen3",  # norms of queries and keys, a tied head
-    "smollm3",  # layers without a rotation, a window
+    "llama with heads of 24",  # rotary embedding outside the operator
+    "qwen3",  # query and key norms, a tied head
+    "smollm3",  # layers without rotary embedding, a sliding window
 )
-LOST = 0.12  # of the logits' size; up to 0.09 was measured, 0.46 and more with scales that are all one
-SAME = 5e-3  # what a rounding that falls the other way may make of them; mostly they are the same bit for bit
+LOST = 0.12  # relative to the size of the logits; measured: up to 0.09, and at least 0.46 if all scales are one
+SAME = 5e-3  # a value rounded the other way may cause this much; usually the logits are bitwise equal
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -59,7 +59,7 @@ def path_of(bundle: Bundle, precision: str) -> Path:
     return bundle.file(bundle.precision(precision).model)
 
 
-def opened(bundle: Bundle, path: Path) -> Session:
+def open_session(bundle: Bundle, path: Path) -> Session:
     return open_file(path, bundle.shape, share_buffer=True, provider="cpu", threads=1)
 
 
@@ -74,12 +74,12 @@ def logits_of(session: Session, ids: list[int], cuts: list[int] | None = None) -
 
 
 def distance(found: Array, wanted: Array) -> float:
-    """How far logits are from others, relative to their size."""
+    """The largest difference of logits relative to their size."""
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def run(path: Path, ids: Array, mask: Array | None = None) -> dict[str, Array]:
-    """All outputs of a graph for prompts [B, S], behind an empty cache."""
+    """All outputs of a graph for prompts [B, S] with an empty cache."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -115,8 +115,8 @@ def test_the_cache_is_int8_and_nothing_else_changed(bundle: Bundle) -> None:
     }
 
 
-def test_the_cache_holds_what_the_float_cache_holds_rounded_once(bundle: Bundle) -> None:
-    """Told by the first layer: what it is given is the same in both graphs."""
+def test_the_cache_holds_the_float_cache_rounded_once(bundle: Bundle) -> None:
+    """Checked in the first layer, whose input is the same in both graphs."""
     ids = np.array([tokens(60)])
     wanted, found = run(path_of(bundle, "int8"), ids), run(path_of(bundle, "int8-kv8"), ids)
     scales = scales_of(path_of(bundle, "int8-kv8"))
@@ -124,7 +124,9 @@ def test_the_cache_holds_what_the_float_cache_holds_rounded_once(bundle: Bundle)
     for part in ("key", "value"):
         scale = scales[f"layers.0.attention.{part}_scales"]
         assert scale.shape == (1, heads, 1, width)
-        assert len(np.unique(scale)) > heads * width / 4  # a scale a channel; halves of rotated keys share theirs
+        assert (
+            len(np.unique(scale)) > heads * width / 4
+        )  # one scale per channel; the two halves of rotated keys share theirs
         levels = found[f"present.0.{part}"]
         assert levels.dtype == np.int8
         exact = wanted[f"present.0.{part}"].clip(-128 * scale, 127 * scale)
@@ -132,29 +134,31 @@ def test_the_cache_holds_what_the_float_cache_holds_rounded_once(bundle: Bundle)
         assert np.median(np.abs(levels.astype(int)).max((0, 2))) > 50  # the range is used
 
 
-def test_logits_are_near_those_over_a_float_cache(bundle: Bundle, tmp_path: Path) -> None:
+def test_logits_are_close_to_those_with_a_float_cache(bundle: Bundle, tmp_path: Path) -> None:
     ids = tokens(80)
-    usual, path = opened(bundle, path_of(bundle, "int8")), path_of(bundle, "int8-kv8")
+    usual, path = open_session(bundle, path_of(bundle, "int8")), path_of(bundle, "int8-kv8")
     wanted = logits_of(usual, ids)
-    lost = distance(logits_of(opened(bundle, path), ids), wanted)
+    lost = distance(logits_of(open_session(bundle, path), ids), wanted)
     assert 1e-4 < lost < LOST
-    model = onnx.load(path)  # with scales that are all the same it would be told
+    model = onnx.load(path)  # equal scales would be detected
     for tensor in model.graph.initializer:
         if tensor.name.endswith("_scales"):
             tensor.CopyFrom(numpy_helper.from_array(np.ones(tensor.dims, dtype=np.float32), tensor.name))
     onnx.save(model, tmp_path / "ones.onnx")
-    assert distance(logits_of(opened(bundle, tmp_path / "ones.onnx"), ids), wanted) > 3 * LOST
+    assert distance(logits_of(open_session(bundle, tmp_path / "ones.onnx"), ids), wanted) > 3 * LOST
 
 
 @pytest.mark.parametrize("cuts", [[1] * 70, [33, 37], [64, 1, 1, 1, 3]])
-def test_the_cut_into_steps_does_not_matter(bundle: Bundle, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "_INITIAL_CAPACITY", 8)  # the buffers grow on the way
+def test_splitting_into_steps_does_not_change_the_logits(
+    bundle: Bundle, cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "_INITIAL_CAPACITY", 8)  # the buffers grow meanwhile
     ids = tokens(70, seed=1)
-    session = opened(bundle, path_of(bundle, "int8-kv8"))
+    session = open_session(bundle, path_of(bundle, "int8-kv8"))
     assert distance(logits_of(session, ids, cuts), logits_of(session, ids)) < SAME
 
 
-def test_rows_of_a_batch_do_not_see_each_other(bundle: Bundle) -> None:
+def test_sequences_of_a_batch_are_independent(bundle: Bundle) -> None:
     path, ids = path_of(bundle, "int8-kv8"), np.array([tokens(30, seed) for seed in range(3)])
     mask = np.ones_like(ids)
     mask[1, 20:] = 0  # padded on the right
@@ -164,8 +168,8 @@ def test_rows_of_a_batch_do_not_see_each_other(bundle: Bundle) -> None:
         assert distance(together[row, :length], alone) < SAME
 
 
-def test_keys_behind_the_calibrated_positions_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far behind, a rotation has turned one half of a key into the other. The first layer's keys are the same else."""
+def test_keys_at_positions_beyond_calibration_are_in_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At distant positions the rotary embedding mixes the halves of a key; nothing else changes in the first layer."""
     tiny.shorten_texts(monkeypatch, SHORT)
     bundle = exported(families.save(families.model("llama"), tmp_path / "source"), tmp_path / "bundle")
     text = (DATA / "calibration.txt").read_text(encoding="utf-8")
@@ -176,16 +180,16 @@ def test_keys_behind_the_calibrated_positions_fit(tmp_path: Path, monkeypatch: p
     scale = scales_of(path_of(bundle, "int8-kv8"))["layers.0.attention.key_scales"]
     assert (np.abs(keys) <= 127 * scale).all()
     seen = np.abs(keys[:, :, :SHORT]).max(2)
-    assert (np.abs(keys).max(2) > 1.2 * seen).any()  # or this would have shown nothing
+    assert (np.abs(keys).max(2) > 1.2 * seen).any()  # otherwise the test would be meaningless
 
 
-# ---- where there is none
+# ---- unsupported graphs and options
 
 
 @pytest.mark.parametrize(
     ("case", "style"), [("llama", GraphChoice.PORTABLE), ("llama with heads of 6", GraphChoice.AUTO)]
 )
-def test_standard_operators_have_no_such_cache(
+def test_standard_operators_do_not_support_an_int8_cache(
     case: str, style: GraphChoice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.shorten_texts(monkeypatch, CALIBRATION)
@@ -205,11 +209,11 @@ def test_standard_operators_have_no_such_cache(
         ("int8-kv8", "int8-kv8"),
     ],
 )
-def test_other_runtimes_are_given_int8_where_it_is_there_and_else_the_first(precisions: str, taken: str) -> None:
+def test_other_runtimes_use_int8_if_present_and_else_the_first_precision(precisions: str, taken: str) -> None:
     assert preferred(parse_precisions(precisions)).name == taken
 
 
-def test_bundle_and_recipe_say_what_it_is(bundle: Bundle) -> None:
+def test_the_bundle_and_the_recipe_describe_the_cache(bundle: Bundle) -> None:
     manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
     assert "int8 cache" in manifest["precisions"]["int8-kv8"]["recipe"]
     assert "cache" not in manifest["precisions"]["int8"]["recipe"]
@@ -219,8 +223,8 @@ def test_bundle_and_recipe_say_what_it_is(bundle: Bundle) -> None:
     assert not RECIPES["int8-kv8"].lossless
 
 
-def test_an_engine_over_it_answers_as_a_model_does(bundle: Bundle) -> None:
-    """Alone and eight at once, probabilities and all, with a prefix that was kept and guesses that were right."""
+def test_an_engine_with_an_int8_cache_matches_a_model(bundle: Bundle) -> None:
+    """Alone and eight at once, including log-probabilities, with a cached prefix and accepted draft tokens."""
     prompts = [tokens(40 + 3 * seed, seed) for seed in range(6)]
     prompts += [prompts[0] + prompts[1], prompts[2][:9] * 8]
     for params in (
@@ -231,15 +235,15 @@ def test_an_engine_over_it_answers_as_a_model_does(bundle: Bundle) -> None:
         wanted = []
         for prompt in prompts:
             model.clear_cache()
-            wanted.append(made(model.generate(prompt, params).result()))
+            wanted.append(outcome(model.generate(prompt, params).result()))
         with Engine.load(bundle.path, "int8-kv8", threads=1, speculative=True) as engine:
-            alone = [made(engine.generate(prompt, params).result()) for prompt in prompts]
+            alone = [outcome(engine.generate(prompt, params).result()) for prompt in prompts]
             answers = [engine.generate(prompt, params) for prompt in prompts]
-            together = [made(answer.result()) for answer in answers]
+            together = [outcome(answer.result()) for answer in answers]
             assert engine.counters().cached_tokens > 0
         assert alone == wanted
         assert together == wanted
 
 
-def made(result: GenerationResult) -> tuple[Any, ...]:
+def outcome(result: GenerationResult) -> tuple[Any, ...]:
     return result.text, result.tokens, result.finish_reason, result.logprobs

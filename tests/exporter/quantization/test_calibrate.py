@@ -1,4 +1,4 @@
-"""Calibration: recipes on awkward shapes, what falls back and why, memory, and texts that are different."""
+"""Calibration: recipes on awkward shapes, fallbacks to blocks, memory use, and the calibration text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def text(length: int, seed: int) -> list[int]:
 
 
 def checkpoint(name: str, folder: Path) -> Checkpoint:
-    """A random model whose attention looks at single tokens."""
+    """A random model with peaked attention."""
     if name == "505M family":
         source = original.save_family(folder, seed=3, **SHAPES[name]).path
     else:
@@ -68,7 +68,7 @@ def rounded(
 
 
 def nearest(recipe: Recipe) -> Recipe:
-    """4-bit blocks as the recipe's, rounded to nearest, without rotation."""
+    """4-bit blocks as in the recipe, but rounded to nearest and without rotation."""
     return Recipe("nearest", "model_nearest", recipe.projections, {}, recipe.embedding)
 
 
@@ -90,7 +90,7 @@ def graph_logits(path: Path, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_calibrated_recipes_take_sizes_that_are_no_powers_of_two(name: str, tmp_path: Path) -> None:
+def test_calibrated_recipes_support_sizes_that_are_not_powers_of_two(name: str, tmp_path: Path) -> None:
     found = checkpoint(name, tmp_path / "source")
     plain = nearest(RECIPES["int4"])
     recipes = (*CALIBRATED, plain)
@@ -109,17 +109,17 @@ def test_calibrated_recipes_take_sizes_that_are_no_powers_of_two(name: str, tmp_
         for recipe in recipes
     }
     assert errors["int8"] < 0.08
-    assert errors["int8-exact"] < 0.8 * errors["int8"]  # weights are rounded alike
+    assert errors["int8-exact"] < 0.8 * errors["int8"]  # the weights are rounded in the same way
     assert errors["int8"] < 0.5 * errors["int4"]
     assert errors["int4-mixed"] <= errors["int4"] < 0.8 * errors["nearest"]
 
 
-# ---- what falls back
+# ---- fallbacks
 
 
-def test_a_projection_that_errs_too_much_falls_back_to_blocks(tmp_path: Path) -> None:
-    """A norm makes one channel tower over the others, which alone matter: 8 bits with one scale cannot hold both."""
-    found = checkpoint("gpt2", tmp_path / "source")  # LayerNorm: its stream is not rotated
+def test_a_projection_with_too_large_an_error_falls_back_to_blocks(tmp_path: Path) -> None:
+    """A norm makes one channel far larger than the others, which alone matter: one 8-bit scale cannot cover both."""
+    found = checkpoint("gpt2", tmp_path / "source")  # LayerNorm: the residual stream is not rotated
     weights = {name: found.weights[name].float().clone() for name in found.weights}
     weights["layers.1.mlp_norm.weight"][5] *= 3000
     weights["layers.1.mlp.up.weight"][:, 5] /= 1e6
@@ -141,7 +141,7 @@ def test_a_projection_that_errs_too_much_falls_back_to_blocks(tmp_path: Path) ->
                 assert choice.error <= recipe.max_error, module
 
 
-def test_upgrades_go_to_the_projections_that_err_most(tmp_path: Path) -> None:
+def test_upgrades_go_to_the_projections_with_the_largest_error(tmp_path: Path) -> None:
     found = checkpoint("smollm3", tmp_path / "source")  # three layers
     upgrade = Int8Static()
     recipe = dataclasses.replace(RECIPES["int4"], name="mine", upgrades={"gate_up": (upgrade, 2 / 3)})
@@ -160,11 +160,11 @@ def test_upgrades_go_to_the_projections_that_err_most(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "rounded" / "mine").iterdir()} >= set(after)
 
 
-# ---- memory, and bytes
+# ---- memory and reproducibility
 
 
-class Watched(RotatedWeights):
-    """Knows which of the weights that it gave are still held."""
+class TrackedWeights(RotatedWeights):
+    """Weights that track which of the returned tensors are still alive."""
 
     def __init__(self, found: Checkpoint) -> None:
         super().__init__(found.config, found.weights)
@@ -177,7 +177,7 @@ class Watched(RotatedWeights):
         self.names.append(name)
         layer = layer_of(name)
         others = {self.names[index] for index in self.held if layer_of(self.names[index]) != layer}
-        assert len(others) <= 1, (name, others)  # what was rounded last
+        assert len(others) <= 1, (name, others)  # the tensor rounded last
         return weight
 
 
@@ -186,9 +186,9 @@ def layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def test_weights_are_held_a_layer_at_a_time_and_the_same_text_makes_the_same_bytes(tmp_path: Path) -> None:
+def test_weights_are_loaded_layer_by_layer_and_calibration_is_reproducible(tmp_path: Path) -> None:
     found = checkpoint("smollm3", tmp_path / "source")
-    watched = Watched(found)
+    watched = TrackedWeights(found)
     made = rounded(found.config, watched, tmp_path / "first", CALIBRATED)
     layers = [layer_of(name) for name in watched.names]
     assert layers == sorted(layers)
@@ -208,7 +208,7 @@ def sums(folder: Path) -> dict[str, str]:
     }
 
 
-def test_what_was_rounded_comes_back_from_disk(tmp_path: Path) -> None:
+def test_rounded_weights_are_read_back_from_disk(tmp_path: Path) -> None:
     found = checkpoint("llama", tmp_path / "source")
     weights = RotatedWeights(found.config, found.weights)
     made = rounded(found.config, weights, tmp_path / "rounded", CALIBRATED, tokens=300)
@@ -228,14 +228,14 @@ def test_what_was_rounded_comes_back_from_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [2, 40, 300])
-def test_a_text_shorter_than_a_window_will_do(tokens: int, tmp_path: Path) -> None:
+def test_a_text_shorter_than_a_window_is_accepted(tokens: int, tmp_path: Path) -> None:
     found = checkpoint("gpt_neo", tmp_path / "source")
     weights = RotatedWeights(found.config, found.weights)
     made = rounded(found.config, weights, tmp_path / "rounded", (RECIPES["int8"],), tokens)
     assert all(np.isfinite(choice.error) for choice in made["int8"].formats.values())
 
 
-# ---- the texts
+# ---- texts
 
 
 def test_the_two_texts_share_no_passage() -> None:

@@ -1,4 +1,4 @@
-"""Rounding that makes up for its own errors: what it gains, and what it makes of odd weights and inputs."""
+"""GPTQ: it reduces output errors compared with rounding to nearest, also for unusual weights and inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMS = [
     Blocks(8, 32, symmetric=True),
     Blocks(8, 64, symmetric=False),
 ]
-WIDTHS = (256, 96, 40, 5)  # whole blocks, and rows that end inside of one
+WIDTHS = (256, 96, 40, 5)  # whole blocks, and rows that end within a block
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -26,7 +26,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def correlated(width: int, rows: int = 600) -> Tensor:
-    """Inputs [rows, width] that mostly lie in a few directions, channels of very different size among them."""
+    """Inputs [rows, width] concentrated in a few directions, with channels of very different size."""
     few = max(width // 8, 1)
     return (numbers(rows, few) @ numbers(few, width, seed=1) + 0.1 * numbers(rows, width, seed=2)) * torch.logspace(
         -1, 1, width
@@ -41,22 +41,22 @@ def error(inputs: Tensor, weight: Tensor, rounded: Tensor) -> float:
     return (inputs @ (weight - rounded).T).square().sum().item()
 
 
-# ---- what it gains
+# ---- accuracy
 
 
 @pytest.mark.parametrize("width", [256, 96, 40])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_outputs_err_much_less_where_inputs_are_correlated(form: Blocks, width: int) -> None:
+def test_output_errors_are_much_smaller_for_correlated_inputs(form: Blocks, width: int) -> None:
     inputs, weight = correlated(width), numbers(24, width, seed=3)
     nearest = quantize_blocks(weight, form).dequantized(width)
     ours = quantize_blocks(weight, form, hessian_of(inputs)).dequantized(width)
     assert error(inputs, weight, ours) < 0.4 * error(inputs, weight, nearest)
-    fresh = correlated(width, rows=2000)[600:]  # inputs that the rounding has not seen
+    fresh = correlated(width, rows=2000)[600:]  # inputs not used for rounding
     assert error(fresh, weight, ours) < 0.4 * error(fresh, weight, nearest)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_it_never_loses(form: Blocks) -> None:
+def test_gptq_is_never_worse_than_rounding_to_nearest(form: Blocks) -> None:
     for seed, scale in enumerate((0.0, 0.1, 1.0, 10.0)):  # from inputs in one direction to independent ones
         inputs = numbers(500, 1, seed=seed) @ numbers(1, 96, seed=seed + 10) + scale * numbers(500, 96, seed=seed + 20)
         weight = numbers(16, 96, seed=seed + 30)
@@ -65,7 +65,7 @@ def test_it_never_loses(form: Blocks) -> None:
         assert error(inputs, weight, ours) <= error(inputs, weight, nearest)
 
 
-def test_channels_of_8_bits() -> None:
+def test_gptq_improves_8_bit_channels() -> None:
     inputs, weight = correlated(96), numbers(24, 96, seed=3) * torch.logspace(-3, 3, 24)[:, None]
     data, scales = quantize_channels(weight, hessian_of(inputs))
     assert (data.dtype, data.shape, scales.dtype, scales.shape) == ("int8", (24, 96), "float32", (24,))
@@ -79,28 +79,28 @@ def test_channels_of_8_bits() -> None:
         )
 
 
-# ---- what it is
+# ---- algorithm
 
 
-def levels_of(weight: Tensor, scales: Tensor, zeros: Tensor, size: int, most: int) -> Tensor:
-    """Each weight at its nearest level."""
+def levels_of(weight: Tensor, scales: Tensor, zeros: Tensor, size: int, max_level: int) -> Tensor:
+    """Round each weight to its nearest level."""
     spread = (part.repeat_interleave(size, 1)[:, : weight.shape[1]] for part in (scales, zeros))
     step, zero = spread
-    return (weight / step + zero).round().clamp(0, most)
+    return (weight / step + zero).round().clamp(0, max_level)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_independent_inputs_leave_every_weight_at_its_nearest_level(width: int) -> None:
+def test_independent_inputs_round_every_weight_to_nearest(width: int) -> None:
     weight = numbers(16, width, seed=4)
     groups = -(-width // 32)
     scales, zeros = 0.2 + 0.1 * numbers(16, groups, seed=5).abs(), torch.full((16, groups), 8.0)
     found = gptq(weight, torch.eye(width), scales, zeros, 32, 15)
     assert torch.equal(found, levels_of(weight, scales, zeros, 32, 15))
-    assert {0.0, 15.0} <= set(found.unique().tolist()) or width == 5  # some lie beyond the range
+    assert {0.0, 15.0} <= set(found.unique().tolist()) or width == 5  # some are out of range
 
 
-def test_the_most_important_columns_come_first() -> None:
-    """The first is rounded before there are errors to make up for; the order in which columns lie does not matter."""
+def test_the_most_important_columns_are_rounded_first() -> None:
+    """The first is rounded before there are errors to compensate; the order of the columns does not matter."""
     inputs = correlated(160)
     weight, hessian = numbers(12, 160, seed=6), hessian_of(inputs)
     scales, zeros = weight.abs().amax(1, keepdim=True) / 7, torch.full((12, 1), 8.0)
@@ -108,15 +108,15 @@ def test_the_most_important_columns_come_first() -> None:
     nearest = levels_of(weight, scales, zeros, 160, 15)
     first = int(hessian.diagonal().argmax())
     assert torch.equal(found[:, first], nearest[:, first])
-    assert (found != nearest).any(0).sum() > 80  # of the others most do make up for something
+    assert (found != nearest).any(0).sum() > 80  # most others compensate an error
 
     order = torch.randperm(160, generator=torch.Generator().manual_seed(7))
     mixed = gptq(weight[:, order], hessian[order][:, order], scales, zeros, 160, 15)
-    assert (mixed != found[:, order]).float().mean() < 0.01  # sums in another order may tip a tie
+    assert (mixed != found[:, order]).float().mean() < 0.01  # another summation order may break ties differently
 
 
-def test_blocks_keep_their_scales_in_the_order_of_importance() -> None:
-    """A column takes the scale of the block where it lies, whenever it is rounded."""
+def test_columns_keep_the_scale_of_their_block_when_reordered() -> None:
+    """A column uses the scale of the block that contains it, whenever it is rounded."""
     weight = numbers(8, 64, seed=8) * torch.cat([torch.full((32,), 100.0), torch.full((32,), 0.01)])
     form = Blocks(8, 32, symmetric=True)
     rounded = quantize_blocks(weight, form, torch.logspace(-2, 2, 64).diag()).dequantized(64)
@@ -124,12 +124,12 @@ def test_blocks_keep_their_scales_in_the_order_of_importance() -> None:
     assert (rounded - weight)[:, 32:].abs().max() < 2.5e-4
 
 
-# ---- odd weights, odd inputs
+# ---- unusual weights and inputs
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e18])
-def test_second_moments_without_an_inverse_leave_the_nearest_levels(scale: float) -> None:
-    """One direction alone, so small or large that float32 finds no factor: no error ends the export."""
+def test_singular_second_moments_fall_back_to_rounding_to_nearest(scale: float) -> None:
+    """A single direction, so small or large that the float32 factorization fails: the export does not."""
     weight = numbers(4, 64, seed=11)
     hessian = torch.full((64, 64), scale)
     found = quantize_blocks(weight, FORMS[0], hessian).dequantized(64)
@@ -138,13 +138,13 @@ def test_second_moments_without_an_inverse_leave_the_nearest_levels(scale: float
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_inputs_that_are_always_zero(form: Blocks) -> None:
+def test_channels_that_are_always_zero_are_handled(form: Blocks) -> None:
     inputs, weight = correlated(96), numbers(12, 96, seed=3)
     inputs[:, ::3] = 0
     nearest = quantize_blocks(weight, form).dequantized(96)
     rounded = quantize_blocks(weight, form, hessian_of(inputs)).dequantized(96)
     assert rounded.isfinite().all()
-    assert (rounded - weight)[:, ::3].abs().max() < 0.3 * weight.abs().max()  # clipped, where that helps the others
+    assert (rounded - weight)[:, ::3].abs().max() < 0.3 * weight.abs().max()  # clipped if that helps the others
     assert error(inputs, weight, rounded) < 0.5 * error(inputs, weight, nearest)
     none_at_all = quantize_blocks(weight, form, torch.zeros(96, 96)).dequantized(96)
     assert (none_at_all - weight).square().sum() <= 1.01 * (nearest - weight).square().sum()
@@ -152,7 +152,7 @@ def test_inputs_that_are_always_zero(form: Blocks) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_filled_up_end_of_a_row_is_zero(form: Blocks, width: int) -> None:
+def test_padding_at_the_end_of_a_row_is_zero(form: Blocks, width: int) -> None:
     stored = quantize_blocks(numbers(6, width), form, hessian_of(correlated(width)))
     blocks = form.num_blocks(width)
     assert stored.data.shape == (6, blocks, form.size * form.bits // 8)
@@ -175,7 +175,7 @@ def test_rows_of_zeros_stay_zero(form: Blocks) -> None:
     assert (scales >= 0).all()
 
 
-def test_the_hessian_is_left_as_it_was() -> None:
+def test_the_hessian_is_not_modified() -> None:
     hessian = hessian_of(correlated(96))
     before = hessian.clone()
     quantize_blocks(numbers(6, 96), FORMS[0], hessian)
@@ -184,7 +184,7 @@ def test_the_hessian_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_numbers(number: float) -> None:
+def test_nan_weights_are_an_error(number: float) -> None:
     weight = numbers(6, 96)
     weight[2, 5] = number
     hessian = hessian_of(correlated(96))
@@ -194,7 +194,7 @@ def test_weights_that_are_not_numbers(number: float) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_inputs_that_are_not_numbers(number: float) -> None:
+def test_nan_inputs_are_an_error(number: float) -> None:
     hessian = hessian_of(correlated(96))
     hessian[3, 3] = number
     weight = numbers(6, 96)

@@ -38,7 +38,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 @functools.cache
 def quantized(form: Int8Static, width: int, seed: int = 0) -> tuple[Tensor, QuantizedInt8]:
-    """A weight [24, width], and what its rounding on inputs with larger and smaller channels made of it."""
+    """A weight [24, width] and its quantization, calibrated on inputs with larger and smaller channels."""
     weight = numbers(ROWS, width, seed=seed)
     inputs = numbers(400, width, seed=seed + 1) * torch.logspace(-1, 0.5, width)
     return weight, form.calibrate(weight, ObservedInputs(inputs.T @ inputs / len(inputs), inputs))
@@ -47,7 +47,7 @@ def quantized(form: Int8Static, width: int, seed: int = 0) -> tuple[Tensor, Quan
 def graph_of(
     made: QuantizedInt8, form: Int8Static, style: str, parts: int, *, optimized: bool = True
 ) -> ort.InferenceSession:
-    """`x [B, S, K]` to `y_0`, `y_1`, … as a graph of a style multiplies."""
+    """A graph of the style that multiplies `x [B, S, K]` to `y_0`, `y_1`, …."""
     width = made.data.shape[1]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "S", width]))
     weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([ROWS, width]))
@@ -70,8 +70,8 @@ def graph_of(
     return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
 
 
-def ran(session: ort.InferenceSession, x: Tensor) -> Tensor:
-    """Results of all parts beside each other, [B, S, 24]."""
+def run_graph(session: ort.InferenceSession, x: Tensor) -> Tensor:
+    """Concatenated results of all parts, [B, S, 24]."""
     return torch.from_numpy(np.concatenate(session.run(None, {"x": x.numpy()}), axis=-1))
 
 
@@ -79,35 +79,35 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-# ---- one product
+# ---- one matmul
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("width", [192, 136, 77])  # whole blocks of 64; 8 is the largest block; there is none
+@pytest.mark.parametrize("width", [192, 136, 77])  # whole blocks of 64; the largest block is 8; no block
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("style", STYLES)
-def test_the_graph_computes_what_calibration_counted_on(style: str, form: Int8Static, width: int, parts: int) -> None:
+def test_the_graph_computes_what_calibration_assumed(style: str, form: Int8Static, width: int, parts: int) -> None:
     weight, made = quantized(form, width)
     x = (numbers(2, 9, width, seed=5) * torch.logspace(-1, 0.5, width)).contiguous()
-    x[1, 3] *= 30  # beyond the range that calibration saw
+    x[1, 3] *= 30  # outside the calibrated range
     wanted = made.apply(x.flatten(0, 1)).view(2, 9, ROWS)
-    found = ran(graph_of(made, form, style, parts), x)
+    found = run_graph(graph_of(made, form, style, parts), x)
     if (
         style == "portable" and form.activation_bits == 16
-    ):  # which does not round to 16 bits at all; onnxruntime then rounds to 8
+    ):  # which does not round to 16 bits itself; onnxruntime then rounds to 8
         found, wanted = (torch.cat([y[0], y[1, :3], y[1, 4:]]) for y in (found, wanted))
         assert relative(found, wanted) < 0.01
-        found = ran(graph_of(made, form, style, parts, optimized=False), x)[0]
+        found = run_graph(graph_of(made, form, style, parts, optimized=False), x)[0]
         assert relative(found, wanted[:9]) < 1e-3
     else:
-        assert relative(found, wanted) < 2e-4  # a sum in another order may tip an activation to the next step
+        assert relative(found, wanted) < 2e-4  # another summation order may round an activation differently
     ordinary = torch.cat([x[0], x[1, :3]])
     exact = ordinary @ weight.T
     assert relative(made.apply(ordinary), exact) < (0.03 if form.activation_bits == 8 else 0.01)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_more_bits_err_less(form: Int8Static) -> None:
+def test_more_bits_reduce_the_error(form: Int8Static) -> None:
     weight, made = quantized(form, 192)
     x = numbers(60, 192, seed=5) * torch.logspace(-1, 0.5, 192)
     error = relative(made.apply(x), x @ weight.T)
@@ -118,15 +118,15 @@ def test_more_bits_err_less(form: Int8Static) -> None:
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.hadamard_block], ids=str)
 @pytest.mark.parametrize("style", STYLES)
-def test_a_huge_token_leaves_the_others_alone(style: str, form: Int8Static) -> None:
-    """Neither in the graph, where each token has a norm of its own, nor when calibration saw one."""
+def test_a_very_large_token_does_not_affect_the_others(style: str, form: Int8Static) -> None:
+    """Neither in the graph, where each token is scaled separately, nor during calibration."""
     weight, made = quantized(form, 192)
     x = numbers(1, 12, 192, seed=6)
     session = graph_of(made, form, style, 1)
-    before = ran(session, x)
+    before = run_graph(session, x)
     huge = x.clone()
     huge[0, 4] *= 1e4
-    after = ran(session, huge)
+    after = run_graph(session, huge)
     others = [token for token in range(12) if token != 4]
     assert torch.equal(after[0, others], before[0, others])
     assert relative(after[0, 4], 1e4 * before[0, 4]) < 1e-3
@@ -138,14 +138,14 @@ def test_a_huge_token_leaves_the_others_alone(style: str, form: Int8Static) -> N
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if not form.hadamard_block], ids=str)
-def test_without_spreading_too_tokens_do_not_see_each_other(form: Int8Static) -> None:
+def test_tokens_are_independent_without_hadamard_blocks_too(form: Int8Static) -> None:
     _, made = quantized(form, 192)
     x = numbers(1, 12, 192, seed=6)
     session = graph_of(made, form, "fused", 1)
     huge = x.clone()
     huge[0, 4] *= 1e4
     others = [token for token in range(12) if token != 4]
-    assert torch.equal(ran(session, huge)[0, others], ran(session, x)[0, others])
+    assert torch.equal(run_graph(session, huge)[0, others], run_graph(session, x)[0, others])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -154,12 +154,12 @@ def test_a_token_of_zeros_stays_zero(style: str, form: Int8Static) -> None:
     _, made = quantized(form, 136)
     x = numbers(1, 3, 136)
     x[0, 1] = 0
-    found = ran(graph_of(made, form, style, 2), x)
+    found = run_graph(graph_of(made, form, style, 2), x)
     assert found.isfinite().all()
     assert torch.equal(found[0, 1], torch.zeros(ROWS))
 
 
-def test_16_bits_leave_room_for_larger_activations_than_calibration_saw() -> None:
+def test_16_bits_cover_larger_activations_than_calibration() -> None:
     weight, made = quantized(Int8Static(activation_bits=16), 192)
     x = numbers(20, 192, seed=8) * torch.logspace(-1, 0.5, 192) * 1.5
     assert relative(made.apply(x), x @ weight.T) < 0.01
@@ -189,8 +189,8 @@ class Runner:
         logits, *present = self._session.run(None, feeds)
         return logits, present
 
-    def alone(self, tokens: npt.NDArray[np.int64], chunk: int) -> Array:
-        """Logits [S, V] of one row, chunk by chunk."""
+    def logits_alone(self, tokens: npt.NDArray[np.int64], chunk: int) -> Array:
+        """Logits [S, V] of one sequence, computed in chunks."""
         past, found = None, []
         for start in range(0, len(tokens), chunk):
             end = min(start + chunk, len(tokens))
@@ -201,7 +201,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All calibrated precisions of a model whose attention looks at single tokens."""
+    """All calibrated precisions of a model with peaked attention."""
     folder = tmp_path_factory.mktemp("integer")
     shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 32}
     tiny.save_checkpoint(folder / "source", initializer_range=0.15, **shape)
@@ -219,11 +219,11 @@ def text(length: int, seed: int) -> npt.NDArray[np.int64]:
 
 @pytest.mark.parametrize(
     ("precision", "bound"),
-    # The kernel of 4-bit blocks sums four rows at a time in another order than the one to three behind them.
+    # The kernel of 4-bit blocks sums groups of four rows in another order than the remaining one to three rows.
     [("int8", 0.0), ("int8-exact", 0.0), ("int4", 1e-4), ("int4-mixed", 1e-4)],
 )
-def test_a_row_is_the_same_alone_and_beside_others(bundle: Path, precision: str, bound: float) -> None:
-    """Prompts of unequal length, padded on the right, and a token behind each: bit for bit where the bound is 0."""
+def test_a_sequence_has_the_same_logits_alone_and_in_a_batch(bundle: Path, precision: str, bound: float) -> None:
+    """Right-padded prompts of different lengths, and one further token each; bitwise equal if the bound is 0."""
     runner = Runner(bundle, precision)
     rows = [text(length, seed) for seed, length in enumerate((24, 9, 17, 2, 30))]
     width = max(map(len, rows))
@@ -244,8 +244,8 @@ def test_a_row_is_the_same_alone_and_beside_others(bundle: Path, precision: str,
 def test_chunks_of_a_prompt_give_the_same_logits(bundle: Path, precision: str) -> None:
     runner = Runner(bundle, precision)
     tokens = text(96, 9)
-    whole = runner.alone(tokens, 96)
+    whole = runner.logits_alone(tokens, 96)
     assert whole.std() > 0.5
     for chunk in (48, 32, 16):
-        found = runner.alone(tokens, chunk)
+        found = runner.logits_alone(tokens, chunk)
         assert np.array_equal(found, whole), (chunk, np.abs(found - whole).max())

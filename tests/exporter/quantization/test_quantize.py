@@ -1,4 +1,4 @@
-"""Weights in blocks: the documented layout, read by hand and by onnxruntime; recipes and what they cost."""
+"""Block quantization: the documented layout, decoded by hand and by onnxruntime; recipes and their sizes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from llm_edge.model.decoder import Decoder, count_parameters
 from llm_edge.runtime.errors import ParameterError
 
 FORMS = [Blocks(bits, size, symmetric) for bits in (4, 8) for size in (16, 32, 128) for symmetric in (True, False)]
-HELD = ("fp32", "int8", "int4")  # by the bundles of conftest.py
-WIDTHS = (256, 64, 40, 16, 5)  # K: whole blocks, some of them odd in number, and rows that end inside of a block
+PRECISIONS = ("fp32", "int8", "int4")  # in the bundles of conftest.py
+WIDTHS = (256, 64, 40, 16, 5)  # K: whole blocks, also an odd number of them, and rows that end within a block
 
 
 def random_weight(rows: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Rows of very different size, one of zeros, one that is positive, one that is negative."""
+    """Rows of very different magnitude, including a zero, a positive and a negative row."""
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     weight *= torch.logspace(-3, 3, rows)[:, None]
     weight[1] = 0
@@ -39,7 +39,7 @@ def random_weight(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def unpack(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.int64]:
-    """Whole numbers along the last axis; of two 4-bit ones in a byte the first is the low half."""
+    """Integers along the last axis; of two 4-bit ones in a byte the first is the low half."""
     if bits == 8:
         return packed.astype(np.int64)
     numbers = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.int64)
@@ -48,7 +48,7 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[
 
 
 def dequantize(stored: QuantizedBlocks, form: Blocks, width: int) -> npt.NDArray[np.float64]:
-    """The weight [N, K], straight from the documentation of MatMulNBits."""
+    """The weight [N, K] according to the documentation of MatMulNBits."""
     rows, blocks = stored.scales.shape
     levels = unpack(stored.data, form.bits, form.size)  # [N, blocks, size]
     zeros: npt.NDArray[np.int64] | int = 2 ** (form.bits - 1)
@@ -63,7 +63,7 @@ def dequantize(stored: QuantizedBlocks, form: Blocks, width: int) -> npt.NDArray
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_weights_come_back_to_half_a_step(form: Blocks, width: int) -> None:
+def test_dequantized_weights_are_within_half_a_step(form: Blocks, width: int) -> None:
     weight = random_weight(9, width)
     stored = quantize_blocks(weight, form)
     blocks = math.ceil(width / form.size)
@@ -94,7 +94,7 @@ def test_weights_come_back_to_half_a_step(form: Blocks, width: int) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_zeros_stay_zeros(form: Blocks) -> None:
-    """Exactly, alone in their block or not: a pruned weight stays pruned, padding adds nothing."""
+    """Exactly, whatever else is in the block: pruned weights stay pruned, padding adds nothing."""
     weight = random_weight(6, 150)
     weight[:, ::3] = 0
     weight[:, 20:70] = 0
@@ -104,13 +104,13 @@ def test_zeros_stay_zeros(form: Blocks) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_all_zero(form: Blocks) -> None:
+def test_a_zero_matrix_stays_zero(form: Blocks) -> None:
     stored = quantize_blocks(torch.zeros(3, 70), form)
     assert (dequantize(stored, form, 70) == 0).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_zero_points_spend_no_level_on_a_sign_that_is_not_there(bits: int) -> None:
+def test_zero_points_waste_no_level_on_an_unused_sign(bits: int) -> None:
     weight = torch.linspace(0, 1, 2**bits)[None]
     form = Blocks(bits, 2**bits, symmetric=False)
     np.testing.assert_allclose(dequantize(quantize_blocks(weight, form), form, 2**bits), weight.numpy(), atol=1e-6)
@@ -118,7 +118,7 @@ def test_zero_points_spend_no_level_on_a_sign_that_is_not_there(bits: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_weight_is_rounded_as_float32(dtype: torch.dtype) -> None:
+def test_weights_are_rounded_as_float32(dtype: torch.dtype) -> None:
     weight = random_weight(5, 64).clamp(-60_000, 60_000).to(dtype)
     form = Blocks(4, 32, symmetric=False)
     ours, wanted = quantize_blocks(weight, form), quantize_blocks(weight.float(), form)
@@ -222,7 +222,7 @@ def large_tensors(bundle: Path, recipe: str, rows: int, width: int) -> list[onnx
     return [it for it in graph.initializer if rows in it.dims and math.prod(it.dims) >= rows * width // 2]
 
 
-@pytest.mark.parametrize("recipe", HELD)
+@pytest.mark.parametrize("recipe", PRECISIONS)
 def test_a_tied_embedding_is_stored_once(tiny_bundle: Path, tiny_checkpoint: Path, recipe: str) -> None:
     config = read_folder(tiny_checkpoint).config
     assert config.tie_word_embeddings
@@ -231,10 +231,10 @@ def test_a_tied_embedding_is_stored_once(tiny_bundle: Path, tiny_checkpoint: Pat
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
-def test_no_dense_projection_is_left(
+def test_no_projection_stays_dense(
     tiny_bundle: Path, tiny_portable_bundle: Path, tiny_checkpoint: Path, recipe: str
 ) -> None:
-    """But the small matrix before a tied head; rotary tables and what spreads activations stay beside it."""
+    """Except the small matrix before a tied head; rotary tables and Hadamard matrices stay dense as well."""
     config = read_folder(tiny_checkpoint).config
     for bundle in (tiny_bundle, tiny_portable_bundle):
         graph = onnx.load(bundle / "onnx" / f"{RECIPES[recipe].stem}.onnx", load_external_data=False).graph
@@ -246,22 +246,22 @@ def test_no_dense_projection_is_left(
         assert rotary == math.prod(next(it for it in graph.initializer if it.name == "cos_0").dims)
 
 
-@pytest.mark.parametrize("recipe", HELD)
-def test_bytes_per_weight_foretells_the_size(tiny_bundle: Path, tiny_checkpoint: Path, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", PRECISIONS)
+def test_bytes_per_weight_predicts_the_file_size(tiny_bundle: Path, tiny_checkpoint: Path, recipe: str) -> None:
     config = read_folder(tiny_checkpoint).config
     tables = 4 * config.max_position_embeddings * config.head_dim  # rotary, in the file but not a weight
     head = config.vocab_size * config.hidden_size
     made = RECIPES[recipe]
-    foretold = (count_parameters(config) - head) * made.projections.bytes_per_weight + head * made.format_of(
+    predicted = (count_parameters(config) - head) * made.projections.bytes_per_weight + head * made.format_of(
         HEAD
     ).bytes_per_weight
     size = sum(path.stat().st_size for path in (tiny_bundle / "onnx").glob(f"{made.stem}.onnx*"))
-    assert foretold <= size - tables <= 1.25 * foretold + 40_000  # the graph itself
+    assert predicted <= size - tables <= 1.25 * predicted + 40_000  # the graph itself
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
 @pytest.mark.parametrize("style", ["fused", "portable"])
-def test_quantized_logits_are_near_the_reference(
+def test_quantized_logits_are_close_to_the_reference(
     tiny_bundle: Path, tiny_portable_bundle: Path, tiny_checkpoint: Path, style: str, recipe: str
 ) -> None:
     checkpoint = read_folder(tiny_checkpoint)
@@ -285,7 +285,7 @@ def test_quantized_logits_are_near_the_reference(
 # ---- recipes
 
 
-def test_parse_precisions() -> None:
+def test_precisions_are_parsed() -> None:
     assert [it.name for it in parse_precisions("fp32,int8,int4")] == ["fp32", "int8", "int4"]
     assert [it.name for it in parse_precisions(" int4 ,, fp32,int4")] == ["fp32", "int4"]
     assert parse_precisions("int8") == (RECIPES["int8"],)
@@ -301,7 +301,7 @@ def test_parse_precisions() -> None:
         (" , ,", ["empty"]),
     ],
 )
-def test_precisions_that_are_not_known(text: str, words: list[str]) -> None:
+def test_unknown_precisions_are_rejected(text: str, words: list[str]) -> None:
     with pytest.raises(ParameterError) as caught:
         parse_precisions(text)
     assert caught.value.exit_code == 2
@@ -309,7 +309,7 @@ def test_precisions_that_are_not_known(text: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-def test_recipes_are_what_the_names_say() -> None:
+def test_recipes_match_their_names() -> None:
     stems = {name: recipe.stem for name, recipe in RECIPES.items()}
     assert stems | {"fp32": "model", "int8": "model_quantized", "int4": "model_q4"} == stems
     assert len(set(stems.values())) == len(stems)
@@ -324,7 +324,7 @@ def test_recipes_are_what_the_names_say() -> None:
 
 
 @pytest.mark.parametrize("place", ["projections", "overrides", "embedding"])
-def test_a_recipe_that_rounds_anything_is_not_lossless(place: str) -> None:
+def test_a_recipe_with_any_rounding_is_not_lossless(place: str) -> None:
     blocks = Blocks(8, 32, symmetric=True)
     recipe = Recipe(
         "mine",
@@ -338,7 +338,7 @@ def test_a_recipe_that_rounds_anything_is_not_lossless(place: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_bytes_per_weight_of_blocks(form: Blocks) -> None:
+def test_bytes_per_weight_of_blocks_includes_scales(form: Blocks) -> None:
     stored = quantize_blocks(torch.ones(64, 1024), form)
     assert form.bytes_per_weight * 64 * 1024 == stored.data.nbytes + stored.scales.nbytes
     assert form.num_blocks(1024) == stored.scales.shape[1]

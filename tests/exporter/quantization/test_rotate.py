@@ -1,4 +1,4 @@
-"""Rotation: orthogonal matrices that spread, and models that compute the same once their weights are turned."""
+"""Rotation: orthogonal Hadamard matrices, and models that compute the same with rotated weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_edge.model.decoder import Decoder
 
 BOUND = 1e-3
 HADAMARD = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 48, 64, 80, 96, 128, 144, 576, 896, 960, 1024, 1152, 1536)
-OTHERS = (3, 5, 6, 14, 15, 34, 52, 63, 100, 172, 226)  # no Hadamard matrix, or none that is built here
+OTHERS = (3, 5, 6, 14, 15, 34, 52, 63, 100, 172, 226)  # no Hadamard matrix exists, or none is constructed here
 
 
 # ---- matrices
@@ -36,11 +36,11 @@ def test_rotations_are_orthogonal(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", HADAMARD)
-def test_every_number_is_equally_large_where_a_hadamard_matrix_exists(size: int) -> None:
+def test_all_entries_have_the_same_magnitude_if_a_hadamard_matrix_exists(size: int) -> None:
     assert (rotation(size).matrix().abs() - size**-0.5).abs().max() < 1e-6
 
 
-def test_a_rotation_is_the_same_every_time_and_takes_any_leading_axes_and_type() -> None:
+def test_a_rotation_is_deterministic_and_supports_any_leading_axes_and_type() -> None:
     x = torch.randn(2, 3, 36, generator=torch.Generator().manual_seed(1))
     turned = rotation(36).apply(x)
     assert torch.equal(turned, rotation(36).apply(x))
@@ -50,17 +50,17 @@ def test_a_rotation_is_the_same_every_time_and_takes_any_leading_axes_and_type()
     assert (halves - turned).abs().max() < 1e-2
 
 
-def test_many_rows_are_turned_like_few() -> None:
+def test_many_rows_are_rotated_like_few() -> None:
     x = torch.randn(2500, 12, generator=torch.Generator().manual_seed(2))
     assert torch.equal(rotation(12).apply(x)[2000:], rotation(12).apply(x[2000:]))
 
 
 @pytest.mark.parametrize(
-    ("width", "most", "size"),
+    ("width", "limit", "size"),
     [(1536, 64, 64), (1536, 128, 128), (576, 64, 64), (136, 64, 8), (200, 64, 40), (77, 64, 1), (48, 64, 48)],
 )
-def test_the_largest_hadamard_matrix_that_divides_a_width(width: int, most: int, size: int) -> None:
-    block = hadamard_matrix(width, most)
+def test_the_largest_hadamard_size_that_divides_a_width_is_found(width: int, limit: int, size: int) -> None:
+    block = hadamard_matrix(width, limit)
     assert block.shape == (size, size)
     assert (block @ block.T - torch.eye(size)).abs().max() < 1e-6
     assert (block.abs() - size**-0.5).abs().max() < 1e-6
@@ -83,7 +83,7 @@ def checkpoint(name: str, folder: Path) -> Checkpoint:
 
 @torch.inference_mode()
 def logits(config: ModelConfig, weights: Mapping[str, Tensor]) -> Tensor:
-    """Of 40 tokens in one go and one more behind them, [41, V]."""
+    """Logits [41, V] of 40 tokens in a single step and of one more token."""
     decoder = Decoder(config).eval()
     decoder.load_weights(weights)
     ids = torch.randint(0, config.vocab_size, (1, 41), generator=torch.Generator().manual_seed(3))
@@ -98,14 +98,14 @@ def test_a_rotated_model_computes_the_same(name: str, tmp_path: Path) -> None:
     turned = RotatedWeights(found.config, found.weights)
     config = rotated_config(found.config)
     wanted = logits(found.config, found.weights)
-    assert wanted.std() > 0.5  # so that the bound means something
+    assert wanted.std() > 0.5  # otherwise the bound would be meaningless
     assert (logits(config, turned) - wanted).abs().max() < BOUND
 
     assert config.head_mix == (rotates_residual(found.config) and found.config.tie_word_embeddings)
     assert set(turned) == {parameter for parameter, _ in named(config)}
     for parameter, shape in named(config):
         assert turned[parameter].shape == shape
-    for role in ("attention.qkv", "attention.output"):  # values, and what reads them, turn in every model
+    for role in ("attention.qkv", "attention.output"):  # values and their consumers are rotated in every model
         assert changed(found.weights, turned, f"layers.0.{role}.weight")
     for place in ("embed_tokens.weight", "layers.1.mlp.down.weight"):
         assert changed(found.weights, turned, place) == rotates_residual(found.config)
@@ -123,7 +123,7 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str
     return bool((before[name].float() - after[name]).abs().mean() > 0.1 * before[name].float().abs().mean())
 
 
-def test_both_kinds_of_model_are_among_the_families(tmp_path: Path) -> None:
+def test_the_families_include_both_kinds_of_model(tmp_path: Path) -> None:
     kinds = {}
     for name in ("llama", "olmo2", "gemma3_text", "gpt2", "gpt_neox"):
         kinds[name] = rotates_residual(checkpoint(name, tmp_path / name).config)
@@ -132,8 +132,8 @@ def test_both_kinds_of_model_are_among_the_families(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_parallel_blocks_and_learned_positions_behind_rms_norms(parallel: bool, tied: bool, tmp_path: Path) -> None:
-    """No family has these together; the rotation knows them from the config alone."""
+def test_parallel_blocks_and_learned_positions_with_rms_norms(parallel: bool, tied: bool, tmp_path: Path) -> None:
+    """No family combines these; the rotation depends only on the config."""
     found = checkpoint("llama with biases, tied", tmp_path)
     config = dataclasses.replace(
         found.config, parallel_blocks=parallel, learned_positions=True, tie_word_embeddings=tied
@@ -148,7 +148,7 @@ def test_parallel_blocks_and_learned_positions_behind_rms_norms(parallel: bool, 
     assert (logits(rotated_config(config), RotatedWeights(config, weights)) - wanted).abs().max() < BOUND
 
 
-def test_names_are_told_without_making_a_weight(tmp_path: Path) -> None:
+def test_names_are_listed_without_loading_weights(tmp_path: Path) -> None:
     class Unread(dict[str, torch.Tensor]):
         def __getitem__(self, name: str) -> torch.Tensor:
             raise AssertionError(name)
@@ -159,8 +159,8 @@ def test_names_are_told_without_making_a_weight(tmp_path: Path) -> None:
     assert "layers.0.attention.qkv.bias" not in turned
 
 
-def test_outliers_shrink(tmp_path: Path) -> None:
-    """A channel of the stream, of a norm and of the values that towers over the others is spread over all."""
+def test_rotation_shrinks_outliers(tmp_path: Path) -> None:
+    """An outlier channel of the residual stream, of a norm or of the values is spread over all channels."""
     found = checkpoint(next(iter(families.CASES)), tmp_path)
     weights = {name: found.weights[name].float() for name in found.weights}
     weights["embed_tokens.weight"][:, 7] *= 60
@@ -182,12 +182,12 @@ def test_outliers_shrink(tmp_path: Path) -> None:
 
 
 def peak(x: Tensor) -> float:
-    """The largest number over the root mean square, row by row, on average."""
+    """The ratio of the maximum to the root mean square of each row, averaged."""
     return (x.abs().amax(-1) / x.square().mean(-1).sqrt()).mean().item()
 
 
 @pytest.mark.parametrize("name", ["llama", "llama with biases, tied"])
-def test_weights_of_half_precision_become_float32(name: str, tmp_path: Path) -> None:
+def test_half_precision_weights_become_float32(name: str, tmp_path: Path) -> None:
     found = checkpoint(name, tmp_path)
     halves = {key: found.weights[key].bfloat16() for key in found.weights}
     turned = RotatedWeights(found.config, halves)

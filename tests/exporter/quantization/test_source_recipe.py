@@ -1,4 +1,4 @@
-"""The recipe `source`: what a GGUF holds in blocks is written as it is, and computes what the GGUF does."""
+"""The recipe `source`: quantized blocks of a GGUF are exported unchanged and compute the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llm_edge.runtime import Bundle
 from llm_edge.runtime.errors import CheckpointError
 
 BLOCK = 32
-LLAMA: dict[str, Any] = {  # more queries than keys, so that the order of rows differs; all rows are whole blocks
+LLAMA: dict[str, Any] = {  # more query than key heads, so that the row order differs; all rows are whole blocks
     "model_type": "llama",
     "vocab_size": 337,
     "hidden_size": 96,
@@ -47,9 +47,9 @@ LLAMA: dict[str, Any] = {  # more queries than keys, so that the order of rows d
 }
 TYPES = ("Q4_0", "Q4_1", "Q8_0")
 MIXED = {
-    "attn_v": "F16",  # one part of a stack, which then is dense
+    "attn_v": "F16",  # one part of a stacked matrix, which is then dense
     "attn_output": "Q4_1",
-    "ffn_up": "Q4_0",  # parts of two kinds
+    "ffn_up": "Q4_0",  # parts of different types
     "ffn_gate": "Q8_0",
     "ffn_down": "Q5_0",
     "token_embd": "F16",
@@ -59,7 +59,7 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 
 
 def quantized(kinds: Mapping[str, str], otherwise: str = "F32", damaged: bool = False) -> Callable[[GGUFWriter], None]:
-    """Stores matrices in types, named by a part of their names; a damaged one has a scale that is no number."""
+    """Store matrices in the given types, selected by a part of their names; a damaged one has a NaN scale."""
 
     def edit(writer: GGUFWriter) -> None:
         tensors = {name: info.tensor for name, info in writer.tensors[0].items()}
@@ -101,10 +101,10 @@ def halves(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def kept_weight(tensors: Tensors, name: str, bits: int, portable: bool) -> npt.NDArray[np.float64]:
-    """A weight [N, K] put together from the graph, by the documentation of its operators."""
+    """A weight [N, K] reconstructed from the graph, according to the documentation of its operators."""
     parts = []
     for stem in [name] if any(key.startswith(f"{name}.") for key in tensors) else [f"{name}_0", f"{name}_1"]:
-        if portable:  # of the embedding, the head's
+        if portable:  # of the embedding, used by the head
             levels = tensors[f"{stem}.transposed.data"].astype(np.float64).T
             scales = tensors[f"{stem}.transposed.scales"].T
         else:
@@ -120,7 +120,7 @@ def kept_weight(tensors: Tensors, name: str, bits: int, portable: bool) -> npt.N
 
 
 def logits_of(bundle: Path, style: GraphStyle, tokens: list[int]) -> npt.NDArray[np.float32]:
-    """Logits of a prompt and of the tokens behind it, one by one."""
+    """Logits of a prompt and of the tokens after it, one by one."""
     shape = Bundle.open(bundle).shape
     session = open_file(bundle / "onnx" / "model_source.onnx", shape, style is GraphStyle.FUSED, provider="cpu")
     steps = [session.step(tokens[:30], 0).copy()]
@@ -129,7 +129,7 @@ def logits_of(bundle: Path, style: GraphStyle, tokens: list[int]) -> npt.NDArray
 
 
 def exact_logits_of(bundle: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
-    """Logits of a prompt where the kernels are told to leave activations in float32."""
+    """Logits of a prompt with kernels configured to keep activations in float32."""
     graph = graph_of(bundle)
     for node in graph.graph.node:
         for entry in node.attribute:
@@ -147,7 +147,7 @@ def exact_logits_of(bundle: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
 
 
 def reference(path: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
-    """Logits of the GGUF's numbers in float32."""
+    """Logits of the GGUF's dequantized weights in float32."""
     checkpoint = read_gguf(path)
     decoder = Decoder(checkpoint.config).eval()
     decoder.load_weights(checkpoint.weights)
@@ -172,7 +172,7 @@ def kept(request: pytest.FixtureRequest, pure: tuple[str, Path]) -> tuple[str, P
     return *pure, request.param, export_source(pure[1], request.param)
 
 
-def test_the_graph_holds_the_numbers_of_the_source(kept: tuple[str, Path, GraphStyle, Path]) -> None:
+def test_the_graph_holds_the_weights_of_the_source(kept: tuple[str, Path, GraphStyle, Path]) -> None:
     kind, path, style, bundle = kept
     tensors = numbers_of(graph_of(bundle))
     bits = 8 if kind == "Q8_0" else 4
@@ -190,15 +190,15 @@ def test_the_graph_holds_the_numbers_of_the_source(kept: tuple[str, Path, GraphS
         assert np.abs(weight - theirs).max() <= 2.0**-24 * (np.abs(theirs).max() + max(offsets)), name
 
 
-def test_logits_are_those_of_the_source(kept: tuple[str, Path, GraphStyle, Path]) -> None:
+def test_logits_match_the_source(kept: tuple[str, Path, GraphStyle, Path]) -> None:
     _, path, style, bundle = kept
     expected = reference(path, TOKENS)
     np.testing.assert_allclose(exact_logits_of(bundle, TOKENS), expected, atol=1e-4, rtol=0)
-    # The kernels that are asked for round activations to 8 bits, so the result is not exact.
+    # The selected kernels round activations to 8 bits, so the result is not exact.
     assert np.abs(logits_of(bundle, style, TOKENS) - expected).mean() < 0.05 * expected.std()
 
 
-@pytest.mark.parametrize("kept", [GraphStyle.FUSED], indirect=True)  # the others lay the head's transposed
+@pytest.mark.parametrize("kept", [GraphStyle.FUSED], indirect=True)  # others store the head's weight transposed
 def test_a_tied_embedding_is_stored_once(kept: tuple[str, Path, GraphStyle, Path]) -> None:
     kind, _, _, bundle = kept
     graph = graph_of(bundle).graph
@@ -210,7 +210,7 @@ def test_a_tied_embedding_is_stored_once(kept: tuple[str, Path, GraphStyle, Path
     assert head.input[2] == gather.input[2] == "embed_tokens.weight.scales"
 
 
-def test_what_is_stored_otherwise_is_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_storage_types_become_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shorten_texts(monkeypatch, 200)
     path = save_gguf(tmp_path, quantized(MIXED, otherwise="Q4_0"), tied=False)
     bundle = export_source(path, GraphStyle.FUSED, validate=True)
@@ -246,7 +246,7 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", ["folder", "F16", "Q5_0", "Q5_0 and a head of Q8_0"])
-def test_a_source_without_blocks_is_refused_in_one_line(
+def test_a_source_without_blocks_is_rejected_in_one_line(
     case: str, tmp_path: Path, tiny_checkpoint: Path, llm_export: Callable[..., tuple[int, str, str]]
 ) -> None:
     types, source = "F32", tiny_checkpoint
@@ -278,7 +278,7 @@ def test_the_report_names_a_second_rounding(
     assert "quantized already" not in out
 
 
-def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_a_nan_scale_is_rejected(tmp_path: Path) -> None:
     path = save_gguf(tmp_path, quantized({}, otherwise="Q4_1", damaged=True))
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down\.weight: .* the checkpoint is damaged"):
         export_source(path, GraphStyle.FUSED)

@@ -1,4 +1,4 @@
-"""Validation within a bound of memory, and bundles that are the same every time."""
+"""Validation within a memory limit, and reproducible bundles."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ def manifest(bundle: Path) -> dict[str, Any]:
     return read
 
 
-def test_a_model_too_large_is_compared_in_part(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_validated_in_part(checkpoint: Path, tmp_path: Path) -> None:
     config = read_folder(checkpoint).config
     report = exported(checkpoint, tmp_path / "bundle", memory_for(config, 2) + 1)
     assert report.validation is not None
     assert (report.validation.layers, report.layers) == (2, LAYERS)
     assert report.validation.required_bytes == memory_for(config, LAYERS)
-    told = manifest(tmp_path / "bundle")
-    assert told["validation"] == {"layers": 2, "of": LAYERS}
-    assert told["proof"]["fp32"]["prefill"]["max"] < 1e-4
+    found = manifest(tmp_path / "bundle")
+    assert found["validation"] == {"layers": 2, "of": LAYERS}
+    assert found["proof"]["fp32"]["prefill"]["max"] < 1e-4
     assert {path.name for path in (tmp_path / "bundle").iterdir()}.isdisjoint({"check"})
     answer = Model.load(tmp_path / "bundle").generate("The quick", SamplingParams(temperature=0, max_tokens=4)).result()
-    assert len(answer.tokens) == 4  # the bundle itself is whole
+    assert len(answer.tokens) == 4  # the bundle itself is complete
 
 
-def test_at_least_one_layer_is_compared(checkpoint: Path, tmp_path: Path) -> None:
+def test_at_least_one_layer_is_validated(checkpoint: Path, tmp_path: Path) -> None:
     assert validated_layers(exported(checkpoint, tmp_path / "bundle", 1.0)) == 1
 
 
-def off(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
-    """The reference has another weight than the graph in one layer."""
+def differing_layer(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
+    """Give the reference another weight than the graph in one layer."""
     load = Decoder.load_weights
 
     def wrong(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> None:
@@ -75,22 +75,22 @@ def off(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
     monkeypatch.setattr(Decoder, "load_weights", wrong)
 
 
-def test_what_is_compared_is_proven_and_the_rest_is_not(
+def test_errors_are_found_in_validated_layers_only(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = memory_for(read_folder(checkpoint).config, 1) + 1
-    off(monkeypatch, 0)
+    differing_layer(monkeypatch, 0)
     with pytest.raises(ParityError, match="Nothing was written"):
         exported(checkpoint, tmp_path / "bundle", one)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    off(monkeypatch, LAYERS - 1)
+    differing_layer(monkeypatch, LAYERS - 1)
     assert validated_layers(exported(checkpoint, tmp_path / "bundle", one)) == 1
     with pytest.raises(ParityError):
         exported(checkpoint, tmp_path / "another", 1e12)
 
 
-def test_the_command_says_what_was_not_compared(
+def test_the_command_reports_which_layers_were_not_validated(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_edge.exporter.validation.parity.memory_for", lambda _, layers: layers * 1e9)
@@ -117,13 +117,13 @@ def sums(folder: Path) -> dict[str, str]:
     [(), ("--no-validate", "--graph", "portable"), ("--no-validate", "--format", "torchscript")],
     ids=" ".join,
 )
-def test_a_source_makes_the_same_bundle_wherever_and_whenever(
+def test_exports_of_the_same_source_are_identical(
     options: tuple[str, ...],
     checkpoint: Path,
     tmp_path: Path,
     command: Callable[..., tuple[int, str, str]],
 ) -> None:
-    """Every file, the manifest too; the second time from a copy of the source, under another name, a year later."""
+    """All files including the manifest; the second export reads a renamed copy of the source, a year later."""
     precision = ("--precision", "fp32" if "torchscript" in options else "fp32,int8,int4")
     copy = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name))
     assert command(checkpoint, "-o", tmp_path / "first", *precision, *options)[0] == 0

@@ -1,6 +1,6 @@
-"""The default model, all the way: its GGUF read by transformers, our reference, and the fp32 bundle agree.
+"""The default model end to end: transformers reading the GGUF, our reference and the fp32 bundle agree.
 
-transformers reads, dequantizes and un-permutes the GGUF by itself, so it is an independent witness.
+transformers reads, dequantizes and un-permutes the GGUF itself, so the comparison is independent.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Reference = Callable[[tuple[int, ...]], Tensor]
 def model(smollm2_bundle: Path) -> Model:
     return Model.load(
         smollm2_bundle, "fp32", provider="cpu", threads=1
-    )  # others test beside it, and idle threads wait busily
+    )  # other tests run in parallel, and idle threads spin
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def text(model: Model) -> list[int]:
 
 @pytest.fixture(scope="module")
 def prompt(text: list[int]) -> Prompt:
-    """A piece of the text, each length from another place."""
+    """A part of the text; each length starts at another position."""
     return lambda length: text[37 * length % (len(text) - length) :][:length]
 
 
@@ -70,11 +70,11 @@ def decoder(smollm2_file: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def reference(decoder: Decoder) -> Reference:
-    """Logits [S, V] of our reference in one go; the same tokens are computed once."""
+    """Logits [S, V] of our reference in a single step; results are cached."""
 
     @functools.cache
     def logits(tokens: tuple[int, ...]) -> Tensor:
-        return in_pieces(decoder, tokens, [len(tokens)])
+        return in_chunks(decoder, tokens, [len(tokens)])
 
     return logits
 
@@ -94,33 +94,33 @@ def session(smollm2_bundle: Path) -> Session:
     return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, provider="cpu", spinning=False)
 
 
-def in_pieces(decoder: Decoder, tokens: Sequence[int], pieces: Sequence[int]) -> Tensor:
-    """Logits [S, V] of our reference, fed in pieces."""
+def in_chunks(decoder: Decoder, tokens: Sequence[int], chunks: Sequence[int]) -> Tensor:
+    """Logits [S, V] of our reference, computed in chunks."""
     past, done, logits = decoder.empty_past(), 0, []
-    for size in pieces:
+    for size in chunks:
         ids = torch.tensor([tokens[done : done + size]])
         done += size
-        piece, past = decoder(ids, torch.ones(1, done, dtype=torch.int64), past)
-        logits.append(piece[0])
+        chunk_logits, past = decoder(ids, torch.ones(1, done, dtype=torch.int64), past)
+        logits.append(chunk_logits[0])
     assert done == len(tokens)
     return torch.cat(logits)
 
 
-def expect(theirs: Any, tokens: Sequence[int], pieces: Sequence[int] | None = None) -> Tensor:
-    """transformers' logits [S, V]: in one go without a cache, or in pieces over its own."""
-    if pieces is None:
+def expect(theirs: Any, tokens: Sequence[int], chunks: Sequence[int] | None = None) -> Tensor:
+    """transformers' logits [S, V]: in a single step without a cache, or in chunks with its own cache."""
+    if chunks is None:
         whole: Tensor = theirs(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
         return whole
     cache, done, logits = None, 0, []
-    for size in pieces:
+    for size in chunks:
         made = theirs(input_ids=torch.tensor([tokens[done : done + size]]), past_key_values=cache, use_cache=True)
         cache, done = made.past_key_values, done + size
         logits.append(made.logits[0])
     return torch.cat(logits)
 
 
-def differ(found: Any, wanted: Tensor, largest: float, mean: float) -> None:
-    """Fail where logits differ by more."""
+def assert_close(found: Any, wanted: Tensor, largest: float, mean: float) -> None:
+    """Fail if logits differ by more than the bounds."""
     found = torch.as_tensor(found)
     assert found.shape == wanted.shape
     difference = (found - wanted).abs()
@@ -128,69 +128,73 @@ def differ(found: Any, wanted: Tensor, largest: float, mean: float) -> None:
     assert difference.mean() <= mean
 
 
-# ---- our reference is the model that transformers reads from the same file
+# ---- our reference matches transformers reading the same file
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_reference_is_transformers(reference: Reference, theirs: Any, prompt: Prompt, length: int) -> None:
+def test_the_reference_matches_transformers(reference: Reference, theirs: Any, prompt: Prompt, length: int) -> None:
     tokens = prompt(length)
-    differ(reference(tuple(tokens)), expect(theirs, tokens), 1e-4, 1e-5)
+    assert_close(reference(tuple(tokens)), expect(theirs, tokens), 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize(
-    "pieces", [[1] * 17, [9, 8], [300, 1, 1, 210], [512, 88]], ids=["steps", "two", "mixed", "chunks"]
+    "chunks", [[1] * 17, [9, 8], [300, 1, 1, 210], [512, 88]], ids=["steps", "two", "mixed", "chunks"]
 )
-def test_the_reference_in_pieces_is_transformers(
-    decoder: Decoder, theirs: Any, prompt: Prompt, pieces: list[int]
+def test_the_reference_in_chunks_matches_transformers(
+    decoder: Decoder, theirs: Any, prompt: Prompt, chunks: list[int]
 ) -> None:
-    tokens = prompt(sum(pieces))
-    differ(in_pieces(decoder, tokens, pieces), expect(theirs, tokens, pieces), 1e-4, 1e-5)
+    tokens = prompt(sum(chunks))
+    assert_close(in_chunks(decoder, tokens, chunks), expect(theirs, tokens, chunks), 1e-4, 1e-5)
 
 
-# ---- the fp32 graph is the reference
+# ---- the fp32 graph matches the reference
 
 
-def assert_session(session: Session, reference: Reference, tokens: list[int], pieces: Sequence[int]) -> None:
+def assert_session(session: Session, reference: Reference, tokens: list[int], chunks: Sequence[int]) -> None:
     wanted = reference(tuple(tokens))
     session.clear_cache()
     done = 0
-    for size in pieces:
+    for size in chunks:
         logits = session.step(tokens[done : done + size], num_logits=0)
-        differ(logits, wanted[done : done + size], 1e-3, 1e-4)
+        assert_close(logits, wanted[done : done + size], 1e-3, 1e-4)
         done += size
     assert done == len(tokens)
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, MAX_STEP_TOKENS])
-def test_one_go(session: Session, reference: Reference, prompt: Prompt, length: int) -> None:
+def test_a_single_step_matches_the_reference(
+    session: Session, reference: Reference, prompt: Prompt, length: int
+) -> None:
     assert_session(session, reference, prompt(length), [length])
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "chunks",
     [[1, 1], [5, 12], [100, 1, 255, 156], [MAX_STEP_TOKENS, MAX_STEP_TOKENS, MAX_STEP_TOKENS, 464]],
     ids=["1+1", "5+12", "uneven", "2000 by 512"],
 )
-def test_chunks(session: Session, reference: Reference, prompt: Prompt, pieces: list[int]) -> None:
-    assert_session(session, reference, prompt(sum(pieces)), pieces)
+def test_chunks_match_the_reference(session: Session, reference: Reference, prompt: Prompt, chunks: list[int]) -> None:
+    assert_session(session, reference, prompt(sum(chunks)), chunks)
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "chunks",
     [[1] * 17, [416] + [1] * 96, [MAX_STEP_TOKENS, MAX_STEP_TOKENS, MAX_STEP_TOKENS, 440] + [1] * 24],
-    ids=["17 from the start", "96 behind 416", "24 behind 1976"],
+    ids=["17 from the start", "96 after 416", "24 after 1976"],
 )
-def test_token_by_token(session: Session, reference: Reference, prompt: Prompt, pieces: list[int]) -> None:
-    assert_session(session, reference, prompt(sum(pieces)), pieces)
+def test_single_tokens_match_the_reference(
+    session: Session, reference: Reference, prompt: Prompt, chunks: list[int]
+) -> None:
+    assert_session(session, reference, prompt(sum(chunks)), chunks)
 
 
-def test_only_the_last_logits(session: Session, reference: Reference, prompt: Prompt) -> None:
+def test_the_last_logits_match_the_reference(session: Session, reference: Reference, prompt: Prompt) -> None:
     tokens = prompt(512)
     session.clear_cache()
-    differ(session.step(tokens), reference(tuple(tokens))[-1:], 1e-3, 1e-4)
+    assert_close(session.step(tokens), reference(tuple(tokens))[-1:], 1e-3, 1e-4)
 
 
-# ---- the same file in onnxruntime itself, past and present apart
+# ---- the same file in bare onnxruntime, with separate past and present
 
 
 class Plain:
@@ -218,15 +222,15 @@ def plain(smollm2_bundle: Path) -> Plain:
     return Plain(Bundle.open(smollm2_bundle))
 
 
-def test_2000_tokens_in_one_go(plain: Plain, reference: Reference, prompt: Prompt) -> None:
+def test_2000_tokens_in_a_single_step(plain: Plain, reference: Reference, prompt: Prompt) -> None:
     tokens = prompt(2000)
     ids = torch.tensor([tokens])
     logits, _ = plain.run(ids, torch.ones_like(ids), plain.empty(1))
-    differ(logits[0], reference(tuple(tokens)), 1e-3, 1e-4)
+    assert_close(logits[0], reference(tuple(tokens)), 1e-3, 1e-4)
 
 
-def test_rows_of_unequal_length(plain: Plain, reference: Reference, prompt: Prompt) -> None:
-    """Padded on the right; then every row decodes on, each from its own length."""
+def test_a_padded_batch_matches_its_sequences_alone(plain: Plain, reference: Reference, prompt: Prompt) -> None:
+    """Padded on the right; then every sequence is decoded further from its own length."""
     prompts, steps = [5, 64, 1, 17, 33], 6
     rows = [prompt(length + steps) for length in prompts]
     wanted = [reference(tuple(row)) for row in rows]
@@ -235,13 +239,13 @@ def test_rows_of_unequal_length(plain: Plain, reference: Reference, prompt: Prom
         ids[number, :length], mask[number, :length] = torch.tensor(row[:length]), 1
     logits, past = plain.run(ids, mask, plain.empty(len(rows)))
     for number, length in enumerate(prompts):
-        differ(logits[number, :length], wanted[number][:length], 1e-3, 1e-4)
+        assert_close(logits[number, :length], wanted[number][:length], 1e-3, 1e-4)
     for step in range(steps):
         ids = torch.tensor([[row[length + step]] for row, length in zip(rows, prompts, strict=True)])
         mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.int64)], dim=1)
         logits, past = plain.run(ids, mask, past)
         for number, length in enumerate(prompts):
-            differ(logits[number], wanted[number][length + step][None], 1e-3, 1e-4)
+            assert_close(logits[number], wanted[number][length + step][None], 1e-3, 1e-4)
 
 
 # ---- greedy answers
@@ -249,19 +253,19 @@ def test_rows_of_unequal_length(plain: Plain, reference: Reference, prompt: Prom
 
 @pytest.fixture(scope="module")
 def greedy_prompts(model: Model, text: list[int]) -> dict[str, list[int]]:
-    """Questions in the chat format, which the model ends by itself, and beginnings of texts, which go on."""
+    """Questions in the chat format, which the model ends itself, and text prefixes, which it continues."""
     chats = [model.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
     begins = [text[200 * number :][: 3 + 7 * number] for number in range(15)]
     return dict(zip(PROMPTS, chats + begins, strict=True))
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_greedy_answers_are_those_of_transformers(
+def test_greedy_answers_match_transformers(
     model: Model, theirs: Any, greedy_prompts: dict[str, list[int]], name: str
 ) -> None:
-    """One pass of transformers over prompt and answer: at every position it would have drawn the same token.
+    """One pass of transformers over prompt and answer: it would choose the same token at every position.
 
-    Where the chosen token is not its first, the two must be equal but for rounding (1e-3).
+    If the chosen token is not its first choice, the two logits must be equal up to rounding (1e-3).
     """
     prompt = greedy_prompts[name]
     answer = model.generate(prompt, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)).result()

@@ -1,4 +1,4 @@
-"""Weights in large pages: what the kernel reports afterwards, and which regions are left alone."""
+"""Huge pages for weights: which memory regions are collapsed, and that their content is preserved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def smaps(start: int, pages: float, share: float = 1.0, name: str = "") -> str:
     return REGION.format(start=start, end=start + size, rss=int(size * share) // 1024, name=name)
 
 
-def test_regions_in_use_are_taken_in_whole_pages() -> None:
+def test_regions_in_use_are_collapsed_in_whole_pages() -> None:
     assert _regions(smaps(8 * PAGE, 3)) == [(8 * PAGE, 3 * PAGE)]
     assert _regions(smaps(8 * PAGE + 4096, 3)) == [(9 * PAGE, 2 * PAGE)]
     assert _regions(smaps(8 * PAGE, 3, name="[heap]")) == [(8 * PAGE, 3 * PAGE)]
@@ -29,7 +29,7 @@ def test_regions_in_use_are_taken_in_whole_pages() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        smaps(8 * PAGE, 3, share=0.5),  # gathering would fill it up
+        smaps(8 * PAGE, 3, share=0.5),  # collapsing would commit the unused rest
         smaps(8 * PAGE, 3, name="[stack]"),
         smaps(8 * PAGE + 4096, 1),  # no whole page
         smaps(8 * PAGE, 3).replace("rw-p", "r--p"),
@@ -38,12 +38,12 @@ def test_regions_in_use_are_taken_in_whole_pages() -> None:
         "nonsense\nRss: 5 kB\n",
     ],
 )
-def test_everything_else_is_left_alone(text: str) -> None:
+def test_other_regions_are_left_alone(text: str) -> None:
     assert _regions(text) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a hint to Linux")
-def test_memory_is_gathered_and_keeps_its_content() -> None:
+def test_collapsed_memory_keeps_its_content() -> None:
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("large pages are switched off on this machine")
     array = np.arange(16 * PAGE // 8)

@@ -1,4 +1,4 @@
-"""Mapped pages are given back: what was read leaves memory and stays readable, what was written stays as it is."""
+"""Releasing mapped pages: pages that were only read leave memory, modified pages stay."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SIZE = 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is Linux's")
 
 
-def test_pages_that_were_read_go_and_come_back(tmp_path: Path) -> None:
+def test_read_pages_are_released_and_can_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     with path.open("wb") as file:
         file.write(bytes(range(256)) * (SIZE // 256))
         file.flush()
-        os.fsync(file.fileno())  # what is not on the disk yet counts as changed
+        os.fsync(file.fileno())  # data that is not on disk yet counts as modified
     with path.open("rb") as file, mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_COPY) as mapped:
         content = bytes(mapped)
         assert release(path) >= SIZE // 2
@@ -29,7 +29,7 @@ def test_pages_that_were_read_go_and_come_back(tmp_path: Path) -> None:
         assert bytes(mapped) == content
 
 
-def test_pages_that_were_written_stay(tmp_path: Path) -> None:
+def test_modified_pages_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(SIZE))
     with path.open("rb") as file, mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_COPY) as mapped:
@@ -38,5 +38,5 @@ def test_pages_that_were_written_stay(tmp_path: Path) -> None:
         assert mapped[100] == 7
 
 
-def test_a_file_that_is_not_mapped(tmp_path: Path) -> None:
+def test_a_file_that_is_not_mapped_is_ignored(tmp_path: Path) -> None:
     assert release(tmp_path / "missing") == 0

@@ -1,4 +1,4 @@
-"""A graph at work: however tokens are cut into steps, the logits are those of one run over all of them."""
+"""`Session`: splitting tokens into steps does not change the logits; providers, threads and graph checks."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterEr
 CLOSE = 1e-4
 SHAPE = ModelShape(
     vocab_size=11, num_hidden_layers=1, num_key_value_heads=2, head_dim=4, max_position_embeddings=64
-)  # of the graphs that this file makes itself
+)  # of the graphs created in this file
 
 
-def opened(path: Path, precision: str = "fp32", **changes: Any) -> Session:
+def open_session(path: Path, precision: str = "fp32", **changes: Any) -> Session:
     bundle = Bundle.open(path)
     info = bundle.precision(precision)
     shape = dataclasses.replace(bundle.shape, **changes)
@@ -44,7 +44,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 
 def logits_of(session: Session, ids: list[int], cuts: list[int]) -> np.ndarray[Any, Any]:
-    """Logits of all tokens, fed in steps of these lengths."""
+    """Logits of all tokens, computed in steps of these lengths."""
     assert sum(cuts) == len(ids)
     session.clear_cache()
     rows, start = [], 0
@@ -63,19 +63,19 @@ def bundle(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def session(bundle: Path) -> Session:
-    return opened(bundle)
+    return open_session(bundle)
 
 
 @pytest.mark.parametrize("cuts", [[40], [16, 16, 8], [39, 1], [1, 39], [1] * 40, [7, 1, 1, 30, 1]])
-def test_the_cut_into_steps_does_not_matter(session: Session, cuts: list[int]) -> None:
+def test_splitting_into_steps_does_not_change_the_logits(session: Session, cuts: list[int]) -> None:
     ids = tokens(40)
     whole = logits_of(session, ids, [40])
     assert whole.shape == (40, session.shape.vocab_size)
-    assert np.ptp(whole) > 0.1  # or nothing would be compared
+    assert np.ptp(whole) > 0.1  # otherwise the comparison would be meaningless
     np.testing.assert_allclose(logits_of(session, ids, cuts), whole, atol=CLOSE, rtol=0)
 
 
-def test_every_token_is_seen(session: Session) -> None:
+def test_every_token_affects_the_logits(session: Session) -> None:
     ids = tokens(12)
     last = logits_of(session, ids, [12])[-1]
     for place in range(12):
@@ -85,14 +85,14 @@ def test_every_token_is_seen(session: Session) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_other_precisions_step_too(bundle: Path, precision: str) -> None:
-    session = opened(bundle, precision)
+def test_other_precisions_can_be_split_into_steps(bundle: Path, precision: str) -> None:
+    session = open_session(bundle, precision)
     ids = tokens(24)
     whole = logits_of(session, ids, [24])
     np.testing.assert_allclose(logits_of(session, ids, [8, 8, 8]), whole, atol=CLOSE, rtol=0)
 
 
-def test_as_many_logits_as_were_asked_for(session: Session) -> None:
+def test_a_step_returns_the_requested_number_of_logits(session: Session) -> None:
     ids = tokens(9)
     whole = logits_of(session, ids, [9])
     for count in (1, 2, 9, 1, 5):
@@ -104,7 +104,7 @@ def test_as_many_logits_as_were_asked_for(session: Session) -> None:
     assert session.step(ids).shape == (1, session.shape.vocab_size)
 
 
-def test_steps_of_changing_lengths_and_logits_in_one_conversation(session: Session) -> None:
+def test_step_lengths_and_logit_counts_may_vary_in_one_conversation(session: Session) -> None:
     ids = tokens(20)
     whole = logits_of(session, ids, [20])
     session.clear_cache()
@@ -117,7 +117,7 @@ def test_steps_of_changing_lengths_and_logits_in_one_conversation(session: Sessi
         assert session.length == start
 
 
-def test_reset_forgets_the_conversation(session: Session) -> None:
+def test_clear_cache_discards_the_conversation(session: Session) -> None:
     first = session.step(tokens(10)).copy()
     session.step(tokens(10, seed=1))
     session.clear_cache()
@@ -132,7 +132,7 @@ def test_token_ids_may_be_an_array(session: Session) -> None:
     np.testing.assert_array_equal(session.step(np.array(ids)), first)
 
 
-def test_time_inside_onnxruntime_is_counted(session: Session) -> None:
+def test_time_inside_onnxruntime_is_measured(session: Session) -> None:
     assert session.run_seconds == 0
     session.step(tokens(5))
     once = session.run_seconds
@@ -146,7 +146,7 @@ def capacity(session: Session) -> int:
 
 
 def test_the_cache_grows_by_doubling(tiny_bundle: Path) -> None:
-    session = opened(tiny_bundle)
+    session = open_session(tiny_bundle)
     assert (capacity(session), session.limit) == (0, 1024)
     ids = tokens(1024)
     seen = {}
@@ -156,11 +156,11 @@ def test_the_cache_grows_by_doubling(tiny_bundle: Path) -> None:
     assert [seen[n] for n in (64, 256, 320, 512, 576, 1024)] == [256, 256, 512, 512, 1024, 1024]
     session.clear_cache()
     session.step(ids[:1])
-    assert capacity(session) == 1024  # buffers stay
+    assert capacity(session) == 1024  # buffers are kept
 
 
 def test_a_long_first_step_gets_the_capacity_it_needs(tiny_bundle: Path) -> None:
-    session = opened(tiny_bundle)
+    session = open_session(tiny_bundle)
     session.step(tokens(300))
     assert capacity(session) == 300
     session.step(tokens(1))
@@ -168,7 +168,7 @@ def test_a_long_first_step_gets_the_capacity_it_needs(tiny_bundle: Path) -> None
 
 
 def test_the_cache_never_outgrows_the_context(tiny_bundle: Path) -> None:
-    session = opened(tiny_bundle, max_position_embeddings=300)
+    session = open_session(tiny_bundle, max_position_embeddings=300)
     session.step(tokens(256))
     assert capacity(session) == 256
     session.step(tokens(1))
@@ -178,25 +178,25 @@ def test_the_cache_never_outgrows_the_context(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     "cuts",
     [
-        [255, 1, 1, 1],  # one by one over the border at 256
+        [255, 1, 1, 1],  # one at a time across the boundary at 256
         [256, 2],
         [255, 3],
-        [256, 256, 1, 1],  # over the second one
+        [256, 256, 1, 1],  # across the second boundary
         [511, 2, 1],
         [200, 300, 14],
     ],
 )
 def test_values_survive_growth(tiny_bundle: Path, cuts: list[int]) -> None:
     ids = tokens(sum(cuts))
-    whole, pieces = opened(tiny_bundle), opened(tiny_bundle)
+    whole, stepped = open_session(tiny_bundle), open_session(tiny_bundle)
     length = len(ids)
     wanted = logits_of(
         whole, ids, [MAX_STEP_TOKENS, length - MAX_STEP_TOKENS] if length > MAX_STEP_TOKENS else [length]
     )
-    np.testing.assert_allclose(logits_of(pieces, ids, cuts), wanted, atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(logits_of(stepped, ids, cuts), wanted, atol=CLOSE, rtol=0)
 
 
-def test_the_context_can_be_filled_and_not_overfilled(session: Session) -> None:
+def test_the_context_can_be_filled_but_not_exceeded(session: Session) -> None:
     ids = tokens(1024)
     whole = logits_of(session, ids, [512, 512])
     found = logits_of(session, ids, [512, 511, 1])
@@ -208,13 +208,13 @@ def test_the_context_can_be_filled_and_not_overfilled(session: Session) -> None:
         assert (caught.value.prompt_tokens, caught.value.limit) == (1024 + surplus, 1024)
         assert str(1024 + surplus) in str(caught.value)
         assert "1024" in str(caught.value)
-    assert session.length == 1024  # and the session is as good as before
+    assert session.length == 1024  # and the session is still usable
     session.clear_cache()
     np.testing.assert_allclose(session.step(ids[:512], 0), whole[:512], atol=CLOSE, rtol=0)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="there is CUDA here")
-def test_cuda_where_there_is_none(tiny_bundle: Path) -> None:
+def test_cuda_without_a_gpu_is_a_provider_error(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     graph = bundle.file(bundle.precision("fp32").model)
     with pytest.raises(ProviderError, match=r"^provider cuda: .*onnxruntime-gpu\[cuda,cudnn\].*provider='cpu'$"):
@@ -222,20 +222,20 @@ def test_cuda_where_there_is_none(tiny_bundle: Path) -> None:
     assert open_file(graph, bundle.shape, True, "auto").provider == "cpu"
 
 
-def test_what_changes_is_bound_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_inputs_are_bound_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, cuts = tokens(40), [17, 1, 1, 1, 1, 19]
-    expected = logits_of(opened(bundle), ids, cuts)
+    expected = logits_of(open_session(bundle), ids, cuts)
     last = expected[-1]
     bind, copies = ort.IOBinding.bind_input, []
 
     def bind_copy(self: Any, name: str, device: str, index: int, kind: Any, shape: list[int], pointer: int) -> None:
-        """As for an input that is read on a GPU: what counts is what the array held when it was bound."""
+        """Copy the array when it is bound, as for an input on a GPU: later changes have no effect."""
         size = math.prod(shape) * np.dtype(kind).itemsize
         copies.append(ctypes.create_string_buffer(ctypes.string_at(pointer, size), size))
         bind(self, name, device, index, kind, shape, ctypes.addressof(copies[-1]))
 
     monkeypatch.setattr(ort.IOBinding, "bind_input", bind_copy)
-    session = opened(bundle)
+    session = open_session(bundle)
     np.testing.assert_array_equal(logits_of(session, ids, cuts), expected)
     session.clear_cache()
     session.step(ids[:-1])
@@ -245,7 +245,7 @@ def test_what_changes_is_bound_again(bundle: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cuda_build_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An onnxruntime that was built with CUDA, on a machine that has none."""
     providers._cuda_problem.cache_clear()
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
@@ -254,8 +254,8 @@ def cuda_on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="there is CUDA here")
-def test_cuda_that_cannot_start(
-    tiny_bundle: Path, cuda_on_paper: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_auto_falls_back_to_the_cpu_if_cuda_cannot_start(
+    tiny_bundle: Path, cuda_build_without_gpu: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     missing = "Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file"
     monkeypatch.setattr(ort, "preload_dlls", lambda: print(missing))
@@ -269,7 +269,9 @@ def test_cuda_that_cannot_start(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_graph_that_cuda_cannot_run(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_to_the_cpu_if_cuda_cannot_run_the_graph(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Refusing(ort.InferenceSession):  # type: ignore[misc]
         def __init__(self, path: Path, options: Any, providers: list[Any], **rest: Any) -> None:
             super().__init__(path, options, providers=["CPUExecutionProvider"], **rest)
@@ -291,22 +293,22 @@ def test_a_graph_that_cuda_cannot_run(tiny_bundle: Path, monkeypatch: pytest.Mon
     fallen_back = open_file(graph, bundle.shape, True, "auto")
     assert fallen_back.provider == "cpu"
     assert (fallen_back.length, fallen_back.run_seconds) == (0, 0.0)
-    expected = opened(tiny_bundle).step(tokens(9), 0).copy()
+    expected = open_session(tiny_bundle).step(tokens(9), 0).copy()
     np.testing.assert_allclose(fallen_back.step(tokens(9), 0), expected, atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("left", "chosen"),
     [
-        (["GroupQueryAttention", "Cast", "MatMulIntegerToFloat", "MatMulIntegerToFloat"], "cuda"),  # one a layer
+        (["GroupQueryAttention", "Cast", "MatMulIntegerToFloat", "MatMulIntegerToFloat"], "cuda"),  # one per layer
         (["MatMulIntegerToFloat", "MatMulIntegerToFloat", "Gemm"], "cpu"),
     ],
 )
-def test_auto_leaves_a_graph_to_the_cpu_whose_products_cuda_lacks(
+def test_auto_uses_the_cpu_if_cuda_lacks_the_matmul_kernels(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, left: list[str], chosen: str
 ) -> None:
     class Scattered(ort.InferenceSession):  # type: ignore[misc]
-        """As where CUDA has no kernel for some operators; the CPU computes them all."""
+        """Reports that CUDA has no kernel for some operators; the CPU computes them all."""
 
         def __init__(self, path: Path, options: Any, **rest: Any) -> None:
             super().__init__(path, options, **{**rest, "providers": ["CPUExecutionProvider"]})
@@ -324,11 +326,13 @@ def test_auto_leaves_a_graph_to_the_cpu_whose_products_cuda_lacks(
     assert bundle.shape.num_hidden_layers == 2
     graph = bundle.file(bundle.precision("fp32").model)
     assert open_file(graph, bundle.shape, True, "auto").provider == chosen
-    assert open_file(graph, bundle.shape, True, "cuda").provider == "cuda"  # whoever names it gets it
+    assert open_file(graph, bundle.shape, True, "cuda").provider == "cuda"  # an explicit provider is not overridden
 
 
-def test_onnxruntime_tells_where_products_are_made(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library without CUDA leaves all of them to the CPU."""
+def test_auto_uses_the_cpu_if_onnxruntime_assigns_matmuls_to_it(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An onnxruntime without CUDA assigns all of them to the CPU."""
     init = ort.InferenceSession.__init__
 
     def without_cuda(self: Any, path: Path, options: Any, **rest: Any) -> None:
@@ -342,13 +346,13 @@ def test_onnxruntime_tells_where_products_are_made(tiny_bundle: Path, monkeypatc
 
 
 @pytest.mark.parametrize("provider", ["tpu", "", "CPU", "CPUExecutionProvider"])
-def test_unknown_providers(tmp_path: Path, provider: str) -> None:
+def test_unknown_providers_are_rejected(tmp_path: Path, provider: str) -> None:
     with pytest.raises(ParameterError, match=r"^provider is .*use one of auto, cpu, cuda$"):
         open_file(tmp_path / "none.onnx", SHAPE, True, provider)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025])
-def test_impossible_threads(tmp_path: Path, threads: int) -> None:
+def test_invalid_thread_counts_are_rejected(tmp_path: Path, threads: int) -> None:
     with pytest.raises(ParameterError, match=rf"^threads is {threads}; use 1 to 1024$"):
         open_file(tmp_path / "none.onnx", SHAPE, True, "cpu", threads)
 
@@ -358,7 +362,7 @@ def test_threads_do_not_change_the_logits(tiny_bundle: Path, threads: int | None
     bundle = Bundle.open(tiny_bundle)
     graph = bundle.file(bundle.precision("fp32").model)
     session = open_file(graph, bundle.shape, True, "cpu", threads, spinning=False)
-    wanted = opened(tiny_bundle).step(tokens(30))
+    wanted = open_session(tiny_bundle).step(tokens(30))
     np.testing.assert_allclose(session.step(tokens(30)), wanted, atol=CLOSE, rtol=0)
 
 
@@ -383,9 +387,9 @@ def test_telemetry_is_off_before_onnxruntime_starts() -> None:
 
 
 def graph(path: Path, *, rename: dict[str, str] | None = None, **changed: tuple[int, list[Any]]) -> Path:
-    """A graph with a decoder's inputs and outputs, which computes nothing of use.
+    """A graph with a decoder's inputs and outputs that computes nothing meaningful.
 
-    `rename` gives some of them another name; `changed` gives them (by names with underscores) another type and shape.
+    `rename` renames some of them; `changed` gives them (by names with underscores) another type and shape.
     """
     integers, floats = TensorProto.INT64, TensorProto.FLOAT
     cache = [1, SHAPE.num_key_value_heads, "tokens", SHAPE.head_dim]
@@ -416,7 +420,7 @@ def graph(path: Path, *, rename: dict[str, str] | None = None, **changed: tuple[
         for names in (node.input, node.output):
             names[:] = [new.get(name, name) for name in names]
     kept.name = new["num_logits_to_keep"]
-    made = helper.make_graph(
+    graph_proto = helper.make_graph(
         nodes,
         "decoder",
         [
@@ -426,12 +430,12 @@ def graph(path: Path, *, rename: dict[str, str] | None = None, **changed: tuple[
         [helper.make_tensor_value_info(new[name], *value) for name, value in outputs.items()],
         [kept, sizes],
     )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, path)
     return path
 
 
-def test_the_graph_of_these_tests_fits(tmp_path: Path) -> None:
+def test_the_unmodified_test_graph_is_accepted(tmp_path: Path) -> None:
     session = open_file(graph(tmp_path / "fits.onnx"), SHAPE, False, "cpu")
     assert session.step([1], num_logits=1).shape == (1, SHAPE.vocab_size)
 
@@ -457,7 +461,9 @@ def test_the_graph_of_these_tests_fits(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_graphs_that_do_not_fit(tmp_path: Path, rename: Any, changed: Any, reason: str) -> None:
+def test_graphs_with_wrong_inputs_or_outputs_are_rejected(
+    tmp_path: Path, rename: Any, changed: Any, reason: str
+) -> None:
     path = graph(tmp_path / "strange.onnx", rename=rename, **changed)
     with pytest.raises(BundleError, match=reason) as caught:
         open_file(path, SHAPE, False, "cpu")
@@ -466,7 +472,7 @@ def test_graphs_that_do_not_fit(tmp_path: Path, rename: Any, changed: Any, reaso
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", bytes(1000), b"\x08\x0a" * 50])
-def test_files_that_are_no_graph(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_onnx_graphs_are_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"model\.onnx: ") as caught:
@@ -474,12 +480,12 @@ def test_files_that_are_no_graph(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_graph_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"model\.onnx: onnxruntime cannot load it"):
         open_file(tmp_path / "model.onnx", SHAPE, False, "cpu")
 
 
-def test_a_graph_without_its_weights(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_graph_without_its_weights_is_an_error(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     path = tmp_path / "model.onnx"
     path.write_bytes(bundle.file(bundle.precision("fp32").model).read_bytes())
@@ -489,8 +495,8 @@ def test_a_graph_without_its_weights(tiny_bundle: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.onnx"]  # noqa: PTH208
 
 
-def test_a_step_refuses_what_it_cannot_do(tiny_bundle: Path) -> None:
-    step = opened(tiny_bundle).step
+def test_a_step_rejects_invalid_arguments(tiny_bundle: Path) -> None:
+    step = open_session(tiny_bundle).step
     for tokens, num_logits in (([], 1), ([1] * (MAX_STEP_TOKENS + 1), 1), ([1, 2], 3), ([1, 2], -1)):
         with pytest.raises(ParameterError):
             step(tokens, num_logits)

@@ -1,4 +1,4 @@
-"""Constrained answers: whatever the logits are, what comes out keeps to the grammar or is refused in one line."""
+"""Constraints: answers follow the grammar whatever the logits are, and bad grammars are rejected in one line."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def constraints(backend: Backend) -> ConstraintCompiler:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Row:
-    """Random logits [64, V], and the tokens that do not exist are the likeliest of all."""
-    made = 3 * np.random.default_rng(0).standard_normal((64, PADDED)).astype(np.float32)
-    made[:, 49_152:] += 30
-    return made
+def logits() -> Row:
+    """Random logits [64, V] in which the padding tokens are the most probable."""
+    logits = 3 * np.random.default_rng(0).standard_normal((64, PADDED)).astype(np.float32)
+    logits[:, 49_152:] += 30
+    return logits
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,13 @@ def small() -> ConstraintCompiler:
     return ConstraintCompiler(tiny.tokenizer().to_str(), 331, [2])
 
 
-def answer(processor: ConstraintProcessor, rows: Row, seed: int, most: int = 300) -> list[int]:
-    """Draw until nothing but an end may follow, as whoever drives a model does."""
+def answer(processor: ConstraintProcessor, logits: Row, seed: int, limit: int = 300) -> list[int]:
+    """Sample until only an end token may follow, as the generation loop does."""
     params = SamplingParams(temperature=1.5, top_p=0.999, seed=seed)
     sampler = Sampler(params, [5, 6, 7], [processor])
     order = random.Random(seed)
-    for _ in range(most):
-        token = sampler.sample(rows[order.randrange(len(rows))])
+    for _ in range(limit):
+        token = sampler.sample(logits[order.randrange(len(logits))])
         processor.accept(token)
         if processor.finished:
             break
@@ -94,7 +94,7 @@ def answer(processor: ConstraintProcessor, rows: Row, seed: int, most: int = 300
 
 
 def follows(value: Any, schema: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
-    """Whether JSON follows a schema of the few keywords that are used here."""
+    """Whether a JSON value conforms to a schema; supports only the keywords used in this file."""
     if "$ref" in schema:
         return follows(value, whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
     if "anyOf" in schema:
@@ -128,38 +128,42 @@ def allowed(processor: ConstraintProcessor, tokens: Sequence[int], size: int = 3
     return set(np.flatnonzero(np.isfinite(out)).tolist())
 
 
-# ---- what comes out
+# ---- outputs
 
 
-def test_json_schemas_hold_200_times_of_200(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
+def test_all_of_200_answers_conform_to_their_json_schema(
+    constraints: ConstraintCompiler, backend: Backend, logits: Row
+) -> None:
     seen = set()
     for seed in range(200):
         schema = SCHEMAS[seed % len(SCHEMAS)]
-        text = backend.decode(answer(constraints.start(Constraint.json_schema(schema)), rows, seed))
+        text = backend.decode(answer(constraints.start(Constraint.json_schema(schema)), logits, seed))
         assert follows(json.loads(text), schema, schema), text
         seen.add(text)
     assert len(seen) > 100
 
 
-def test_any_json_object(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
-    steered = rows.copy()
+def test_json_object_mode_yields_a_json_object(constraints: ConstraintCompiler, backend: Backend, logits: Row) -> None:
+    steered = logits.copy()
     likely = {token for text in ('"', "}", '":', '"}', "]", "1") for token in backend.encode(text).ids}
-    steered[:, sorted(likely)] += 12  # else strings go on for long
+    steered[:, sorted(likely)] += 12  # otherwise strings become very long
     for seed in range(20):
-        text = backend.decode(answer(constraints.start(Constraint.json()), steered, seed, most=2000))
+        text = backend.decode(answer(constraints.start(Constraint.json()), steered, seed, limit=2000))
         assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize(
     "pattern", [r"[A-Z][a-z]{1,9} [0-9]{4}-[0-9]{2}", r"(?:ab|c{1,3}d){2,5}é?", r"[^a]{3}|漢{1,4}🙂"]
 )
-def test_regular_expressions(pattern: str, constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
+def test_answers_match_the_regular_expression(
+    pattern: str, constraints: ConstraintCompiler, backend: Backend, logits: Row
+) -> None:
     for seed in range(30):
-        text = backend.decode(answer(constraints.start(Constraint.regex(pattern)), rows, seed))
+        text = backend.decode(answer(constraints.start(Constraint.regex(pattern)), logits, seed))
         assert re.fullmatch(pattern, text), text
 
 
-def test_choices_whatever_their_characters(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
+def test_choices_may_contain_any_characters(constraints: ConstraintCompiler, backend: Backend, logits: Row) -> None:
     options = [
         "yes",
         "yes, please",
@@ -175,43 +179,43 @@ def test_choices_whatever_their_characters(constraints: ConstraintCompiler, back
         "\x00\x7f",
     ]
     seen = {
-        backend.decode(answer(constraints.start(Constraint.choice(options)), rows, seed), skip_special_tokens=False)
+        backend.decode(answer(constraints.start(Constraint.choice(options)), logits, seed), skip_special_tokens=False)
         for seed in range(150)
     }
     assert seen <= set(options)
     assert len(seen) > 6
-    for option in options:  # each is a choice, and no other text is
+    for option in options:  # each option is accepted, and no other text
         processor = constraints.start(Constraint.choice(tuple(options)))
         for token in backend.encode(option).ids:
             processor.accept(token)
         assert processor.finished == (option != "yes")
 
 
-def test_thousands_of_choices(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
+def test_thousands_of_choices_are_supported(constraints: ConstraintCompiler, backend: Backend, logits: Row) -> None:
     options = [f"item {n} text" for n in range(20_000)]
     for seed in range(5):
-        text = backend.decode(answer(constraints.start(Constraint.choice(options)), rows, seed))
+        text = backend.decode(answer(constraints.start(Constraint.choice(options)), logits, seed))
         assert re.fullmatch(r"item \d+ text", text)
         assert text in options
 
 
-def test_lark_grammars_nest(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
-    steered = rows.copy()
+def test_lark_grammars_may_be_recursive(constraints: ConstraintCompiler, backend: Backend, logits: Row) -> None:
+    steered = logits.copy()
     steered[:, backend.encode(")").ids] += 9
     grammar = 'start: "(" (start | /[a-z]{1,4}/) ")"'
     depths = set()
     for seed in range(40):
-        text = backend.decode(answer(constraints.start(Constraint.lark(grammar)), steered, seed, most=1000))
+        text = backend.decode(answer(constraints.start(Constraint.lark(grammar)), steered, seed, limit=1000))
         depth = len(text) - len(text.lstrip("("))
         assert re.fullmatch(rf"\({{{depth}}}[a-z]{{1,4}}\){{{depth}}}", text), text
         depths.add(depth)
     assert len(depths) > 1
 
 
-# ---- ends
+# ---- end tokens
 
 
-def test_an_answer_ends_only_where_the_grammar_does(small: ConstraintCompiler) -> None:
+def test_an_answer_ends_only_where_the_grammar_allows_it(small: ConstraintCompiler) -> None:
     text = tiny.tokenizer()
     (a,), (b,), (c,) = (text.encode(char).ids for char in "abc")
     processor = small.start(Constraint.regex("ab+"))
@@ -234,27 +238,27 @@ def test_an_answer_ends_only_where_the_grammar_does(small: ConstraintCompiler) -
 def test_padding_and_special_tokens_are_never_allowed(small: ConstraintCompiler) -> None:
     processor = small.start(Constraint.regex("(?s:.){5}"))
     assert not allowed(processor, []) & {0, 1, 2, *range(320, 331)}
-    assert allowed(processor, [], size=400) < set(range(320))  # logits wider than they were said to be
+    assert allowed(processor, [], size=400) < set(range(320))  # logits wider than the declared vocabulary
 
 
-def test_nothing_left_is_an_error_and_not_passed_over(small: ConstraintCompiler) -> None:
+def test_a_mask_that_leaves_no_token_is_an_error(small: ConstraintCompiler) -> None:
     sampler = Sampler(SamplingParams(seed=0), [1], [small.start(Constraint.choice(["ä"]))])
     with pytest.raises(ParameterError, match=r"^constraint \(choice\): no token of .* fits here$"):
-        sampler.sample(np.zeros(3, np.float32))  # a vocabulary that ends before it
+        sampler.sample(np.zeros(3, np.float32))  # a vocabulary that ends before the required token
     row = np.zeros(331, np.float32)
     row[3:] = -np.inf
     with pytest.raises(ParameterError, match="no token of"):
         small.start(Constraint.choice(["ä"]))(row, [1])
 
 
-def test_what_the_grammar_does_not_allow_is_an_error(small: ConstraintCompiler) -> None:
+def test_accepting_a_forbidden_token_is_an_error(small: ConstraintCompiler) -> None:
     processor = small.start(Constraint.regex("a+"))
     processor(np.zeros(331, np.float32), [1])
     with pytest.raises(ParameterError, match=r"^constraint \(regex\): the answer cannot continue: [^\n]+$"):
         processor(np.zeros(331, np.float32), [1, *tiny.tokenizer().encode("x").ids])
 
 
-def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_end(small: ConstraintCompiler) -> None:
+def test_a_grammar_that_becomes_too_complex_is_an_error_and_not_an_end(small: ConstraintCompiler) -> None:
     grammar = 'start: "go " c\nc: ' + " | ".join(f'"x{n}"' for n in range(2500))
     processor, tokens = small.start(Constraint.lark(grammar)), [7]
 
@@ -274,18 +278,18 @@ def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_end(small: Constr
 
 @dataclass
 class Thinking:
-    """Stands in for the borders of an answer."""
+    """A fake reasoning parser."""
 
     inside: bool
 
 
-def test_the_mask_waits_for_the_end_of_the_reasoning() -> None:
+def test_the_mask_applies_only_after_the_reasoning() -> None:
     start, end = 318, 319
     waiting = ConstraintCompiler(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
     (a,) = tiny.tokenizer().encode("a").ids
     rule = Constraint.regex("(?s:.)+")
     everything = set(range(331))
-    for prompt in ([start], [end], [7, start, 9]):  # what the prompt holds ends nothing
+    for prompt in ([start], [end], [7, start, 9]):  # delimiters in the prompt do not end the reasoning
         thinking = Thinking(True)
         processor = waiting.start(rule, thinking)
         tokens = list(prompt)
@@ -300,7 +304,7 @@ def test_the_mask_waits_for_the_end_of_the_reasoning() -> None:
         assert {2, a} <= allowed(processor, [*tokens, end, a])
 
 
-def test_a_model_may_open_its_reasoning_or_answer_at_once() -> None:
+def test_a_model_may_start_with_reasoning_or_the_answer() -> None:
     start, end = 318, 319
     waiting = ConstraintCompiler(tiny.tokenizer().to_str(), 331, [2], never=(start, end))
     (a,) = tiny.tokenizer().encode("a").ids
@@ -314,58 +318,60 @@ def test_a_model_may_open_its_reasoning_or_answer_at_once() -> None:
     assert allowed(waiting.start(Constraint.choice(["a"]), Thinking(False), [start]), [start]) == {a, start}
 
 
-# ---- speculation
+# ---- speculative decoding
 
 
-def test_masks_are_the_same_step_by_step_and_several_at_once(
-    constraints: ConstraintCompiler, backend: Backend, rows: Row
+def test_masks_for_several_tokens_equal_those_computed_step_by_step(
+    constraints: ConstraintCompiler, backend: Backend, logits: Row
 ) -> None:
     rule = Constraint.json_schema(PERSON)
-    drawn = answer(constraints.start(rule), rows, 3)
+    drawn = answer(constraints.start(rule), logits, 3)
     stepwise = constraints.start(rule)
     prompt = [5, 6]
-    masks = [stepwise(rows[0], [*prompt, *drawn[:n]]) for n in range(len(drawn))]
+    masks = [stepwise(logits[0], [*prompt, *drawn[:n]]) for n in range(len(drawn))]
     for stride in (2, 3, 7):
         leaping, accepting = constraints.start(rule), constraints.start(rule)
         for n in range(0, len(drawn), stride):
-            assert np.array_equal(leaping(rows[0], [*prompt, *drawn[:n]]), masks[n])
-            assert np.array_equal(accepting(rows[0], [*prompt, *drawn[:n]]), masks[n])
+            assert np.array_equal(leaping(logits[0], [*prompt, *drawn[:n]]), masks[n])
+            assert np.array_equal(accepting(logits[0], [*prompt, *drawn[:n]]), masks[n])
             for token in drawn[n : n + stride]:
                 accepting.accept(token)
 
 
-def test_guesses_are_what_must_come(constraints: ConstraintCompiler, backend: Backend, rows: Row) -> None:
+def test_forced_tokens_are_proposed_as_draft_tokens(
+    constraints: ConstraintCompiler, backend: Backend, logits: Row
+) -> None:
     rule = Constraint.json_schema(PERSON)
-    drawn = answer(constraints.start(rule), rows, 4)
+    drawn = answer(constraints.start(rule), logits, 4)
     processor, untouched = constraints.start(rule), constraints.start(rule)
-    text, guessed = backend.decode(drawn), 0
+    text, proposals = backend.decode(drawn), 0
     for n, token in enumerate(drawn):
-        guesses = processor.forced_tokens(8)
-        assert processor.forced_tokens(2) == guesses[:2]
+        draft_tokens = processor.forced_tokens(8)
+        assert processor.forced_tokens(2) == draft_tokens[:2]
         assert processor.forced_tokens(0) == []
-        assert text.startswith(backend.decode([*drawn[:n], *guesses]))
-        assert np.array_equal(processor(rows[0], drawn[:n]), untouched(rows[0], drawn[:n]))
-        guessed += bool(guesses)
+        assert text.startswith(backend.decode([*drawn[:n], *draft_tokens]))
+        assert np.array_equal(processor(logits[0], drawn[:n]), untouched(logits[0], drawn[:n]))
+        proposals += bool(draft_tokens)
         processor.accept(token)
         untouched.accept(token)
-    assert guessed > 3
+    assert proposals > 3
     assert processor.finished
     assert processor.forced_tokens(8) == []
 
 
-# ---- many at once, and again
+# ---- concurrency and caching
 
 
-def test_two_threads_have_processors_of_their_own(backend: Backend, rows: Row) -> None:
-    shared = ConstraintCompiler(backend.to_str(), PADDED, ENDS)  # not used yet: they build it together
+def test_processors_of_two_threads_are_independent(backend: Backend, logits: Row) -> None:
+    shared = ConstraintCompiler(backend.to_str(), PADDED, ENDS)  # not used yet, so both threads initialize it
     alone = ConstraintCompiler(backend.to_str(), PADDED, ENDS)
     rule = Constraint.json_schema(PERSON)
-    wanted = {seed: answer(alone.start(rule), rows, seed) for seed in range(12)}
+    wanted = {seed: answer(alone.start(rule), logits, seed) for seed in range(12)}
     found: dict[int, list[int]] = {}
 
     def run(seeds: range) -> None:
         for seed in seeds:
-            found[seed] = answer(shared.start(rule), rows, seed)
+            found[seed] = answer(shared.start(rule), logits, seed)
 
     threads = [threading.Thread(target=run, args=(range(n, 12, 2),)) for n in range(2)]
     for thread in threads:
@@ -388,31 +394,31 @@ def test_a_schema_is_compiled_once(constraints: ConstraintCompiler) -> None:
     assert time.process_time() - began < 100 * first
 
 
-def test_more_constraints_than_are_kept(small: ConstraintCompiler) -> None:
+def test_more_constraints_than_the_cache_holds_still_work(small: ConstraintCompiler) -> None:
     rules = [Constraint.choice([f"{'a' * n}b"]) for n in range(3 * MAX_CACHED)]
     for rule in rules + rules[::-1]:
         assert allowed(small.start(rule), [])
 
 
-def test_an_answer_does_not_fail_of_those_before_it(
-    constraints: ConstraintCompiler, backend: Backend, rows: Row, monkeypatch: pytest.MonkeyPatch
+def test_complexity_limits_apply_to_each_answer_separately(
+    constraints: ConstraintCompiler, backend: Backend, logits: Row, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema = {"type": "array", "items": {"type": "string", "pattern": "^(.*a.{4}|b.*c{3}d.*)$"}, "maxItems": 1}
     rule = Constraint.json_schema(schema)
-    wanted = [answer(constraints.start(rule), rows, seed, most=25) for seed in range(60)]
-    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 200)  # one answer needs fewer, and all of them need more
+    wanted = [answer(constraints.start(rule), logits, seed, limit=25) for seed in range(60)]
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 200)  # enough for one answer, but not for all of them together
     narrow = ConstraintCompiler(backend.to_str(), PADDED, ENDS)
-    assert [answer(narrow.start(rule), rows, seed, most=25) for seed in range(60)] == wanted
-    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 40)  # one answer needs more
+    assert [answer(narrow.start(rule), logits, seed, limit=25) for seed in range(60)] == wanted
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 40)  # too few for one answer
     narrow = ConstraintCompiler(backend.to_str(), PADDED, ENDS)
     with pytest.raises(ParameterError, match=r"^constraint \(json_schema\): [^\n]*too many states[^\n]*$"):
-        answer(narrow.start(rule), rows, 0, most=25)
+        answer(narrow.start(rule), logits, 0, limit=25)
 
 
-# ---- what is refused
+# ---- invalid constraints
 
 
-def test_constraints_are_values() -> None:
+def test_constraints_are_hashable_values() -> None:
     one, other = Constraint.json_schema({"type": "null"}), Constraint.json_schema(' {"type" : "null"}')
     assert one == other
     assert len({one, other, Constraint.json(), Constraint.regex("a"), Constraint.lark("a")}) == 4
@@ -443,12 +449,12 @@ LOOP.append(LOOP)
         ("json_schema", lambda: Constraint.json_schema({"enum": ["a" * MAX_BYTES]})),
     ],
 )
-def test_no_constraint(kind: str, make: Callable[[], Constraint]) -> None:
+def test_invalid_constraints_are_rejected(kind: str, make: Callable[[], Constraint]) -> None:
     with pytest.raises(ParameterError, match=rf"^constraint \({kind}\): [^\n]+$"):
         make()
 
 
-def test_no_kind() -> None:
+def test_an_unknown_constraint_kind_is_rejected() -> None:
     with pytest.raises(ParameterError, match=r"^constraint: unknown kind 'gbnf'; use one of json, [^\n]+$"):
         Constraint("gbnf", "x")
 
@@ -470,7 +476,7 @@ def test_no_kind() -> None:
         (Constraint.json_schema({"multipleOf": 1_000_003}), "multipleOf"),
     ],
 )
-def test_a_grammar_that_is_none(
+def test_invalid_grammars_are_rejected(
     rule: Constraint, reason: str, small: ConstraintCompiler, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ParameterError, match=rf"^constraint \({rule.kind}\): [^\n]+$") as refused:
@@ -485,7 +491,7 @@ def nested(depth: int) -> str:
 
 
 def chain(count: int) -> Constraint:
-    """Objects in objects by references; as many as that overflow a thread's usual stack."""
+    """Nested objects by reference, deep enough to overflow a thread's default stack."""
     links = {
         f"a{n}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{n + 1}"}}, "required": ["x"]}
         for n in range(count)
@@ -513,12 +519,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_grammars_end_in_seconds(name: str, constraints: ConstraintCompiler, rows: Row) -> None:
-    constraints.start(Constraint.choice(["a"]))  # the tokenizer is there
+def test_hostile_grammars_are_rejected_within_seconds(name: str, constraints: ConstraintCompiler, logits: Row) -> None:
+    constraints.start(Constraint.choice(["a"]))  # initializes the tokenizer
     began = time.process_time()
     refusal = ""
     try:
-        answer(constraints.start(HOSTILE[name]), rows, 0, most=30)
+        answer(constraints.start(HOSTILE[name]), logits, 0, limit=30)
     except ParameterError as e:
         refusal = str(e)
     assert time.process_time() - began < 10
@@ -526,12 +532,12 @@ def test_hostile_grammars_end_in_seconds(name: str, constraints: ConstraintCompi
 
 
 @pytest.mark.parametrize("ends", [[], [400], [-1]])
-def test_a_model_without_an_end(ends: list[int]) -> None:
+def test_a_model_without_end_tokens_is_rejected(ends: list[int]) -> None:
     with pytest.raises(ParameterError, match=r"^constraint: the model has no end token[^\n]+$"):
         ConstraintCompiler(tiny.tokenizer().to_str(), 331, ends).start(Constraint.json())
 
 
-def test_a_tokenizer_without_bytes() -> None:
+def test_a_tokenizer_without_byte_tokens_is_rejected() -> None:
     words = Backend(models.WordLevel({"a": 0, "b": 1, "end": 2}, unk_token="a"))
     for text, size in ((words.to_str(), 3), ("tokenizer.json", 331), ("{}", 331), (tiny.tokenizer().to_str(), 100)):
         with pytest.raises(

@@ -38,7 +38,7 @@ def test_sliders_stay_within_what_a_parameter_allows() -> None:
 
 
 @pytest.mark.parametrize("api", ["openai", "llamacpp", "generation_config"])
-def test_names_elsewhere_stand_for_one_parameter_each(api: str) -> None:
+def test_api_names_map_to_one_parameter_each(api: str) -> None:
     names = [name for spec in PARAMETERS.values() if (name := getattr(spec.api, api))]
     assert len(names) >= 7
     assert len(set(names)) == len(names)
@@ -51,7 +51,7 @@ def test_every_filter_belongs_to_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, spec in PARAMETERS.items() if spec.between])
-def test_numbers_out_of_range_are_refused_by_name(name: str) -> None:
+def test_values_out_of_range_are_rejected_by_name(name: str) -> None:
     spec = PARAMETERS[name]
     assert spec.between is not None
     low, high = spec.between
@@ -60,6 +60,6 @@ def test_numbers_out_of_range_are_refused_by_name(name: str) -> None:
             SamplingParams(**{name: wrong})
 
 
-def test_the_documentation_is_the_table() -> None:
+def test_the_documentation_is_generated_from_the_table() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "sampling.py"))["page"]()
     assert (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8") == page, "run `make docs`"

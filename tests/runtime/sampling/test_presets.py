@@ -16,7 +16,7 @@ BASE = SamplingParams(
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_sets_its_values_and_leaves_what_it_does_not_decide(name: str) -> None:
+def test_a_preset_sets_its_values_and_keeps_all_others(name: str) -> None:
     found = apply_preset(name, BASE)
     for field in dataclasses.fields(SamplingParams):
         kept = getattr(BASE, field.name)
@@ -24,14 +24,14 @@ def test_a_preset_sets_its_values_and_leaves_what_it_does_not_decide(name: str) 
         assert getattr(found, field.name) == wanted
 
 
-def test_the_latest_preset_is_the_one_that_holds() -> None:
+def test_the_last_preset_wins() -> None:
     for first in PRESETS:
         for second in PRESETS:
             assert apply_preset(second, apply_preset(first, BASE)) == apply_preset(second, BASE)
     assert len({apply_preset(name, BASE) for name in PRESETS}) == len(PRESETS)
 
 
-def test_presets_are_described_in_a_line_each() -> None:
+def test_each_preset_has_a_one_line_description() -> None:
     assert list(DESCRIPTIONS) == list(PRESETS)
     assert all(text and "\n" not in text for text in DESCRIPTIONS.values())
 
@@ -43,7 +43,7 @@ def test_presets_cannot_be_changed() -> None:
         PRESETS["greedy"]["temperature"] = 1.0  # type: ignore[index]
 
 
-def test_presets_grow_from_certain_to_surprising() -> None:
+def test_presets_are_ordered_by_randomness() -> None:
     logits = np.random.default_rng(0).normal(0, 2, 2000).astype(np.float32)
     distinct = []
     for name in ("greedy", "precise", "balanced", "creative", "wild"):
@@ -54,7 +54,7 @@ def test_presets_grow_from_certain_to_surprising() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Greedy", "warm"])
-def test_an_unknown_preset_is_refused_with_the_known_ones(name: str) -> None:
+def test_an_unknown_preset_is_rejected_with_a_list_of_presets(name: str) -> None:
     with pytest.raises(ParameterError) as caught:
         apply_preset(name, BASE)
     known = "greedy, precise, balanced, creative, wild, steady"

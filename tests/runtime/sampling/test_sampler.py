@@ -71,14 +71,14 @@ def test_temperature_divides() -> None:
 @pytest.mark.parametrize(
     ("k", "kept"), [(1, [3]), (2, [1, 2, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
 )
-def test_top_k_keeps_what_ties_with_the_kth(k: int, kept: list[int]) -> None:
+def test_top_k_keeps_ties_with_the_kth(k: int, kept: list[int]) -> None:
     assert module.keep_top_k(row(0.0, 1.0, 1.0, 2.0), k).tolist() == kept
 
 
 @pytest.mark.parametrize(
     ("p", "kept"),
     [
-        (0.0, [2]),  # one always stays
+        (0.0, [2]),  # at least one token is kept
         (0.49, [2]),
         (0.51, [0, 2]),
         (0.74, [0, 2]),
@@ -92,7 +92,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, kept: list[int]) 
 
 
 @pytest.mark.parametrize(("p", "kept"), [(0.25, [3]), (0.26, [2, 3]), (0.5, [2, 3]), (0.75, [1, 2, 3])])
-def test_top_p_reaching_p_exactly_is_enough_and_ties_go_to_the_highest_positions(p: float, kept: list[int]) -> None:
+def test_top_p_may_reach_p_exactly_and_prefers_high_positions_among_ties(p: float, kept: list[int]) -> None:
     assert module.keep_top_p(row(1.0, 1.0, 1.0, 1.0), p).tolist() == kept
 
 
@@ -108,14 +108,14 @@ def test_min_p_is_relative_to_the_most_probable(p: float, kept: list[int]) -> No
     ("uniform", "position"),
     [(0.0, 1), (0.24, 1), (0.26, 2), (0.74, 2), (0.76, 3), (math.nextafter(1.0, 0.0), 3)],
 )
-def test_draw_inverts_the_running_sum_and_never_takes_weight_zero(uniform: float, position: int) -> None:
+def test_draw_inverts_the_cumulative_sum_and_never_returns_weight_zero(uniform: float, position: int) -> None:
     assert module.draw(row(-math.inf, math.log(0.25), math.log(0.5), math.log(0.25)), uniform) == position
 
 
-def test_draw_across_blocks_is_the_inverse_of_the_whole_running_sum() -> None:
+def test_draw_across_blocks_inverts_the_whole_cumulative_sum() -> None:
     random = np.random.default_rng(5)
     logits = random.normal(0, 3, 5 * module.BLOCK + 17).astype(np.float32)
-    logits[: module.BLOCK + 3] = -np.inf  # a whole block of weight 0, too
+    logits[: module.BLOCK + 3] = -np.inf  # includes a whole block of weight 0
     logits[-9:] = -np.inf
     running = np.cumsum(np.exp(logits.astype(np.float64)))
     running /= running[-1]
@@ -126,17 +126,17 @@ def test_draw_across_blocks_is_the_inverse_of_the_whole_running_sum() -> None:
         assert np.isfinite(logits[position])
 
 
-def test_draw_at_the_very_end_takes_the_last_token_of_weight_whatever_the_rounding() -> None:
+def test_draw_just_below_one_returns_the_last_token_with_weight() -> None:
     for seed in range(100):
         logits = np.random.default_rng(seed).normal(0, 2, 300).astype(np.float32)
         logits[290:] = -np.inf
         assert module.draw(logits, math.nextafter(1.0, 0.0)) == 289
 
 
-# --- the short cuts are the definitions ---------------------------------------------------------------------
+# --- optimized filters equal a full sort ---------------------------------------------------------------------
 
 
-def kinds_of_rows(size: int, seed: int) -> list[Row]:
+def logit_samples(size: int, seed: int) -> list[Row]:
     random = np.random.default_rng(seed)
     flat = random.normal(0, 1, size)
     peaked = random.normal(0, 3, size)
@@ -149,7 +149,7 @@ def kinds_of_rows(size: int, seed: int) -> list[Row]:
 
 @pytest.mark.parametrize("size", [1, 4, 255, 257, 1000, 4096, 50_257])
 def test_filters_keep_what_a_full_sort_keeps(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for logits in kinds_of_rows(size, seed=size):
+    for logits in logit_samples(size, seed=size):
         for k in (1, 2, 40, 300, 5000):
             kth = np.sort(logits)[max(0, size - k)]
             assert np.array_equal(module.keep_top_k(logits, k), np.flatnonzero(logits >= kth))
@@ -166,7 +166,7 @@ def test_filters_keep_what_a_full_sort_keeps(size: int, monkeypatch: pytest.Monk
 # --- parity with transformers -------------------------------------------------------------------------------
 
 
-# No top_p here is a whole number of tokens of the all-equal row: rounding decides there, see below.
+# No top_p here covers a whole number of tokens of the all-equal row, where rounding decides; see below.
 COMBINATIONS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7},
@@ -186,7 +186,7 @@ COMBINATIONS: list[dict[str, Any]] = [
 ]
 
 
-Outcome = tuple[module.Ids, Row]  # the ids that survive, the probabilities [V]
+Outcome = tuple[module.Ids, Row]  # the ids that are kept, the probabilities [V]
 
 
 def transformers_outcome(params: SamplingParams, logits: Row, history: list[int]) -> Outcome:
@@ -218,7 +218,7 @@ def our_outcome(params: SamplingParams, logits: Row, history: list[int]) -> Outc
 
 @pytest.fixture
 def _stable_torch_sort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TopPLogitsWarper leaves it to torch.sort which of equal logits stay; a stable one makes that a rule."""
+    """Make torch.sort stable: TopPLogitsWarper uses it to choose among equal logits."""
     monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
 
 
@@ -229,7 +229,7 @@ def test_parity_with_transformers(combination: dict[str, Any], size: int, seeds:
     params = SamplingParams(repetition_window=-1, **combination)
     for seed in range(seeds):
         history = np.random.default_rng(seed).integers(0, size, 30).tolist()
-        for logits in kinds_of_rows(size, seed):
+        for logits in logit_samples(size, seed):
             kept, probabilities = our_outcome(params, logits, history)
             kept_there, probabilities_there = transformers_outcome(params, logits, history)
             assert np.array_equal(kept, kept_there)
@@ -245,8 +245,8 @@ def test_parity_with_transformers_where_p_is_reached_exactly(size: int) -> None:
         assert kept.tolist() == kept_there.tolist() == list(range(size - reached, size))
 
 
-def test_top_p_reached_exactly_but_for_rounding_is_reached() -> None:
-    # Here the rounding of transformers' sum over the less probable tokens sometimes keeps one token more.
+def test_top_p_is_reached_despite_rounding_errors() -> None:
+    # Rounding in transformers' sum over the less probable tokens sometimes keeps one more token here.
     for size in range(2, 120):
         for reached in range(1, size):
             assert module.keep_top_p(np.zeros(size, np.float32), reached / size).size == reached
@@ -274,7 +274,7 @@ def test_draws_follow_the_distribution(params: SamplingParams, expected: list[fl
     assert ((found - wanted)[possible] ** 2 / wanted[possible]).sum() < limit
 
 
-def test_a_seed_repeats_and_another_differs() -> None:
+def test_the_same_seed_repeats_and_another_seed_differs() -> None:
     logits = np.random.default_rng(0).normal(0, 2, 500).astype(np.float32)
     first = draws(SamplingParams(seed=7, repetition_penalty=1.2), logits, 50)
     assert first == draws(SamplingParams(seed=7, repetition_penalty=1.2), logits, 50)
@@ -287,7 +287,7 @@ def test_a_seed_gives_known_tokens() -> None:
     assert draws(SamplingParams(seed=0), logs(0.1, 0.2, 0.3, 0.4), 6) == (3, 1, 0, 0, 3, 3)
 
 
-def test_one_uniform_number_a_token_even_where_one_token_survives() -> None:
+def test_each_token_uses_one_uniform_number_even_with_one_candidate() -> None:
     sampler, certain, uncertain = (
         Sampler(SamplingParams(seed=0), []),
         row(0, -math.inf),
@@ -297,12 +297,12 @@ def test_one_uniform_number_a_token_even_where_one_token_survives() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0, 1e-6])
-def test_greedy_takes_the_largest_and_the_lowest_id_of_equals(temperature: float) -> None:
+def test_greedy_takes_the_largest_logit_and_the_lowest_id_among_equals(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, top_k=3, top_p=0.9)
     assert draws(params, row(1.0, 5.0, 5.0, 5.0), 3) == (1, 1, 1)
 
 
-def test_greedy_heeds_the_penalties() -> None:
+def test_greedy_applies_the_penalties() -> None:
     params = SamplingParams(temperature=0, frequency_penalty=0.5)
     assert draws(params, row(1.0, 1.9, 0.0, -9.0), 5) == (1, 1, 0, 1, 0)
     assert draws(SamplingParams(temperature=0, repetition_penalty=2.0), row(1.0, 1.9, 0.0, -9.0), 2, (1,)) == (0, 1)
@@ -315,7 +315,7 @@ def test_greedy_heeds_the_penalties() -> None:
     ("window", "penalised"),
     [(0, []), (1, [3]), (2, [2, 3]), (3, [2, 3]), (4, [1, 2, 3]), (99, [0, 1, 2, 3]), (-1, [0, 1, 2, 3])],
 )
-def test_the_window_is_the_latest_tokens_prompt_included(window: int, penalised: list[int]) -> None:
+def test_the_window_is_the_latest_tokens_including_the_prompt(window: int, penalised: list[int]) -> None:
     params = SamplingParams(repetition_penalty=2.0, repetition_window=window)
     _, out = Sampler(params, [0, 1, 2, 2, 3]).candidates(row(2.0, 2.0, 2.0, 2.0, 2.0))
     assert np.flatnonzero(out == 1.0).tolist() == penalised
@@ -330,7 +330,7 @@ def test_generated_tokens_enter_the_window(window: int) -> None:
     assert out.tolist() == ([2.0, 1.0, 1.0, 2.0] if window == 2 else [1.0, 1.0, 1.0, 2.0])
 
 
-def test_presence_and_frequency_look_at_generated_tokens_only() -> None:
+def test_presence_and_frequency_count_generated_tokens_only() -> None:
     sampler = Sampler(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), [0, 0, 3])
     for token in (1, 1, 2):
         sampler.sample(np.where(np.arange(4) == token, np.float32(8), np.float32(-np.inf)))
@@ -338,7 +338,7 @@ def test_presence_and_frequency_look_at_generated_tokens_only() -> None:
     assert out.tolist() == [1.0, 0.0, 0.25, 1.0]
 
 
-def test_counts_hold_more_distinct_tokens_than_they_begin_with() -> None:
+def test_counts_grow_beyond_their_initial_capacity() -> None:
     params = SamplingParams(temperature=0, presence_penalty=2.0, repetition_penalty=1.1, repetition_window=-1)
     logits = np.linspace(1.0, 0.5, 300).astype(np.float32)
     assert draws(params, logits, 300) == tuple(range(300))
@@ -351,14 +351,14 @@ def test_history_can_be_read() -> None:
     assert (sampler.tokens, sampler.generated) == ((5, 6, 1), (1,))
 
 
-# --- what comes in ------------------------------------------------------------------------------------------
+# --- input logits ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "combination", [{}, {"temperature": 0.0}, *COMBINATIONS[-4:], {"presence_penalty": 1.0}], ids=str
 )
-def test_the_callers_logits_stay_as_they_are(combination: dict[str, Any]) -> None:
-    for logits in kinds_of_rows(700, seed=3):
+def test_the_callers_logits_are_not_modified(combination: dict[str, Any]) -> None:
+    for logits in logit_samples(700, seed=3):
         before = logits.copy()
         logits.setflags(write=False)
         sampler = Sampler(SamplingParams(seed=0, **combination), [1, 2, 3])
@@ -380,7 +380,7 @@ def test_the_callers_logits_stay_as_they_are(combination: dict[str, Any]) -> Non
     ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
-def test_logits_without_a_usable_largest_are_refused(logits: Row, temperature: float) -> None:
+def test_logits_without_a_finite_maximum_are_rejected(logits: Row, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, repetition_penalty=0.5, top_k=2, top_p=0.5, min_p=0.1)
     sampler = Sampler(params, [0, 1])
     with pytest.raises(LogitsError, match=r"^logits: the largest of \d is (nan|inf|-inf), [^\n]*$") as caught:
@@ -390,7 +390,7 @@ def test_logits_without_a_usable_largest_are_refused(logits: Row, temperature: f
 
 
 @pytest.mark.parametrize("shape", [(0,), (1, 4), ()])
-def test_anything_but_one_row_is_refused(shape: tuple[int, ...]) -> None:
+def test_anything_but_a_vector_of_logits_is_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ParameterError, match=r"logits: \(.*\) is not allowed, give one row of logits"):
         Sampler(SamplingParams(), []).sample(np.zeros(shape, np.float32))
 
@@ -406,7 +406,7 @@ def test_extreme_but_allowed_values_draw_a_token() -> None:
         assert 0 <= Sampler(params, [0]).sample(row(1e4, -1e30, -3e38, -math.inf)) < 3
 
 
-def test_a_negative_prompt_token_is_refused() -> None:
+def test_a_negative_prompt_token_is_rejected() -> None:
     with pytest.raises(ParameterError, match="prompt_tokens: -1 is not allowed, give token ids of 0 or more"):
         Sampler(SamplingParams(), [3, -1])
 
@@ -424,14 +424,14 @@ def banning(*ids: int) -> Callable[[Row, Sequence[int]], Row]:
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(seed=1), SamplingParams(top_p=0.9)])
-def test_what_a_processor_bans_is_not_drawn(params: SamplingParams) -> None:
+def test_tokens_banned_by_a_processor_are_not_drawn(params: SamplingParams) -> None:
     logits = row(9.0, 8.0, 7.0, 1.0)
     sampler = Sampler(params, [0], [banning(0), banning(2)])
     assert {sampler.sample(logits) for _ in range(50)} <= {1, 3}
     assert list(logits) == [9.0, 8.0, 7.0, 1.0]
 
 
-def test_processors_come_before_the_penalties_and_see_all_tokens() -> None:
+def test_processors_run_before_the_penalties_and_see_all_tokens() -> None:
     seen: list[list[int]] = []
 
     def process(logits: Row, tokens: Sequence[int]) -> Row:
@@ -444,14 +444,14 @@ def test_processors_come_before_the_penalties_and_see_all_tokens() -> None:
     assert seen == [[1], [1, 2], [1, 2, 3]]
 
 
-def test_a_processor_that_bans_everything_is_passed_over() -> None:
+def test_a_processor_that_bans_everything_is_ignored() -> None:
     sampler = Sampler(SamplingParams(temperature=0), [0], [banning(1), banning(0, 2), banning(2)])
-    assert sampler.sample(row(1.0, 9.0, 2.0)) == 0  # the second would leave nothing of what the first left
+    assert sampler.sample(row(1.0, 9.0, 2.0)) == 0  # the second would ban everything that the first allows
     with pytest.raises(LogitsError):
         Sampler(SamplingParams(temperature=0), [0], [banning(0)]).sample(row(-math.inf, -math.inf))
 
 
-def test_logits_that_are_no_numbers_are_refused_behind_a_processor() -> None:
+def test_nan_logits_from_a_processor_are_rejected() -> None:
     with pytest.raises(LogitsError):
         Sampler(SamplingParams(), [0], [banning(0)]).sample(row(1.0, math.nan, 2.0))
 
@@ -509,7 +509,7 @@ def test_logits_that_are_no_numbers_are_refused_behind_a_processor() -> None:
         ("logprobs", [-1, 21, 1.0, True, "5"], "an integer from 0 to 20"),
     ],
 )
-def test_values_out_of_range_are_refused_in_one_line(field: str, values: list[object], wanted: str) -> None:
+def test_values_out_of_range_are_rejected_in_one_line(field: str, values: list[object], wanted: str) -> None:
     for value in values:
         with pytest.raises(ParameterError) as caught:
             SamplingParams(**{field: value})  # type: ignore[arg-type]
@@ -550,7 +550,7 @@ def test_values_out_of_range_are_refused_in_one_line(field: str, values: list[ob
         ("logprobs", [None, 0, 20]),
     ],
 )
-def test_the_ends_of_every_range_are_allowed_and_work(field: str, values: list[Any]) -> None:
+def test_the_limits_of_every_range_are_allowed_and_work(field: str, values: list[Any]) -> None:
     for value in values:
         params = SamplingParams(**{field: value})
         assert getattr(params, field) == value
@@ -569,7 +569,7 @@ def test_parameters_are_normalised_and_frozen() -> None:
         dataclasses.replace(params, top_k=-1)
 
 
-def test_the_defaults() -> None:
+def test_default_values() -> None:
     assert dataclasses.asdict(SamplingParams()) == {
         "max_newlines": 0,
         "single_think_end": False,

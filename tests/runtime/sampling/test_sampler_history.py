@@ -1,4 +1,4 @@
-"""What the sampler keeps from token to token, beyond the usual penalties, and what that does to the draws."""
+"""The sampler's state across tokens: bans, biases, n-grams, DRY, mirostat and XTC."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def forced(token: int, size: int) -> Row:
     return out
 
 
-def changed(sampler: Sampler, logits: Row) -> Row:
-    """The logits [V] behind everything but the filters, of which there must be none."""
+def transformed(sampler: Sampler, logits: Row) -> Row:
+    """The logits [V] after all transforms; no filter may be active."""
     kept, out = sampler.candidates(logits)
     assert kept is None
     return out
 
 
 def texts(seed: int) -> Iterator[list[int]]:
-    """Token ids below 6 that repeat themselves in many ways."""
+    """Texts of token ids below 6 with various repetitions."""
     random = np.random.default_rng(seed)
     phrase = random.integers(0, 6, 7).tolist()
     yield []
@@ -64,10 +64,10 @@ def texts(seed: int) -> Iterator[list[int]]:
 
 def test_a_bias_is_added_before_all_penalties() -> None:
     params = SamplingParams(logit_bias=((0, -2.5), (1, 3.0), (7, 9.0), (10**30, 1.0)), repetition_penalty=2.0)
-    assert changed(Sampler(params, [1]), row(0.0, -1.0, 0.5)).tolist() == [-2.5, 1.0, 0.5]
+    assert transformed(Sampler(params, [1]), row(0.0, -1.0, 0.5)).tolist() == [-2.5, 1.0, 0.5]
 
 
-def test_biases_are_kept_in_one_way_however_they_are_given() -> None:
+def test_biases_are_normalized() -> None:
     wanted = ((2, 1.0), (7, -3.5))
     for given in ({7: -3.5, 2: 1}, {"7": -3.5, "2": 1.0}, [(7, -3.5), (2, 1)], [[2, 9], [2, 1], [7, -3.5]]):
         params = SamplingParams(logit_bias=given)  # type: ignore[arg-type]
@@ -81,32 +81,32 @@ def test_banned_tokens_are_not_drawn() -> None:
     assert {sampler.sample(row(9.0, 1.0, 9.0, 1.0)) for _ in range(60)} == {1, 3}
 
 
-def test_a_ban_of_everything_is_passed_over() -> None:
+def test_banning_every_token_is_ignored() -> None:
     assert Sampler(dataclasses.replace(GREEDY, banned_tokens=(0, 1, 2)), []).sample(row(1.0, 3.0, 2.0)) == 1
     params = dataclasses.replace(GREEDY, banned_tokens=(1,), min_tokens=5)
-    assert Sampler(params, [], end_tokens={0, 2}).sample(row(1.0, 3.0, 2.0)) == 2  # the end tokens are all there is
+    assert Sampler(params, [], end_tokens={0, 2}).sample(row(1.0, 3.0, 2.0)) == 2  # only end tokens are left
     with pytest.raises(LogitsError):
         Sampler(dataclasses.replace(GREEDY, banned_tokens=(0,)), []).sample(row(-math.inf, -math.inf))
 
 
-def test_end_tokens_wait_for_so_many_others() -> None:
+def test_min_tokens_delays_end_tokens() -> None:
     sampler = Sampler(dataclasses.replace(GREEDY, min_tokens=3), [5, 5, 5], end_tokens={2, 3, 10**30})
     assert [sampler.sample(row(0.0, 1.0, 9.0, 8.0)) for _ in range(5)] == [1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
-def test_no_ngram_twice_as_in_transformers(size: int) -> None:
+def test_no_repeat_ngram_matches_transformers(size: int) -> None:
     for history in texts(seed=size):
-        for begun in {0, len(history) // 2, len(history)}:  # what is the prompt and what is drawn is all the same
+        for begun in {0, len(history) // 2, len(history)}:  # the split into prompt and generated tokens does not matter
             sampler = Sampler(SamplingParams(no_repeat_ngram=size), history[:begun])
             for token in history[begun:]:
-                sampler.sample(forced(token, 7))  # what leaves nothing is passed over
+                sampler.sample(forced(token, 7))  # a ban of every token is ignored
             tokens = torch.tensor([history], dtype=torch.long)
             expected = NoRepeatNGramLogitsProcessor(size)(tokens, torch.zeros(1, 7))
-            assert changed(sampler, np.zeros(7, np.float32)).tolist() == expected[0].tolist()
+            assert transformed(sampler, np.zeros(7, np.float32)).tolist() == expected[0].tolist()
 
 
-def test_all_that_transformers_knows_together() -> None:
+def test_all_transforms_together_match_transformers() -> None:
     params = SamplingParams(
         logit_bias=((3, 2.5), (17, -4.0)),
         banned_tokens=(5, 900),
@@ -150,7 +150,7 @@ def test_all_that_transformers_knows_together() -> None:
 
 
 def literal_dry(history: Sequence[int], params: SamplingParams, breakers: set[int], size: int) -> list[float]:
-    """As llama.cpp describes it, place by place and token by token."""
+    """A literal implementation of llama.cpp's description."""
     window = list(history) if params.dry_range < 0 else list(history)[max(0, len(history) - params.dry_range) :]
     longest: dict[int, int] = {}
     for end in range(len(window) - 1):
@@ -171,7 +171,7 @@ def literal_dry(history: Sequence[int], params: SamplingParams, breakers: set[in
 @pytest.mark.parametrize(
     "given", [{}, {"dry_base": 1.0}, {"dry_allowed_length": 4}, {"dry_range": 12}, {"dry_range": 1}, {"dry_range": 0}]
 )
-def test_dry_is_its_definition(given: dict[str, Any], breakers: set[int]) -> None:
+def test_dry_matches_its_definition(given: dict[str, Any], breakers: set[int]) -> None:
     params = SamplingParams(dry_multiplier=0.7, **given)
     for history in texts(seed=len(breakers)):
         for begun in {0, len(history) // 2, len(history)}:
@@ -179,10 +179,10 @@ def test_dry_is_its_definition(given: dict[str, Any], breakers: set[int]) -> Non
             for token in history[begun:]:
                 sampler.sample(forced(token, 5 if token < 5 else 6))
             wanted = literal_dry(history, params, breakers, 5) if params.dry_range else [0.0] * 5
-            assert changed(sampler, np.zeros(5, np.float32)).tolist() == pytest.approx(wanted, rel=1e-6)
+            assert transformed(sampler, np.zeros(5, np.float32)).tolist() == pytest.approx(wanted, rel=1e-6)
 
 
-def test_dry_remembers_more_tokens_than_it_has_room_for_at_first() -> None:
+def test_dry_history_grows_beyond_its_initial_capacity() -> None:
     params = SamplingParams(dry_multiplier=0.01, dry_base=1.01)
     history = np.random.default_rng(0).integers(0, 3, 1500).tolist()
     sampler = Sampler(params, history[:5])
@@ -190,16 +190,16 @@ def test_dry_remembers_more_tokens_than_it_has_room_for_at_first() -> None:
         sampler.sample(forced(token, 3))
     wanted = literal_dry(history, params, set(), 3)
     assert min(wanted) < 0
-    assert changed(sampler, np.zeros(3, np.float32)).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert transformed(sampler, np.zeros(3, np.float32)).tolist() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_dry_on_one_token_over_and_over_is_neither_slow_nor_infinite() -> None:
+def test_dry_on_a_single_repeated_token_is_fast_and_finite() -> None:
     began = time.perf_counter()
     sampler = Sampler(SamplingParams(dry_multiplier=100, dry_base=10), [1] * 20_000)
     for _ in range(300):
         sampler.sample(forced(1, 3))
-    assert changed(sampler, np.zeros(3, np.float32)).tolist() == [0.0, -MAX_DRY, 0.0]
-    assert time.perf_counter() - began < 5  # a pass over the text for each place in it would take minutes
+    assert transformed(sampler, np.zeros(3, np.float32)).tolist() == [0.0, -MAX_DRY, 0.0]
+    assert time.perf_counter() - began < 5  # quadratic time would take minutes
 
 
 def test_dry_ends_a_loop() -> None:
@@ -225,21 +225,21 @@ def test_mirostat_holds_the_mean_surprise() -> None:
     p /= p.sum()
     for tau in (2.0, 4.0, 6.0):
         sampler = Sampler(SamplingParams(mirostat_tau=tau, seed=1), [])
-        most, surprises = 2 * tau, []
+        limit, surprises = 2 * tau, []
         for _ in range(400):
             kept, left = sampler.candidates(logits)
             assert kept is not None
-            allowed = -np.log2(p) <= most
+            allowed = -np.log2(p) <= limit
             allowed[p.argmax()] = True
             assert kept.tolist() == np.flatnonzero(allowed).tolist()
             token = sampler.sample(logits)
             surprises.append(-math.log2(p[token] / p[allowed].sum()))
-            most -= 0.1 * (surprises[-1] - tau)
+            limit -= 0.1 * (surprises[-1] - tau)
             assert left.size == kept.size
         assert np.mean(surprises[100:]) == pytest.approx(tau, abs=0.2)
 
 
-def test_mirostat_takes_the_place_of_the_filters_but_not_of_what_comes_before() -> None:
+def test_mirostat_replaces_the_filters_but_not_earlier_transforms() -> None:
     logits = np.random.default_rng(1).normal(0, 2, 300).astype(np.float32)
     others: dict[str, Any] = {"top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.1, "top_n_sigma": 0.1}
     others |= {"xtc_probability": 1.0, "xtc_threshold": 0.001}
@@ -252,7 +252,7 @@ def test_mirostat_takes_the_place_of_the_filters_but_not_of_what_comes_before() 
     assert 3 not in one.generated
 
 
-def test_xtc_acts_as_often_as_it_is_told() -> None:
+def test_xtc_is_applied_with_its_probability() -> None:
     logits = row(3.0, 2.5, 2.0, -3.0)
     for probability in (0.0, 0.3, 1.0):
         sampler = Sampler(SamplingParams(xtc_probability=probability, xtc_threshold=0.15, seed=3), [])
@@ -264,13 +264,13 @@ def test_xtc_acts_as_often_as_it_is_told() -> None:
         assert acted == pytest.approx(2000 * probability, abs=90)  # more than four standard deviations
 
 
-def test_xtc_takes_one_number_a_token_of_its_own() -> None:
-    # One token a time cannot be left out, so XTC does nothing here; nor may it change the other draws.
+def test_xtc_uses_one_number_per_token_from_a_separate_stream() -> None:
+    # With a single candidate XTC does nothing, and it must not change the other draws.
     logits = row(0.0, 0.1, 0.2, 0.3)
     off = Sampler(SamplingParams(seed=5), [])
     on = Sampler(SamplingParams(seed=5, xtc_probability=0.5, xtc_threshold=0.9), [])
     assert [off.sample(logits) for _ in range(50)] == [on.sample(logits) for _ in range(50)]
-    # Whether it has something to leave out at one token does not change what happens at a later one.
+    # Whether XTC is applied to one token does not affect later tokens.
     params = SamplingParams(seed=5, xtc_probability=0.5, xtc_threshold=0.1)
     for first in (logits, logits[:1]):
         sampler, kept = Sampler(params, []), []
@@ -284,7 +284,7 @@ def test_xtc_takes_one_number_a_token_of_its_own() -> None:
 
 
 def test_a_seed_gives_known_choices_of_xtc() -> None:
-    # The second stream of seed 0 begins .677, .243, .612, .423, .823, .771.
+    # The second stream of seed 0 starts .677, .243, .612, .423, .823, .771.
     sampler, acted = Sampler(SamplingParams(seed=0, xtc_probability=0.5), []), []
     for _ in range(6):
         acted.append(sampler.candidates(row(0.0, 0.0))[0] is not None)
@@ -323,7 +323,7 @@ def test_a_seed_repeats_with_everything_on(mirostat: float) -> None:
         sampler = Sampler(given, [1, 2, 3, 1, 2], end_tokens={5, 6}, dry_breakers={9})
         found = []
         for logits in rows:
-            sampler.candidates(logits)  # to look at what could be drawn changes nothing
+            sampler.candidates(logits)  # inspecting the candidates has no side effects
             found.append(sampler.sample(logits))
         return found
 
@@ -335,7 +335,7 @@ def test_a_seed_repeats_with_everything_on(mirostat: float) -> None:
     assert not {5, 6} & set(first[:10])
 
 
-def test_everything_together_draws_from_rows_of_one_token_and_of_extremes() -> None:
+def test_all_parameters_together_handle_single_token_and_extreme_logits() -> None:
     for mirostat in (0.0, 5.0):
         params = SamplingParams(seed=1, mirostat_tau=mirostat, **EVERYTHING)
         for logits in (row(1.0), row(1e4, -1e30, -3e38, -math.inf), np.zeros(300, np.float32)):

@@ -1,4 +1,4 @@
-"""The transforms beyond the usual ones, each against transformers or against a slow, literal, float64 formulation."""
+"""Less common transforms, each compared with transformers or with a literal float64 implementation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_sampler import ids, kinds_of_rows, logs, row
+from test_sampler import ids, logit_samples, logs, row
 from transformers.generation.logits_process import EpsilonLogitsWarper, TypicalLogitsWarper
 
 from llm_edge.runtime.errors import ParameterError
@@ -35,7 +35,7 @@ def test_add_adds_and_skips_ids_without_a_logit() -> None:
     assert given[0] == 1.0
 
 
-def test_without_makes_logits_minus_infinity_and_leaves_a_row_as_it_is_where_nothing_changes() -> None:
+def test_without_masks_tokens_and_returns_the_same_array_if_nothing_changes() -> None:
     given = row(1.0, 2.0, 3.0)
     assert transforms.mask_tokens(given, ids(2, 0, 3, 99)).tolist() == [-math.inf, 2.0, -math.inf]
     assert transforms.mask_tokens(given, ids(3)) is given
@@ -51,15 +51,15 @@ def test_dry_grows_with_the_repetition_up_to_its_limit() -> None:
 
 
 @pytest.mark.parametrize(("n", "kept"), [(0.0, [3]), (0.5, [3]), (1.0, [2, 3]), (2.0, [0, 2, 3]), (3.0, [0, 1, 2, 3])])
-def test_top_n_sigma_counts_from_the_largest_in_deviations_of_all(n: float, kept: list[int]) -> None:
+def test_top_n_sigma_counts_standard_deviations_below_the_maximum(n: float, kept: list[int]) -> None:
     # The finite logits have mean 3 and standard deviation 2.236.
     assert transforms.keep_top_n_sigma(row(2.0, 0.0, 4.0, 6.0), n).tolist() == kept
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("n", [0.3, 1.0, 2.7])
-def test_top_n_sigma_is_its_definition(size: int, n: float) -> None:
-    for logits in kinds_of_rows(size, seed=size):
+def test_top_n_sigma_matches_its_definition(size: int, n: float) -> None:
+    for logits in logit_samples(size, seed=size):
         exact = logits.astype(np.float64)
         finite = exact[exact > -np.inf]
         sigma = math.sqrt(sum((finite - finite.sum() / finite.size) ** 2) / finite.size)
@@ -68,16 +68,16 @@ def test_top_n_sigma_is_its_definition(size: int, n: float) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("p", [1e-3, 0.2003, 0.5003, 0.9003, 0.9953])
-def test_typical_is_that_of_transformers(size: int, p: float) -> None:
+def test_typical_matches_transformers(size: int, p: float) -> None:
     for seed in range(3 if size < 2000 else 1):
-        for logits in kinds_of_rows(size, seed):
+        for logits in logit_samples(size, seed):
             scores = TypicalLogitsWarper(p)(torch.zeros(1, 1), torch.from_numpy(logits.copy())[None].double())
             expected = np.flatnonzero(scores[0].isfinite().numpy())
             kept = transforms.keep_typical(logits, p)
             assert np.array_equal(kept[np.isfinite(logits[kept])], expected)
 
 
-def test_typical_may_leave_out_the_most_probable() -> None:
+def test_typical_may_drop_the_most_probable() -> None:
     # The mean surprise is 0.94 nats; those here are 0.36 (0.58 away) and 2.30 (1.36 away).
     assert transforms.keep_typical(logs(0.7, 0.1, 0.1, 0.1), 0.3).tolist() == [0]
     # The mean surprise is 2.06 nats; those here are 0.92 (1.14 away) and 2.81 (0.75 away).
@@ -86,16 +86,16 @@ def test_typical_may_leave_out_the_most_probable() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 300, 49_152])
 @pytest.mark.parametrize("epsilon", [1e-6, 3e-4, 0.05, 0.9])
-def test_epsilon_cutoff_is_that_of_transformers(size: int, epsilon: float) -> None:
+def test_epsilon_cutoff_matches_transformers(size: int, epsilon: float) -> None:
     for seed in range(3):
-        for logits in kinds_of_rows(size, seed):
+        for logits in logit_samples(size, seed):
             scores = EpsilonLogitsWarper(epsilon)(torch.zeros(1, 1), torch.from_numpy(logits.copy())[None].double())
             expected = np.flatnonzero(scores[0].isfinite().numpy())
             kept = transforms.keep_epsilon_cutoff(logits, epsilon)
             assert np.array_equal(kept[np.isfinite(logits[kept])], expected)
 
 
-def test_epsilon_cutoff_keeps_what_is_probable_enough_or_else_the_most_probable() -> None:
+def test_epsilon_cutoff_keeps_at_least_the_most_probable_token() -> None:
     assert transforms.keep_epsilon_cutoff(logs(0.5, 0.125, 0.25, 0.125), 0.2).tolist() == [0, 2]
     assert transforms.keep_epsilon_cutoff(logs(0.4, 0.2, 0.4), 0.9).tolist() == [0, 2]
     sampler = Sampler(SamplingParams(epsilon_cutoff=0.2, seed=1), ())
@@ -108,21 +108,21 @@ def test_epsilon_cutoff_keeps_what_is_probable_enough_or_else_the_most_probable(
     ("threshold", "kept"),
     [(0.0, [2]), (0.05, [2]), (0.1, [1, 2]), (0.15, [0, 1, 2]), (0.25, [0, 1, 2, 3]), (0.7, [0, 1, 2, 3])],
 )
-def test_xtc_leaves_the_least_probable_of_the_top(threshold: float, kept: list[int]) -> None:
+def test_xtc_keeps_only_the_least_probable_of_the_top_tokens(threshold: float, kept: list[int]) -> None:
     assert transforms.keep_xtc(logs(0.2, 0.12, 0.08, 0.6), threshold).tolist() == kept
 
 
-def test_xtc_of_equals_keeps_the_last_and_one_that_can_be_drawn() -> None:
+def test_xtc_among_equals_keeps_the_last_drawable_token() -> None:
     assert transforms.keep_xtc(row(1.0, 1.0, 1.0, -9.0), 0.1).tolist() == [2, 3]
     assert transforms.keep_xtc(row(1.0, -math.inf, 0.0, -math.inf), 0.0).tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("threshold", [0.0013, 0.013, 0.13])
-def test_xtc_is_its_definition(size: int, threshold: float) -> None:
-    for logits in kinds_of_rows(size, seed=size):
+def test_xtc_matches_its_definition(size: int, threshold: float) -> None:
+    for logits in logit_samples(size, seed=size):
         p = probabilities(logits)
-        # llama.cpp's: sorted, the most probable first, the first ones go up to the last above the threshold.
+        # As llama.cpp: sorted by probability, all tokens above the threshold except the last are dropped.
         order = sorted(range(size), key=lambda position: -p[position])
         last = sum(p >= threshold) - 1
         expected = sorted(order[max(last, 0) :])
@@ -130,20 +130,20 @@ def test_xtc_is_its_definition(size: int, threshold: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "kept"), [(-1.0, [2]), (0.9, [2]), (1.1, [2]), (2.1, [1, 2]), (3.1, [0, 1, 2, 3]), (9.0, [0, 1, 2, 3])]
+    ("limit", "kept"), [(-1.0, [2]), (0.9, [2]), (1.1, [2]), (2.1, [1, 2]), (3.1, [0, 1, 2, 3]), (9.0, [0, 1, 2, 3])]
 )
-def test_mirostat_keeps_up_to_a_surprise_in_bits(most: float, kept: list[int]) -> None:
-    assert transforms.keep_mirostat(logs(0.125, 0.25, 0.5, 0.125), most).tolist() == kept
+def test_mirostat_keeps_tokens_up_to_a_surprise_in_bits(limit: float, kept: list[int]) -> None:
+    assert transforms.keep_mirostat(logs(0.125, 0.25, 0.5, 0.125), limit).tolist() == kept
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("most", [0.203, 3.003, 7.7, 14.3])
-def test_mirostat_is_its_definition(size: int, most: float) -> None:
-    for logits in kinds_of_rows(size, seed=size):
+@pytest.mark.parametrize("limit", [0.203, 3.003, 7.7, 14.3])
+def test_mirostat_matches_its_definition(size: int, limit: float) -> None:
+    for logits in logit_samples(size, seed=size):
         p = probabilities(logits)
         with np.errstate(divide="ignore"):
-            expected = (-np.log2(p) <= most) | ((logits == logits.max()) & ~(-np.log2(p) <= most).any())
-        assert np.array_equal(transforms.keep_mirostat(logits, most), np.flatnonzero(expected))
+            expected = (-np.log2(p) <= limit) | ((logits == logits.max()) & ~(-np.log2(p) <= limit).any())
+        assert np.array_equal(transforms.keep_mirostat(logits, limit), np.flatnonzero(expected))
 
 
 def test_surprise_is_in_bits() -> None:
@@ -156,8 +156,8 @@ def test_surprise_is_in_bits() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("top", [0, 1, 5, 20])
-def test_log_probabilities_are_torchs(size: int, top: int) -> None:
-    for logits in kinds_of_rows(size, seed=size):
+def test_log_probabilities_match_torch(size: int, top: int) -> None:
+    for logits in logit_samples(size, seed=size):
         expected = torch.from_numpy(logits.copy()).double().log_softmax(dim=0)
         order = np.lexsort((np.arange(size), -logits.astype(np.float64)))[:top]
         for token in (0, size // 2, size - 1):
@@ -170,7 +170,7 @@ def test_log_probabilities_are_torchs(size: int, top: int) -> None:
                 assert (token, found.logprob) in found.top
 
 
-def test_log_probabilities_are_plain_numbers_and_the_row_stays() -> None:
+def test_log_probabilities_are_python_floats_and_logits_are_not_modified() -> None:
     logits = row(1.0, 2.0, 3.0)
     logits.setflags(write=False)
     found = log_probabilities(logits, 2, 1)

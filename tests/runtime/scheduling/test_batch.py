@@ -1,4 +1,4 @@
-"""`Batch`: a row's logits are bitwise those that it has alone, whatever lies beside it and however it got there."""
+"""`Batch`: the logits of a sequence are bitwise the same whether it is computed alone or batched with others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
 LENGTHS = (3, 300, 17, 64, 129, 2, 40, 255)
 
 
-def opened(bundle_path: Path, precision: str) -> Session:
+def open_session(bundle_path: Path, precision: str) -> Session:
     bundle = Bundle.open(bundle_path)
     info = bundle.precision(precision)
     return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
@@ -31,7 +31,7 @@ def opened(bundle_path: Path, precision: str) -> Session:
 
 @pytest.fixture(scope="module", params=["fp32", "int8"])
 def session(tiny_bundle: Path, request: pytest.FixtureRequest) -> Session:
-    return opened(tiny_bundle, request.param)
+    return open_session(tiny_bundle, request.param)
 
 
 def text(length: int, seed: int) -> list[int]:
@@ -39,59 +39,59 @@ def text(length: int, seed: int) -> list[int]:
     return [order.randrange(331) for _ in range(length)]
 
 
-def alone(session: Session, prompt: Sequence[int], behind: Sequence[int]) -> list[Any]:
-    """The logits behind a prompt and behind each token after it, in the session's own cache."""
+def logits_alone(session: Session, prompt: Sequence[int], continuation: Sequence[int]) -> list[Any]:
+    """The logits after a prompt and after each further token, computed in the session's own cache."""
     session.clear_cache()
-    rows = [session.step(prompt)[0].copy()]
-    return rows + [session.step([token])[0].copy() for token in behind]
+    logits = [session.step(prompt)[0].copy()]
+    return logits + [session.step([token])[0].copy() for token in continuation]
 
 
-def filled(batch: Batch, lengths: Sequence[int]) -> list[Any]:
-    return [batch.extend(row, text(length, row))[0].copy() for row, length in enumerate(lengths)]
+def fill(batch: Batch, lengths: Sequence[int]) -> list[Any]:
+    return [batch.extend(slot, text(length, slot))[0].copy() for slot, length in enumerate(lengths)]
 
 
-def test_rows_of_unequal_length_are_bitwise_as_alone(session: Session) -> None:
-    wanted = [alone(session, text(length, row), text(5, 100 + row)) for row, length in enumerate(LENGTHS)]
+def test_sequences_of_different_lengths_match_single_sequence_logits_bitwise(session: Session) -> None:
+    wanted = [logits_alone(session, text(length, slot), text(5, 100 + slot)) for slot, length in enumerate(LENGTHS)]
     for width in (1, 2, 3, 8):
         batch = Batch(session.graph, len(LENGTHS))
-        found = [[logits] for logits in filled(batch, LENGTHS)]
+        found = [[logits] for logits in fill(batch, LENGTHS)]
         for step in range(5):
             for first in range(0, len(LENGTHS), width):
-                rows = range(first, min(first + width, len(LENGTHS)))
-                tokens = [text(5, 100 + row)[step] for row in rows]
-                logits = batch.decode(first, tokens, [True] * len(rows))
-                assert logits.shape == (len(rows), 331)
-                for row, each in zip(rows, logits, strict=True):
-                    found[row].append(each)
+                slots = range(first, min(first + width, len(LENGTHS)))
+                tokens = [text(5, 100 + slot)[step] for slot in slots]
+                logits = batch.decode(first, tokens, [True] * len(slots))
+                assert logits.shape == (len(slots), 331)
+                for slot, each in zip(slots, logits, strict=True):
+                    found[slot].append(each)
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(one, other)
         assert batch.lengths == [length + 5 for length in LENGTHS]
 
 
-def test_idle_rows_stay_as_they_are(session: Session) -> None:
+def test_idle_slots_are_unchanged(session: Session) -> None:
     batch = Batch(session.graph, len(LENGTHS))
-    filled(batch, LENGTHS)
-    before = [batch.read(row, length) for row, length in enumerate(LENGTHS)]
-    going = [row % 2 == 0 for row in range(8)]
+    fill(batch, LENGTHS)
+    before = [batch.read(slot, length) for slot, length in enumerate(LENGTHS)]
+    selected = [slot % 2 == 0 for slot in range(8)]
     for _ in range(3):
-        batch.decode(0, [7] * 8, going)
+        batch.decode(0, [7] * 8, selected)
         batch.extend(4, [9, 8, 7, 6], 0)
-    for row, values in enumerate(before):
-        for one, other in zip(values, batch.read(row, LENGTHS[row]), strict=True):
+    for slot, values in enumerate(before):
+        for one, other in zip(values, batch.read(slot, LENGTHS[slot]), strict=True):
             np.testing.assert_array_equal(one, other)
-        assert going[row] or batch.lengths[row] == LENGTHS[row]
-    wanted = alone(session, text(LENGTHS[1], 1), [5])[1]
+        assert selected[slot] or batch.lengths[slot] == LENGTHS[slot]
+    wanted = logits_alone(session, text(LENGTHS[1], 1), [5])[1]
     np.testing.assert_array_equal(batch.decode(1, [5], [True])[0], wanted)
 
 
-def test_a_full_idle_row_does_not_stop_the_others(session: Session) -> None:
+def test_a_full_idle_slot_does_not_block_other_slots(session: Session) -> None:
     batch = Batch(session.graph, 2)
     for start in range(0, 1024, 256):
         batch.extend(0, text(1024, 0)[start : start + 256])
     batch.extend(1, text(20, 1))
     before = batch.read(0, 1023)
     logits = batch.decode(0, [7, 8], [False, True])
-    np.testing.assert_array_equal(logits[1], alone(session, text(20, 1), [8])[1])
+    np.testing.assert_array_equal(logits[1], logits_alone(session, text(20, 1), [8])[1])
     for one, other in zip(before, batch.read(0, 1023), strict=True):
         np.testing.assert_array_equal(one, other)
     assert batch.lengths == [1023, 21]
@@ -102,34 +102,34 @@ def test_a_full_idle_row_does_not_stop_the_others(session: Session) -> None:
         batch.extend(0, [7, 8])
 
 
-def test_growing_keeps_what_is_there(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [alone(session, text(length, row), [5, 6]) for row, length in enumerate(LENGTHS)]
+def test_growing_preserves_cached_values(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [logits_alone(session, text(length, slot), [5, 6]) for slot, length in enumerate(LENGTHS)]
     monkeypatch.setattr(batch_module, "_RESERVED_BYTES", 1)
     monkeypatch.setattr(batch_module, "_MIN_CAPACITY", 16)
     batch = Batch(session.graph, len(LENGTHS))
     capacities = [batch.capacity]
     found = []
-    for row in (0, 5, 2, 6, 3, 4, 7, 1):  # shortest first
-        found.append((row, [batch.extend(row, text(LENGTHS[row], row))[0].copy()]))
+    for slot in (0, 5, 2, 6, 3, 4, 7, 1):  # shortest first
+        found.append((slot, [batch.extend(slot, text(LENGTHS[slot], slot))[0].copy()]))
         capacities.append(batch.capacity)
     assert capacities[0] == 16
     assert capacities[-1] == 512
     assert len(set(capacities)) > 4
     for token in (5, 6):
         logits = batch.decode(0, [token] * 8, [True] * 8)
-        for row, rows in found:
-            rows.append(logits[row])
-    for row, rows in found:
-        np.testing.assert_array_equal(rows, wanted[row])
+        for slot, logits_list in found:
+            logits_list.append(logits[slot])
+    for slot, logits_list in found:
+        np.testing.assert_array_equal(logits_list, wanted[slot])
     while batch.lengths[1] < 1024:  # one token at a time, to the end of the context
         batch.decode(1, [5], [True])
     assert batch.capacity == 1024
 
 
 @pytest.mark.parametrize("last", [2, 9, CHUNK_ALIGNMENT, CHUNK_ALIGNMENT + 1])
-def test_cuts_do_not_show(session: Session, last: int) -> None:
+def test_prefill_chunking_does_not_change_the_logits(session: Session, last: int) -> None:
     prompt = text(192 + last, 3)
-    wanted = alone(session, prompt, [5])
+    wanted = logits_alone(session, prompt, [5])
     for cut in (CHUNK_ALIGNMENT, 2 * CHUNK_ALIGNMENT, 3 * CHUNK_ALIGNMENT, 6 * CHUNK_ALIGNMENT, 12 * CHUNK_ALIGNMENT):
         batch = Batch(session.graph, 2)
         for start in range(0, 192, cut):
@@ -139,22 +139,22 @@ def test_cuts_do_not_show(session: Session, last: int) -> None:
         np.testing.assert_array_equal(batch.decode(1, [5], [True])[0], wanted[1])
 
 
-def test_rows_are_copied_written_and_rewound(session: Session) -> None:
+def test_slots_can_be_copied_written_and_rewound(session: Session) -> None:
     prompt = text(96, 4)
-    wanted = alone(session, [*prompt, *text(32, 5)], [5])
+    wanted = logits_alone(session, [*prompt, *text(32, 5)], [5])
     batch = Batch(session.graph, 3)
     batch.extend(2, [*prompt, *text(50, 6)])
     batch.copy(2, 0, 96)
     batch.write(1, batch.read(2, 96))
     batch.lengths[2] = 96
     assert batch.lengths == [96, 96, 96]
-    for row in range(3):
-        np.testing.assert_array_equal(batch.extend(row, text(32, 5))[0], wanted[0])
+    for slot in range(3):
+        np.testing.assert_array_equal(batch.extend(slot, text(32, 5))[0], wanted[0])
     for logits in batch.decode(0, [5] * 3, [True] * 3):
         np.testing.assert_array_equal(logits, wanted[1])
 
 
-def test_all_logits_of_a_piece(session: Session) -> None:
+def test_extend_returns_as_many_logits_as_requested(session: Session) -> None:
     batch = Batch(session.graph, 2)
     batch.extend(1, text(32, 7))
     every = batch.extend(1, text(32, 8), 0)
@@ -163,50 +163,50 @@ def test_all_logits_of_a_piece(session: Session) -> None:
     np.testing.assert_array_equal(batch.extend(1, text(32, 8), 3), every[-3:])
 
 
-def test_logits_belong_to_the_caller(session: Session) -> None:
+def test_returned_logits_are_not_overwritten_by_the_next_step(session: Session) -> None:
     batch = Batch(session.graph, 2)
-    filled(batch, (5, 6))
+    fill(batch, (5, 6))
     first = batch.decode(0, [1, 2], [True, True])
     kept = first.copy()
     batch.decode(0, [3, 4], [True, True])
     np.testing.assert_array_equal(first, kept)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and other systems need not give memory back")
-def test_released_rows_give_their_memory_back(session: Session) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and other systems need not return memory")
+def test_released_slots_return_their_memory(session: Session) -> None:
     def resident() -> int:
         with Path("/proc/self/smaps_rollup").open() as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
 
-    rows = 64
-    batch = Batch(session.graph, rows)
+    slots = 64
+    batch = Batch(session.graph, slots)
     values = [np.ones((2, 1024, 32), batch.dtype) for _ in range(4)]
     empty = resident()
-    for row in range(rows):
-        batch.write(row, values)
+    for slot in range(slots):
+        batch.write(slot, values)
     taken = resident() - empty
-    size = rows * 1024 * batch.token_bytes
+    size = slots * 1024 * batch.token_bytes
     assert 0.9 * size < taken < 1.2 * size
-    for row in range(rows):
-        batch.release(row)
+    for slot in range(slots):
+        batch.release(slot)
     assert resident() - empty < 0.1 * size
-    assert batch.lengths == [0] * rows
-    np.testing.assert_array_equal(batch.extend(3, text(40, 1))[0], alone(session, text(40, 1), [])[0])
+    assert batch.lengths == [0] * slots
+    np.testing.assert_array_equal(batch.extend(3, text(40, 1))[0], logits_alone(session, text(40, 1), [])[0])
 
 
-def test_a_neighbour_keeps_its_memory(session: Session) -> None:
+def test_releasing_a_slot_leaves_its_neighbours_unchanged(session: Session) -> None:
     batch = Batch(session.graph, 3)
-    filled(batch, (200, 200, 200))
-    before = [batch.read(row, 200) for row in (0, 2)]
+    fill(batch, (200, 200, 200))
+    before = [batch.read(slot, 200) for slot in (0, 2)]
     batch.release(1)
-    for values, row in zip(before, (0, 2), strict=True):
-        for one, other in zip(values, batch.read(row, 200), strict=True):
+    for values, slot in zip(before, (0, 2), strict=True):
+        for one, other in zip(values, batch.read(slot, 200), strict=True):
             np.testing.assert_array_equal(one, other)
 
 
-def test_steps_end_until_they_may_run_again(session: Session) -> None:
+def test_steps_fail_between_terminate_and_resume(session: Session) -> None:
     batch = Batch(session.graph, 2)
-    filled(batch, (40, 20))
+    fill(batch, (40, 20))
     batch.terminate()
     with pytest.raises(MachineError, match=r"^a step over 2 x 1 tokens failed \([^\n]+\)$"):
         batch.decode(0, [5, 6], [True, True])
@@ -214,20 +214,20 @@ def test_steps_end_until_they_may_run_again(session: Session) -> None:
         batch.extend(0, [5, 6])
     assert batch.lengths == [40, 20]
     batch.resume()
-    wanted = alone(session, text(40, 0), [5])[1]
+    wanted = logits_alone(session, text(40, 0), [5])[1]
     np.testing.assert_array_equal(batch.decode(0, [5, 6], [True, True])[0], wanted)
 
 
 @pytest.mark.parametrize(("tokens", "keep"), [([], 1), ([5] * 513, 1), ([5, 6], 3), ([5], -1)])
-def test_steps_that_cannot_be_made(session: Session, tokens: list[int], keep: int) -> None:
+def test_invalid_extend_arguments_are_rejected(session: Session, tokens: list[int], keep: int) -> None:
     batch = Batch(session.graph, 1)
     with pytest.raises(ParameterError):
         batch.extend(0, tokens, keep)
     assert batch.lengths == [0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
-def test_more_rows_than_there_are_addresses(session: Session) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory with Linux's setrlimit")
+def test_allocating_more_slots_than_fit_in_memory_is_an_error(session: Session) -> None:
     message = r"^not enough memory for 1000 sequences of 1024 tokens: reduce active or kept$"
     with memory_limit(64 << 20), pytest.raises(MachineError, match=message):
         Batch(session.graph, 1000)

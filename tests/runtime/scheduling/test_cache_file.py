@@ -1,4 +1,4 @@
-"""Caches in files: what was computed goes on in another engine, and a bad file is refused in one line."""
+"""Cache files: a saved prefix continues in another engine, and a bad file is rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def saved(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def said(result: GenerationResult) -> tuple[Any, ...]:
+def outcome(result: GenerationResult) -> tuple[Any, ...]:
     return result.text, result.tokens, result.finish_reason
 
 
-def refused(engine: Engine, path: Path) -> str:
+def load_error(engine: Engine, path: Path) -> str:
     with pytest.raises(InputError) as error:
         engine.load_cache(path)
     message = str(error.value)
@@ -66,16 +66,16 @@ def arrays(path: Path) -> dict[str, Any]:
         return dict(file)
 
 
-def written(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.savez) -> Path:
+def write_arrays(path: Path, arrays: dict[str, Any], save: Callable[..., None] = np.savez) -> Path:
     save(path, **arrays)
     return path
 
 
-# There and back
+# Saving and loading
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_a_prompt_goes_on_where_it_was_computed(load_engine: Load, tmp_path: Path, precision: str) -> None:
+def test_a_saved_prompt_is_reused_by_another_engine(load_engine: Load, tmp_path: Path, precision: str) -> None:
     first, path = load_engine(precision), tmp_path / "system.npz"
     first.generate(SYSTEM, GREEDY).result()
     length = first.save_cache(path, SYSTEM)
@@ -87,7 +87,7 @@ def test_a_prompt_goes_on_where_it_was_computed(load_engine: Load, tmp_path: Pat
         for prompt in (SYSTEM, SYSTEM + "What is the capital of France?"):
             found = second.generate(prompt, params).result()
             fresh = load_engine(precision).generate(prompt, params).result()
-            assert said(found) == said(fresh)
+            assert outcome(found) == outcome(fresh)
             assert (
                 found.timings.cached_tokens
                 >= (length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT
@@ -96,7 +96,7 @@ def test_a_prompt_goes_on_where_it_was_computed(load_engine: Load, tmp_path: Pat
             )
 
 
-def test_a_conversation_goes_on(load_engine: Load, tmp_path: Path) -> None:
+def test_a_saved_conversation_continues_in_another_engine(load_engine: Load, tmp_path: Path) -> None:
     engine, path = load_engine(), tmp_path / "turn.npz"
     messages = [{"role": "user", "content": SYSTEM}]
     answer = engine.chat(messages, DRAWN).result()
@@ -110,19 +110,19 @@ def test_a_conversation_goes_on(load_engine: Load, tmp_path: Path) -> None:
     assert other.chat(messages, GREEDY).result().tokens == engine.chat(messages, GREEDY).result().tokens
 
 
-def test_what_is_not_computed_is_not_written(load_engine: Load, tmp_path: Path) -> None:
+def test_nothing_is_written_for_a_prompt_that_was_not_computed(load_engine: Load, tmp_path: Path) -> None:
     assert load_engine().save_cache(tmp_path / "none.npz", SYSTEM) == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_is_read_while_others_are_answered(load_engine: Load, saved: Path) -> None:
+def test_a_cache_can_be_loaded_during_generation(load_engine: Load, saved: Path) -> None:
     engine = load_engine(active=2, kept=1)
     long = replace(GREEDY, max_tokens=300)
-    wanted = [said(load_engine().generate(prompt, long).result()) for prompt in ("What is", "Paris")]
+    wanted = [outcome(load_engine().generate(prompt, long).result()) for prompt in ("What is", "Paris")]
     answers = [engine.generate(prompt, long) for prompt in ("What is", "Paris")]
     for _ in range(20):
         assert engine.load_cache(saved) > 50
-    assert [said(answer.result()) for answer in answers] == wanted
+    assert [outcome(answer.result()) for answer in answers] == wanted
     little = load_engine(cache_bytes=1000)
     little.load_cache(saved)
     assert little.counters().kept_tokens == 0
@@ -131,41 +131,41 @@ def test_a_cache_is_read_while_others_are_answered(load_engine: Load, saved: Pat
 # Bad files
 
 
-def test_another_precision_is_refused(load_engine: Load, saved: Path) -> None:
+def test_a_cache_of_another_precision_is_rejected(load_engine: Load, saved: Path) -> None:
     for precision in ("int8", "int4"):
-        assert "another bundle or precision" in refused(load_engine(precision), saved)
+        assert "another bundle or precision" in load_error(load_engine(precision), saved)
 
 
-def test_another_bundle_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_cache_of_another_bundle_is_rejected(saved: Path, tmp_path: Path) -> None:
     checkpoint = tiny.save_checkpoint(tmp_path / "other", seed=1)
     bundle = tmp_path / "bundle"
     export(str(checkpoint), ExportOptions(bundle, precision="fp32", validate=False))
     with Engine.load(bundle, "fp32", threads=1) as engine:
-        assert "another bundle or precision" in refused(engine, saved)
+        assert "another bundle or precision" in load_error(engine, saved)
 
 
-def test_what_is_no_file(reader: Engine, tmp_path: Path) -> None:
-    assert "No such file" in refused(reader, tmp_path / "missing")
-    refused(reader, tmp_path)
+def test_paths_that_are_not_regular_files_are_rejected(reader: Engine, tmp_path: Path) -> None:
+    assert "No such file" in load_error(reader, tmp_path / "missing")
+    load_error(reader, tmp_path)
     pipe = tmp_path / "pipe"
     if hasattr(os, "mkfifo"):
         os.mkfifo(pipe)
-        refused(reader, pipe)  # and does not wait
+        load_error(reader, pipe)  # without blocking
     if Path("/dev/zero").exists():
-        refused(reader, Path("/dev/zero"))
+        load_error(reader, Path("/dev/zero"))
     for content in (b"", b"PK", b"no archive at all" * 100, bytes(100_000)):
         (tmp_path / "file").write_bytes(content)
-        refused(reader, tmp_path / "file")
+        load_error(reader, tmp_path / "file")
 
 
-def test_truncated_files_are_refused(reader: Engine, saved: Path, tmp_path: Path) -> None:
+def test_truncated_files_are_rejected(reader: Engine, saved: Path, tmp_path: Path) -> None:
     content, path = saved.read_bytes(), tmp_path / "cut.npz"
     for length in [*range(0, 200, 9), *range(200, len(content), len(content) // 40), len(content) - 1]:
         path.write_bytes(content[:length])
-        refused(reader, path)
+        load_error(reader, path)
 
 
-def test_damaged_files_are_refused_or_say_the_same(reader: Engine, saved: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_rejected_or_give_the_same_answer(reader: Engine, saved: Path, tmp_path: Path) -> None:
     content, path = saved.read_bytes(), tmp_path / "damaged.npz"
     wanted = arrays(saved)
     directory = content.rindex(b"PK\x01\x02", 0, content.index(b"PK\x01\x02") + 4)
@@ -185,7 +185,7 @@ def test_damaged_files_are_refused_or_say_the_same(reader: Engine, saved: Path, 
             assert "\n" not in message
     assert right < 200
     prompt = [int(token) for token in wanted["tokens"]]
-    assert said(reader.generate(prompt, GREEDY).result())[1]
+    assert outcome(reader.generate(prompt, GREEDY).result())[1]
 
 
 @pytest.mark.parametrize(
@@ -213,36 +213,34 @@ def test_damaged_files_are_refused_or_say_the_same(reader: Engine, saved: Path, 
     ],
     ids=str,
 )
-def test_arrays_that_are_not_those_of_a_cache(
-    reader: Engine, saved: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    made = {name: value for name, value in {**arrays(saved), **change}.items() if value is not None}
-    refused(reader, written(tmp_path / "other.npz", made))
+def test_unexpected_arrays_are_rejected(reader: Engine, saved: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    contents = {name: value for name, value in {**arrays(saved), **change}.items() if value is not None}
+    load_error(reader, write_arrays(tmp_path / "other.npz", contents))
 
 
 @pytest.mark.parametrize("token", [-1, 331, 2**40])
-def test_tokens_outside_of_the_vocabulary(reader: Engine, saved: Path, tmp_path: Path, token: int) -> None:
-    made = arrays(saved)
-    made["tokens"][3] = token
+def test_tokens_outside_the_vocabulary_are_rejected(reader: Engine, saved: Path, tmp_path: Path, token: int) -> None:
+    contents = arrays(saved)
+    contents["tokens"][3] = token
     with pytest.raises(InputError, match=r"^[^\n]*vocabulary[^\n]*$"):
-        reader.load_cache(written(tmp_path / "ids.npz", made))
+        reader.load_cache(write_arrays(tmp_path / "ids.npz", contents))
 
 
-def test_other_orders_and_packings(reader: Engine, saved: Path, tmp_path: Path) -> None:
-    made = arrays(saved)
-    refused(reader, written(tmp_path / "packed.npz", made, np.savez_compressed))
-    turned = {**made, "0": np.asfortranarray(made["0"])}
-    refused(reader, written(tmp_path / "fortran.npz", turned))
-    swapped = {**made, "0": made["0"].astype(">f4")}
-    refused(reader, written(tmp_path / "endian.npz", swapped))
-    bomb = {**made, "1": np.zeros((2, 100_000_000 // 4), np.float32)}
-    written(tmp_path / "bomb.npz", bomb, np.savez_compressed)
+def test_other_array_layouts_and_compression_are_rejected(reader: Engine, saved: Path, tmp_path: Path) -> None:
+    contents = arrays(saved)
+    load_error(reader, write_arrays(tmp_path / "packed.npz", contents, np.savez_compressed))
+    fortran = {**contents, "0": np.asfortranarray(contents["0"])}
+    load_error(reader, write_arrays(tmp_path / "fortran.npz", fortran))
+    swapped = {**contents, "0": contents["0"].astype(">f4")}
+    load_error(reader, write_arrays(tmp_path / "endian.npz", swapped))
+    bomb = {**contents, "1": np.zeros((2, 100_000_000 // 4), np.float32)}
+    write_arrays(tmp_path / "bomb.npz", bomb, np.savez_compressed)
     with memory_limit(64 << 20):
-        refused(reader, tmp_path / "bomb.npz")
+        load_error(reader, tmp_path / "bomb.npz")
 
 
 class Trap:
-    """Its unpickling leaves a mark."""
+    """Unpickling it has a visible side effect."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -252,15 +250,15 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["identity", "tokens", "0", "3"])
-def test_pickles_are_not_run(reader: Engine, saved: Path, tmp_path: Path, name: str) -> None:
+def test_pickled_arrays_are_not_executed(reader: Engine, saved: Path, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "mark"
     trap = np.array([Trap(mark)], dtype=object)
-    refused(reader, written(tmp_path / "trap.npz", {**arrays(saved), name: trap}))
+    load_error(reader, write_arrays(tmp_path / "trap.npz", {**arrays(saved), name: trap}))
     assert not mark.exists()
 
 
 def with_header(saved: Path, path: Path, name: str, header: bytes, body: bytes = b"") -> Path:
-    """A copy in which one array is replaced by a header of its own making."""
+    """A copy in which one array is replaced by a handcrafted header."""
     with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.namelist():
             raw = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
@@ -292,13 +290,15 @@ def with_header(saved: Path, path: Path, name: str, header: bytes, body: bytes =
     ids=range(17),
 )
 @pytest.mark.parametrize("name", ["identity", "tokens", "1"])
-def test_headers_that_lie(reader: Engine, saved: Path, tmp_path: Path, name: str, header: bytes) -> None:
+def test_wrong_array_headers_are_rejected(
+    reader: Engine, saved: Path, tmp_path: Path, name: str, header: bytes
+) -> None:
     path = with_header(saved, tmp_path / "header.npz", name, header, bytes(488))
     with memory_limit(64 << 20):
-        refused(reader, path)
+        load_error(reader, path)
 
 
-def test_sizes_that_lie(reader: Engine, saved: Path, tmp_path: Path) -> None:
+def test_wrong_archive_sizes_are_rejected(reader: Engine, saved: Path, tmp_path: Path) -> None:
     content, path = saved.read_bytes(), tmp_path / "sizes.npz"
     places = [at for at in range(len(content)) if content.startswith(b"PK\x01\x02", at)]
     assert len(places) == 6
@@ -308,12 +308,12 @@ def test_sizes_that_lie(reader: Engine, saved: Path, tmp_path: Path) -> None:
             struct.pack_into("<2I", changed, at + 20, value, value)
             path.write_bytes(changed)
             with memory_limit(64 << 20):
-                refused(reader, path)
+                load_error(reader, path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="makes a sparse file and limits memory as Linux does")
 @pytest.mark.parametrize("size", [10**9, 4 * 10**9])
-def test_a_list_of_parts_without_end(reader: Engine, tmp_path: Path, size: int) -> None:
+def test_an_archive_directory_with_too_many_entries_is_rejected(reader: Engine, tmp_path: Path, size: int) -> None:
     path = tmp_path / "sparse.npz"
     with path.open("wb") as file:
         file.write(b"PK\x01\x02")
@@ -321,12 +321,12 @@ def test_a_list_of_parts_without_end(reader: Engine, tmp_path: Path, size: int) 
         file.seek(size)
         file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 6, 6, size, 0, 0))
     with memory_limit(64 << 20):
-        refused(reader, path)
+        load_error(reader, path)
 
 
-def test_more_parts_than_a_cache_has(reader: Engine, saved: Path, tmp_path: Path) -> None:
-    made = arrays(saved) | {f"extra {number}": np.zeros(1) for number in range(3000)}
-    refused(reader, written(tmp_path / "many.npz", made))
+def test_an_archive_with_extra_entries_is_rejected(reader: Engine, saved: Path, tmp_path: Path) -> None:
+    contents = arrays(saved) | {f"extra {number}": np.zeros(1) for number in range(3000)}
+    load_error(reader, write_arrays(tmp_path / "many.npz", contents))
 
 
 # Writing
@@ -340,7 +340,7 @@ def writer(load_engine: Load) -> Engine:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
-def test_what_is_not_written_whole_is_not_there(
+def test_a_failed_write_changes_no_file(
     writer: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     kept = tmp_path / "kept.npz"
@@ -362,7 +362,7 @@ def test_what_is_not_written_whole_is_not_there(
     assert kept.read_bytes() == before
 
 
-def test_places_where_nothing_can_be_written(writer: Engine, saved: Path, tmp_path: Path) -> None:
+def test_unwritable_paths_are_reported(writer: Engine, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (
         tmp_path / "missing" / "x",

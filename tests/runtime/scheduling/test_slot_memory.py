@@ -1,4 +1,4 @@
-"""Rows on the host and rows in memory of onnxruntime's: to a batch they are the same."""
+"""Slot memory: `HostSlots` and `DeviceSlots` behave identically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_edge.runtime.scheduling import batch as batch_module
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.slot_memory import DeviceSlots, HostSlots, SlotMemory
 
-SHAPE = (3, 2, 16, 32)  # of the tiny model's cache, with three rows of 16 tokens
+SHAPE = (3, 2, 16, 32)  # of the tiny model's cache, with three slots of 16 tokens
 LENGTHS = (3, 70, 17, 40)
 
 
@@ -31,7 +31,7 @@ def session(tiny_bundle: Path) -> Session:
     return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
 
 
-def made(kind: str, session: Session, shape: tuple[int, int, int, int] = SHAPE) -> SlotMemory:
+def make_memory(kind: str, session: Session, shape: tuple[int, int, int, int] = SHAPE) -> SlotMemory:
     return HostSlots(session.graph, shape) if kind == "host" else DeviceSlots(session.graph, shape)
 
 
@@ -45,44 +45,44 @@ def same(found: Sequence[Any], wanted: Sequence[Any]) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
-def test_what_is_written_is_read_copied_and_taken_over(session: Session, kind: str) -> None:
-    memory, length = made(kind, session), 5
-    for row in range(3):
-        memory.write(row, values(length + row, row))
-    assert all(same(memory.read(row, length + row), values(length + row, row)) for row in range(3))
+def test_values_can_be_written_read_copied_and_taken_over(session: Session, kind: str) -> None:
+    memory, length = make_memory(kind, session), 5
+    for slot in range(3):
+        memory.write(slot, values(length + slot, slot))
+    assert all(same(memory.read(slot, length + slot), values(length + slot, slot)) for slot in range(3))
     memory.copy(2, 0, 4)
     assert same(memory.read(0, 4), [each[:, :4] for each in values(7, 2)])
     assert same(memory.read(1, 6), values(6, 1))
-    larger = made(kind, session, (3, 2, 40, 32))
+    larger = make_memory(kind, session, (3, 2, 40, 32))
     larger.take_over(memory, [4, 6, 0])
     assert same(larger.read(0, 4), [each[:, :4] for each in values(7, 2)])
     assert same(larger.read(1, 6), values(6, 1))
     larger.write(1, values(40, 9))
     assert same(larger.read(1, 40), values(40, 9))
-    assert same(larger.read(0, 4), [each[:, :4] for each in values(7, 2)])  # neighbours keep theirs
+    assert same(larger.read(0, 4), [each[:, :4] for each in values(7, 2)])  # neighbouring slots are unchanged
     memory.release(1)
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
-def test_rows_lie_side_by_side(session: Session, kind: str) -> None:
-    memory = made(kind, session)
-    starts = [memory.addresses(row) for row in range(3)]
+def test_slots_are_contiguous_in_memory(session: Session, kind: str) -> None:
+    memory = make_memory(kind, session)
+    starts = [memory.addresses(slot) for slot in range(3)]
     assert len(starts[0]) == len(set(starts[0])) == 4
     size = 2 * 16 * 32 * 4
     assert [[later - first for first, later in zip(starts[0], each, strict=True)] for each in starts] == [
-        [row * size] * 4 for row in range(3)
+        [slot * size] * 4 for slot in range(3)
     ]
 
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches keep their rows as they do on a GPU."""
+    """Make batches keep their slots in device memory, as on a GPU."""
     monkeypatch.setattr(batch_module, "_RESERVED_BYTES", 0)
     monkeypatch.setattr(batch_module, "_MIN_CAPACITY", 32)
     monkeypatch.setattr(batch_module, "HostSlots", DeviceSlots)
 
 
-def test_a_batch_computes_the_same_over_both(session: Session, on_device: None) -> None:
+def test_a_batch_computes_the_same_logits_in_device_memory(session: Session, on_device: None) -> None:
     order = random.Random(0)
     texts = [[order.randrange(331) for _ in range(length)] for length in LENGTHS]
     wanted = []
@@ -92,19 +92,19 @@ def test_a_batch_computes_the_same_over_both(session: Session, on_device: None) 
         wanted.append([session.step([token])[0].copy() for token in (5, 6, 7)])
     batch = Batch(session.graph, len(LENGTHS))
     assert batch.capacity == 32
-    for row, text in enumerate(texts):
-        batch.extend(row, text)
+    for slot, text in enumerate(texts):
+        batch.extend(slot, text)
     assert batch.capacity == 128
     found = [batch.decode(0, [token] * 4, [True] * 4) for token in (5, 6, 7)]
-    for row, rows in enumerate(wanted):
-        assert same([step[row] for step in found], rows)
+    for slot, expected in enumerate(wanted):
+        assert same([step[slot] for step in found], expected)
     batch.copy(1, 2, 40)
     batch.write(3, batch.read(1, 40))
     one, other = batch.decode(2, [9, 9], [True, True])
     np.testing.assert_array_equal(one, other)
 
 
-def test_an_engine_answers_the_same_over_both(tiny_bundle: Path, on_device: None, tmp_path: Path) -> None:
+def test_an_engine_gives_the_same_answers_in_device_memory(tiny_bundle: Path, on_device: None, tmp_path: Path) -> None:
     prompts = ["The quick brown fox", "lazy dog. " * 12, "0123456789 " * 9, "The quick brown fox jumps"]
     params = SamplingParams(temperature=1.0, max_tokens=40, seed=1)
 
@@ -127,10 +127,10 @@ def test_an_engine_answers_the_same_over_both(tiny_bundle: Path, on_device: None
             assert answers(engine) == found
 
 
-def test_memory_that_is_not_there(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> Any:
+def test_running_out_of_device_memory_is_a_machine_error(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
 
-    monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", full)
+    monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", fail)
     with pytest.raises(MachineError, match=r"^not enough memory for 3 sequences of 16 tokens: reduce active or kept$"):
-        made("device", session)
+        make_memory("device", session)

@@ -30,11 +30,11 @@ from llm_edge.runtime.text.answer_stream import AnswerStream, separate_reasoning
 from llm_edge.runtime.text.reasoning_parser import ReasoningDelimiters, opens_reasoning, reasoning_parser
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
-START, END, LACKING = 320, 321, 325  # behind the tokens of tests/tiny.py; the last has a logit and no text
+START, END, LACKING = 320, 321, 325  # after the tokens of tests/support/tiny.py; the last has a logit but no text
 IM_START, IM_END = 1, 2
 GREEDY = SamplingParams(temperature=0, max_tokens=100)
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
-# A template in the way of the family this project began with: earlier turns keep what followed the reasoning.
+# A template of the kind that keeps only the text after the reasoning in earlier turns.
 FAMILY = (
     "{% for m in messages %}{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"
     "<|im_end|>{% endfor %}{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
@@ -42,7 +42,7 @@ FAMILY = (
 
 
 def bundle_of(tiny: Path, folder: Path, *, special: bool, template: str | None = None, **manifest: Any) -> Path:
-    """A copy of the tiny bundle whose tokenizer has the tokens of a reasoning model."""
+    """A copy of the tiny bundle with the tokens of a reasoning model."""
     added = {START: "<think>", END: "</think>"}
     manifest = {"reasoning": {"start": START, "end": END}} | manifest
     return bundle_with(tiny, folder, added, special=special, template=template, **manifest)
@@ -50,7 +50,7 @@ def bundle_of(tiny: Path, folder: Path, *, special: bool, template: str | None =
 
 @pytest.fixture(scope="module")
 def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Model]:
-    """Reasoning models whose two tokens are special, and are not."""
+    """Reasoning models whose two tokens are special (True) or ordinary (False)."""
     folder = tmp_path_factory.mktemp("reasoning")
     return {
         special: Model.load(
@@ -60,12 +60,12 @@ def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[b
     }
 
 
-Saying = Callable[..., Model]
+ModelAnswering = Callable[..., Model]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["special", "ordinary"])
-def saying(request: pytest.FixtureRequest, whole: dict[bool, Model]) -> Saying:
-    """Makes reasoning models that answer any prompt with given tokens, over and over."""
+def model_answering(request: pytest.FixtureRequest, whole: dict[bool, Model]) -> ModelAnswering:
+    """Creates reasoning models that answer any prompt by repeating the given tokens."""
 
     def make(tokens: Sequence[int]) -> Model:
         own = whole[request.param]
@@ -76,15 +76,19 @@ def saying(request: pytest.FixtureRequest, whole: dict[bool, Model]) -> Saying:
 
 
 def spelled(model: Model, *parts: str | int) -> list[int]:
-    """Tokens, and those of texts."""
+    """Token ids of the parts; texts are encoded."""
     return [token for part in parts for token in ([part] if isinstance(part, int) else model.tokenizer.encode(part))]
 
 
-def said(saying: Saying, *parts: str | int, prompt: Sequence[int] = (70,), **params: Any) -> GenerationResult:
-    """What becomes of an answer of such parts."""
-    tokens = spelled(saying([0]), *parts)
+def generate(
+    model_answering: ModelAnswering, *parts: str | int, prompt: Sequence[int] = (70,), **params: Any
+) -> GenerationResult:
+    """The result of an answer that consists of these parts."""
+    tokens = spelled(model_answering([0]), *parts)
     return (
-        saying(tokens).generate(prompt, dataclasses.replace(GREEDY, **{"max_tokens": len(tokens), **params})).result()
+        model_answering(tokens)
+        .generate(prompt, dataclasses.replace(GREEDY, **{"max_tokens": len(tokens), **params}))
+        .result()
     )
 
 
@@ -100,13 +104,13 @@ def said(saying: Saying, *parts: str | int, prompt: Sequence[int] = (70,), **par
         ([START, 70, END], ["It is 4."], "", "It is 4."),
         ([END, START], ["hm"], "hm", ""),
         ([START, END, START, START, 71], ["hm"], "hm", ""),
-        ([START, 70, IM_END, 71], ["It is 4."], "", "It is 4."),  # what somebody typed, before the turn's end
+        ([START, 70, IM_END, 71], ["It is 4."], "", "It is 4."),  # typed by a user, before the end of the turn
         ([70], ["It is 4."], "", "It is 4."),
         ([70], [START, "\nhm\n", END, "\n\nIt is 4.\n"], "hm\n", "It is 4.\n"),
-        ([START], ["\n \t\n  hm", END, " \r\n    if x:\n"], "  hm", "    if x:\n"),  # the indentation stays
+        ([START], ["\n \t\n  hm", END, " \r\n    if x:\n"], "  hm", "    if x:\n"),  # indentation is preserved
         ([START], ["\n", "\n", END, "\n", " ", "\n", " a"], "", " a"),
         ([START], [" \n ", END, "\n  "], "", ""),
-        ([70], ["\n\nIt is 4."], "", "\n\nIt is 4."),  # no border, nothing to leave out
+        ([70], ["\n\nIt is 4."], "", "\n\nIt is 4."),  # no delimiter, so nothing is stripped
         ([START, 70], ["\nhm"], "\nhm", ""),
         ([START, END], ["\nIt is 4."], "", "It is 4."),
         ([START], ["hm", END, "It ", END, "is 4."], "hm", "It is 4."),
@@ -117,26 +121,26 @@ def said(saying: Saying, *parts: str | int, prompt: Sequence[int] = (70,), **par
         ([70], ["👋 a", START, "👋"], "👋", "👋 a"),
     ],
 )
-def test_reasoning_and_answer(
-    saying: Saying, prompt: list[int], parts: list[str | int], reasoning: str, answer: str
+def test_reasoning_and_answer_are_separated(
+    model_answering: ModelAnswering, prompt: list[int], parts: list[str | int], reasoning: str, answer: str
 ) -> None:
-    result = said(saying, *parts, prompt=prompt)
+    result = generate(model_answering, *parts, prompt=prompt)
     assert (result.reasoning, result.text) == (reasoning, answer)
-    assert result.tokens == tuple(spelled(saying([0]), *parts))
-    ended = said(saying, *parts, IM_END, prompt=prompt, max_tokens=100)
+    assert result.tokens == tuple(spelled(model_answering([0]), *parts))
+    ended = generate(model_answering, *parts, IM_END, prompt=prompt, max_tokens=100)
     assert (ended.reasoning, ended.text, ended.finish_reason) == (reasoning, answer, FinishReason.STOP)
 
 
-def test_a_border_flushes_what_waits_for_the_rest_of_a_character(saying: Saying) -> None:
-    wave = spelled(saying([0]), "👋")
+def test_a_delimiter_flushes_an_incomplete_character(model_answering: ModelAnswering) -> None:
+    wave = spelled(model_answering([0]), "👋")
     assert len(wave) == 4
-    result = said(saying, START, *wave[:2], END, *wave[2:], "a")
-    assert result.reasoning == saying([0]).tokenizer.decode(wave[:2])
-    assert result.text == saying([0]).tokenizer.decode([*wave[2:], *spelled(saying([0]), "a")])
+    result = generate(model_answering, START, *wave[:2], END, *wave[2:], "a")
+    assert result.reasoning == model_answering([0]).tokenizer.decode(wave[:2])
+    assert result.text == model_answering([0]).tokenizer.decode([*wave[2:], *spelled(model_answering([0]), "a")])
     assert "👋" not in result.reasoning + result.text
 
 
-def test_a_model_without_reasoning_tokens_has_only_answers(tiny_bundle: Path) -> None:
+def test_a_model_without_reasoning_tokens_yields_only_answers(tiny_bundle: Path) -> None:
     model = Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
     text = "<think>\nhm\n</think>\n\n4"
     session: Any = FakeSession(model.tokenizer.encode(text), model.bundle.shape)
@@ -145,11 +149,11 @@ def test_a_model_without_reasoning_tokens_has_only_answers(tiny_bundle: Path) ->
     assert (result.text, result.reasoning, result.timings.reasoning_tokens) == (text, "", 0)
 
 
-def test_pieces_say_to_which_side_they_belong(saying: Saying) -> None:
-    tokens = [START, *spelled(saying([0]), "hm"), END, *spelled(saying([0]), "yo"), IM_END]
-    pieces = list(saying(tokens).generate([70], GREEDY))
-    assert [piece.token for piece in pieces] == tokens
-    assert [(piece.text, piece.reasoning) for piece in pieces if piece.text] == [
+def test_chunks_are_marked_as_reasoning_or_answer(model_answering: ModelAnswering) -> None:
+    tokens = [START, *spelled(model_answering([0]), "hm"), END, *spelled(model_answering([0]), "yo"), IM_END]
+    chunks = list(model_answering(tokens).generate([70], GREEDY))
+    assert [chunk.token for chunk in chunks] == tokens
+    assert [(chunk.text, chunk.reasoning) for chunk in chunks if chunk.text] == [
         ("h", True), ("m", True), ("y", False), ("o", False)
     ]  # fmt: skip
 
@@ -163,7 +167,7 @@ WORDS = st.lists(
 
 
 def expected(model: Model, tokens: Sequence[int], inside: bool, bordered: bool) -> tuple[str, str, int]:
-    """Reasoning, answer and count of the reasoning's tokens, straight from the definition."""
+    """Reasoning, answer and number of reasoning tokens, according to the definition."""
     sides: list[tuple[bool, bool, list[int]]] = [(inside, bordered, [])]
     count = 0
     for token in tokens:
@@ -185,12 +189,12 @@ def expected(model: Model, tokens: Sequence[int], inside: bool, bordered: bool) 
 
 @given(parts=WORDS, prompt=st.lists(st.sampled_from([START, END, 70, 71]), max_size=4), cut=st.integers(1, 60))
 @settings(max_examples=200, deadline=None)
-def test_sides_add_up_wherever_a_generation_is_cut(
-    saying: Saying, parts: list[str | int], prompt: list[int], cut: int
+def test_reasoning_and_answer_add_up_for_any_token_limit(
+    model_answering: ModelAnswering, parts: list[str | int], prompt: list[int], cut: int
 ) -> None:
-    model = saying([0])
+    model = model_answering([0])
     tokens = [*spelled(model, *parts), IM_END]
-    own, prompt = saying(tokens), [70, *prompt]
+    own, prompt = model_answering(tokens), [70, *prompt]
     marks = [token for token in prompt if token in (START, END)]
     opened, bordered = marks[-1:] == [START], prompt[-1] in (START, END)
     drawn = tokens[:cut]
@@ -203,14 +207,14 @@ def test_sides_add_up_wherever_a_generation_is_cut(
 
     generation = own.generate(prompt, GREEDY)
     texts: dict[bool, str] = {True: "", False: ""}
-    for number, piece in enumerate(generation, 1):
-        texts[piece.reasoning] += piece.text
+    for number, chunk in enumerate(generation, 1):
+        texts[chunk.reasoning] += chunk.text
         if number == cut:
             generation.cancel()
     assert (texts[True], texts[False]) == wanted[:2]
-    assert piece.timings is not None
-    assert piece.timings.reasoning_tokens == wanted[2]
-    assert piece.finish_reason == (FinishReason.STOP if drawn[-1] == IM_END else FinishReason.CANCELLED)
+    assert chunk.timings is not None
+    assert chunk.timings.reasoning_tokens == wanted[2]
+    assert chunk.finish_reason == (FinishReason.STOP if drawn[-1] == IM_END else FinishReason.CANCELLED)
 
 
 @pytest.mark.parametrize(
@@ -219,39 +223,44 @@ def test_sides_add_up_wherever_a_generation_is_cut(
         ([START, "say 4 now", END, "It is 4."], ("4",), "say 4 now", "It is ", True),
         ([START, "say 4 now", END, "It is 5."], ("4",), "say 4 now", "It is 5.", False),
         ([START, "hm ", END, "\n\nIt is 4.\n\nBut"], ("\n\n",), "hm ", "It is 4.", True),
-        ([START, "hm I", END, "t is"], ("It",), "hm I", "t is", False),  # not across the border
+        ([START, "hm I", END, "t is"], ("It",), "hm I", "t is", False),  # not across the delimiter
         (["It", START, " hm", END, " is"], ("It is",), " hm", "It is", False),
         (["It is", START, "hm", END, " 4"], ("is 4",), "hm", "It is 4", False),
         (["st", START, "op", END, "op"], ("stop",), "op", "stop", False),
     ],
 )
-def test_stop_strings_end_the_answer_alone(
-    saying: Saying, parts: list[str | int], stop: tuple[str, ...], reasoning: str, answer: str, stopped: bool
+def test_stop_strings_apply_only_to_the_answer(
+    model_answering: ModelAnswering,
+    parts: list[str | int],
+    stop: tuple[str, ...],
+    reasoning: str,
+    answer: str,
+    stopped: bool,
 ) -> None:
-    result = said(saying, *parts, stop=stop)
+    result = generate(model_answering, *parts, stop=stop)
     assert (result.reasoning, result.text) == (reasoning, answer)
     assert result.finish_reason == (FinishReason.STOP if stopped else FinishReason.LENGTH)
 
 
-def test_stop_tokens_end_the_reasoning_too(saying: Saying) -> None:
-    result = said(saying, START, "hm", END, "4", stop_token_ids=(END,))
+def test_stop_tokens_apply_to_the_reasoning_too(model_answering: ModelAnswering) -> None:
+    result = generate(model_answering, START, "hm", END, "4", stop_token_ids=(END,))
     assert (result.reasoning, result.text, result.tokens[-1]) == ("hm", "", END)
     assert result.finish_reason == FinishReason.STOP
 
 
-def test_the_tokens_of_the_reasoning_are_counted(saying: Saying) -> None:
-    result = said(saying, START, "hm", END, "yes", IM_END)
+def test_reasoning_tokens_are_counted(model_answering: ModelAnswering) -> None:
+    result = generate(model_answering, START, "hm", END, "yes", IM_END)
     assert (result.timings.completion_tokens, result.timings.reasoning_tokens) == (len(result.tokens), 4)
-    assert said(saying, "yes", END, "no", IM_END).timings.reasoning_tokens == 0
+    assert generate(model_answering, "yes", END, "no", IM_END).timings.reasoning_tokens == 0
 
 
-def test_what_a_user_types_opens_no_reasoning(saying: Saying) -> None:
-    model = saying(spelled(saying([0]), "A tag.", IM_END))
+def test_typed_delimiters_do_not_open_reasoning(model_answering: ModelAnswering) -> None:
+    model = model_answering(spelled(model_answering([0]), "A tag.", IM_END))
     result = model.chat([{"role": "user", "content": "What is <think>?"}], GREEDY).result()
     assert (result.reasoning, result.text) == ("", "A tag.")
 
 
-def test_the_prompt_may_open_and_close_it() -> None:
+def test_the_prompt_may_open_and_close_reasoning() -> None:
     tokens = ReasoningTokens(7, 8)
     assert opens_reasoning([5, 7], tokens)
     assert opens_reasoning([7, 8, 7, 5], tokens)
@@ -262,8 +271,8 @@ def test_the_prompt_may_open_and_close_it() -> None:
     assert opens_reasoning([2, 7, 5], tokens, {2, 7})
 
 
-def test_a_long_run_of_blank_lines_costs_little(saying: Saying) -> None:
-    model = saying([0])
+def test_a_long_run_of_blank_lines_is_fast(model_answering: ModelAnswering) -> None:
+    model = model_answering([0])
     (newline,) = model.tokenizer.encode("\n")
     marks = ReasoningDelimiters(ReasoningTokens(START, END), model.tokenizer)
     stream = AnswerStream(reasoning_parser(marks, model.tokenizer, [START]), ())
@@ -278,7 +287,7 @@ def test_a_vocabulary_without_newlines_needs_no_limit() -> None:
     assert not NewlineLimit(NewlineCounter({}), 1)(logits, [1, 2]).any()
 
 
-def test_tokens_that_the_tokenizer_lacks_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_reasoning_tokens_unknown_to_the_tokenizer_are_rejected(tiny_bundle: Path, tmp_path: Path) -> None:
     for number, tokens in enumerate(({"start": START, "end": LACKING}, {"start": LACKING, "end": END})):
         path = bundle_of(tiny_bundle, tmp_path / str(number), special=True, reasoning=tokens)
         with pytest.raises(BundleError, match=r"tokenizer\.json lacks the tokens of 'reasoning'"):
@@ -289,7 +298,7 @@ def test_tokens_that_the_tokenizer_lacks_are_refused(tiny_bundle: Path, tmp_path
 
 
 def reference(path: Path) -> Any:
-    """The same tokenizer as transformers reads it."""
+    """The same tokenizer loaded by transformers."""
     template = (path / "chat_template.jinja").read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), chat_template=template)
 
@@ -308,9 +317,7 @@ REPLIES = [
 
 @pytest.mark.parametrize("special", [True, False], ids=["special", "ordinary"])
 @pytest.mark.parametrize("name", ["qwen3", "family"])
-def test_earlier_turns_are_what_transformers_makes_of_them(
-    tiny_bundle: Path, tmp_path: Path, name: str, special: bool
-) -> None:
+def test_earlier_turns_match_transformers(tiny_bundle: Path, tmp_path: Path, name: str, special: bool) -> None:
     template = {"qwen3": TEMPLATES["qwen3"], "family": FAMILY}[name]
     path = bundle_of(tiny_bundle, tmp_path / "own", special=special, template=template)
     model, theirs = Model.load(path, "fp32", provider="cpu", threads=1), reference(path)
@@ -318,9 +325,9 @@ def test_earlier_turns_are_what_transformers_makes_of_them(
         for more in ({}, {"reasoning_content": "2+2"}, {"reasoning_content": None}):
             for rest in ([], QUESTION):
                 if special and ("think" in reply) and (more.get("reasoning_content") or "</think>" not in reply):
-                    continue  # spelled, and so no token to us
+                    continue  # spelled by the message, so the runtime does not treat it as a token
                 if special and name == "family" and "\n\n" in reply:
-                    continue  # without the blank lines here, see below
+                    continue  # the runtime strips the blank lines, see below
                 messages: list[dict[str, Any]] = [*QUESTION, {"role": "assistant", "content": reply, **more}, *rest]
                 kept = [{key: value for key, value in m.items() if value is not None} for m in messages]
                 variables = {"enable_thinking": False} if rest else {}
@@ -328,7 +335,7 @@ def test_earlier_turns_are_what_transformers_makes_of_them(
                 assert model.encode_chat(messages, variables) == wanted, (reply, more)
 
 
-def test_a_special_end_is_found_in_earlier_turns_and_nowhere_else(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_special_end_is_recognized_only_in_earlier_assistant_turns(tiny_bundle: Path, tmp_path: Path) -> None:
     model = Model.load(
         bundle_of(tiny_bundle, tmp_path / "own", special=True, template=FAMILY), "fp32", provider="cpu", threads=1
     )
@@ -340,8 +347,8 @@ def test_a_special_end_is_found_in_earlier_turns_and_nowhere_else(tiny_bundle: P
     assert (ids.count(START), ids.count(END)) == (1, 0)
 
 
-def test_a_turn_goes_back_as_it_was_streamed(saying: Saying) -> None:
-    result = said(saying, START, "\nhm\n", END, "\n\n  It is 4.", prompt=[70])
+def test_a_streamed_turn_is_split_like_its_text(model_answering: ModelAnswering) -> None:
+    result = generate(model_answering, START, "\nhm\n", END, "\n\n  It is 4.", prompt=[70])
     raw = f"<think>\nhm\n</think>\n\n{result.text}"
     (message,) = separate_reasoning([{"role": "assistant", "content": raw}], "<think>", "</think>")
     assert message == {"role": "assistant", "reasoning_content": result.reasoning.strip(), "content": result.text}
@@ -359,11 +366,11 @@ def test_a_turn_goes_back_as_it_was_streamed(saying: Saying) -> None:
         None,
     ],
 )
-def test_messages_that_stay_as_they_are(messages: Any) -> None:
+def test_other_messages_are_unchanged(messages: Any) -> None:
     assert separate_reasoning(messages, "<think>", "</think>") == messages
 
 
-def test_the_callers_messages_stay_as_they_are() -> None:
+def test_the_callers_messages_are_not_modified() -> None:
     messages = [{"role": "assistant", "content": "a</think>b", "name": "x"}]
     assert separate_reasoning(messages, "<think>", "</think>") == [
         {"role": "assistant", "content": "b", "name": "x", "reasoning_content": "a"}
@@ -371,7 +378,7 @@ def test_the_callers_messages_stay_as_they_are() -> None:
     assert messages == [{"role": "assistant", "content": "a</think>b", "name": "x"}]
 
 
-def test_template_variables(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_template_variables_are_passed_to_the_template(tiny_bundle: Path, tmp_path: Path) -> None:
     path = bundle_of(tiny_bundle, tmp_path / "own", special=True, template=FAMILY)
     own = Model.load(path, "fp32", provider="cpu", threads=1)
     session: Any = FakeSession([70, IM_END], own.bundle.shape)
@@ -391,7 +398,7 @@ def test_template_variables(tiny_bundle: Path, tmp_path: Path) -> None:
             model.chat(QUESTION, GREEDY, template_variables=odd)  # type: ignore[arg-type]
 
 
-def test_threads_that_are_no_number(tiny_bundle: Path) -> None:
+def test_invalid_thread_counts_are_rejected(tiny_bundle: Path) -> None:
     for wrong in ("2", 1.0, True):
         with pytest.raises(ParameterError, match=f"threads is {wrong!r}; use 1 to 1024"):
             Model.load(tiny_bundle, "fp32", provider="cpu", threads=wrong)  # type: ignore[arg-type]
@@ -401,7 +408,7 @@ def test_threads_that_are_no_number(tiny_bundle: Path) -> None:
 
 
 class NoisySession(FakeSession):
-    """Draws at random, some tokens much more often than others."""
+    """Random logits, with some tokens much more probable than others."""
 
     def __init__(self, model: Model, often: Sequence[int], seed: int) -> None:
         super().__init__([0], model.bundle.shape)
@@ -420,20 +427,20 @@ def noisy(whole: Model, *often: str | int, seed: int = 0) -> Model:
     return model_over(session, whole)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_newlines_in_a_row(whole: dict[bool, Model], most: int, temperature: float) -> None:
+def test_consecutive_newlines_are_counted(whole: dict[bool, Model], limit: int, temperature: float) -> None:
     model = noisy(whole[True], "\n", "\n\n", "a")
     for prompt in ("x", "x\n", "x\n\n\n\n\n"):
         params = SamplingParams(temperature=temperature, max_tokens=200, seed=1)
         free = model.generate(prompt, params).result().text
-        assert "\n" * (most + 1) in free
-        kept = model.generate(prompt, dataclasses.replace(params, max_newlines=most)).result().text
-        assert not re.search(rf"\n{{{most + 1}}}", prompt.rstrip("\n")[-1:] + kept)
+        assert "\n" * (limit + 1) in free
+        kept = model.generate(prompt, dataclasses.replace(params, max_newlines=limit)).result().text
+        assert not re.search(rf"\n{{{limit + 1}}}", prompt.rstrip("\n")[-1:] + kept)
         before = len(prompt) - len(prompt.rstrip("\n"))
         after = len(kept) - len(kept.lstrip("\n"))
-        assert after <= max(0, most - before)
-        assert re.search(rf"\n{{{most}}}", kept)
+        assert after <= max(0, limit - before)
+        assert re.search(rf"\n{{{limit}}}", kept)
 
 
 NEWLINES = NewlineCounter(
@@ -442,7 +449,7 @@ NEWLINES = NewlineCounter(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "most", "banned"),
+    ("tokens", "limit", "banned"),
     [
         ([], 2, {9, 10, 11, 12}),
         ([], 3, set()),
@@ -454,24 +461,24 @@ NEWLINES = NewlineCounter(
         ([8], 2, {9, 10, 11, 12}),
         ([10], 3, {5, 6, 8, 9, 12}),
         ([6, 5], 4, {6, 9, 12}),
-        ([6, 6, 6, 6], 2, {5, 6, 8, 9, 10, 11, 12}),  # a prompt's
+        ([6, 6, 6, 6], 2, {5, 6, 8, 9, 10, 11, 12}),  # those of a prompt
         ([5, 5, 1], 2, {9, 10, 11, 12}),
         ([12, 5, 5], 3, {5, 6, 8, 9, 12}),
         ([5], 1, {5, 6, 8, 9, 10, 11, 12}),
     ],
 )
-def test_a_limit_of_newlines_bans_what_would_pass_it(tokens: list[int], most: int, banned: set[int]) -> None:
+def test_a_newline_limit_bans_tokens_that_would_exceed_it(tokens: list[int], limit: int, banned: set[int]) -> None:
     logits = np.zeros(20, np.float32)
-    row = NewlineLimit(NEWLINES, most)(logits, tokens)
+    row = NewlineLimit(NEWLINES, limit)(logits, tokens)
     assert set(np.flatnonzero(np.isneginf(row))) == banned
     assert not logits.any()
-    free = NewlineLimit(NEWLINES, most, allowed=[6, 12])(logits, tokens)
+    free = NewlineLimit(NEWLINES, limit, allowed=[6, 12])(logits, tokens)
     assert set(np.flatnonzero(np.isneginf(free))) == banned - {6, 12}
-    narrow = NewlineLimit(NEWLINES, most)(logits[:7], tokens)
+    narrow = NewlineLimit(NEWLINES, limit)(logits[:7], tokens)
     assert set(np.flatnonzero(np.isneginf(narrow))) == {n for n in banned if n < 7}
 
 
-def test_the_end_is_free_whatever_its_text(whole: dict[bool, Model]) -> None:
+def test_end_tokens_are_never_banned(whole: dict[bool, Model]) -> None:
     (newline,) = whole[True].tokenizer.encode("\n")
     model = noisy(whole[True], "\n")
     params = SamplingParams(temperature=0, max_tokens=50, max_newlines=1, stop_token_ids=(newline, 10**30))
@@ -479,7 +486,7 @@ def test_the_end_is_free_whatever_its_text(whole: dict[bool, Model]) -> None:
     assert (result.tokens, result.finish_reason) == ((newline,), FinishReason.STOP)
 
 
-def test_a_reasoning_ends_once(whole: dict[bool, Model]) -> None:
+def test_reasoning_ends_only_once(whole: dict[bool, Model]) -> None:
     model = noisy(whole[True], START, END, "a")
     for prompt, ends in (([70, START], 1), ([START, 70, END], 0), ([70], 1), ([START, 70, END, 70, START], 1)):
         params = SamplingParams(max_tokens=60, seed=1)
@@ -489,8 +496,8 @@ def test_a_reasoning_ends_once(whole: dict[bool, Model]) -> None:
         assert ends <= kept.count(END) <= ends + starts
 
 
-def test_a_new_reasoning_may_end_again(saying: Saying) -> None:
-    tokenizer, logits = saying([0]).tokenizer, np.zeros(331, np.float32)
+def test_a_second_reasoning_section_may_end_too(model_answering: ModelAnswering) -> None:
+    tokenizer, logits = model_answering([0]).tokenizer, np.zeros(331, np.float32)
     borders = reasoning_parser(ReasoningDelimiters(ReasoningTokens(START, END), tokenizer), tokenizer)
     guard = SingleThinkEnd(borders)
     free = []
@@ -501,14 +508,14 @@ def test_a_new_reasoning_may_end_again(saying: Saying) -> None:
     assert not logits.any()
 
 
-def test_a_model_without_reasoning_passes_over_the_guard(tiny_bundle: Path) -> None:
+def test_the_guard_is_ignored_without_reasoning(tiny_bundle: Path) -> None:
     model = Model.load(tiny_bundle, "fp32", provider="cpu", threads=1)
     params = SamplingParams(max_tokens=20, seed=1)
     guarded = dataclasses.replace(params, single_think_end=True)
     assert model.generate("x", guarded).result().tokens == model.generate("x", params).result().tokens
 
 
-def test_guards_are_defaults(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_guards_become_default_parameters(tiny_bundle: Path, tmp_path: Path) -> None:
     guards = {"max_newlines": 1, "single_think_end": True}
     path = bundle_of(tiny_bundle, tmp_path / "own", special=True, guards=guards)
     model = noisy(Model.load(path, "fp32", provider="cpu", threads=1), "\n", END)
@@ -520,19 +527,19 @@ def test_guards_are_defaults(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_texts_of_the_vocabulary(kind: str) -> None:
+def test_vocabulary_texts_match_decoding(kind: str) -> None:
     tokenizer = Tokenizer(BACKENDS[kind], {}, None)
     for char in ("\n", "e", "é", "☃"):
         found = tokenizer.texts_with(char, range(tokenizer.vocab_size + 70))
         before = tokenizer.token_id("<|im_start|>")
         for number in range(tokenizer.vocab_size + 70):
             text = "" if number in tokenizer.special_ids else tokenizer.decode([before, number], skip_special=False)
-            text = text.removeprefix("<|im_start|>")  # so that nothing of the token itself stands first
+            text = text.removeprefix("<|im_start|>")  # removes the token itself at the start
             assert found.get(number, "") == (text if char in text else ""), (number, text)
     assert len(SPECIALS) < tokenizer.vocab_size
 
 
-def test_a_large_vocabulary_is_looked_through_quickly() -> None:
+def test_a_large_vocabulary_is_searched_quickly() -> None:
     words = {f"w{number:x}": number for number in range(262_143)} | {"a\n\nb": 262_143}
     tokenizer = Tokenizer(Backend(models.WordLevel(words, unk_token="w0")), {}, None)
     began = time.process_time()

@@ -1,4 +1,4 @@
-"""Chat templates: the same text as transformers renders, and nothing but an error from hostile ones."""
+"""Chat templates: rendering matches transformers, and hostile templates yield a one-line error."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ CONVERSATIONS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("case", range(len(CONVERSATIONS)))
-def test_the_text_is_what_transformers_renders(name: str, case: int) -> None:
+def test_rendering_matches_transformers(name: str, case: int) -> None:
     messages, variables = CONVERSATIONS[case]
     arguments = {"add_generation_prompt": True, **variables}
     kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -186,7 +186,7 @@ def test_the_text_is_what_transformers_renders(name: str, case: int) -> None:
     assert json.dumps(messages) == before
 
 
-def test_long_conversations_are_not_refused() -> None:
+def test_long_conversations_are_accepted() -> None:
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i} " * 100} for i in range(1000)]
     messages.append({"role": "user", "content": "word < " * 100_000})
     for name, template in TEMPLATES.items():
@@ -194,7 +194,7 @@ def test_long_conversations_are_not_refused() -> None:
         assert "turn 999" in rendered, name
 
 
-def test_todays_date() -> None:
+def test_templates_can_use_todays_date() -> None:
     assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render([USER]) == time.strftime("%Y")
 
 
@@ -211,13 +211,13 @@ def test_todays_date() -> None:
         ([{"role": "user", "content": json.loads("[" * 500 + "]" * 500)}], "nested too deeply"),
     ],
 )
-def test_conversations_that_are_none(messages: Any, reason: str) -> None:
+def test_invalid_conversations_are_rejected(messages: Any, reason: str) -> None:
     with pytest.raises(TemplateError, match=reason) as caught:
         ChatTemplate(CHATML, TOKENS).render(messages)
     assert "\n" not in str(caught.value)
 
 
-def test_tools_that_are_none() -> None:
+def test_invalid_tools_are_rejected() -> None:
     with pytest.raises(TemplateError, match="tools"):
         ChatTemplate(CHATML, TOKENS).render([USER], tools=["x"])  # type: ignore[list-item]
 
@@ -311,7 +311,7 @@ ATTACKS = {
     "tojson deep": loop("{% set n.x = [n.x] * 2 %}", "[1]", 15) + "{{ n.x | tojson(indent=60) * 9 }}",
     "date": "{{ strftime_now('%c' * 1000000) }}",
     "escape": "{{ ('<' * 4000000) | e }}",
-    # reach
+    # access
     "class": "{{ ''.__class__.__mro__ }}",
     "class []": "{{ ''['__class__']['__mro__'] }}",
     "class attr": "{{ (''|attr('__class__')).x }}",
@@ -341,7 +341,7 @@ ATTACKS = {
     "extends": "{% extends 'x' %}",
     "block": "{% block a %}{{ self.a() }}{% endblock %}",
     "hook": "{{ 1 | <spend> }}",
-    # plain mistakes
+    # ordinary mistakes
     "raise": "{{ raise_exception('no\nsuch role') }}",
     "undefined": "{{ foo.bar }}",
     "syntax": "{% if %}",
@@ -353,7 +353,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_hostile_templates_end_soon_as_one_line(name: str) -> None:
+def test_hostile_templates_fail_quickly_with_one_line(name: str) -> None:
     memory, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(TemplateError) as caught:
         ChatTemplate(ATTACKS[name], TOKENS).render([USER])
@@ -364,7 +364,7 @@ def test_hostile_templates_end_soon_as_one_line(name: str) -> None:
     assert name != "raise" or "no such role" in str(caught.value)
 
 
-def test_a_render_does_not_spend_the_next_ones_budget() -> None:
+def test_the_budget_applies_to_each_rendering_separately() -> None:
     template = ChatTemplate(loop("{% set c = 1 %}", count=50_000), {})
     assert [template.render([USER]) for _ in range(4)] == [""] * 4
     assert not hasattr(chat._BUDGET.get(None), "left")

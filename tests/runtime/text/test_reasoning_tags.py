@@ -1,4 +1,4 @@
-"""Reasoning between texts that are no tokens of their own: found wherever they are cut, limited, and exported."""
+"""Reasoning tags that are not single tokens: detection across token boundaries, budgets, and export."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from llm_edge.runtime.text.reasoning_parser import ReasoningDelimiters, reasonin
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
 IM_START, IM_END = 1, 2
-LESS, THINK, MORE, MORE_SEMICOLON = 30, 279, 32, 288  # "<", "think", ">" and ">;" of tests/tiny.py
+LESS, THINK, MORE, MORE_SEMICOLON = 30, 279, 32, 288  # "<", "think", ">" and ">;" of tests/support/tiny.py
 CHANNEL, CHANNEL_END = 320, 321
 GREEDY = SamplingParams(temperature=0, max_tokens=100)
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
@@ -56,7 +56,7 @@ OPENED = (
 
 
 def bundle_of(tiny: Path, folder: Path, *, template: str | None = None, **manifest: Any) -> Path:
-    """A copy of the tiny bundle with other keys in its manifest, and the special tokens of one family."""
+    """A copy of the tiny bundle with changed manifest keys and the special tokens of a family."""
     added = {CHANNEL: "<|channel>", CHANNEL_END: "<channel|>"}
     return bundle_with(tiny, folder, added, special=True, template=template, **manifest)
 
@@ -81,21 +81,21 @@ def model(models: dict[str, Model]) -> Model:
 
 
 def spelled(model: Model, *parts: str | int) -> list[int]:
-    """Tokens, and those of texts."""
+    """Token ids of the parts; texts are encoded."""
     return [token for part in parts for token in ([part] if isinstance(part, int) else model.tokenizer.encode(part))]
 
 
-def saying(model: Model, tokens: Sequence[int]) -> Model:
-    """The same, but it answers any prompt with given tokens, over and over."""
+def model_answering(model: Model, tokens: Sequence[int]) -> Model:
+    """The same model, but it answers any prompt by repeating the given tokens."""
     session: Any = FakeSession(tokens, model.bundle.shape)
     return model_over(session, model)
 
 
-def said(model: Model, *parts: str | int, prompt: str | Sequence[int] = (70,), **params: Any) -> GenerationResult:
-    """What becomes of an answer of such parts."""
+def generate(model: Model, *parts: str | int, prompt: str | Sequence[int] = (70,), **params: Any) -> GenerationResult:
+    """The result of an answer that consists of these parts."""
     tokens = spelled(model, *parts)
     own = dataclasses.replace(GREEDY, **{"max_tokens": len(tokens), **params})
-    return saying(model, tokens).generate(prompt, own).result()
+    return model_answering(model, tokens).generate(prompt, own).result()
 
 
 def one_by_one(text: str) -> list[str]:
@@ -135,7 +135,7 @@ CASES = [
 @pytest.mark.parametrize("cut", [lambda text: [text], one_by_one], ids=["whole", "characters"])
 @pytest.mark.parametrize("name", ["think", "odd"])
 @pytest.mark.parametrize(("prompt", "answer", "reasoning", "text"), CASES)
-def test_reasoning_and_answer(
+def test_reasoning_and_answer_are_separated(
     models: dict[str, Model],
     name: str,
     cut: Callable[[str], list[str]],
@@ -149,44 +149,44 @@ def test_reasoning_and_answer(
 
     parts = cut(own(answer))
     for more, params in (([], {}), ([IM_END], {"max_tokens": 100})):
-        result = said(models[name], *parts, *more, prompt=own(prompt), **params)
+        result = generate(models[name], *parts, *more, prompt=own(prompt), **params)
         assert (result.reasoning, result.text) == (own(reasoning), own(text))
         assert result.tokens == tuple(spelled(models[name], *parts, *more))
 
 
-def test_tags_share_tokens_with_what_stands_around(model: Model) -> None:
+def test_tags_may_share_tokens_with_surrounding_text(model: Model) -> None:
     tokens = [271, THINK, MORE_SEMICOLON, *spelled(model, "a"), 271, *spelled(model, "/"), THINK, MORE_SEMICOLON]
     assert model.tokenizer.decode(tokens) == " <think>;a </think>;"
-    result = said(model, *tokens, "b")
+    result = generate(model, *tokens, "b")
     assert (result.reasoning, result.text) == (";a ", " ;b")
-    pieces = list(saying(model, [*tokens, IM_END]).generate([70], GREEDY))
-    assert [piece.token for piece in pieces if piece.token is not None] == [*tokens, IM_END]
-    shown = [(piece.text, piece.reasoning, piece.token) for piece in pieces if piece.text]
+    chunks = list(model_answering(model, [*tokens, IM_END]).generate([70], GREEDY))
+    assert [chunk.token for chunk in chunks if chunk.token is not None] == [*tokens, IM_END]
+    shown = [(chunk.text, chunk.reasoning, chunk.token) for chunk in chunks if chunk.text]
     assert shown == [
         (" ", False, 271), (";", True, MORE_SEMICOLON), ("a", True, 67), (" ", True, 271), (";", False, MORE_SEMICOLON)
     ]  # fmt: skip
 
 
-def test_a_token_with_text_of_both_sides_makes_two_pieces(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_token_with_reasoning_and_answer_text_yields_two_chunks(tiny_bundle: Path, tmp_path: Path) -> None:
     tags = {"start": "hin", "end": "/thi"}  # the second ends within a token
     own = Model.load(bundle_of(tiny_bundle, tmp_path / "own", reasoning_tags=tags), "fp32", provider="cpu", threads=1)
     tokens = [267, *spelled(own, "a/"), THINK, IM_END]
-    pieces = list(saying(own, tokens).generate([70], GREEDY))
-    assert [(piece.text, piece.reasoning, piece.token) for piece in pieces[:-1]] == [
+    chunks = list(model_answering(own, tokens).generate([70], GREEDY))
+    assert [(chunk.text, chunk.reasoning, chunk.token) for chunk in chunks[:-1]] == [
         ("", False, 267), ("a", True, 67), ("", True, 17), ("nk", False, THINK)
     ]  # fmt: skip
     tags = {"start": "ain", "end": "hin"}
     own = Model.load(bundle_of(tiny_bundle, tmp_path / "two", reasoning_tags=tags), "fp32", provider="cpu", threads=1)
-    generation = saying(own, [298, THINK, *spelled(own, "4"), IM_END]).generate([70], GREEDY)
-    pieces = list(generation)
-    assert [(piece.text, piece.reasoning, piece.token) for piece in pieces] == [
+    generation = model_answering(own, [298, THINK, *spelled(own, "4"), IM_END]).generate([70], GREEDY)
+    chunks = list(generation)
+    assert [(chunk.text, chunk.reasoning, chunk.token) for chunk in chunks] == [
         ("", False, 298), ("t", True, None), ("k", False, THINK), ("4", False, 22), ("", False, IM_END)
     ]  # fmt: skip
-    assert pieces[-1].timings is not None
-    assert (pieces[-1].timings.reasoning_tokens, pieces[-1].timings.completion_tokens) == (2, 4)
-    for most in (1, 2):  # both come where the answer is cut behind the token, too
-        result = said(own, 298, THINK, "4", max_tokens=most)
-        assert (result.reasoning, result.text, len(result.tokens)) == ("t" * (most - 1), "k" * (most - 1), most)
+    assert chunks[-1].timings is not None
+    assert (chunks[-1].timings.reasoning_tokens, chunks[-1].timings.completion_tokens) == (2, 4)
+    for limit in (1, 2):  # both are emitted even if the answer is cut after the token
+        result = generate(own, 298, THINK, "4", max_tokens=limit)
+        assert (result.reasoning, result.text, len(result.tokens)) == ("t" * (limit - 1), "k" * (limit - 1), limit)
 
 
 @given(
@@ -199,11 +199,13 @@ def test_a_token_with_text_of_both_sides_makes_two_pieces(tiny_bundle: Path, tmp
     cut=st.integers(1, 60),
 )
 @settings(max_examples=200, deadline=None)
-def test_sides_add_up_wherever_a_generation_is_cut(model: Model, parts: list[str | int], prompt: str, cut: int) -> None:
+def test_reasoning_and_answer_add_up_for_any_token_limit(
+    model: Model, parts: list[str | int], prompt: str, cut: int
+) -> None:
     tokens = [*spelled(model, *parts), IM_END]
     drawn = tokens[:cut]
     wanted = expected(model.tokenizer.decode([token for token in drawn if token != IM_END]), prompt)
-    own = saying(model, tokens)
+    own = model_answering(model, tokens)
     limited = own.generate(prompt, dataclasses.replace(GREEDY, max_tokens=cut)).result()
     assert (limited.reasoning, limited.text) == wanted
     assert limited.tokens == tuple(drawn)
@@ -212,16 +214,16 @@ def test_sides_add_up_wherever_a_generation_is_cut(model: Model, parts: list[str
     generation = own.generate(prompt, GREEDY)
     texts: dict[bool, str] = {True: "", False: ""}
     count = 0
-    for piece in generation:
-        texts[piece.reasoning] += piece.text
-        count += piece.token is not None
+    for chunk in generation:
+        texts[chunk.reasoning] += chunk.text
+        count += chunk.token is not None
         if count == cut:
             generation.cancel()
     assert (texts[True], texts[False]) == wanted
 
 
 def expected(text: str, prompt: str) -> tuple[str, str]:
-    """Reasoning and answer of a whole text, straight from the definition."""
+    """Reasoning and answer of a whole text, according to the definition."""
     inside = prompt.rstrip().endswith("<think>")
     sides, bordered, blank = [(inside, prompt.rstrip().endswith(("<think>", "</think>")), "")], False, True
     while text:
@@ -244,16 +246,16 @@ def expected(text: str, prompt: str) -> tuple[str, str]:
     return texts[True], texts[False]
 
 
-def test_special_tokens_within_tags(models: dict[str, Model]) -> None:
+def test_tags_may_contain_special_tokens(models: dict[str, Model]) -> None:
     own = models["channel"]
-    result = said(own, CHANNEL, "thought\nhm\n", CHANNEL_END, "It is 4.", CHANNEL, CHANNEL_END, "Yes", IM_END)
+    result = generate(own, CHANNEL, "thought\nhm\n", CHANNEL_END, "It is 4.", CHANNEL, CHANNEL_END, "Yes", IM_END)
     assert (result.reasoning, result.text) == ("hm\n", "It is 4.Yes")
     assert result.timings.reasoning_tokens == len(spelled(own, "thought\nhm\n")) + 2
-    other = said(own, CHANNEL, "though not", IM_END)
+    other = generate(own, CHANNEL, "though not", IM_END)
     assert (other.reasoning, other.text) == ("", "though not")
-    typed = said(own, *own.tokenizer.encode("<|channel>thought"), "a", IM_END, prompt=[70])
+    typed = generate(own, *own.tokenizer.encode("<|channel>thought"), "a", IM_END, prompt=[70])
     assert (typed.reasoning, typed.text) == ("a", "")
-    assert said(own, "hm", CHANNEL_END, "4", prompt=[CHANNEL, *spelled(own, "thought\n")]).reasoning == "hm"
+    assert generate(own, "hm", CHANNEL_END, "4", prompt=[CHANNEL, *spelled(own, "thought\n")]).reasoning == "hm"
 
 
 @pytest.mark.parametrize(
@@ -267,13 +269,13 @@ def test_special_tokens_within_tags(models: dict[str, Model]) -> None:
         (["<think>", "a", "</think>", "<think>", "b", "</think>", "c"], 2 * (3 + 1 + 4)),
     ],
 )
-def test_the_tokens_of_the_reasoning_are_counted(model: Model, parts: list[str], count: int) -> None:
-    assert said(model, *parts, IM_END).timings.reasoning_tokens == count
+def test_reasoning_tokens_are_counted(model: Model, parts: list[str], count: int) -> None:
+    assert generate(model, *parts, IM_END).timings.reasoning_tokens == count
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_any_tokenizer_closes_what_it_opens(kind: str) -> None:
-    """The tokens of the end text do so wherever they stand."""
+def test_any_tokenizer_can_close_reasoning(kind: str) -> None:
+    """The tokens of the end tag close the reasoning wherever they appear."""
     tokenizer = Tokenizer(BACKENDS[kind], {}, None)
     marks = ReasoningDelimiters(ReasoningTags("<think>", "</think>"), tokenizer)
     for before in ("", "hm", "hm ", "a <", "a </thi", "é\n"):
@@ -290,7 +292,7 @@ def test_any_tokenizer_closes_what_it_opens(kind: str) -> None:
         assert (borders.inside, borders.ended) == (False, True)
 
 
-def test_stop_strings_end_the_answer_alone(model: Model) -> None:
+def test_stop_strings_apply_only_to_the_answer(model: Model) -> None:
     for parts, stop, reasoning, answer, stopped in (
         (("<think>say 4 now</think>It is 4.",), "4", "say 4 now", "It is ", True),
         (("<think>say 4</think>\n\nIt is.\n\nBut",), "\n\n", "say 4", "It is.", True),
@@ -298,33 +300,35 @@ def test_stop_strings_end_the_answer_alone(model: Model) -> None:
         (("<think>hm</think>a </think> b",), "</think>", "hm", "a ", True),
         (("a <thin",), "<think", "", "a <thin", False),
     ):
-        result = said(model, *parts, stop=(stop,))
+        result = generate(model, *parts, stop=(stop,))
         assert (result.reasoning, result.text) == (reasoning, answer)
         assert result.finish_reason == (FinishReason.STOP if stopped else FinishReason.LENGTH)
 
 
-def test_prompts_of_a_template_open_and_close_it(model: Model) -> None:
-    own = saying(model, spelled(model, "hm</think>4", IM_END))
+def test_template_prompts_open_and_close_reasoning(model: Model) -> None:
+    own = model_answering(model, spelled(model, "hm</think>4", IM_END))
     opened = own.chat(QUESTION, GREEDY).result()
     assert (opened.reasoning, opened.text) == ("hm", "4")
     closed = own.chat(QUESTION, GREEDY, template_variables={"enable_thinking": False}).result()
     assert (closed.reasoning, closed.text) == ("", "hm</think>4")
 
 
-def test_what_a_user_types_opens_no_reasoning(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_typed_tags_do_not_open_reasoning(folders: dict[str, Path], tmp_path: Path) -> None:
     template = OPENED.partition("{% if")[0]
     path = bundle_of(folders["think"], tmp_path / "own", template=template)
     whole = Model.load(path, "fp32", provider="cpu", threads=1)
     for typed in ("What is <think>?", "<think>"):
-        result = saying(whole, spelled(whole, "A tag.", IM_END)).chat([{"role": "user", "content": typed}], GREEDY)
+        result = model_answering(whole, spelled(whole, "A tag.", IM_END)).chat(
+            [{"role": "user", "content": typed}], GREEDY
+        )
         assert result.result().text == "A tag."
 
 
-# ---- limits and forms
+# ---- budgets and constraints
 
 
 class Noisy(FakeSession):
-    """Draws at random, some tokens more often than others, and none without text."""
+    """Random logits, with some tokens more probable than others, and none without text."""
 
     def __init__(self, model: Model, often: Sequence[int], weight: float, seed: int) -> None:
         super().__init__([0], model.bundle.shape)
@@ -345,7 +349,7 @@ def noisy(model: Model, *often: str | int, weight: float = 4.0, seed: int = 0) -
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("budget", [0, 1, 7, 40])
-def test_a_budget_ends_a_reasoning_with_the_whole_tag(models: dict[str, Model], name: str, budget: int) -> None:
+def test_a_budget_ends_reasoning_with_the_whole_tag(models: dict[str, Model], name: str, budget: int) -> None:
     start, end = PAIRS[name]
     whole = models[name]
     prompt = [70, *whole.tokenizer.encode(start, parse_special=True)]
@@ -358,20 +362,22 @@ def test_a_budget_ends_a_reasoning_with_the_whole_tag(models: dict[str, Model], 
     assert result.text == whole.tokenizer.decode(result.tokens[budget + len(closing) :])
 
 
-def test_a_budget_finishes_an_end_that_was_begun(model: Model) -> None:
+def test_a_budget_completes_a_partial_end_tag(model: Model) -> None:
     tokens = [*spelled(model, "ab"), LESS, *spelled(model, "xxxx4", IM_END)]
-    result = saying(model, tokens).generate("x<think>", dataclasses.replace(GREEDY, reasoning_budget=3)).result()
+    result = (
+        model_answering(model, tokens).generate("x<think>", dataclasses.replace(GREEDY, reasoning_budget=3)).result()
+    )
     assert result.tokens[:6] == (*spelled(model, "ab"), *spelled(model, "</think>"))
     assert result.reasoning == "ab"
-    begun = saying(model, spelled(model, "x", IM_END))
+    begun = model_answering(model, spelled(model, "x", IM_END))
     again = begun.generate("x<think><", dataclasses.replace(GREEDY, reasoning_budget=0)).result()
-    assert again.tokens[:4] == tuple(spelled(model, "</think>"))  # what the prompt holds is no part of it
+    assert again.tokens[:4] == tuple(spelled(model, "</think>"))  # tokens of the prompt do not count
 
 
-def test_a_budget_holds_where_other_guards_ban_the_end(model: Model) -> None:
+def test_a_budget_applies_even_if_other_guards_ban_the_end(model: Model) -> None:
     banned = tuple(spelled(model, "</think>"))
     params = dataclasses.replace(GREEDY, reasoning_budget=2, banned_tokens=banned, no_repeat_ngram=2)
-    result = saying(model, spelled(model, "a")).generate("x<think>", params).result()
+    result = model_answering(model, spelled(model, "a")).generate("x<think>", params).result()
     assert result.tokens[2:6] == banned
 
 
@@ -385,14 +391,14 @@ def test_a_budget_holds_where_other_guards_ban_the_end(model: Model) -> None:
         ("x</think><think>", ["hm</think>c"], "c", "c"),
     ],
 )
-def test_a_reasoning_ends_once(model: Model, prompt: str, parts: list[str | int], free: str, kept: str) -> None:
-    assert said(model, *parts, prompt=prompt).text == free
-    assert said(model, *parts, prompt=prompt, single_think_end=True).text == kept
+def test_reasoning_ends_only_once(model: Model, prompt: str, parts: list[str | int], free: str, kept: str) -> None:
+    assert generate(model, *parts, prompt=prompt).text == free
+    assert generate(model, *parts, prompt=prompt, single_think_end=True).text == kept
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("opened", [True, False])
-def test_a_constrained_answer_may_reason_before(model: Model, opened: bool, seed: int) -> None:
+def test_a_constrained_answer_may_follow_reasoning(model: Model, opened: bool, seed: int) -> None:
     schema = {"properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     rule = Constraint.json_schema({"type": "object", **schema})
     params = SamplingParams(max_tokens=300, seed=seed, constraint=rule, reasoning_budget=100)
@@ -403,7 +409,7 @@ def test_a_constrained_answer_may_reason_before(model: Model, opened: bool, seed
     assert (result.timings.reasoning_tokens > 0) >= opened
 
 
-def test_a_constrained_model_opens_its_reasoning_or_answers_at_once(model: Model) -> None:
+def test_a_constrained_model_may_start_with_reasoning_or_the_answer(model: Model) -> None:
     for rule, says, reasoning, text in (
         (Constraint.choice(["<a>", "b"]), "<think>hm</think><a>", "hm", "<a>"),
         (Constraint.choice(["<a>", "b"]), "<a>", "", "<a>"),
@@ -412,11 +418,11 @@ def test_a_constrained_model_opens_its_reasoning_or_answers_at_once(model: Model
         (Constraint.choice(["<", "<thin"]), "<think></think><thin", "", "<thin"),
         (Constraint.regex("(?s:.){1,9}"), "<think>hm</think>4 <think>", "hm", "4 <think>"),
     ):
-        result = said(model, says, IM_END, constraint=rule)
+        result = generate(model, says, IM_END, constraint=rule)
         assert (result.reasoning, result.text) == (reasoning, text)
 
 
-def test_the_same_of_a_model_whose_marks_are_tokens(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_constraints_work_with_single_token_delimiters_too(tiny_bundle: Path, tmp_path: Path) -> None:
     marks = {"start": CHANNEL, "end": CHANNEL_END}
     own = Model.load(bundle_of(tiny_bundle, tmp_path / "own", reasoning=marks), "fp32", provider="cpu", threads=1)
     rule = Constraint.choice(["a", "b"])
@@ -425,27 +431,27 @@ def test_the_same_of_a_model_whose_marks_are_tokens(tiny_bundle: Path, tmp_path:
         ([70], ["b"], ""),
         ([70, CHANNEL], ["hm", CHANNEL_END, "b"], "hm"),
     ):
-        result = said(own, *parts, IM_END, prompt=prompt, constraint=rule)
+        result = generate(own, *parts, IM_END, prompt=prompt, constraint=rule)
         assert (result.reasoning, result.text) == (reasoning, "b")
         assert result.timings.reasoning_tokens == len(spelled(own, *parts[:-1]))
-    opened = said(own, "hmmm", prompt=[70, CHANNEL], max_tokens=20, constraint=rule, reasoning_budget=3)
+    opened = generate(own, "hmmm", prompt=[70, CHANNEL], max_tokens=20, constraint=rule, reasoning_budget=3)
     assert (opened.reasoning, opened.tokens[3]) == ("hmm", CHANNEL_END)
     assert opened.text in ("a", "b")
 
 
-def test_a_constrained_answer_begins_behind_the_tag(model: Model) -> None:
-    """A token that has the end of the tag and some text would bring text that no grammar has seen."""
+def test_a_constrained_answer_starts_after_the_tag(model: Model) -> None:
+    """A token with the end of the tag and further text would add text that the grammar did not check."""
     script = [*spelled(model, "hm</think"), MORE_SEMICOLON]
-    result = said(model, *script, prompt="x<think>", max_tokens=20, constraint=Constraint.choice(["a", "b"]))
+    result = generate(model, *script, prompt="x<think>", max_tokens=20, constraint=Constraint.choice(["a", "b"]))
     assert MORE_SEMICOLON not in result.tokens
-    free = said(model, *script, prompt="x<think>", max_tokens=len(script))
+    free = generate(model, *script, prompt="x<think>", max_tokens=len(script))
     assert free.text == ";"
 
 
-# ---- the real model, alone and among others
+# ---- the real model, alone and in a batch
 
 
-def test_an_engine_answers_as_a_model_does(folders: dict[str, Path]) -> None:
+def test_engine_answers_equal_those_of_a_model(folders: dict[str, Path]) -> None:
     params = [
         SamplingParams(temperature=1.5, max_tokens=40, seed=seed, reasoning_budget=seed, single_think_end=True)
         for seed in range(8)
@@ -485,7 +491,7 @@ def test_an_engine_answers_as_a_model_does(folders: dict[str, Path]) -> None:
         ),
     ],
 )
-def test_tags_that_cannot_be(tiny_bundle: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+def test_invalid_tags_are_rejected(tiny_bundle: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = bundle_of(tiny_bundle, tmp_path / "own", **change)
     with pytest.raises(BundleError) as caught:
         Bundle.open(path)
@@ -495,7 +501,7 @@ def test_tags_that_cannot_be(tiny_bundle: Path, tmp_path: Path, change: dict[str
     assert reason in message
 
 
-def test_tags_are_told_and_may_be_guarded(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_tags_and_guards_are_read_from_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     tags = {"start": "<think>", "end": "</think>"}
     guards = {"max_newlines": 2, "single_think_end": True}
     opened = Bundle.open(bundle_of(tiny_bundle, tmp_path / "own", reasoning_tags=tags, guards=guards))
@@ -503,7 +509,7 @@ def test_tags_are_told_and_may_be_guarded(tiny_bundle: Path, tmp_path: Path) -> 
     assert Model.load(opened.path, "fp32").default_params.single_think_end
 
 
-def test_tags_that_the_tokenizer_cannot_write_are_refused() -> None:
+def test_tags_that_the_tokenizer_cannot_encode_are_rejected() -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot write '<think>' of 'reasoning_tags'"):
         ReasoningDelimiters(ReasoningTags("<think>", "</think>"), Tokenizer(words, {}, None))
@@ -530,19 +536,19 @@ def test_tags_that_the_tokenizer_cannot_write_are_refused() -> None:
         (("<|channel>",), "<|channel>thought", ReasoningTags("<|channel>thought", "<channel|>")),
     ],
 )
-def test_marks_are_found(added: Sequence[str], template: str | None, found: object) -> None:
+def test_tags_are_found_in_the_chat_template(added: Sequence[str], template: str | None, found: object) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in added])
     assert find_reasoning(tokenizer.to_str(), template) == found
 
 
-def test_tags_that_a_tokenizer_cannot_write_are_not_found() -> None:
+def test_tags_that_the_tokenizer_cannot_encode_are_ignored() -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     for text in (words.to_str(), "{}", '{"added_tokens": []}', "", "[]"):
         assert find_reasoning(text, "<think>") is None
 
 
-def test_an_export_tells_the_tags_of_the_chat_template(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_export_records_the_tags_of_the_chat_template(tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
     (source / "chat_template.jinja").write_text(OPENED, encoding="utf-8")
     path = tmp_path / "bundle"

@@ -1,4 +1,4 @@
-"""Tokenizers against transformers', special tokens that users spell, and streams against decoding at once."""
+"""Tokenizers: agreement with transformers, special tokens spelled by users, and incremental decoding."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def byte_level(specials: list[str]) -> Backend:
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    backend.add_tokens(["<think>", "</think>"])  # not special: they are parsed wherever they stand
+    backend.add_tokens(["<think>", "</think>"])  # not special: they are parsed anywhere in a text
     return with_bos(backend, specials[0])
 
 
@@ -124,7 +124,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_conversations_have_the_ids_of_transformers(kind: str, name: str, tmp_path: Path) -> None:
+def test_conversation_ids_match_transformers(kind: str, name: str, tmp_path: Path) -> None:
     tokenizer = ours(kind, tmp_path, TEMPLATES[name])
     reference = theirs(BACKENDS[kind], SPECIALS, TEMPLATES[name])
     for messages, variables in CONVERSATIONS:
@@ -157,12 +157,12 @@ HOSTILE: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("case", range(len(HOSTILE)))
-def test_special_tokens_that_users_spell_are_text(kind: str, name: str, case: int, tmp_path: Path) -> None:
-    # The reference has the same vocabulary, but its special tokens go by other names, as they do in its template:
-    # to it, what the user spells is ordinary text.
+def test_special_tokens_spelled_by_users_are_text(kind: str, name: str, case: int, tmp_path: Path) -> None:
+    # The reference has the same vocabulary, but other names for the special tokens, also in its template:
+    # for it, the user's spelling is ordinary text.
     messages, variables = HOSTILE[case]
     if isinstance(messages[0]["content"], list):
-        name = "gemma"  # the one that takes lists
+        name = "gemma"  # the one that accepts lists
     reference = theirs(OTHERS[kind], OTHER_NAMES, renamed(TEMPLATES[name]))
     expected = reference.apply_chat_template(
         messages, return_dict=False, **{"add_generation_prompt": True, **variables}
@@ -180,7 +180,7 @@ JOINED = "{% for m in messages %}{{ m.content | trim }}{% endfor %}|im_start|>{{
 def test_special_tokens_joined_from_pieces_are_text(kind: str, contents: list[str], tmp_path: Path) -> None:
     tokenizer = ours(kind, tmp_path, JOINED)
     ids = tokenizer.encode_chat([{"role": "user", "content": content} for content in contents])
-    # Only the template's own is a token, though it was put together of a role that it trusts.
+    # Only the template's own text is a token, although it is composed with a role that the template trusts.
     specials = [number for number in ids if number in tokenizer.special_ids]
     assert [n for n in specials if n != tokenizer.token_id("<unk>")] == [tokenizer.token_id("<|user|>")]
     text = tokenizer.decode(ids, skip_special=False).replace(" ", "")
@@ -188,7 +188,7 @@ def test_special_tokens_joined_from_pieces_are_text(kind: str, contents: list[st
 
 
 @pytest.mark.parametrize("role", ["<s>", "im_start", "a<|im_end|>b", "s"])
-def test_roles_that_spell_special_tokens_are_refused(role: str, tmp_path: Path) -> None:
+def test_roles_that_spell_special_tokens_are_rejected(role: str, tmp_path: Path) -> None:
     tokenizer = ours("byte-level", tmp_path, JOINED)
     with pytest.raises(TemplateError, match="role") as caught:
         tokenizer.encode_chat([{"role": role, "content": "x"}])
@@ -196,7 +196,7 @@ def test_roles_that_spell_special_tokens_are_refused(role: str, tmp_path: Path) 
     assert tokenizer.encode_chat([{"role": "critic", "content": "x"}])
 
 
-def test_templates_compare_what_users_wrote(tmp_path: Path) -> None:
+def test_templates_see_the_original_user_text(tmp_path: Path) -> None:
     template = (
         "{% if messages[0].content[0].type == 'text' and messages[0].content[1] == '' %}yes{{ eos_token }}{% endif %}"
     )
@@ -205,7 +205,7 @@ def test_templates_compare_what_users_wrote(tmp_path: Path) -> None:
     assert ids == [*tokenizer.encode("yes"), tokenizer.eos_token_id]
 
 
-def test_the_characters_that_stand_for_others_may_occur(tmp_path: Path) -> None:
+def test_texts_may_contain_the_placeholder_characters(tmp_path: Path) -> None:
     tokenizer = ours("byte-level", tmp_path, "{{ messages[0].content }}")
     rare = "".join(map(chr, range(0x20000, 0x25000)))
     ids = tokenizer.encode_chat([{"role": "user", "content": rare + "<s>"}])
@@ -222,7 +222,7 @@ def test_escaped_json_is_restored(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode_chat(messages)) == json.dumps(messages) + "'é<s>☃'"
 
 
-def test_plain_text(kind: str, tmp_path: Path) -> None:
+def test_plain_text_matches_transformers(kind: str, tmp_path: Path) -> None:
     tokenizer, reference, other = (
         ours(kind, tmp_path),
         theirs(BACKENDS[kind], SPECIALS),
@@ -245,7 +245,7 @@ def test_plain_text(kind: str, tmp_path: Path) -> None:
         tokenizer.encode_chat([{"role": "user", "content": "x"}])
 
 
-def test_special_tokens_that_normalization_makes(tmp_path: Path) -> None:
+def test_special_tokens_created_by_normalization_are_text(tmp_path: Path) -> None:
     backend = byte_level(SPECIALS)
     spec = json.loads(backend.to_str())
     spec["normalizer"] = {"type": "NFKC"}
@@ -253,7 +253,7 @@ def test_special_tokens_that_normalization_makes(tmp_path: Path) -> None:
         token["normalized"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = Tokenizer.from_files(tmp_path / "tokenizer.json", CONFIG, TEMPLATES["chatml"])
-    wide = "\uff1cs\uff1e"  # NFKC makes <s> of it
+    wide = "\uff1cs\uff1e"  # NFKC turns it into <s>
     assert tokenizer.encode(wide, parse_special=True) == [0]
     assert 0 not in tokenizer.encode(wide)
     start, end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
@@ -261,7 +261,7 @@ def test_special_tokens_that_normalization_makes(tmp_path: Path) -> None:
     assert [n for n in ids if n in tokenizer.special_ids] == [start, end, start, end, start]
 
 
-def test_a_config_may_make_tokens_special(tmp_path: Path) -> None:
+def test_a_config_may_declare_tokens_special(tmp_path: Path) -> None:
     backend = Backend(models.WordLevel({"a": 0, "<eos>": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -273,7 +273,7 @@ def test_a_config_may_make_tokens_special(tmp_path: Path) -> None:
     assert tokenizer.bos_token_id is None
 
 
-def test_templates_of_the_config(tmp_path: Path) -> None:
+def test_templates_in_the_config_are_used(tmp_path: Path) -> None:
     conversation = [{"role": "user", "content": "x"}]
     for stored in ("a", [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]):
         tokenizer = ours("byte-level", tmp_path, config={**CONFIG, "chat_template": stored})
@@ -282,14 +282,14 @@ def test_templates_of_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": "1.0", "model": {"type": "BPE"}}'])
-def test_files_that_are_no_tokenizer(content: bytes, tmp_path: Path) -> None:
+def test_invalid_tokenizer_files_are_rejected(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json") as caught:
         Tokenizer.from_files(tmp_path / "tokenizer.json", {}, None)
     assert "\n" not in str(caught.value)
 
 
-def test_merges_that_end_the_librarys_process_are_refused(tmp_path: Path) -> None:
+def test_merges_that_would_abort_the_process_are_rejected(tmp_path: Path) -> None:
     spec = json.loads(BACKENDS["sentencepiece-like"].to_str())
     spec["model"]["continuing_subword_prefix"] = "x"
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -298,7 +298,9 @@ def test_merges_that_end_the_librarys_process_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("config", "reason"), [({"eos_token": 3}, "eos_token"), ({"bos_token": "<nope>"}, "<nope>")])
-def test_configs_that_fit_no_tokenizer(config: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_configs_that_do_not_match_the_tokenizer_are_rejected(
+    config: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
     with pytest.raises(BundleError, match=reason):
         ours("byte-level", tmp_path, config=config)
 
@@ -312,7 +314,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], **options: bool) -> list[str]
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_byte_level_pieces_add_up_for_any_ids(skip: bool, tmp_path: Path) -> None:
+def test_byte_level_decoding_in_steps_adds_up_for_any_ids(skip: bool, tmp_path: Path) -> None:
     tokenizer, chance = ours("byte-level", tmp_path), random.Random(1)
     single = [BACKENDS["byte-level"].get_vocab()[char] for char in pre_tokenizers.ByteLevel.alphabet()]
     for length in range(300):
@@ -328,17 +330,17 @@ TEXT = st.text(
 
 @given(text=TEXT)
 @settings(max_examples=150, deadline=None)
-def test_pieces_of_text_add_up_and_are_whole(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_decoding_in_steps_adds_up_and_splits_no_character(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     for kind, backend in BACKENDS.items():
         tokenizer = Tokenizer(backend, {}, None)
         ids = tokenizer.encode(text)
         pieces = streamed(tokenizer, ids)
         assert "".join(pieces) == tokenizer.decode(ids)
-        if kind != "unigram":  # which has no bytes to fall back to
+        if kind != "unigram":  # which has no byte fallback
             assert "\ufffd" not in "".join(pieces)
 
 
-def test_a_character_is_held_until_it_is_whole(kind: str, tmp_path: Path) -> None:
+def test_an_incomplete_character_is_held_back(kind: str, tmp_path: Path) -> None:
     if kind == "unigram":
         return
     tokenizer = ours(kind, tmp_path)
@@ -351,9 +353,9 @@ def test_a_character_is_held_until_it_is_whole(kind: str, tmp_path: Path) -> Non
     assert "\ufffd" in cut[-1]
 
 
-def test_long_streams_cost_the_same_for_each_token(tmp_path: Path) -> None:
+def test_the_cost_per_token_is_constant_in_long_streams(tmp_path: Path) -> None:
     tokenizer = ours("byte-level", tmp_path)
-    broken = tokenizer.token_id("Ģ")  # a byte that starts nothing
+    broken = tokenizer.token_id("Ģ")  # a byte that cannot start a character
     assert broken is not None
     for ids in (tokenizer.encode("hello wörld 🎉 ") * 1000, [broken] * 10_000, [tokenizer.vocab_size + 1] * 10_000):
         began = time.process_time()
@@ -370,13 +372,13 @@ def test_long_streams_cost_the_same_for_each_token(tmp_path: Path) -> None:
         (["END"], "one EN", "one EN"),
         (["aab"], "aaaab!", "aa"),
         (["\n\n", "\nUser:"], "hi\nUser: x\n\n", "hi"),
-        (["abcd", "bc"], "xabcd", "xa"),  # complete first
-        (["bc", "abc"], "xabc", "x"),  # complete at once: the longer one
+        (["abcd", "bc"], "xabcd", "xa"),  # completed first
+        (["bc", "abc"], "xabc", "x"),  # both completed at once: the longer one
         (["🎉"], "a🎉b", "a"),
         (["abab"], "aabaabab", "aaba"),
     ],
 )
-def test_stop_strings_end_a_text_however_it_is_cut(stops: list[str], text: str, shown: str) -> None:
+def test_stop_strings_end_a_text_however_it_is_split(stops: list[str], text: str, shown: str) -> None:
     chance = random.Random(0)
     for _ in range(50):
         cuts = sorted(chance.choices(range(len(text) + 1), k=chance.randrange(5)))
@@ -388,7 +390,7 @@ def test_stop_strings_end_a_text_however_it_is_cut(stops: list[str], text: str, 
         assert matcher.push("more") == (("", True) if matcher.stopped else ("more", False))
 
 
-def test_stop_strings_hold_back_no_more_than_they_must() -> None:
+def test_stop_strings_hold_back_as_little_as_possible() -> None:
     matcher = StopStrings(["<end>"])
     assert [matcher.push(piece) for piece in ("a<", "e", "x <en", "d> z")] == [
         ("a", False), ("", False), ("<ex ", False), ("", True)
