@@ -46,7 +46,7 @@ docs: setup
 	$(BIN)/python docs/sampling.py > docs/sampling.md
 
 pictures: setup $(BUNDLE)/manifest.json
-	$(BIN)/python -m llm_edge.tui.screenshots $(BUNDLE) docs/pictures
+	$(BIN)/python docs/screenshots.py $(BUNDLE) docs/pictures
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)

@@ -15,29 +15,20 @@ from llm_edge.runtime.errors import BundleError
 ARTIFACTS = Path("artifacts")
 DEFAULT = ARTIFACTS / "smollm2-135m"
 _MAX_FOLDERS = 500
-RECENT: Final = Section[list[str]]("recent", list, texts, list)
+RECENT: Final = Section[list[str]]("recent", list, texts)
 _MAX_RECENT = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A precision of a bundle, for a list of models.
-
-    Attributes:
-        path: the bundle.
-        name: the model's name.
-        precision: the name that `--precision` takes.
-        size: bytes of graph and weights.
-        fidelity: how close it is to the reference, in a few words.
-        preferred: whether it is loaded by default.
-    """
+    """A precision of a bundle, for a list of models."""
 
     path: Path
-    name: str
+    name: str  # of the model
     precision: str
-    size: int
-    fidelity: str
-    preferred: bool
+    size: int  # bytes of graph and weights
+    fidelity: str  # how close it is to the reference, in a few words
+    preferred: bool  # whether it is loaded by default
 
     @property
     def megabytes(self) -> str:

@@ -25,31 +25,20 @@ _ROUNDING = 1e-3  # how far above 0 rounding may put a log-probability
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token that could have been drawn.
+    """A token that could have been drawn."""
 
-    Attributes:
-        token: its id; None = all tokens that the record does not hold.
-        before: its probability in the model's distribution.
-        after: its probability of being drawn with the parameters; 0 = it is dropped.
-        cut: name of the parameter that drops it, or "greedy"; "" = it is kept.
-        drawn: whether it is the token that was drawn.
-    """
-
-    token: int | None
-    before: float
-    after: float
-    cut: str
-    drawn: bool
+    token: int | None  # None = all tokens that the record does not hold
+    before: float  # its probability in the model's distribution
+    after: float  # its probability of being drawn with the parameters; 0 = it is dropped
+    cut: str  # name of the parameter that drops it, or "greedy"; "" = it is kept
+    drawn: bool  # whether it is the token that was drawn
 
 
 def candidates(record: TokenLogprob, params: SamplingParams) -> list[Candidate]:
     """The tokens of a record after temperature and filters, the most probable first, the rest last.
 
     Penalties and Mirostat depend on the preceding tokens, which a record does not hold, and are left out; so is XTC,
-    which is random.
-
-    Returns:
-        The candidates; none for a record without alternatives.
+    which is random. A record without alternatives has no candidates.
     """
     logprobs = {token: value for token, value in record.top if -math.inf < value <= _ROUNDING}
     if not logprobs:

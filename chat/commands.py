@@ -15,19 +15,12 @@ from llm_edge.runtime.errors import ParameterError
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A slash command.
+    """A slash command."""
 
-    Attributes:
-        name: with its slash.
-        argument: what follows the name, as the help shows it; "" = nothing.
-        help: one line.
-        run: executes it with its argument, and returns what to show.
-    """
-
-    name: str
-    argument: str
-    help: str
-    run: Callable[[ChatSession, str], str]
+    name: str  # with its slash
+    argument: str  # what follows the name, as the help shows it; "" = nothing
+    help: str  # one line
+    run: Callable[[ChatSession, str], str]  # executes it with its argument, and returns what to show
 
 
 def run_command(session: ChatSession, line: str) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from llm_edge.chat.history.conversation import Conversation, Message
-from llm_edge.chat.history.memory_store import InMemoryStore
+from llm_edge.chat.history.store import InMemoryStore
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.running_answer import Update
@@ -17,23 +17,13 @@ from llm_edge.chat.session import ChatSession
 
 
 class ComparisonSide:
-    """One side of a comparison.
-
-    Args:
-        responder: the model that answers.
-        parameters: its parameters; this side changes them.
-
-    Attributes:
-        session: asks and polls.
-        answer: the latest answer.
-        waiting: whether this side answers once the other one has.
-    """
+    """One side of a comparison."""
 
     def __init__(self, responder: Responder, parameters: ChatParameters) -> None:
         self.session = ChatSession(InMemoryStore(), parameters)
         self.session.set_responder(responder)
         self.answer: Message | None = None
-        self.waiting = False
+        self.waiting = False  # for the other side to answer first
 
     @property
     def responder(self) -> Responder:
@@ -57,14 +47,9 @@ class ComparisonSide:
 
 
 class Comparison:
-    """Asks two sides the same question.
-
-    Args:
-        first, second: the sides.
-        history: the conversation so far.
+    """Asks two sides the same question after a conversation.
 
     Attributes:
-        sides: both.
         in_turn: start the second answer after the first one, so that they do not compete for the machine; always so
             if one responder is on both sides, since it answers one question at a time.
     """

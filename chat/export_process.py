@@ -13,30 +13,32 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args, get_type_hints
 
 from llm_edge.chat.text import one_line, printable
-from llm_edge.runtime.errors import MachineError
+from llm_edge.exporter.options import ExportOptions
+from llm_edge.runtime.errors import MachineError, ParameterError
 
-_SMOLLM2 = "smollm2"
-PRECISIONS = ("int8", "int4", "fp32", "int8-exact", "int4-mixed", "int8-kv8", "fp16", "source")
+_HINTS = get_type_hints(ExportOptions, include_extras=True)
+
+
+def _flag(name: str) -> str:
+    """The flag of a field of `ExportOptions`, for example `--n-heads` or `--validate/--no-validate`."""
+    declared = get_args(_HINTS[name])[1].default  # typer takes the first argument of an annotation for the default
+    return declared if isinstance(declared, str) else f"--{name.replace('_', '-')}"
+
+
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")
 OPTIONS: Mapping[str, str] = {
-    "config": "config.yaml, params.json or config.json",
-    "tokenizer": "folder with tokenizer.json, or vocab.json and merges.txt",
-    "n-heads": "query heads",
-    "n-kv-heads": "key/value heads",
-    "rope-theta": "RoPE base frequency",
-    "norm-eps": "epsilon of the norm layers",
-    "max-seq-len": "maximum number of tokens",
-    "adapter": "folder or id of a LoRA adapter",
-    "output": "folder for the bundle",
+    _flag(field.name)[2:]: get_args(_HINTS[field.name])[1].help.removeprefix("For a bare state dict: ")
+    for field in fields(ExportOptions)
+    if field.default is None and field.name != "precision"
 }
 """Options that a source may require, with a description; the error of `llm-export` names them."""
 
-_BARE = ("config", "tokenizer", "n-heads", "n-kv-heads", "rope-theta", "norm-eps", "max-seq-len")
+_STATE_DICT = tuple(name for name in OPTIONS if name not in ("adapter", "output"))
 _COMMAND = "import sys; sys.argv[0] = 'llm-export'; from llm_edge.exporter.cli import main; main()"
 _MAX_LINE = 1 << 16
 _MAX_ERROR = 600  # characters
@@ -47,62 +49,62 @@ _OPTION = re.compile(r"(?<![\w-])(?:--([a-z][a-z-]*)|-o(?![\w-]))")
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """What to export; the fields correspond to the options of `llm-export`.
-
-    Attributes:
-        source: a file, a folder, a Hugging Face id or `smollm2`.
-        precisions: some of `PRECISIONS`; empty = the default ones.
-        options: values of some of `OPTIONS`, as typed.
-        force: replace an existing bundle.
-        validate: compare the bundle with PyTorch and measure its fidelity.
-    """
+    """What to export: a file, a folder, a Hugging Face id or `smollm2`; and the options of `llm-export`."""
 
     source: str
-    precisions: tuple[str, ...] = ()
-    options: Mapping[str, str] = field(default_factory=dict)
-    force: bool = False
-    validate: bool = True
+    options: ExportOptions = ExportOptions()  # noqa: RUF009 (frozen)
+
+    @property
+    def precisions(self) -> list[str]:
+        """The names of the precisions; empty = the default ones."""
+        return self.options.precision.split(",") if self.options.precision else []
 
     def arguments(self) -> list[str]:
         """The arguments of `llm-export`."""
-        given = ["--progress", "json"]
-        if self.precisions:
-            given += ["--precision", ",".join(self.precisions)]
-        given += [f"--{name}={value.strip()}" for name, value in self.options.items() if value.strip()]
-        if self.force:
-            given.append("--force")
-        if not self.validate:
-            given.append("--no-validate")
+        given = ["--progress=json"]
+        for field in fields(ExportOptions):
+            value = getattr(self.options, field.name)
+            on, _, off = _flag(field.name).partition("/")
+            if value != field.default:
+                given.append((on if value else off) if isinstance(value, bool) else f"{on}={value}")
         return [*given, "--", os.path.expanduser(self.source)]  # noqa: PTH111 (it may be an id instead of a path)
 
 
-SMOLLM2_UNVALIDATED = ExportRequest(_SMOLLM2, ("int8",), force=True, validate=False)
+def parse_options(typed: Mapping[str, str]) -> dict[str, Any]:
+    """Convert typed values of `OPTIONS` to those of the fields of `ExportOptions`; empty ones are left out.
+
+    Raises:
+        ParameterError: a value is not a number.
+    """
+    values: dict[str, Any] = {}
+    for option, text in typed.items():
+        name = option.replace("-", "_")
+        kind = get_args(get_args(_HINTS[name])[0])[0]  # of `kind | None`
+        try:
+            values |= {name: kind(text.strip())} if text.strip() else {}
+        except ValueError as error:
+            wanted = "an integer" if kind is int else "a number"
+            raise ParameterError(f"--{option} is {text.strip()!r}, not {wanted}") from error
+    return values
+
+
+SMOLLM2_VALIDATED = ExportRequest("smollm2", ExportOptions(precision="int8", force=True))
+"""The default model; validation takes minutes."""
+SMOLLM2_UNVALIDATED = ExportRequest("smollm2", replace(SMOLLM2_VALIDATED.options, validate=False))
 """The fastest way to a usable model."""
-SMOLLM2_VALIDATED = ExportRequest(_SMOLLM2, ("int8",), force=True)
-"""The same with validation, which takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of an export.
-
-    Attributes:
-        name: the stage's name.
-        share: fraction that is done; None = unknown.
-        detail: what is being processed.
-    """
+    """A stage of an export."""
 
     name: str
-    share: float | None
-    detail: str
+    share: float | None  # fraction that is done; None = unknown
+    detail: str  # what is being processed
 
 
 class Export:
-    """A running export.
-
-    Args:
-        request: what to export.
-        command: the command that is run, without the arguments of `llm-export`.
+    """A running export; `command` replaces the command that takes the arguments of `llm-export`.
 
     Raises:
         MachineError: the process cannot be started.
@@ -220,4 +222,4 @@ def named_options(error: str) -> list[str]:
     """
     found = [match[1] or "output" for match in _OPTION.finditer(error)]
     named = [name for name in dict.fromkeys(found) if name in OPTIONS or name == "force"]
-    return list(dict.fromkeys([*named, *(_BARE if {*_BARE} & {*named} else ())]))
+    return list(dict.fromkeys([*named, *(_STATE_DICT if {*_STATE_DICT} & {*named} else ())]))

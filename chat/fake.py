@@ -39,17 +39,11 @@ REASONING = "Somebody asks me something.\nI have one answer only, so I shall giv
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One answer of the script.
-
-    Attributes:
-        text: the answer; each word is a token.
-        reasoning: precedes the answer.
-        failure: raised at the end.
-    """
+    """One answer of the script; each word of its text is a token."""
 
     text: str = ANSWER
     reasoning: str = ""
-    failure: LlmEdgeError | None = None
+    failure: LlmEdgeError | None = None  # raised at the end
 
 
 class FakeReply:
@@ -108,12 +102,6 @@ class FakeResponder:
         said: the script, which is repeated; a string is an answer without reasoning.
         pause: seconds per token.
         context_length: in words.
-        name: the model's name.
-        detail: its precision or host.
-
-    Attributes:
-        asked: messages, parameters and prefix of every call.
-        replies: all replies.
     """
 
     adjusts = True
@@ -132,7 +120,7 @@ class FakeResponder:
         self.context_length: int | None = context_length
         self.default_params = SamplingParams(temperature=0.7, top_p=0.95)
         self.pause = pause
-        self.asked: list[tuple[list[dict[str, Any]], SamplingParams, str]] = []
+        self.asked: list[tuple[list[dict[str, Any]], SamplingParams, str]] = []  # with the prefix of the answer
         self.replies: list[FakeReply] = []
         self.closed = False
         answers = [Said(each) if isinstance(each, str) else each for each in said]

@@ -28,15 +28,11 @@ def _read(value: Any) -> UserPresets:
     return {model: dict(names) for model, names in value.items()}
 
 
-SECTION: Final = Section[UserPresets]("presets", dict, _read, dict)
+SECTION: Final = Section[UserPresets]("presets", dict, _read)
 
 
 class Presets:
-    """The presets of all models.
-
-    Args:
-        settings: where the user's presets are stored.
-    """
+    """The presets of all models; the user's are stored in the settings."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -18,15 +18,11 @@ SHIPPED: Final = (
 )
 MAX_QUESTIONS: Final = 500
 MAX_LENGTH: Final = 20_000  # characters
-SECTION: Final = Section[list[str]]("questions", lambda: list(SHIPPED), texts, list)
+SECTION: Final = Section[list[str]]("questions", lambda: list(SHIPPED), texts)
 
 
 class Questions:
-    """The list of sample questions; methods that change it raise MachineError if the settings cannot be written.
-
-    Args:
-        settings: where the list is stored once it has been changed.
-    """
+    """The list of sample questions; methods that change it raise MachineError if the settings cannot be written."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

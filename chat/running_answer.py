@@ -19,17 +19,11 @@ from llm_edge.runtime.sampling.params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a poll found.
+    """What a poll found."""
 
-    Attributes:
-        message: the answer, which has grown.
-        ended: the answer is complete, cancelled or failed.
-        error: the reason if it failed.
-    """
-
-    message: Message
-    ended: bool
-    error: LlmEdgeError | None = None
+    message: Message  # the answer, which has grown
+    ended: bool  # it is complete, cancelled or failed
+    error: LlmEdgeError | None = None  # the reason if it failed
 
 
 class DeferredReply:
@@ -71,15 +65,8 @@ class RunningAnswer:
     Args:
         message: the answer; grows with each `poll`.
         request: requests the reply; called on the reader's thread, and may set `note`.
-        responder: the model that answers.
         records: of the message's tokens so far; grows too.
         prompt_tokens: estimated number of tokens before the answer.
-        clock: returns seconds.
-
-    Attributes:
-        tokens: number of tokens generated so far.
-        note: shown below the answer once it has ended.
-        save_error: why the message could not be saved.
     """
 
     def __init__(
@@ -94,7 +81,7 @@ class RunningAnswer:
         self.message = message
         self.prompt_tokens = prompt_tokens
         self.tokens = 0
-        self.note = ""
+        self.note = ""  # shown below the answer once it has ended
         self.save_error: LlmEdgeError | None = None
         self._detail = responder.detail
         self._recorder = Recorder(responder.token_text)

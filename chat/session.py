@@ -27,11 +27,6 @@ _RATES = 60  # samples of the speed
 class ChatSession:
     """A chat: one conversation of a store at a time.
 
-    Args:
-        store: where conversations are saved.
-        parameters: sampling parameters and system prompt.
-        clock: returns seconds, as `time.perf_counter` does.
-
     Attributes:
         responder: the model that answers; None until `set_responder` is called.
         conversation: the current one.

@@ -28,19 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Section(Generic[T]):
-    """A section of the settings.
+    """A section of the settings. Its value is stored as JSON."""
 
-    Attributes:
-        name: key in the file.
-        empty: returns the value if the file does not have the section.
-        read: converts a JSON value; raises ValueError with what it expected.
-        write: converts the value to JSON.
-    """
-
-    name: str
-    empty: Callable[[], T]
-    read: Callable[[Any], T]
-    write: Callable[[T], Any]
+    name: str  # key in the file
+    empty: Callable[[], T]  # returns the value if the file does not have the section
+    read: Callable[[Any], T]  # checks a JSON value; raises ValueError with what it expected
 
 
 def _text(value: Any) -> str:
@@ -60,18 +52,11 @@ def texts(value: Any) -> list[str]:
     return list(value)
 
 
-THEME: Final = Section[str]("theme", str, _text, str)
+THEME: Final = Section[str]("theme", str, _text)
 
 
 class Settings:
-    """The user's settings. Thread-safe.
-
-    Args:
-        folder: the file's folder; None = the default one.
-
-    Attributes:
-        path: the file.
-    """
+    """The user's settings, in the default folder or another one. Thread-safe."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.path = (folder or default_folder()) / FILE
@@ -118,7 +103,7 @@ class Settings:
         with self._lock:
             self._read()
             value = change(self.get(section))
-            values = {**self._values, section.name: section.write(value)}
+            values = {**self._values, section.name: value}
             text = json.dumps(values, ensure_ascii=True, indent=1, allow_nan=False) + "\n"
             try:
                 if self._file_trouble or section.name in self._section_troubles:

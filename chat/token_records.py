@@ -22,15 +22,10 @@ _DAMAGED = "the token records of this answer are damaged: regenerate it (r on th
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """A token of an answer.
+    """A token of an answer."""
 
-    Attributes:
-        logprob: its log-probability and those of the alternatives.
-        texts: the texts of at least these tokens, by id.
-    """
-
-    logprob: TokenLogprob
-    texts: Mapping[int, str]
+    logprob: TokenLogprob  # of the token and of the alternatives
+    texts: Mapping[int, str]  # of at least these tokens, by id
 
     def text(self, token: int) -> str:
         """The text of a token."""
@@ -38,11 +33,7 @@ class TokenRecord:
 
 
 class Recorder:
-    """Creates token records, and looks the text of each token up only once.
-
-    Args:
-        text_of: returns the text of a token.
-    """
+    """Creates token records, and looks the text of each token up only once."""
 
     def __init__(self, text_of: Callable[[int], str]) -> None:
         self._text_of = text_of

@@ -48,19 +48,12 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a checkpoint came from.
+    """Where a checkpoint came from."""
 
-    Attributes:
-        name: display name of the model.
-        format: name of the file format.
-        files: the files that supplied weights.
-        weight_types: storage types of the weights, most frequent first, separated by commas.
-    """
-
-    name: str
-    format: str
-    files: tuple[SourceFile, ...]
-    weight_types: str
+    name: str  # display name of the model
+    format: str  # name of the file format
+    files: tuple[SourceFile, ...]  # those that supplied weights
+    weight_types: str  # storage types of the weights, most frequent first, separated by commas
 
     @property
     def size(self) -> int:

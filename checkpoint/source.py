@@ -34,15 +34,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """Options that complement the source.
-
-    Attributes:
-        state_dict: settings that a bare state dict does not contain.
-        adapter: folder or Hugging Face id of a PEFT LoRA adapter to merge.
-    """
+    """Options that complement the source."""
 
     state_dict: StateDictOptions = dataclasses.field(default_factory=StateDictOptions)
-    adapter: str | None = None
+    adapter: str | None = None  # folder or Hugging Face id of a PEFT LoRA adapter to merge
 
 
 def open_checkpoint(source: str, options: SourceOptions, progress: Progress) -> Checkpoint:

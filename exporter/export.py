@@ -32,12 +32,7 @@ _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT
 
 
 def export(source: str, options: ExportOptions | None = None, progress: Progress = lambda *_: None) -> Report:
-    """Export a checkpoint.
-
-    Args:
-        source: see `open_checkpoint`.
-        options: see `ExportOptions`.
-        progress: see `Progress`.
+    """Export a checkpoint, given as `open_checkpoint` takes it.
 
     Raises:
         InputError: the source cannot be read, or the output folder cannot be created or replaced.
@@ -61,7 +56,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         models = folder / writer.name
         models.mkdir()
         check_disk_space(folder, _required_bytes(checkpoint, recipes, options.validate))
-        formats = writer.write(models, checkpoint.config, checkpoint.weights, recipes, texts.calibration, progress)
+        formats = writer.write(models, checkpoint, recipes, texts.calibration, progress)
         validation = None
         if options.validate:
             memory = options.validation_memory * 1e9
@@ -74,7 +69,11 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
             parameters=count_parameters(checkpoint.config),
             style=writer.style,
             precisions=tuple(
-                PrecisionReport(recipe, _total_size(writer.files(models, recipe)), formats.get(recipe.name, {}))
+                PrecisionReport(
+                    recipe,
+                    size=sum(path.stat().st_size for path in writer.files(models, recipe)),
+                    formats=formats.get(recipe.name, {}),
+                )
                 for recipe in recipes
             ),
             layers=checkpoint.config.num_hidden_layers,
@@ -83,10 +82,6 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         write_manifest(folder, checkpoint, report, writer, progress)
     progress("writing", 1.0, str(target))
     return report
-
-
-def _total_size(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
 
 
 def _check_file_format(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:

@@ -9,6 +9,19 @@ from typing import Annotated
 
 from typer import Option
 
+PRECISIONS = {
+    "fp32": "",
+    "int8": "",
+    "int8-exact": "",
+    "int4": "",
+    "int4-mixed": "",
+    "source": "keeps the weights of a quantized GGUF",
+    "int8-kv8": "8-bit KV cache",
+    "fp16": "CUDA",
+}
+"""The names that `--precision` takes, with a note where one is needed; `quantization/recipes.py` defines them."""
+_PRECISION_LIST = ", ".join(f"{name} ({note})" if note else name for name, note in PRECISIONS.items())
+
 
 class FileFormat(StrEnum):
     """File format of the exported precisions."""
@@ -41,9 +54,7 @@ class ExportOptions:
     precision: Annotated[
         str | None,
         Option(
-            help="Comma-separated list of fp32, int8, int8-exact, int4, int4-mixed, source (keeps the weights of a "
-            "quantized GGUF), int8-kv8 (8-bit KV cache) and fp16 (CUDA). Default: fp32,int8,int4; fp32 with "
-            "--format torchscript."
+            help=f"Comma-separated list of {_PRECISION_LIST}. Default: fp32,int8,int4; fp32 with --format torchscript."
         ),
     ] = None
     graph: Annotated[

@@ -15,13 +15,7 @@ from llm_edge.exporter.validation.parity import Validation
 
 @dataclass(frozen=True, slots=True)
 class PrecisionReport:
-    """An exported precision.
-
-    Attributes:
-        recipe: recipe of the precision.
-        size: bytes of model and weights.
-        formats: formats of all projections and the embedding by module path; empty for TorchScript.
-    """
+    """An exported precision: `size` in bytes of model and weights, and the formats of its weights, see `Formats`."""
 
     recipe: Recipe
     size: int
@@ -32,14 +26,7 @@ class PrecisionReport:
 class Report:
     """Result of an export.
 
-    Attributes:
-        path: bundle folder.
-        source: description of the source.
-        parameters: number of weights.
-        style: style of the graphs; None for TorchScript.
-        precisions: exported precisions.
-        layers: number of layers of the model.
-        validation: comparison with the reference; None without validation.
+    `parameters` and `layers` are numbers of them; `style` is None for TorchScript, `validation` if there was none.
     """
 
     path: Path

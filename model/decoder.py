@@ -32,13 +32,7 @@ def _norm(config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Attention with packed query, key and value projections.
-
-    Args:
-        config: config of the model.
-        layer: config of this layer.
-        standalone: compute attention in plain PyTorch instead of by the registered operator.
-    """
+    """Attention with packed query, key and value projections; see `Decoder` for `standalone`."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, standalone: bool = False) -> None:
         super().__init__()

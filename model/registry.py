@@ -30,11 +30,8 @@ def find_family(model_type: str, where: str = "config.json") -> Family:
     """Return the family of a `model_type`: a built-in one, or one registered by an installed package.
 
     `model_type` comes from an untrusted file, so it is only compared with known names, never imported. Packages cannot
-    replace built-in families. docs/families.md describes how a package registers a family.
-
-    Args:
-        model_type: value of the config's `model_type`.
-        where: path of the config, for error messages.
+    replace built-in families. docs/families.md describes how a package registers a family. Messages name the config's
+    path, `where`.
 
     Raises:
         CheckpointError: there is no such family, or the package that registers it is broken.

@@ -78,17 +78,11 @@ def read_rope(
         return Rope(theta, dim)
     kind = section.text("rope_type", section.text("type", "default"))
     kind = (aliases or {}).get(kind, kind)
-    return Rope(theta, dim, _scaling(kind, config, section, field, dim, theta, original_length))
+    return Rope(theta, dim, _scaling(kind, config, section, field, Rope(theta, dim), original_length))
 
 
 def _scaling(
-    kind: str,
-    config: ConfigReader,
-    section: ConfigReader,
-    field: str,
-    dim: int,
-    theta: float,
-    default_length: int | None,
+    kind: str, config: ConfigReader, section: ConfigReader, field: str, rope: Rope, default_length: int | None
 ) -> RopeScaling | None:
     if kind == "default":
         return None
@@ -102,13 +96,13 @@ def _scaling(
             section.fail(f"low_freq_factor ({low}) is not below high_freq_factor ({high})")
         return Llama3Scaling(section.positive("factor"), low, high, original)
     if kind == "yarn":
-        if theta <= 1:
+        if rope.theta <= 1:
             section.fail("yarn requires a rope_theta above 1")
         return _yarn_scaling(section, length / original, original)
     if kind == "longrope":
         default = longrope_amplitude(section.positive("factor", length / original), original)
         amplitude = section.positive("attention_factor", default)
-        short, long = (_divisors(section, key, dim // 2) for key in ("short_factor", "long_factor"))
+        short, long = (_divisors(section, key, rope.dim // 2) for key in ("short_factor", "long_factor"))
         return LongRopeScaling(short, long, original, amplitude)
     supported = "default, linear, llama3, yarn, longrope"
     return config.fail(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")

@@ -16,6 +16,7 @@ from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.errors import CheckpointError
 
 Convert = Callable[[Tensor], Tensor]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +120,15 @@ class Weights(Mapping[str, Tensor]):
 def bind_weights(
     config: ModelConfig,
     table: WeightTable,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     load: Callable[[str], Tensor],
     where: str,
     block_reader: BlockReader | None = None,
 ) -> Weights:
     """Apply a weight table to a checkpoint, checking every name and shape before any tensor is read.
 
-    Args:
-        config: model config that determines the expected shapes.
-        table: the family's weight table.
-        shapes: shapes of all tensors of the checkpoint by name.
-        load: reads one tensor of the checkpoint.
-        where: path for error messages.
-        block_reader: reads quantized blocks, for checkpoints that store them; the table's conversions must then only
-            reorder rows.
+    `shapes` are those of all tensors of the checkpoint by name, `load` reads one of them, and `where` is the path for
+    messages. With a `block_reader`, for checkpoints that store blocks, the table's conversions must only reorder rows.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not used by this model.
@@ -146,7 +141,10 @@ def bind_weights(
             if source.name not in shapes:
                 raise CheckpointError(f"{where}: tensor {source.name} is missing: the checkpoint is incomplete")
             used.add(source.name)
-        _check_shape(config, name, sources[name], expected, shapes, where)
+        if not _has_shape(config, name, sources[name], expected, shapes):
+            names = " + ".join(source.name for source in sources[name])
+            given = " + ".join(str(shapes[source.name]) for source in sources[name])
+            raise CheckpointError(f"{where}: {names} has shape {given}, the config requires {expected}")
     ignored = re.compile(table.ignored)
     if config.tie_word_embeddings and "lm_head.weight" in table.outer:
         used |= {source.name for source in table.sources("lm_head.weight")}
@@ -168,7 +166,7 @@ def half_split(head_dim: int) -> Convert:
     return convert
 
 
-def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     """Yield name and shape of every weight. All layers have the same shapes, so only one layer is instantiated."""
     with torch.device("meta"):
         decoder = Decoder(dataclasses.replace(config, layers=config.layers[:1]))
@@ -178,15 +176,10 @@ def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
             yield name.replace(first, f"layers.{number}.", 1), tuple(weight.shape)
 
 
-def _check_shape(
-    config: ModelConfig,
-    name: str,
-    sources: tuple[SourceTensor, ...],
-    expected: tuple[int, ...],
-    shapes: Mapping[str, tuple[int, ...]],
-    where: str,
-) -> None:
-    """Compare the converted shapes of a weight's source tensors with the decoder's shape."""
+def _has_shape(
+    config: ModelConfig, name: str, sources: tuple[SourceTensor, ...], expected: Shape, shapes: Mapping[str, Shape]
+) -> bool:
+    """Return whether the tensors of a weight, converted and concatenated, have the decoder's shape."""
     found = [_converted_shape(source, shapes[source.name]) for source in sources]
     widths = {shape[1:] for shape in found if shape}
     packed = (sum(shape[0] for shape in found), *found[0][1:]) if all(found) else ()
@@ -195,13 +188,10 @@ def _check_shape(
         "gate_up": (config.intermediate_size, config.intermediate_size),
     }
     separate = heights.get(name.split(".")[-2]) if len(sources) > 1 else None
-    if len(widths) != 1 or packed != expected or (separate and separate != tuple(shape[0] for shape in found)):
-        names = " + ".join(source.name for source in sources)
-        given = " + ".join(str(shapes[source.name]) for source in sources)
-        raise CheckpointError(f"{where}: {names} has shape {given}, the config requires {expected}")
+    return len(widths) == 1 and packed == expected and (not separate or separate == tuple(shape[0] for shape in found))
 
 
-def _converted_shape(source: SourceTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _converted_shape(source: SourceTensor, shape: Shape) -> Shape:
     """Shape after `convert`, or () if the tensor cannot be converted."""
     if source.convert is None:
         return shape

@@ -37,30 +37,22 @@ if TYPE_CHECKING:
     from llm_edge.runtime.scheduling.counters import Counters as Counters
     from llm_edge.runtime.score import Score as Score
 
-_HOME = {
-    "AsyncGeneration": "generation",
-    "Bundle": "bundle",
-    "BusyError": "errors",
-    "Constraint": "sampling.constraint",
-    "ContextLengthError": "errors",
-    "Counters": "scheduling.counters",
-    "Engine": "engine",
-    "FinishReason": "results",
-    "Generation": "generation",
-    "GenerationChunk": "results",
-    "GenerationResult": "results",
-    "Guards": "bundle",
-    "LogitsProcessor": "sampling.sampler",
-    "Model": "model",
-    "PRESETS": "sampling.presets",
-    "ReasoningTags": "bundle",
-    "ReasoningTokens": "bundle",
-    "SamplingParams": "sampling.params",
-    "Score": "score",
-    "Timings": "results",
-    "TokenLogprob": "sampling.logprobs",
-    "apply_preset": "sampling.presets",
+_NAMES = {
+    "bundle": ("Bundle", "Guards", "ReasoningTags", "ReasoningTokens"),
+    "engine": ("Engine",),
+    "errors": ("BusyError", "ContextLengthError"),
+    "generation": ("AsyncGeneration", "Generation"),
+    "model": ("Model",),
+    "results": ("FinishReason", "GenerationChunk", "GenerationResult", "Timings"),
+    "sampling.constraint": ("Constraint",),
+    "sampling.logprobs": ("TokenLogprob",),
+    "sampling.params": ("SamplingParams",),
+    "sampling.presets": ("PRESETS", "apply_preset"),
+    "sampling.sampler": ("LogitsProcessor",),
+    "scheduling.counters": ("Counters",),
+    "score": ("Score",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = list(_HOME)
 

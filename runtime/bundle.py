@@ -144,14 +144,16 @@ class Bundle:
         self._files = _field(manifest, "files", dict)
         entries = _field(manifest, "precisions", dict)
         if not entries:
-            raise BundleError(f"{path / MANIFEST}: no precisions: export the bundle again")
+            raise self._refused("no precisions")
         self.precisions: dict[str, PrecisionInfo] = {
             name: self._precision(name, entry) for name, entry in entries.items()
         }
+        if {"reasoning", "reasoning_tags"} <= manifest.keys():
+            raise self._refused("'reasoning' and 'reasoning_tags' exclude each other")
         self.reasoning: ReasoningTokens | ReasoningTags | None = None
         if "reasoning" in manifest:
             self.reasoning = self._reasoning()
-        if "reasoning_tags" in manifest:
+        elif "reasoning_tags" in manifest:
             self.reasoning = self._reasoning_tags()
         self.guards = self._guards() if "guards" in manifest else None
 
@@ -243,22 +245,17 @@ class Bundle:
 
     def _precision(self, name: str, entry: Any) -> PrecisionInfo:
         if not isinstance(entry, dict):
-            raise BundleError(f"{self.path / MANIFEST}: precisions.{name} is not an object: export the bundle again")
+            raise self._refused(f"precisions.{name} is not an object")
         model = _field(entry, "model", str)
         kind = entry.get("format", ONNX)
         if kind not in FORMATS:
-            raise BundleError(
-                f"{self.path / MANIFEST}: precisions.{name} has format {kind!r}, but this runtime supports "
-                f"{' and '.join(FORMATS)}: export the bundle again"
-            )
+            supported = " and ".join(FORMATS)
+            raise self._refused(f"precisions.{name} has format {kind!r}, but this runtime supports {supported}")
         hidden_size = None
         if "hidden_size" in entry:
             hidden_size = _count(entry, "hidden_size", high=_MAX_HIDDEN, where=f"precisions.{name}.")
             if kind != ONNX:
-                raise BundleError(
-                    f"{self.path / MANIFEST}: precisions.{name} has a hidden_size, which {kind} does not support: "
-                    "export the bundle again"
-                )
+                raise self._refused(f"precisions.{name} has a hidden_size, which {kind} does not support")
         return PrecisionInfo(
             name=name,
             format=kind,
@@ -275,24 +272,20 @@ class Bundle:
         entry, high = _field(self.manifest, "reasoning", dict), self.shape.vocab_size - 1
         tokens = ReasoningTokens(*(_count(entry, key, 0, high, "reasoning.") for key in ReasoningTokens.__slots__))
         if tokens.start == tokens.end:
-            raise BundleError(f"{self.path / MANIFEST}: reasoning starts and ends with the same token: export it again")
+            raise self._refused("reasoning starts and ends with the same token")
         return tokens
 
     def _reasoning_tags(self) -> ReasoningTags:
-        if self.reasoning is not None:
-            raise BundleError(
-                f"{self.path / MANIFEST}: 'reasoning' and 'reasoning_tags' exclude each other: export it again"
-            )
         entry = _field(self.manifest, "reasoning_tags", dict)
         tags = ReasoningTags(*(_field(entry, key, str) for key in ReasoningTags.__slots__))
         for key, tag in (("start", tags.start), ("end", tags.end)):
             if not _MIN_TAG <= len(tag) <= _MAX_TAG or not tag.isprintable() or tag != tag.strip():
-                raise BundleError(
-                    f"{self.path / MANIFEST}: reasoning_tags.{key} is {reprlib.repr(tag)}, not {_MIN_TAG} to "
-                    f"{_MAX_TAG} printable characters without surrounding white space: export the bundle again"
+                raise self._refused(
+                    f"reasoning_tags.{key} is {reprlib.repr(tag)}, not {_MIN_TAG} to {_MAX_TAG} printable characters "
+                    "without surrounding white space"
                 )
         if tags.start in tags.end or tags.end in tags.start:
-            raise BundleError(f"{self.path / MANIFEST}: one of reasoning_tags contains the other: export it again")
+            raise self._refused("one of reasoning_tags contains the other")
         return tags
 
     def _guards(self) -> Guards:
@@ -302,8 +295,11 @@ class Bundle:
             newlines = _count(entry, "max_newlines", 1, MAX_NEWLINES, "guards.")
         guards = Guards(newlines, _field(entry, "single_think_end", bool))
         if guards.single_think_end and self.reasoning is None:
-            raise BundleError(f"{self.path / MANIFEST}: guards.single_think_end without 'reasoning': export it again")
+            raise self._refused("guards.single_think_end without 'reasoning'")
         return guards
+
+    def _refused(self, reason: str) -> BundleError:
+        return BundleError(f"{self.path / MANIFEST}: {reason}: export the bundle again")
 
 
 def _graph_files(model: str, kind: str) -> Iterable[str]:

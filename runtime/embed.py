@@ -21,16 +21,9 @@ def check_pooling(pooling: str) -> None:
 def pooled(
     tokens: Sequence[int], step: Callable[[Sequence[int], int], HiddenStates], pooling: str, *, normalize: bool
 ) -> HiddenStates:
-    """Pool the hidden states of a text.
+    """Pool the hidden states of a text as `Model.embed` describes.
 
-    Args:
-        tokens: token ids, at least one.
-        step: computes the hidden states [n, H] of the last n of the next tokens; 0 = all.
-        pooling: `mean` over all positions, the `last` position, or `none`.
-        normalize: divide by the Euclidean norm.
-
-    Returns:
-        float32 [H], or [tokens, H] without pooling.
+    `step` computes the hidden states [n, H] of the last n of the next tokens; 0 = all.
 
     Raises:
         LogitsError: hidden states are not finite.

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from llm_edge.runtime.backend.session import Session
@@ -85,12 +84,7 @@ class Engine(BaseModel[AsyncGeneration]):
         self._thread.start()
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        precision: str | None = None,
-        **options: Any,
-    ) -> Engine:
+    def load(cls, path: str | Path, precision: str | None = None, **options: Any) -> Engine:
         """Load a bundle, on the CPU unless `provider` says otherwise.
 
         `options` are further fields of `LoadOptions` and keyword arguments of `Engine`. On CUDA an answer may depend on
@@ -183,16 +177,13 @@ class Engine(BaseModel[AsyncGeneration]):
         Raises:
             InputError: the file is missing, damaged, or from another bundle.
         """
-        shape, batch = self.bundle.shape, self._batch
-        tensors = 2 * shape.num_hidden_layers
-        heads, width = shape.num_key_value_heads, shape.head_dim
-        tokens, values = cache_file.load(Path(path), self._identity, tensors, heads, width, batch.limit, batch.dtype)
+        tokens, values = cache_file.load(Path(path), self._identity, self.bundle.shape, self._batch.dtype)
         try:
             self._prompts.check(tokens, self.context_length + 1)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         with self._stepping:
-            batch.write(self._slots.reserve(tokens), values)
+            self._batch.write(self._slots.reserve(tokens), values)
             self._slots.enforce_budget()
         return len(tokens)
 
@@ -207,9 +198,7 @@ class Engine(BaseModel[AsyncGeneration]):
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

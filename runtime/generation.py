@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import TracebackType
 
 from llm_edge.runtime.results import GenerationChunk, GenerationResult, collect
 from llm_edge.runtime.sampling.params import SamplingParams
@@ -108,9 +107,7 @@ class AsyncGeneration:
     def __enter__(self) -> AsyncGeneration:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._exhausted:
             self.cancel()
 

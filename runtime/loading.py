@@ -16,14 +16,7 @@ from llm_edge.runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class LoadedBundle:
-    """A bundle in memory.
-
-    Attributes:
-        bundle: the folder.
-        precision: the graph that was loaded.
-        tokenizer: the bundle's tokenizer.
-        session: over the graph.
-    """
+    """A bundle, its tokenizer, and a session over the graph of a precision."""
 
     bundle: Bundle
     precision: PrecisionInfo
@@ -36,7 +29,7 @@ def load(path: str | Path, options: LoadOptions, *, fused: bool = False, interle
 
     Args:
         path: the folder.
-        options: see `LoadOptions`.
+        options: its `draft` is ignored.
         fused: require a fused graph, whose cache can be shared and rewound.
         interleaved: another model runs between this one's steps.
 

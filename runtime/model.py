@@ -16,8 +16,7 @@ from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.sampling.params import SamplingParams
-from llm_edge.runtime.scheduling.prefix import common_prefix
-from llm_edge.runtime.scheduling.sequence import TokenSequence
+from llm_edge.runtime.scheduling.sequence import TokenSequence, common_prefix
 from llm_edge.runtime.score import Score, scored
 from llm_edge.runtime.speculative.draft_model import DraftModel, load_draft_model
 

@@ -108,11 +108,7 @@ class GenerationResult:
 
 
 def collect(chunks: Iterable[GenerationChunk]) -> GenerationResult:
-    """Combine the remaining chunks of a generation.
-
-    Raises:
-        ParameterError: there are none.
-    """
+    """Combine the remaining chunks of a generation; raises ParameterError if there are none."""
     answer: list[str] = []
     reasoning: list[str] = []
     tokens: list[int] = []

@@ -131,15 +131,6 @@ def short_repr(value: object) -> str:
     """A value from an untrusted file as one short line of ASCII, for messages."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    shown = ascii(value[:_REPR_LIMIT]) if isinstance(value, str | bytes) else ascii(_Text(_repr.repr(value)))
+    shown = repr(value[:_REPR_LIMIT]) if isinstance(value, str | bytes) else _repr.repr(value)
+    shown = shown.encode("ascii", "backslashreplace").decode()
     return shown if len(shown) <= _REPR_LIMIT + 20 else shown[:_REPR_LIMIT] + "..."
-
-
-class _Text:
-    """Text that is a `repr` already."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __repr__(self) -> str:
-        return self._text

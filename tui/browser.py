@@ -65,12 +65,7 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 class ChatServer(Server):
-    """A textual-serve server that rejects requests of other sites.
-
-    Args:
-        command: shell command that opens the application, once for each visitor.
-        host, port: address to listen on.
-    """
+    """A textual-serve server that runs a shell command for each visitor, and rejects requests of other sites."""
 
     def __init__(self, command: str, host: str, port: int) -> None:
         super().__init__(command, host=host, port=port, title="llm-edge")

@@ -23,20 +23,12 @@ _MAX_NAME = 40  # characters
 
 @dataclass(eq=False, slots=True)
 class ExportJob:
-    """An export and its result.
-
-    Attributes:
-        request: what to export.
-        browse: whether the source was chosen among files, rather than typed as a Hugging Face id.
-        export: the process.
-        ended: whether it has ended, with a bundle or with `export.error()`.
-        bundle: the exported bundle.
-    """
+    """An export and its result."""
 
     request: ExportRequest
-    browse: bool
+    browse: bool  # whether the source was chosen among files, rather than typed as a Hugging Face id
     export: Export
-    ended: bool = False
+    ended: bool = False  # with a bundle, or with `export.error()`
     bundle: Path | None = None
 
     @property
@@ -59,12 +51,7 @@ class ExportJob:
 
 
 class ExportManager:
-    """Starts exports and reports their ends.
-
-    Args:
-        app: runs the workers that wait for the end.
-        settings: where new bundles are remembered, so that the model list offers them.
-        on_background_end: called with a job that ends while no screen is watching it.
+    """Starts exports and reports their ends; `on_background_end` is called while no screen is watching.
 
     Attributes:
         job: the running export or, until its result was dismissed, the last one.

@@ -21,16 +21,7 @@ _POLL_SECONDS = 0.05
 
 
 class ModelLoader:
-    """Loads one model at a time on a worker thread, and posts `Loaded` or `Failed` to a widget.
-
-    Args:
-        widget: runs the workers and receives the messages.
-        session: whose running answer a newly chosen model waits for.
-        settings: where chosen models are remembered.
-
-    Attributes:
-        loading: whether a model is being loaded.
-    """
+    """Loads one model at a time on a worker thread of a widget, and posts `Loaded` or `Failed` to the widget."""
 
     class Loaded(Event):
         """A model was loaded."""

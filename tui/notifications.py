@@ -15,12 +15,5 @@ Severity = Literal["information", "warning", "error"]
 def notify(
     source: App[Any] | Widget, text: str, severity: Severity = "information", timeout: float | None = None
 ) -> None:
-    """Show a notification without markup or control characters.
-
-    Args:
-        source: the app, or any widget of it.
-        text: what to show.
-        severity: how it looks.
-        timeout: seconds that it stays; None for the app's default.
-    """
+    """Show a notification without markup or control characters."""
     source.notify(printable(text), severity=severity, timeout=timeout, markup=False)

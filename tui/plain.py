@@ -12,7 +12,7 @@ from typing import TextIO
 from llm_edge.chat.commands import format_help, help_lines, run_command
 from llm_edge.chat.figures import figures_line
 from llm_edge.chat.history.conversation import Message, title_of
-from llm_edge.chat.history.memory_store import InMemoryStore
+from llm_edge.chat.history.store import InMemoryStore
 from llm_edge.chat.running_answer import Update
 from llm_edge.chat.session import ChatSession
 from llm_edge.chat.text import printable
@@ -160,7 +160,7 @@ class PlainChat:
             self._note(f"(saved in {store.path})")
 
     def _stop_saving(self, error: LlmEdgeError) -> None:
-        """Go on without saving: a full disk should not end a chat."""
+        """Continue without saving: a full disk should not end a chat."""
         if isinstance(self.session.store, InMemoryStore):
             raise error
         self.save_error, self.session.store = error, InMemoryStore()

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llm_edge.chat.choice import open_responder
-from llm_edge.chat.history.memory_store import InMemoryStore
-from llm_edge.chat.history.store import Store, default_path
+from llm_edge.chat.history.store import InMemoryStore, Store, default_path
 from llm_edge.chat.parameters import ChatParameters, as_json_values
 from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.session import ChatSession
@@ -23,12 +22,7 @@ if TYPE_CHECKING:
 
 
 def chat(options: ChatOptions, sampling: Mapping[str, Any]) -> int:
-    """Answer one question, or lines of standard input; returns the exit code.
-
-    Args:
-        options: the command line.
-        sampling: parameters that differ from the model's defaults.
-    """
+    """Answer one question, or lines of standard input; returns the exit code."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # bytes that are not text, and text that the locale lacks
             stream.reconfigure(errors=errors)

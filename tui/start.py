@@ -25,13 +25,7 @@ _FIXED_SIZE = ("COLUMNS", "LINES")
 
 
 def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None) -> int:
-    """Open the application; returns its exit code.
-
-    Args:
-        choice: the model; None = a script answers.
-        sampling: parameters that differ from the model's defaults.
-        system: the system prompt.
-    """
+    """Open the application; returns its exit code. Without a choice of a model, a script answers."""
     changed = as_json_values(sampling)
     if system:
         changed["system"] = system
@@ -72,10 +66,6 @@ def _leave_terminal() -> None:
 
 def serve(arguments: Sequence[str], host: str, port: int) -> None:
     """Serve the application to browsers, with one process per visitor.
-
-    Args:
-        arguments: of `llm-chat` for each visitor.
-        host, port: address to listen on.
 
     Raises:
         InputError: textual-serve is not installed, or the address cannot be used.

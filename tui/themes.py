@@ -51,10 +51,7 @@ def theme_style(variables: Mapping[str, str], name: str) -> Style:
 def restore_theme(app: App[Any], settings: Settings, use_code_theme: Callable[[str], None]) -> None:
     """Use the theme from the settings, and store the user's choice from now on.
 
-    Args:
-        app: the application.
-        settings: where the choice is stored.
-        use_code_theme: called with the matching Pygments style, now and whenever the theme changes.
+    `use_code_theme` is called with the matching Pygments style, now and whenever the theme changes.
     """
 
     def store(name: str) -> None:

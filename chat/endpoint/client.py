@@ -78,7 +78,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     return list(value)
 
 
-ENDPOINTS: Final = Section[list[dict[str, Any]]]("endpoints", list, _objects, list)
+ENDPOINTS: Final = Section[list[dict[str, Any]]]("endpoints", list, _objects)
 
 
 def endpoints(settings: Settings) -> list[Endpoint]:
@@ -91,12 +91,7 @@ def endpoints(settings: Settings) -> list[Endpoint]:
 
 
 def named_endpoint(url: str, model: str, key: str | None) -> Endpoint:
-    """The endpoint that a command line names.
-
-    Args:
-        url: base of the API, as `base_url` takes it.
-        model: the model's name.
-        key: where the API key is; None = where it was when this URL was last used, else there is none.
+    """The endpoint that a command line names. Without a key, it is the one that was used last with this URL, if any.
 
     Raises:
         InputError: the URL cannot be used.
@@ -178,11 +173,6 @@ def _is_local(host: str) -> bool:
 def list_models(url: str, key: str, *, patience: float = 10.0) -> list[str]:
     """The sorted names of an endpoint's models; empty if it does not list them.
 
-    Args:
-        url: base URL.
-        key: place of the API key.
-        patience: timeout in seconds.
-
     Raises:
         InputError, MachineError: the endpoint cannot be reached, or rejects the key.
     """
@@ -196,9 +186,7 @@ def list_models(url: str, key: str, *, patience: float = 10.0) -> list[str]:
 class EndpointResponder:
     """A `Responder` for a model behind an endpoint; its replies cannot be adjusted.
 
-    Args:
-        endpoint: the model.
-        patience: timeout in seconds between two chunks.
+    `patience` is the timeout in seconds between two chunks.
 
     Raises:
         InputError: the endpoint cannot be reached, rejects the key, or lists models without this one.

@@ -20,8 +20,8 @@ import openai
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import ContextLengthError, InputError, LlmEdgeError, MachineError
 
-MOST_BYTES = 64 << 20  # of one response
-MOST_EVENT = 4 << 20  # bytes without an empty line
+MAX_BYTES = 64 << 20  # of one response
+MAX_EVENT = 4 << 20  # bytes without an empty line
 _HEADERS = ("accept", "connection", "content-length", "content-type", "host", "user-agent")
 _LIST_TIMEOUT = 10.0  # seconds
 _MAX_MESSAGE = 300  # characters of a server's error message
@@ -43,11 +43,7 @@ class Wire:
     Each request has its own connection, whose socket is passed to `on_socket`, so that another thread can shut it down
     at any time. Only the necessary headers are sent: the client would add the environment's organization and details
     of the machine. Redirects are not followed.
-
-    Args:
-        url: base URL.
-        key: the API key; "" = none.
-        patience: timeout in seconds between two chunks.
+    `patience` is the timeout in seconds between two chunks.
     """
 
     def __init__(self, url: str, key: str, patience: float) -> None:
@@ -269,7 +265,7 @@ class _Bounded(httpx2.SyncByteStream):
             total += len(data)
             end = max(data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n"), data.rfind(b"\r\r"))
             event = len(data) - end if end >= 0 else event + len(data)
-            if total > MOST_BYTES or event > MOST_EVENT:
+            if total > MAX_BYTES or event > MAX_EVENT:
                 raise MachineError("the endpoint sent too much data: the connection was closed")
             yield data
 

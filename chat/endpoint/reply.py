@@ -10,13 +10,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llm_edge.chat.endpoint.thinking import Thinking
 from llm_edge.chat.stream_reader import StreamReader
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
 from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
 from llm_edge.runtime.sampling.logprobs import TokenLogprob
 from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.text.holdback import TagSplitter
 
 if TYPE_CHECKING:
     from llm_edge.chat.endpoint.http import OnSocket
@@ -30,11 +30,7 @@ _USAGE_TIMEOUT = 2.0  # seconds after the answer's end
 
 
 class Connection:
-    """The chunks of one streamed answer; cancelling shuts the socket down, which the endpoint notices.
-
-    Args:
-        stream: opens the stream, and passes its socket to the callback.
-    """
+    """The chunks of one streamed answer; cancelling shuts the socket down, which the endpoint notices."""
 
     def __init__(self, stream: Callable[[OnSocket], Generator[Any]]) -> None:
         self._stream = stream
@@ -79,7 +75,6 @@ class EndpointReply:
 
     Args:
         stream: opens the stream of chunks, and passes its socket to the callback.
-        params: sampling parameters of the request.
         prefix: start of the answer, which is removed if the endpoint repeats it.
         token_id: returns an id for a token's text; None if there are too many.
         patience: timeout in seconds for a chunk.
@@ -143,7 +138,7 @@ class EndpointReply:
                 held, text = self._without_echo(held + text)
             length += len(reasoning) + len(text)
             if length > MAX_TEXT:
-                raise MachineError("the endpoint does not stop: the connection was closed")
+                raise MachineError("the endpoint's answer has no end: the connection was closed")
             if reasoning or text:
                 last = time.perf_counter()
                 first = first if tokens else last
@@ -232,6 +227,45 @@ class EndpointReply:
             return None
         number = self._token_id(token)
         return None if number is None else (number, float(logprob))
+
+
+class Thinking:
+    """Separates reasoning from the answer, for endpoints that leave it between `<think>` and `</think>`.
+
+    Servers without a reasoning parser do that for DeepSeek-R1, QwQ and many other models. White space around the tags
+    is dropped.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.inside = False  # the text to come is reasoning, as far as is known
+        self._tags = TagSplitter("<think>", "</think>") if enabled else None
+        self._after_tag = False  # nothing but white space since
+        self._space = ""  # held back: a tag may follow
+
+    def push(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Add text; yields what is final now, and whether it is reasoning."""
+        if self._tags is None:
+            yield text, False
+            return
+        first, *others = self._tags.push(text)
+        yield from self._section(first)
+        for part in others:
+            self.inside, self._after_tag, self._space = not self.inside, True, ""
+            yield from self._section(part)
+
+    def flush(self) -> Iterator[tuple[str, bool]]:
+        """Yield the text that is held back, because no more text follows."""
+        held = self._space + (self._tags.flush() if self._tags is not None else "")
+        if held:
+            yield held, self.inside
+
+    def _section(self, text: str) -> Iterator[tuple[str, bool]]:
+        text = self._space + (text.lstrip() if self._after_tag else text)
+        final = text.rstrip() if self.inside or not text.strip() else text
+        self._space = text[len(final) :]
+        if final:
+            self._after_tag = False
+            yield final, self.inside
 
 
 def _separated(chunk: GenerationChunk, thinking: Thinking) -> Iterator[GenerationChunk]:

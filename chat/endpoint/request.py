@@ -79,7 +79,7 @@ def add_prefix(body: dict[str, Any], prefix: str, url: str, owner: str) -> None:
     """
     host = urllib.parse.urlsplit(url).hostname or ""
     if host == "openai.com" or host.endswith((".openai.com", ".openai.azure.com")) or owner == "system":
-        raise InputError(f"{host} does not continue answers: ask it to go on in a new message")
+        raise InputError(f"{host} does not continue answers: ask it to continue in a new message")
     last: dict[str, Any] = {"role": "assistant", "content": prefix}
     if host.endswith((".mistral.ai", ".deepseek.com")):
         last["prefix"] = True

@@ -240,7 +240,7 @@ def _grow(
             message = _message(len(made) + 1, parent, run)
             length += len(message.content) + len(message.reasoning)
             if length > MAX_TEXT:
-                raise ValueError("its branches repeat too much")
+                raise ValueError("its branches have too much text in total")
             conversation.attach(message)
             made[run.node] = message.id
             names[message.id] = without_surrogates(run.node)

@@ -78,14 +78,14 @@ class Conversation:
         """Add a message; the path that is shown does not change.
 
         Raises:
-            ValueError: the id is taken, the parent is missing or newer, or the role is unknown.
+            ValueError: the id is in use, the parent is missing or newer, or the role is unknown.
         """
         if message.id < 1 or message.id in self.messages:
-            raise ValueError(f"message {message.id}: the id is below 1 or taken")
+            raise ValueError(f"message {message.id}: the id is less than 1 or already in use")
         if message.parent is not None and (message.parent not in self.messages or message.parent >= message.id):
             raise ValueError(f"message {message.id}: the parent {message.parent} is not an earlier message")
         if message.role not in ROLES:
-            raise ValueError(f"message {message.id}: the role {message.role!r} is none of {', '.join(ROLES)}")
+            raise ValueError(f"message {message.id}: the role {message.role!r} is not one of {', '.join(ROLES)}")
         self.messages[message.id] = message
         insort(self._children.setdefault(message.parent, []), message.id)
 

@@ -80,13 +80,7 @@ _TRIGGERS = ("index_added", "index_changed", "index_removed")
 
 
 class Database:
-    """A thread-safe connection to a file that several programs may use at once.
-
-    Args:
-        path: the file; it and its folder are created if they do not exist.
-
-    Attributes:
-        indexed: whether the table `message_index` holds the full text of finished messages.
+    """A thread-safe connection to a file, created if it does not exist, that several programs may use at once.
 
     Raises:
         InputError: the file is damaged, not ours, or of a newer version; it is not modified.
@@ -95,7 +89,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.indexed = False
+        self.indexed = False  # whether the table `message_index` holds the full text of finished messages
         self._lock = threading.RLock()
         _create_file(path)
         with self.read():

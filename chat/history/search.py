@@ -47,35 +47,22 @@ ORDER BY in_title DESC, c.updated DESC, c.id DESC LIMIT :limit
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A conversation in a list.
-
-    Attributes:
-        id: of the conversation.
-        title: one line.
-        pinned: whether it is listed before the others.
-        updated: Unix time in seconds.
-        count: number of messages.
-        model: name of the model that answered last.
-        snippet: text around the words that a search found.
-    """
+    """A conversation in a list."""
 
     id: int
     title: str
-    pinned: bool
-    updated: float
-    count: int
-    model: str
-    snippet: str = ""
+    pinned: bool  # whether it is listed before the others
+    updated: float  # Unix time in seconds
+    count: int  # of messages
+    model: str  # that answered last
+    snippet: str = ""  # text around the words that a search found
 
 
 class ConversationReader:
-    """Read access to the conversations of a file. Thread-safe.
+    """Read access to the conversations of a file, which is created if it does not exist. Thread-safe.
 
     Every method raises MachineError if the disk fails or another program locks the file, and InputError if the file is
     damaged.
-
-    Args:
-        path: the file; it and its folder are created if they do not exist.
 
     Raises:
         InputError: the file is damaged, not ours, or of a newer version; it is not modified.

@@ -114,13 +114,21 @@ class Store(ConversationReader):
             id=0,
             parent=parent,
             role=role,
-            content=without_surrogates(content),
+            content=content,
             created=time.time(),
-            model=without_surrogates(model),
+            model=model,
             params=dict(params or {}),
             finished=role == USER if finished is None else finished,
         )
-        title = conversation.title or (title_of(message.content) if role == USER else "")
+        self._insert_new(conversation, message)
+        conversation.attach(message)
+        conversation.leaf = message.id
+        return message
+
+    def _insert_new(self, conversation: Conversation, message: Message) -> None:
+        """Store a new message, and the conversation with its first one; sets their ids."""
+        message.content, message.model = without_surrogates(message.content), without_surrogates(message.model)
+        title = conversation.title or (title_of(message.content) if message.role == USER else "")
         with self._database.change():
             number = conversation.id or self._insert(conversation)
             changed = self._database.execute(
@@ -135,9 +143,6 @@ class Store(ConversationReader):
             query = "SELECT title FROM conversations WHERE id = ?"  # another program may have renamed it
             title = str(self._database.execute(query, (number,)).fetchone()[0])
         conversation.id, conversation.title, conversation.updated = number, title, message.created
-        conversation.attach(message)
-        conversation.leaf = message.id
-        return message
 
     def update(self, message: Message) -> None:
         """Save a message; fast enough to be called several times per second.
@@ -292,6 +297,35 @@ class Store(ConversationReader):
             (*values, json.dumps(m.params), json.dumps(m.figures), m.finished, foreign_id),
         )
         return cursor.lastrowid or 0
+
+
+class InMemoryStore(Store):
+    """A `Store` without a file; a conversation exists only as the object that the caller has."""
+
+    def __init__(self) -> None:
+        self._last_id = 0
+
+    def close(self) -> None:
+        pass
+
+    def update(self, message: Message) -> None:
+        pass
+
+    def add_records(self, message: int, data: bytes) -> None:
+        pass
+
+    def drop_records(self, message: int) -> None:
+        pass
+
+    def records(self, message: int) -> list[bytes]:  # noqa: ARG002
+        return []
+
+    def _insert_new(self, conversation: Conversation, message: Message) -> None:
+        self._last_id = max(self._last_id, *conversation.messages, 0) + 1
+        message.id = self._last_id
+
+    def _set(self, number: int, column: str, value: object) -> None:
+        pass
 
 
 def _id(conversation: Conversation | int) -> int:

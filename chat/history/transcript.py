@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from llm_edge.chat.files import write_file
 from llm_edge.chat.history.conversation import ASSISTANT, Conversation, Message, depth
 from llm_edge.chat.text import one_line, without_surrogates
 from llm_edge.runtime.errors import InputError
-from llm_edge.runtime.safe_io import MIB, read_text
+from llm_edge.runtime.safe_io import MIB, read_text, write_atomically
 
 FORMAT = "llm-edge conversation"
 VERSION = 1
@@ -45,21 +46,6 @@ def to_json(conversation: Conversation) -> str:
     Raises:
         InputError: parameters or figures of a message are not JSON values.
     """
-    messages = [
-        {
-            "id": message.id,
-            "parent": message.parent,
-            "role": message.role,
-            "content": message.content,
-            "reasoning": message.reasoning,
-            "created": message.created,
-            "model": message.model,
-            "params": message.params,
-            "figures": message.figures,
-            "finished": message.finished,
-        }
-        for message in conversation.messages.values()
-    ]
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -69,7 +55,10 @@ def to_json(conversation: Conversation) -> str:
         "updated": conversation.updated,
         "system": conversation.system,
         "leaf": conversation.leaf,
-        "messages": messages,
+        "messages": [
+            {field.name: getattr(message, field.name) for field in fields(message)}
+            for message in conversation.messages.values()
+        ],
     }
     try:
         return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -104,9 +93,7 @@ def from_json(text: str) -> Conversation:
             raise InputError(f'messages[{place}]: not an object: save the conversation again as ".json"')
         try:
             conversation.attach(_message(entry))
-        except ValueError as e:
-            raise InputError(f"messages[{place}]: {e}") from e
-        except InputError as e:
+        except (ValueError, InputError) as e:
             raise InputError(f"messages[{place}]: {e}") from e
     leaf = _number(document, "leaf", optional=True)
     if leaf is not None and leaf not in conversation.messages:
@@ -138,6 +125,28 @@ def save(name: str, conversation: Conversation, *, overwrite: bool = False) -> N
         raise InputError("nothing to save yet: ask a question first")
     as_json = name.lower().endswith(".json")
     write_file(name, to_json(conversation) if as_json else markdown(conversation), overwrite=overwrite)
+
+
+def write_file(name: str, text: str, *, overwrite: bool = False) -> None:
+    """Write a file completely or not at all; a leading `~` is the user's home folder.
+
+    Raises:
+        InputError: the file exists and is not to be overwritten, or cannot be written.
+    """
+    try:
+        path = Path(name).expanduser()
+        if overwrite:
+            path = path.resolve()  # so that a link stays one
+            if path.is_dir():
+                raise InputError(f"{name} is a folder: choose another name")
+        elif os.path.lexists(path):
+            raise FileExistsError
+        write_atomically(path, without_surrogates(text).encode(), overwrite=overwrite)
+    except FileExistsError as e:
+        raise InputError(f"{name} exists already: choose another name") from e
+    except (OSError, ValueError, RuntimeError) as e:  # the last two: names that no file can have
+        why = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"{name} cannot be written ({why}): choose another name") from e
 
 
 def _facts(message: Message) -> list[str]:

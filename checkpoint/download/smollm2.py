@@ -39,9 +39,6 @@ def cached_gguf() -> Path:
 def smollm2_gguf(progress: Callable[[str], None] | None = None) -> Path:
     """Return the GGUF file of SmolLM2-135M-Instruct, downloading it if it is not cached; its hash is verified.
 
-    Args:
-        progress: called with a short message when a slow step starts.
-
     Raises:
         CheckpointError: the download failed.
         MachineError: the cache cannot be written.

@@ -37,11 +37,6 @@ class GGUFFile:
 
     The mapping is released with the file object and its last array.
 
-    Attributes:
-        path: the file.
-        metadata: values of all keys; numeric arrays are NumPy arrays.
-        tensors: shape, type and location of every tensor.
-
     Raises:
         CheckpointError: the file is missing or damaged.
     """
@@ -50,7 +45,7 @@ class GGUFFile:
         self.path = Path(path)
         self._map = _map_file(self.path)
         header = Header(self.path, self._map)
-        self.metadata: dict[str, Any] = header.metadata
+        self.metadata: dict[str, Any] = header.metadata  # numeric arrays are NumPy arrays
         self.tensors: dict[str, GGUFTensor] = header.tensors
 
     def __repr__(self) -> str:

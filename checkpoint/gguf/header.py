@@ -60,20 +60,12 @@ _DAMAGED = "the file is damaged: download it again"
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """An entry of the tensor table.
-
-    Attributes:
-        name: name of the tensor.
-        shape: shape in PyTorch's order, [out, in].
-        ggml_type: storage type.
-        offset: position of the data in the file.
-        nbytes: size of the data.
-    """
+    """An entry of the tensor table."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in PyTorch's order, [out, in]
     ggml_type: GGMLQuantizationType
-    offset: int
+    offset: int  # position of the data in the file
     nbytes: int
 
     @property

@@ -32,12 +32,7 @@ _MAX_MERGES = 4_000_000  # Llama 2 has 61,249 for 32,000 pieces
 
 
 def build_tokenizer(gguf: GGUFFile, vocab: dict[str, int], types: Sequence[int]) -> Tokenizer:
-    """Build the tokenizer without added tokens and without a post-processor.
-
-    Args:
-        gguf: the file.
-        vocab: token -> id, in ascending order of ids.
-        types: type of each token.
+    """Build the tokenizer without added tokens and without a post-processor; `vocab` is in ascending order of ids.
 
     Raises:
         CheckpointError: the scores are invalid, or a setting is not supported.

@@ -15,12 +15,7 @@ from llm_edge.runtime.safe_io import read_json
 
 
 class WeightFiles:
-    """The tensors of one file, or of all shards.
-
-    Attributes:
-        format: "safetensors" or "PyTorch".
-        tensors: shape and type of every tensor.
-    """
+    """The tensors of one file, or of all shards."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._files: dict[str, TensorFile] = {}

@@ -45,21 +45,13 @@ class _LowRank:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """Changes to one tensor of the base, applied in this order.
+    """Changes to one tensor of the base, applied in this order."""
 
-    Attributes:
-        replacement: tensor of the adapter that replaces it.
-        added: tensor of the adapter that is added to it (a bias).
-        low_rank: tensors whose product is added to it.
-        scaling: factor of `added` and of the low-rank product.
-        transposed: whether the base stores the weight as [in, out].
-    """
-
-    replacement: str | None = None
-    low_rank: _LowRank | None = None
-    added: str | None = None
-    scaling: float = 1.0
-    transposed: bool = False
+    replacement: str | None = None  # tensor of the adapter that replaces it
+    added: str | None = None  # tensor of the adapter that is added to it (a bias)
+    low_rank: _LowRank | None = None  # tensors whose product is added to it
+    scaling: float = 1.0  # factor of `added` and of the low-rank product
+    transposed: bool = False  # whether the base stores the weight as [in, out]
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,10 +80,6 @@ class LoraConfig:
 def read_lora_config(raw: Mapping[str, Any], path: Path) -> LoraConfig:
     """Read the content of `adapter_config.json`.
 
-    Args:
-        raw: the parsed file.
-        path: path of the file, for error messages.
-
     Raises:
         CheckpointError: a value is invalid, or a key is not supported.
     """

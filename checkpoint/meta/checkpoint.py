@@ -45,10 +45,6 @@ _SHARD = re.compile(r"consolidated\.\d+\.(pth|pt|safetensors)")
 def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
     """Read a state dict with its config and tokenizer.
 
-    Args:
-        path: the tensor file.
-        options: settings that the file does not contain.
-
     Raises:
         CheckpointError: a file is missing or damaged, the config contradicts the tensors, or the number of heads or
             the rotary base is not specified.

@@ -43,25 +43,17 @@ _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 class StateDictOptions:
     """Settings that a state dict does not contain. They override the config file; None reads it from there.
 
-    Attributes:
-        config: config file (`--config`); None uses the one beside the checkpoint, if any.
-        tokenizer: folder or file of the tokenizer (`--tokenizer`); None uses the config's, or the one beside the
-            checkpoint.
-        n_heads: H, number of query heads.
-        n_kv_heads: K, number of key/value heads.
-        rope_theta: rotary base.
-        norm_eps: epsilon of the norms.
-        max_seq_len: maximum context length in tokens. It does not replace the config file's value, from which
-            rotary scalings derive their defaults; `source.open_checkpoint` shortens the context afterwards.
+    `max_seq_len` does not replace the config file's value, from which rotary scalings derive their defaults;
+    `source.open_checkpoint` shortens the context afterwards.
     """
 
-    config: Path | None = None
-    tokenizer: Path | None = None
+    config: Path | None = None  # None uses the config file beside the checkpoint, if any
+    tokenizer: Path | None = None  # folder or file; None uses the config's, or the one beside the checkpoint
     n_heads: int | None = None
     n_kv_heads: int | None = None
-    rope_theta: float | None = None
+    rope_theta: float | None = None  # rotary base
     norm_eps: float | None = None
-    max_seq_len: int | None = None
+    max_seq_len: int | None = None  # maximum context length in tokens
 
 
 @dataclass(frozen=True, slots=True)

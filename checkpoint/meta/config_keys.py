@@ -81,10 +81,6 @@ _MAX_SHOWN = 3
 def check_keys(model: ConfigReader, content: Mapping[str, Any]) -> None:
     """Reject unknown keys, and values that describe another model than a LLaMA.
 
-    Args:
-        model: the section `model`, or the whole file if it has no such section.
-        content: the same as a mapping.
-
     Raises:
         CheckpointError: a key is unknown, or its value is not supported.
     """

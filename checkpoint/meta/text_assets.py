@@ -39,11 +39,6 @@ def read_text_assets(checkpoint: Path, settings: Settings, context: int) -> Text
     A config with `tokens:`, or a `…vocab.json` with all default control tokens, selects the chat format of
     `chat.py`. Otherwise the files of the tokenizer's folder determine it.
 
-    Args:
-        checkpoint: the weight file.
-        settings: flags and config file.
-        context: maximum context length in tokens.
-
     Raises:
         CheckpointError: the tokenizer is missing or damaged, or lacks the config's control tokens.
     """

@@ -29,26 +29,14 @@ _SUPPORTED = f"a {_JSON}, or …{_VOCAB} with its …{_MERGES}"
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """Files of a tokenizer.
+    """Files of a tokenizer."""
 
-    Attributes:
-        main: `tokenizer.json`, or the vocabulary of a byte-level BPE.
-        merges: the merges of a byte-level BPE, or None.
-    """
-
-    main: Path
-    merges: Path | None
+    main: Path  # `tokenizer.json`, or the vocabulary of a byte-level BPE
+    merges: Path | None  # the merges of a byte-level BPE
 
 
 class Vocabulary:
-    """Tokens of a `tokenizer.json`.
-
-    Args:
-        spec: the parsed file.
-
-    Attributes:
-        where: path of the file, for error messages.
-    """
+    """Tokens of a parsed `tokenizer.json`; `where` is its path, for error messages."""
 
     def __init__(self, spec: Mapping[str, Any], where: str) -> None:
         self._spec = spec
@@ -115,12 +103,6 @@ def find_tokenizer(
     Paths in a config may be relative to its folder, to the two folders above, to the checkpoint's folder, or to the
     folder above that; `vocab_file` and `merges_file` may also be relative to `tokenizer_dir`.
 
-    Args:
-        checkpoint: the weight file.
-        given: folder or file given by `--tokenizer`, or None.
-        config: the config file, or None.
-        paths: the config's section `paths`, or None.
-
     Raises:
         CheckpointError: there is no tokenizer, or several.
     """
@@ -135,7 +117,7 @@ def find_tokenizer(
     names = [f"{key}: {paths.text(key)}" for key in _PATHS if paths is not None and key in paths]
     missing = f"; {paths.where} names {', '.join(names)}, which do not exist" if paths is not None and names else ""
     raise CheckpointError(
-        f"{checkpoint}: no tokenizer beside it{_unsupported_note(beside)}{missing}: "
+        f"{checkpoint}: no tokenizer in its folder{_unsupported_note(beside)}{missing}: "
         f"give --tokenizer with the folder of {_SUPPORTED}"
     )
 

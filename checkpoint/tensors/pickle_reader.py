@@ -45,12 +45,7 @@ class Pickled:
 
 
 def unpickle(stream: BinaryIO, available: int, where: str) -> Pickled:
-    """Read one pickle and leave the stream after its end.
-
-    Args:
-        stream: stream positioned at the start of the pickle.
-        available: maximum number of bytes to read.
-        where: path of the file, for error messages.
+    """Read one pickle of at most `available` bytes, and leave the stream after its end.
 
     Raises:
         CheckpointError: the pickle is damaged, too large, or contains more than plain values and tensors.

@@ -60,29 +60,18 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class TensorLocation:
-    """Location of a tensor's data: `info.nbytes` contiguous bytes.
-
-    Attributes:
-        info: shape and type.
-        offset: position in the file.
-        order: dimensions in memory order, slowest first; None for row-major order.
-        checksum: checksum of a byte range that contains the data, or None if the format has none.
-    """
+    """Location of a tensor's data: `info.nbytes` contiguous bytes."""
 
     info: TensorInfo
-    offset: int
-    order: tuple[int, ...] | None = None
-    checksum: Checksum | None = None
+    offset: int  # position in the file
+    order: tuple[int, ...] | None = None  # dimensions in memory order, slowest first; None for row-major order
+    checksum: Checksum | None = None  # of a byte range that contains the data, if the format has one
 
 
 class TensorReader:
     """A regular file of tensors, open for the duration of a `with` block.
 
     All methods raise a `CheckpointError` if the file cannot be read or is damaged.
-
-    Attributes:
-        path: the file.
-        size: size of the file in bytes.
     """
 
     def __init__(self, path: Path) -> None:

@@ -22,12 +22,7 @@ _PREFIXES = ("module.", "_orig_mod.")  # added to every name by DistributedDataP
 
 
 class TensorFile:
-    """Named tensors of one file, read on demand.
-
-    Attributes:
-        path: the file.
-        tensors: shape and type of every tensor, in file order; names are those returned by `strip_prefixes`.
-    """
+    """Named tensors of one file, in file order, read on demand; names are those returned by `strip_prefixes`."""
 
     def __init__(self, path: Path, locations: Mapping[str, TensorLocation]) -> None:
         self.path = path

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.bundle.side_files import runtimes, write_json
 from llm_edge.exporter.bundle.writer import BundleWriter
-from llm_edge.exporter.explain.graph import describe_weights
 from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.validation.parity import model_shape
@@ -76,5 +81,46 @@ def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, w
     if writer.name == ONNX:
         entry["runtimes"] = runtimes(recipe)
         default = Dense(16 if recipe.float16 else 32)
-        entry |= describe_weights(folder / model, precision.size, precision.formats, default)
+        entry |= _describe_weights(folder / model, precision.size, precision.formats, default)
     return entry
+
+
+def _describe_weights(
+    graph: Path, total_size: int, stored: Mapping[str, StoredFormat], default: Dense
+) -> dict[str, Any]:
+    """Return the manifest entries `projections` and `other` of a precision; see docs/bundle.md.
+
+    Matrices that `stored` does not list have the format `default`. `total_size` is that of graph and weights:
+    `other.graph` is what no initializer accounts for.
+    """
+    modules: dict[str, list[ir.Value]] = {}
+    for name, value in ir.load(graph).graph.initializers.items():
+        modules.setdefault(_module_of(name), []).append(value)
+    projections: dict[str, dict[str, Any]] = {}
+    other = {"norms": 0, "tables": 0}
+    for module, values in modules.items():
+        size = sum(map(_size, values))
+        largest = max(values, key=_size)
+        if not module or len(largest.shape or ()) < 2:
+            other["norms" if module.endswith("norm") else "tables"] += size
+            continue
+        found = stored.get(module, StoredFormat(default))
+        projections[module] = {"format": found.format.to_dict(), "bytes": size}
+        if found.error is not None and math.isfinite(found.error):
+            projections[module]["error"] = float(f"{found.error:.4g}")
+    other["graph"] = total_size - sum(entry["bytes"] for entry in projections.values()) - sum(other.values())
+    return {"projections": projections, "other": other}
+
+
+def _module_of(initializer: str) -> str:
+    """Return the module path of an initializer such as `layers.0.mlp.down.weight.scales`; empty if it has none."""
+    for kind in (".weight", ".bias"):
+        module, separator, rest = initializer.partition(kind)
+        if separator:  # the transposed copy of a tied embedding belongs to the head
+            return HEAD if module == EMBEDDING and rest.startswith(".transposed") else module
+    return ""
+
+
+def _size(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return value.const_value.nbytes

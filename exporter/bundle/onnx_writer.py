@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from torch import Tensor
 
+from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.graph.lower import apply_recipe
 from llm_edge.exporter.graph.passes.hidden_states import undo_rotation
 from llm_edge.exporter.graph.trace import GraphStyle, trace
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat, calibrate
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights, Formats, StoredFormat, calibrate
 from llm_edge.exporter.quantization.hadamard import rotation
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
@@ -31,11 +31,12 @@ _INLINE_LIMIT = 1024  # bytes; larger tensors are stored in the data file
 
 @dataclass(frozen=True, slots=True)
 class OnnxWriter:
-    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision; see `BundleWriter`.
+    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision.
 
     Attributes:
-        style: style of the graphs.
+        style: style of the graphs; None for TorchScript.
         hidden_size: width of the hidden states to add to the outputs; None adds none.
+        name: of the format in the manifest, and of the folder in the bundle.
     """
 
     style: GraphStyle
@@ -43,14 +44,10 @@ class OnnxWriter:
     name = ONNX
 
     def write(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        recipes: tuple[Recipe, ...],
-        text: Sequence[int],
-        progress: Progress,
-    ) -> dict[str, Mapping[str, StoredFormat]]:
+        self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], text: Sequence[int], progress: Progress
+    ) -> Formats:
+        """Write the files of each recipe to a folder, one weight at a time; `text` is the tokens for calibration."""
+        config, weights = model.config, model.weights
         hidden_states = self.hidden_size is not None
         rotated = rotated_config(config), RotatedWeights(config, weights)
         stored: dict[str, Mapping[str, StoredFormat]] = {}
@@ -65,17 +62,17 @@ class OnnxWriter:
                 traces[shape] = trace(shape, self.style, hidden_states=hidden_states)
             for number, recipe in enumerate(recipes):
                 shape, values = rotated if recipe.calibrated else (config, weights)
-                model = traces[shape].clone()
+                graph = traces[shape].clone()
                 if hidden_states and recipe.calibrated and rotates_residual(config):
-                    undo_rotation(model, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
+                    undo_rotation(graph, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
                 name = recipe.name
-                stored[name] = apply_recipe(model, shape, values, recipe, self.style, calibrated.get(name))
+                stored[name] = apply_recipe(graph, shape, values, recipe, self.style, calibrated.get(name))
 
                 def on_save(_: ir.TensorProtocol, info: Any, number: int = number, name: str = name) -> None:
                     progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), name)
 
                 ir.save(
-                    model,
+                    graph,
                     folder / self.file_name(recipe),
                     external_data=f"{recipe.stem}.onnx_data",
                     size_threshold_bytes=_INLINE_LIMIT,
@@ -84,12 +81,15 @@ class OnnxWriter:
         return stored
 
     def file_name(self, recipe: Recipe) -> str:
+        """Return the name of the file to load."""
         return f"{recipe.stem}.onnx"
 
     def files(self, folder: Path, recipe: Recipe) -> list[Path]:
+        """Return all files written for a recipe."""
         return sorted(folder.glob(f"{recipe.stem}.onnx*"))
 
     def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
+        """Load the files of a recipe on the CPU."""
         fused = self.style is GraphStyle.FUSED
         file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=fused, hidden_size=self.hidden_size)
         return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))

@@ -19,11 +19,7 @@ _INPUT_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Check that the target can be created, or with `force`, that it is a bundle that can be replaced.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Raise InputError unless the target can be created or, with `force`, is a bundle that can be replaced."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} exists and is not a folder: choose another one with -o")
     if not target.exists() or (force and not any(target.iterdir())):
@@ -109,11 +105,7 @@ def _move(folder: Path, target: Path, force: bool) -> None:
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Check that a number of bytes fits on the disk of a folder.
-
-    Raises:
-        MachineError: it does not.
-    """
+    """Raise MachineError if a number of bytes does not fit on the disk of a folder."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(

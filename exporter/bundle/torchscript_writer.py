@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import StoredFormat
+from llm_edge.exporter.quantization.calibrate import Formats
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, rotary_tables
@@ -92,11 +93,7 @@ class _Body(nn.Module):
 
 
 class TorchScriptWriter:
-    """Writes fp32 as TorchScript; see `BundleWriter`.
-
-    Raises:
-        ParameterError: a recipe is not fp32.
-    """
+    """Writes fp32 as TorchScript, like `OnnxWriter`; raises ParameterError for other recipes."""
 
     name = TORCHSCRIPT
     style = None
@@ -113,14 +110,13 @@ class TorchScriptWriter:
     def write(
         self,
         folder: Path,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        model: Checkpoint,
         recipes: tuple[Recipe, ...],
         text: Sequence[int],  # noqa: ARG002 (nothing is quantized)
         progress: Progress,
-    ) -> dict[str, Mapping[str, StoredFormat]]:
+    ) -> Formats:
         for recipe in recipes:
-            write_torchscript(folder / self.file_name(recipe), config, weights, progress)
+            write_torchscript(folder / self.file_name(recipe), model.config, model.weights, progress)
         return {}
 
     def file_name(self, recipe: Recipe) -> str:
@@ -135,13 +131,7 @@ class TorchScriptWriter:
 
 
 def write_torchscript(path: Path, config: ModelConfig, weights: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write a decoder with one weight in memory at a time.
-
-    Args:
-        path: output file.
-        config: shape of the model.
-        weights: weights by the names of `Decoder`; read when they are written.
-        progress: see `Progress`.
+    """Write a decoder to a file with one weight, by its name in `Decoder`, in memory at a time.
 
     Raises:
         OSError: the file cannot be written; an incomplete file is not removed.
@@ -217,11 +207,7 @@ def _skeleton(module: torch.jit.ScriptModule, config: ModelConfig) -> tuple[dict
 def _replace(
     module: torch.jit.ScriptModule, config: ModelConfig, make: Callable[[torch.Size, int], Tensor]
 ) -> list[str]:
-    """Replace all weights and tables by `make(shape, index)`; tied weights remain tied.
-
-    Returns:
-        the name of the weight or table at each index.
-    """
+    """Replace weights and tables by `make(shape, index)`, tied ones by the same; return the name at each index."""
     numbers: dict[str, int] = {}
     replacements: list[Tensor] = []
     owners = dict(module.named_modules())
@@ -252,7 +238,9 @@ def _records(module: torch.jit.ScriptModule) -> tuple[dict[str, int], dict[str, 
     numbers: dict[bytes, int] = {}
 
     def renumber(text: bytes) -> bytes:
-        return re.sub(rb"(?<=___torch_mangle_)\d+", lambda found: b"%d" % _number(numbers, found[0]), text)
+        return re.sub(
+            rb"(?<=___torch_mangle_)\d+", lambda found: b"%d" % numbers.setdefault(found[0], len(numbers)), text
+        )
 
     with zipfile.ZipFile(io.BytesIO(module.save_to_buffer())) as archive:
         for info in archive.infolist():
@@ -263,10 +251,6 @@ def _records(module: torch.jit.ScriptModule) -> tuple[dict[str, int], dict[str, 
             elif not name.endswith((".debug_pkl", "/serialization_id")):
                 other[renumber(name.encode()).decode()] = renumber(archive.read(info))
     return tags, other
-
-
-def _number(numbers: dict[bytes, int], name: bytes) -> int:
-    return numbers.setdefault(name, len(numbers))
 
 
 def _add(archive: zipfile.ZipFile, record: str, weight: Tensor) -> None:

@@ -2,64 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
-from torch import Tensor
+from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
+from llm_edge.exporter.bundle.torchscript_writer import TorchScriptWriter
 
-from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import StoredFormat
-from llm_edge.exporter.quantization.recipes import Recipe
-from llm_edge.exporter.validation.compare import Runnable
-from llm_edge.model.config import ModelConfig
-from llm_edge.runtime.bundle import ModelShape
-
-
-class BundleWriter(Protocol):
-    """Writer of a file format: `OnnxWriter` or `TorchScriptWriter`."""
-
-    @property
-    def name(self) -> str:
-        """Name of the format in the manifest, and of the folder in the bundle."""
-
-    @property
-    def style(self) -> GraphStyle | None:
-        """Style of the graphs; None for TorchScript."""
-
-    @property
-    def hidden_size(self) -> int | None:
-        """Width of the hidden states among the outputs; None if there are none."""
-
-    def write(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        recipes: tuple[Recipe, ...],
-        text: Sequence[int],
-        progress: Progress,
-    ) -> dict[str, Mapping[str, StoredFormat]]:
-        """Write the files of each recipe; weights are processed one at a time.
-
-        Args:
-            folder: output folder.
-            config: shape of the model.
-            weights: weights of the model.
-            recipes: the precisions.
-            text: tokens of the calibration text.
-            progress: see `Progress`.
-
-        Returns:
-            by recipe name, the formats of all projections and the embedding by module path; empty for TorchScript.
-        """
-
-    def file_name(self, recipe: Recipe) -> str:
-        """Return the name of the file to load."""
-
-    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """Return all files written for a recipe."""
-
-    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Runnable:
-        """Load the files of a recipe on the CPU."""
+BundleWriter: TypeAlias = OnnxWriter | TorchScriptWriter

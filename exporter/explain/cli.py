@@ -61,14 +61,7 @@ def check_plot(path: Path) -> None:
 
 
 def show(path: Path, precisions: str | None, plot: Path | None, *, tables: bool, as_json: bool) -> None:
-    """Explain a bundle.
-
-    Args:
-        path: bundle folder.
-        precisions: comma-separated names; None selects all.
-        plot: file to plot to, or None.
-        tables: print tables.
-        as_json: print one JSON object per line instead of tables.
+    """Print how the weights of a bundle are stored, as tables or as one JSON object per line, and plot them to a file.
 
     Raises:
         InputError: the bundle or a precision does not exist, or the manifest does not describe its weights.

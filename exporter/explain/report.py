@@ -24,7 +24,7 @@ class StoredWeight:
         label: short name of its format, such as `int4-128z`.
         format: description of its format.
         bytes: size including scales and bias.
-        error: error of its output relative to the output; None if it was not measured.
+        error: of its output, relative to the output; None if it was not measured.
     """
 
     label: str
@@ -66,11 +66,7 @@ class PrecisionExplanation:
 
 
 def explain(bundle: Bundle, names: Sequence[str] | None = None) -> list[PrecisionExplanation]:
-    """Explain the precisions of a bundle.
-
-    Args:
-        bundle: the bundle.
-        names: names of precisions; None selects all.
+    """Explain the named precisions of a bundle, or all of them.
 
     Raises:
         BundleError: a precision does not exist, or its manifest entry is missing or invalid.

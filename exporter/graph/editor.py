@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,18 @@ class Editor:
         self.graph = model.graph
 
     def node(
-        self, op_type: str, inputs: list[ir.Value | None], name: str, domain: str = "", **attributes: int
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: int | float | Sequence[int],
     ) -> ir.Node:
-        """Create a node with one output, without inserting it into the graph."""
-        node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
-        node.outputs[0].name = f"{name}/output_0"
+        """Create a node whose outputs are named after it, without inserting it into the graph."""
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for index, value in enumerate(node.outputs):
+            value.name = f"{name}/output_{index}"
         self.model.opset_imports.setdefault(domain, 1)
         return node
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from llm_edge.exporter.graph.editor import Array, Editor, lazy_tensor, name_of, shape_of
-from llm_edge.exporter.graph.emitters.base import EmitContext
+from llm_edge.exporter.graph.emitter import EmitContext
 from llm_edge.exporter.graph.passes.float16 import to_float16
 from llm_edge.exporter.graph.passes.int8_cache import check_cache, quantize_cache
 from llm_edge.exporter.graph.trace import LINEAR_DOMAIN, GraphStyle
@@ -36,16 +36,11 @@ def apply_recipe(
 ) -> dict[str, StoredFormat]:
     """Lower a traced graph (see `graph.trace`) to the graph of a precision, in place.
 
-    Args:
-        model: the trace.
-        config: shape of the traced model, rotated if the recipe is calibrated.
-        weights: weights of the same model.
-        recipe: the precision.
-        style: style of the trace.
-        calibrated: projections that are quantized already; the others are quantized without calibration.
+    `config` and `weights` are those of the traced model, rotated if the recipe is calibrated; projections that
+    `calibrated` does not hold are quantized without calibration.
 
     Returns:
-        the formats of all projections and the embedding by module path, and their measured errors.
+        the formats of all projections and the embedding by module path.
     """
     check_cache(recipe, style)
     lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED)

@@ -102,10 +102,7 @@ def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor | None 
 
 
 def quantize_channels(weight: Tensor, hessian: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Quantize a weight [N, K] to 8 bits with GPTQ and one scale per row.
-
-    Returns:
-        integers, int8 [N, K], and scales, float32 [N].
+    """Quantize a weight [N, K] to 8 bits with GPTQ and one scale per row: int8 [N, K] and scales, float32 [N].
 
     Raises:
         CheckpointError: the weight or the Hessian holds NaN or infinity.

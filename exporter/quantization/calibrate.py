@@ -7,14 +7,12 @@ read one layer at a time and quantized weights are stored on disk: memory holds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -55,15 +53,22 @@ class StoredFormat:
     error: float | None = None
 
 
+Formats = Mapping[str, Mapping[str, StoredFormat]]
+"""By recipe name, the formats of all projections and the embedding by module path; empty for TorchScript."""
+
+
 class CalibratedWeights:
     """The quantized projections of one recipe, stored on disk.
 
     Attributes:
+        recipe: the recipe.
         formats: by module path, for example `layers.0.mlp.down`.
         caches: value ranges of each layer's cache.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        folder.mkdir()
+        self.recipe = recipe
         self._folder = folder
         self.formats: dict[str, StoredFormat] = {}
         self.caches: list[CacheRange] = []
@@ -75,15 +80,16 @@ class CalibratedWeights:
         with self._path(module).open("wb") as file:
             np.savez(file, allow_pickle=False, **{name: value for name, value in values.items() if value is not None})
 
-    def apply_upgrade(self, role: str, fraction: float) -> None:
-        """Use the upgraded format for a fraction of the projections of a role, those with the largest error."""
-        modules = [name for name in self.formats if name.rpartition(".")[2] == role]
-        modules.sort(key=lambda name: self.formats[name].error or 0.0, reverse=True)
-        for number, module in enumerate(modules):
-            upgraded = self.formats.pop(module + _UPGRADE)
-            if number < round(fraction * len(modules)):
-                self.formats[module] = upgraded
-                self._path(module + _UPGRADE).replace(self._path(module))
+    def apply_upgrades(self) -> None:
+        """Use the upgraded formats for a fraction of the projections of a role, those with the largest error."""
+        for role, (_, fraction) in self.recipe.upgrades.items():
+            modules = [name for name in self.formats if name.rpartition(".")[2] == role]
+            modules.sort(key=lambda name: self.formats[name].error or 0.0, reverse=True)
+            for number, module in enumerate(modules):
+                upgraded = self.formats.pop(module + _UPGRADE)
+                if number < round(fraction * len(modules)):
+                    self.formats[module] = upgraded
+                    self._path(module + _UPGRADE).replace(self._path(module))
 
     def load(self, module: str) -> Quantized:
         """Load a stored projection."""
@@ -91,14 +97,11 @@ class CalibratedWeights:
         assert kind is not None
         with np.load(self._path(module)) as arrays:
             fields = {field.name: arrays.get(field.name) for field in dataclasses.fields(kind)}
-        return kind(**{name: _scalar_or_array(value) for name, value in fields.items()})
+        scalars = {name: value.item() for name, value in fields.items() if value is not None and not value.ndim}
+        return kind(**fields | scalars)
 
     def _path(self, module: str) -> Path:
         return self._folder / module
-
-
-def _scalar_or_array(value: npt.NDArray[Any] | None) -> object:
-    return value.item() if value is not None and not value.ndim else value
 
 
 def calibrate(
@@ -109,47 +112,31 @@ def calibrate(
     folder: Path,
     progress: Callable[[float, str], None],
 ) -> dict[str, CalibratedWeights]:
-    """Quantize the projections of all layers for each recipe.
+    """Quantize the projections of a rotated model, of shape `config`, for each calibrated recipe, to an empty folder.
 
-    Args:
-        config: of the rotated model.
-        weights: of the rotated model.
-        recipes: the calibrated recipes.
-        tokens: the calibration text.
-        folder: an empty folder for the quantized weights.
-        progress: called with the completed fraction and the current projection.
-
-    Returns:
-        the quantized weights by recipe name.
+    `progress` is called with the completed fraction and the current projection. The result is by recipe name.
     """
-    calibrated = {}
-    for recipe in recipes:
-        (folder / recipe.name).mkdir()
-        calibrated[recipe.name] = CalibratedWeights(folder / recipe.name)
+    calibrated = [CalibratedWeights(recipe, folder / recipe.name) for recipe in recipes]
     for layer, observed, cache in observe(config, weights, tokens):
-        for stored in calibrated.values():
+        for stored in calibrated:
             stored.caches.append(cache)
         for number, (name, inputs) in enumerate(observed.items()):
             progress((layer + number / len(observed)) / config.num_hidden_layers, f"layer {layer + 1}: {name}")
-            _quantize_projection(f"layers.{layer}.{name}", weights, inputs, recipes, calibrated)
-    for recipe in recipes:
-        for role, (_, fraction) in recipe.upgrades.items():
-            calibrated[recipe.name].apply_upgrade(role, fraction)
-    return calibrated
+            _quantize_projection(f"layers.{layer}.{name}", weights, inputs, calibrated)
+    for stored in calibrated:
+        stored.apply_upgrades()
+    return {stored.recipe.name: stored for stored in calibrated}
 
 
 def _quantize_projection(
-    module: str,
-    weights: RotatedWeights,
-    observed: ObservedInputs,
-    recipes: Sequence[Recipe],
-    calibrated: dict[str, CalibratedWeights],
+    module: str, weights: RotatedWeights, observed: ObservedInputs, calibrated: Sequence[CalibratedWeights]
 ) -> None:
     """Quantize a projection for each recipe; recipes that agree in its format share the result."""
     role = module.rpartition(".")[2]
     weight = weights[f"{module}.weight"]
     results: dict[tuple[WeightFormat, WeightFormat | None, float], tuple[StoredFormat, Quantized]] = {}
-    for recipe in recipes:
+    for stored in calibrated:
+        recipe = stored.recipe
         formats = {module: recipe.format_of(module)}
         if role in recipe.upgrades:
             formats[module + _UPGRADE] = recipe.upgrades[role][0]
@@ -160,7 +147,7 @@ def _quantize_projection(
                     results[request] = _quantize(weight, *request, observed)
                 except CheckpointError as error:
                     raise CheckpointError(f"{module}.weight: {error}") from error
-            calibrated[recipe.name].add(key, *results[request])
+            stored.add(key, *results[request])
 
 
 def _quantize(
@@ -188,11 +175,7 @@ def _relative_error(output: Tensor, expected: Tensor) -> float:
 def observe(
     config: ModelConfig, weights: RotatedWeights, tokens: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, ObservedInputs], CacheRange]]:
-    """Run a text through the layers of a model.
-
-    Yields:
-        for each layer its number, the inputs of its projections by name, and the range of its cache.
-    """
+    """Run a text; yield for each layer its number, the inputs of its projections, and its cache range."""
     length = min(WINDOW, config.max_position_embeddings)
     limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_TOKENS), MAX_TOKENS)
     count = max(min(len(tokens), limit) // length, 1)

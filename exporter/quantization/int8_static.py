@@ -52,14 +52,9 @@ class QuantizedInt8:
 def quantize_int8(
     weight: Tensor, hadamard_block: int, activation_bits: int, hessian: Tensor, samples: Tensor
 ) -> QuantizedInt8:
-    """Quantize the weight of a projection and fix the scale of its inputs.
+    """Quantize the weight [N, K] of a projection and fix the scale of its inputs; see `Int8Static`.
 
-    Args:
-        weight: float32 [N, K].
-        hadamard_block: see `Int8Static`.
-        activation_bits: 8 or 16.
-        hessian: of the inputs, float32 [K, K].
-        samples: a sample of the inputs, float32 [samples, K].
+    `hessian` is that of the inputs, float32 [K, K], `samples` are some of them, float32 [samples, K].
     """
     smooth = None
     hadamard = _hadamard(weight.shape[1], hadamard_block)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_edge.model.decoder import Decoder, Past
+from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
 
 MAX_BOUND, MEAN_BOUND = 1e-3, 1e-4
@@ -126,12 +126,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens that were run from an empty context.
-
-    Attributes:
-        chunks: tokens of each step.
-        offset: index of the first position in the file of logits.
-    """
+    """Tokens of each step of a run from an empty context, and the `offset` of its first position in the logits file."""
 
     chunks: tuple[tuple[int, ...], ...]
     offset: int
@@ -174,14 +169,7 @@ class ReferenceLogits:
 def record_reference(
     decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callable[[float], None]
 ) -> ReferenceLogits:
-    """Run the reference on the validation text and record its logits.
-
-    Args:
-        decoder: the reference with its weights.
-        tokens: the text, which is split into windows of up to `MAX_STEP_TOKENS` tokens.
-        path: output file for the logits.
-        progress: called with the completed fraction.
-    """
+    """Run the reference on a text, split into windows of up to `MAX_STEP_TOKENS`, and record its logits in a file."""
     vocab, context = decoder.config.vocab_size, decoder.config.max_position_embeddings
     tokens = tokens[: max(_MAX_BYTES // (4 * vocab), 2 * MAX_STEP_TOKENS)]
     length = min(MAX_STEP_TOKENS, context)
@@ -198,18 +186,15 @@ def record_reference(
     runs, offset, total = [], 0, sum(len(chunk) for plan in plans for chunk in plan)
     hidden: list[Tensor] = []
     hook = decoder.norm.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
-    with path.open("wb") as file, torch.inference_mode():
+    reference = Reference(decoder)
+    with path.open("wb") as file:
         for plan in plans:
             runs.append(Run(plan, offset))
-            past: Past = decoder.empty_past()
-            done = 0
+            reference.clear_cache()
             for chunk in plan:
-                done += len(chunk)
-                mask = torch.ones(1, done, dtype=torch.int64)
-                logits, past = decoder(torch.tensor([chunk]), mask, past)
+                reference.step(chunk, num_logits=0).astype("<f4", copy=False).tofile(file)
                 hook.remove()  # the first chunk is all of `prefill`
-                logits[0].numpy().astype("<f4", copy=False).tofile(file)
-            offset += done
+            offset += runs[-1].length
             progress(offset / total)
     *scored, steps, chunked = runs
     states = hidden[0] * decoder.config.hidden_scale
@@ -242,13 +227,7 @@ def compare_hidden_states(expected: ReferenceLogits, session: Session) -> Differ
 
 
 def score(expected: ReferenceLogits, session: Runnable, progress: Callable[[float], None]) -> Quality:
-    """Measure the quality of a model on the validation text.
-
-    Args:
-        expected: logits of the reference.
-        session: the exported model.
-        progress: called with the completed fraction.
-    """
+    """Measure the quality of a model on the validation text; `progress` is called with the completed fraction."""
     count = sum(run.length - 1 for run in expected.windows)
     divergences = torch.zeros(count, dtype=torch.float64)
     same, loss, loss_reference, done = 0, 0.0, 0.0, 0

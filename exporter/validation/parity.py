@@ -93,11 +93,11 @@ def verify_parity(
 
     Args:
         folder: folder of the exported models. A temporary folder `check` is created beside it.
-        checkpoint: the source.
-        recipes: the precisions of the bundle.
-        writer: writer of the bundle.
-        texts: texts for validation, and for calibration of models exported here.
-        memory: memory limit in bytes.
+        checkpoint: what was exported.
+        recipes: of the bundle.
+        writer: of the bundle; it also exports models that only this comparison needs.
+        texts: for validation, and for the calibration of those models.
+        memory: limit in bytes.
 
     Raises:
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
@@ -105,19 +105,19 @@ def verify_parity(
     config, total_layers = checkpoint.config, checkpoint.config.num_hidden_layers
     required = memory_for(config, total_layers)
     layers = total_layers if required <= memory else _layers_within(config, min(memory, _TRUNCATED_GB * 1e9))
-    truncated = dataclasses.replace(config, layers=config.layers[:layers])
+    truncated = dataclasses.replace(checkpoint, config=_truncated(config, layers))
     auxiliary = () if any(recipe.lossless for recipe in recipes) else (RECIPES["fp32"],)
     temporary = auxiliary if layers == total_layers else (*auxiliary, *recipes)
     (check := folder.parent / "check").mkdir()
     if temporary:
-        writer.write(check, truncated, checkpoint.weights, temporary, texts.calibration, progress)
+        writer.write(check, truncated, temporary, texts.calibration, progress)
     progress("validating", 0.0, "PyTorch")
     text = texts.validation if layers == total_layers else texts.validation[:_TRUNCATED_TOKENS]
-    expected = _record_reference(truncated, checkpoint, text, check / "logits", progress)
+    expected = _record_reference(truncated, text, check / "logits", progress)
     parities, qualities = {}, {}
     if any(recipe.calibrated for recipe in recipes):
         progress("validating", _REFERENCE_FRACTION, ROTATED)
-        parities[ROTATED] = compare(expected, _rotated_reference(truncated, checkpoint))
+        parities[ROTATED] = compare(expected, _rotated_reference(truncated))
         check_parity(ROTATED, parities[ROTATED], exact=True)
     compared = (*auxiliary, *recipes)
 
@@ -127,7 +127,7 @@ def verify_parity(
 
     for number, recipe in enumerate(compared):
         update(number, recipe.name, 0.0)
-        session = writer.open(check if recipe in temporary else folder, model_shape(truncated), recipe)
+        session = writer.open(check if recipe in temporary else folder, model_shape(truncated.config), recipe)
         parities[recipe.name] = _compare_session(expected, session, writer)
         check_parity(recipe.name, parities[recipe.name], exact=recipe.lossless)
         if recipe in recipes:
@@ -140,11 +140,14 @@ def verify_parity(
     return Validation(layers, parities, qualities, required)
 
 
+def _truncated(config: ModelConfig, layers: int) -> ModelConfig:
+    return dataclasses.replace(config, layers=config.layers[:layers])
+
+
 def memory_for(config: ModelConfig, layers: int) -> float:
     """Return the approximate memory in bytes required to validate the first layers of a model."""
-    truncated = dataclasses.replace(config, layers=config.layers[:layers])
     logits = 3 * 4 * min(MAX_STEP_TOKENS, config.max_position_embeddings) * config.vocab_size
-    return _BASE_GB * 1e9 + _BYTES_PER_WEIGHT * count_parameters(truncated) + logits
+    return _BASE_GB * 1e9 + _BYTES_PER_WEIGHT * count_parameters(_truncated(config, layers)) + logits
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
@@ -153,16 +156,7 @@ def model_shape(config: ModelConfig) -> ModelShape:
 
 
 def check_parity(name: str, parity: Parity, *, exact: bool) -> None:
-    """Check the differences of a model from the reference.
-
-    Args:
-        name: name for error messages.
-        parity: the differences.
-        exact: whether the model must be within the bounds for fp32.
-
-    Raises:
-        ParityError: a bound is exceeded, or logits are NaN or infinity.
-    """
+    """Raise ParityError if logits are NaN or infinity, or if an `exact` model exceeds the bounds for fp32."""
     worst = parity.worst
     if not math.isfinite(worst.max):
         raise ParityError(
@@ -188,22 +182,20 @@ def _layers_within(config: ModelConfig, memory: float) -> int:
     return min(1 + more, config.num_hidden_layers)
 
 
-def _record_reference(
-    config: ModelConfig, checkpoint: Checkpoint, tokens: list[int], path: Path, progress: Progress
-) -> ReferenceLogits:
+def _record_reference(checkpoint: Checkpoint, tokens: list[int], path: Path, progress: Progress) -> ReferenceLogits:
     with torch.device("meta"):
-        decoder = Decoder(config).eval()
+        decoder = Decoder(checkpoint.config).eval()
     decoder.load_weights(checkpoint.weights)
     return record_reference(
         decoder, tokens, path, lambda fraction: progress("validating", _REFERENCE_FRACTION * fraction, "PyTorch")
     )
 
 
-def _rotated_reference(config: ModelConfig, checkpoint: Checkpoint) -> Runnable:
+def _rotated_reference(checkpoint: Checkpoint) -> Runnable:
     """Return the reference with rotated weights, from which calibrated precisions are quantized."""
     with torch.device("meta"):
-        decoder = Decoder(rotated_config(config)).eval()
-    decoder.load_weights(RotatedWeights(config, checkpoint.weights))
+        decoder = Decoder(rotated_config(checkpoint.config)).eval()
+    decoder.load_weights(RotatedWeights(checkpoint.config, checkpoint.weights))
     return Reference(decoder)
 
 

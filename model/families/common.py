@@ -44,6 +44,16 @@ GPT2_OUTER: Mapping[str, Sources] = {
     "norm.bias": "transformer.ln_f.bias",
     "lm_head.weight": "lm_head.weight",
 }
+GPT2_LAYER: Mapping[str, Sources] = {
+    "attention_norm.weight": "ln_1.weight",
+    "attention_norm.bias": "ln_1.bias",
+    "mlp_norm.weight": "ln_2.weight",
+    "mlp_norm.bias": "ln_2.bias",
+    "mlp.up.weight": "mlp.c_fc.weight",
+    "mlp.up.bias": "mlp.c_fc.bias",
+    "mlp.down.weight": "mlp.c_proj.weight",
+    "mlp.down.bias": "mlp.c_proj.bias",
+}
 
 
 def llama_weights(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.families.common import ACTIVATIONS, GPT2_OUTER, gpt_fields
+from llm_edge.model.families.common import ACTIVATIONS, GPT2_LAYER, GPT2_OUTER, gpt_fields
 from llm_edge.model.family import Family
 from llm_edge.model.weights import SourceTensor, WeightTable
 
@@ -34,18 +34,13 @@ def _transpose(weight: Tensor) -> Tensor:
 _WEIGHTS = WeightTable(
     outer=GPT2_OUTER,
     layer={
-        "attention_norm.weight": "ln_1.weight",
-        "attention_norm.bias": "ln_1.bias",
+        **GPT2_LAYER,
         "attention.qkv.weight": SourceTensor("attn.c_attn.weight", _transpose),
         "attention.qkv.bias": "attn.c_attn.bias",
         "attention.output.weight": SourceTensor("attn.c_proj.weight", _transpose),
         "attention.output.bias": "attn.c_proj.bias",
-        "mlp_norm.weight": "ln_2.weight",
-        "mlp_norm.bias": "ln_2.bias",
         "mlp.up.weight": SourceTensor("mlp.c_fc.weight", _transpose),
-        "mlp.up.bias": "mlp.c_fc.bias",
         "mlp.down.weight": SourceTensor("mlp.c_proj.weight", _transpose),
-        "mlp.down.bias": "mlp.c_proj.bias",
     },
     layer_prefix="transformer.h.{}.",
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",

@@ -6,7 +6,7 @@ from typing import Any
 
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.families.common import ACTIVATIONS, GPT2_OUTER, gpt_fields
+from llm_edge.model.families.common import ACTIVATIONS, GPT2_LAYER, GPT2_OUTER, gpt_fields
 from llm_edge.model.family import Family
 from llm_edge.model.weights import WeightTable
 
@@ -53,8 +53,7 @@ def _attention_types(raw: ConfigReader, count: int) -> list[str]:
 _WEIGHTS = WeightTable(
     outer=GPT2_OUTER,
     layer={
-        "attention_norm.weight": "ln_1.weight",
-        "attention_norm.bias": "ln_1.bias",
+        **GPT2_LAYER,
         "attention.qkv.weight": (
             "attn.attention.q_proj.weight",
             "attn.attention.k_proj.weight",
@@ -62,12 +61,6 @@ _WEIGHTS = WeightTable(
         ),
         "attention.output.weight": "attn.attention.out_proj.weight",
         "attention.output.bias": "attn.attention.out_proj.bias",
-        "mlp_norm.weight": "ln_2.weight",
-        "mlp_norm.bias": "ln_2.bias",
-        "mlp.up.weight": "mlp.c_fc.weight",
-        "mlp.up.bias": "mlp.c_fc.bias",
-        "mlp.down.weight": "mlp.c_proj.weight",
-        "mlp.down.bias": "mlp.c_proj.bias",
     },
     layer_prefix="transformer.h.{}.",
     ignored=r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)",

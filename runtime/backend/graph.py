@@ -31,15 +31,7 @@ _CACHE_DTYPES: Mapping[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class GraphFile:
-    """A model file and what its manifest says about it.
-
-    Attributes:
-        path: the `.onnx` or TorchScript file.
-        shape: dimensions of the model.
-        format: one of `bundle.FORMATS`.
-        share_buffer: past and present keys and values may be the same buffer.
-        hidden_size: width of the hidden states output; None if the graph has none.
-    """
+    """An `.onnx` or TorchScript file and what its manifest says about it; see `PrecisionInfo`."""
 
     path: Path
     shape: ModelShape
@@ -50,13 +42,8 @@ class GraphFile:
     @staticmethod
     def of(bundle: Bundle, precision: PrecisionInfo) -> GraphFile:
         """The file of a bundle's precision."""
-        return GraphFile(
-            bundle.file(precision.model),
-            bundle.shape,
-            precision.format,
-            precision.share_buffer,
-            precision.hidden_size,
-        )
+        path = bundle.file(precision.model)
+        return GraphFile(path, bundle.shape, precision.format, precision.share_buffer, precision.hidden_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +51,7 @@ class ExecutionOptions:
     """How a graph is executed.
 
     Attributes:
-        provider: `cpu`, `cuda`, or `auto`: CUDA where it works and has kernels for the graph's matmuls, else the CPU.
-        threads: per operator; None = the number of physical cores. TorchScript: of torch, for the whole process.
+        provider, threads: see `LoadOptions`.
         spinning: idle threads busy-wait and weights move to huge pages: for a graph that has the machine to itself.
         interleaved: another graph runs between this one's steps, so idle threads busy-wait only during a step.
     """

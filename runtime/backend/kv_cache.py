@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +16,6 @@ import onnxruntime as ort
 from llm_edge.runtime.backend.graph import Graph
 
 _INITIAL_CAPACITY = 256
-
-
-class KVCache(Protocol):
-    """The cache side of a step: `bind` before the graph runs, `advance` after it."""
-
-    def bind(self, binding: Any, past: int, new: int) -> None:
-        """Bind past and present tensors of a step over `new` tokens after `past`."""
-
-    def advance(self, binding: Any) -> None:
-        """Keep the keys and values that the step computed."""
-
-    def rewind(self, length: int) -> None:
-        """Keep only the first `length` tokens."""
-
-    def outputs_cleared(self) -> None:
-        """The outputs of the binding were cleared, so the next `bind` has to bind them again."""
 
 
 class SharedCache:
@@ -48,6 +32,7 @@ class SharedCache:
         self.capacity = 0
 
     def bind(self, binding: Any, past: int, new: int) -> None:
+        """Bind past and present tensors of a step over `new` tokens after `past`, before the graph runs."""
         if past + new > self.capacity:
             self._grow(binding, past, past + new)
         elif not self._bound:
@@ -56,12 +41,13 @@ class SharedCache:
         self._bound = True
 
     def advance(self, binding: Any) -> None:
-        """Nothing to do: the step wrote in place."""
+        """Keep the keys and values that the step computed; nothing to do: it wrote in place."""
 
     def rewind(self, length: int) -> None:
-        """Nothing to do: later steps overwrite the rest."""
+        """Keep only the first `length` tokens; nothing to do: later steps overwrite the rest."""
 
     def outputs_cleared(self) -> None:
+        """The outputs of the binding were cleared, so the next `bind` has to bind them again."""
         self._bound = False
 
     def _grow(self, binding: Any, used: int, needed: int) -> None:
@@ -83,7 +69,7 @@ class SharedCache:
 
 
 class GrowingCache:
-    """A new present tensor in every step, for graphs whose operators cannot write in place."""
+    """A new present tensor in every step, for graphs whose operators cannot write in place; see `SharedCache`."""
 
     def __init__(self, graph: Graph) -> None:
         self._names = graph.cache_names
@@ -109,6 +95,9 @@ class GrowingCache:
 
     def outputs_cleared(self) -> None:
         """Nothing to do: every step binds everything."""
+
+
+KVCache: TypeAlias = SharedCache | GrowingCache
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -22,35 +22,20 @@ _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ (\S+) (\d+) *(.*)$")
 
 @dataclass(slots=True)
 class Region:
-    """A region of the address space.
-
-    Attributes:
-        start: first address.
-        size: bytes.
-        access: permissions and whether it is private or shared, such as `rw-p`.
-        device: of the mapped file; `00:00` if there is none.
-        inode: of the mapped file; 0 if there is none.
-        name: path of the mapped file, a name such as `[heap]`, or empty.
-        resident: bytes in memory.
-        dirty: private bytes in memory that were modified.
-    """
+    """A region of the address space; sizes in bytes."""
 
     start: int
     size: int
-    access: str
-    device: str
-    inode: int
-    name: str
-    resident: int = 0
-    dirty: int = 0
+    access: str  # permissions and whether it is private or shared, such as `rw-p`
+    device: str  # of the mapped file; `00:00` if there is none
+    inode: int  # of the mapped file; 0 if there is none
+    name: str  # path of the mapped file, a name such as `[heap]`, or empty
+    resident: int = 0  # in memory
+    dirty: int = 0  # private, in memory and modified
 
 
 def collapse_pages() -> int:
-    """Collapse this process's private memory into huge pages, if the system's settings allow it.
-
-    Returns:
-        bytes moved to huge pages; never raises.
-    """
+    """Collapse private memory into huge pages if the system allows it; returns how many bytes, and never raises."""
     try:
         if "[never]" in _SETTING.read_text(encoding="ascii"):
             return 0
@@ -74,11 +59,7 @@ def _regions(text: str) -> list[tuple[int, int]]:
 
 
 def release(path: Path) -> int:
-    """Release this process's clean pages of a mapped file (madvise(2)).
-
-    Returns:
-        bytes released; never raises.
-    """
+    """Release this process's clean pages of a mapped file; returns how many bytes, and never raises."""
     try:
         name = str(path.resolve())
     except (OSError, RuntimeError):

@@ -89,12 +89,8 @@ class Session:
     def hidden_states(self, tokens: Sequence[int] | npt.NDArray[np.int64], num_states: int = 0) -> HiddenStates:
         """Run new tokens like `step`, but return the output of the last norm: transformers' `last_hidden_state`.
 
-        Args:
-            tokens: 1 to `MAX_STEP_TOKENS` token ids.
-            num_states: return the hidden states of the last n of them; 0 = all.
-
         Returns:
-            hidden states [n, H].
+            hidden states [n, H] of the last `num_states` tokens; 0 = all.
 
         Raises:
             BundleError: the graph was exported without hidden states.

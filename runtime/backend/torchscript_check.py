@@ -40,6 +40,7 @@ _GLOBALS = {
     "torch LongStorage",
     "torch._utils _rebuild_tensor_v2",
 }
+_AMBIGUOUS = b"#\\\r\f\v\0"  # where Python and TorchScript might be parsed differently
 _OTHERS = {"version", "byteorder", ".data/version"}
 
 
@@ -80,9 +81,7 @@ def check_program(path: Path) -> None:
 
 
 def _check_code(path: Path, code: bytes) -> None:
-    if not code.isascii() or any(
-        sign in code for sign in b"#\\\r\f\v\0"
-    ):  # where Python and TorchScript might be parsed differently
+    if not code.isascii() or any(sign in code for sign in _AMBIGUOUS):
         raise _refused(path, "contains code that torch would not write")
     try:
         tree = ast.parse(code.decode("ascii"))

@@ -25,13 +25,7 @@ _NO_MEMORY = ("not enough memory", "out of memory", "alloc")
 
 
 class TorchScriptSession:
-    """One conversation's cache over a TorchScript module.
-
-    Attributes:
-        shape: dimensions of the model.
-        provider: `cpu` or `cuda`.
-        length: number of tokens in the cache.
-        run_seconds: time spent inside torch so far.
+    """One conversation's cache over a TorchScript module; attributes as in `Session`.
 
     Raises:
         InputError: torch is not installed.
@@ -57,9 +51,7 @@ class TorchScriptSession:
             torch.set_num_threads(execution.threads)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", r"`torch\.jit\.load` is (deprecated|not supported)", DeprecationWarning
-                )
+                warnings.filterwarnings("ignore", "`torch.jit.load` is (deprecated|not supported)", DeprecationWarning)
                 self._module = self._torch.jit.load(path, map_location=self.provider).eval()
         except Exception as error:
             if _is_memory(error):

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from llm_edge.runtime.sampling.transforms import Ids, Row
-
-
-class History(Protocol):
-    """Statistics that are updated with every token."""
-
-    def add(self, token: int) -> None:
-        """Append the next token."""
 
 
 class Counts:
@@ -28,6 +20,7 @@ class Counts:
             self.add(token)
 
     def add(self, token: int) -> None:
+        """Append the next token."""
         slot = self._slots.setdefault(token, len(self._slots))
         if slot == self._ids.size:
             self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
@@ -65,15 +58,10 @@ class Ngrams:
 
 
 class Repetitions:
-    """Earlier occurrences of the latest tokens and their lengths; breakers end a match.
+    """Earlier occurrences of the latest tokens and their lengths; no match contains or continues with a breaker.
 
     Keeps the length of every match and updates all of them with array operations, so that the cost of a token does not
-    depend on how repetitive the text is.
-
-    Args:
-        tokens: the tokens so far.
-        breakers: ids that no match contains or continues with.
-        window: number of latest tokens to search, -1 = all.
+    depend on how repetitive the text is. Only the latest `window` tokens are searched, -1 = all.
     """
 
     # Longer matches count as this long; the penalty is at its maximum by then.

@@ -14,11 +14,7 @@ _NEWLINES = re.compile("\n+")
 
 
 class NewlineCounter:
-    """Counts newline characters in the tokens of a vocabulary.
-
-    Args:
-        texts: the texts of all tokens that contain a newline character, by id.
-    """
+    """Counts newline characters in the tokens of a vocabulary, given the texts of those that contain any, by id."""
 
     def __init__(self, texts: Mapping[int, str]) -> None:
         self.whole = {token: len(text) for token, text in texts.items() if not text.strip("\n")}
@@ -62,8 +58,7 @@ class NewlineLimit:
 class SingleThinkEnd:
     """Bans tokens that would complete the end of reasoning again, if no new reasoning has started.
 
-    Args:
-        parser: of the answer; it must have received all tokens drawn so far before each call.
+    The parser of the answer must have received all tokens drawn so far before each call.
     """
 
     def __init__(self, parser: ReasoningParser) -> None:
@@ -74,28 +69,17 @@ class SingleThinkEnd:
         return mask_tokens(row, self._parser.ending()[0]) if self._parser.ended else row
 
 
-class SplitThinkEnd:
-    """Bans tokens that would both end the reasoning and begin the answer, which a constraint could not check.
-
-    Args:
-        parser: see `SingleThinkEnd`.
-    """
-
-    def __init__(self, parser: ReasoningParser) -> None:
-        self._parser = parser
-        parser.ending()  # searches the vocabulary now rather than during a step
+class SplitThinkEnd(SingleThinkEnd):
+    """Bans tokens that would both end the reasoning and begin the answer, which a constraint could not check."""
 
     def __call__(self, row: Row, tokens: Sequence[int]) -> Row:  # noqa: ARG002 (a name of the protocol)
         return mask_tokens(row, self._parser.ending()[1]) if self._parser.inside else row
 
 
 class ReasoningBudget:
-    """Once reasoning has used its budget, allows only the tokens that end it, one after another.
+    """Once reasoning has used its budget, allows only the `closing` tokens that end it, one after another.
 
-    Args:
-        parser: see `SingleThinkEnd`. Reasoning in the prompt does not count.
-        closing: ids of the tokens that write the end delimiter.
-        budget: number of reasoning tokens in an answer, without delimiters.
+    Delimiters and reasoning in the prompt do not count. See `SingleThinkEnd` for the parser.
     """
 
     def __init__(self, parser: ReasoningParser, closing: Sequence[int], budget: int) -> None:

@@ -6,15 +6,14 @@ logits [V], then the filters, then `draw`. Each filter shrinks the row to what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from llm_edge.runtime.errors import LogitsError
 from llm_edge.runtime.sampling import transforms
-from llm_edge.runtime.sampling.history import Counts, History, Ngrams, Repetitions
+from llm_edge.runtime.sampling.history import Counts, Ngrams, Repetitions
 from llm_edge.runtime.sampling.parameter_spec import refused
 from llm_edge.runtime.sampling.params import GREEDY_BELOW, PARAMETERS, SamplingParams
 from llm_edge.runtime.sampling.transforms import Ids, Row
@@ -78,7 +77,7 @@ class Sampler:
         self._repetitions: Repetitions | None = None
         if params.dry_multiplier and params.dry_range:
             self._repetitions = Repetitions(self._tokens, dry_breakers, params.dry_range)
-        histories: tuple[History | None, ...] = (self._generated, self._seen, self._ngrams, self._repetitions)
+        histories = (self._generated, self._seen, self._ngrams, self._repetitions)
         self._histories = [history for history in histories if history is not None]
         self._filters = _filters(params)
         self._mirostat_mu = 2 * params.mirostat_tau  # bits
@@ -171,12 +170,12 @@ class Sampler:
     def _filter(self, row: Row) -> tuple[Ids | None, Row]:
         filters = self._filters
         if self.params.mirostat_tau:
-            filters = [partial(transforms.keep_mirostat, limit=self._mirostat_mu)]
+            filters = [(transforms.keep_mirostat, self._mirostat_mu)]
         elif self._xtc_uniform < self.params.xtc_probability:
-            filters = [*filters, partial(transforms.keep_xtc, threshold=self.params.xtc_threshold)]
+            filters = [*filters, (transforms.keep_xtc, self.params.xtc_threshold)]
         ids: Ids | None = None
-        for keep in filters:
-            kept = keep(row)
+        for keep, value in filters:
+            kept = keep(row, value)
             row = row[kept]
             ids = kept if ids is None else ids[kept]
         return ids, row
@@ -187,14 +186,10 @@ class Sampler:
         return np.array(self._tokens[-self.params.repetition_window :], dtype=np.intp)
 
 
-def _filters(params: SamplingParams) -> list[Callable[[Row], Ids]]:
+def _filters(params: SamplingParams) -> list[tuple[transforms.Filter, Any]]:
+    """The filters whose parameters differ from the default, with their values."""
     values = {name: getattr(params, name) for name in PARAMETERS if name in transforms.FILTERS}
-    changed = {name: value for name, value in values.items() if value != PARAMETERS[name].default}
-    return [partial(_apply, transforms.FILTERS[name], value) for name, value in changed.items()]
-
-
-def _apply(keep: transforms.Filter, value: object, row: Row) -> Ids:
-    return keep(row, value)
+    return [(transforms.FILTERS[name], value) for name, value in values.items() if value != PARAMETERS[name].default]
 
 
 _LARGEST_ID = 2**31 - 1  # no vocabulary has more, and arrays of ids hold it

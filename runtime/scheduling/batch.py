@@ -24,11 +24,7 @@ _MAX_BINDINGS = 64  # cached
 
 
 class Batch:
-    """Slots for the keys and values of several sequences.
-
-    Args:
-        graph: a fused graph.
-        slots: number of sequences.
+    """Slots for the keys and values of several sequences over a fused graph.
 
     Attributes:
         slots: number of sequences.
@@ -95,11 +91,7 @@ class Batch:
         return cast("Logits", logits[:, 0])
 
     def extend(self, slot: int, tokens: Sequence[int], num_logits: int = 1) -> Logits:
-        """Add several tokens to one slot; see `Session.step`.
-
-        Returns:
-            logits [n, V] of the last n tokens; 0 = all.
-        """
+        """Add several tokens to one slot; returns logits [n, V] of the last n, 0 = all; see `Session.step`."""
         past, new = self.lengths[slot], len(tokens)
         check_step(new, past, num_logits, self.limit)
         self._grow(past + new)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_edge.runtime.bundle import Bundle, PrecisionInfo
+from llm_edge.runtime.bundle import Bundle, ModelShape, PrecisionInfo
 from llm_edge.runtime.errors import InputError, MachineError
 from llm_edge.runtime.safe_io import write_atomically
 
@@ -35,11 +35,7 @@ def identity(bundle: Bundle, precision: PrecisionInfo) -> str:
 
 
 def save(path: Path, identity_: str, tokens: Sequence[int], values: Sequence[Array]) -> None:
-    """Write a file atomically.
-
-    Raises:
-        MachineError: it cannot be written.
-    """
+    """Write a file atomically; raises MachineError if it cannot be written."""
     arrays: dict[str, Any] = {str(index): value for index, value in enumerate(values)}
     arrays |= {"identity": np.array(identity_), "tokens": np.array(tokens, dtype=np.int64)}
     try:
@@ -48,14 +44,14 @@ def save(path: Path, identity_: str, tokens: Sequence[int], values: Sequence[Arr
         raise MachineError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
-def load(
-    path: Path, identity_: str, count: int, heads: int, width: int, limit: int, dtype: np.dtype[Any]
-) -> tuple[list[int], list[Array]]:
+def load(path: Path, identity_: str, model: ModelShape, dtype: np.dtype[Any]) -> tuple[list[int], list[Array]]:
     """Load what `save` wrote: token ids, and keys and values [K, T, D].
 
     Raises:
         InputError: the file is missing, damaged, or of another graph.
     """
+    count, heads, width = 2 * model.num_hidden_layers, model.num_key_value_heads, model.head_dim
+    limit = model.max_position_embeddings
     limit_bytes = max(heads * limit * width * dtype.itemsize, limit * 8) + _HEADER_BYTES
     try:
         with _Bounded(path, count) as file, zipfile.ZipFile(file) as archive:

@@ -18,8 +18,7 @@ from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
-from llm_edge.runtime.scheduling.prefix import common_prefix
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence
+from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence, common_prefix
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
 # A chunk of a prompt, while others decode, should take this many times as long as a decode step.
@@ -29,13 +28,7 @@ _WORTH_WAITING = 8 * CHUNK_ALIGNMENT  # shared prefix that another prompt is abo
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A sequence and the caller's handle on it.
-
-    Attributes:
-        sequence: the decoding state.
-        generation: what the caller iterates.
-        slot: of the KV cache; -1 while the request waits.
-    """
+    """A sequence and the caller's handle on it; `slot` is -1 while the request waits."""
 
     sequence: TokenSequence
     generation: AsyncGeneration = field(init=False)
@@ -46,13 +39,7 @@ class Request:
 
 
 class Scheduler:
-    """Runs the steps of all active requests, on one thread.
-
-    Args:
-        batch: computes the steps.
-        slots: of the batch.
-        counters: to update.
-        watched: a context manager to run each step in.
+    """Runs the steps of all active requests, on one thread, each within the context manager `watched`.
 
     Attributes:
         active: requests that have a slot.
@@ -144,7 +131,8 @@ class Scheduler:
             seconds = time.perf_counter() - began
             self._counters.decode_steps += steps
             self._counters.decode_seconds += seconds
-            self._decode_step = _moving_average(self._decode_step, seconds)
+            # an exponential moving average; the first value counts fully
+            self._decode_step = 0.8 * self._decode_step + 0.2 * seconds if self._decode_step else seconds
 
     def _decode_span(self, span: range, single: Mapping[int, Request]) -> None:
         """One decode step over adjacent slots, some of which may be idle."""
@@ -219,8 +207,3 @@ class Scheduler:
             error.__cause__ = cause
         self._counters.failed += 1
         request.generation.put(error)
-
-
-def _moving_average(before: float, value: float) -> float:
-    """Exponential moving average; the first value counts fully."""
-    return value if not before else 0.8 * before + 0.2 * value

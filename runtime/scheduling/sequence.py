@@ -19,7 +19,7 @@ from llm_edge.runtime.sampling.grammar import ConstraintProcessor
 from llm_edge.runtime.sampling.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
-from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS, DraftProposer
+from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS, DraftProposer
 from llm_edge.runtime.text.answer_stream import AnswerStream, TextDelta, merge
 
 if TYPE_CHECKING:
@@ -27,18 +27,12 @@ if TYPE_CHECKING:
 
 CHUNK_ALIGNMENT = 8
 """Prompts are split at multiples of this many tokens, so that splits do not affect results; see docs/decisions.md."""
+_BLOCK = 64  # tokens that `common_prefix` compares at once
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """How the next tokens of a sequence are sampled.
-
-    Attributes:
-        sampler: of this sequence.
-        stop_strings: strings that end the answer.
-        end_tokens: token ids that end the answer.
-        max_new_tokens: number of tokens to generate at most, including those generated already.
-    """
+    """How the next tokens of a sequence are sampled; `max_new_tokens` includes those generated already."""
 
     sampler: Sampler
     stop_strings: tuple[str, ...]
@@ -51,16 +45,7 @@ SamplingStateFactory = Callable[[SamplingParams, Sequence[int]], SamplingState]
 
 
 class TokenSequence:
-    """The decoding state of one generation.
-
-    Args:
-        prompt: token ids, at least one.
-        params: sampling parameters.
-        sampling_state: builds the state of sampling.
-        stream: turns tokens into text.
-        began: `time.perf_counter()` at the caller's request.
-        proposer: proposes draft tokens; None = none.
-        constraint: the processor that holds the answer to a constraint.
+    """The decoding state of one generation; `began` is `time.perf_counter()` at the caller's request.
 
     Attributes:
         tokens: the prompt and the generated tokens.
@@ -103,14 +88,10 @@ class TokenSequence:
         self._next_params = params
 
     def reuse(self, length: int) -> int:
-        """Skip prompt tokens that are in the cache.
+        """Skip prompt tokens of which the cache could provide the first `length`; returns how many.
 
-        Args:
-            length: how many of the first tokens the cache could provide.
-
-        Returns:
-            how many to use: the last tokens are computed anyway because their logits are needed, and prompts are split
-            at multiples of `CHUNK_ALIGNMENT` only.
+        The last tokens are computed anyway because their logits are needed, and prompts are split at multiples of
+        `CHUNK_ALIGNMENT` only.
         """
         self.computed = self._cached = aligned_prefix(length, self._prompt_length)
         return self.computed
@@ -227,6 +208,16 @@ class TokenSequence:
 def aligned_prefix(length: int, prompt_length: int) -> int:
     """How many of `length` cached tokens a prompt can reuse; see `TokenSequence.reuse`."""
     return max(min(length, prompt_length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of leading tokens that two sequences of the same type share."""
+    length = min(len(one), len(other))
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        if one[start:end] != other[start:end]:
+            return next(index for index in range(start, end) if one[index] != other[index])
+    return length
 
 
 def _without_token(deltas: Iterable[TextDelta]) -> list[GenerationChunk]:

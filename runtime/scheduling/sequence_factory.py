@@ -16,19 +16,14 @@ from llm_edge.runtime.sampling.processors import (
 )
 from llm_edge.runtime.sampling.sampler import LogitsProcessor, Sampler
 from llm_edge.runtime.scheduling.sequence import SamplingState, TokenSequence
-from llm_edge.runtime.speculative.proposer import DraftProposer
+from llm_edge.runtime.speculative.prompt_lookup import DraftProposer
 from llm_edge.runtime.text.answer_stream import AnswerStream
 from llm_edge.runtime.text.prompts import PromptProcessor
 from llm_edge.runtime.text.reasoning_parser import ReasoningParser, reasoning_parser
 
 
 class SequenceFactory:
-    """Creates sequences for one bundle. Thread-safe.
-
-    Args:
-        prompts: the bundle's prompt processor.
-        limit: maximum number of tokens in the context.
-    """
+    """Creates sequences for one bundle, whose context holds `limit` tokens. Thread-safe."""
 
     def __init__(self, prompts: PromptProcessor, limit: int) -> None:
         self._tokenizer = prompts.tokenizer
@@ -40,7 +35,7 @@ class SequenceFactory:
     def create(
         self, prompt: Sequence[int], params: SamplingParams, began: float, proposer: DraftProposer | None
     ) -> TokenSequence:
-        """The decoding state of a generation for a valid prompt; see `TokenSequence` for the arguments.
+        """The decoding state of a generation for a valid prompt.
 
         Raises:
             ParameterError: the constraint cannot be used.

@@ -1,4 +1,4 @@
-"""Memory for the keys and values of slots, on the host or on a GPU.
+"""`SlotMemory`: the keys and values of slots, on the host or on a GPU.
 
 A tensor is [slots, K, capacity, D] for K key/value heads of size D, and contiguous: adjacent slots are a part of it
 by address.
@@ -11,7 +11,7 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,38 +25,13 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, int, int, int]
 
 
-class SlotMemory(Protocol):
-    """The tensors of a batch.
+class HostSlots:
+    """Slots on the host: reserved address space that takes memory page by page and can return it.
 
     Attributes:
         device: `cpu` or `cuda`, as onnxruntime calls it.
         shape: of each tensor.
     """
-
-    device: str
-    shape: Shape
-
-    def addresses(self, slot: int) -> list[int]:
-        """The address of a slot in each tensor."""
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first tokens of a slot to another one."""
-
-    def read(self, slot: int, length: int) -> list[Array]:
-        """Copies of a slot's first tokens, one array [K, length, D] per tensor."""
-
-    def write(self, slot: int, values: Sequence[Array]) -> None:
-        """Write what `read` returned."""
-
-    def release(self, slot: int) -> None:
-        """Free the memory of a slot where possible."""
-
-    def take_over(self, other: SlotMemory, lengths: Sequence[int]) -> None:
-        """Copy the first tokens of all slots from a smaller memory, which must not be used afterwards."""
-
-
-class HostSlots:
-    """Slots on the host: reserved address space that takes memory page by page and can return it."""
 
     device = "cpu"
 
@@ -70,21 +45,25 @@ class HostSlots:
         self._buffers = [np.frombuffer(each, dtype=graph.cache_dtype).reshape(shape) for each in self._maps]
 
     def addresses(self, slot: int) -> list[int]:
+        """The address of a slot in each tensor."""
         return [buffer[slot:].ctypes.data for buffer in self._buffers]
 
     def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first tokens of a slot to another one."""
         for buffer in self._buffers:
             buffer[target, :, :length] = buffer[source, :, :length]
 
     def read(self, slot: int, length: int) -> list[Array]:
+        """Copies of a slot's first tokens, one array [K, length, D] per tensor."""
         return [buffer[slot, :, :length].copy() for buffer in self._buffers]
 
     def write(self, slot: int, values: Sequence[Array]) -> None:
+        """Write what `read` returned."""
         for buffer, value in zip(self._buffers, values, strict=True):
             buffer[slot, :, : value.shape[1]] = value
 
     def release(self, slot: int) -> None:
-        """Return whole pages to the system."""
+        """Free the memory of a slot: return whole pages to the system."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for buffer, pages in zip(self._buffers, self._maps, strict=True):
@@ -95,6 +74,7 @@ class HostSlots:
                 pages.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def take_over(self, other: SlotMemory, lengths: Sequence[int]) -> None:
+        """Copy the first tokens of all slots from a smaller memory, which must not be used afterwards."""
         assert isinstance(other, HostSlots)
         for old, new in zip(other._buffers, self._buffers, strict=True):
             for slot, length in enumerate(lengths):
@@ -102,7 +82,7 @@ class HostSlots:
 
 
 class DeviceSlots:
-    """Slots in memory that onnxruntime allocates at once.
+    """Slots in memory that onnxruntime allocates at once; the interface is that of `HostSlots`.
 
     The host cannot access a GPU's memory through onnxruntime: a part of a tensor becomes a separate value when it is
     bound as an output of the graph.
@@ -150,6 +130,9 @@ class DeviceSlots:
             shape = (1, *self.shape[1:])
             binding.bind_output(f"present.{name}", self.device, 0, self._dtype.type, shape, address)
         return list(binding.get_outputs())
+
+
+SlotMemory: TypeAlias = HostSlots | DeviceSlots
 
 
 def _out_of_memory(shape: Shape) -> MachineError:

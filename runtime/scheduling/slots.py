@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm_edge.runtime.scheduling.batch import Batch
-from llm_edge.runtime.scheduling.prefix import common_prefix
+from llm_edge.runtime.scheduling.sequence import common_prefix
 
 MAX_GAP = 4  # idle slots that a decode step may span rather than run a second step
 _REUSE_IN_PLACE = 0.5  # fraction of a slot's tokens that a prompt must share to take the slot over
@@ -53,10 +53,7 @@ class SlotManager:
     def assign(self, tokens: list[int], source: int, length: int) -> int:
         """Assign a slot that holds the first `length` tokens, which are cached in slot `source`.
 
-        Args:
-            tokens: of the sequence; the list grows as the sequence does.
-            source: see `longest_prefix`.
-            length: number of tokens to reuse.
+        `tokens` is the sequence's own list, which grows.
         """
         batch = self._batch
         idle = self._idle()

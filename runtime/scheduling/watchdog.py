@@ -12,15 +12,10 @@ from llm_edge.runtime.errors import ParameterError
 
 
 class Watchdog:
-    """Terminates a step that exceeds a timeout.
-
-    Args:
-        seconds: the timeout; None = none.
-        terminate: called from another thread when a step exceeds it.
-        resume: called after every step, before the next one.
+    """Calls `terminate`, from another thread, if a step exceeds the timeout, and `resume` after every step.
 
     Raises:
-        ParameterError: `seconds` is not a positive finite number.
+        ParameterError: `seconds` is not a positive finite number; None = no timeout.
     """
 
     def __init__(self, seconds: float | None, terminate: Callable[[], None], resume: Callable[[], None]) -> None:

@@ -14,10 +14,8 @@ from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
-from llm_edge.runtime.scheduling.prefix import common_prefix
-from llm_edge.runtime.scheduling.sequence import aligned_prefix
-from llm_edge.runtime.speculative.prompt_lookup import PromptLookup
-from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS, DraftProposer
+from llm_edge.runtime.scheduling.sequence import aligned_prefix, common_prefix
+from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS, DraftProposer, PromptLookup
 
 _LAYER_BYTES = 6 << 20  # cost of a layer besides reading its weights, in bytes read
 _VERIFY_COST = 0.07  # cost of each further token in a step, relative to the step
@@ -29,10 +27,8 @@ _INITIAL_PAUSE = 16  # tokens without proposals after they did not pay off; doub
 class DraftModel:
     """A smaller model that drafts for another one, for one generation at a time.
 
-    Args:
-        session: of the smaller model.
-        vocabulary: number of token ids it may propose.
-        cost_ratio: cost of proposing and verifying a token relative to a step of the main model.
+    It proposes the first `vocabulary` token ids. Proposing and verifying a token costs `cost_ratio` steps of the main
+    model.
     """
 
     def __init__(self, session: Session, vocabulary: int, cost_ratio: float) -> None:
@@ -136,10 +132,8 @@ class DraftModelProposer:
         cost = self._model.cost_ratio
         if self._accepted <= cost * (self._accepted + self._rejected):
             self._paused_until, self._pause = total + self._pause, 2 * self._pause
-            self._accepted, self._rejected = (
-                cost + 0.05,
-                1 - cost,
-            )  # the next proposal is a trial: one rejection ends it
+            # The next proposal is a trial: one rejection ends it.
+            self._accepted, self._rejected = cost + 0.05, 1 - cost
 
 
 def load_draft_model(options: LoadOptions, target: LoadedBundle) -> DraftModel | None:
@@ -181,10 +175,7 @@ def proposer_for(model: DraftModel | None) -> DraftProposer:
 def optimal_draft_length(acceptance_rate: float, cost_ratio: float, limit: int) -> int:
     """The number of draft tokens, 0 to `limit`, that gives the most tokens per unit of time.
 
-    Args:
-        acceptance_rate: probability that a draft token is accepted if all before it are.
-        cost_ratio: cost of a draft token relative to a step.
-        limit: maximum number of draft tokens.
+    A draft token costs `cost_ratio` steps and is accepted with the probability `acceptance_rate` if all before it are.
     """
     best, length, tokens, reached = 1.0, 0, 1.0, 1.0
     for count in range(1, limit + 1):

@@ -1,4 +1,4 @@
-"""`PromptLookup`: proposes the tokens that followed the latest ones earlier in the text.
+"""`DraftProposer`, the interface of draft tokens, and `PromptLookup`: those that followed earlier in the text.
 
 Quoted passages and edited files are then generated several tokens per step. After Saxena, "Prompt Lookup Decoding"
 (2023). Proposals depend only on the text and on earlier acceptances, never on time or load.
@@ -7,12 +7,23 @@ Quoted passages and edited files are then generated several tokens per step. Aft
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS
-
+MAX_DRAFT_TOKENS = 15
+"""Maximum number of draft tokens in a step."""
 _NGRAM_SIZES = (5, 3)  # tokens that must match, longer ones first
 _INITIAL_LENGTH = 4  # draft tokens of the first proposal
 _MAX_PAUSE = 64  # tokens generated without a proposal after rejections
+
+
+class DraftProposer(Protocol):
+    """Proposes draft tokens for one generation: `PromptLookup` or `DraftModelProposer`."""
+
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        """Up to `limit` draft tokens to follow `tokens`, possibly none. Across calls, `tokens` is only appended to."""
+
+    def record_acceptance(self, proposed: int, accepted: int, total: int) -> None:
+        """Report that the first `accepted` of `proposed` draft tokens were right; the text has `total` tokens now."""
 
 
 class PromptLookup:

@@ -6,11 +6,7 @@ from collections.abc import Iterable
 
 
 class HeldText:
-    """Text that is held back until it is known whether it becomes a marker.
-
-    Attributes:
-        text: what is held back now.
-    """
+    """Text that is held back until it is known whether it becomes a marker; `text` is what is held back now."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -33,11 +29,11 @@ class HeldText:
         return text
 
 
-class StopStrings:
+class StopStrings(HeldText):
     """Ends a text at the first of some strings to be complete in it, however the text is divided into chunks."""
 
     def __init__(self, stops: Iterable[str]) -> None:
-        self._held = HeldText()
+        super().__init__()
         self.stopped = False
         self.change(stops)
 
@@ -49,20 +45,15 @@ class StopStrings:
         """Add text; returns what is final now, and whether the text has ended."""
         if self.stopped:
             return "", True
-        self._held.text += text
-        text = self._held.text
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        self.text += text
+        found = [(start + len(stop), start) for stop in self._stops if (start := self.text.find(stop)) >= 0]
         if found:
-            self._held.text, self.stopped = "", True
-            return text[: min(found)[1]], True
-        return self._held.release(self._stops), False
-
-    def flush(self) -> str:
-        """Return the text that is held back, because no more text follows."""
-        return self._held.flush()
+            self.stopped = True
+            return self.flush()[: min(found)[1]], True
+        return self.release(self._stops), False
 
 
-class TagSplitter:
+class TagSplitter(HeldText):
     """Splits text at the tags around reasoning.
 
     The start tag opens reasoning only if nothing but white space precedes it in its section: later on, an answer may
@@ -78,19 +69,14 @@ class TagSplitter:
     """
 
     def __init__(self, start: str, end: str, *, inside: bool = False, blank: bool = True) -> None:
+        super().__init__()
         self.inside = inside
         self._start, self._end = start, end
         self._blank = blank
-        self._held = HeldText()
-
-    @property
-    def holds(self) -> bool:
-        """Whether text is held back."""
-        return bool(self._held.text)
 
     def push(self, text: str) -> list[str]:
         """Add text; returns what is final now, split at the tags in it: sections alternate, starting with this one."""
-        text = self._held.flush() + text
+        text = self.flush() + text
         parts = [""]
         while True:
             lead = text.lstrip() if self._blank else ""
@@ -106,15 +92,11 @@ class TagSplitter:
                 self.inside = not self.inside
                 parts.append("")
             self._blank = True
-        self._held.text = text
-        final = self._held.release([self._end] if self.inside else [], len(lead) if self._start.startswith(lead) else 0)
+        self.text = text
+        final = self.release([self._end] if self.inside else [], len(lead) if self._start.startswith(lead) else 0)
         parts[-1] += final
         self._blank = self._blank and not final.strip()
         return parts
-
-    def flush(self) -> str:
-        """Return the text that is held back, because no more text follows."""
-        return self._held.flush()
 
 
 def overlap(text: str, marker: str) -> int:

@@ -25,8 +25,6 @@ class PromptProcessor:
     """Encodes prompts for one bundle. Thread-safe.
 
     Attributes:
-        bundle: whose prompts.
-        tokenizer: of the bundle.
         default_params: the model's default sampling, from generation_config.json and the manifest's guards.
         end_tokens: ids that end an answer.
         delimiters: of reasoning; None for models without reasoning.

@@ -24,10 +24,6 @@ _NONE: Ids = np.array([], np.intp)
 class ReasoningDelimiters:
     """The delimiters around the reasoning of a bundle's model. Thread-safe.
 
-    Args:
-        reasoning: the delimiters in the manifest.
-        tokenizer: of the bundle.
-
     Attributes:
         start, end: their text.
         opening, closing: ids of the tokens that write them; one each if they are tokens.
@@ -165,7 +161,7 @@ class TagParser(ReasoningParser):
         self.ended |= self._delimiters.end in seen
         parts = self._splitter.push(text)
         self.inside = self._splitter.inside
-        self._waiting = waiting + (not was) if self._splitter.holds and not self.inside else 0
+        self._waiting = waiting + (not was) if self._splitter.text and not self.inside else 0
         if len(parts) > 1:
             self.count += waiting + 1
             self.ended = not self.inside
@@ -210,14 +206,7 @@ def opens_reasoning(prompt: Sequence[int], tokens: ReasoningTokens, closing: Ite
 def reasoning_parser(
     delimiters: ReasoningDelimiters | None, tokenizer: Tokenizer, prompt: Sequence[int] = (), turns: Iterable[int] = ()
 ) -> ReasoningParser:
-    """The parser for an answer to a prompt.
-
-    Args:
-        delimiters: None = everything is answer.
-        tokenizer: of the model.
-        prompt: token ids before the answer; they may end within reasoning.
-        turns: ids that end a turn.
-    """
+    """The parser for an answer to a prompt, which may end within reasoning; `turns` are the ids that end a turn."""
     if delimiters is None:
         return ReasoningParser(tokenizer)
     return (TagParser if delimiters.tags else TokenParser)(delimiters, prompt, turns)

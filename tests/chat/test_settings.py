@@ -12,7 +12,7 @@ import pytest
 from llm_edge.chat.settings import THEME, Section, Settings, default_folder, texts
 from llm_edge.runtime.errors import MachineError
 
-LIST = Section[list[str]]("questions", list, texts, list)
+LIST = Section[list[str]]("questions", list, texts)
 
 
 def test_saved_values_are_loaded_by_the_next_program(tmp_path: Path) -> None:

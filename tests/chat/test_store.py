@@ -24,7 +24,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_edge.chat import files
 from llm_edge.chat.history import database, transcript
 from llm_edge.chat.history.conversation import Conversation, Message, title_of
 from llm_edge.chat.history.search import Summary
@@ -726,7 +725,7 @@ def example_json(**changes: Any) -> str:
         (example_json(leaf=True), '"leaf"'),
         (example_json(created=-1), '"created"'),
         (example_json(created=1e300), '"created"'),
-        (example_json(m_id=1), r"messages\[2\]: .*taken"),
+        (example_json(m_id=1), r"messages\[2\]: .*in use"),
         (example_json(m_id=2**80), r'messages\[2\]: "id"'),
         (example_json(m_parent=3), "not an earlier message"),
         (example_json(m_parent="1"), '"parent"'),
@@ -755,9 +754,9 @@ def test_files_are_written_atomically_and_never_overwritten(tmp_path: Path, monk
         transcript.save(str(name), Conversation(messages={1: Message(1, None, "user", "Other")}, leaf=1))
     assert name.read_text(encoding="utf-8") == written
     with monkeypatch.context() as patch:  # another program created the file first
-        patch.setattr("llm_edge.chat.files.os.path.lexists", lambda _path: False)
+        patch.setattr("llm_edge.chat.history.transcript.os.path.lexists", lambda _path: False)
         with pytest.raises(InputError, match=r"talk\.md exists already"):
-            files.write_file(str(name), "Other")
+            transcript.write_file(str(name), "Other")
     assert name.read_text(encoding="utf-8") == written
     transcript.save(str(name), Conversation(messages={1: Message(1, None, "user", "Other")}, leaf=1), overwrite=True)
     assert name.read_text(encoding="utf-8") == "**user**\n\nOther\n"
@@ -777,7 +776,7 @@ def test_write_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llm_edge.chat.files.os.fsync", full)
+    monkeypatch.setattr("llm_edge.chat.history.transcript.os.fsync", full)
     for name, overwrite in (("new.md", False), ("kept.md", True)):
         with pytest.raises(InputError, match="No space left"):
             transcript.save(str(tmp_path / name), example(), overwrite=overwrite)

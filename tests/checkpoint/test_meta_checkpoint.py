@@ -646,7 +646,7 @@ def test_unusable_tokenizers_are_errors(family: Saved, bare: Path) -> None:
     (bare.parent / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     attempt("tokenizer.model, a SentencePiece or tiktoken model, which is not supported.*tokenizer.json", **options)
     attempt("SentencePiece", tokenizer=bare.parent / "tokenizer.model")
-    with pytest.raises(CheckpointError, match=r"no tokenizer beside it but .*SentencePiece.*give --tokenizer"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer in its folder but .*SentencePiece.*give --tokenizer"):
         read(bare, n_heads=4, rope_theta=10_000.0)
     attempt("no such file or folder", tokenizer=bare.parent / "nothing")
     (bare.parent / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')

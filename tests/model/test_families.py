@@ -145,8 +145,9 @@ def test_mistral_with_mixed_layer_types_matches_ministral() -> None:
 def test_a_window_longer_than_the_context_is_ignored(window: int, case: Callable[[str], Case], tmp_path: Path) -> None:
     """2^32 + 4 would overflow to 4 in an operator with 32-bit integers."""
     checkpoint = case("mistral").checkpoint
-    config, weights = without(checkpoint.config, window=window), checkpoint.weights
-    OnnxWriter(GraphStyle.FUSED).write(tmp_path, config, weights, (RECIPES["fp32"],), [], lambda *_: None)
+    config = without(checkpoint.config, window=window)
+    windowed = dataclasses.replace(checkpoint, config=config)
+    OnnxWriter(GraphStyle.FUSED).write(tmp_path, windowed, (RECIPES["fp32"],), [], lambda *_: None)
     session = open_file(tmp_path / "model.onnx", model_shape(config), True, provider="cpu", spinning=False)
     unlimited = decoder(dataclasses.replace(checkpoint, config=without(checkpoint.config, window=None)))
     ids = case("mistral").ids
@@ -179,7 +180,7 @@ def test_the_reference_agrees_with_transformers(
 def test_the_graph_agrees_with_transformers(name: str, style: str, case: Callable[[str], Case], tmp_path: Path) -> None:
     found, graph = case(name), GraphStyle(style)
     config = found.checkpoint.config
-    OnnxWriter(graph).write(tmp_path, config, found.checkpoint.weights, (RECIPES["fp32"],), [], lambda *_: None)
+    OnnxWriter(graph).write(tmp_path, found.checkpoint, (RECIPES["fp32"],), [], lambda *_: None)
     session = open_file(
         tmp_path / "model.onnx", model_shape(config), graph is GraphStyle.FUSED, provider="cpu", spinning=False
     )

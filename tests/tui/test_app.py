@@ -18,7 +18,6 @@ from llm_edge.chat.responder import tokens_of_question
 from llm_edge.chat.settings import THEME, Settings
 from llm_edge.runtime.errors import InputError
 from llm_edge.tui.app import ChatApp
-from llm_edge.tui.palette import system_commands
 from llm_edge.tui.screens.chat import ChatScreen
 from llm_edge.tui.screens.help import KEYS, HelpScreen
 from llm_edge.tui.widgets.conversation_view import BATCH_SIZE
@@ -153,7 +152,7 @@ def test_help_lists_every_key_and_fits_a_small_terminal(tmp_path: Path) -> None:
 def test_the_palette_commands_work(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, "Because.") as (app, pilot, _):
-            assert "Copy answer" not in [each.title for each in system_commands(app, app.screen)]
+            assert "Copy answer" not in [each.title for each in app.get_system_commands(app.screen)]
             await ask(pilot, "Why?")
             await pilot.press("ctrl+p")
             await until(pilot, lambda: len(app.screen_stack) == 2)
@@ -163,7 +162,7 @@ def test_the_palette_commands_work(tmp_path: Path) -> None:
             await until(pilot, lambda: app.chat_screen.composer.text == "> Because.\n\n")
             await pilot.press("f1")
             await until(pilot, lambda: len(app.screen_stack) == 2)
-            over_it = [each.title for each in system_commands(app, app.screen)]
+            over_it = [each.title for each in app.get_system_commands(app.screen)]
             assert over_it == ["Theme", "Help", "Screenshot", "Quit"]  # commands without effect there are not offered
 
     drive(scene())

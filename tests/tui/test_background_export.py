@@ -239,7 +239,7 @@ def test_an_error_is_reported_and_the_form_keeps_its_values(
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
             arguments = json.loads((place / "arguments").read_text())
             assert arguments == [
-                "--progress", "json", "--precision", "int8,int4", "--n-heads=3", "--force", "--", "owner/name"
+                "--progress=json", "--precision=int8,int4", "--n-heads=3", "--force", "--", "owner/name"
             ]  # fmt: skip
 
     drive(scene())

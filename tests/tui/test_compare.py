@@ -18,7 +18,7 @@ from tui_driving import shown as drawn
 from llm_edge.chat.comparison import Comparison, ComparisonSide
 from llm_edge.chat.fake import FakeResponder, Said
 from llm_edge.chat.history.conversation import ASSISTANT, Conversation, Message
-from llm_edge.chat.history.memory_store import InMemoryStore
+from llm_edge.chat.history.store import InMemoryStore
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.runtime.errors import MachineError

@@ -16,8 +16,11 @@ from textual.widgets import Checkbox, Input
 from tui_driving import app_with, ask, drive, screen, until
 
 from llm_edge.chat.choice import BundleChoice
-from llm_edge.chat.export_process import PRECISIONS, Export, ExportRequest, named_options
+from llm_edge.chat.export_process import Export, ExportRequest, named_options, parse_options
 from llm_edge.chat.responder import LocalResponder
+from llm_edge.exporter.options import PRECISIONS, ExportOptions
+from llm_edge.exporter.quantization.recipes import RECIPES
+from llm_edge.runtime.errors import ParameterError
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.export import CheckpointTree, CrossCheckbox, ExportScreen
 
@@ -134,11 +137,21 @@ def test_stages_and_progress_are_shown_during_an_export(place: Path, tiny_bundle
 
 def test_arguments_match_the_form(place: Path, stand_in: StandIn) -> None:
     stand_in("print('error: ' + json.dumps(sys.argv[1:]), file=sys.stderr); sys.exit(2)")
-    wish = ExportRequest("-x.pt", ("int8", "int4"), {"config": " a b.yaml ", "n-heads": " "}, force=True)
-    export = Export(wish)
+    typed = parse_options({"config": " a b.yaml ", "n-heads": " ", "norm-eps": "1e-5"})
+    options = ExportOptions(**typed, precision="int8,int4", validate=False, force=True)
+    export = Export(ExportRequest("-x.pt", options))
     assert export.result() is None
-    expected = ["--progress", "json", "--precision", "int8,int4", "--config=a b.yaml", "--force", "--", "-x.pt"]
-    assert json.loads(export.error()) == expected
+    expected = ["--progress=json", "--precision=int8,int4", "--config=a b.yaml", "--norm-eps=1e-05"]
+    assert json.loads(export.error()) == [*expected, "--no-validate", "--force", "--", "-x.pt"]
+
+
+def test_an_option_that_is_not_a_number_is_rejected() -> None:
+    with pytest.raises(ParameterError, match="--n-heads is 'two', not an integer"):
+        parse_options({"n-heads": "two"})
+
+
+def test_the_form_offers_all_precisions() -> None:
+    assert list(PRECISIONS) == list(RECIPES)
 
 
 def test_an_existing_bundle_can_be_replaced(place: Path, tiny_bundle: Path, stand_in: StandIn) -> None:
@@ -355,13 +368,13 @@ def test_ticked_precisions_are_visible_without_colours_and_exported(place: Path,
             assert {inside(each) for each in ticks} == {" ", "X"}
             app.screen.query_one("#source").focus()
             await pilot.press(*"a/b", "enter")
-            await until(pilot, lambda: '"--precision", "int4,fp32", "--", "a/b"' in " ".join(screen(app).split()))
+            await until(pilot, lambda: '"--precision=fp32,int4", "--", "a/b"' in " ".join(screen(app).split()))
 
             for name in ("int4", "fp32"):
                 await turn(name)
             assert "X▌" not in screen(app)
             app.screen.query_one("#source").focus()
             await pilot.press("enter")  # none: the default of llm-export
-            await until(pilot, lambda: '["--progress", "json", "--", "a/b"]' in " ".join(screen(app).split()))
+            await until(pilot, lambda: '["--progress=json", "--", "a/b"]' in " ".join(screen(app).split()))
 
     drive(scene())

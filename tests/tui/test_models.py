@@ -238,7 +238,7 @@ print(json.dumps({{"stage": "done", "path": {str(tiny_bundle)!r}, "seconds": 1.0
             await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
             arguments = json.loads((place / "arguments").read_text())
             assert arguments == [
-                "--progress", "json", "--precision", "int8", "--force", "--no-validate", "--", "smollm2"
+                "--progress=json", "--precision=int8", "--no-validate", "--force", "--", "smollm2"
             ]  # fmt: skip
             await ask(pilot, "Hi", wait=False)
             app.session.stop()

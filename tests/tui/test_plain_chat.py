@@ -27,8 +27,7 @@ from project import SUPPORT
 
 from llm_edge.chat.commands import COMMANDS
 from llm_edge.chat.figures import figures_line, figures_of
-from llm_edge.chat.history.memory_store import InMemoryStore
-from llm_edge.chat.history.store import Store
+from llm_edge.chat.history.store import InMemoryStore, Store
 from llm_edge.chat.parameters import EDITABLE, ChatParameters
 from llm_edge.chat.responder import LocalResponder
 from llm_edge.chat.session import ChatSession

@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 
 import pytest
+from screenshots import SCENES, SIZES, play_scene
 from tui_driving import screen
 
 from llm_edge.chat.fake import FakeResponder
-from llm_edge.tui.screenshots import SCENES, SIZES, play_scene
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

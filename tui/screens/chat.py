@@ -42,19 +42,8 @@ class ChatScreen(Screen[None]):
     """The main screen.
 
     Args:
-        session: the chat.
-        settings: the user's settings.
-        exports: runs exports.
         load: returns the first model; called on a worker thread.
         changed: values that replace the first model's defaults, by parameter name.
-
-    Attributes:
-        loader: loads models.
-        history: the panel of conversations.
-        conversation_view: the messages.
-        composer: where questions are typed.
-        parameter_panel: the panel of parameters.
-        status_bar: context, speed and state.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [

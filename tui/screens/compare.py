@@ -45,19 +45,6 @@ class CompareScreen(ModalScreen[str | None]):
         choose_model: lets the user choose a model, and returns a function that opens it; None if there is no choice.
     """
 
-    DEFAULT_CSS = """
-    CompareScreen { layout: vertical; background: $background; }
-    CompareScreen #compare-title { height: 1; padding: 0 1; background: $panel; text-style: bold; }
-    CompareScreen #compare { height: 1fr; layers: below above; }
-    CompareScreen .side { width: 1fr; height: 1fr; padding: 0 1; }
-    CompareScreen #right { border-left: solid $panel-lighten-2; }
-    CompareScreen .side-model { height: 1; text-style: bold; text-wrap: nowrap; text-overflow: ellipsis; }
-    CompareScreen .side-parameters { height: auto; max-height: 2; color: $text-muted; }
-    CompareScreen .side-answer { height: 1fr; margin: 1 0; scrollbar-size-vertical: 1; }
-    CompareScreen .side-buttons { height: 1; }
-    CompareScreen .side-buttons Button { width: auto; min-width: 8; margin: 0 2 0 0; }
-    CompareScreen .side-state { width: 1fr; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f2", "parameters(0)", "Left parameters"),
         Binding("f3", "parameters(1)", "Right parameters"),

@@ -15,35 +15,15 @@ from textual.widgets import Button, Input, Static
 from llm_edge.chat.text import printable
 from llm_edge.tui.widgets.inputs import SafeInput
 
-_CSS = """
-{name} {{ align: center middle; }}
-{name} > Vertical {{
-    width: 72; max-width: 96%; height: auto; max-height: 96%;
-    padding: 1 2; background: $surface; border: round $accent;
-}}
-{name} .question {{ text-style: bold; width: 1fr; height: auto; }}
-{name} .help {{ color: $text-muted; width: 1fr; height: auto; }}
-{name} .error {{ color: $text-error; width: 1fr; height: auto; }}
-{name} Input {{ margin: 1 0 0 0; }}
-{name} Horizontal {{ height: auto; margin: 1 0 0 0; }}
-{name} Button {{ margin: 0 2 0 0; }}
-"""
-
 
 class TextPrompt(ModalScreen[str | None]):
     """Asks for a line of text; dismissed with it, or with None if cancelled.
 
     Args:
-        question: what to ask for.
-        text: the initial text.
-        accept: label of the button that accepts.
-        help_text: a line below the question.
-        placeholder: shown while the field is empty.
         error: what is wrong with the initial text.
         check: returns what is wrong with a text, or None; by default, the text must not be empty.
     """
 
-    DEFAULT_CSS = _CSS.format(name="TextPrompt")
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Cancel")]
 
     def __init__(
@@ -108,14 +88,8 @@ class TextPrompt(ModalScreen[str | None]):
 
 
 class ConfirmDialog(ModalScreen[bool]):
-    """Asks for a confirmation; dismissed with whether it was given.
+    """Asks for a confirmation; dismissed with whether it was given."""
 
-    Args:
-        question: what to confirm.
-        accept: label of the button that confirms.
-    """
-
-    DEFAULT_CSS = _CSS.format(name="ConfirmDialog")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,n", "dismiss(False)", "No"),
         Binding("y", "dismiss(True)", "Yes"),

@@ -23,28 +23,8 @@ _NONE, _ENVIRONMENT, _KEYRING = "none", "environment", "keyring"
 
 
 class EndpointScreen(ModalScreen[Endpoint | None]):
-    """The endpoint form; dismissed with the endpoint.
+    """The endpoint form; dismissed with the endpoint."""
 
-    Args:
-        url: the initial base URL.
-    """
-
-    DEFAULT_CSS = """
-    EndpointScreen { align: center middle; background: $background 40%; }
-    EndpointScreen > VerticalScroll { width: 1fr; max-width: 90; height: auto; max-height: 100%; background: $surface;
-        border: round $accent; margin: 0 1; padding: 0 1; }
-    EndpointScreen .field { height: 1; margin: 0 0 1 0; }
-    EndpointScreen .field Static { width: 12; }
-    EndpointScreen Input, EndpointScreen Select { width: 1fr; }
-    EndpointScreen Input { border: none; height: 1; padding: 0 1; background: $boost; }
-    EndpointScreen #models { height: auto; max-height: 7; border: none; margin: 0 0 1 12; background: $surface; }
-    EndpointScreen #note { height: auto; margin: 0 0 1 0; color: $text-muted; }
-    EndpointScreen #note.warning { color: $warning; }
-    EndpointScreen #note.error { color: $error; }
-    EndpointScreen #buttons { height: 1; }
-    EndpointScreen Button { margin: 0 2 0 0; }
-    EndpointScreen Footer { dock: none; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f10", "connect", "Connect"),
         Binding("escape", "cancel", "Cancel", key_display="esc"),

@@ -16,9 +16,10 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Checkbox, DirectoryTree, Footer, Input, Static
 
 from llm_edge.chat.choice import BundleChoice
-from llm_edge.chat.export_process import OPTIONS, PRECISIONS, SUFFIXES, Export, ExportRequest, named_options
+from llm_edge.chat.export_process import OPTIONS, SUFFIXES, Export, ExportRequest, named_options, parse_options
 from llm_edge.chat.text import one_line, printable
-from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.exporter.options import PRECISIONS, ExportOptions
+from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.tui.export_manager import ExportJob, ExportManager
 from llm_edge.tui.notifications import notify
 
@@ -65,25 +66,6 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         job: an export to show instead, running or failed.
     """
 
-    DEFAULT_CSS = """
-    ExportScreen { align: center middle; background: $background 40%; }
-    ExportScreen > Vertical { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
-        border: round $accent; margin: 0 1; padding: 0 1; }
-    ExportScreen #form { height: auto; max-height: 72vh; scrollbar-size-vertical: 1; }
-    ExportScreen Input { border: none; height: 1; padding: 0 1; background: $boost; }
-    ExportScreen CheckpointTree { height: 9; background: $surface; margin: 1 0 0 0; scrollbar-size-vertical: 1; }
-    ExportScreen .label { color: $text-muted; margin: 1 0 0 0; }
-    ExportScreen ItemGrid { height: auto; grid-gutter: 0 1; }
-    ExportScreen Checkbox { border: none; padding: 0; background: $surface; width: 1fr; }
-    ExportScreen .option { height: 1; }
-    ExportScreen .option Static { width: 14; }
-    ExportScreen .option Input { width: 1fr; }
-    ExportScreen #error { color: $error; margin: 0 0 1 0; height: auto; max-height: 6; }
-    ExportScreen #buttons { height: 1; margin: 1 0 0 0; }
-    ExportScreen Button { margin: 0 2 0 0; }
-    ExportScreen #progress { height: auto; min-height: 8; padding: 1 0; }
-    ExportScreen Footer { dock: none; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f10,ctrl+e", "export", "Export", key_display="F10"),
         Binding("ctrl+b,b", "background", "Run in background", key_display="^b, b"),  # tmux's prefix is Ctrl-B
@@ -197,7 +179,11 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     def action_export(self) -> None:
         if self._running_export is not None:
             return
-        request = self._request()
+        try:
+            request = self._request()
+        except ParameterError as error:
+            self._show_error(str(error))
+            return
         if not request.source:
             self._show_error("Enter the path of a file or folder." if self._browse else "Enter an id, as owner/name.")
             self.query_one("#source").focus()
@@ -250,25 +236,37 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         """Fill in the form."""
         for name in PRECISIONS:
             self.query_one(f"#precision-{name}", Checkbox).value = name in request.precisions
-        for name, text in request.options.items():
-            self.query_one(f"#option-{name}").display = True
-            self.query_one(f"#option-{name} Input", Input).value = text
+        for name in OPTIONS:
+            value = getattr(request.options, name.replace("-", "_"))
+            if value is not None:
+                self.query_one(f"#option-{name}").display = True
+                self.query_one(f"#option-{name} Input", Input).value = str(value)
         force = self.query_one("#force", Checkbox)
-        force.value = force.display = request.force
+        force.value = force.display = request.options.force
 
     def _request(self) -> ExportRequest:
-        """The request that the form describes."""
-        options = {
+        """The request that the form describes.
+
+        Raises:
+            ParameterError: an option is not a number.
+        """
+        typed = {
             name: self.query_one(f"#option-{name} Input", Input).value
             for name in OPTIONS
             if self.query_one(f"#option-{name}").display
         }
-        chosen = tuple(name for name in PRECISIONS if self.query_one(f"#precision-{name}", Checkbox).value)
+        chosen = [name for name in PRECISIONS if self.query_one(f"#precision-{name}", Checkbox).value]
         source = self.query_one("#source", Input).value.strip()
         initial = self._initial
         same = initial is not None and initial.source == source and {*initial.precisions} == {*chosen}
-        validate = initial is None or initial.validate or not same  # a second attempt at a quick export is quick too
-        return ExportRequest(source, chosen, options, self.query_one("#force", Checkbox).value, validate)
+        options = ExportOptions(
+            **parse_options(typed),
+            precision=",".join(chosen) or None,
+            force=self.query_one("#force", Checkbox).value,
+            # a second attempt at a quick export is quick too
+            validate=initial is None or initial.options.validate or not same,
+        )
+        return ExportRequest(source, options)
 
     def _ended(self, job: ExportJob) -> None:
         """Finish, or show the error and the options that it names."""

@@ -72,18 +72,8 @@ KEYS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
 
 
 class HelpScreen(ModalScreen[None]):
-    """The help screen.
+    """The help screen; `paths` are the places of files, by what they hold."""
 
-    Args:
-        paths: where files are stored, by what they hold.
-    """
-
-    DEFAULT_CSS = """
-    HelpScreen { align: center middle; background: $background 40%; }
-    HelpScreen > VerticalScroll { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
-        border: round $accent; margin: 0 1; padding: 0 1; scrollbar-size-vertical: 1; }
-    HelpScreen .keys { margin: 0 0 1 0; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f1,q,enter", "dismiss", "Close", key_display="esc")]
 
     def __init__(self, paths: Mapping[str, Path]) -> None:

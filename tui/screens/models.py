@@ -45,41 +45,17 @@ _SOURCES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry of the list.
-
-    Attributes:
-        label: how it is shown.
-        searched: the text that the filter searches.
-        choice: a model, a key of `_SOURCES`, or `_EXPORT` for the current export; None if it cannot be chosen.
-        rank: the entry with the highest rank is highlighted first.
-    """
+    """An entry of the list."""
 
     label: Content
-    searched: str
-    choice: Choice | str | None
-    rank: int = 0
+    searched: str  # the text that the filter searches
+    choice: Choice | str | None  # a model, a key of `_SOURCES`, or `_EXPORT`; None if it cannot be chosen
+    rank: int = 0  # the entry with the highest rank is highlighted first
 
 
 class ModelsScreen(ModalScreen[Choice | None]):
-    """The model picker; dismissed with the chosen model.
+    """The model picker; dismissed with the chosen model. `reason` says why a model has to be chosen."""
 
-    Args:
-        settings: hold the models used before.
-        exports: runs exports.
-        current: the model in use.
-        reason: why a model has to be chosen, shown above the list.
-    """
-
-    DEFAULT_CSS = """
-    ModelsScreen { align: center middle; background: $background 40%; }
-    ModelsScreen > Vertical { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
-        border: round $accent; margin: 0 1; }
-    ModelsScreen #reason { color: $warning; padding: 0 1 1 1; display: none; }
-    ModelsScreen #filter { border: none; height: 1; padding: 0 1; background: $boost; }
-    ModelsScreen #models { height: auto; max-height: 20; border: none; background: $surface;
-        text-wrap: nowrap; text-overflow: ellipsis; }
-    ModelsScreen Footer { dock: none; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "choose", "Choose", key_display="⏎"),
         Binding("down", "move(1)", "Down", show=False),
@@ -243,9 +219,9 @@ class ModelsScreen(ModalScreen[Choice | None]):
         if current is not None and (not typed or not current[0].ended):
             self.app.push_screen(ExportScreen(self._exports, job=current[0]), self._exported)
         elif source in _SOURCES:
-            validated = replace(
-                SMOLLM2_VALIDATED, precisions=(*SMOLLM2_VALIDATED.precisions, *self._smollm2_precisions)
-            )
+            precisions = dict.fromkeys([*SMOLLM2_VALIDATED.precisions, *self._smollm2_precisions])
+            options = replace(SMOLLM2_VALIDATED.options, precision=",".join(precisions))
+            validated = replace(SMOLLM2_VALIDATED, options=options)
             request = {_QUICK_SMOLLM2: SMOLLM2_UNVALIDATED, _SMOLLM2: validated}.get(source)
             screen = ExportScreen(self._exports, typed, browse=source == _FILE, request=request)
             self.app.push_screen(screen, self._exported)

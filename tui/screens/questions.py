@@ -60,22 +60,8 @@ class QuestionEditor(SafeTextArea):
 
 
 class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
-    """The list of sample questions; dismissed with the chosen one.
+    """The list of sample questions; which it edits in place; dismissed with the chosen one."""
 
-    Args:
-        questions: the list, which is edited in place.
-    """
-
-    DEFAULT_CSS = """
-    QuestionsScreen { align: center bottom; background: $background 40%; }
-    QuestionsScreen > Vertical { width: 1fr; max-width: 100; height: auto; max-height: 100%; background: $surface;
-        border: round $accent; margin: 0 2; }
-    QuestionsScreen #questions { height: auto; max-height: 12; border: none; background: $surface; }
-    QuestionsScreen #questions-none { padding: 1 2; color: $text-muted; }
-    QuestionsScreen #question-editor { height: 6; }
-    QuestionsScreen .error { color: $error; padding: 0 1; }
-    QuestionsScreen Footer { dock: none; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "ask", "Ask", key_display="⏎"),
         Binding("space,tab,right", "write", "Edit before asking", key_display="space"),

@@ -24,7 +24,7 @@ from llm_edge.chat.token_records import TokenRecord
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.tui.notifications import notify
 from llm_edge.tui.themes import theme_style
-from llm_edge.tui.widgets.parameter_fields import ParameterChanged, ParameterLine
+from llm_edge.tui.widgets.parameter_fields import ParameterChanged, ParameterEditor, editor_of
 from llm_edge.tui.widgets.token_text import TokenText, visible
 
 _ALTERNATIVES = 10  # recorded for each token when this screen turns recording on
@@ -43,26 +43,9 @@ _HOW_TO_RECORD = "\n\nPress r to turn it on and regenerate the answer as another
 class TokensScreen(ModalScreen[bool]):
     """The token view; dismissed with whether to regenerate the answer, with recording turned on.
 
-    Args:
-        session: the chat that holds the answer and the parameters.
-        answer: whose tokens to show; it may still be growing.
-        can_regenerate: whether to offer regenerating an answer without a record.
+    The answer may still be growing. `can_regenerate`: offer to regenerate an answer without a record.
     """
 
-    DEFAULT_CSS = """
-    TokensScreen { layout: vertical; background: $background; }
-    TokensScreen #tokens-title { height: 1; padding: 0 1; background: $panel; text-style: bold;
-        text-wrap: nowrap; text-overflow: ellipsis; }
-    TokensScreen #tokens-none { padding: 2 4; }
-    TokensScreen #tokens { layout: vertical; height: 1fr; }
-    TokensScreen TokenText { padding: 0 1; }
-    TokensScreen #token-side { height: 12; padding: 0 1; border-top: solid $panel-lighten-2; }
-    TokensScreen #token-parameters { grid-size: 2; grid-gutter: 0 2; height: 2; margin: 0 0 1 0; }
-    TokensScreen #token-parameters .parameter-title { width: 13; }
-    TokensScreen #alternatives { height: 1fr; scrollbar-size-vertical: 1; }
-    TokensScreen.wide #tokens { layout: horizontal; }
-    TokensScreen.wide #token-side { height: 1fr; width: 64; border-top: none; border-left: solid $panel-lighten-2; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "regenerate", "Regenerate, recording tokens"),
         Binding("escape,f6,q", "close", "Close", key_display="esc"),
@@ -97,7 +80,7 @@ class TokensScreen(ModalScreen[bool]):
                 with Container(id="token-side"):
                     with Grid(id="token-parameters"):
                         for name in _PARAMETERS:
-                            yield ParameterLine(EDITABLE[name], printable(self._session.parameters.text(name)))
+                            yield editor_of(EDITABLE[name], printable(self._session.parameters.text(name)))
                     with VerticalScroll(id="alternatives", can_focus=False):
                         yield Static("", id="alternatives-text", markup=False)
         yield Footer(compact=True, show_command_palette=False)
@@ -107,7 +90,7 @@ class TokensScreen(ModalScreen[bool]):
             self.query_one("#tokens-title", Static).update(printable(self._title()))
             return
         self._poll()
-        for line in self.query(ParameterLine):
+        for line in self.query(ParameterEditor):
             line.show(self._session.parameters)
         self.query_one(TokenText).focus()
         self._show_alternatives()
@@ -143,7 +126,7 @@ class TokensScreen(ModalScreen[bool]):
             self._session.apply_change(event.change)
         except ParameterError as error:
             notify(self, str(error), "warning")
-        for line in self.query(ParameterLine):
+        for line in self.query(ParameterEditor):
             line.show(self._session.parameters)
         self._show_alternatives()
 

@@ -18,11 +18,7 @@ SIDES = ("left", "right")
 
 
 class CompareColumn(Vertical):
-    """One side of the comparison.
-
-    Args:
-        number: 0 for left, 1 for right.
-    """
+    """One side of the comparison: 0 for left, 1 for right."""
 
     def __init__(self, number: int) -> None:
         super().__init__(id=SIDES[number], classes="side")

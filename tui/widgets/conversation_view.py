@@ -7,6 +7,7 @@ Opening and laying out a long conversation therefore cost no more than for a sho
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Final
 
 from textual import work
@@ -19,20 +20,17 @@ from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.session import ChatSession
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.notifications import notify
-from llm_edge.tui.refresh_throttle import SHORTEST_INTERVAL, RefreshThrottle
 from llm_edge.tui.widgets.message_view import MessageView
 
 EMPTY = "New conversation\n\nF5: sample questions · F3: parameters · F1: all keys"
 BATCH_SIZE: Final = 40  # messages that are mounted together
+_SHORTEST_INTERVAL, _LONGEST_INTERVAL = 1 / 20, 1 / 4  # seconds between polls of a growing answer
+_MAX_SHARE = 0.03  # of the time may be spent polling and drawing, so that most of it is left to generation
 _LAYOUT_CHECKS, _LAYOUT_INTERVAL = 100, 0.01  # how often, and after how many seconds, a finished layout is checked for
 
 
 class ConversationView(VerticalScroll, can_focus=False):
-    """Views of the messages on the conversation's current path, at least of the last ones.
-
-    Args:
-        session: the chat.
-    """
+    """Views of the messages on the conversation's current path, at least of the last ones."""
 
     class AnswerEnded(Event):
         """The answer is complete, was stopped, or failed."""
@@ -49,7 +47,7 @@ class ConversationView(VerticalScroll, can_focus=False):
         self._mounting = False
         self._to_start = False  # mount all of them, and scroll to the first
         self._poll_timer: Timer | None = None
-        self._throttle = RefreshThrottle()
+        self._throttle = _RefreshThrottle()
 
     @property
     def views(self) -> list[MessageView]:
@@ -66,7 +64,7 @@ class ConversationView(VerticalScroll, can_focus=False):
         return next((view for view in self.views if view.message.id == message.id), None)
 
     def on_mount(self) -> None:
-        self._poll_timer = self.set_interval(SHORTEST_INTERVAL, self._poll, pause=True)
+        self._poll_timer = self.set_interval(_SHORTEST_INTERVAL, self._poll, pause=True)
 
     async def show(self) -> None:
         """Show the session's conversation; views of messages that are still part of it are reused."""
@@ -114,7 +112,7 @@ class ConversationView(VerticalScroll, can_focus=False):
 
     def follow_answer(self) -> None:
         """Poll the session until its answer has ended."""
-        self._throttle = RefreshThrottle()
+        self._throttle = _RefreshThrottle()
         if self._poll_timer is not None:
             self._poll_timer.resume()
 
@@ -188,6 +186,25 @@ class ConversationView(VerticalScroll, can_focus=False):
         self._code_theme = name
         for view in self.views:
             view.use_code_theme(name)
+
+
+class _RefreshThrottle:
+    """Adapts the interval between polls to the CPU time that the UI thread spends on each."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._spent = time.thread_time()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to poll."""
+        return time.perf_counter() >= self._next
+
+    def polled(self) -> None:
+        """Schedule the next poll, later the more CPU time this thread has used since the last one."""
+        spent = time.thread_time()
+        cost, self._spent = spent - self._spent, spent
+        self._next = time.perf_counter() + min(max(cost / _MAX_SHARE, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
 
 
 def _index_of(path: list[Message], message: Message) -> int | None:

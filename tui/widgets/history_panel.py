@@ -31,30 +31,9 @@ _SEARCH_DELAY = 0.12  # seconds without a key press before a search starts
 
 
 class HistoryPanel(Vertical):
-    """The panel; hidden unless it has the class `open`.
-
-    Args:
-        session: the chat.
-    """
+    """The panel; hidden unless it has the class `open`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "Close")]
-    DEFAULT_CSS = """
-    HistoryPanel {
-        width: 45; height: 1fr; padding: 0 1; background: $surface; border-right: solid $panel; display: none;
-        &.open { display: block; }
-        #history-title { height: 1; margin: 0 0 1 0; }
-        #history-title Static { width: 1fr; text-style: bold; }
-        #history-search { margin: 0 0 1 0; }
-        ConversationList {
-            height: 1fr; border: none; padding: 0; background: $surface; scrollbar-size-vertical: 1;
-            text-wrap: nowrap; text-overflow: ellipsis;
-        }
-        ConversationList:focus { border: none; background-tint: $foreground 0%; }
-        #history-note { height: auto; max-height: 3; color: $text-muted; margin: 1 0 0 0; }
-        #history-buttons { height: 1; margin: 1 0 0 0; }
-        Button { width: auto; min-width: 0; margin: 0 1 0 0; }
-    }
-    """
 
     class ConversationChanged(Event):
         """The session's conversation was replaced (`opened`) or renamed."""
@@ -67,14 +46,7 @@ class HistoryPanel(Vertical):
         """The panel was closed, or left for the conversation."""
 
     class Fetched(Event):
-        """Conversations that a thread read from the store.
-
-        Attributes:
-            text: what was searched for; empty for all conversations.
-            start: how many conversations come before these.
-            found: the conversations.
-            more: whether there are more.
-        """
+        """Conversations from number `start` on that a thread read or, unless `text` is empty, searched for."""
 
         def __init__(self, text: str, start: int, found: list[Summary], more: bool) -> None:
             super().__init__()

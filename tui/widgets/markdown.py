@@ -77,11 +77,7 @@ class _Block:
 
 
 class MarkdownLines:
-    """Renders a Markdown text as lines; the result does not depend on how the text has grown.
-
-    Args:
-        code_theme: a Pygments style for code blocks.
-    """
+    """Renders a Markdown text as lines; the result does not depend on how the text has grown."""
 
     def __init__(self, code_theme: str = "monokai") -> None:
         self.code_theme = code_theme

@@ -55,12 +55,7 @@ class MessageView(Widget, can_focus=True):
     ]
 
     class ActionRequested(Event):
-        """The user asked to quote, edit or regenerate the message, or for its tokens or another version of it.
-
-        Attributes:
-            view: the message's view.
-            action: quote, edit, regenerate, tokens, previous or next.
-        """
+        """The user asked to quote, edit or regenerate the message, or for its tokens or another version of it."""
 
         def __init__(self, view: MessageView, action: str) -> None:
             super().__init__()

@@ -8,7 +8,7 @@ from typing import ClassVar
 from textual import events, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Vertical
 from textual.message import Message as Event
 from textual.widgets import Input, Static, TextArea
 
@@ -162,17 +162,26 @@ class StepButton(Static):
         self.post_message(step_change(self._spec, self._steps))
 
 
-class ParameterLine(Horizontal):
-    """A parameter on one line: title, arrows and value.
+class ParameterEditor(Vertical):
+    """A parameter: its title, and the field below it."""
 
-    Attributes:
-        spec: the parameter.
-    """
-
-    def __init__(self, spec: ParameterSpec, text: str) -> None:
+    def __init__(self, spec: ParameterSpec, field: ValueField | TextField) -> None:
         super().__init__(classes="parameter")
         self.spec = spec
-        self._title, self._field = _title(spec), ValueField(spec, text)
+        self._title, self._field = _title(spec), field
+
+    def compose(self) -> ComposeResult:
+        yield self._title
+        yield self._field
+
+    def show(self, parameters: ChatParameters) -> bool:
+        """Show the current value; returns whether the field held another text."""
+        self._title.set_class(self.spec.name in parameters.changed, "changed")
+        return self._field.show(printable(parameters.text(self.spec.name)))
+
+
+class ParameterLine(ParameterEditor):
+    """A parameter on one line: title, arrows and value."""
 
     def compose(self) -> ComposeResult:
         yield self._title
@@ -180,37 +189,12 @@ class ParameterLine(Horizontal):
         yield self._field
         yield StepButton(self.spec, 1)
 
-    def show(self, parameters: ChatParameters) -> bool:
-        """Show the current value; returns whether the field held another text."""
-        self._title.set_class(self.spec.name in parameters.changed, "changed")
-        return self._field.show(printable(parameters.text(self.spec.name)))
 
-
-class ParameterText(Vertical):
-    """A parameter of several lines, under its title.
-
-    Attributes:
-        spec: the parameter.
-    """
-
-    def __init__(self, spec: ParameterSpec, text: str) -> None:
-        super().__init__(classes="parameter")
-        self.spec = spec
-        self._title, self._field = _title(spec), TextField(spec, text)
-
-    def compose(self) -> ComposeResult:
-        yield self._title
-        yield self._field
-
-    def show(self, parameters: ChatParameters) -> bool:
-        """Show the current value; returns whether the field held another text."""
-        self._title.set_class(self.spec.name in parameters.changed, "changed")
-        return self._field.show(printable(parameters.text(self.spec.name)))
-
-
-def editor_of(spec: ParameterSpec, text: str) -> ParameterLine | ParameterText:
+def editor_of(spec: ParameterSpec, text: str) -> ParameterEditor:
     """The editor for a parameter."""
-    return ParameterText(spec, text) if spec.kind in _TEXT_KINDS else ParameterLine(spec, text)
+    if spec.kind in _TEXT_KINDS:
+        return ParameterEditor(spec, TextField(spec, text))
+    return ParameterLine(spec, ValueField(spec, text))
 
 
 def _title(spec: ParameterSpec) -> Static:

@@ -20,14 +20,7 @@ from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.runtime.sampling.parameter_spec import ParameterSpec
 from llm_edge.tui.notifications import notify
 from llm_edge.tui.widgets.inputs import SafeInput
-from llm_edge.tui.widgets.parameter_fields import (
-    ParameterChanged,
-    ParameterLine,
-    ParameterText,
-    TextField,
-    ValueField,
-    editor_of,
-)
+from llm_edge.tui.widgets.parameter_fields import ParameterChanged, ParameterEditor, TextField, ValueField, editor_of
 
 _MORE_FROM = 100  # the `order` from which parameters are listed under "More"
 
@@ -41,10 +34,7 @@ class PresetNameInput(SafeInput):
 class ParameterPanel(VerticalScroll, can_focus=False):
     """Presets and parameters; each change is requested with `ParameterChanged`, whose handler calls `apply`.
 
-    Args:
-        parameters: the parameters to show.
-        presets: the user's and the built-in presets; None to offer none.
-        model: the model whose presets are offered.
+    `presets` = None offers none.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -60,7 +50,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         super().__init__(id="parameters")
         self._parameters, self._presets, self._model = parameters, presets, model
         self._offered: list[str] = []
-        self._editors: list[ParameterLine | ParameterText] = []  # created when the panel is opened, to start quickly
+        self._editors: list[ParameterEditor] = []  # created when the panel is opened, to start quickly
 
     def compose(self) -> ComposeResult:
         yield Static("Parameters", classes="panel-title", markup=False)

@@ -24,17 +24,11 @@ _COUNT_DELAY = 0.3  # seconds without a key press before the typed text is count
 
 
 class ContextGauge(Widget):
-    """A bar of the context: tokens of the conversation, of the typed question, and free ones.
-
-    Attributes:
-        used: tokens of the conversation.
-        typed: tokens of the typed question.
-        limit: the context length; 0 if unknown.
-    """
+    """A bar of the context: tokens of the conversation, of the typed question, and free ones."""
 
     used = reactive(0)
     typed = reactive(0)
-    limit = reactive(0)
+    limit = reactive(0)  # the context length; 0 if unknown
 
     def render(self) -> Text:
         if not self.limit:
@@ -54,12 +48,7 @@ class ContextGauge(Widget):
 class StatusBar(Horizontal):
     """Context gauge, sparkline of tokens per second, and state.
 
-    Args:
-        session: the chat.
-        idle_state: returns the state to show while there is no answer in progress.
-
-    Attributes:
-        sampling: samples the speed, once mounted.
+    `idle_state` returns the state to show while there is no answer in progress.
     """
 
     def __init__(self, session: ChatSession, idle_state: Callable[[], str]) -> None:

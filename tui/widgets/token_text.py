@@ -34,13 +34,8 @@ def visible(text: str) -> str:
 
 
 class TokenText(ScrollView, can_focus=True):
-    """Tokens shaded by their probability.
+    """Tokens shaded by their probability."""
 
-    Attributes:
-        cursor: index of the current token.
-    """
-
-    DEFAULT_CSS = "TokenText { height: 1fr; scrollbar-size-vertical: 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "move(-1)", "Previous token", show=False),
         Binding("right,l", "move(1)", "Next token", show=False),
@@ -53,7 +48,7 @@ class TokenText(ScrollView, can_focus=True):
         Binding("n", "unlikely(1)", "Next unlikely"),
         Binding("N,p", "unlikely(-1)", "Previous unlikely", show=False),
     ]
-    cursor: reactive[int] = reactive(0)
+    cursor: reactive[int] = reactive(0)  # index of the current token
 
     class CursorMoved(Event):
         """The cursor is on another token."""

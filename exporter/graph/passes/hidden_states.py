@@ -31,7 +31,7 @@ def add_hidden_states(model: ir.Model, scale: float) -> None:
         norm = _input_producer(norm)
     if norm is None or norm.inputs[0] is None:
         raise ValueError("the graph does not end in norm and output head")
-    nodes, kept = last_positions(graph, norm.inputs[0], INPUT_NAME)
+    nodes, kept = last_positions(editor, norm.inputs[0], INPUT_NAME)
     twin = ir.node(
         norm.op_type,
         [kept, *norm.inputs[1:]],

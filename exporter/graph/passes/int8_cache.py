@@ -20,11 +20,7 @@ _SCALES = 12  # index of the input of GroupQueryAttention with the scales of key
 
 
 def check_cache(recipe: Recipe, style: GraphStyle) -> None:
-    """Check that a graph style supports the cache of a recipe.
-
-    Raises:
-        ParameterError: it does not: standard operators have no 8-bit cache.
-    """
+    """Raise ParameterError if a graph style does not support a recipe's cache: standard operators have no 8-bit one."""
     if recipe.cache_bits and style is not GraphStyle.FUSED:
         raise ParameterError(
             f"--precision {recipe.name}: portable graphs do not support a {recipe.cache_bits}-bit cache: "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from llm_edge.exporter.graph.editor import Editor
+
 INPUT_NAME = "num_logits_to_keep"
 
 
@@ -22,9 +24,7 @@ def keep_last_logits(model: ir.Model) -> None:
     norm = head.inputs[0].producer() if head is not None and head.inputs[0] is not None else None
     if norm is None or norm.inputs[0] is None:
         raise ValueError("the graph does not end in norm and output head")
-    hidden = norm.inputs[0]
-
-    nodes, last = last_positions(graph, hidden, INPUT_NAME)
+    nodes, last = last_positions(Editor(model), norm.inputs[0], INPUT_NAME)
     graph.insert_before(norm, nodes)
     norm.replace_input_with(0, last)
     kept = ir.SymbolicDim("num_logits")
@@ -33,30 +33,18 @@ def keep_last_logits(model: ir.Model) -> None:
             value.shape = ir.Shape([value.shape[0], kept, value.shape[2]])
 
 
-def last_positions(graph: ir.Graph, value: ir.Value, input_name: str) -> tuple[list[ir.Node], ir.Value]:
+def last_positions(editor: Editor, value: ir.Value, input_name: str) -> tuple[list[ir.Node], ir.Value]:
     """Return nodes, not in the graph yet, that select the last n positions of `value` [B, S, …]; n = 0 keeps all.
 
     n becomes an optional input of the graph, an initializer that can be overridden.
     """
     keep = ir.Value(name=input_name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     keep.const_value = ir.tensor(np.array(0, dtype=np.int64), name=input_name)
-    graph.inputs.append(keep)
-    graph.register_initializer(keep)
-
-    def constant(name: str, numbers: list[int]) -> ir.Value:
-        initializer = ir.Value(name=f"/{input_name}/{name}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
-        initializer.const_value = ir.tensor(np.array(numbers, dtype=np.int64), name=initializer.name)
-        graph.register_initializer(initializer)
-        return initializer
-
-    negative = ir.node("Neg", [keep], name=f"/{input_name}/Neg")
-    start = ir.node("Reshape", [negative.outputs[0], constant("one", [1])], name=f"/{input_name}/Reshape")
-    slice_ = ir.node(
-        "Slice",
-        [value, start.outputs[0], constant("end", [np.iinfo(np.int64).max]), constant("axis", [1])],
-        name=f"/{input_name}/Slice",
-    )
-    nodes = [negative, start, slice_]
-    for node in nodes:
-        node.outputs[0].name = f"{node.name}/output_0"
-    return nodes, slice_.outputs[0]
+    editor.graph.inputs.append(keep)
+    editor.graph.register_initializer(keep)
+    prefix, largest = f"/{input_name}", np.iinfo(np.int64).max
+    negative = editor.node("Neg", [keep], f"{prefix}/Neg")
+    start = editor.node("Reshape", [negative.outputs[0], editor.constant(f"{prefix}/one", [1])], f"{prefix}/Reshape")
+    bounds = start.outputs[0], editor.constant(f"{prefix}/end", [largest]), editor.constant(f"{prefix}/axis", [1])
+    last = editor.node("Slice", [value, *bounds], f"{prefix}/Slice")
+    return [negative, start, last], last.outputs[0]

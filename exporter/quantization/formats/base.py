@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from llm_edge.exporter.graph.emitters.base import EmitContext, Emitter
+from llm_edge.exporter.graph.emitter import EmitContext, Emitter
 from llm_edge.model.block_weights import BlockKind
 
 
@@ -70,7 +70,7 @@ class WeightFormat(ABC):
         """Describe the format in a few words."""
 
     @abstractmethod
-    def emitter(self, context: EmitContext) -> Emitter:
+    def emitter(self, context: EmitContext) -> Emitter[Any]:
         """Return the emitter of the graph nodes that use a weight in this format."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,11 +87,7 @@ class WeightFormat(ABC):
         return self
 
     def quantize(self, weights: Mapping[str, Tensor], name: str) -> object:  # noqa: ARG002
-        """Quantize or read a weight without calibration.
-
-        Raises:
-            CheckpointError: the weight holds NaN or infinity.
-        """
+        """Quantize or read a weight without calibration; raises CheckpointError if it holds NaN or infinity."""
         raise TypeError(f"{self} requires calibration")
 
     def calibrate(self, weight: Tensor, observed: ObservedInputs) -> Quantized:  # noqa: ARG002

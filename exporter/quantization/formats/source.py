@@ -1,32 +1,36 @@
-"""The formats `Source` and `OriginalBlocks`: weights of a quantized source, unchanged."""
+"""The formats `Source` and `OriginalBlocks`: weights of a quantized source, unchanged.
+
+Blocks with a scale are written like `Blocks`. The fast kernels do not support an offset per block; its contribution is
+the sum of the inputs in each block times the offsets, a small float32 matmul.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 from torch import Tensor
 
-from llm_edge.exporter.graph.emitters.base import EmitContext, Emitter
-from llm_edge.exporter.graph.emitters.original_blocks import Offsets, OriginalBlocksEmitter
-from llm_edge.exporter.quantization.blocks import QuantizedBlocks
+from llm_edge.exporter.graph.editor import name_of, shape_of
+from llm_edge.exporter.graph.emitter import EmitContext, Emitter, split_suffix
+from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks
 from llm_edge.exporter.quantization.formats.base import WeightFormat
+from llm_edge.exporter.quantization.formats.blocks import block_emitter
 from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError
 
+Offsets = npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True, slots=True)
 class OriginalBlocks(WeightFormat):
-    """Blocks of 32 weights as the source stores them, with one scale and optionally one offset per block.
-
-    They are written like `Blocks`; the contribution of offsets is a separate small float32 matmul.
-
-    Attributes:
-        bits: 4 or 8 per weight.
-        offsets: whether blocks have offsets.
-    """
+    """Blocks of 32 weights of 4 or 8 bits as the source stores them, with one scale and perhaps one offset each."""
 
     bits: int
     offsets: bool
@@ -57,18 +61,13 @@ class OriginalBlocks(WeightFormat):
         blocks = QuantizedBlocks(levels.reshape(*source.scales.shape, -1), source.scales.numpy(), None, self.bits)
         return blocks, None if source.offsets is None else source.offsets.numpy().T
 
-    def emitter(self, context: EmitContext) -> Emitter:
-        kind = BlockKind(self.bits, self.offsets)
-        return OriginalBlocksEmitter(context, kind, lambda name: context.load(name, self))
+    def emitter(self, context: EmitContext) -> Emitter[OriginalBlocks]:
+        return OriginalBlocksEmitter(context, self)
 
 
 @dataclass(frozen=True, slots=True)
 class Source(WeightFormat):
-    """`OriginalBlocks` for weights that the source stores in blocks, another format for the others.
-
-    Attributes:
-        otherwise: format of the other weights.
-    """
+    """`OriginalBlocks` for weights that the source stores in blocks, the format `otherwise` for the others."""
 
     otherwise: WeightFormat
 
@@ -89,5 +88,68 @@ class Source(WeightFormat):
     def for_source(self, kind: BlockKind | None) -> WeightFormat:
         return self.otherwise if kind is None else OriginalBlocks(kind.bits, kind.offsets)
 
-    def emitter(self, context: EmitContext) -> Emitter:  # noqa: ARG002
+    def emitter(self, context: EmitContext) -> Emitter[Source]:  # noqa: ARG002
         raise TypeError("call for_source first: a weight is stored in blocks or otherwise")
+
+
+class OriginalBlocksEmitter(Emitter[OriginalBlocks]):
+    """Blocks of 32 weights, and the contribution of their offsets if they have any."""
+
+    def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
+        nodes = self._block_emitter(self._format.bits).linear(x, weight, path, num_splits)
+        if not self._format.offsets:
+            return nodes
+        products = nodes[-num_splits:]
+        blocks = self._editor.node("Reshape", [x, self._block_shape()], f"{path}/Blocks")  # [B, S, K / 32, 32]
+        last = self._editor.constant("last", [-1])
+        sums = self._editor.node("ReduceSum", [blocks.outputs[0], last], f"{path}/ReduceSum", keepdims=0)
+        suffixes = [split_suffix(index, num_splits) for index in range(num_splits)]
+        contributions = [
+            self._editor.node(
+                "MatMul", [sums.outputs[0], self._offsets(weight, index, num_splits)], f"{path}/Offsets{suffix}"
+            )
+            for index, suffix in enumerate(suffixes)
+        ]
+        results = [
+            self._editor.node("Add", [product.outputs[0], contribution.outputs[0]], f"{path}/Add{suffix}")
+            for product, contribution, suffix in zip(products, contributions, suffixes, strict=True)
+        ]
+        return [*nodes, blocks, sums, *contributions, *results]
+
+    def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> list[ir.Node] | None:
+        # onnxruntime's Gather does not support 4-bit tensors: portable graphs store the same numbers in 8 bits.
+        nodes = self._block_emitter(self._format.bits if self._context.fused else 8).gather(weight, ids, path)
+        if nodes is None or not self._format.offsets:
+            return nodes
+        gathered = self._editor.node("Gather", [self._offsets(weight), ids], f"{path}/Offsets", axis=1)
+        transposed = self._editor.node(  # [B, S, K / 32]
+            "Transpose", [gathered.outputs[0]], f"{path}/Transpose", perm=[1, 2, 0]
+        )
+        last = self._editor.constant("last", [-1])
+        column = self._editor.node("Unsqueeze", [transposed.outputs[0], last], f"{path}/Unsqueeze")
+        blocks = self._editor.node("Reshape", [nodes[-1].outputs[0], self._block_shape()], f"{path}/Blocks")
+        shifted = self._editor.node("Add", [blocks.outputs[0], column.outputs[0]], f"{path}/Add")
+        shape = self._editor.constant("flat", [0, 0, -1])
+        flat = self._editor.node("Reshape", [shifted.outputs[0], shape], f"{path}/Flatten")
+        return [*nodes, gathered, transposed, column, blocks, shifted, flat]
+
+    def _block_emitter(self, bits: int) -> Emitter[BlockLayout]:
+        context = dataclasses.replace(self._context, load=lambda name, _: self._load(name)[0])
+        return block_emitter(context, BlockLayout(bits, SOURCE_BLOCK, symmetric=True))
+
+    def _block_shape(self) -> ir.Value:
+        return self._editor.constant(f"blocks_of_{SOURCE_BLOCK}", [0, 0, -1, SOURCE_BLOCK])
+
+    def _offsets(self, weight: ir.Value, index: int = 0, num_splits: int = 1) -> ir.Value:
+        """Return the offsets of a split of the rows, float32 [K / 32, N]."""
+        name = name_of(weight)
+        rows, width = shape_of(weight)
+        rows //= num_splits
+
+        def values() -> Offsets:
+            _, offsets = self._load(name)
+            assert offsets is not None
+            return np.ascontiguousarray(offsets[:, index * rows : (index + 1) * rows])
+
+        initializer_name = f"{name}{split_suffix(index, num_splits)}.offsets"
+        return self._editor.initializer(initializer_name, ir.DataType.FLOAT, (width // SOURCE_BLOCK, rows), values)

@@ -97,7 +97,7 @@ def test_calibrated_recipes_support_sizes_that_are_not_powers_of_two(name: str, 
     out = tmp_path / "out"
     out.mkdir()
     writer = OnnxWriter(GraphStyle.FUSED)
-    stored = writer.write(out, found.config, found.weights, recipes, text(1536, 0), lambda *_: None)
+    stored = writer.write(out, found, recipes, text(1536, 0), lambda *_: None)
     assert list(stored) == [recipe.name for recipe in recipes]
     assert all(stored[recipe.name]["layers.0.mlp.down"].error for recipe in CALIBRATED)
     assert {path.name for path in out.iterdir()} == {f"{it.stem}.onnx{end}" for it in recipes for end in ("", "_data")}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm_edge.exporter.export import export
 from llm_edge.exporter.graph.editor import Editor
-from llm_edge.exporter.graph.emitters.int8_static import FusedInt8, PortableInt8
+from llm_edge.exporter.graph.emitter import EmitContext
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions
 from llm_edge.exporter.quantization.formats.base import ObservedInputs
@@ -54,10 +54,8 @@ def graph_of(
     imports = {"": 23, "com.microsoft": 1} if style == "fused" else {"": 23}
     graph = ir.Graph([x], [], nodes=[], opset_imports=imports, name="product")
     model = ir.Model(graph, ir_version=10)
-    emitter = FusedInt8 if style == "fused" else PortableInt8
-    nodes = emitter(Editor(model), form.hadamard_block, form.activation_bits, lambda _: made).linear(
-        x, weight, "/p", parts
-    )
+    context = EmitContext(Editor(model), style == "fused", {}, lambda *_: made)
+    nodes = form.emitter(context).linear(x, weight, "/p", parts)
     graph.extend(nodes)
     for number, node in enumerate(nodes[-parts:]):
         node.outputs[0].name = f"y_{number}"

@@ -26,7 +26,7 @@ from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
 from llm_edge.runtime.bundle import MANIFEST, Bundle, manifest_entry
 from llm_edge.runtime.errors import BundleError, ParameterError
 from llm_edge.runtime.speculative.draft_model import DraftModel, DraftModelProposer, optimal_draft_length
-from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS
+from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS
 from llm_edge.tui import cli
 
 LIVELY: dict[str, Any] = {"initializer_range": 0.3, "tie_word_embeddings": False}  # does not repeat its last token

@@ -15,8 +15,7 @@ from sessions import open_file
 
 from llm_edge.runtime import Bundle, GenerationResult, Model, SamplingParams
 from llm_edge.runtime.engine import Engine
-from llm_edge.runtime.speculative.prompt_lookup import PromptLookup
-from llm_edge.runtime.speculative.proposer import MAX_DRAFT_TOKENS
+from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS, PromptLookup
 
 DRAWN = SamplingParams(temperature=1.0, max_tokens=30, seed=1)
 COUNTED = list(range(1, 40))

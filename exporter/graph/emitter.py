@@ -1,16 +1,18 @@
-"""The base class of emitters, which write the graph nodes that use a weight in some format."""
+"""`Emitter`, the base class of what writes the graph nodes that use a weight; each weight format has its own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 from torch import Tensor
 
 from llm_edge.exporter.graph.editor import Editor
+
+Format = TypeVar("Format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class EmitContext:
     load: Callable[[str, Any], Any]
 
 
-class Emitter(ABC):
+class Emitter(ABC, Generic[Format]):
     """Creates nodes that are not in the graph yet; the results are the outputs of the last ones.
 
     Attributes:
@@ -39,6 +41,15 @@ class Emitter(ABC):
     """
 
     can_split: ClassVar[bool] = True
+
+    def __init__(self, context: EmitContext, weight_format: Format) -> None:
+        self._context = context
+        self._editor = context.editor
+        self._format = weight_format
+
+    def _load(self, name: str) -> Any:
+        """Return a weight, given by initializer name, quantized in the format."""
+        return self._context.load(name, self._format)
 
     @abstractmethod
     def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:

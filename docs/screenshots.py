@@ -1,4 +1,4 @@
-"""`python -m llm_edge.tui.screenshots BUNDLE FOLDER` writes screenshots of the chat as SVG (`make pictures`).
+"""Writes screenshots of the chat as SVG: `python docs/screenshots.py BUNDLE docs/pictures` (`make pictures`).
 
 Scenes are played in the real application without a terminal; the snapshot tests play them with a fake model.
 """

@@ -1,1 +1,0 @@
-"""Emitters: write the graph nodes that use the weights of each format."""
