@@ -145,12 +145,12 @@ def test_arguments_match_the_form(place: Path, stand_in: StandIn) -> None:
     assert json.loads(export.error()) == [*expected, "--no-validate", "--force", "--", "-x.pt"]
 
 
-def test_what_is_not_a_number_is_refused() -> None:
+def test_an_option_that_is_not_a_number_is_rejected() -> None:
     with pytest.raises(ParameterError, match="--n-heads is 'two', not an integer"):
         parse_options({"n-heads": "two"})
 
 
-def test_the_form_offers_the_precisions_that_exist() -> None:
+def test_the_form_offers_all_precisions() -> None:
     assert list(PRECISIONS) == list(RECIPES)
 
 
