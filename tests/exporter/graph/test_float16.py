@@ -147,7 +147,8 @@ def test_an_engine_chooses_fp16_if_asked_to_try_cuda(tmp_path: Path, simulated_c
 
     def loaded(**options: Any) -> tuple[str, str, int]:
         with Engine.load(made.path, None, threads=1, **options) as engine:
-            length = len(engine.generate([5, 6, 7], SamplingParams(max_tokens=4)).result().tokens)
+            params = SamplingParams(max_tokens=4, min_tokens=4)
+            length = len(engine.generate([5, 6, 7], params).result().tokens)
             return engine.precision.name, engine.provider, length
 
     assert loaded() == ("fp32", "cpu", 4)
