@@ -26,7 +26,11 @@ class PrecisionReport:
 class Report:
     """Result of an export.
 
-    `parameters` and `layers` are numbers of them; `style` is None for TorchScript, `validation` if there was none.
+    Attributes:
+        parameters: number of weights.
+        style: style of the graphs; None for TorchScript.
+        layers: number of layers of the model.
+        validation: comparison with the reference; None without validation.
     """
 
     path: Path

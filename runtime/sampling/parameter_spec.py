@@ -111,10 +111,14 @@ class ParameterSpec:
             raise refused(self.name, value, f"{'an integer' if whole else 'a number'} from {low} to {high}")
         return int(value) if whole else float(value)
 
-    def _instance(self, value: Any) -> bool | Constraint:
-        kind, wanted = (bool, "true or false") if self.kind == "bool" else (Constraint, "a Constraint")
-        if not isinstance(value, kind):
-            raise refused(self.name, value, wanted)
+    def _bool(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise refused(self.name, value, "true or false")
+        return value
+
+    def _constraint(self, value: Any) -> Constraint:
+        if not isinstance(value, Constraint):
+            raise refused(self.name, value, "a Constraint")
         return value
 
     def _strings(self, value: Any) -> tuple[str, ...]:
@@ -151,11 +155,11 @@ class ParameterSpec:
 _CHECKS: Mapping[Kind, Callable[[ParameterSpec, Any], Any]] = {
     "float": ParameterSpec._number,
     "int": ParameterSpec._number,
-    "bool": ParameterSpec._instance,
+    "bool": ParameterSpec._bool,
     "strings": ParameterSpec._strings,
     "token_ids": ParameterSpec._token_ids,
     "logit_bias": ParameterSpec._logit_bias,
-    "constraint": ParameterSpec._instance,
+    "constraint": ParameterSpec._constraint,
 }
 
 
