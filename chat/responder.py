@@ -9,6 +9,7 @@ from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.results import GenerationChunk
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.prompts import Message
+from llm_edge.runtime.text.token_text import token_text
 
 if TYPE_CHECKING:
     from llm_edge.runtime.model import Model
@@ -133,12 +134,7 @@ class LocalResponder:
         return len(self._model.encode_chat(messages))
 
     def token_text(self, token: int) -> str:
-        tokenizer = self._model.tokenizer
-        once = tokenizer.decode([token], skip_special=False)
-        text = tokenizer.decode([token, token], skip_special=False)[len(once) :]  # decoders may trim the first token
-        if text and "\ufffd" not in text:
-            return text
-        return tokenizer.token_text(token) or f"<{token}>"
+        return token_text(self._model.tokenizer, token)
 
     def close(self) -> None:
         self._model.clear_cache()
