@@ -15,11 +15,19 @@ from llm_edge.server.config import ServerConfig
 from llm_edge.server.errors import ApiError
 from llm_edge.server.guard import App, Guard
 from llm_edge.server.models import ModelPool
-from llm_edge.server.protocols import native, openai_chat, openai_completions, openai_models
+from llm_edge.server.protocols import (
+    anthropic,
+    native,
+    ollama,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    original,
+)
 from llm_edge.server.state import ServerState
 
 _log = logging.getLogger("llm_edge.server")
-PROTOCOLS = (openai_chat, openai_completions, openai_models, native)
+PROTOCOLS = (openai_chat, openai_completions, openai_models, anthropic, ollama, original, native)
 """Modules with a `router`; to add a protocol, add its module here."""
 
 

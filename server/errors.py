@@ -103,8 +103,13 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     return invalid(f"{place}: {message}" if place else message, place or None)
 
 
-def error_route(body: Callable[[ApiError], Any]) -> type[APIRoute]:
-    """A route class whose errors are written with `body`, which returns the JSON of an `ApiError`."""
+def error_route(body: Callable[[ApiError], Any], invalid_body: int = 400) -> type[APIRoute]:
+    """A route class whose errors are written with `body`, which returns the JSON of an `ApiError`.
+
+    Args:
+        body: writes an error.
+        invalid_body: status for a body that does not fit the schema.
+    """
 
     class Route(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -115,6 +120,8 @@ def error_route(body: Callable[[ApiError], Any]) -> type[APIRoute]:
                     return await handler(request)
                 except Exception as error:  # noqa: BLE001 (every error becomes a response)
                     failed = api_error(error)
+                    if isinstance(error, RequestValidationError):
+                        failed.status = invalid_body
                     return JSONResponse(body(failed), failed.status, failed.headers)
 
             return handle

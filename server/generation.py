@@ -15,10 +15,9 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.generation import AsyncGeneration
-from llm_edge.runtime.results import FinishReason, GenerationChunk
+from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
 from llm_edge.runtime.sampling.logprobs import TokenLogprob
 from llm_edge.server.events import (
     Completed,
@@ -32,9 +31,7 @@ from llm_edge.server.events import (
 )
 from llm_edge.server.models import LoadedModel, ModelPool
 from llm_edge.server.request import ChatRequest, TextRequest, with_overrides
-
-ChunkParser = Callable[[GenerationChunk], Sequence[Event]]
-"""Turns the chunks of one choice into events."""
+from llm_edge.server.tools import CallEvents, constraint_for, with_instructions
 
 
 @dataclass
@@ -82,6 +79,8 @@ class RunningRequest:
         prompt_tokens: length of the prompt.
         prompt_text: of a `TextRequest`.
         usage: complete once the events have ended.
+        timings: of the latest answer that ended.
+        stop_string: the stop string that ended the latest answer, if one did.
     """
 
     def __init__(
@@ -90,6 +89,7 @@ class RunningRequest:
         prompt_tokens: int,
         generations: Sequence[AsyncGeneration],
         stack: AsyncExitStack,
+        calls: Sequence[CallEvents] = (),
     ) -> None:
         self.model = loaded.name
         self.tokenizer = loaded.engine.tokenizer
@@ -97,16 +97,20 @@ class RunningRequest:
         self.prompt_tokens = prompt_tokens
         self.usage = Usage(prompt_tokens)
         self.prompt_text = ""
+        self.timings: Timings | None = None
+        self.stop_string: str | None = None
         self._generations = generations
         self._stack = stack
+        self._calls = calls
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of all choices as they come; leaving the iteration early cancels the generations."""
         try:
             async for choice, chunk in _merged(self._generations):
-                for event in _events(choice, chunk):
+                for event in self._events(choice, chunk):
                     if isinstance(event, Completed):
                         self.usage = self.usage.plus(event.timings)
+                        self.timings, self.stop_string = event.timings, chunk.stop_string
                     yield event
         finally:
             await self.close()
@@ -117,6 +121,25 @@ class RunningRequest:
         async for event in self.events():
             answers[event.choice].add(event)
         return answers
+
+    def _events(self, choice: int, chunk: GenerationChunk) -> list[Event]:
+        """The events of a chunk."""
+        events: list[Event] = []
+        calls = self._calls[choice] if self._calls else None
+        if chunk.reasoning:
+            if chunk.text:
+                events.append(ReasoningDelta(choice, chunk.text))
+        elif calls is not None:
+            events += calls.feed(chunk)
+        elif chunk.text or chunk.logprob is not None:
+            logprobs = (chunk.logprob,) if chunk.logprob is not None else ()
+            events.append(TextDelta(choice, chunk.text, logprobs))
+        if chunk.finish_reason is not None and chunk.timings is not None:
+            finish = _FINISH[chunk.finish_reason]
+            if finish is Finish.STOP and calls is not None and calls.called:
+                finish = Finish.TOOL_CALLS
+            events.append(Completed(choice, finish, chunk.timings))
+        return events
 
     async def close(self) -> None:
         """Cancel what is still running, and release the model."""
@@ -132,53 +155,69 @@ async def start_chat(pool: ModelPool, request: ChatRequest) -> RunningRequest:
         ApiError: there is no such model, or it cannot be loaded.
         LlmEdgeError: whatever `Engine.chat` raises.
     """
-    return await _start(pool, request.model, lambda loaded: _chat(loaded, request))
+
+    def start(loaded: LoadedModel) -> _Started:
+        engine, use = loaded.engine, request.tool_use
+        tokens = chat_tokens(loaded, request)
+        constraint = constraint_for(loaded.tool_format, use, engine.tokenizer, request.overrides.get("constraint"))
+        params = with_overrides(
+            engine.default_params, {**request.overrides, "constraint": constraint}, engine.context_length
+        )
+        generations = engine.generate_many(tokens, params, request.count)
+        calls = []
+        if use.callable:
+            calls = [CallEvents(n, loaded.tool_format, use, engine.tokenizer) for n in range(request.count)]
+        return _Started(len(tokens), generations, calls)
+
+    return await _start(pool, request.model, start)
 
 
 async def start_text(pool: ModelPool, request: TextRequest) -> RunningRequest:
     """Start continuing a text; raises what `start_chat` does."""
-    running = await _start(pool, request.model, lambda loaded: _text(loaded.engine, request))
+
+    def start(loaded: LoadedModel) -> _Started:
+        engine = loaded.engine
+        params = with_overrides(engine.default_params, request.overrides, engine.context_length)
+        tokens = engine.encode_prompt(request.prompt)
+        return _Started(len(tokens), engine.generate_many(tokens, params, request.count))
+
+    running = await _start(pool, request.model, start)
     given = request.prompt
     running.prompt_text = given if isinstance(given, str) else running.tokenizer.decode(given, skip_special=False)
     return running
 
 
-async def _start(
-    pool: ModelPool, name: str, start: Callable[[LoadedModel], tuple[int, Sequence[AsyncGeneration]]]
-) -> RunningRequest:
+@dataclass(frozen=True, slots=True)
+class _Started:
+    prompt_tokens: int
+    generations: Sequence[AsyncGeneration]
+    calls: Sequence[CallEvents] = ()
+
+
+async def _start(pool: ModelPool, name: str, start: Callable[[LoadedModel], _Started]) -> RunningRequest:
     async with AsyncExitStack() as stack:
         loaded = await stack.enter_async_context(pool.use(name))
         # On a thread: rendering, tokenizing and compiling a constraint may take long.
-        prompt_tokens, generations = await run_in_threadpool(start, loaded)
-        return RunningRequest(loaded, prompt_tokens, generations, stack.pop_all())
+        started = await run_in_threadpool(start, loaded)
+        return RunningRequest(loaded, started.prompt_tokens, started.generations, stack.pop_all(), started.calls)
     raise AssertionError("unreachable")
 
 
-def _chat(loaded: LoadedModel, request: ChatRequest) -> tuple[int, Sequence[AsyncGeneration]]:
-    engine = loaded.engine
-    tokens = chat_tokens(engine, request)
-    params = with_overrides(engine.default_params, request.overrides, engine.context_length)
-    return len(tokens), engine.generate_many(tokens, params, request.count)
-
-
-def _text(engine: Engine, request: TextRequest) -> tuple[int, Sequence[AsyncGeneration]]:
-    params = with_overrides(engine.default_params, request.overrides, engine.context_length)
-    tokens = engine.encode_prompt(request.prompt)
-    return len(tokens), engine.generate_many(tokens, params, request.count)
-
-
-def chat_tokens(engine: Engine, request: ChatRequest) -> list[int]:
+def chat_tokens(loaded: LoadedModel, request: ChatRequest) -> list[int]:
     """The prompt of a conversation.
 
     A template that accepts a system message only at the beginning gets all of them there, as one message.
     """
+    engine, tools = loaded.engine, request.tool_use.tools if request.tool_use.callable else ()
     messages, prefix, reasoning_prefix = list(request.messages), "", ""
     if messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
         last = messages.pop()
         prefix, reasoning_prefix = last.get("content") or "", last.get("reasoning_content") or ""
     variables: dict[str, Any] = dict(request.template_variables)
-    if request.tool_use.callable:
-        variables["tools"] = [tool.to_json() for tool in request.tool_use.tools]
+    if not loaded.tool_format.native:
+        messages = with_instructions(messages, tools)
+    elif tools:
+        variables["tools"] = [tool.to_json() for tool in tools]
     prefixes = {"assistant_prefix": prefix, "reasoning_prefix": reasoning_prefix}
     try:
         return engine.encode_chat(messages, variables, **prefixes)
@@ -224,19 +263,6 @@ async def _merged(generations: Sequence[AsyncGeneration]) -> AsyncIterator[tuple
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _events(choice: int, chunk: GenerationChunk) -> Sequence[Event]:
-    logprobs = (chunk.logprob,) if chunk.logprob is not None else ()
-    events: list[Event] = []
-    if chunk.reasoning:
-        if chunk.text:
-            events.append(ReasoningDelta(choice, chunk.text))
-    elif chunk.text or logprobs:
-        events.append(TextDelta(choice, chunk.text, logprobs))
-    if chunk.finish_reason is not None and chunk.timings is not None:
-        events.append(Completed(choice, _FINISH[chunk.finish_reason], chunk.timings))
-    return events
 
 
 _FINISH = {

@@ -64,6 +64,7 @@ class Guard:
         if not self._public(scope) and not self._authorized(headers):
             await _refuse(send, 401, "a valid API key is needed: send Authorization: Bearer KEY", "invalid_api_key")
             return
+        scope = _as_json(scope, headers.get("content-type", ""))
         await self._bounded(scope, receive, self._with_headers(send, origin if foreign else None), headers)
 
     def _host_allowed(self, host: str) -> bool:
@@ -160,6 +161,14 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _as_json(scope: Scope, content_type: str) -> Scope:
+    """The scope with the content type of JSON, which curl does not send by itself; uploads keep theirs."""
+    if scope["method"] not in ("POST", "PUT", "PATCH") or content_type.startswith("multipart/"):
+        return scope
+    kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
 
 
 async def _refuse(send: Send, status: int, message: str, code: str, *, close: bool = False) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
 from llm_edge.runtime.model import Model
 from llm_edge.runtime.scheduling import cache_file
+from llm_edge.runtime.text.tool_format import GENERIC, ToolFormat
+from llm_edge.runtime.text.tool_format_finder import tool_format_of
 from llm_edge.server.config import ModelConfig
 from llm_edge.server.errors import ApiError
 
@@ -55,13 +58,24 @@ class LoadedModel:
         name: `folder` or `folder:precision`, as requested.
         engine: answers requests.
         fingerprint: identifies the weights; changes with the bundle.
+        embedding: held while `embedder` computes.
     """
 
     def __init__(self, name: str, loaded: LoadedBundle, engine: Engine) -> None:
         self.name = name
         self.engine = engine
         self.fingerprint = f"fp_{cache_file.identity(loaded.bundle, loaded.precision)[:16]}"
+        self.embedding = threading.Lock()
         self._loaded = loaded
+
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools: as the export recorded it, or else found by rendering its template."""
+        bundle, chat = self.engine.bundle, self.engine.tokenizer.chat
+        recorded = bundle.manifest.get("tool_calls")
+        if recorded is not None:
+            return ToolFormat.from_json(recorded, str(bundle.path / MANIFEST))
+        return (tool_format_of(chat.render) if chat is not None else None) or GENERIC
 
     @functools.cached_property
     def embedder(self) -> Model:

@@ -270,7 +270,7 @@ def _matcher(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatcher:
     if constraint.kind.startswith("json"):
         # Flexible white space is unbounded: at high temperatures a model may generate it until max_tokens.
         grammar = LLMatcher.grammar_from_json_schema(constraint.text, overrides={"whitespace_flexible": False})
-    elif constraint.kind == "lark":
+    elif constraint.kind in ("lark", "tools"):
         grammar = LLMatcher.grammar_from_lark(constraint.text)
     else:
         grammar = LLMatcher.grammar_from_regex(constraint.text)

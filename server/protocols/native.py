@@ -100,7 +100,7 @@ async def apply_template(body: ChatCompletion, request: Request) -> dict[str, An
 
     async def render() -> dict[str, Any]:
         async with server_state(request).pool.use(asked.model) as loaded:
-            tokens = await run_in_threadpool(chat_tokens, loaded.engine, asked)
+            tokens = await run_in_threadpool(chat_tokens, loaded, asked)
             return {"prompt": loaded.engine.tokenizer.decode(tokens, skip_special=False), "tokens": tokens}
 
     return await unless_disconnected(request, render())

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
+from llm_edge.server.embeddings import embed
 from llm_edge.server.errors import error_route, invalid
-from llm_edge.server.models import LoadedModel, ModelEntry
+from llm_edge.server.models import ModelEntry
 from llm_edge.server.protocols.openai_common import error_body
 from llm_edge.server.state import server_state
 from llm_edge.server.streaming import unless_disconnected
@@ -66,16 +67,18 @@ async def embeddings(body: Embeddings, request: Request) -> dict[str, Any]:
     """Texts or token lists as vectors of length 1; needs a bundle exported with --hidden-states."""
     if body.dimensions is not None and body.dimensions < 1:
         raise invalid(f"dimensions is {body.dimensions}: use 1 or more", "dimensions")
-    inputs = _inputs(body.input)
-
-    async def embed() -> dict[str, Any]:
-        async with server_state(request).pool.use(body.model) as loaded:
-            vectors, tokens = await run_in_threadpool(_embed, loaded, inputs, body)
-        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
-        used = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": loaded.name, "usage": used}
-
-    return await unless_disconnected(request, embed())
+    pool, inputs = server_state(request).pool, _inputs(body.input)
+    found = await unless_disconnected(request, embed(pool, body.model, inputs, body.pooling))
+    data = []
+    for index, whole in enumerate(found.vectors):
+        vector = whole
+        if body.dimensions is not None and body.dimensions < vector.size:
+            vector = vector[: body.dimensions] / max(float(np.linalg.norm(vector[: body.dimensions])), 1e-12)
+        vector = vector.astype("<f4")
+        written = base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": written})
+    used = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    return {"object": "list", "data": data, "model": found.model, "usage": used}
 
 
 def _inputs(value: Any) -> list[str | list[int]]:
@@ -84,16 +87,3 @@ def _inputs(value: Any) -> list[str | list[int]]:
     if not 1 <= len(value) <= _MAX_INPUTS:
         raise invalid(f"input: give 1 to {_MAX_INPUTS} texts", "input")
     return list(value)
-
-
-def _embed(loaded: LoadedModel, inputs: list[str | list[int]], body: Embeddings) -> tuple[list[Any], int]:
-    vectors, count = [], 0
-    for each in inputs:
-        tokens = loaded.engine.encode_prompt(each)
-        count += len(tokens)
-        vector = loaded.embedder.embed(tokens, body.pooling, normalize=True)
-        if body.dimensions is not None and body.dimensions < vector.size:
-            vector = vector[: body.dimensions] / max(float(np.linalg.norm(vector[: body.dimensions])), 1e-12)
-        data = vector.astype("<f4")
-        vectors.append(base64.b64encode(data.tobytes()).decode() if body.encoding_format == "base64" else data.tolist())
-    return vectors, count
