@@ -49,7 +49,7 @@ def test_a_step_ends_at_its_limit(inference: ort.InferenceSession) -> None:
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.3])
-def test_a_step_that_is_no_longer_wanted_ends(inference: ort.InferenceSession, patience: float) -> None:
+def test_an_unwanted_step_ends(inference: ort.InferenceSession, patience: float) -> None:
     steps, cancelled = runner(inference, patience=patience), threading.Event()
     steps.unwanted = cancelled.is_set
 

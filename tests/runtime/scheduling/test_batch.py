@@ -205,9 +205,7 @@ def test_releasing_a_slot_leaves_its_neighbours_unchanged(session: Session) -> N
             np.testing.assert_array_equal(one, other)
 
 
-def test_a_step_that_is_not_wanted_is_terminated_and_can_be_repeated(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwanted_step_is_terminated_and_can_be_repeated(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(session.graph, 2)
     fill(batch, (40, 20))
     with monkeypatch.context() as patch:
