@@ -117,7 +117,8 @@ def _export(
     if show_bundle is not None:
         show_bundle(report.path)
     if progress is ProgressKind.JSON:
-        print(json.dumps({"stage": "done", "path": str(report.path), "seconds": round(seconds, 1)}))
+        done = {"stage": "done", "path": str(report.path), "seconds": round(seconds, 1), "notes": report.notes}
+        print(json.dumps(done))
     else:
         _print_report(report, seconds)
 
@@ -212,6 +213,8 @@ def _print_report(report: Report, seconds: float) -> None:
         print("Not validated (--no-validate): the difference from PyTorch is unknown.")
     if note := _requantization_note(report):
         print(note)
+    for note in report.notes:
+        print(f"Note: {note}")
     if report.style is not None and report.style.value == "portable":
         print("The graph is portable: standard ONNX operators only.")
     print(f"Bundle: {report.path}    Try: llm-chat {report.path} --ask 'Why is the sky blue?'")

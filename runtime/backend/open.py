@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from llm_edge.runtime.backend.graph import ExecutionOptions, Graph, GraphFile
+from llm_edge.runtime.backend.graph_check import check_graph
 from llm_edge.runtime.backend.providers import check_threads, resolve_provider
 from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.backend.torchscript_session import TorchScriptSession
@@ -21,13 +22,15 @@ def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
     """Load an ONNX graph.
 
     Raises:
-        BundleError: it does not load or contradicts the manifest.
+        BundleError: it is not a graph that the exporter writes, does not load or contradicts the manifest.
         ParameterError: unknown provider, an impossible number of threads or time limit.
         ProviderError: CUDA was requested and does not work, or cannot run this graph.
     """
     check_threads(execution.threads)
     check_step_seconds(execution.step_seconds)
-    if resolve_provider(execution.provider) == "cuda":
+    provider = resolve_provider(execution.provider)
+    check_graph(file.path)
+    if provider == "cuda":
         try:
             graph = Graph(file, "cuda", execution)
             matmuls = graph.matmuls_on_cpu()

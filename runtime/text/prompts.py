@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, TemplateError
-from llm_edge.runtime.sampling.params import PARAMETERS, SamplingParams
+from llm_edge.runtime.sampling.generation_config import read_generation_config
+from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.answer_stream import separate_reasoning
 from llm_edge.runtime.text.reasoning_parser import ReasoningDelimiters, reasoning_parser
 from llm_edge.runtime.text.tokenizer import Tokenizer
@@ -35,8 +36,8 @@ class PromptProcessor:
         self.tokenizer = tokenizer
         source = bundle.file(_GENERATION_CONFIG)
         config = bundle.json(_GENERATION_CONFIG)
-        self.default_params = _default_params(config, source, bundle)
         self.end_tokens = frozenset(_end_tokens(config, source))
+        self.default_params = _default_params(config, source, bundle, self.end_tokens)
         self.delimiters = _delimiters(bundle, tokenizer)
 
     def encode_chat(
@@ -100,23 +101,16 @@ class PromptProcessor:
             raise ContextLengthError(len(tokens), limit)
 
 
-def _default_params(config: Mapping[str, Any], source: Path, bundle: Bundle) -> SamplingParams:
-    """Interpret generation_config.json as transformers does: without `do_sample` decoding is greedy.
-
-    Only a file that sets sampling parameters and omits `do_sample` is taken to sample.
-    """
-    specs = [spec for spec in PARAMETERS.values() if spec.api.generation_config]
-    given = {spec: config[key] for spec in specs if (key := spec.api.generation_config) and config.get(key) is not None}
-    sampling = {spec.name: value for spec, value in given.items() if spec.group == "sampling"}
-    if not config.get("do_sample", bool(sampling)):
-        sampling = {"temperature": 0.0}
-    params = sampling | {spec.name: value for spec, value in given.items() if spec.group != "sampling"}
+def _default_params(
+    config: Mapping[str, Any], source: Path, bundle: Bundle, end_tokens: Collection[int]
+) -> SamplingParams:
+    defaults = read_generation_config(config, end_tokens)
+    if defaults.invalid:
+        raise BundleError(f"{source}: {defaults.invalid[0]}, or export the bundle again")
+    params = dict(defaults.params)
     if bundle.guards is not None:
         params |= {"max_newlines": bundle.guards.max_newlines or 0, "single_think_end": bundle.guards.single_think_end}
-    try:
-        return SamplingParams(**params)
-    except ParameterError as error:
-        raise BundleError(f"{source}: {error}") from error
+    return SamplingParams(**params)
 
 
 def _delimiters(bundle: Bundle, tokenizer: Tokenizer) -> ReasoningDelimiters | None:

@@ -89,6 +89,27 @@ def test_a_constraint_that_fails_during_generation(load_engine: Load, tiny_bundl
     assert outcome.startswith("constraint (lark): the answer cannot continue")
 
 
+@pytest.mark.parametrize(
+    ("bans", "named"),
+    [
+        ({"banned_tokens": tuple(range(400))}, "banned_tokens"),
+        ({"banned_first_tokens": tuple(range(400))}, "banned_first_tokens"),
+        ({"banned_tokens": tuple(set(range(400)) - {2}), "min_tokens": 3}, "banned_tokens, min_tokens"),
+        ({"banned_tokens": tuple(set(range(400)) - {70}), "constraint": Constraint.choice(["0"])}, "banned_tokens"),
+    ],
+)
+@pytest.mark.parametrize("base", [GREEDY, DRAWN, replace(DRAWN, top_k=5, top_p=0.9)])
+def test_bans_of_every_token_fail_only_their_request(
+    load_engine: Load, model: Model, base: SamplingParams, bans: dict[str, Any], named: str
+) -> None:
+    params = replace(base, **bans)
+    failed = fails_among_others(load_engine(), model, ParameterError, prompt="Hi", params=params)
+    assert failed.startswith(f"{named}: no token is left to draw as token 1 of the answer")
+    with pytest.raises(ParameterError, match=f"^{named}: no token is left"):
+        model.generate("Hi", params).result()
+    assert model.generate("Hi", base).result().tokens
+
+
 def test_an_invalid_constraint_is_rejected_immediately(load_engine: Load) -> None:
     engine = load_engine()
     with pytest.raises(ParameterError, match=r"^constraint \(regex\): [^\n]+$"):
