@@ -60,7 +60,10 @@ def _open(path: str | Path, options: LoadOptions, prefers_half: bool) -> tuple[B
     if options.verify:
         bundle.verify(precision.name)
     config = bundle.json("tokenizer_config.json")
-    tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), config, bundle.chat_template())
-    if tokenizer.vocab_size > bundle.shape.vocab_size:
+    vocab_size = bundle.shape.vocab_size
+    tokenizer = Tokenizer.from_files(
+        bundle.file("tokenizer.json"), config, bundle.chat_template(), vocab_size=vocab_size
+    )
+    if tokenizer.vocab_size > vocab_size:
         raise BundleError(f"{bundle.path}: the tokenizer has more tokens than the model: export the bundle again")
     return bundle, precision, tokenizer
