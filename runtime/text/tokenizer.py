@@ -20,6 +20,7 @@ from llm_edge.runtime.errors import BundleError, InputError, TemplateError
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
 from llm_edge.runtime.text.template_budget import plain_data
+from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
@@ -62,17 +63,33 @@ class Tokenizer:
         self._partial = _PartialMatches(self._specials)
 
     @classmethod
-    def from_files(cls, tokenizer_json: Path, config: Mapping[str, Any], chat_template: str | None) -> Tokenizer:
-        """Read tokenizer.json; `config` is the content of tokenizer_config.json.
+    def from_files(
+        cls,
+        tokenizer_json: Path,
+        config: Mapping[str, Any],
+        chat_template: str | None,
+        *,
+        vocab_size: int | None = None,
+    ) -> Tokenizer:
+        """Read tokenizer.json.
+
+        Args:
+            tokenizer_json: the file.
+            config: content of tokenizer_config.json.
+            chat_template: source of the chat template; None = the one in `config`, if any.
+            vocab_size: number of tokens of the model, which limits the size of the file.
 
         Raises:
             BundleError: the file, or the config's special tokens, cannot be used.
             TemplateError: the chat template cannot be used.
         """
-        backend = _loaded(read_text(tokenizer_json, 256 * MIB), tokenizer_json)
+        text = read_text(tokenizer_json, 256 * MIB)
+        check_tokenizer(text, tokenizer_json, vocab_size)
+        backend = _loaded(text, tokenizer_json)
         backend.no_truncation()
         backend.no_padding()
         named = _named_tokens(config, tokenizer_json)
+        check_lengths(named.values(), lambda reason: BundleError(f"{tokenizer_json}: unusable tokenizer: {reason}"))
         known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
         for name, token in named.items():
             if backend.token_to_id(token) is not None:
