@@ -27,7 +27,7 @@ from llm_edge.server.protocols import (
 from llm_edge.server.state import ServerState
 
 _log = logging.getLogger("llm_edge.server")
-PROTOCOLS = (openai_chat, openai_completions, openai_models, anthropic, ollama, original, native)
+PROTOCOLS = (openai_chat, openai_completions, openai_responses, openai_models, anthropic, ollama, original, native)
 """Modules with a `router`; to add a protocol, add its module here."""
 
 
