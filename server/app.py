@@ -22,6 +22,7 @@ from llm_edge.server.protocols import (
     openai_chat,
     openai_completions,
     openai_models,
+    openai_responses,
     original,
 )
 from llm_edge.server.state import ServerState

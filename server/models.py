@@ -13,9 +13,10 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
@@ -243,8 +244,8 @@ class ModelPool:
     def _load_now(self, name: str, entry: ModelEntry, precision: str) -> LoadedModel:
         c = self.config
         loaded = load(entry.bundle.path, LoadOptions(precision, c.provider, c.threads), fused=True)
-        limits = {"active": c.parallel, "waiting": c.queue, "cache_bytes": c.cache_bytes}
-        return LoadedModel(name, loaded, Engine(loaded, None, **limits))
+        engine = Engine(loaded, active=c.parallel, waiting=c.queue, cache_bytes=c.cache_bytes)
+        return LoadedModel(name, loaded, engine)
 
     async def _notify(self) -> None:
         """Unload drained models, and wake those who wait for a change."""
@@ -287,7 +288,7 @@ class ModelPool:
             if place.ready is not None:
                 await self._unload(place)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

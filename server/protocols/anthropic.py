@@ -264,7 +264,7 @@ class _Blocks:
         self._kind = kind
         self._number += 1
         event = {"type": "content_block_start", "index": self._number, "content_block": block}
-        return [*stopped, sse(event, event["type"])]
+        return [*stopped, sse(event, "content_block_start")]
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
         return sse({"type": "content_block_delta", "index": self._number, "delta": delta}, "content_block_delta")

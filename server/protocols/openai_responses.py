@@ -228,6 +228,7 @@ class _Output:
         events = self._close()
         self._open = kind
         item: dict[str, Any]
+        content: list[dict[str, Any]]
         if call is not None:
             item = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **call, "arguments": ""}
         elif kind == "reasoning":
@@ -258,7 +259,7 @@ class _Output:
         else:
             part = item["content"][0]
             kind = "output_text" if item["type"] == "message" else "reasoning_text"
-            extra = {"logprobs": []} if kind == "output_text" else {}
+            extra: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
             events.append(self.event(f"response.{kind}.done", **place, content_index=0, text=part["text"], **extra))
             events.append(self.event("response.content_part.done", **place, content_index=0, part=part))
         events.append(self.event("response.output_item.done", output_index=place["output_index"], item=item))
