@@ -11,7 +11,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import Footer, Static, TextArea
+from textual.widgets import Static, TextArea
 
 from llm_edge.chat.choice import Choice, is_of
 from llm_edge.chat.history.conversation import ASSISTANT, Message
@@ -31,6 +31,7 @@ from llm_edge.tui.screens.questions import ChosenQuestion, QuestionsScreen
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.widgets.composer import Composer
 from llm_edge.tui.widgets.conversation_view import ConversationView
+from llm_edge.tui.widgets.footer import KeyFooter
 from llm_edge.tui.widgets.history_panel import HistoryPanel
 from llm_edge.tui.widgets.message_view import MessageView
 from llm_edge.tui.widgets.parameter_fields import ParameterChanged
@@ -90,7 +91,7 @@ class ChatScreen(Screen[None]):
                 yield self.composer
             yield self.parameter_panel
         yield self.status_bar
-        yield Footer(compact=True)
+        yield KeyFooter(show_command_palette=True)
 
     async def on_mount(self) -> None:
         """Show the conversation, and load the first model in the background."""

@@ -13,7 +13,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Grid, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from llm_edge.chat.candidates import Candidate, candidates
 from llm_edge.chat.history.conversation import Message
@@ -24,6 +24,7 @@ from llm_edge.chat.token_records import TokenRecord
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.tui.notifications import notify
 from llm_edge.tui.themes import theme_style
+from llm_edge.tui.widgets.footer import KeyFooter
 from llm_edge.tui.widgets.parameter_fields import ParameterChanged, ParameterEditor, editor_of
 from llm_edge.tui.widgets.token_text import TokenText, visible
 
@@ -83,7 +84,7 @@ class TokensScreen(ModalScreen[bool]):
                             yield editor_of(EDITABLE[name], printable(self._session.parameters.text(name)))
                     with VerticalScroll(id="alternatives", can_focus=False):
                         yield Static("", id="alternatives-text", markup=False)
-        yield Footer(compact=True, show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         if not self._records:

@@ -11,6 +11,7 @@ from textual.message import Message as Event
 
 from llm_edge.chat.history.conversation import Message
 from llm_edge.tui.widgets.inputs import NEWLINE_KEYS, SafeTextArea
+from llm_edge.tui.widgets.pasted import PastedTexts
 
 _PAGES = {"pageup": -1, "pagedown": 1}
 
@@ -18,7 +19,8 @@ _PAGES = {"pageup": -1, "pagedown": 1}
 class Composer(SafeTextArea):
     """A text area that submits its text on Enter; Ctrl-J, and in some terminals Shift-Enter, inserts a line break.
 
-    Up on the first line and Down on the last one go through earlier questions.
+    Up on the first line and Down on the last one go through earlier questions. A long text is shown as a label; `text`
+    contains it whole.
 
     Attributes:
         editing: the question that the text will replace; None for a new question.
@@ -44,6 +46,7 @@ class Composer(SafeTextArea):
             self.pages = pages
 
     def __init__(self, placeholder: str = "Ask a question. ⏎ to send, Ctrl-J for a new line, F1 for help.") -> None:
+        self._pasted = PastedTexts()
         super().__init__(
             id="composer",
             soft_wrap=True,
@@ -57,6 +60,19 @@ class Composer(SafeTextArea):
         self._history: list[str] = []
         self._index = 0  # in the history; len(history) means the unsent text
         self._unsent = ""
+
+    @property
+    def text(self) -> str:
+        """The text, with long pasted texts whole."""
+        return self._pasted.whole(self.document.text)
+
+    @text.setter
+    def text(self, text: str) -> None:
+        self.load_text(text)
+
+    def load_text(self, text: str) -> None:
+        """Replace the text; a long one is shown as a label."""
+        super().load_text(self._pasted.shortened(text))
 
     def set_history(self, questions: Sequence[str]) -> None:
         """Offer earlier questions, the latest one last."""
@@ -100,6 +116,28 @@ class Composer(SafeTextArea):
         super().action_undo()
         if not before and not self.text:
             self.post_message(self.UndoRequested())
+
+    def action_delete_left(self) -> None:
+        """Delete the character before the cursor, or the whole label of a long text."""
+        if not self._delete_label(before=True):
+            super().action_delete_left()
+
+    def action_delete_right(self) -> None:
+        """Delete the character at the cursor, or the whole label of a long text."""
+        if not self._delete_label(before=False):
+            super().action_delete_right()
+
+    def _delete_label(self, *, before: bool) -> bool:
+        row, column = self.cursor_location
+        label = self._pasted.label_at(self.document.get_line(row), column, before=before)
+        if label is None or not self.selection.is_empty:
+            return False
+        self.delete((row, label[0]), (row, label[1]))
+        return True
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        await super()._on_paste(event)
+        event.text = self._pasted.shortened(event.text)  # TextArea's handler runs next
 
     async def _on_key(self, event: events.Key) -> None:
         row, _ = self.cursor_location

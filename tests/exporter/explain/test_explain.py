@@ -338,7 +338,7 @@ def test_without_matplotlib_the_error_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = llm_export(tiny_checkpoint, "-o", tmp_path / "out", "--plot", tmp_path / "p.png")
-    refused(outcome, "matplotlib", "pip install 'llm-edge[plot]'")
+    refused(outcome, "matplotlib", install_hint("plot"))
     assert not (tmp_path / "out").exists()
 
 
