@@ -25,6 +25,7 @@ from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.formats.source import OriginalBlocks
 from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.runtime import Bundle
+from llm_edge.runtime.installation import install_hint
 
 Run = Callable[..., tuple[int, str, str]]
 ROLES = {"attention.qkv": (256, 64), "attention.output": (64, 128), "mlp.gate_up": (256, 64), "mlp.down": (64, 128)}
