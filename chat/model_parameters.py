@@ -83,7 +83,8 @@ class ModelParameters:
         answers = (each for each in reversed(conversation.path()) if each.role == ASSISTANT)
         answer = next((each for each in answers if each.model == name), None)
         try:
-            self.load(without_system(answer.params) if answer is not None else self._own_values(responder))
+            values = without_system(answer.params) if answer is not None else self._own_values(responder)
+            self.load({name: value for name, value in values.items() if name != "logprobs"})
         except ParameterError:  # stored by another version
             self.load(self._own_values(responder))
 
