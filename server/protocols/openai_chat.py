@@ -93,9 +93,9 @@ def _head(running: RunningRequest, kind: str) -> dict[str, Any]:
 
 
 async def _stream(running: RunningRequest, options: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    head = _head(running, "chat.completion.chunk")
     with_usage = bool(options.get("include_usage"))
     continuous = bool(options.get("continuous_usage_stats"))
+    head = {**_head(running, "chat.completion.chunk"), **({"usage": None} if with_usage else {})}
     begun: set[int] = set()
     try:
         async for event in running.events():
@@ -105,8 +105,8 @@ async def _stream(running: RunningRequest, options: Mapping[str, Any]) -> AsyncI
                 first = {"role": "assistant", "content": ""}
                 yield sse({**head, "choices": [_choice(event.choice, first)]})
             chunk: dict[str, Any] = {**head, "choices": [delta]}
-            if with_usage:
-                chunk["usage"] = usage(running.usage) if continuous else None
+            if with_usage and continuous:
+                chunk["usage"] = usage(running.usage)
             yield sse(chunk)
         if with_usage:
             yield sse({**head, "choices": [], "usage": usage(running.usage)})
