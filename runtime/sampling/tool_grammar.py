@@ -13,6 +13,8 @@ from typing import Any
 
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint, refused_constraint
+from llm_edge.runtime.sampling.json_schema.keywords import RESTRICTING, without_keywords
+from llm_edge.runtime.sampling.json_schema.normalize import JSON_STYLE, enforceable
 from llm_edge.runtime.text.tool_format import ToolFormat
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -89,7 +91,7 @@ class _Grammar:
             self._rules.append(f"NO_CALL: /(.|\\n)*/ & ~/(.|\\n)*{_escaped(trigger)}(.|\\n)*/")
             return "NO_CALL"
         if constraint.kind in ("json", "json_schema"):
-            self._rules.append(f"other: %json {constraint.text}")
+            self._rules.append(f"other: %json {_styled(enforceable(json.loads(constraint.text)))}")
             return "other"
         if constraint.kind in ("regex", "choice"):
             self._rules.append(f"OTHER: /{constraint.text.replace('/', '[/]')}/")
@@ -178,9 +180,6 @@ def takes_text(schema: Any) -> bool:
 
 def _enforceable(schema: Any, item_separator: str, key_separator: str, any_of: Mapping[str, Any] = _ANY_OBJECT) -> str:
     """A schema as JSON text that llguidance enforces; `any_of` in place of one that it cannot."""
-    from llm_edge.runtime.sampling.json_schema.keywords import RESTRICTING, without_keywords
-    from llm_edge.runtime.sampling.json_schema.normalize import enforceable
-
     attempts: list[Callable[[], str]] = [
         lambda: enforceable(schema),
         lambda: enforceable(without_keywords(schema, RESTRICTING - _STRUCTURE)),
@@ -192,9 +191,12 @@ def _enforceable(schema: Any, item_separator: str, key_separator: str, any_of: M
             break
         except ParameterError:
             continue
-    value = json.loads(text)
-    style = {"whitespace_flexible": False, "item_separator": item_separator, "key_separator": key_separator}
-    return json.dumps({**value, "x-guidance": style}, ensure_ascii=False)
+    return _styled(text, item_separator=item_separator, key_separator=key_separator)
+
+
+def _styled(schema: str, **style: str) -> str:
+    """A schema within a grammar, with the settings that are an argument of llguidance elsewhere."""
+    return json.dumps({**json.loads(schema), "x-guidance": {**JSON_STYLE, **style}}, ensure_ascii=False)
 
 
 def _escaped(text: str) -> str:
