@@ -19,7 +19,8 @@ SCREENS = ("textual", "fastapi", "starlette", "uvicorn")
 ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "runtime": {},
     "model": {"runtime": {"errors", "safe_io"}},
-    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "safe_io"}},
+    # runtime.sampling defines what a generation_config.json means.
+    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "safe_io", "sampling"}},
     # runtime.bundle defines the folder format; runtime.backend runs graphs for validation.
     "exporter": {
         "model": None,
