@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
+
 from llm_edge.server.config import LOOPBACK, ServerConfig
 
 Scope = MutableMapping[str, Any]
@@ -23,8 +25,8 @@ _PUBLIC = ("/", "/health", "/favicon.svg", "/favicon.ico")  # answered without a
 _PUBLIC_PREFIX = "/static/"
 
 
-class _TooLargeError(Exception):
-    pass
+class _TooLargeError(HTTPException):
+    """Raised by `receive`; FastAPI lets only HTTP exceptions through."""
 
 
 class Guard:
@@ -127,7 +129,7 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise _TooLargeError
+                raise _TooLargeError(413, f"the body is larger than {limit:,} bytes")
             return message
 
         async def sender(message: Message) -> None:
