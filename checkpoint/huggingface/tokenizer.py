@@ -9,6 +9,7 @@ from typing import Any
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
+from llm_edge.runtime.text.tokenizer_check import check_tokenizer
 
 _TOKENIZER_KEYS = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens",
@@ -61,6 +62,8 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
             f"{folder} has no tokenizer.json: save one with transformers "
             "(AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         )
+    tokenizer_json = read_text(path, 256 * MIB, error=CheckpointError)
+    check_tokenizer(tokenizer_json, path, error=CheckpointError)
     config_path = folder / "tokenizer_config.json"
     raw = read_json(config_path, error=CheckpointError) if config_path.exists() else {}
     template_path = folder / "chat_template.jinja"
@@ -80,7 +83,7 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
     eos = generation.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     return TokenizerAssets(
-        tokenizer_json=read_text(path, 256 * MIB, error=CheckpointError),
+        tokenizer_json=tokenizer_json,
         tokenizer_config=config,
         special_tokens_map={key: raw[key] for key in _SPECIAL_TOKENS if raw.get(key) is not None},
         chat_template=template,
