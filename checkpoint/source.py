@@ -20,6 +20,7 @@ from llm_edge.checkpoint.meta.checkpoint import read_state_dict
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.reasoning import find_reasoning
 from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file
+from llm_edge.checkpoint.vocabulary import fit_to_embedding
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 
 SMOLLM2 = "smollm2"
@@ -55,6 +56,7 @@ def open_checkpoint(source: str, options: SourceOptions, progress: Progress) -> 
     """
     read = next(reader for matches, reader in _READERS if matches(source))
     checkpoint = _limit_context(read(source, options, progress), options.state_dict.max_seq_len)
+    checkpoint = fit_to_embedding(checkpoint)
     if checkpoint.reasoning is None:
         reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json, checkpoint.tokenizer.chat_template)
         checkpoint = dataclasses.replace(checkpoint, reasoning=reasoning)
