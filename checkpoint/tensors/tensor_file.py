@@ -44,6 +44,11 @@ class TensorFile:
         names = {name.removeprefix(prefix): it for name, it in self._stored_names.items() if name.startswith(prefix)}
         return TensorFile(self.path, self._locations, names)
 
+    def renamed(self, name: str, new_name: str) -> TensorFile:
+        """Return the same tensors, one of them with another name."""
+        names = {new_name if each == name else each: stored for each, stored in self._stored_names.items()}
+        return TensorFile(self.path, self._locations, names)
+
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor as it is written in the file."""
         return self._stored_names[name]
