@@ -174,7 +174,7 @@ def many_tokens(folder: Path) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     template = content["added_tokens"][0]
-    content["added_tokens"] += [{**template, "id": 320 + n, "content": f"<new {n}>"} for n in range(12)]
+    content["added_tokens"] += [{**template, "id": 320 + n, "content": f"<new {n}>"} for n in range(100)]
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
