@@ -55,6 +55,8 @@ def open_checkpoint(source: str, options: SourceOptions, progress: Progress) -> 
     """
     read = next(reader for matches, reader in _READERS if matches(source))
     checkpoint = _limit_context(read(source, options, progress), options.state_dict.max_seq_len)
+    if checkpoint.tokenizer.notes:
+        checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *checkpoint.tokenizer.notes))
     if checkpoint.reasoning is None:
         reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json, checkpoint.tokenizer.chat_template)
         checkpoint = dataclasses.replace(checkpoint, reasoning=reasoning)

@@ -58,7 +58,8 @@ def _open(path: str | Path, options: LoadOptions, prefers_half: bool) -> tuple[B
     if options.verify:
         bundle.verify(precision.name)
     config = bundle.json("tokenizer_config.json")
-    tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), config, bundle.chat_template())
+    templates = bundle.named_templates()
+    tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), config, bundle.chat_template(), templates)
     if tokenizer.vocab_size > bundle.shape.vocab_size:
         raise BundleError(f"{bundle.path}: the tokenizer has more tokens than the model: export the bundle again")
     return bundle, precision, tokenizer

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from llm_edge.checkpoint.base import Checkpoint, Source, hash_file
-from llm_edge.checkpoint.huggingface.tokenizer import read_generation, read_tokenizer
+from llm_edge.checkpoint.huggingface.generation import read_generation
+from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.lora.adapter import Adapter
 from llm_edge.model.config import ModelConfig
@@ -88,7 +89,7 @@ def _read(
         load,
         where=str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent),
     )
-    generation = read_generation(config_path.parent, content)
+    generation, ignored = read_generation(config_path.parent, content)
     raw.value("architectures")
     source = Source(
         name=name if adapter is None else f"{name} + {adapter.name}",
@@ -103,7 +104,7 @@ def _read(
         read_tokenizer(tokenizer, generation),
         generation,
         source,
-        notes=(*found.notes, *([f"config.json: {tied_note}"] if tied_note else [])),
+        notes=(*found.notes, *([f"config.json: {tied_note}"] if tied_note else []), *ignored),
     )
 
 

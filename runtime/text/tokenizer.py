@@ -39,11 +39,19 @@ class Tokenizer:
         special_tokens: their text by role (`bos_token`, ...), from tokenizer_config.json.
         bos_token_id, eos_token_id: None if tokenizer_config.json does not name them.
         chat: the chat template, if there is one.
+        tool_chat: the chat template for conversations with tools, if it is another one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: Mapping[str, str], chat: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named: Mapping[str, str],
+        chat: ChatTemplate | None,
+        tool_chat: ChatTemplate | None = None,
+    ) -> None:
         self._backend = backend
         self.chat = chat
+        self.tool_chat = tool_chat
         self.special_tokens = dict(named)
         added = backend.get_added_tokens_decoder()
         self._specials = {token.content: number for number, token in added.items() if token.special}
@@ -62,8 +70,16 @@ class Tokenizer:
         self._partial = _PartialMatches(self._specials)
 
     @classmethod
-    def from_files(cls, tokenizer_json: Path, config: Mapping[str, Any], chat_template: str | None) -> Tokenizer:
+    def from_files(
+        cls,
+        tokenizer_json: Path,
+        config: Mapping[str, Any],
+        chat_template: str | None,
+        named_templates: Mapping[str, str] | None = None,
+    ) -> Tokenizer:
         """Read tokenizer.json; `config` is the content of tokenizer_config.json.
+
+        Without `chat_template` and `named_templates`, the config's own templates are used.
 
         Raises:
             BundleError: the file, or the config's special tokens, cannot be used.
@@ -80,10 +96,12 @@ class Tokenizer:
                     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
             elif name in ("bos_token", "eos_token"):
                 raise BundleError(f"{tokenizer_json}: no token {token!r}, which tokenizer_config.json names as {name}")
-        if chat_template is None:
-            chat_template = _configured_template(config)
-        chat = ChatTemplate(chat_template, named) if chat_template is not None else None
-        return cls(backend, named, chat)
+        templates = dict(named_templates or {})
+        if chat_template is not None:
+            templates["default"] = chat_template
+        templates = templates or _configured_templates(config)
+        chats = {name: ChatTemplate(text, named) for name, text in templates.items() if name in ("default", "tool_use")}
+        return cls(backend, named, chats.get("default"), chats.get("tool_use"))
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with this text in the vocabulary."""
@@ -134,6 +152,8 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """The ids of a conversation rendered with the chat template; see `ChatTemplate.render`.
 
+        As in transformers, the template named `tool_use` is taken if there is one and tools are given.
+
         Special tokens that the template writes become tokens; what messages, tools and other variables spell does not,
         not even where the end of a string and the template's text or another string together spell one. Not covered:
         the ends of strings that equal a literal of the template, and templates that remove from the middle of a string
@@ -142,17 +162,20 @@ class Tokenizer:
         Raises:
             TemplateError: there is no template, or it rejects the conversation.
         """
-        if self.chat is None:
-            raise TemplateError("the model has no chat template: give a prompt instead of messages")
+        tools = variables.get("tools")
+        chat = self.tool_chat if tools is not None and self.tool_chat is not None else self.chat
+        if chat is None:
+            only = " without tools" if self.tool_chat is not None else ""
+            raise TemplateError(f"the model has no chat template{only}: give a prompt instead of messages")
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
-        data["tools"] = plain_tools(variables.get("tools"))
-        mask = _Mask(self._special_pattern, self._partial, self.chat.literals, [plain, data, self.chat.source])
+        data["tools"] = plain_tools(tools)
+        mask = _Mask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):
-            return self._encode(self._backend, self.chat.render(plain, **data), False)
-        text = self.chat.render(masked, **masked_data)
+            return self._encode(self._backend, chat.render(plain, **data), False)
+        text = chat.render(masked, **masked_data)
         # In the masked text, only the template can have written the spelling of a special token.
         text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
         return self._encode(self._without_specials, mask.restore(text), False)
@@ -209,12 +232,12 @@ def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
     return named
 
 
-def _configured_template(config: Mapping[str, Any]) -> str | None:
+def _configured_templates(config: Mapping[str, Any]) -> dict[str, str]:
     template = config.get("chat_template")
     if isinstance(template, list):  # the former way of storing several
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    return {"default": template} if isinstance(template, str) else {}
 
 
 def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
