@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ class TokenizerAssets:
         tokenizer_config: content of `tokenizer_config.json`, without the chat template.
         special_tokens_map: content of `special_tokens_map.json`.
         chat_template: Jinja source, or None for a model without a chat format.
+        named_templates: further chat templates by name; `tool_use` is the one for conversations with tools.
         bos_token_id: token that starts a text, or None.
         eos_token_ids: tokens that end an answer; may be empty.
         pad_token_id: token that pads the rows of a batch, or None.
+        notes: see `Checkpoint.notes`.
     """
 
     tokenizer_json: str
@@ -37,6 +39,8 @@ class TokenizerAssets:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    named_templates: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.download.hub import fetch_adapter, fetch_checkpoint, is_hub_id
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
+from llm_edge.checkpoint.gguf.split import base_name
 from llm_edge.checkpoint.huggingface.checkpoint import read_file, read_folder
 from llm_edge.checkpoint.lora.adapter import Adapter, open_adapter
 from llm_edge.checkpoint.meta.checkpoint import has_meta_names, read_state_dict
@@ -56,6 +57,8 @@ def open_checkpoint(source: str, options: SourceOptions, progress: Progress) -> 
     read = next(reader for matches, reader in _READERS if matches(source))
     checkpoint = _limit_context(read(source, options, progress), options.state_dict.max_seq_len)
     checkpoint = fit_to_embedding(checkpoint)
+    if checkpoint.tokenizer.notes:
+        checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *checkpoint.tokenizer.notes))
     if checkpoint.reasoning is None:
         reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json, checkpoint.tokenizer.chat_template)
         checkpoint = dataclasses.replace(checkpoint, reasoning=reasoning)
@@ -71,7 +74,9 @@ def bundle_name(source: str) -> str:
     path = Path(source).resolve()
     if path.name.startswith("consolidated."):  # the file name of all of Meta's models
         return path.parent.name
-    return path.stem if path.suffix in (*_TENSOR_SUFFIXES, ".gguf") else path.name
+    if path.suffix == ".gguf":
+        return base_name(path)
+    return path.stem if path.suffix in _TENSOR_SUFFIXES else path.name
 
 
 # ---- detection

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from llm_edge.checkpoint.base import Checkpoint, OriginalModel, Source, hash_file
+from llm_edge.checkpoint.huggingface.generation import read_generation
 from llm_edge.checkpoint.huggingface.stray_tensors import find_stray_tensors
-from llm_edge.checkpoint.huggingface.tokenizer import read_generation, read_tokenizer
+from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.lora.adapter import Adapter
 from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
@@ -90,7 +91,7 @@ def _read(
         if full_name not in stray.names and not re.fullmatch(table.ignored, full_name):
             files.check_type(stored_name)
     weights = bind_weights(config, table, shapes, load, where, unused=stray.names)
-    generation = read_generation(config_path.parent, content)
+    generation, ignored = read_generation(config_path.parent, content)
     raw.value("architectures")
     source = Source(
         name=name if adapter is None else f"{name} + {adapter.name}",
@@ -112,7 +113,13 @@ def _read(
             load=load_base,
             adapter=adapter.folder if adapter is not None else None,
         ),
-        notes=(*found.notes, *prefix_notes, *([f"config.json: {tied_note}"] if tied_note else []), *stray.notes),
+        notes=(
+            *found.notes,
+            *prefix_notes,
+            *([f"config.json: {tied_note}"] if tied_note else []),
+            *stray.notes,
+            *ignored,
+        ),
     )
 
 

@@ -73,7 +73,15 @@ def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
         weight_types=by_frequency(TYPE_NAMES[info.dtype] for info in file.tensors.values() if info.dtype in TYPE_NAMES),
     )
     return Checkpoint(
-        config, reader.used, weights, text.tokenizer, text.generation, source, text.reasoning, text.guards, notes
+        config,
+        reader.used,
+        weights,
+        text.tokenizer,
+        text.generation,
+        source,
+        text.reasoning,
+        text.guards,
+        (*notes, *text.notes),
     )
 
 

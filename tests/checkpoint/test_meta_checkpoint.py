@@ -731,6 +731,7 @@ def test_invalid_control_tokens_are_errors(refused: Callable[..., str]) -> None:
 def test_sampling_parameters_of_the_config_are_read(family: Saved, tmp_path: Path, refused: Callable[..., str]) -> None:
     ends = {"eos_token_id": [ANSWER_END], "pad_token_id": PADDING}
     own = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
+    own["repetition_window"] = 64
     checkpoint = read(family.path)
     assert checkpoint.generation == {**own, "max_new_tokens": 100, **ends}
     assert checkpoint.guards == Guards(max_newlines=3, single_think_end=True)
@@ -760,7 +761,8 @@ def test_sampling_parameters_of_the_config_are_read(family: Saved, tmp_path: Pat
     }
     assert made.guards == Guards(max_newlines=None, single_think_end=True)
     greedy = sampled({"temperature": 0.0})
-    assert greedy.generation == {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 100, **ends}
+    penalty = {"repetition_penalty": 1.1, "repetition_window": 64}
+    assert greedy.generation == {"do_sample": False, **penalty, "max_new_tokens": 100, **ends}
     for key, value in (
         ("temperature", -1),
         ("temperature", float("nan")),
