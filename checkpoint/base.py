@@ -74,6 +74,8 @@ class Checkpoint:
         source: where the checkpoint came from.
         reasoning: tokens or tags that enclose the model's reasoning, or None.
         guards: constraints on the output that the model requires, or None.
+        notes: what the export should tell its user: files and settings that were overruled or ignored, one sentence
+            each. They are printed and stored in the manifest.
     """
 
     config: ModelConfig
@@ -84,6 +86,7 @@ class Checkpoint:
     source: Source
     reasoning: ReasoningTokens | ReasoningTags | None = None
     guards: Guards | None = None
+    notes: tuple[str, ...] = ()
 
 
 def hash_file(path: Path) -> SourceFile:

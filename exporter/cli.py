@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from llm_edge.exporter.options import ExportOptions, FileFormat
-from llm_edge.runtime.command import run
+from llm_edge.runtime.command import print_version, run
 from llm_edge.runtime.errors import InputError, ParameterError
+from llm_edge.runtime.installation import install_hint
 
 if TYPE_CHECKING:
     from llm_edge.exporter.results import Report
     from llm_edge.exporter.validation.parity import Validation
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 class ProgressKind(StrEnum):
@@ -54,7 +55,7 @@ def _with_export_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@app.command()
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
 @_with_export_options
 def export(
     context: typer.Context,
@@ -76,6 +77,9 @@ def export(
     progress: Annotated[
         ProgressKind, typer.Option(help="json: print one JSON object per line to stdout.")
     ] = ProgressKind.AUTO,
+    show_version: Annotated[  # noqa: ARG001 (its callback acts)
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint to a bundle (ONNX or TorchScript) and verify it against PyTorch."""
 
@@ -94,9 +98,20 @@ def export(
             if options.file_format is FileFormat.TORCHSCRIPT:
                 raise ParameterError("--explain and --plot apply to ONNX only: omit them with --format torchscript")
             show_bundle = partial(show, precisions=None)
+        elif _is_bundle(source):
+            raise InputError(f"{source} is a bundle already: chat with it (llm-chat {source}), or add --explain")
         _export(source, options, progress, show_bundle)
 
     raise typer.Exit(run(command))
+
+
+def _is_bundle(source: str) -> bool:
+    from llm_edge.runtime.bundle import MANIFEST
+
+    try:
+        return (Path(source) / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _export(
@@ -111,13 +126,14 @@ def _export(
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("llm_edge"):
                 raise  # our own module: installing the extra would not help
-            raise InputError(f"llm-export needs {error.name}: pip install 'llm-edge[export]'") from error
+            raise InputError(f"llm-export needs {error.name}: {install_hint('export')}") from error
         report = export_bundle(source, options, display.update)
     seconds = time.monotonic() - started
     if show_bundle is not None:
         show_bundle(report.path)
     if progress is ProgressKind.JSON:
-        print(json.dumps({"stage": "done", "path": str(report.path), "seconds": round(seconds, 1)}))
+        done = {"stage": "done", "path": str(report.path), "seconds": round(seconds, 1), "notes": report.notes}
+        print(json.dumps(done))
     else:
         _print_report(report, seconds)
 
@@ -212,6 +228,8 @@ def _print_report(report: Report, seconds: float) -> None:
         print("Not validated (--no-validate): the difference from PyTorch is unknown.")
     if note := _requantization_note(report):
         print(note)
+    for note in report.notes:
+        print(f"Note: {note}")
     if report.style is not None and report.style.value == "portable":
         print("The graph is portable: standard ONNX operators only.")
     print(f"Bundle: {report.path}    Try: llm-chat {report.path} --ask 'Why is the sky blue?'")

@@ -80,6 +80,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
             ),
             layers=checkpoint.config.num_hidden_layers,
             validation=validation,
+            notes=checkpoint.notes,
         )
         write_manifest(folder, checkpoint, report, writer, progress)
     progress("writing", 1.0, str(target))

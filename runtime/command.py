@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.runtime.installation import version
 
 _INPUT = 2
 _MACHINE = 3
@@ -52,6 +53,13 @@ def run(command: Callable[[], object]) -> int:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit: the callback of `--version`."""
+    if wanted:
+        print(f"llm-edge {version()}")
+        raise SystemExit(0)
 
 
 def _print_error(message: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from llm_edge.checkpoint.download.progress import format_size, progress_class
 from llm_edge.runtime.errors import CheckpointError, InputError, MachineError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.safe_io import MIB, read_json
 
 RESPONSE_SECONDS = 20.0  # timeout of a request; the package has none
@@ -33,7 +34,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIGS = ("config.json", "generation_config.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _VOCABULARY = ("vocab.json", "merges.txt", "added_tokens.json")  # if there is no tokenizer.json
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one found, whole or in shards with an index
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one found, whole or else in shards with an index
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -94,7 +95,7 @@ def fetch_adapter(
 def _weights(hub_id: str, sizes: Mapping[str, int]) -> str:
     """Return the name of the weight file, or of the index of the shards."""
     for name in _WEIGHTS:
-        for found in (f"{name}.index.json", name):
+        for found in (name, f"{name}.index.json"):  # transformers' order
             if found in sizes:
                 return found
     only = [name for name in sizes if name.endswith(".safetensors") and name not in _ADAPTER]
@@ -205,7 +206,7 @@ def _package() -> Any:
         import huggingface_hub.file_download  # sets the log level of the package
     except ImportError as e:
         raise InputError(
-            "models on the Hugging Face Hub require the package huggingface_hub: pip install 'llm-edge[export]'"
+            f"models on the Hugging Face Hub require the package huggingface_hub: {install_hint('export')}"
         ) from e
     return huggingface_hub
 

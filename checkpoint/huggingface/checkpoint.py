@@ -10,11 +10,13 @@ import torch
 
 from llm_edge.checkpoint.base import Checkpoint, Source, hash_file
 from llm_edge.checkpoint.huggingface.tokenizer import read_generation, read_tokenizer
-from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, find_weight_files
+from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.lora.adapter import Adapter
+from llm_edge.model.config import ModelConfig
 from llm_edge.model.config_reader import ConfigReader
+from llm_edge.model.family import Family
 from llm_edge.model.registry import find_family
-from llm_edge.model.weights import bind_weights
+from llm_edge.model.weights import bind_weights, resolve_tied_head
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, short_repr
 
@@ -25,7 +27,7 @@ def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not supported.
     """
-    return _read(folder / "config.json", find_weight_files(folder), folder, folder.resolve().name, adapter)
+    return _read(folder / "config.json", None, folder, folder.resolve().name, adapter)
 
 
 def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: Adapter | None = None) -> Checkpoint:
@@ -50,14 +52,63 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
             "give the model's Hugging Face config with --config"
         )
     folder = found.parent if tokenizer is None else tokenizer.parent if tokenizer.is_file() else tokenizer
-    return _read(found, [path], folder, path.stem, adapter)
+    return _read(found, WeightPaths((path,)), folder, path.stem, adapter)
 
 
 def _read(
-    config_path: Path, weight_paths: list[Path], tokenizer: Path, name: str, adapter: Adapter | None
+    config_path: Path, found: WeightPaths | None, tokenizer: Path, name: str, adapter: Adapter | None
 ) -> Checkpoint:
     content = read_json(config_path, MIB, error=CheckpointError)
     raw = ConfigReader(content, str(config_path))
+    family, config = _read_config(raw)
+    found = found or find_weight_files(config_path.parent, content.get("transformers_weights"))
+    files = WeightFiles(found)
+    stored = family.stored_names(files.tensors)
+    shapes = {full_name: files.tensors[stored_name].shape for full_name, stored_name in stored.items()}
+
+    def load_base(full_name: str) -> torch.Tensor:
+        return files.load(stored[full_name])
+
+    config, table, tied_note = resolve_tied_head(config, family.weight_table(config, raw), shapes, load_base)
+    load: Callable[[str], torch.Tensor] = load_base
+    if adapter is not None:
+        load = adapter.wrap(
+            shapes,
+            load_base,
+            transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
+            tied_head=config.tie_word_embeddings,
+        )
+    for full_name, stored_name in stored.items():
+        if not re.fullmatch(table.ignored, full_name):
+            files.check_type(stored_name)
+    weights = bind_weights(
+        config,
+        table,
+        shapes,
+        load,
+        where=str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent),
+    )
+    generation = read_generation(config_path.parent, content)
+    raw.value("architectures")
+    source = Source(
+        name=name if adapter is None else f"{name} + {adapter.name}",
+        format=files.format,
+        files=(*map(hash_file, found.paths), *(adapter.files if adapter is not None else ())),
+        weight_types=files.types,
+    )
+    return Checkpoint(
+        config,
+        {**raw.used, **({"tie_word_embeddings": False} if tied_note else {})},
+        weights,
+        read_tokenizer(tokenizer, generation),
+        generation,
+        source,
+        notes=(*found.notes, *([f"config.json: {tied_note}"] if tied_note else [])),
+    )
+
+
+def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
+    """Return the family of a config and the config in its form."""
     raw.require("is_causal", True)
     quantization = raw.section("quantization_config")
     if quantization is not None:
@@ -65,41 +116,9 @@ def _read(
         raw.fail(
             f"quantization_config: weights quantized by {method} are not supported: give the model before quantization"
         )
-    family = find_family(raw.text("model_type"), str(config_path))
+    family = find_family(raw.text("model_type"), raw.where)
     try:
-        config = family.read_config(raw)
+        return family, family.read_config(raw)
     except CheckpointError as error:  # `ModelConfig` does not name the file
         message = str(error)
-        raise CheckpointError(
-            message if message.startswith(str(config_path)) else f"{config_path}: {message}"
-        ) from error
-    files = WeightFiles(weight_paths)
-    stored = family.stored_names(files.tensors)
-    load: Callable[[str], torch.Tensor] = files.load
-    if adapter is not None:
-        load = adapter.wrap(
-            {name: info.shape for name, info in files.tensors.items()},
-            load,
-            transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
-            tied_head=config.tie_word_embeddings,
-        )
-    table = family.weight_table(config, raw)
-    for full_name, stored_name in stored.items():
-        if not re.fullmatch(table.ignored, full_name):
-            files.check_type(stored_name)
-    weights = bind_weights(
-        config,
-        table,
-        {full_name: files.tensors[stored_name].shape for full_name, stored_name in stored.items()},
-        lambda full_name: load(stored[full_name]),
-        where=str(weight_paths[0] if len(weight_paths) == 1 else weight_paths[0].parent),
-    )
-    generation = read_generation(config_path.parent, content)
-    raw.value("architectures")
-    source = Source(
-        name=name if adapter is None else f"{name} + {adapter.name}",
-        format=files.format,
-        files=(*map(hash_file, weight_paths), *(adapter.files if adapter is not None else ())),
-        weight_types=files.types,
-    )
-    return Checkpoint(config, raw.used, weights, read_tokenizer(tokenizer, generation), generation, source)
+        raise CheckpointError(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json, read_text
+from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 from llm_edge.runtime.text.tokenizer_check import check_tokenizer
 
 _TOKENIZER_KEYS = (
@@ -34,13 +34,24 @@ def read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e12:  # or NaN
             raise CheckpointError(f"{path}: {key} is {number!r}, not a number")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if key not in generation and config.get(key) is not None:
-            generation[key] = config[key]
-        ids = generation.get(key, 0)
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-            raise CheckpointError(f"{folder}: {key} is {generation[key]!r}, not a token id")
+        value = generation.pop(key, None)
+        value = config.get(key) if value is None else value
+        ids = _token_ids(value, allow_list=key == "eos_token_id")
+        if ids is None:
+            raise CheckpointError(f"{folder}: {key} is {short_repr(value)}, not a token id")
+        if ids:
+            generation[key] = ids[0] if len(ids) == 1 else ids
     return generation
+
+
+def _token_ids(value: Any, *, allow_list: bool) -> list[int] | None:
+    """Return the ids in a config's value, or None if it is invalid. Null and negative ids mean "none"."""
+    ids = value if isinstance(value, list) and allow_list else [value]
+    if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in ids):
+        return None
+    if any(token is not None and token.bit_length() > 63 for token in ids):
+        return None
+    return [token for token in ids if token is not None and token >= 0]
 
 
 def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAssets:

@@ -26,12 +26,17 @@ class TensorFile:
 
     def __init__(self, path: Path, locations: Mapping[str, TensorLocation]) -> None:
         self.path = path
-        self.tensors: Mapping[str, TensorInfo] = {name: location.info for name, location in locations.items()}
-        self._locations = locations
+        self._stored_names = strip_prefixes(locations, str(path))
+        self._locations = {name: locations[stored] for name, stored in self._stored_names.items()}
+        self.tensors: Mapping[str, TensorInfo] = {name: location.info for name, location in self._locations.items()}
         self._verified: set[Checksum] = set()
 
     def __repr__(self) -> str:
         return f"TensorFile({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor as it is written in the file."""
+        return self._stored_names[name]
 
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor, contiguous and in the type of the file.
@@ -82,8 +87,7 @@ def open_tensor_file(path: Path) -> TensorFile:
             file.fail("is a Git LFS pointer instead of the file: download it with `git lfs pull`")
         else:
             file.fail(f"starts with {short_repr(head[:8])}: damaged, or not torch.save, safetensors or GGUF")
-    stored = strip_prefixes(locations, str(path))
-    return TensorFile(path, {name: locations[stored_name] for name, stored_name in stored.items()})
+    return TensorFile(path, locations)
 
 
 def strip_prefixes(names: Iterable[str], where: str) -> dict[str, str]:

@@ -62,6 +62,7 @@ def write_manifest(
                 for precision in report.precisions
             },
             "validation": {"layers": validation.layers if validation else 0, "of": report.layers},
+            "notes": list(report.notes),
             "proof": {name: parity.to_dict() for name, parity in auxiliary.items()},
             "files": files,
         },

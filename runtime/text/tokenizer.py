@@ -16,8 +16,9 @@ from typing import Any
 
 import tokenizers
 
-from llm_edge.runtime.errors import BundleError, InputError, TemplateError
+from llm_edge.runtime.errors import BundleError, ContextLengthError, InputError, TemplateError, one_line
 from llm_edge.runtime.safe_io import MIB, read_text
+from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
 from llm_edge.runtime.text.template_budget import plain_data
 from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
@@ -26,6 +27,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
 _RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
+_ALWAYS_ENCODED = 16  # characters per token of the context; the longest token is looked for beyond that
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
 _BATCH = 64  # tokens decoded at once when searching the vocabulary
 _WINDOW = 32  # tokens after which a stream drops the first half of an undecodable run
@@ -141,15 +143,32 @@ class Tokenizer:
             add_special_tokens: add what the model expects around a text, often a bos token.
         """
         if parse_special or not (self._many_spellings or self._special_pattern.search(text)):
-            return self._encode(self._backend, text, add_special_tokens)
-        return self._encode(self._without_specials, text, add_special_tokens)
+            return library.encode(self._backend, text, add_special_tokens)
+        return library.encode(self._without_specials, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of ids; unknown ids are skipped."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        return library.decode(self._backend, ids, skip_special)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render`.
+    def check_length(self, text: str, max_tokens: int | None) -> None:
+        """Raise ContextLengthError for a text with more characters than so many tokens have; None = no limit.
+
+        Some texts take long to encode, or make the library panic, so prompts are checked first.
+        """
+        if max_tokens is not None and len(text) > _ALWAYS_ENCODED * max_tokens:
+            least = -(-len(text) // self._longest_token)
+            if least > max_tokens:
+                raise ContextLengthError(least, max_tokens, at_least=True)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token; never more than it decodes to."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int | None = None, /, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render` and `check_length`.
 
         Special tokens that the template writes become tokens; what messages, tools and other variables spell does not,
         not even where the end of a string and the template's text or another string together spell one. Not covered:
@@ -158,6 +177,8 @@ class Tokenizer:
 
         Raises:
             TemplateError: there is no template, or it rejects the conversation.
+            ContextLengthError: the conversation certainly has more than `max_tokens`.
+            InputError: the library cannot encode it.
         """
         if self.chat is None:
             raise TemplateError("the model has no chat template: give a prompt instead of messages")
@@ -168,25 +189,21 @@ class Tokenizer:
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):
-            return self._encode(self._backend, self.chat.render(plain, **data), False)
+            text = self.chat.render(plain, **data)
+            self.check_length(text, max_tokens)
+            return library.encode(self._backend, text)
         text = self.chat.render(masked, **masked_data)
         # In the masked text, only the template can have written the spelling of a special token.
         text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
-        return self._encode(self._without_specials, mask.restore(text), False)
+        text = mask.restore(text)
+        self.check_length(text, max_tokens)
+        return library.encode(self._without_specials, text)
 
     @functools.cached_property
     def _without_specials(self) -> tokenizers.Tokenizer:
         """The same tokenizer with its special tokens under secret names, so that their spelling is ordinary text."""
         spec = _with_names(json.loads(self._backend.to_str()), self._renamed)
         return _loaded(json.dumps(spec), "tokenizer.json with its special tokens renamed")
-
-    @staticmethod
-    def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as e:  # depending on the version of tokenizers
-            raise InputError("the text contains a lone surrogate, which is not a character") from e
-        return ids
 
 
 def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
@@ -196,12 +213,9 @@ def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
             prefix, pairs = model["continuing_subword_prefix"], map(_pair, model.get("merges", ()))
             if not all(second.startswith(prefix) for _, second in pairs):
                 raise ValueError("merges without the model's prefix")
-        return tokenizers.Tokenizer.from_str(text)
-    except BaseException as e:  # the library raises bare Exception; its panics derive from BaseException
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        why = " ".join(str(e).split())[:200]
-        raise BundleError(f"{name}: unusable tokenizer: {why}") from e
+    except Exception as e:
+        raise BundleError(f"{name}: unusable tokenizer: {one_line(e)[:200]}") from e
+    return library.load(text, name)
 
 
 def _pair(merge: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from llm_edge.checkpoint.download import hub
 from llm_edge.checkpoint.download import progress as hub_progress
 from llm_edge.checkpoint.download.hub import fetch_adapter, fetch_checkpoint, is_hub_id
 from llm_edge.runtime.errors import CheckpointError, InputError, LlmEdgeError, MachineError
+from llm_edge.runtime.installation import install_hint
 
 SMALL = {
     "config.json": '{"model_type": "llama"}',
@@ -95,7 +97,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 def sharded(world: World, **weight_map: str) -> None:
     index = json.dumps({"weight_map": {f"tensor.{name}": name for name in SHARDS} | weight_map})
-    world.hub.add("owner/name", SMALL | NEEDLESS | SHARDS | {INDEX: index, "model.safetensors": b"a copy"})
+    world.hub.add("owner/name", SMALL | NEEDLESS | SHARDS | {INDEX: index})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -167,6 +169,12 @@ def test_all_shards_are_downloaded(world: World) -> None:
     index = world.hub.repos["owner/name"][COMMIT][INDEX]
     assert content(folder) == expected(SMALL, SHARDS, {INDEX: index})
     assert world.hub.fetched()[-3:] == sorted(SHARDS)
+
+
+def test_a_whole_file_is_preferred_to_shards_as_transformers_does(world: World) -> None:
+    index = json.dumps({"weight_map": {f"tensor.{name}": name for name in SHARDS}})
+    world.hub.add("owner/name", SMALL | SHARDS | {INDEX: index, "model.safetensors": WEIGHTS})
+    assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -481,7 +489,7 @@ def test_a_cache_path_that_is_not_a_folder_is_an_error(world: World) -> None:
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install 'llm-edge\[export\]'"):
+    with pytest.raises(InputError, match=re.escape(install_hint("export"))):
         fetch_checkpoint("owner/name", print)
 
 

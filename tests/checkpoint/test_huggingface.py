@@ -324,6 +324,8 @@ def test_a_missing_file_is_an_error(folder: Path, name: str) -> None:
     "name", ["config.json", "generation_config.json", "tokenizer_config.json", INDEX, "tokenizer.json"]
 )
 def test_a_file_that_is_not_text_is_an_error(folder: Path, name: str) -> None:
+    if name == INDEX:
+        (folder / WEIGHTS).unlink()  # which takes precedence
     (folder / name).write_bytes(b"\xff\xfe\x00")
     refused(folder, str(folder / name))
 
@@ -438,7 +440,7 @@ def test_defaults_match_transformers() -> None:
     assert [rope.theta for rope in ours.ropes] == [theirs.rope_parameters["rope_theta"]]
 
 
-@pytest.mark.parametrize("value", [-1, "2", True, [2, "x"], 2.0, [[2]]], ids=repr)
+@pytest.mark.parametrize("value", ["2", True, [2, "x"], 2.0, [[2]]], ids=repr)
 def test_an_invalid_token_id_is_an_error(folder: Path, value: Any) -> None:
     edit_json(folder / "generation_config.json", eos_token_id=value)
     refused(folder, "eos_token_id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -333,7 +334,7 @@ def test_json_progress_is_one_object_per_line(
     code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--progress", "json")
     assert (code, errors) == (0, "")
     *lines, last = [json.loads(line) for line in text.splitlines()]
-    assert last.keys() == {"stage", "path", "seconds"}
+    assert last.keys() == {"stage", "path", "seconds", "notes"}
     assert (last["stage"], last["path"]) == ("done", str(tmp_path / "bundle"))
     order = [line["stage"] for line in lines]
     assert order == sorted(order, key=STAGES.index)
@@ -601,3 +602,21 @@ def test_a_bundle_without_fp32_records_the_parity_check(
     assert list(manifest["precisions"]) == ["int4"]
     assert manifest["proof"]["fp32"]["prefill"]["max"] <= MAX_BOUND
     assert not list((tmp_path / "bundle" / "onnx").glob("model.onnx*"))
+
+
+def test_notes_about_the_checkpoint_are_printed_and_stored(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    traced_once: None,
+) -> None:
+    whole = export_module.open_checkpoint
+    note = "config.json: some_key is ignored"
+    monkeypatch.setattr(
+        export_module, "open_checkpoint", lambda *given: dataclasses.replace(whole(*given), notes=(note,))
+    )
+    code, text, _ = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--no-validate", "--precision", "int8")
+    assert code == 0
+    assert f"Note: {note}" in text.splitlines()
+    assert read(tmp_path / "bundle" / "manifest.json")["notes"] == [note]

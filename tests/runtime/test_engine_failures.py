@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from endless import Endless
 
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions, GraphChoice
@@ -88,6 +89,27 @@ def test_a_constraint_that_fails_during_generation(load_engine: Load, tiny_bundl
     assert outcome.startswith("constraint (lark): the answer cannot continue")
 
 
+@pytest.mark.parametrize(
+    ("bans", "named"),
+    [
+        ({"banned_tokens": tuple(range(400))}, "banned_tokens"),
+        ({"banned_first_tokens": tuple(range(400))}, "banned_first_tokens"),
+        ({"banned_tokens": tuple(set(range(400)) - {2}), "min_tokens": 3}, "banned_tokens, min_tokens"),
+        ({"banned_tokens": tuple(set(range(400)) - {70}), "constraint": Constraint.choice(["0"])}, "banned_tokens"),
+    ],
+)
+@pytest.mark.parametrize("base", [GREEDY, DRAWN, replace(DRAWN, top_k=5, top_p=0.9)])
+def test_bans_of_every_token_fail_only_their_request(
+    load_engine: Load, model: Model, base: SamplingParams, bans: dict[str, Any], named: str
+) -> None:
+    params = replace(base, **bans)
+    failed = fails_among_others(load_engine(), model, ParameterError, prompt="Hi", params=params)
+    assert failed.startswith(f"{named}: no token is left to draw as token 1 of the answer")
+    with pytest.raises(ParameterError, match=f"^{named}: no token is left"):
+        model.generate("Hi", params).result()
+    assert model.generate("Hi", base).result().tokens
+
+
 def test_an_invalid_constraint_is_rejected_immediately(load_engine: Load) -> None:
     engine = load_engine()
     with pytest.raises(ParameterError, match=r"^constraint \(regex\): [^\n]+$"):
@@ -160,36 +182,14 @@ def test_a_failing_batch_step_fails_all_its_requests(load_engine: Load, monkeypa
     assert engine.counters().kept_tokens > 0
 
 
-class Stuck:
-    """A graph that hangs in steps of `width` tokens per sequence until it is terminated, like onnxruntime."""
-
-    def __init__(self, graph: Any, times: int) -> None:
-        self._graph = graph
-        self.times = times
-        self.entered = threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._graph, name)
-
-    def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        if self.times:
-            self.times -= 1
-            self.entered.set()
-            until = time.monotonic() + 20
-            while not options.terminate:
-                assert time.monotonic() < until
-                time.sleep(0.005)
-        self._graph.run_with_iobinding(binding, options)  # raises if it is to terminate
-
-
 def test_a_stuck_step_is_terminated(tiny_bundle: Path, model: Model) -> None:
-    loaded = load(tiny_bundle, LoadOptions("fp32", "cpu", 1))
+    loaded = load(tiny_bundle, LoadOptions("fp32", "cpu", 1, step_seconds=0.2))
     assert isinstance(loaded.session, Session)
-    stuck = loaded.session.graph.inference = Stuck(loaded.session.graph.inference, 1)
-    with Engine(loaded, active=1, step_seconds=0.2) as engine:
+    stuck = loaded.session.graph.inference = Endless(loaded.session.graph.inference, 1)
+    with Engine(loaded, active=1) as engine:
         began = time.monotonic()
         first, second = engine.generate(PROMPTS[0], GREEDY), engine.generate(PROMPTS[1], GREEDY)
-        with pytest.raises(MachineError, match=r"^a step over 1 x \d+ tokens failed \([^\n]*\)$"):
+        with pytest.raises(MachineError, match=r"^a step over 1 x \d+ tokens was terminated after 0.2 seconds: .*$"):
             first.result()
         assert 0.2 < time.monotonic() - began < 2
         assert outcome(second.result()) == outcome(model.generate(PROMPTS[1], GREEDY).result())

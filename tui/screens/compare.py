@@ -11,7 +11,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.screen import ModalScreen
-from textual.widgets import Button, Footer, Static
+from textual.widgets import Button, Static
 
 from llm_edge.chat.comparison import Comparison, ComparisonSide
 from llm_edge.chat.history.conversation import Message
@@ -25,6 +25,7 @@ from llm_edge.tui.notifications import notify
 from llm_edge.tui.screens.tokens import TokensScreen
 from llm_edge.tui.widgets.compare_column import SIDES, CompareColumn
 from llm_edge.tui.widgets.composer import Composer
+from llm_edge.tui.widgets.footer import KeyFooter
 from llm_edge.tui.widgets.message_view import MessageView
 from llm_edge.tui.widgets.parameter_fields import ParameterChanged
 from llm_edge.tui.widgets.parameter_panel import ParameterPanel
@@ -95,7 +96,7 @@ class CompareScreen(ModalScreen[str | None]):
             yield CompareColumn(1)
             yield ParameterPanel(self.sides[1].session.parameters, self._presets, self.sides[1].responder.name)
         yield Composer("Ask both. ⏎ to send")
-        yield Footer(compact=True, show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         self.query_one(Composer).write(self._text)

@@ -13,7 +13,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, ItemGrid, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Button, Checkbox, DirectoryTree, Footer, Input, Static
+from textual.widgets import Button, Checkbox, DirectoryTree, Input, Static
 
 from llm_edge.chat.choice import BundleChoice
 from llm_edge.chat.export_process import OPTIONS, SUFFIXES, Export, ExportRequest, named_options, parse_options
@@ -22,6 +22,7 @@ from llm_edge.exporter.options import PRECISIONS, ExportOptions
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.tui.export_manager import ExportJob, ExportManager
 from llm_edge.tui.notifications import notify
+from llm_edge.tui.widgets.footer import KeyFooter
 
 _POLL_INTERVAL = 0.1  # seconds
 _BAR_WIDTH = 24  # columns
@@ -121,7 +122,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
                     yield Button("Export", id="export", variant="primary", compact=True)
                     yield Button("Cancel", id="cancel", compact=True)
             yield Static("", id="progress", markup=False)
-            yield Footer(compact=True, show_command_palette=False)
+            yield KeyFooter()
 
     def on_mount(self) -> None:
         """Hide the options that are rarely needed, and start or show an export."""

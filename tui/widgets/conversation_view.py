@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from textual import work
 from textual.containers import VerticalScroll
@@ -16,7 +17,7 @@ from textual.message import Message as Event
 from textual.timer import Timer
 from textual.widgets import Static
 
-from llm_edge.chat.history.conversation import Message
+from llm_edge.chat.history.conversation import ASSISTANT, Message
 from llm_edge.chat.session import ChatSession
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.notifications import notify
@@ -177,7 +178,16 @@ class ConversationView(VerticalScroll, can_focus=False):
         return [MessageView(message, code_theme=self._code_theme) for message in messages]
 
     def _show_versions(self, views: list[MessageView]) -> None:
+        """Set what views show of their place in the conversation: versions, and parameters that have changed."""
+        known: dict[int, Mapping[str, Any] | None] = {}
+        before: Mapping[str, Any] | None = None
+        for message in self._session.conversation.path():
+            if message.role == ASSISTANT:
+                known[message.id], before = before, message.params
         for view in views:
+            if view.known_params != (params := known.get(view.message.id)):
+                view.known_params = params
+                view.changed()
             siblings = self._session.conversation.siblings(view.message.id)
             view.version = siblings.index(view.message.id) + 1, len(siblings)
 
