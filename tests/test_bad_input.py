@@ -31,6 +31,7 @@ from llm_edge.exporter import cli as export_cli
 from llm_edge.exporter import export as export_module
 from llm_edge.exporter.bundle import manifest as manifest_module
 from llm_edge.exporter.bundle import onnx_writer as graphs_module
+from llm_edge.exporter.bundle import staging as staging_module
 from llm_edge.exporter.graph.trace import trace
 from llm_edge.exporter.progress import STAGES
 from llm_edge.exporter.quantization.recipes import RECIPES
@@ -580,6 +581,7 @@ def test_a_bundle_is_restored_if_its_replacement_cannot_be_renamed(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(staging_module, "exchange", lambda first, second: False)  # as on other systems
     options = ("--force", "--no-validate", "--precision", "int8")
     refused(llm_export(source, "-o", tmp_path / "old", *options), str(tmp_path), code=3)
     assert everything(tmp_path) == before

@@ -33,7 +33,7 @@ def write_manifest(
 ) -> None:
     """Write the manifest, after all other files. It has no times and no paths, so that exports are reproducible."""
     files = {}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for number, name in enumerate(names):
         progress("writing", number / len(names), name)
         files[name] = manifest_entry(folder / name)
