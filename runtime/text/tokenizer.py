@@ -42,11 +42,19 @@ class Tokenizer:
         special_tokens: their text by role (`bos_token`, ...), from tokenizer_config.json.
         bos_token_id, eos_token_id: None if tokenizer_config.json does not name them.
         chat: the chat template, if there is one.
+        tool_chat: the chat template for conversations with tools, if it is another one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: Mapping[str, str], chat: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named: Mapping[str, str],
+        chat: ChatTemplate | None,
+        tool_chat: ChatTemplate | None = None,
+    ) -> None:
         self._backend = backend
         self.chat = chat
+        self.tool_chat = tool_chat
         self.special_tokens = dict(named)
         added = backend.get_added_tokens_decoder()
         self._specials = {token.content: number for number, token in added.items() if token.special}
@@ -70,6 +78,7 @@ class Tokenizer:
         tokenizer_json: Path,
         config: Mapping[str, Any],
         chat_template: str | None,
+        named_templates: Mapping[str, str] | None = None,
         *,
         vocab_size: int | None = None,
     ) -> Tokenizer:
@@ -79,7 +88,10 @@ class Tokenizer:
             tokenizer_json: the file.
             config: content of tokenizer_config.json.
             chat_template: source of the chat template; None = the one in `config`, if any.
+            named_templates: sources of further templates, by name.
             vocab_size: number of tokens of the model, which limits the size of the file.
+
+        Without `chat_template` and `named_templates`, the config's own templates are used.
 
         Raises:
             BundleError: the file, or the config's special tokens, cannot be used.
@@ -99,10 +111,12 @@ class Tokenizer:
                     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
             elif name in ("bos_token", "eos_token"):
                 raise BundleError(f"{tokenizer_json}: no token {token!r}, which tokenizer_config.json names as {name}")
-        if chat_template is None:
-            chat_template = _configured_template(config)
-        chat = ChatTemplate(chat_template, named) if chat_template is not None else None
-        return cls(backend, named, chat)
+        templates = dict(named_templates or {})
+        if chat_template is not None:
+            templates["default"] = chat_template
+        templates = templates or _configured_templates(config)
+        chats = {name: ChatTemplate(text, named) for name, text in templates.items() if name in ("default", "tool_use")}
+        return cls(backend, named, chats.get("default"), chats.get("tool_use"))
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with this text in the vocabulary."""
@@ -170,6 +184,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation rendered with the chat template; see `ChatTemplate.render` and `check_length`.
 
+        As in transformers, the template named `tool_use` is taken if there is one and tools are given.
+
         Special tokens that the template writes become tokens; what messages, tools and other variables spell does not,
         not even where the end of a string and the template's text or another string together spell one. Not covered:
         the ends of strings that equal a literal of the template, and templates that remove from the middle of a string
@@ -180,19 +196,22 @@ class Tokenizer:
             ContextLengthError: the conversation certainly has more than `max_tokens`.
             InputError: the library cannot encode it.
         """
-        if self.chat is None:
-            raise TemplateError("the model has no chat template: give a prompt instead of messages")
+        tools = variables.get("tools")
+        chat = self.tool_chat if tools is not None and self.tool_chat is not None else self.chat
+        if chat is None:
+            only = " without tools" if self.tool_chat is not None else ""
+            raise TemplateError(f"the model has no chat template{only}: give a prompt instead of messages")
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
-        data["tools"] = plain_tools(variables.get("tools"))
-        mask = _Mask(self._special_pattern, self._partial, self.chat.literals, [plain, data, self.chat.source])
+        data["tools"] = plain_tools(tools)
+        mask = _Mask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):
-            text = self.chat.render(plain, **data)
+            text = chat.render(plain, **data)
             self.check_length(text, max_tokens)
             return library.encode(self._backend, text)
-        text = self.chat.render(masked, **masked_data)
+        text = chat.render(masked, **masked_data)
         # In the masked text, only the template can have written the spelling of a special token.
         text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
         text = mask.restore(text)
@@ -240,12 +259,12 @@ def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
     return named
 
 
-def _configured_template(config: Mapping[str, Any]) -> str | None:
+def _configured_templates(config: Mapping[str, Any]) -> dict[str, str]:
     template = config.get("chat_template")
     if isinstance(template, list):  # the former way of storing several
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    return {"default": template} if isinstance(template, str) else {}
 
 
 def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
