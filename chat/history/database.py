@@ -16,8 +16,7 @@ VERSION = 1
 BUSY_TIMEOUT = 5.0  # seconds to wait while another program writes
 _APPLICATION = 0x4C4C4D45  # identifies our files: "LLME"
 
-# Statements are constant, so these also mean that the file is not what was written: a table or a column is missing, or a
-# constraint does not hold.
+# Statements are constant, so these also mean a damaged file: a table or column is missing, a constraint does not hold.
 _DAMAGED = (
     *(sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR),
     *(sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_TOOBIG),
