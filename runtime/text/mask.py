@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llm_edge.runtime.errors import TemplateError
+from llm_edge.runtime.errors import InputError, TemplateError
 
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
 _RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
