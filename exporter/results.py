@@ -31,6 +31,7 @@ class Report:
         style: style of the graphs; None for TorchScript.
         layers: number of layers of the model.
         validation: comparison with the reference; None without validation.
+        notes: what the checkpoint's reader overruled or ignored, one sentence each.
     """
 
     path: Path
@@ -40,3 +41,4 @@ class Report:
     precisions: tuple[PrecisionReport, ...]
     layers: int
     validation: Validation | None
+    notes: tuple[str, ...] = ()

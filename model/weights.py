@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from llm_edge.model.block_weights import BlockKind, BlockReader, SourceBlocks
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.errors import CheckpointError
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Names of the decoder's token embedding and output head; a tied model has no head."""
 
 Convert = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
@@ -124,36 +127,79 @@ def bind_weights(
     load: Callable[[str], Tensor],
     where: str,
     block_reader: BlockReader | None = None,
+    unused: Collection[str] = (),
 ) -> Weights:
     """Apply a weight table to a checkpoint, checking every name and shape before any tensor is read.
 
     `shapes` are those of all tensors of the checkpoint by name, `load` reads one of them, and `where` is the path for
     messages. With a `block_reader`, for checkpoints that store blocks, the table's conversions must only reorder rows.
+    The tensors in `unused` may be left unused.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not used by this model.
     """
     sources: dict[str, tuple[SourceTensor, ...]] = {}
-    used: set[str] = set()
     for name, expected in _expected_shapes(config):
         sources[name] = table.sources(name)
         for source in sources[name]:
             if source.name not in shapes:
                 raise CheckpointError(f"{where}: tensor {source.name} is missing: the checkpoint is incomplete")
-            used.add(source.name)
         if not _has_shape(config, name, sources[name], expected, shapes):
             names = " + ".join(source.name for source in sources[name])
             given = " + ".join(str(shapes[source.name]) for source in sources[name])
             raise CheckpointError(f"{where}: {names} has shape {given}, the config requires {expected}")
-    ignored = re.compile(table.ignored)
-    if config.tie_word_embeddings and "lm_head.weight" in table.outer:
-        used |= {source.name for source in table.sources("lm_head.weight")}
-    unused = sorted(name for name in shapes.keys() - used if not ignored.fullmatch(name))
-    if unused:
-        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        name = ascii(unused[0])[1:-1][:200]
+    unexpected = [name for name in unused_tensors(config, table, shapes) if name not in unused]
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        name = ascii(unexpected[0])[1:-1][:200]
         raise CheckpointError(f"{where}: unexpected tensor {name}{more}: this variant of the model is not supported")
     return Weights(sources, load, block_reader)
+
+
+def unused_tensors(config: ModelConfig, table: WeightTable, names: Iterable[str]) -> list[str]:
+    """Return the tensors of a checkpoint that a model neither uses nor ignores, sorted."""
+    used = {source.name for name, _ in _expected_shapes(config) for source in table.sources(name)}
+    if config.tie_word_embeddings and HEAD in table.outer:
+        used |= {source.name for source in table.sources(HEAD)}
+    return sorted(name for name in names if name not in used and not re.fullmatch(table.ignored, name))
+
+
+def resolve_tied_head(
+    config: ModelConfig,
+    table: WeightTable,
+    shapes: Mapping[str, Shape],
+    load: Callable[[str], Tensor],
+) -> tuple[ModelConfig, WeightTable, str | None]:
+    """Decide as transformers 5 does whether a model whose config ties its head to the embedding is tied.
+
+    If the checkpoint stores two different weights, the config is overruled. If it stores only the head's weight, which
+    is a name that savers of shared tensors may keep, the embedding is read from there.
+
+    Args:
+        config: of the model.
+        table: of the family.
+        shapes: shapes of all tensors of the checkpoint by name.
+        load: reads one of them.
+
+    Returns:
+        Config and table to bind the weights with, and a note for the user if the config was overruled.
+    """
+    if not config.tie_word_embeddings or HEAD not in table.outer:
+        return config, table, None
+    (embedding, *_), (head, *_) = table.sources(EMBEDDING), table.sources(HEAD)
+    if head.name not in shapes:
+        return config, table, None
+    if embedding.name not in shapes:
+        return config, dataclasses.replace(table, outer={**table.outer, EMBEDDING: table.outer[HEAD]}), None
+    if shapes[head.name] == shapes[embedding.name] and torch.equal(
+        load(head.name).float(), load(embedding.name).float()
+    ):
+        return config, table, None
+    note = (
+        f"tie_word_embeddings is true, but {head.name} differs from {embedding.name}: exported with its own output "
+        "head, as transformers loads it"
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False), table, note
 
 
 def half_split(head_dim: int) -> Convert:

@@ -19,7 +19,8 @@ SCREENS = ("textual", "fastapi", "starlette", "uvicorn")
 ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "runtime": {},
     "model": {"runtime": {"errors", "safe_io"}},
-    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "installation", "safe_io"}},
+    # runtime.text checks tokenizers of checkpoints; runtime.sampling says what a generation_config.json means.
+    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "installation", "safe_io", "sampling", "text"}},
     # runtime.bundle defines the folder format; runtime.backend runs graphs for validation.
     "exporter": {
         "model": None,

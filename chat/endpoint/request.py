@@ -32,7 +32,7 @@ def body(model: str, messages: Sequence[Message], params: SamplingParams) -> dic
     for name, spec in PARAMETERS.items():
         value, api = getattr(params, name), spec.api
         # Where a server has its own default for a standard parameter, the displayed value is sent all the same.
-        if value == spec.default and not (api.openai and api.generation_config):
+        if value == spec.default and not (api.openai and api.generation_config and spec.between):
             continue
         if spec.kind == "constraint":
             arguments["response_format"] = _response_format(value)

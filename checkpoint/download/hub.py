@@ -34,7 +34,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIGS = ("config.json", "generation_config.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _VOCABULARY = ("vocab.json", "merges.txt", "added_tokens.json")  # if there is no tokenizer.json
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one found, whole or in shards with an index
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one found, whole or else in shards with an index
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -95,7 +95,7 @@ def fetch_adapter(
 def _weights(hub_id: str, sizes: Mapping[str, int]) -> str:
     """Return the name of the weight file, or of the index of the shards."""
     for name in _WEIGHTS:
-        for found in (f"{name}.index.json", name):
+        for found in (name, f"{name}.index.json"):  # transformers' order
             if found in sizes:
                 return found
     only = [name for name in sizes if name.endswith(".safetensors") and name not in _ADAPTER]

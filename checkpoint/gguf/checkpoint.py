@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_edge.checkpoint.base import Checkpoint, Source, by_frequency, hash_file
-from llm_edge.checkpoint.gguf.config import hf_config, recommended_sampling
+from llm_edge.checkpoint.gguf.config import hf_config
 from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.sampling import recommended_sampling
+from llm_edge.checkpoint.gguf.split import base_name
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
@@ -25,7 +27,7 @@ _OUTER: Mapping[str, Sources] = {
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Read a GGUF file.
+    """Read a GGUF file, or all parts of a split model given the first.
 
     Raises:
         CheckpointError: the file is damaged, or its architecture or a setting is not supported.
@@ -48,6 +50,7 @@ def read_gguf(path: Path) -> Checkpoint:
     tokens = len(file.meta_strings("tokenizer.ggml.tokens"))
     if tokens > config.vocab_size:
         file.fail(f"has {tokens} tokens, but an embedding of {config.vocab_size} rows: convert the model again")
+    sampling, notes = recommended_sampling(file)
     eos = list(tokenizer.eos_token_ids)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -59,13 +62,14 @@ def read_gguf(path: Path) -> Checkpoint:
         hf_config=raw.used,
         weights=weights,
         tokenizer=tokenizer,
-        generation={**{key: value for key, value in ids.items() if value is not None}, **recommended_sampling(file)},
+        generation={**{key: value for key, value in ids.items() if value is not None}, **sampling},
         source=Source(
-            name=path.stem,
+            name=base_name(path),
             format="GGUF",
-            files=(hash_file(path),),
+            files=tuple(map(hash_file, file.parts)),
             weight_types=by_frequency(tensor.ggml_type.name for tensor in file.tensors.values()),
         ),
+        notes=notes,
     )
 
 

@@ -40,13 +40,6 @@ _NEUTRAL: Mapping[str, Any] = {
     "logit_scale": 1, "expert_count": 0, "expert_used_count": 0, "nextn_predict_layers": 0, "pooling_type": 0,
     "rope.scaling.alpha": 0, "rope.scaling.yarn_ext_factor": 1, "rope.scaling.yarn_log_multiplier": 0,
 }  # fmt: skip
-# Key after `general.sampling.` -> name in generation_config.json, maximum
-_SAMPLING = {
-    "temp": ("temperature", 100),
-    "top_k": ("top_k", 2**31 - 1),
-    "top_p": ("top_p", 1),
-    "min_p": ("min_p", 1),
-}
 
 
 def hf_config(file: GGUFFile) -> dict[str, Any]:
@@ -101,22 +94,6 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     if architecture == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     return config
-
-
-def recommended_sampling(file: GGUFFile) -> dict[str, Any]:
-    """Return the sampling parameters that the file recommends, with the keys of `generation_config.json`."""
-    found: dict[str, Any] = {}
-    for key, (name, maximum) in _SAMPLING.items():
-        key = f"general.sampling.{key}"
-        if key not in file.metadata:
-            continue
-        if name == "top_k":
-            found[name] = file.meta_int(key, minimum=0, maximum=maximum)
-        else:
-            found[name] = _number(file, key, minimum=0, maximum=maximum)
-    if not found or found.get("temperature") == 0:  # greedy, which is the default
-        return {}
-    return {"do_sample": True, **found}
 
 
 def _gemma3_keys(file: GGUFFile, config: Mapping[str, Any], window: int) -> dict[str, Any]:

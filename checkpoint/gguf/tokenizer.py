@@ -1,82 +1,24 @@
 """Reads the tokenizer of a GGUF file and converts it to the files of a Hugging Face tokenizer.
 
 For byte-level BPE, GGUF stores the vocabulary, the merges and the type of every token, but only the *name* of the
-pre-tokenizer (`tokenizer.ggml.pre`); `_PRE_TOKENIZERS` lists the supported names. SentencePiece vocabularies are
-converted in `sentencepiece.py`.
+pre-tokenizer (`tokenizer.ggml.pre`), see `pre_tokenizers.py`. SentencePiece vocabularies are converted in
+`sentencepiece.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, processors
 from tokenizers.models import BPE
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.gguf import sentencepiece
+from llm_edge.checkpoint.gguf.end_tokens import find_end_tokens, token_id
 from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS, UNSUPPORTED, PreTokenizer
 from llm_edge.checkpoint.gguf.sentencepiece import CONTROL, UNKNOWN, USER_DEFINED
-
-# Control tokens that end a turn in addition to `eos_token_id`, if the chat template uses them.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_CAPITALIZED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPERCASE = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_TEKKEN = rf"{_CAPITALIZED}|{_UPPERCASE}|\p{{N}}{_AFTER_NUMBERS}"
-_GPT4O = rf"{_CAPITALIZED}{_CONTRACTION}|{_UPPERCASE}{_CONTRACTION}|\p{{N}}{{1,3}}{_AFTER_NUMBERS}"
-
-
-@dataclass(frozen=True, slots=True)
-class _PreTokenizer:
-    """Pre-tokenization of a family, and the settings that llama.cpp derives from its name."""
-
-    split: Callable[[], Any]
-    normalizer: Callable[[], Any] | None = None
-    ignore_merges: bool = False  # a word in the vocabulary is one token even if no merges form it
-    add_bos: bool = False  # default of add_bos_token
-
-
-def _gpt2() -> Any:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _digits() -> Any:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _regex(pattern: str) -> Callable[[], Any]:
-    def build() -> Any:
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-    return build
-
-
-# Names that llama.cpp's converter writes, and the pre-tokenizer of the family's tokenizer.json. "default" is
-# deliberately not supported: llama.cpp itself warns that the pre-tokenizer it uses for it degrades the output.
-_PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
-    "gpt-2": _PreTokenizer(_gpt2),
-    "phi-2": _PreTokenizer(_gpt2),
-    "smollm": _PreTokenizer(_digits),
-    "starcoder": _PreTokenizer(_digits),
-    "refact": _PreTokenizer(_digits),
-    "codeshell": _PreTokenizer(_digits),
-    "llama-bpe": _PreTokenizer(_regex(_LLAMA3), ignore_merges=True, add_bos=True),
-    "llama-v3": _PreTokenizer(_regex(_LLAMA3), ignore_merges=True, add_bos=True),
-    "llama3": _PreTokenizer(_regex(_LLAMA3), ignore_merges=True, add_bos=True),
-    "qwen2": _PreTokenizer(_regex(_QWEN2), normalizer=normalizers.NFC),
-    "tekken": _PreTokenizer(_regex(_TEKKEN), ignore_merges=True, add_bos=True),
-    "gpt-4o": _PreTokenizer(_regex(_GPT4O)),
-}
 
 
 def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:
@@ -99,6 +41,8 @@ def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:
         duplicate = next(token for index, token in enumerate(tokens) if vocab[token] != index)
         gguf.fail(f"has the token {duplicate[:80]!a} twice in its vocabulary: convert the model again")
     types = _token_types(gguf, len(tokens), required=is_sentencepiece)
+    ends = find_end_tokens(gguf, vocab)
+    types = [CONTROL if index in ends else each for index, each in enumerate(types)]
     roles = _roles(gguf, types, sentencepiece.DEFAULT_ROLES if is_sentencepiece else {})
     bos, eos = roles["bos_token"], roles["eos_token"]
     add_bos_default = is_sentencepiece if pre is None else pre.add_bos
@@ -116,9 +60,8 @@ def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:
         tokenizer.post_processor = _post_processor(gguf, before, after)
     tokenizer.add_tokens(list(added.values()))
 
-    chat_template = gguf.meta_str("tokenizer.chat_template", default="") or None
     named = {role: tokens[index] for role, index in roles.items() if index is not None}
-    config: dict[str, Any] = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(before),
         "add_eos_token": bool(after),
@@ -126,41 +69,51 @@ def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:
         "added_tokens_decoder": {str(index): _as_dict(token) for index, token in added.items()},
         **{role: named.get(role) for role in roles},
         "clean_up_tokenization_spaces": False,
+        **_max_length(gguf),
     }
-    context = f"{gguf.meta_str('general.architecture')}.context_length"
-    if context in gguf.metadata:
-        config["model_max_length"] = gguf.meta_int(context, minimum=1)
     return TokenizerAssets(
         tokenizer_json=tokenizer.to_str(pretty=not is_sentencepiece),
         tokenizer_config=config,
         special_tokens_map=dict(named),
-        chat_template=chat_template,
+        chat_template=gguf.meta_str("tokenizer.chat_template", default="") or None,
         bos_token_id=bos,
-        eos_token_ids=_eos_ids(gguf, vocab, types, eos, chat_template or ""),
+        eos_token_ids=tuple(dict.fromkeys([eos, *ends] if eos is not None else ends)),
         pad_token_id=roles["pad_token"],
+        named_templates=_named_templates(gguf),
     )
 
 
-def _build_byte_level(gguf: GGUFFile, vocab: dict[str, int], pre: _PreTokenizer) -> Tokenizer:
+def _named_templates(gguf: GGUFFile) -> dict[str, str]:
+    """Return the template for conversations with tools; llama.cpp uses no other one."""
+    tools = gguf.meta_str("tokenizer.chat_template.tool_use", default="")
+    return {"tool_use": tools} if tools else {}
+
+
+def _max_length(gguf: GGUFFile) -> dict[str, int]:
+    context = f"{gguf.meta_str('general.architecture')}.context_length"
+    return {"model_max_length": gguf.meta_int(context, minimum=1)} if context in gguf.metadata else {}
+
+
+def _build_byte_level(gguf: GGUFFile, vocab: dict[str, int], pre: PreTokenizer) -> Tokenizer:
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=_merges(gguf, vocab), ignore_merges=pre.ignore_merges))
     if pre.normalizer is not None:
         tokenizer.normalizer = pre.normalizer()
-    tokenizer.pre_tokenizer = pre.split()
+    tokenizer.pre_tokenizer = pre.build()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _pre_tokenizer(gguf: GGUFFile) -> _PreTokenizer:
+def _pre_tokenizer(gguf: GGUFFile) -> PreTokenizer:
     name = gguf.meta_str("tokenizer.ggml.pre", default="default")
     if name == "default":
         gguf.fail(
             "does not name its pre-tokenizer (tokenizer.ggml.pre), so text would be split incorrectly: "
             "convert the model again with a current llama.cpp"
         )
-    found = _PRE_TOKENIZERS.get(name)
+    found = PRE_TOKENIZERS.get(name)
     if found is None:
-        supported = ", ".join(sorted(_PRE_TOKENIZERS))
-        gguf.fail(f"the pre-tokenizer {name[:80]!a} is not supported; supported: {supported}")
+        known = "is not supported" if name in UNSUPPORTED else "(tokenizer.ggml.pre) is not known"
+        gguf.fail(f"the pre-tokenizer {name[:80]!a} {known}: export the model's Hugging Face folder instead")
     return found
 
 
@@ -177,16 +130,11 @@ def _roles(gguf: GGUFFile, types: list[int], defaults: Mapping[str, int]) -> dic
         "unk_token": "unknown_token_id",
         "pad_token": "padding_token_id",
     }
-    roles = {role: _token_id(gguf, key, len(types)) for role, key in keys.items()}
+    roles = {role: token_id(gguf, key, len(types)) for role, key in keys.items()}
     for role, index in defaults.items():
         if roles[role] is None and index < len(types) and types[index] in (UNKNOWN, CONTROL):
             roles[role] = index
     return roles
-
-
-def _token_id(gguf: GGUFFile, key: str, n_tokens: int) -> int | None:
-    key = f"tokenizer.ggml.{key}"
-    return gguf.meta_int(key, minimum=0, maximum=n_tokens - 1) if key in gguf.metadata else None
 
 
 def _flag(gguf: GGUFFile, key: str, token_key: str, *, default: bool, token: int | None) -> bool:
@@ -215,17 +163,6 @@ def _added_tokens(tokens: list[str], types: list[int], with_role: set[int]) -> d
         if token and (special or token_type == USER_DEFINED):
             added[index] = AddedToken(token, normalized=False, special=special)
     return added
-
-
-def _eos_ids(
-    gguf: GGUFFile, vocab: dict[str, int], types: list[int], eos: int | None, chat_template: str
-) -> tuple[int, ...]:
-    ids = [eos, _token_id(gguf, "eot_token_id", len(vocab)), _token_id(gguf, "eom_token_id", len(vocab))]
-    for token in _TURN_ENDS:
-        index = vocab.get(token)
-        if index is not None and types[index] == CONTROL and token in chat_template:
-            ids.append(index)
-    return tuple(dict.fromkeys(index for index in ids if index is not None))
 
 
 def _post_processor(gguf: GGUFFile, before: list[tuple[str, int]], after: list[tuple[str, int]]) -> Any:

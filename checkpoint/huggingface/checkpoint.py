@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llm_edge.checkpoint.base import Checkpoint, Source, hash_file
-from llm_edge.checkpoint.huggingface.tokenizer import read_generation, read_tokenizer
-from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, find_weight_files
+from llm_edge.checkpoint.base import Checkpoint, OriginalModel, Source, hash_file
+from llm_edge.checkpoint.huggingface.generation import read_generation
+from llm_edge.checkpoint.huggingface.stray_tensors import find_stray_tensors
+from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
+from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.lora.adapter import Adapter
+from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
+from llm_edge.model.config import ModelConfig
 from llm_edge.model.config_reader import ConfigReader
+from llm_edge.model.family import Family
 from llm_edge.model.registry import find_family
-from llm_edge.model.weights import bind_weights
+from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json, short_repr
+from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
+
+_ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
 
 
 def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
@@ -25,7 +34,7 @@ def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not supported.
     """
-    return _read(folder / "config.json", find_weight_files(folder), folder, folder.resolve().name, adapter)
+    return _read(folder / "config.json", None, folder, folder.resolve().name, adapter)
 
 
 def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: Adapter | None = None) -> Checkpoint:
@@ -50,14 +59,83 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
             "give the model's Hugging Face config with --config"
         )
     folder = found.parent if tokenizer is None else tokenizer.parent if tokenizer.is_file() else tokenizer
-    return _read(found, [path], folder, path.stem, adapter)
+    return _read(found, WeightPaths((path,)), folder, path.stem, adapter)
 
 
 def _read(
-    config_path: Path, weight_paths: list[Path], tokenizer: Path, name: str, adapter: Adapter | None
+    config_path: Path, found: WeightPaths | None, tokenizer: Path, name: str, adapter: Adapter | None
 ) -> Checkpoint:
     content = read_json(config_path, MIB, error=CheckpointError)
     raw = ConfigReader(content, str(config_path))
+    family, config = _read_config(raw)
+    whole_folder = found is None
+    found = found or find_weight_files(config_path.parent, content.get("transformers_weights"))
+    files = WeightFiles(found)
+    where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
+    table = family.weight_table(config, raw)
+    stored, prefix_notes = _stored_names(files, family, table, where)
+    shapes = {full_name: files.tensors[stored_name].shape for full_name, stored_name in stored.items()}
+
+    def load_base(full_name: str) -> torch.Tensor:
+        return files.load(stored[full_name])
+
+    config, table, tied_note = resolve_tied_head(config, table, shapes, load_base)
+    stray = find_stray_tensors(config, table, shapes, load_base, where)
+    load = load_base if adapter is None else _merge(adapter, family, config, shapes, load_base)
+    for full_name, stored_name in stored.items():
+        if full_name not in stray.names and not re.fullmatch(table.ignored, full_name):
+            files.check_type(stored_name)
+    weights = bind_weights(config, table, shapes, load, where, unused=stray.names)
+    generation, ignored = read_generation(config_path.parent, content)
+    raw.value("architectures")
+    source = Source(
+        name=name if adapter is None else f"{name} + {adapter.name}",
+        format=files.format,
+        files=(*map(hash_file, found.paths), *(adapter.files if adapter is not None else ())),
+        weight_types=files.types,
+    )
+    return Checkpoint(
+        config,
+        {**raw.used, **({"tie_word_embeddings": False} if tied_note else {})},
+        weights,
+        read_tokenizer(tokenizer, generation),
+        generation,
+        source,
+        original=OriginalModel(
+            content,
+            folder=config_path.parent if whole_folder else None,
+            names=tuple(shapes),
+            load=load_base,
+            adapter=adapter.folder if adapter is not None else None,
+        ),
+        notes=(
+            *_duplicate_keys(config_path),
+            *found.notes,
+            *prefix_notes,
+            *([f"config.json: {tied_note}"] if tied_note else []),
+            *stray.notes,
+            *ignored,
+        ),
+    )
+
+
+def _merge(
+    adapter: Adapter,
+    family: Family,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    load: Callable[[str], torch.Tensor],
+) -> Callable[[str], torch.Tensor]:
+    return adapter.wrap(
+        shapes,
+        load,
+        transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
+        tied_head=config.tie_word_embeddings,
+    )
+
+
+def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
+    """Return the family of a config and the config in its form."""
     raw.require("is_causal", True)
     quantization = raw.section("quantization_config")
     if quantization is not None:
@@ -65,41 +143,40 @@ def _read(
         raw.fail(
             f"quantization_config: weights quantized by {method} are not supported: give the model before quantization"
         )
-    family = find_family(raw.text("model_type"), str(config_path))
+    family = find_family(raw.text("model_type"), raw.where)
     try:
-        config = family.read_config(raw)
+        return family, family.read_config(raw)
     except CheckpointError as error:  # `ModelConfig` does not name the file
         message = str(error)
-        raise CheckpointError(
-            message if message.startswith(str(config_path)) else f"{config_path}: {message}"
-        ) from error
-    files = WeightFiles(weight_paths)
-    stored = family.stored_names(files.tensors)
-    load: Callable[[str], torch.Tensor] = files.load
-    if adapter is not None:
-        load = adapter.wrap(
-            {name: info.shape for name, info in files.tensors.items()},
-            load,
-            transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
-            tied_head=config.tie_word_embeddings,
-        )
-    table = family.weight_table(config, raw)
-    for full_name, stored_name in stored.items():
-        if not re.fullmatch(table.ignored, full_name):
-            files.check_type(stored_name)
-    weights = bind_weights(
-        config,
-        table,
-        {full_name: files.tensors[stored_name].shape for full_name, stored_name in stored.items()},
-        lambda full_name: load(stored[full_name]),
-        where=str(weight_paths[0] if len(weight_paths) == 1 else weight_paths[0].parent),
-    )
-    generation = read_generation(config_path.parent, content)
-    raw.value("architectures")
-    source = Source(
-        name=name if adapter is None else f"{name} + {adapter.name}",
-        format=files.format,
-        files=(*map(hash_file, weight_paths), *(adapter.files if adapter is not None else ())),
-        weight_types=files.types,
-    )
-    return Checkpoint(config, raw.used, weights, read_tokenizer(tokenizer, generation), generation, source)
+        raise CheckpointError(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error
+
+
+def _stored_names(
+    files: WeightFiles, family: Family, table: WeightTable, where: str
+) -> tuple[dict[str, str], list[str]]:
+    """Return the stored names by the names of the weight table, and a note if the model is within another module."""
+    inner = table.sources(_ANCHOR)[0].name.removeprefix(family.base_prefix)
+    prefix = find_prefix(files.tensors, inner, family.base_prefix, where)
+    try:
+        stored = family.stored_names(files.tensors, family.base_prefix if prefix is None else prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    if prefix is None or prefix in ("", family.base_prefix):
+        return stored, []
+    return stored, [f"the model is read from the module {prefix.removesuffix(family.base_prefix).removesuffix('.')}"]
+
+
+def _duplicate_keys(path: Path) -> list[str]:
+    """Return a note about the keys that a JSON file gives twice; the last value counts, as in transformers."""
+    twice: set[str] = set()
+
+    def remember(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: set[str] = set()
+        twice.update(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        return dict(pairs)
+
+    json.loads(read_text(path, MIB, error=CheckpointError), object_pairs_hook=remember)
+    if not twice:
+        return []
+    shown = ", ".join(short_repr(key) for key in sorted(twice)[:3])
+    return [f"{path.name}: {shown} given twice: the last value counts"]

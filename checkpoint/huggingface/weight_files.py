@@ -1,8 +1,9 @@
-"""Finds the weight files of a Hugging Face checkpoint and reads tensors from them."""
+"""Finds the weight files of a Hugging Face checkpoint, as transformers does, and reads tensors from them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,21 +12,52 @@ from llm_edge.checkpoint.base import by_frequency
 from llm_edge.checkpoint.tensors.tensor_data import TYPE_NAMES, TensorInfo
 from llm_edge.checkpoint.tensors.tensor_file import TensorFile, open_tensor_file
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import read_json
+from llm_edge.runtime.safe_io import read_json, short_repr
+
+_INDEX = ".index.json"
+_STANDARD_NAMES = (  # in transformers' order of precedence (modeling_utils.py: _get_resolved_checkpoint_files)
+    "model.safetensors",
+    f"model.safetensors{_INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX}",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPaths:
+    """The files that hold a model's weights.
+
+    Attributes:
+        paths: one file, or the shards in the order of their names.
+        index: the table of shards, or None.
+        notes: files that were left aside, one sentence each.
+    """
+
+    paths: tuple[Path, ...]
+    index: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 class WeightFiles:
-    """The tensors of one file, or of all shards."""
+    """The tensors of one file, or of all shards.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    A tensor may be stored in several shards. If the copies differ, they must not be ambiguous: an index names the copy
+    that counts, whereas transformers reads the shards in order and keeps the last one.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two shards have different tensors of one name.
+    """
+
+    def __init__(self, found: WeightPaths) -> None:
         self._files: dict[str, TensorFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self.format = "safetensors" if paths[0].suffix == ".safetensors" else "PyTorch"
-        for path in paths:
+        self.format = "safetensors" if found.paths[0].suffix == ".safetensors" else "PyTorch"
+        shard_of = _weight_map(found.index) if found.index is not None else {}
+        for path in found.paths:
             file = open_tensor_file(path)
             for name, info in file.tensors.items():
                 if name in self._files:
-                    raise CheckpointError(f"{path}: tensor {name} is also in {self._files[name].path.name}")
+                    _check_copies(name, self._files[name], file, shard_of.get(file.stored_name(name)))
                 self._files[name] = file
                 self.tensors[name] = info
 
@@ -48,31 +80,71 @@ class WeightFiles:
         return self._files[name].load(name)
 
 
-def find_weight_files(folder: Path) -> list[Path]:
-    """Return the files that an index names, else the file of the standard name, else the only safetensors file."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        if index.exists() or whole.exists():
-            paths = _shards(index) if index.exists() else [whole]
-            break
+def find_weight_files(folder: Path, named_by_config: object = None) -> WeightPaths:
+    """Return the weight files of a folder: those that transformers loads, else the only safetensors file.
+
+    Args:
+        folder: the checkpoint.
+        named_by_config: `transformers_weights` of `config.json`, a file in the folder that takes precedence.
+
+    Raises:
+        CheckpointError: there are no weights, a file is missing, or the index is invalid.
+    """
+    if named_by_config is not None:
+        chosen = folder / _plain_name(named_by_config, folder)
+        others: list[Path] = []
     else:
-        paths = sorted(folder.glob("*.safetensors"))
-        if len(paths) != 1:
-            found = f"{len(paths)} .safetensors files and no model.safetensors.index.json" if paths else "no weights"
-            raise CheckpointError(
-                f"{folder} has {found}: model.safetensors, pytorch_model.bin or shards with their index are required"
-            )
-    for path in paths:
+        existing = [folder / name for name in _STANDARD_NAMES if (folder / name).exists()]
+        chosen, *others = existing or [_only_safetensors(folder)]
+    if chosen.name.endswith(_INDEX):
+        weights = sorted({chosen.parent / name for name in _weight_map(chosen).values()})
+        found = WeightPaths(tuple(weights), chosen)
+    else:
+        # Folders often have both formats; only a second table of the same format suggests different weights.
+        stale = [path.name for path in others if path.name == f"{chosen.name}{_INDEX}"]
+        notes = [f"{name} and its shards are ignored: transformers loads {chosen.name}" for name in stale]
+        found = WeightPaths((chosen,), notes=tuple(notes))
+    for path in found.paths:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
-    return paths
+    return found
 
 
-def _shards(index: Path) -> list[Path]:
+def _plain_name(name: object, folder: Path) -> str:
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith((".safetensors", _INDEX)):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers_weights is {short_repr(name)}, not a safetensors file here"
+        )
+    return name
+
+
+def _only_safetensors(folder: Path) -> Path:
+    paths = sorted(folder.glob("*.safetensors"))
+    if len(paths) != 1:
+        found = f"{len(paths)} .safetensors files and no model.safetensors{_INDEX}" if paths else "no weights"
+        raise CheckpointError(
+            f"{folder} has {found}: model.safetensors, pytorch_model.bin or shards with their index are required"
+        )
+    return paths[0]
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Return the file name of every tensor that an index lists."""
     shards = read_json(index, error=CheckpointError).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{index}: weight_map is not a table of file names")
-    names = sorted(set(shards.values()))
-    if any(Path(name).name != name for name in names):
+    if any(Path(name).name != name for name in shards.values()):
         raise CheckpointError(f"{index}: weight_map names files outside the folder")
-    return [index.parent / name for name in names]
+    return shards
+
+
+def _check_copies(name: str, first: TensorFile, second: TensorFile, indexed: str | None) -> None:
+    """Raise CheckpointError if two shards have different copies of a tensor, and the index does not name the last."""
+    same = first.tensors[name] == second.tensors[name] and torch.equal(first.load(name), second.load(name))
+    if same or indexed == second.path.name:
+        return
+    raise CheckpointError(
+        f"{second.path}: tensor {short_repr(name)} differs from that in {first.path.name}"
+        + (", which the index names, but transformers would load this one" if indexed else "")
+        + ": remove the wrong copy"
+    )

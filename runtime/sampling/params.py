@@ -48,18 +48,23 @@ class SamplingParams:
     )
     banned_tokens: tuple[int, ...] = parameter(
         (), "Banned tokens", "never draw these token ids", group="tokens",
+        api=Api(generation_config="suppress_tokens"),
+        detail="Ids outside the vocabulary are ignored. An answer fails if no token is left."
+    )
+    banned_first_tokens: tuple[int, ...] = parameter(
+        (), "Banned first tokens", "never begin an answer with these token ids", group="tokens",
+        api=Api(generation_config="begin_suppress_tokens"),
         detail="Ids outside the vocabulary are ignored."
     )
     min_tokens: int = parameter(
         0, "Min tokens", "minimum answer length in tokens; 0 = none", group="limits", between=(0, _MAX_INT),
-        slider=Slider(0, 4096, 16),
+        slider=Slider(0, 4096, 16), api=Api(generation_config="min_new_tokens"),
         detail="End tokens are banned until then."
     )
     no_repeat_ngram: int = parameter(
         0, "No-repeat n-gram", "ban tokens that would repeat an n-gram of this size; 0 = off", group="penalties",
-        between=(0, 64), slider=Slider(0, 20, 1),
-        detail="2 to 64 tokens; 1 allows no token twice. The prompt counts. As transformers' "
-        "no_repeat_ngram_size."
+        between=(0, 64), slider=Slider(0, 20, 1), api=Api(generation_config="no_repeat_ngram_size"),
+        detail="2 to 64 tokens; 1 allows no token twice. The prompt counts."
     )
     repetition_penalty: float = parameter(
         1.0, "Repetition penalty", "above 1 makes recent tokens less likely", group="penalties",
@@ -120,14 +125,15 @@ class SamplingParams:
     )
     mirostat_tau: float = parameter(
         0.0, "Mirostat", "target surprise in bits per token; replaces the other filters; 0 = off", group="sampling",
-        between=(0.0, 100.0), order=10, slider=Slider(0.0, 10.0, 0.5), api=Api(llamacpp="mirostat_tau"),
+        between=(0.0, 100.0), order=10, slider=Slider(0.0, 10.0, 0.5),
+        api=Api(llamacpp="mirostat_tau", generation_config="mirostat_tau"),
         detail="Mirostat 2, https://arxiv.org/abs/2007.14966: keeps the tokens up to a surprise (-log2 of the "
         "probability) that is adjusted after every token so that it is this on average; 5 is usual. At "
         "least one token is kept."
     )
     mirostat_eta: float = parameter(
         0.1, "Mirostat rate", "how fast Mirostat adjusts", group="sampling", between=(0.0, 1.0),
-        slider=Slider(0.0, 1.0, 0.05), api=Api(llamacpp="mirostat_eta"),
+        slider=Slider(0.0, 1.0, 0.05), api=Api(llamacpp="mirostat_eta", generation_config="mirostat_eta"),
         detail="The fraction of the last error by which the surprise limit moves."
     )
     top_n_sigma: float = parameter(
@@ -155,25 +161,35 @@ class SamplingParams:
     typical_p: float = parameter(
         1.0, "Typical-p",
         "sample from the tokens of most typical surprise that together reach this probability; 1 = all",
-        group="sampling", between=(0.0, 1.0), slider=Slider(0.05, 1.0, 0.05), api=Api(llamacpp="typical_p"),
+        group="sampling", between=(0.0, 1.0), slider=Slider(0.05, 1.0, 0.05),
+        api=Api(llamacpp="typical_p", generation_config="typical_p"),
         detail="Those whose surprise is nearest to the entropy come first; all as near as the last are kept. "
         "The most likely token may be dropped. https://arxiv.org/abs/2202.00666"
     )
     epsilon_cutoff: float = parameter(
         0.0, "Epsilon cutoff", "drop tokens less likely than this probability; 0 = off", group="sampling",
-        between=(0.0, 1.0), slider=Slider(0.0, 0.01, 0.0005),
+        between=(0.0, 1.0), slider=Slider(0.0, 0.01, 0.0005), api=Api(generation_config="epsilon_cutoff"),
         detail="At least one is kept. Usual values are 3e-4 to 9e-4. https://arxiv.org/abs/2210.15191"
+    )
+    eta_cutoff: float = parameter(
+        0.0, "Eta cutoff", "drop tokens less likely than this, or than the entropy suggests; 0 = off",
+        group="sampling", between=(0.0, 1.0), slider=Slider(0.0, 0.01, 0.0005),
+        api=Api(generation_config="eta_cutoff"),
+        detail="The limit is the smaller of eta and sqrt(eta) * exp(-entropy). At least one is kept. Usual values "
+        "are 3e-4 to 2e-3. https://arxiv.org/abs/2210.15191"
     )
     xtc_probability: float = parameter(
         0.0, "XTC", "how often the most likely tokens are excluded; 0 = off", group="sampling", between=(0.0, 1.0),
-        order=9, slider=Slider(0.0, 1.0, 0.05), api=Api(llamacpp="xtc_probability"),
+        order=9, slider=Slider(0.0, 1.0, 0.05),
+        api=Api(llamacpp="xtc_probability", generation_config="xtc_probability"),
         detail='"Exclude top choices": for this fraction of tokens, all candidates at least xtc_threshold '
         "likely are dropped except the least likely of them. "
         "https://github.com/oobabooga/text-generation-webui/pull/6335"
     )
     xtc_threshold: float = parameter(
         0.1, "XTC threshold", "probability from which XTC counts a token as a top choice", group="sampling",
-        between=(0.0, 1.0), slider=Slider(0.0, 0.5, 0.01), api=Api(llamacpp="xtc_threshold"),
+        between=(0.0, 1.0), slider=Slider(0.0, 0.5, 0.01),
+        api=Api(llamacpp="xtc_threshold", generation_config="xtc_threshold"),
         detail="Above 0.5 there are no two such tokens, and nothing happens."
     )
     seed: int | None = parameter(
@@ -189,7 +205,7 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = parameter(
         (), "Stop strings", "end the answer before any of these texts", group="limits", order=15,
-        api=Api(openai="stop", llamacpp="stop"),
+        api=Api(openai="stop", llamacpp="stop", generation_config="stop_strings"),
         detail="One string may be given alone. Reasoning is not searched."
     )
     stop_token_ids: tuple[int, ...] = parameter(

@@ -6,12 +6,12 @@ logits [V], then the filters, then `draw`. Each filter shrinks the row to what i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from llm_edge.runtime.errors import LogitsError
+from llm_edge.runtime.errors import LogitsError, ParameterError
 from llm_edge.runtime.sampling import transforms
 from llm_edge.runtime.sampling.history import Counts, Ngrams, Repetitions
 from llm_edge.runtime.sampling.parameter_spec import refused
@@ -37,8 +37,9 @@ class LogitsProcessor(Protocol):
 class Sampler:
     """Draws the tokens of one answer, one after another.
 
-    A processor or banning parameter that would leave no token is ignored for that token. Only `sample` changes the
-    state, and only by the token it draws, so draft tokens are verified by sampling row after row while they match.
+    A processor that would leave no token is ignored for that token, and so is `no_repeat_ngram` where it would ban all
+    that a processor such as a constraint allows. Only `sample` changes the state, and only by the token it draws, so
+    draft tokens are verified by sampling row after row while they match.
 
     Args:
         params: sampling parameters.
@@ -67,6 +68,7 @@ class Sampler:
         self._prompt_length = len(self._tokens)
         self._end_tokens = _ids(end_tokens)
         self._banned = _ids(params.banned_tokens)
+        self._banned_first = _ids(params.banned_first_tokens)
         biases = [pair for pair in params.logit_bias if pair[0] <= _LARGEST_ID]
         self._biased = _ids(token for token, _ in biases)
         self._biases = np.array([bias for _, bias in biases], np.float32)
@@ -103,7 +105,7 @@ class Sampler:
 
         Raises:
             LogitsError: the largest logit is not a finite number.
-            ParameterError: `logits` is not a non-empty vector.
+            ParameterError: `logits` is not a non-empty vector, or the parameters ban every token.
         """
         ids, row = self.candidates(logits)
         uniform = self._random.random()  # always one per token, so that the random stream stays aligned
@@ -125,11 +127,11 @@ class Sampler:
         """The token ids that the next draw chooses from, ascending (None = all V), and their transformed logits."""
         if logits.ndim != 1 or logits.size == 0:
             raise refused("logits", logits.shape, "one row of logits, of shape [V]")
-        row = logits.astype(np.float32, copy=False)
+        given = row = logits.astype(np.float32, copy=False)
         for process in self._processors:
             row = _unless_all_masked(row, process(row, self._tokens))
         with np.errstate(all="ignore"):  # overflows are caught by the check below
-            row = self._transform(row)
+            row = self._transform(row, restricted=row is not given)
             best = int(row.argmax())  # NaN counts as the largest, so checking this position is enough
             if not np.isfinite(row[best]):
                 raise LogitsError(
@@ -140,13 +142,14 @@ class Sampler:
                 return np.array([best]), row[best : best + 1]
             return self._filter(row)
 
-    def _transform(self, row: Row) -> Row:
-        """Apply biases, bans, penalties and temperature to logits [V]."""
+    def _transform(self, row: Row, *, restricted: bool) -> Row:
+        """Apply biases, bans, penalties and temperature to logits [V]; `restricted`: a processor changed them."""
         params = self.params
         if self._biased.size:
             row = transforms.add(row, self._biased, self._biases)
-        for banned in self._bans():
-            row = _unless_all_masked(row, transforms.mask_tokens(row, banned))
+        row = self._mask_banned(row)
+        if self._ngrams is not None:
+            row = self._mask_repeating(row, restricted)
         if self._repeats:
             row = transforms.repetition_penalty(row, self._window(), params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
@@ -160,12 +163,35 @@ class Sampler:
             row = transforms.temperature(row, params.temperature)
         return row
 
-    def _bans(self) -> Iterator[Ids]:
-        yield self._banned
-        if len(self._tokens) - self._prompt_length < self.params.min_tokens:
-            yield self._end_tokens
-        if self._ngrams is not None:
-            yield self._ngrams.repeating()
+    def _mask_banned(self, row: Row) -> Row:
+        """Mask what parameters ban at this position; raises ParameterError if nothing is left."""
+        generated = len(self._tokens) - self._prompt_length
+        bans = [("banned_tokens", self._banned)]
+        if generated == 0:
+            bans.append(("banned_first_tokens", self._banned_first))
+        if generated < self.params.min_tokens:
+            bans.append(("min_tokens", self._end_tokens))
+        masked = row
+        for _, ids in bans:
+            masked = transforms.mask_tokens(masked, ids)
+        if _all_masked(row, masked):
+            raise self._none_left(*(name for name, ids in bans if ids.size))
+        return masked
+
+    def _mask_repeating(self, row: Row, restricted: bool) -> Row:
+        assert self._ngrams is not None
+        masked = transforms.mask_tokens(row, self._ngrams.repeating())
+        if not _all_masked(row, masked):
+            return masked
+        if restricted:  # a constraint forces these tokens, for example the punctuation of JSON
+            return row
+        raise self._none_left("no_repeat_ngram")
+
+    def _none_left(self, *names: str) -> ParameterError:
+        position = len(self._tokens) - self._prompt_length + 1
+        return ParameterError(
+            f"{', '.join(names)}: no token is left to draw as token {position} of the answer: ban fewer tokens"
+        )
 
     def _filter(self, row: Row) -> tuple[Ids | None, Row]:
         filters = self._filters
@@ -200,4 +226,9 @@ def _ids(tokens: Iterable[int]) -> Ids:
 
 
 def _unless_all_masked(row: Row, processed: Row) -> Row:
-    return row if processed is not row and np.isneginf(processed.max()) else processed
+    return row if _all_masked(row, processed) else processed
+
+
+def _all_masked(row: Row, processed: Row) -> bool:
+    """Whether processing masked every token that had a logit."""
+    return processed is not row and bool(np.isneginf(processed.max())) and not np.isneginf(row.max())

@@ -207,6 +207,19 @@ def keep_epsilon_cutoff(row: Row, epsilon: float) -> Ids:
     return np.flatnonzero((weights >= bound) | (row == top))
 
 
+@filter_of("eta_cutoff")
+def keep_eta_cutoff(row: Row, eta: float) -> Ids:
+    """Positions of the tokens at least min(eta, sqrt(eta) * exp(-entropy)) probable; ties with the top are kept too.
+
+    Eta sampling, https://arxiv.org/abs/2210.15191, as in transformers.
+    """
+    shifted = np.maximum(row - row.max(), MIN_EXPONENT)  # no infinities, which 0 * inf would make NaN
+    weights = np.exp(shifted)
+    total = float(_block_sums(weights).sum(dtype=np.float64))
+    entropy = math.log(total) - float(_block_sums(weights * shifted).sum(dtype=np.float64)) / total
+    return keep_epsilon_cutoff(row, min(eta, math.sqrt(eta) * math.exp(-entropy)))
+
+
 def keep_xtc(row: Row, threshold: float) -> Ids:
     """Positions of all tokens except those at least `threshold` probable, of which only the least probable is kept.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, TemplateError
-from llm_edge.runtime.sampling.params import PARAMETERS, SamplingParams
+from llm_edge.runtime.sampling.generation_config import read_generation_config
+from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.answer_stream import separate_reasoning
 from llm_edge.runtime.text.reasoning_parser import ReasoningDelimiters, reasoning_parser
 from llm_edge.runtime.text.tokenizer import Tokenizer
@@ -33,10 +34,11 @@ class PromptProcessor:
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer
+        self._limit = bundle.shape.max_position_embeddings
         source = bundle.file(_GENERATION_CONFIG)
         config = bundle.json(_GENERATION_CONFIG)
-        self.default_params = _default_params(config, source, bundle)
         self.end_tokens = frozenset(_end_tokens(config, source))
+        self.default_params = _default_params(config, source, bundle, self.end_tokens)
         self.delimiters = _delimiters(bundle, tokenizer)
 
     def encode_chat(
@@ -56,6 +58,8 @@ class PromptProcessor:
         Raises:
             ParameterError: `template_variables` is not a mapping.
             TemplateError: the model has no chat template, or the template rejects these messages or variables.
+            ContextLengthError: the conversation has more characters than the context could hold.
+            InputError: the tokenizer cannot encode the conversation.
         """
         if not isinstance(template_variables, Mapping | None):
             raise ParameterError(f"template_variables is {reprlib.repr(template_variables)}: give a mapping by name")
@@ -64,16 +68,19 @@ class PromptProcessor:
             raise TemplateError("template_variables: give a mapping by name, without 'messages' and 'self'")
         if self.delimiters is not None and self.tokenizer.special_ids.intersection(self.delimiters.closing):
             messages = separate_reasoning(messages, self.delimiters.start, self.delimiters.end)
-        return self.tokenizer.encode_chat(messages, **variables)
+        return self.tokenizer.encode_chat(messages, self._limit, **variables)
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a plain text (special tokens spelled in it stay text), or the given ids."""
         if isinstance(prompt, str):
+            self.tokenizer.check_length(prompt, self._limit)
             return self.tokenizer.encode(prompt, add_special_tokens=True)
         return [*map(operator.index, prompt)]
 
     def with_prefix(self, prompt: Sequence[int], assistant_prefix: str, reasoning_prefix: str) -> list[int]:
         """A prompt followed by the beginning of its answer: of the reasoning, and of the answer proper."""
+        for text in (assistant_prefix, reasoning_prefix):
+            self.tokenizer.check_length(text, self._limit)
         tokens, delimiters = list(prompt), self.delimiters
         if delimiters is not None:
             inside = reasoning_parser(delimiters, self.tokenizer, prompt, self.end_tokens).inside
@@ -100,23 +107,16 @@ class PromptProcessor:
             raise ContextLengthError(len(tokens), limit)
 
 
-def _default_params(config: Mapping[str, Any], source: Path, bundle: Bundle) -> SamplingParams:
-    """Interpret generation_config.json as transformers does: without `do_sample` decoding is greedy.
-
-    Only a file that sets sampling parameters and omits `do_sample` is taken to sample.
-    """
-    specs = [spec for spec in PARAMETERS.values() if spec.api.generation_config]
-    given = {spec: config[key] for spec in specs if (key := spec.api.generation_config) and config.get(key) is not None}
-    sampling = {spec.name: value for spec, value in given.items() if spec.group == "sampling"}
-    if not config.get("do_sample", bool(sampling)):
-        sampling = {"temperature": 0.0}
-    params = sampling | {spec.name: value for spec, value in given.items() if spec.group != "sampling"}
+def _default_params(
+    config: Mapping[str, Any], source: Path, bundle: Bundle, end_tokens: Collection[int]
+) -> SamplingParams:
+    defaults = read_generation_config(config, end_tokens)
+    if defaults.invalid:
+        raise BundleError(f"{source}: {defaults.invalid[0]}, or export the bundle again")
+    params = dict(defaults.params)
     if bundle.guards is not None:
         params |= {"max_newlines": bundle.guards.max_newlines or 0, "single_think_end": bundle.guards.single_think_end}
-    try:
-        return SamplingParams(**params)
-    except ParameterError as error:
-        raise BundleError(f"{source}: {error}") from error
+    return SamplingParams(**params)
 
 
 def _delimiters(bundle: Bundle, tokenizer: Tokenizer) -> ReasoningDelimiters | None:

@@ -16,15 +16,18 @@ from typing import Any
 
 import tokenizers
 
-from llm_edge.runtime.errors import BundleError, InputError, TemplateError
+from llm_edge.runtime.errors import BundleError, ContextLengthError, InputError, TemplateError, one_line
 from llm_edge.runtime.safe_io import MIB, read_text
+from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
 from llm_edge.runtime.text.template_budget import plain_data
+from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
 _RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
+_ALWAYS_ENCODED = 16  # characters per token of the context; the longest token is looked for beyond that
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
 _BATCH = 64  # tokens decoded at once when searching the vocabulary
 _WINDOW = 32  # tokens after which a stream drops the first half of an undecodable run
@@ -39,11 +42,19 @@ class Tokenizer:
         special_tokens: their text by role (`bos_token`, ...), from tokenizer_config.json.
         bos_token_id, eos_token_id: None if tokenizer_config.json does not name them.
         chat: the chat template, if there is one.
+        tool_chat: the chat template for conversations with tools, if it is another one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: Mapping[str, str], chat: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named: Mapping[str, str],
+        chat: ChatTemplate | None,
+        tool_chat: ChatTemplate | None = None,
+    ) -> None:
         self._backend = backend
         self.chat = chat
+        self.tool_chat = tool_chat
         self.special_tokens = dict(named)
         added = backend.get_added_tokens_decoder()
         self._specials = {token.content: number for number, token in added.items() if token.special}
@@ -62,17 +73,37 @@ class Tokenizer:
         self._partial = _PartialMatches(self._specials)
 
     @classmethod
-    def from_files(cls, tokenizer_json: Path, config: Mapping[str, Any], chat_template: str | None) -> Tokenizer:
-        """Read tokenizer.json; `config` is the content of tokenizer_config.json.
+    def from_files(
+        cls,
+        tokenizer_json: Path,
+        config: Mapping[str, Any],
+        chat_template: str | None,
+        named_templates: Mapping[str, str] | None = None,
+        *,
+        vocab_size: int | None = None,
+    ) -> Tokenizer:
+        """Read tokenizer.json.
+
+        Args:
+            tokenizer_json: the file.
+            config: content of tokenizer_config.json.
+            chat_template: source of the chat template; None = the one in `config`, if any.
+            named_templates: sources of further templates, by name.
+            vocab_size: number of tokens of the model, which limits the size of the file.
+
+        Without `chat_template` and `named_templates`, the config's own templates are used.
 
         Raises:
             BundleError: the file, or the config's special tokens, cannot be used.
             TemplateError: the chat template cannot be used.
         """
-        backend = _loaded(read_text(tokenizer_json, 256 * MIB), tokenizer_json)
+        text = read_text(tokenizer_json, 256 * MIB)
+        check_tokenizer(text, tokenizer_json, vocab_size)
+        backend = _loaded(text, tokenizer_json)
         backend.no_truncation()
         backend.no_padding()
         named = _named_tokens(config, tokenizer_json)
+        check_lengths(named.values(), lambda reason: BundleError(f"{tokenizer_json}: unusable tokenizer: {reason}"))
         known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
         for name, token in named.items():
             if backend.token_to_id(token) is not None:
@@ -80,10 +111,12 @@ class Tokenizer:
                     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
             elif name in ("bos_token", "eos_token"):
                 raise BundleError(f"{tokenizer_json}: no token {token!r}, which tokenizer_config.json names as {name}")
-        if chat_template is None:
-            chat_template = _configured_template(config)
-        chat = ChatTemplate(chat_template, named) if chat_template is not None else None
-        return cls(backend, named, chat)
+        templates = dict(named_templates or {})
+        if chat_template is not None:
+            templates["default"] = chat_template
+        templates = templates or _configured_templates(config)
+        chats = {name: ChatTemplate(text, named) for name, text in templates.items() if name in ("default", "tool_use")}
+        return cls(backend, named, chats.get("default"), chats.get("tool_use"))
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with this text in the vocabulary."""
@@ -124,15 +157,34 @@ class Tokenizer:
             add_special_tokens: add what the model expects around a text, often a bos token.
         """
         if parse_special or not (self._many_spellings or self._special_pattern.search(text)):
-            return self._encode(self._backend, text, add_special_tokens)
-        return self._encode(self._without_specials, text, add_special_tokens)
+            return library.encode(self._backend, text, add_special_tokens)
+        return library.encode(self._without_specials, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of ids; unknown ids are skipped."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        return library.decode(self._backend, ids, skip_special)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render`.
+    def check_length(self, text: str, max_tokens: int | None) -> None:
+        """Raise ContextLengthError for a text with more characters than so many tokens have; None = no limit.
+
+        Some texts take long to encode, or make the library panic, so prompts are checked first.
+        """
+        if max_tokens is not None and len(text) > _ALWAYS_ENCODED * max_tokens:
+            least = -(-len(text) // self._longest_token)
+            if least > max_tokens:
+                raise ContextLengthError(least, max_tokens, at_least=True)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token; never more than it decodes to."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int | None = None, /, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render` and `check_length`.
+
+        As in transformers, the template named `tool_use` is taken if there is one and tools are given.
 
         Special tokens that the template writes become tokens; what messages, tools and other variables spell does not,
         not even where the end of a string and the template's text or another string together spell one. Not covered:
@@ -141,35 +193,36 @@ class Tokenizer:
 
         Raises:
             TemplateError: there is no template, or it rejects the conversation.
+            ContextLengthError: the conversation certainly has more than `max_tokens`.
+            InputError: the library cannot encode it.
         """
-        if self.chat is None:
-            raise TemplateError("the model has no chat template: give a prompt instead of messages")
+        tools = variables.get("tools")
+        chat = self.tool_chat if tools is not None and self.tool_chat is not None else self.chat
+        if chat is None:
+            only = " without tools" if self.tool_chat is not None else ""
+            raise TemplateError(f"the model has no chat template{only}: give a prompt instead of messages")
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
-        data["tools"] = plain_tools(variables.get("tools"))
-        mask = _Mask(self._special_pattern, self._partial, self.chat.literals, [plain, data, self.chat.source])
+        data["tools"] = plain_tools(tools)
+        mask = _Mask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):
-            return self._encode(self._backend, self.chat.render(plain, **data), False)
-        text = self.chat.render(masked, **masked_data)
+            text = chat.render(plain, **data)
+            self.check_length(text, max_tokens)
+            return library.encode(self._backend, text)
+        text = chat.render(masked, **masked_data)
         # In the masked text, only the template can have written the spelling of a special token.
         text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
-        return self._encode(self._without_specials, mask.restore(text), False)
+        text = mask.restore(text)
+        self.check_length(text, max_tokens)
+        return library.encode(self._without_specials, text)
 
     @functools.cached_property
     def _without_specials(self) -> tokenizers.Tokenizer:
         """The same tokenizer with its special tokens under secret names, so that their spelling is ordinary text."""
         spec = _with_names(json.loads(self._backend.to_str()), self._renamed)
         return _loaded(json.dumps(spec), "tokenizer.json with its special tokens renamed")
-
-    @staticmethod
-    def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as e:  # depending on the version of tokenizers
-            raise InputError("the text contains a lone surrogate, which is not a character") from e
-        return ids
 
 
 def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
@@ -179,12 +232,9 @@ def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
             prefix, pairs = model["continuing_subword_prefix"], map(_pair, model.get("merges", ()))
             if not all(second.startswith(prefix) for _, second in pairs):
                 raise ValueError("merges without the model's prefix")
-        return tokenizers.Tokenizer.from_str(text)
-    except BaseException as e:  # the library raises bare Exception; its panics derive from BaseException
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        why = " ".join(str(e).split())[:200]
-        raise BundleError(f"{name}: unusable tokenizer: {why}") from e
+    except Exception as e:
+        raise BundleError(f"{name}: unusable tokenizer: {one_line(e)[:200]}") from e
+    return library.load(text, name)
 
 
 def _pair(merge: Any) -> list[str]:
@@ -209,12 +259,12 @@ def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
     return named
 
 
-def _configured_template(config: Mapping[str, Any]) -> str | None:
+def _configured_templates(config: Mapping[str, Any]) -> dict[str, str]:
     template = config.get("chat_template")
     if isinstance(template, list):  # the former way of storing several
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    return {"default": template} if isinstance(template, str) else {}
 
 
 def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

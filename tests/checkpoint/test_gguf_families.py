@@ -25,10 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.checkpoint.source import bundle_name
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 from llm_edge.model.rope import FrequencyDivisors
 from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.sampling.generation_config import read_generation_config
 
 VOCABULARY = 337
 PROMPT = 50
@@ -141,11 +143,16 @@ def save_folder(folder: Path, case: dict[str, Any]) -> Any:
     return model
 
 
-def write_gguf(folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = lambda _: None) -> Path:
-    """Convert a folder to GGUF in float32 as llama.cpp does; `edit` adds keys and tensors."""
+def write_gguf(
+    folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = lambda _: None, split_tensors: int = 0
+) -> Path:
+    """Convert a folder to GGUF in float32 as llama.cpp does; `edit` adds keys and tensors.
+
+    With `split_tensors`, several files of at most so many tensors are written, and the path of the first is returned.
+    """
     config = json.loads((folder / "config.json").read_text())
     model_type = config["model_type"]
-    writer = GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
+    writer = GGUFWriter(path, ARCHITECTURES.get(model_type, model_type), split_max_tensors=split_tensors)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -180,7 +187,7 @@ def write_gguf(folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = la
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split_tensors else path
 
 
 def _write_tokenizer(writer: GGUFWriter, rows: int) -> None:
@@ -302,10 +309,10 @@ def test_logits_match_transformers(pair: Pair) -> None:
 
 def test_tokenizer_and_defaults_match_the_folder(pair: Pair) -> None:
     ours, theirs = pair.gguf, pair.folder
-    assert ours.generation == {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-    assert ours.generation.items() <= theirs.generation.items()
+    assert ours.generation == {"bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 2}  # 0 is <|endoftext|>
+    assert {**ours.generation, "eos_token_id": 2}.items() <= theirs.generation.items()
     assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
-    assert ours.tokenizer.eos_token_ids == theirs.tokenizer.eos_token_ids
+    assert ours.tokenizer.eos_token_ids[:1] == theirs.tokenizer.eos_token_ids
     text = tiny.TEXT + "<|im_start|>user\nHi<|im_end|>"
     found = [Tokenizer.from_str(it.tokenizer.tokenizer_json).encode(text).ids for it in (ours, theirs)]
     assert found[0] == found[1]
@@ -349,7 +356,7 @@ def replaced(**keys: Any) -> Callable[[GGUFWriter], None]:
             if isinstance(value, bool):
                 writer.add_bool(key, value)
             elif isinstance(value, int):
-                writer.add_uint32(key, value)
+                (writer.add_int32 if value < 0 else writer.add_uint32)(key, value)
             elif isinstance(value, float):
                 writer.add_float32(key, value)
             elif isinstance(value, str):
@@ -428,13 +435,64 @@ def test_yarn_settings_are_read_from_the_file(llama: Path, tmp_path: Path) -> No
     ]
 
 
-def test_recommended_sampling_parameters_are_read(llama: Path, tmp_path: Path) -> None:
-    keys = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
+LLAMACPP = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected", "notes"),
+    [
+        ({"temp": 0.6}, LLAMACPP | {"temperature": 0.6}, []),
+        (
+            {"temp": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.0},
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9},
+            [],
+        ),
+        ({"top_k": -1, "top_p": 1.0}, {"do_sample": True, "temperature": 0.8, "top_k": 0, "min_p": 0.05}, []),
+        (
+            {"penalty_repeat": 1.1},
+            LLAMACPP | {"repetition_penalty": 1.1, "repetition_window": 64},
+            [],
+        ),
+        (
+            {"penalty_repeat": 1.1, "penalty_last_n": -1},
+            LLAMACPP | {"repetition_penalty": 1.1, "repetition_window": -1},
+            [],
+        ),
+        (
+            {"xtc_probability": 0.5, "xtc_threshold": 0.2},
+            LLAMACPP | {"xtc_probability": 0.5, "xtc_threshold": 0.2},
+            [],
+        ),
+        ({"mirostat": 2}, LLAMACPP | {"mirostat_tau": 5.0}, []),
+        (
+            {"mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.2},
+            LLAMACPP | {"mirostat_tau": 3.0, "mirostat_eta": 0.2},
+            [],
+        ),
+        ({"mirostat": 0, "mirostat_tau": 3.0}, LLAMACPP, []),
+        ({"mirostat": 1}, LLAMACPP, ["general.sampling.mirostat: version 1 is not supported"]),
+        ({"temp": "0.6"}, LLAMACPP | {"temperature": 0.6}, []),
+        ({"temp": "hot"}, {}, ["general.sampling.temp: 'hot' is not a number"]),
+        ({"top_p": 7.0}, {**LLAMACPP, "top_p": None}, ["general.sampling.top_p: 7.0 is not allowed"]),
+        ({"sequence": "top_k;temperature"}, {}, ["general.sampling.sequence: 'top_k;temperature' is not supported"]),
+        ({"temp": 0.0, "top_k": 5}, {}, []),
+        ({"temp": -1.0}, {}, []),
+        (
+            {"temp": 0.0, "penalty_repeat": 1.1},
+            {"do_sample": False, "temperature": 0.0, "repetition_penalty": 1.1, "repetition_window": 64},
+            [],
+        ),
+    ],
+    ids=str,
+)
+def test_recommended_sampling_is_that_of_llamacpp(
+    llama: Path, tmp_path: Path, keys: dict[str, Any], expected: dict[str, Any], notes: list[str]
+) -> None:
     found = read(llama, tmp_path, replaced(**{f"general__sampling__{key}": value for key, value in keys.items()}))
-    expected = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
-    assert {key: value for key, value in found.generation.items() if not key.endswith("_id")} == expected
-    greedy = read(llama, tmp_path, replaced(general__sampling__temp=0.0, general__sampling__top_k=5)).generation
-    assert all(key.endswith("_id") for key in greedy)
+    wanted = {key: value for key, value in expected.items() if value is not None}
+    assert {key: value for key, value in found.generation.items() if not key.endswith("_id")} == wanted
+    assert [note[: len(start)] for note, start in zip(found.notes, notes, strict=True)] == notes
+    assert read_generation_config(found.generation).invalid == ()
 
 
 @pytest.mark.parametrize(
@@ -466,7 +524,6 @@ def test_recommended_sampling_parameters_are_read(llama: Path, tmp_path: Path) -
         ({"_0__block_count": 1_000_000}, r"block_count is 1000000; it must be at most 1024"),
         ({"_0__block_count": 2}, r"tensor blk\.1\.\w+\.weight is missing"),
         ({"_0__swin_norm": True}, r"'llama\.swin_norm' \(True\), which may affect the result"),
-        ({"general__sampling__temp": -1.0}, r"general\.sampling\.temp is -1\.0; it must be at least 0"),
         ({"_0__rope__freq_base": "high"}, r"rope\.freq_base is 'high', not a finite number"),
     ],
 )
@@ -517,3 +574,54 @@ def test_more_tokens_than_embedding_rows_are_rejected(llama: Path, tmp_path: Pat
 
     with pytest.raises(CheckpointError, match=r"has 338 tokens, but an embedding of 337 rows"):
         read(llama, tmp_path, edit)
+
+
+# ---- models in several files
+
+
+@pytest.fixture
+def parts(llama: Path, tmp_path: Path) -> list[Path]:
+    first = write_gguf(llama, tmp_path / "tiny.gguf", split_tensors=4)
+    return sorted(first.parent.glob("tiny-*.gguf"))
+
+
+def test_all_parts_of_a_split_model_are_read(llama: Path, parts: list[Path], tmp_path: Path) -> None:
+    whole, split = read_gguf(write_gguf(llama, tmp_path / "whole.gguf")), read_gguf(parts[0])
+    assert len(parts) == 3
+    assert split.config == whole.config
+    assert split.tokenizer == whole.tokenizer
+    assert split.weights.keys() == whole.weights.keys()
+    for name in whole.weights:
+        assert torch.equal(split.weights[name], whole.weights[name]), name
+    assert [file.name for file in split.source.files] == [path.name for path in parts]
+    assert split.source.name == bundle_name(str(parts[0])) == "tiny"
+
+
+def test_damaged_split_models_are_rejected_in_one_line(parts: list[Path]) -> None:
+    def refused(path: Path) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            read_gguf(path)
+        assert str(caught.value).isprintable()
+        return str(caught.value)
+
+    for number, path in enumerate(parts[1:], 2):
+        assert refused(path) == f"{path}: is part {number} of 3 of a split model: give the first one, {parts[0]}"
+    third = parts[2].read_bytes()
+    parts[2].write_bytes(parts[1].read_bytes())
+    assert refused(parts[0]) == f"{parts[2]}: split.no and split.count are 1, 3, not 2, 3: download it again"
+    parts[2].write_bytes(third[: len(third) // 2])
+    assert refused(parts[0]).startswith(f"{parts[2]}: ")
+    parts[2].write_bytes(b"")
+    assert "the file is empty" in refused(parts[0])
+    parts[2].unlink()
+    missing = f"{parts[0]}: the model has 3 parts; missing: {parts[2].name}: download them too"
+    assert refused(parts[0]) == missing
+    parts[1].unlink()
+    assert f"missing: {parts[1].name}, {parts[2].name}" in refused(parts[0])
+    renamed = parts[0].rename(parts[0].with_name("model.gguf"))
+    assert refused(renamed).endswith("of a split model: give it the name …-00001-of-00003.gguf again")
+
+
+def test_the_template_for_tools_of_a_gguf_is_read(llama: Path, tmp_path: Path) -> None:
+    found = read(llama, tmp_path, replaced(tokenizer__chat_template__tool_use="TOOLS {{ tools }}"))
+    assert found.tokenizer.named_templates == {"tool_use": "TOOLS {{ tools }}"}

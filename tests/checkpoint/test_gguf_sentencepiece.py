@@ -214,10 +214,10 @@ def test_bos_and_eos_are_added(changes: dict[str, Any], expected: list[str], tmp
     assert loaded.convert_ids_to_tokens(loaded("a").input_ids) == expected
 
 
-def test_ordinary_tokens_get_no_special_role(tmp_path: Path) -> None:
+def test_an_ordinary_token_starts_no_text_but_ends_one_by_its_text(tmp_path: Path) -> None:
     kinds = [1 if index in (1, 2) else kind for index, kind in enumerate(trained("llama").metadata["token_type"])]
     assets = build(tmp_path, "llama", {"token_type": kinds})
-    assert (assets.bos_token_id, assets.eos_token_ids) == (None, ())
+    assert (assets.bos_token_id, assets.eos_token_ids) == (None, (2,))  # "</s>"
     assert backend(assets).encode("a").tokens == ["▁a"]
 
 

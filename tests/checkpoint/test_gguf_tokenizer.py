@@ -18,7 +18,9 @@ from transformers import AutoTokenizer
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
+from llm_edge.checkpoint.gguf.end_tokens import END_TEXTS, INFILL_ENDS
 from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS, UNSUPPORTED
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.runtime.errors import CheckpointError
 
@@ -136,7 +138,12 @@ def test_smollm2_round_trips(ours: Tokenizer) -> None:
 
 
 def test_smollm2_assets(assets: TokenizerAssets) -> None:
-    assert (assets.bos_token_id, assets.eos_token_ids, assets.pad_token_id) == (1, (2,), 2)
+    assert (assets.bos_token_id, assets.pad_token_id) == (1, 2)
+    assert [Tokenizer.from_str(assets.tokenizer_json).id_to_token(index) for index in assets.eos_token_ids] == [
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<reponame>",
+    ]
     assert assets.chat_template is not None
     assert assets.chat_template.startswith("{% for message in messages %}")
     config = dict(assets.tokenizer_config)
@@ -224,11 +231,71 @@ def test_other_pre_tokenizers_match_transformers(pre: str, tmp_path: Path) -> No
         assert backend.encode(case, add_special_tokens=False).ids == reference.encode(expected)
 
 
-@pytest.mark.parametrize("pre", ["starcoder", "refact", "codeshell"])
+@pytest.mark.parametrize("pre", ["starcoder", "refact", "codeshell", "command-r", "exaone"])
 def test_some_pre_tokenizers_are_equal_to_smollm(pre: str, tmp_path: Path) -> None:
     expected = json.loads(build(tmp_path, {"pre": "smollm"}).tokenizer_json)["pre_tokenizer"]
     assert [step["type"] for step in expected["pretokenizers"]] == ["Digits", "ByteLevel"]
     assert json.loads(build(tmp_path, {"pre": pre}).tokenizer_json)["pre_tokenizer"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "synonyms"),
+    [
+        ("llama-bpe", ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")),
+        ("qwen2", ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")),
+        ("stablelm2", ("hunyuan", "solar-open", "grok-2")),
+        ("gpt-2", ("phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "mellum", "roberta-bpe")),
+        ("gpt-4o", ("llama4", "kanana2", "talkie", "minimax-m2")),
+        ("deepseek-v3", ("hunyuan-dense", "joyai-llm", "hy_v4")),
+        ("bloom", ("poro-chat", "gpt3-finnish")),
+        ("bailingmoe", ("bailingmoe2", "llada-moe")),
+        ("dbrx", ("smaug-bpe", "chatglm-bpe")),
+        ("glm4", ("glm5",)),
+    ],
+)
+def test_synonyms_give_the_same_tokenizer(name: str, synonyms: tuple[str, ...], tmp_path: Path) -> None:
+    expected = build(tmp_path, {"pre": name})
+    for synonym in synonyms:
+        assert build(tmp_path, {"pre": synonym}) == expected
+
+
+# How the text is split; the pieces are those of llama.cpp's rules for these names.
+SPLIT_TEXT = "It's 12345 ABCdef e\u0301, (x)\n\n  \u4e2d\u6587"
+SPLITS = {
+    "gpt-2": ["It", "'s", " 12345", " ABCdef", " e", "\u0301,", " (", "x", ")", "\n\n ", " \u4e2d\u6587"],
+    "llama-bpe": ["It", "'s", " ", "123", "45", " ABCdef", " e", "\u0301,", " (", "x", ")\n\n", " ", " \u4e2d\u6587"],
+    "deepseek-v3": ["It", "'s", " ", "123", "45", " ABCdef", " e\u0301", ",", " (", "x", ")\n\n", "  ", "\u4e2d\u6587"],
+    "deepseek-coder": [
+        *("It", "'", "s", " ", *"12345", " ABCdef", " e", "\u0301", ",", " (", "x", ")", "\n", "\n"),
+        *(" ", " ", "\u4e2d\u6587"),
+    ],
+    "ufakzeka": ["It", "'s", " ", *"12345", " ABCdef", " e", "\u0301,", " (", "x", ")\n\n", " ", " \u4e2d\u6587"],
+    "gpt-4o": ["It's", " ", "123", "45", " ABCdef", " e\u0301", ",", " (", "x", ")\n\n", " ", " \u4e2d\u6587"],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_text_is_split_by_the_rules_of_the_name(name: str) -> None:
+    pieces = PRE_TOKENIZERS[name].build().pre_tokenize_str(SPLIT_TEXT)
+    assert [SPLIT_TEXT[start:end] for _, (start, end) in pieces] == SPLITS[name]
+
+
+@pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
+def test_every_pre_tokenizer_keeps_the_whole_text(name: str, tmp_path: Path) -> None:
+    build(tmp_path, {"pre": name})
+    rule = PRE_TOKENIZERS[name].build()
+    for case in strings(60, seed=6):
+        end = 0
+        for _, (start, stop) in rule.pre_tokenize_str(case):
+            assert start == end
+            end = stop
+        assert end == len(case)
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_names_whose_rule_cannot_be_expressed_are_rejected(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"pre-tokenizer '{name}' is not supported: export the model's"):
+        build(tmp_path, {"pre": name})
 
 
 # ---- a small vocabulary
@@ -293,7 +360,7 @@ def test_token_types_are_assigned(tmp_path: Path) -> None:
 
 def test_without_token_types_tokens_with_a_role_are_special(tmp_path: Path) -> None:
     assets = build(tmp_path, {"token_type": None})
-    assert list(assets.tokenizer_config["added_tokens_decoder"]) == ["0", "1"]
+    assert list(assets.tokenizer_config["added_tokens_decoder"]) == ["0", "1", "4"]  # 4 by its text
     assert encode(assets, "ab<|end|>") == ["ab", "<|end|>"]
 
 
@@ -336,13 +403,15 @@ def test_whole_words_skip_merges_if_the_family_requires_it(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, (0,)),
-        ({"eos_token_id": None}, ()),
-        ({"eot_token_id": 2}, (0, 2)),
-        ({"eot_token_id": 2, "eom_token_id": 4}, (0, 2, 4)),
-        ({"eot_token_id": 0}, (0,)),
+        ({}, (0, 4)),
+        ({"eos_token_id": None}, (0, 4)),
+        ({"eos_token_id": 4}, (4, 0)),
+        ({"eos_token_id": 3}, (3, 0, 4)),
+        ({"eos_token_id": 2**32 - 1}, (0, 4)),
+        ({"eot_token_id": 2}, (0, 2, 4)),
+        ({"eot_token_id": 2, "eom_token_id": 3}, (0, 2, 3, 4)),
+        ({"fim_sep_token_id": 3}, (0, 3, 4)),
         ({"chat_template": "{{ messages[0].content }}<|im_end|>"}, (0, 4)),
-        ({"chat_template": "{{ messages[0].content }}"}, (0,)),
     ],
 )
 def test_end_tokens_are_determined(changes: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
@@ -352,6 +421,33 @@ def test_end_tokens_are_determined(changes: dict[str, Any], expected: tuple[int,
     assert assets.chat_template == changes.get("chat_template")
 
 
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize("text", [*END_TEXTS, *(texts[0] for texts in INFILL_ENDS.values()), "<reponame>"])
+def test_tokens_end_an_answer_by_their_text(text: str, kind: int, tmp_path: Path) -> None:
+    tokens = ["<e>", "<|begin|>", text, *LETTERS, *MERGED]
+    types = [3, 3, kind] + [1] * len(LETTERS + MERGED)
+    assets = build(tmp_path, {"tokens": tokens, "token_type": types})
+    assert assets.eos_token_ids == (0, 2)
+    assert assets.tokenizer_config["added_tokens_decoder"]["2"]["special"]  # whatever type the file gives it
+    assert encode(assets, f"ab{text}") == ["ab", text]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["<|return|>", "<|call|>", "<|end|>"], (0, 1)),
+        (["<|calls|>", "<|flush|>", "<|end|>"], (0, 1)),
+        (["<|return|>", "x", "<|end|>"], (0, 2)),
+        (["<eos>", "<|tool_response>", "</s>"], (0, 1)),
+        (["<|fim_repo|>", "<|repo_name|>", "<|fim_pad|>"], (0, 2)),  # one token for each role
+    ],
+)
+def test_end_texts_with_exceptions(tokens: list[str], expected: tuple[int, ...], tmp_path: Path) -> None:
+    types = [3] * 3 + [1] * len(LETTERS + MERGED)
+    changes = {"tokens": [*tokens, *LETTERS, *MERGED], "token_type": types, "eos_token_id": 0, "bos_token_id": None}
+    assert build(tmp_path, changes).eos_token_ids == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -359,7 +455,7 @@ def test_end_tokens_are_determined(changes: dict[str, Any], expected: tuple[int,
         ({"model": None}, r"no tokenizer\.ggml\.model"),
         (
             {"pre": "somebody-else"},
-            "pre-tokenizer 'somebody-else' is not supported; supported: codeshell",
+            r"pre-tokenizer 'somebody-else' \(tokenizer\.ggml\.pre\) is not known",
         ),
         ({"pre": "default"}, "does not name its pre-tokenizer"),
         ({"pre": None}, "does not name its pre-tokenizer"),

@@ -97,7 +97,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 def sharded(world: World, **weight_map: str) -> None:
     index = json.dumps({"weight_map": {f"tensor.{name}": name for name in SHARDS} | weight_map})
-    world.hub.add("owner/name", SMALL | NEEDLESS | SHARDS | {INDEX: index, "model.safetensors": b"a copy"})
+    world.hub.add("owner/name", SMALL | NEEDLESS | SHARDS | {INDEX: index})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -169,6 +169,12 @@ def test_all_shards_are_downloaded(world: World) -> None:
     index = world.hub.repos["owner/name"][COMMIT][INDEX]
     assert content(folder) == expected(SMALL, SHARDS, {INDEX: index})
     assert world.hub.fetched()[-3:] == sorted(SHARDS)
+
+
+def test_a_whole_file_is_preferred_to_shards_as_transformers_does(world: World) -> None:
+    index = json.dumps({"weight_map": {f"tensor.{name}": name for name in SHARDS}})
+    world.hub.add("owner/name", SMALL | SHARDS | {INDEX: index, "model.safetensors": WEIGHTS})
+    assert content(world.fetch()) == expected(SMALL, {"model.safetensors": WEIGHTS})
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -333,7 +334,7 @@ def test_json_progress_is_one_object_per_line(
     code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--progress", "json")
     assert (code, errors) == (0, "")
     *lines, last = [json.loads(line) for line in text.splitlines()]
-    assert last.keys() == {"stage", "path", "seconds"}
+    assert last.keys() == {"stage", "path", "seconds", "notes"}
     assert (last["stage"], last["path"]) == ("done", str(tmp_path / "bundle"))
     order = [line["stage"] for line in lines]
     assert order == sorted(order, key=STAGES.index)
@@ -530,8 +531,11 @@ def test_a_killed_export_leaves_no_bundle_and_does_not_block_the_next(
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".bundle.partial-")
     assert not (left / "manifest.json").exists()  # it is written last, so an incomplete folder is not a bundle
-    assert llm_export(tiny_checkpoint, *options)[0] == 0
+    code, out, err = llm_export(tiny_checkpoint, *options)
+    assert code == 0
+    assert f"removed {left}, left by an interrupted export" in out + err
     Bundle.open(tmp_path / "bundle").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_a_killed_replacement_leaves_the_old_bundle(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -540,6 +544,17 @@ def test_a_killed_replacement_leaves_the_old_bundle(tiny_bundle: Path, tiny_chec
     options = ("-o", tmp_path / "bundle", "--force", "--no-validate", "--precision", "int8")
     assert interrupted_in("writing", signal.SIGKILL, tiny_checkpoint, *options)[0] == -signal.SIGKILL
     assert files(tmp_path / "bundle") == before
+
+
+def test_names_of_255_bytes_are_accepted(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]], traced_once: None
+) -> None:
+    for name in ("x" * 255, "\N{GREEK SMALL LETTER ALPHA}" * 127):
+        for force in ((), ("--force",)):
+            options = ("-o", tmp_path / name, *force, "--no-validate", "--precision", "int8")
+            assert llm_export(tiny_checkpoint, *options)[0] == 0
+        Bundle.open(tmp_path / name).verify()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.fixture
@@ -587,3 +602,21 @@ def test_a_bundle_without_fp32_records_the_parity_check(
     assert list(manifest["precisions"]) == ["int4"]
     assert manifest["proof"]["fp32"]["prefill"]["max"] <= MAX_BOUND
     assert not list((tmp_path / "bundle" / "onnx").glob("model.onnx*"))
+
+
+def test_notes_about_the_checkpoint_are_printed_and_stored(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    llm_export: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    traced_once: None,
+) -> None:
+    whole = export_module.open_checkpoint
+    note = "config.json: some_key is ignored"
+    monkeypatch.setattr(
+        export_module, "open_checkpoint", lambda *given: dataclasses.replace(whole(*given), notes=(note,))
+    )
+    code, text, _ = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--no-validate", "--precision", "int8")
+    assert code == 0
+    assert f"Note: {note}" in text.splitlines()
+    assert read(tmp_path / "bundle" / "manifest.json")["notes"] == [note]

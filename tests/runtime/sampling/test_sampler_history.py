@@ -26,7 +26,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from llm_edge.runtime.errors import LogitsError
+from llm_edge.runtime.errors import LogitsError, ParameterError
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
 from llm_edge.runtime.sampling.transforms import MAX_DRY, Row
@@ -81,12 +81,68 @@ def test_banned_tokens_are_not_drawn() -> None:
     assert {sampler.sample(row(9.0, 1.0, 9.0, 1.0)) for _ in range(60)} == {1, 3}
 
 
-def test_banning_every_token_is_ignored() -> None:
-    assert Sampler(dataclasses.replace(GREEDY, banned_tokens=(0, 1, 2)), []).sample(row(1.0, 3.0, 2.0)) == 1
-    params = dataclasses.replace(GREEDY, banned_tokens=(1,), min_tokens=5)
-    assert Sampler(params, [], end_tokens={0, 2}).sample(row(1.0, 3.0, 2.0)) == 2  # only end tokens are left
+@pytest.mark.parametrize("base", [GREEDY, SamplingParams(seed=1), SamplingParams(top_k=2, top_p=0.9, seed=1)])
+@pytest.mark.parametrize(
+    ("bans", "named"),
+    [
+        ({"banned_tokens": (0, 1, 2)}, "banned_tokens"),
+        ({"banned_first_tokens": (0, 1, 2)}, "banned_first_tokens"),
+        ({"banned_tokens": (1,), "banned_first_tokens": (0, 2)}, "banned_tokens, banned_first_tokens"),
+        ({"banned_tokens": (1,), "min_tokens": 5}, "banned_tokens, min_tokens"),  # only end tokens are left
+        ({"no_repeat_ngram": 1}, "no_repeat_ngram"),
+    ],
+)
+def test_banning_every_token_is_an_error(base: SamplingParams, bans: dict[str, Any], named: str) -> None:
+    sampler = Sampler(dataclasses.replace(base, **bans), [0, 1, 2], end_tokens={0, 2})
+    with pytest.raises(ParameterError, match=f"^{named}: no token is left to draw as token 1 of the answer") as caught:
+        sampler.sample(row(1.0, 3.0, 2.0))
+    assert "\n" not in str(caught.value)
+
+
+def test_bans_beside_logits_that_are_not_finite_are_errors_too() -> None:
     with pytest.raises(LogitsError):
         Sampler(dataclasses.replace(GREEDY, banned_tokens=(0,)), []).sample(row(-math.inf, -math.inf))
+    with pytest.raises(ParameterError, match="no token is left"):
+        Sampler(dataclasses.replace(GREEDY, banned_tokens=(1,)), []).sample(row(-math.inf, 2.0))
+
+
+def test_a_ban_of_what_a_processor_allows_is_an_error_but_a_repetition_is_not() -> None:
+    def only(row: Row, tokens: Sequence[int]) -> Row:
+        out = np.full_like(row, -np.inf)
+        out[1] = row[1]
+        return out
+
+    with pytest.raises(ParameterError, match="banned_tokens: no token is left"):
+        Sampler(dataclasses.replace(GREEDY, banned_tokens=(1,)), [], [only]).sample(row(1.0, 3.0, 2.0))
+    sampler = Sampler(dataclasses.replace(GREEDY, no_repeat_ngram=1), [], [only])
+    assert [sampler.sample(row(1.0, 3.0, 2.0)) for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"min_p": 0.5},
+        {"typical_p": 0.2},
+        {"epsilon_cutoff": 0.9},
+        {"eta_cutoff": 0.9},
+        {"top_n_sigma": 1.0},
+        {"mirostat_tau": 3.0},
+        {"xtc_probability": 1.0},
+    ],
+    ids=str,
+)
+def test_filters_never_bring_back_a_banned_token(filters: dict[str, float]) -> None:
+    for allowed in ({3}, {1, 4}):
+        banned = tuple(set(range(7)) - allowed)
+        sampler = Sampler(SamplingParams(banned_tokens=banned, seed=1, **filters), [])  # type: ignore[arg-type]
+        assert {sampler.sample(row(9, 1, 9, 0, 2, 9, 9)) for _ in range(50)} <= allowed
+
+
+def test_banned_first_tokens_may_follow_later() -> None:
+    sampler = Sampler(dataclasses.replace(GREEDY, banned_first_tokens=(1, 10**30)), [1, 1])
+    assert [sampler.sample(row(1.0, 3.0, 2.0)) for _ in range(3)] == [2, 1, 1]
 
 
 def test_min_tokens_delays_end_tokens() -> None:
@@ -98,9 +154,7 @@ def test_min_tokens_delays_end_tokens() -> None:
 def test_no_repeat_ngram_matches_transformers(size: int) -> None:
     for history in texts(seed=size):
         for begun in {0, len(history) // 2, len(history)}:  # the split into prompt and generated tokens does not matter
-            sampler = Sampler(SamplingParams(no_repeat_ngram=size), history[:begun])
-            for token in history[begun:]:
-                sampler.sample(forced(token, 7))  # a ban of every token is ignored
+            sampler = Sampler(SamplingParams(no_repeat_ngram=size), history[:begun], generated=history[begun:])
             tokens = torch.tensor([history], dtype=torch.long)
             expected = NoRepeatNGramLogitsProcessor(size)(tokens, torch.zeros(1, 7))
             assert transformed(sampler, np.zeros(7, np.float32)).tolist() == expected[0].tolist()
@@ -338,6 +392,7 @@ def test_a_seed_repeats_with_everything_on(mirostat: float) -> None:
 def test_all_parameters_together_handle_single_token_and_extreme_logits() -> None:
     for mirostat in (0.0, 5.0):
         params = SamplingParams(seed=1, mirostat_tau=mirostat, **EVERYTHING)
+        params = dataclasses.replace(params, banned_tokens=(), min_tokens=0, no_repeat_ngram=0)  # ban all of so few
         for logits in (row(1.0), row(1e4, -1e30, -3e38, -math.inf), np.zeros(300, np.float32)):
             sampler = Sampler(params, [0, 0, 0], end_tokens={0})
             for _ in range(10):

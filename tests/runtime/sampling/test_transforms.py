@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_sampler import ids, logit_samples, logs, row
-from transformers.generation.logits_process import EpsilonLogitsWarper, TypicalLogitsWarper
+from transformers.generation.logits_process import EpsilonLogitsWarper, EtaLogitsWarper, TypicalLogitsWarper
 
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling import transforms
@@ -102,6 +102,17 @@ def test_epsilon_cutoff_keeps_at_least_the_most_probable_token() -> None:
     ids, _ = sampler.candidates(logs(0.5, 0.125, 0.25, 0.125))
     assert ids is not None
     assert ids.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("eta", [3e-4, 2e-3, 0.05, 0.7])
+def test_eta_cutoff_matches_transformers(size: int, eta: float) -> None:
+    for seed in range(4):
+        for logits in logit_samples(size, seed):
+            scores = EtaLogitsWarper(eta)(torch.zeros(1, 1), torch.from_numpy(logits.copy())[None].double())
+            expected = np.flatnonzero(scores[0].isfinite().numpy())
+            kept = transforms.keep_eta_cutoff(logits, eta)
+            assert np.array_equal(kept[np.isfinite(logits[kept])], expected)
 
 
 @pytest.mark.parametrize(
