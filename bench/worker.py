@@ -14,7 +14,6 @@ of both spent in onnxruntime. Another engine can be measured by a program with t
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from typing import Any
 
@@ -25,6 +24,8 @@ from llm_edge.runtime.errors import LlmEdgeError
 def main() -> None:
     """Answer until standard input ends."""
     bundle, precision, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    import resource  # `llm-bench` says so where it is missing
+
     from llm_edge.runtime import Model, SamplingParams
 
     model = Model.load(bundle, precision, provider="cpu", threads=threads or None)

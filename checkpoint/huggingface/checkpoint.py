@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from llm_edge.model.family import Family
 from llm_edge.model.registry import find_family
 from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json, short_repr
+from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 
 _ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
 
@@ -79,14 +81,7 @@ def _read(
 
     config, table, tied_note = resolve_tied_head(config, table, shapes, load_base)
     stray = find_stray_tensors(config, table, shapes, load_base, where)
-    load: Callable[[str], torch.Tensor] = load_base
-    if adapter is not None:
-        load = adapter.wrap(
-            shapes,
-            load_base,
-            transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
-            tied_head=config.tie_word_embeddings,
-        )
+    load = load_base if adapter is None else _merge(adapter, family, config, shapes, load_base)
     for full_name, stored_name in stored.items():
         if full_name not in stray.names and not re.fullmatch(table.ignored, full_name):
             files.check_type(stored_name)
@@ -114,12 +109,28 @@ def _read(
             adapter=adapter.folder if adapter is not None else None,
         ),
         notes=(
+            *_duplicate_keys(config_path),
             *found.notes,
             *prefix_notes,
             *([f"config.json: {tied_note}"] if tied_note else []),
             *stray.notes,
             *ignored,
         ),
+    )
+
+
+def _merge(
+    adapter: Adapter,
+    family: Family,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    load: Callable[[str], torch.Tensor],
+) -> Callable[[str], torch.Tensor]:
+    return adapter.wrap(
+        shapes,
+        load,
+        transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
+        tied_head=config.tie_word_embeddings,
     )
 
 
@@ -153,3 +164,19 @@ def _stored_names(
     if prefix is None or prefix in ("", family.base_prefix):
         return stored, []
     return stored, [f"the model is read from the module {prefix.removesuffix(family.base_prefix).removesuffix('.')}"]
+
+
+def _duplicate_keys(path: Path) -> list[str]:
+    """Return a note about the keys that a JSON file gives twice; the last value counts, as in transformers."""
+    twice: set[str] = set()
+
+    def remember(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: set[str] = set()
+        twice.update(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        return dict(pairs)
+
+    json.loads(read_text(path, MIB, error=CheckpointError), object_pairs_hook=remember)
+    if not twice:
+        return []
+    shown = ", ".join(short_repr(key) for key in sorted(twice)[:3])
+    return [f"{path.name}: {shown} given twice: the last value counts"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -49,9 +48,10 @@ def locked(folder: Path) -> Iterator[bool]:
 def _fcntl() -> Any:
     """The module, or None where the system has none."""
     try:
-        return importlib.import_module("fcntl")
+        import fcntl
     except ImportError:
         return None
+    return fcntl
 
 
 def _is_old(folder: Path) -> bool:

@@ -16,16 +16,15 @@ from typing import Any
 
 import tokenizers
 
-from llm_edge.runtime.errors import BundleError, ContextLengthError, InputError, TemplateError, one_line
+from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateError, one_line
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
+from llm_edge.runtime.text.mask import Mask, PartialMatches
 from llm_edge.runtime.text.template_budget import plain_data
 from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
-_RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ALWAYS_ENCODED = 16  # characters per token of the context; the longest token is looked for beyond that
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
@@ -70,7 +69,7 @@ class Tokenizer:
         self._added_pattern = _any_of(token.content for token in added.values())
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
-        self._partial = _PartialMatches(self._specials)
+        self._partial = PartialMatches(self._specials)
 
     @classmethod
     def from_files(
@@ -204,7 +203,7 @@ class Tokenizer:
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
         data["tools"] = plain_tools(tools)
-        mask = _Mask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
+        mask = Mask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):
@@ -283,95 +282,6 @@ def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
         if token["special"]:
             token["content"] = names[token["content"]]
     return spec
-
-
-class _PartialMatches:
-    """Finds where the ends of a text could become part of the spelling of a special token."""
-
-    def __init__(self, specials: Iterable[str]) -> None:
-        self._specials = [text for text in specials if len(text) > 1]
-        self._starts = {text[:n] for text in self._specials for n in range(1, len(text))}
-        self._ends = {text[-n:] for text in self._specials for n in range(1, len(text))}
-        self._longest = max(map(len, self._specials), default=1) - 1
-
-    def places(self, text: str) -> set[int]:
-        """Positions of characters without which no special token could extend into this text."""
-        places = set()
-        stripped = text.strip()
-        for part, start in {text: 0, stripped: text.find(stripped)}.items():  # templates trim
-            for n in range(1, min(len(part), self._longest) + 1):
-                if part[-n:] in self._starts:
-                    places.add(start + len(part) - n)
-                if part[:n] in self._ends:
-                    places.add(start + n - 1)
-            if 0 < len(part) < self._longest and any(part in special[1:-1] for special in self._specials):
-                places.add(start)
-        return places
-
-
-class _Mask:
-    """Replaces characters in a conversation so that none of its text can be read as a special token.
-
-    The substitute is one of Unicode's rarest characters, absent from the conversation, so that templates can trim,
-    measure, slice and escape around it. Strings that the template compares with keep their ends.
-    """
-
-    def __init__(
-        self, pattern: re.Pattern[str], partial: _PartialMatches, literals: frozenset[str], data: object
-    ) -> None:
-        self._special_pattern, self._partial, self._literals, self._unmasked = pattern, partial, literals, data
-        self._stand_ins: dict[str, str] = {}
-
-    @property
-    def used(self) -> bool:
-        """Whether there was anything to mask."""
-        return bool(self._stand_ins)
-
-    def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """Mask a message; its role is an identifier and is rejected if it would need a mask."""
-        role = message["role"]
-        if self._special_pattern.search(role) or (role not in _ROLES | self._literals and self._partial.places(role)):
-            raise TemplateError(f"messages[{index}]: the role {role!r} resembles part of a special token")
-        return {**{key: self.data(value) for key, value in message.items()}, "role": role}
-
-    def data(self, value: Any) -> Any:
-        """Mask the strings in JSON-like data."""
-        if isinstance(value, str):
-            return self._text(value)
-        if isinstance(value, dict):
-            return {self._text(key): self.data(item) for key, item in value.items()}
-        return [self.data(item) for item in value] if isinstance(value, list) else value
-
-    def restore(self, text: str) -> str:
-        """Restore the masked characters in a text."""
-        for char, stand_in in self._stand_ins.items():
-            text = text.replace(stand_in, char).replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
-        return text
-
-    def _text(self, text: str) -> str:
-        places = set() if text in self._literals else self._partial.places(text)
-        match = self._special_pattern.search(text)
-        while match is not None:  # including overlapping matches
-            places.add(match.start())
-            match = self._special_pattern.search(text, match.start() + 1)
-        if not places:
-            return text
-        return "".join(self._stand_in(char) if i in places else char for i, char in enumerate(text))
-
-    def _stand_in(self, char: str) -> str:
-        if char not in self._stand_ins:
-            if len(self._taken) > len(_RARE) // 2:
-                raise InputError("the text contains too many rare characters: remove some")
-            while (found := chr(secrets.choice(_RARE))) in self._taken:
-                pass
-            self._taken.add(found)
-            self._stand_ins[char] = found
-        return self._stand_ins[char]
-
-    @functools.cached_property
-    def _taken(self) -> set[str]:
-        text = json.dumps(self._unmasked, ensure_ascii=False)
-        return set() if text.isascii() else set(re.findall(f"[{chr(_RARE[0])}-{chr(_RARE[-1])}]", text))
 
 
 class TextStream:

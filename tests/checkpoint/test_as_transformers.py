@@ -457,3 +457,12 @@ def test_biases_that_the_config_does_not_have_must_be_zero(folder: Path, tensors
     assert ours(checkpoint) == theirs(folder)
     write(folder, tensors | {name: torch.ones(64)})
     refused(folder, name)
+
+
+def test_the_last_of_two_equal_keys_counts(folder: Path, tensors: Tensors) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"rms_norm_eps": 0.5, ', 1))
+    checkpoint = read_folder(folder)
+    assert checkpoint.config.norm_eps == 1e-5
+    assert ours(checkpoint) == theirs(folder)
+    assert checkpoint.notes == ("config.json: 'rms_norm_eps' given twice: the last value counts",)

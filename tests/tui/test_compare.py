@@ -254,10 +254,12 @@ def test_each_side_has_separate_parameters(tmp_path: Path) -> None:
             await pilot.press("f3")
             await pilot.pause()
             assert shown.query_one("#value-temperature", ValueField).has_focus
-            await pilot.press("up")
-            await pilot.press("f2", "down")
+            assert "Parameters, right" in screen(app)
+            await pilot.press("right")
+            await pilot.press("f3", "left")
             await pilot.pause()
-            await pilot.press("f2")
+            assert "Parameters, left" in screen(app)
+            await pilot.press("f3")
             await pilot.pause()
             text = screen(app)
             assert "temperature 0.75" in text

@@ -44,7 +44,8 @@ async def type_into(pilot: Pilot[Any], name: str, text: str) -> None:
 
 def test_every_number_can_be_changed_by_keys_during_generation(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with app_with(tmp_path, LONG, pause=3 * PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
+        async with app_with(tmp_path, 10 * LONG, pause=3 * PER_TOKEN, size=(120, 40)) as (app, pilot, fake):
+            app.session.parameters.defaults = dataclasses.replace(fake.default_params, max_tokens=4000)
             await ask(pilot, "Talk.", wait=False)
             await pilot.press("f3")
             answer = app.session.answering
@@ -64,7 +65,7 @@ def test_every_number_can_be_changed_by_keys_during_generation(tmp_path: Path) -
             assert app.session.answering is answer  # all changes happened during generation
             changes = {each["name"]: each for each in answer.figures["changes"]}
             assert set(changes) == {parameter.name for parameter in NUMBERS}
-            assert all(0 < each["at"] < 400 for each in changes.values())
+            assert all(0 < each["at"] < 4000 for each in changes.values())
             await pilot.press("escape")
             await until(pilot, lambda: app.session.answering is None)
             await until(pilot, lambda: "temperature 0.75 from token" in " ".join(shown(views(app)[-1]).split()))

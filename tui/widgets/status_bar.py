@@ -147,4 +147,5 @@ class StatusBar(Horizontal):
         self.show_speed(list(self._session.rates))
         self.refresh_state()
         if self._session.answering is not None and rate:
-            self.show_state(f"{rate:.0f} tok/s · Esc to stop")
+            hint = "" if self.has_class("phone") else " · Esc to stop"  # where there is hardly a keyboard
+            self.show_state(f"{rate:.0f} tok/s{hint}")
