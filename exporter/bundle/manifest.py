@@ -78,11 +78,12 @@ def write_manifest(
 def _tool_calls(checkpoint: Checkpoint) -> dict[str, Any]:
     """How the chat template writes calls of tools; empty if it writes none."""
     tokenizer = checkpoint.tokenizer
-    if tokenizer.chat_template is None:
+    template = tokenizer.named_templates.get("tool_use", tokenizer.chat_template)
+    if template is None:
         return {}
     named = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     try:
-        found = tool_format_of(ChatTemplate(tokenizer.chat_template, named).render)
+        found = tool_format_of(ChatTemplate(template, named).render)
     except TemplateError:  # reported when the bundle is loaded
         return {}
     return {"tool_calls": found.to_json()} if found is not None else {}
