@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check docs pictures bench bench-peers compat clean
+.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+# An engine with 16 callers while every call of its steps fails at random: make stress [SEED=1]
+stress: setup
+	$(BIN)/python tests/stress/run.py $(SEED)
 
 docs: setup
 	$(BIN)/python docs/sampling.py > docs/sampling.md

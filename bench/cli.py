@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_edge.runtime.command import run
+from llm_edge.runtime.command import print_version, run
 
 if TYPE_CHECKING:
     from llm_edge.runtime.bundle import Bundle
@@ -24,10 +24,10 @@ TEXT = (
     "the ledger had once been a length of wet rope, measured by somebody who would rather have been at breakfast. "
 )
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder from llm-export.")],
     precision: Annotated[str | None, typer.Option(help="Comma-separated. Default: all in the bundle.")] = None,
@@ -37,6 +37,9 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Command of another engine with the protocol of bench/worker.py.")
     ] = None,
+    show_version: Annotated[  # noqa: ARG001 (its callback acts)
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Measure tokens per second, time to the first token of a cold process and peak memory.
 
@@ -56,7 +59,11 @@ def _bench(
     names = [name.strip() for name in precision.split(",")] if precision else list(bundle.precisions)
     sizes = {name: bundle.precision(name).size for name in names}
     if bundle.shape.max_position_embeddings < MIN_CONTEXT:
-        raise InputError(f"{path}: its context of {bundle.shape.max_position_embeddings} is shorter than {MIN_CONTEXT}")
+        context = bundle.shape.max_position_embeddings
+        raise InputError(
+            f"{path}: its context of {context} is shorter than {MIN_CONTEXT}: export it with a larger --max-seq-len, "
+            "or measure another bundle"
+        )
     for name in names:
         bundle.verify(name)
     commands = {name: our_command(path, name, threads) for name in names}

@@ -10,6 +10,8 @@ from llm_edge.chat.endpoint import client as endpoint
 from llm_edge.chat.endpoint.client import Endpoint, EndpointResponder
 from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.settings import Settings
+from llm_edge.chat.text import one_line
+from llm_edge.runtime.bundle import MANIFEST
 from llm_edge.runtime.errors import InputError
 from llm_edge.runtime.load_options import LoadOptions
 
@@ -38,6 +40,34 @@ def open_responder(choice: Choice) -> Responder:
     from llm_edge.runtime.model import Model  # slow; a front end calls this on a thread
 
     return LocalResponder(Model.open(choice.path, choice.options))
+
+
+def known_models(settings: Settings) -> list[tuple[str, Choice]]:
+    """The bundles and endpoints that can be chosen by name, with one line for each."""
+    found: list[tuple[str, Choice]] = []
+    for each in bundles.offers(bundles.recent(settings)):
+        if isinstance(each, bundles.Offer):
+            choice = BundleChoice(each.path, LoadOptions(each.precision))
+            found.append((f"{each.path.name} {each.precision}  {each.megabytes}, {each.fidelity}", choice))
+    found += [(f"{each.model}  at {each.host}", each) for each in endpoint.endpoints(settings)]
+    return found
+
+
+def find_choice(name: str, settings: Settings) -> Choice:
+    """The model that a typed name means: a bundle's folder or name, with a precision after a space, or an endpoint's.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    path, _, precision = name.strip().rpartition(" ")
+    for place, chosen in ((name.strip(), None), (path, precision)):
+        for folder in (Path(place), bundles.ARTIFACTS / place, *bundles.recent(settings)):
+            if place and folder.name == Path(place).name and (folder / MANIFEST).is_file():
+                return BundleChoice(folder, LoadOptions(chosen))
+    for each in endpoint.endpoints(settings):
+        if name.strip() in (each.model, called(each)):
+            return each
+    raise InputError(f"{one_line(name, 80)}: no such model: name a bundle's folder, or an endpoint's model used before")
 
 
 def remember(choice: Choice, settings: Settings) -> None:

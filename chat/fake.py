@@ -104,6 +104,7 @@ class FakeResponder:
         context_length: in words.
     """
 
+    unsupported: frozenset[str] = frozenset()
     adjusts = True
     continues_thoughts = True
 
@@ -115,7 +116,7 @@ class FakeResponder:
         name: str = "script",
         detail: str = "fake",
     ) -> None:
-        self.name = name
+        self.name = self.settings_key = name
         self.detail = detail
         self.context_length: int | None = context_length
         self.default_params = SamplingParams(temperature=0.7, top_p=0.95)

@@ -37,6 +37,8 @@ class Responder(Protocol):
         detail: its precision, or its host.
         context_length: maximum number of tokens of prompt and answer; None = unknown.
         default_params: the model's defaults.
+        settings_key: tells models apart whose parameters are kept separately.
+        unsupported: names of parameters that it does not take.
         adjusts: whether replies can be adjusted while they are generated.
         continues_thoughts: whether unfinished reasoning can be continued.
     """
@@ -45,6 +47,8 @@ class Responder(Protocol):
     detail: str
     context_length: int | None
     default_params: SamplingParams
+    settings_key: str
+    unsupported: frozenset[str]
     adjusts: bool
     continues_thoughts: bool
 
@@ -100,13 +104,14 @@ def tokens_of_question(responder: Responder | None, text: str, *, first: bool) -
 class LocalResponder:
     """A `Responder` for a bundle on this machine."""
 
+    unsupported: frozenset[str] = frozenset()
     adjusts = True
     continues_thoughts = True
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self.path = model.bundle.path
-        self.name = model.bundle.name
+        self.name = self.settings_key = model.bundle.name
         self.detail = model.precision.name
         self.provider = model.provider
         self.context_length: int | None = model.context_length

@@ -14,9 +14,11 @@ from typing import Any
 from llm_edge.chat.context import dropped_note, fit_to_context
 from llm_edge.chat.history.conversation import Conversation, Message
 from llm_edge.chat.history.store import Store
+from llm_edge.chat.model_parameters import ModelParameters, without_system
 from llm_edge.chat.parameters import CHAT_ONLY, ChatParameters
 from llm_edge.chat.responder import Reply, Responder
 from llm_edge.chat.running_answer import RunningAnswer, Update, save_answer
+from llm_edge.chat.titles import TitleWriter, needs_title
 from llm_edge.chat.token_records import TokenRecord, unpack
 from llm_edge.runtime.errors import InputError, LlmEdgeError
 from llm_edge.runtime.text.prompts import Message as Prompt
@@ -35,6 +37,7 @@ class ChatSession:
         show_reasoning: whether front ends show the reasoning of answers.
         thinking: whether the chat template asks for reasoning; None = the template's default.
         save_error: why the latest answer could not be saved.
+        automatic_titles: whether the model is asked for a title where the first question makes a poor one.
     """
 
     def __init__(
@@ -49,12 +52,12 @@ class ChatSession:
         self.show_reasoning = True
         self.thinking: bool | None = None
         self.save_error: LlmEdgeError | None = None
+        self.automatic_titles = False
+        self._title_writer: TitleWriter | None = None
         self._clock = clock
         self._running: RunningAnswer | None = None
-        self._start_values = {name: value for name, value in parameters.changed.items() if name != "system"}
+        self._values = ModelParameters(parameters)
         self._previous: list[int] = []  # conversations that `new` left
-        # The system prompt of new conversations, and the one that the current conversation brought along.
-        self._own_system = self._given_system = parameters.system
 
     # ---- actions
 
@@ -151,17 +154,26 @@ class ChatSession:
             if before.get(name) != now.get(name):
                 self._note_change(running.message, name, running.tokens if adjusts and name not in CHAT_ONLY else None)
 
-    def reset_parameters(self) -> None:
-        """Restore the parameters that the session started with; the system prompt stays."""
-        system = {"system": self.parameters.system} if self.parameters.system else {}
-        self.apply_change(lambda parameters: parameters.load({**self._start_values, **system}))
+    def set_start_values(self, values: Mapping[str, Any]) -> None:
+        """Change parameters of the current model, which new conversations with it start with too."""
+        self._values.set_start_values(values)
 
-    def new(self) -> None:
-        """Start a new conversation; `undo_new` returns to the previous one."""
+    def reset_parameters(self) -> None:
+        """Restore the parameters that conversations with this model start with; the system prompt stays."""
+        self.apply_change(lambda parameters: self._values.reset(parameters, self.responder))
+
+    def new(self, *, keep_parameters: bool = False) -> None:
+        """Start a new conversation, with the model's own parameters; `undo_new` returns to the previous one.
+
+        `keep_parameters`: go on with the current ones.
+        """
         self.close()
         if self.conversation.messages:
             self._previous.append(self.conversation.id)
+            values = without_system(self.parameters.changed) if keep_parameters else None
             self._start_new()
+            if values is not None:
+                self._values.load(values)
 
     def undo_new(self) -> bool:
         """Return to the conversation that `new` left, else to the latest one; False if there is none."""
@@ -170,8 +182,13 @@ class ChatSession:
             with contextlib.suppress(InputError):  # another program deleted it
                 self._show(self.store.load(self._previous.pop()))
                 return True
-        stored = [] if self.conversation.messages else self.store.recent()
-        if stored:  # nothing was asked since the start
+        return not self.conversation.messages and self.open_latest()  # nothing was asked since the start
+
+    def open_latest(self) -> bool:
+        """Show the conversation that was used last; False if there is none."""
+        self.close()
+        stored = self.store.recent()
+        if stored:
             self._show(self.store.load(max(stored, key=lambda each: each.updated).id))
         return bool(stored)
 
@@ -202,13 +219,14 @@ class ChatSession:
         self.store.select(self.conversation, message)
 
     def set_responder(self, responder: Responder) -> None:
-        """Use another model from now on."""
+        """Use another model from now on, with its own parameters, or those it had in this conversation."""
         self.close()
-        self.responder = responder
-        self.parameters.set_defaults(responder.default_params)
+        previous, self.responder = self.responder, responder
+        self._values.use_model(previous, responder, self.conversation)
 
     def close(self) -> None:
         """Stop the answer being generated, wait for its end, and save it."""
+        self._stop_title_writer()
         running, self._running = self._running, None
         if running is not None:
             running.finish(self.store)
@@ -222,7 +240,22 @@ class ChatSession:
         update = running.poll(self.store) if running is not None else None
         if running is not None and update is not None and update.ended:
             self._running, self.save_error = None, running.save_error
+            if self.automatic_titles and update.error is None and needs_title(self.conversation):
+                self._title_writer = TitleWriter(
+                    self._require_responder(), [*self._system(), *self._turns(update.message)]
+                )
         return update
+
+    def poll_title(self) -> bool:
+        """Use the title that the model was asked for; returns whether the conversation has a new title."""
+        title = self._title_writer.poll() if self._title_writer is not None else None
+        if title is None:
+            return False
+        self._title_writer = None
+        if title and needs_title(self.conversation):  # the user did not rename it meanwhile
+            with contextlib.suppress(LlmEdgeError):  # a title is not worth an error message
+                self.store.set_title(self.conversation, title)
+        return bool(title)
 
     def wait(self, seconds: float) -> None:
         """Wait until there is something to poll, at most so many seconds."""
@@ -266,8 +299,8 @@ class ChatSession:
     def _start(self, message: Message, question: Message, tokens: int = 0) -> Message:
         if self.conversation.system != self.parameters.system:
             self.store.set_system(self.conversation, self.parameters.system)
-        system: list[Prompt] = [{"role": "system", "content": self.parameters.system}] if self.parameters.system else []
-        turns = self._turns(question)
+        self._stop_title_writer()
+        system, turns = self._system(), self._turns(question)
         responder, params, prefix = (
             self._require_responder(),
             self.parameters.params,
@@ -313,6 +346,14 @@ class ChatSession:
         """The messages before an answer: questions and answers in turn, its question last."""
         return [{"role": each.role, "content": each.content} for each in self.conversation.path_to(question.id)]
 
+    def _system(self) -> list[Prompt]:
+        return [{"role": "system", "content": self.parameters.system}] if self.parameters.system else []
+
+    def _stop_title_writer(self) -> None:
+        writer, self._title_writer = self._title_writer, None
+        if writer is not None:
+            writer.cancel()
+
     def _parent(self, message: Message) -> Message:
         if message.parent is None:
             raise InputError("this message is not an answer")
@@ -335,19 +376,12 @@ class ChatSession:
         return self.records.setdefault(message.id, [])
 
     def _start_new(self) -> None:
-        self._keep_own_system()
-        self._show(self.store.new(system=self._own_system))
+        self._values.keep_system()
+        self._show(self.store.new(system=self._values.new_system))
 
     def _show(self, conversation: Conversation) -> None:
-        self._keep_own_system()
         self.conversation = conversation
-        self.parameters.set("system", conversation.system)
-        self._given_system = conversation.system
-
-    def _keep_own_system(self) -> None:
-        """New conversations use a system prompt that the user wrote, but not one of an old conversation."""
-        if self.parameters.system != self._given_system:
-            self._own_system = self._given_system = self.parameters.system
+        self._values.use_conversation(conversation, self.responder)
 
     def _require_responder(self) -> Responder:
         if self.responder is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from llm_edge.runtime.errors import InputError, MachineError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.safe_io import MIB, read_json, write_atomically
 
 FILE: Final = "settings.json"
@@ -169,6 +170,6 @@ def user_folder(variable: str, function: str) -> Path:
     try:
         import platformdirs
     except ImportError as e:
-        raise InputError("saving needs platformdirs: pip install 'llm-edge[tui]'") from e
+        raise InputError(f"saving needs platformdirs: {install_hint('tui')}") from e
     path: Path = getattr(platformdirs, function)("llm-edge", appauthor=False)
     return path

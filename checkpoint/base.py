@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.weights import Weights
@@ -66,6 +68,25 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class OriginalModel:
+    """What another library needs to read a Hugging Face checkpoint on its own.
+
+    Attributes:
+        config: content of `config.json`.
+        folder: folder that holds config and weights; None if the library would not find the weights there.
+        names: names of the tensors as the library knows them.
+        load: reads one of them.
+        adapter: folder of the merged LoRA adapter, or None.
+    """
+
+    config: Mapping[str, Any]
+    folder: Path | None
+    names: tuple[str, ...]
+    load: Callable[[str], Tensor]
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model with everything an export needs.
 
@@ -80,6 +101,7 @@ class Checkpoint:
         guards: constraints on the output that the model requires, or None.
         notes: what the export should tell its user: files and settings that were overruled or ignored, one sentence
             each. They are printed and stored in the manifest.
+        original: for an independent reader; None if the source is not a Hugging Face checkpoint.
     """
 
     config: ModelConfig
@@ -91,6 +113,7 @@ class Checkpoint:
     reasoning: ReasoningTokens | ReasoningTags | None = None
     guards: Guards | None = None
     notes: tuple[str, ...] = ()
+    original: OriginalModel | None = None
 
 
 def hash_file(path: Path) -> SourceFile:

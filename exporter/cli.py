@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from llm_edge.exporter.options import ExportOptions, FileFormat
-from llm_edge.runtime.command import run
+from llm_edge.runtime.command import print_version, run
 from llm_edge.runtime.errors import InputError, ParameterError
+from llm_edge.runtime.installation import install_hint
 
 if TYPE_CHECKING:
     from llm_edge.exporter.results import Report
     from llm_edge.exporter.validation.parity import Validation
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 class ProgressKind(StrEnum):
@@ -54,7 +55,7 @@ def _with_export_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@app.command()
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
 @_with_export_options
 def export(
     context: typer.Context,
@@ -76,6 +77,9 @@ def export(
     progress: Annotated[
         ProgressKind, typer.Option(help="json: print one JSON object per line to stdout.")
     ] = ProgressKind.AUTO,
+    show_version: Annotated[  # noqa: ARG001 (its callback acts)
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint to a bundle (ONNX or TorchScript) and verify it against PyTorch."""
 
@@ -94,9 +98,20 @@ def export(
             if options.file_format is FileFormat.TORCHSCRIPT:
                 raise ParameterError("--explain and --plot apply to ONNX only: omit them with --format torchscript")
             show_bundle = partial(show, precisions=None)
+        elif _is_bundle(source):
+            raise InputError(f"{source} is a bundle already: chat with it (llm-chat {source}), or add --explain")
         _export(source, options, progress, show_bundle)
 
     raise typer.Exit(run(command))
+
+
+def _is_bundle(source: str) -> bool:
+    from llm_edge.runtime.bundle import MANIFEST
+
+    try:
+        return (Path(source) / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _export(
@@ -111,7 +126,7 @@ def _export(
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("llm_edge"):
                 raise  # our own module: installing the extra would not help
-            raise InputError(f"llm-export needs {error.name}: pip install 'llm-edge[export]'") from error
+            raise InputError(f"llm-export needs {error.name}: {install_hint('export')}") from error
         report = export_bundle(source, options, display.update)
     seconds = time.monotonic() - started
     if show_bundle is not None:
@@ -204,6 +219,7 @@ def _print_report(report: Report, seconds: float) -> None:
     console.print(table)
     if validation := report.validation:
         print("KL, top-1 and perplexity against PyTorch fp32 on the bundled validation text.")
+        print(_independent_check(validation))
         if validation.layers < report.layers:
             print(
                 f"Compared only the first {validation.layers} of {report.layers} layers, with embedding and head. "
@@ -231,6 +247,16 @@ def _requantization_note(report: Report) -> str | None:
     hint = "; --precision source keeps its weights" if quantized[0] in ("Q4_0", "Q4_1", "Q8_0") else ""
     return (
         f"The source is quantized already ({', '.join(quantized)}): the error of {', '.join(lossy)} adds to that{hint}."
+    )
+
+
+def _independent_check(validation: Validation) -> str:
+    check = validation.independent
+    if check.difference is None:
+        return f"Not compared with transformers: {check.reason}."
+    return (
+        f"The logits agree with those of transformers {check.version} on {check.tokens} tokens "
+        f"(max |Δ| {check.difference.max:.1e} of their standard deviation)."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.loading import LoadedBundle
+from llm_edge.runtime.process import ProcessBound
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.scheduling.sequence import TokenSequence
 from llm_edge.runtime.scheduling.sequence_factory import SequenceFactory
@@ -20,8 +21,8 @@ Handle = TypeVar("Handle")
 """What a call returns: `Generation` or `AsyncGeneration`."""
 
 
-class BaseModel(abc.ABC, Generic[Handle]):
-    """A loaded bundle that generates text.
+class BaseModel(ProcessBound, abc.ABC, Generic[Handle]):
+    """A loaded bundle that generates text, in the process that loaded it.
 
     Attributes:
         bundle: the folder.
@@ -34,6 +35,7 @@ class BaseModel(abc.ABC, Generic[Handle]):
     """
 
     def __init__(self, loaded: LoadedBundle, draft: DraftModel | None, speculative: bool) -> None:
+        super().__init__()
         self.bundle: Bundle = loaded.bundle
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.precision: PrecisionInfo = loaded.precision
@@ -69,7 +71,9 @@ class BaseModel(abc.ABC, Generic[Handle]):
             TemplateError: the model has no chat template, or it rejects these messages or variables.
             ContextLengthError: the conversation does not fit.
             BusyError: (`Engine`) too many requests are waiting.
+            ProcessError: in a forked process.
         """
+        self.check_process()
         began = time.perf_counter()
         tokens = self.encode_chat(messages, template_variables)
         if assistant_prefix or reasoning_prefix:
@@ -83,7 +87,9 @@ class BaseModel(abc.ABC, Generic[Handle]):
             ParameterError: the prompt is empty or contains ids outside the vocabulary; an unusable constraint.
             ContextLengthError: the prompt does not fit.
             BusyError: (`Engine`) too many requests are waiting.
+            ProcessError: in a forked process.
         """
+        self.check_process()
         began = time.perf_counter()
         return self._start(self._prompts.encode_prompt(prompt), params, began)
 
@@ -98,6 +104,7 @@ class BaseModel(abc.ABC, Generic[Handle]):
 
     def _encode_to_compute(self, text: str | Sequence[int]) -> list[int]:
         """The ids of a text to be scored or embedded, which may fill the context."""
+        self.check_process()
         tokens = self._prompts.encode_prompt(text)
         self._prompts.check(tokens, self.context_length + 1)
         return tokens

@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPLATE_FOLDER = "additional_chat_templates"  # of named templates, as transformers saves them
 ONNX, TORCHSCRIPT = FORMATS = ("onnx", "torchscript")
+_SUFFIXES: Mapping[str, str] = {ONNX: ".onnx", TORCHSCRIPT: ".pt"}
 _MIN_TAG, _MAX_TAG = 3, 64  # characters; text that may become a tag is held back
 MAX_NEWLINES = 2**31 - 1  # as of the parameter `max_newlines`
 
@@ -231,12 +232,12 @@ class Bundle:
         Raises:
             BundleError: a file was modified.
         """
-        others = {
-            name
-            for info in self.precisions.values()
-            if precision is not None and info.name != precision
-            for name in _graph_files(info.model, info.format)
-        }
+        others: set[str] = set()
+        if precision is not None:
+            for info in self.precisions.values():
+                others.update(_graph_files(info.model, info.format))
+            wanted = self.precisions[precision]
+            others.difference_update(_graph_files(wanted.model, wanted.format))
         for name, entry in self._files.items():
             if name in others:
                 continue
@@ -257,6 +258,8 @@ class Bundle:
         if kind not in FORMATS:
             supported = " and ".join(FORMATS)
             raise self._refused(f"precisions.{name} has format {kind!r}, but this runtime supports {supported}")
+        if not model.endswith(_SUFFIXES[kind]):  # onnxruntime reads files with other names in other formats
+            raise self._refused(f"precisions.{name}.model is {reprlib.repr(model)}, not a name with {_SUFFIXES[kind]}")
         hidden_size = None
         if "hidden_size" in entry:
             hidden_size = _count(entry, "hidden_size", high=_MAX_HIDDEN, where=f"precisions.{name}.")

@@ -9,13 +9,17 @@ import signal
 import sys
 from collections.abc import Callable
 
-from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.runtime.errors import LlmEdgeError, one_line
+from llm_edge.runtime.installation import version
 
 _INPUT = 2
 _MACHINE = 3
 _INTERRUPTED = 130
 _CLOSED_PIPE = 141  # as shells report SIGPIPE
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
+_MACHINE_ERRORS = (
+    *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT),
+    *(errno.ENOMEM, errno.EFBIG, errno.EAGAIN, errno.EMFILE, errno.ENFILE),  # the limits of ulimit
+)
 _NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # impossible paths
 
 
@@ -23,8 +27,8 @@ def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; see `errors.py`.
 
     0 success, 2 bad usage or input, 3 the machine failed, 130 interrupted (SIGTERM and SIGHUP act like Ctrl-C, so that
-    a command cleans up), 141 broken pipe. An `LlmEdgeError`, a full disk or memory and Ctrl-C print one line to stderr;
-    anything else is a bug and keeps its traceback.
+    a command cleans up), 141 broken pipe. An `LlmEdgeError`, a full disk or memory, a limit of the process and Ctrl-C
+    print one line to stderr; anything else is a bug and keeps its traceback.
     """
     with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
         for name in ("SIGTERM", "SIGHUP"):
@@ -37,21 +41,48 @@ def run(command: Callable[[], object]) -> int:
     except LlmEdgeError as error:
         _print_error(str(error))
         return error.exit_code
-    except MemoryError:
-        _print_error("not enough memory")
-        return _MACHINE
     except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
-    except OSError as error:
-        if error.errno not in (*_MACHINE_ERRORS, *_NAME_ERRORS):
-            raise
-        _print_error(f"{error.filename or 'disk'}: {error.strerror}")
-        return _MACHINE if error.errno in _MACHINE_ERRORS else _INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NAME_ERRORS:
+            _print_error(f"{error.filename}: {error.strerror}")
+            return _INPUT
+        reason = machine_failure(error)
+        if reason is None:
+            raise
+        _print_error(reason)
+        return _MACHINE
     return 0
+
+
+def machine_failure(error: BaseException) -> str | None:
+    """One line about a failure of the machine, such as full memory or disk; None for a bug."""
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        return f"{error.filename or 'disk'}: {error.strerror}"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "no further thread can be started: raise the limits on memory (ulimit -v) and processes (ulimit -u)"
+    library = isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError)
+    if library and not (getattr(error, "name", None) or "").startswith("llm_edge"):
+        while isinstance(error.__cause__ or error.__context__, ImportError):  # numpy's advice is two pages long
+            error = error.__cause__ or error.__context__ or error
+        return f"a library cannot be loaded ({one_line(error)}): free memory, or install llm-edge again"
+    cause: BaseException | None = error  # libraries wrap a lack of memory in errors of their own
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return "not enough memory"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit: the callback of `--version`."""
+    if wanted:
+        print(f"llm-edge {version()}")
+        raise SystemExit(0)
 
 
 def _print_error(message: str) -> None:

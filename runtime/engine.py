@@ -1,7 +1,7 @@
 """`Engine`: one model for many callers, from threads and from asyncio.
 
 A single thread runs all steps, in the order that `Scheduler` decides. An answer depends only on its prompt, parameters
-and seed; docs/embedding.md says what this rests on and where it ends.
+and seed; docs/embedding.md says what this rests on and where it ends. Whatever ends the thread fails every request.
 """
 
 from __future__ import annotations
@@ -9,25 +9,32 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from llm_edge.runtime.backend.session import Session
+from llm_edge.runtime.backend.watchdog import check_running_steps
 from llm_edge.runtime.base_model import BaseModel
-from llm_edge.runtime.errors import BusyError, InputError, MachineError, ParameterError
+from llm_edge.runtime.errors import (
+    BusyError,
+    InputError,
+    LlmEdgeError,
+    MachineError,
+    ParameterError,
+    as_llm_edge_error,
+)
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
-from llm_edge.runtime.results import FinishReason
+from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.scheduling import cache_file
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
 from llm_edge.runtime.scheduling.scheduler import Request, Scheduler
 from llm_edge.runtime.scheduling.slots import SlotManager
-from llm_edge.runtime.scheduling.watchdog import Watchdog
 from llm_edge.runtime.speculative.draft_model import DraftModel, load_draft_model
 
 
@@ -36,14 +43,13 @@ class Engine(BaseModel[AsyncGeneration]):
 
     Args:
         loaded: a bundle with a fused graph.
-        draft: a draft model; requires `active=1` and no `step_seconds`.
+        draft: a draft model; requires `active=1`.
         active: number of generations that run at the same time; further ones wait.
         kept: number of additional slots that cache prefixes of earlier generations.
         waiting: number of requests that may wait.
         cache_bytes: memory for keys and values in idle slots.
         speculative: verify draft tokens, each sequence in separate steps; None = only if `active` is 1, because
             batching gains more than drafting.
-        step_seconds: timeout of a step, whose requests then fail with MachineError; None = none.
 
     Raises:
         ParameterError: an argument is out of range.
@@ -59,25 +65,24 @@ class Engine(BaseModel[AsyncGeneration]):
         waiting: int = 64,
         cache_bytes: int = 1 << 30,
         speculative: bool | None = None,
-        step_seconds: float | None = None,
     ) -> None:
         for name, value, low in (("active", active, 1), ("kept", kept, 1), ("waiting", waiting, 0)):
             if type(value) is not int or not low <= value <= 1024:
                 raise ParameterError(f"{name} is {value!r}; use {low} to 1024")
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise ParameterError(f"cache_bytes is {cache_bytes!r}; use 0 or more")
-        if draft is not None and (active != 1 or step_seconds is not None):
-            raise ParameterError("draft: it needs an engine with active=1 and without step_seconds, or a Model")
+        if draft is not None and active != 1:
+            raise ParameterError("draft: it needs an engine with active=1, or a Model")
         super().__init__(loaded, draft, active == 1 if speculative is None else speculative)
         assert isinstance(loaded.session, Session)
         self._max_active, self._max_waiting = active, waiting
         self._counters = Counters()
         self._batch = Batch(loaded.session.graph, active + kept)
         self._slots = SlotManager(self._batch, cache_bytes)
-        self._watchdog = Watchdog(step_seconds, self._batch.terminate, self._batch.resume)
-        self._scheduler = Scheduler(self._batch, self._slots, self._counters, self._watchdog.watched)
+        self._scheduler = Scheduler(self._batch, self._slots, self._counters)
         self._waiting: deque[Request] = deque()
         self._closed = False
+        self._failure: LlmEdgeError | None = None  # what ended the thread
         self._changed = threading.Condition()  # guards waiting and active requests, and counters
         self._stepping = threading.Lock()  # guards the slots
         self._thread = threading.Thread(target=self._run, name="llm-edge-engine", daemon=True)
@@ -117,6 +122,7 @@ class Engine(BaseModel[AsyncGeneration]):
 
         Either all are accepted or none. Raises what `generate` does.
         """
+        self.check_process()
         began = time.perf_counter()
         if type(count) is not int or not 1 <= count <= 128:
             raise ParameterError(f"count is {count!r}; use 1 to 128")
@@ -134,6 +140,8 @@ class Engine(BaseModel[AsyncGeneration]):
             own = shared if shared.seed is None else replace(shared, seed=(shared.seed + number) % 2**64)
             requests.append(Request(self._sequence(tokens, own, began, speculative=self.speculative)))
         with self._changed:
+            if self._failure is not None:
+                raise MachineError(f"the engine has failed: load it again ({self._failure})") from self._failure
             if self._closed:
                 raise MachineError("the engine is closed")
             waiting = len(self._waiting)
@@ -147,6 +155,7 @@ class Engine(BaseModel[AsyncGeneration]):
 
     def counters(self) -> Counters:
         """A copy of the current counters."""
+        self.check_process()
         with self._changed:
             found = replace(self._counters, waiting=len(self._waiting), active=len(self._scheduler.active))
         found.evictions, found.kept_tokens = self._slots.evictions, self._slots.cached_tokens
@@ -159,6 +168,7 @@ class Engine(BaseModel[AsyncGeneration]):
         Returns:
             the number of tokens; for 0, no file is written.
         """
+        self.check_process()
         tokens = self._prompts.encode_prompt(prompt)
         with self._stepping:
             slot, length = self._slots.longest_prefix(tokens)
@@ -177,6 +187,7 @@ class Engine(BaseModel[AsyncGeneration]):
         Raises:
             InputError: the file is missing, damaged, or from another bundle.
         """
+        self.check_process()
         tokens, values = cache_file.load(Path(path), self._identity, self.bundle.shape, self._batch.dtype)
         try:
             self._prompts.check(tokens, self.context_length + 1)
@@ -188,12 +199,14 @@ class Engine(BaseModel[AsyncGeneration]):
         return len(tokens)
 
     def close(self) -> None:
-        """Stop the engine; unfinished generations end with `FinishReason.CANCELLED`."""
+        """Stop the engine, whose running step is terminated; unfinished generations end with `CANCELLED`."""
+        if not self.in_own_process:  # a forked process has no thread to stop
+            return
         with self._changed:
-            self._closed = True
+            self._closed = self._scheduler.closing = True
             self._changed.notify_all()
+        check_running_steps()
         self._thread.join()
-        self._watchdog.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -208,18 +221,48 @@ class Engine(BaseModel[AsyncGeneration]):
     # ---- the engine's thread
 
     def _run(self) -> None:
-        scheduler = self._scheduler
-        while not self._closed:
-            with self._changed:
-                while not (self._waiting or scheduler.active or self._closed):
-                    self._changed.wait()
+        try:
+            while self._wait():
+                with self._stepping:
+                    self._cancel_waiting()
+                    self._admit()
+                    self._scheduler.step()
             with self._stepping:
-                self._cancel_waiting(lambda request: request.generation.cancelled)
-                self._admit()
-                scheduler.step()
-        with self._stepping:
-            scheduler.cancel(lambda _: True)
-            self._cancel_waiting(lambda _: True)
+                self._scheduler.cancel(lambda _: True)
+        except BaseException as error:  # noqa: BLE001 (callers get it, and so does each new request)
+            self._end(as_llm_edge_error(error, "the engine failed unexpectedly"))
+        else:
+            self._end(None)
+
+    def _wait(self) -> bool:
+        """Wait for a request; returns False once the engine is closed."""
+        with self._changed:
+            while not (self._waiting or self._scheduler.active or self._closed):
+                self._changed.wait()
+            return not self._closed
+
+    def _end(self, failure: LlmEdgeError | None) -> None:
+        """End all requests, cancelled or failed, and refuse new ones."""
+        with self._changed:
+            self._failure, self._closed = failure, True
+            requests = [*self._scheduler.active, *self._waiting]
+            self._scheduler.active.clear()
+            self._waiting.clear()
+        for request in requests:
+            self._end_request(request, failure)
+
+    def _end_request(self, request: Request, failure: LlmEdgeError | None) -> None:
+        last: GenerationChunk | LlmEdgeError
+        try:
+            last = failure or request.sequence.finish(FinishReason.CANCELLED)
+        except BaseException as error:  # noqa: BLE001 (as in `_run`)
+            last = as_llm_edge_error(error)
+        with self._changed:
+            if isinstance(last, LlmEdgeError):
+                self._counters.failed += 1
+            else:
+                self._counters.cancelled += 1
+        request.generation.put(last)
 
     def _admit(self) -> None:
         """Activate waiting requests, first come first served."""
@@ -232,12 +275,11 @@ class Engine(BaseModel[AsyncGeneration]):
                 if request.slot >= 0:
                     self._scheduler.active.append(request)
 
-    def _cancel_waiting(self, which: Callable[[Request], bool]) -> None:
-        """End waiting requests with `FinishReason.CANCELLED`."""
+    def _cancel_waiting(self) -> None:
+        """End waiting requests that were cancelled."""
         with self._changed:
-            cancelled = [request for request in self._waiting if which(request)]
+            cancelled = [request for request in self._waiting if request.generation.cancelled]
             for request in cancelled:
                 self._waiting.remove(request)
-                self._counters.cancelled += 1
         for request in cancelled:
-            request.generation.put(request.sequence.finish(FinishReason.CANCELLED))
+            self._end_request(request, None)

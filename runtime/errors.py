@@ -11,12 +11,17 @@
     ├── BusyError                   exit 1    too many requests are waiting in an engine
     ├── LogitsError                 exit 1    a step computed logits that are not finite
     ├── ParityError                 exit 1    an exported graph does not compute what the reference computes
+    ├── ProcessError                exit 1    a model used in another process than the one that loaded it
     └── MachineError                exit 3    the machine failed: disk, memory
+        └── StepTerminatedError               a step exceeded `step_seconds`, or its result was no longer wanted
 
 A message is one line: the file or field, the reason, the remedy.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 
 class LlmEdgeError(Exception):
@@ -48,12 +53,14 @@ class ParameterError(InputError):
 
 
 class ContextLengthError(InputError):
-    """A prompt does not fit the model's context; `prompt_tokens` and `limit` are numbers of tokens."""
+    """A prompt does not fit the model's context; `prompt_tokens` and `limit` are numbers of tokens.
 
-    def __init__(self, prompt_tokens: int, limit: int) -> None:
-        super().__init__(
-            f"the prompt has {prompt_tokens} tokens, but the model's context holds {limit}: shorten the prompt"
-        )
+    `at_least`: the prompt was too long to be encoded, so `prompt_tokens` is a lower bound.
+    """
+
+    def __init__(self, prompt_tokens: int, limit: int, *, at_least: bool = False) -> None:
+        count = f"at least {prompt_tokens}" if at_least else str(prompt_tokens)
+        super().__init__(f"the prompt has {count} tokens, but the model's context holds {limit}: shorten the prompt")
         self.prompt_tokens = prompt_tokens
         self.limit = limit
 
@@ -72,6 +79,14 @@ class MachineError(LlmEdgeError):
     exit_code = 3
 
 
+class StepTerminatedError(MachineError):
+    """A step was terminated because it exceeded `step_seconds` or its result was no longer wanted."""
+
+
+class ProcessError(LlmEdgeError):
+    """A model, an engine or a generation was used in another process than the one that loaded it."""
+
+
 class ProviderError(InputError):
     """The requested execution provider is not available."""
 
@@ -82,3 +97,39 @@ class BusyError(LlmEdgeError):
     def __init__(self, waiting: int) -> None:
         super().__init__(f"{waiting} requests are waiting already: try again later")
         self.waiting = waiting
+
+
+def as_llm_edge_error(error: BaseException, what: str = "generation failed unexpectedly") -> LlmEdgeError:
+    """An LlmEdgeError unchanged; anything else, as a MachineError that says what failed and why in one line."""
+    if isinstance(error, LlmEdgeError):
+        return error
+    reason = "not enough memory" if isinstance(error, MemoryError) else one_line(error) or type(error).__name__
+    found = MachineError(f"{what} ({reason})")
+    found.__cause__ = error
+    return found
+
+
+def is_library_failure(error: BaseException) -> bool:
+    """Whether a library failed, rather than a signal or the interpreter's end: Rust's panics are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def typed_errors(what: str = "generation failed unexpectedly") -> Iterator[None]:
+    """Turn failures of libraries in the body into LlmEdgeErrors; see `as_llm_edge_error`."""
+    try:
+        yield
+    except LlmEdgeError:
+        raise
+    except BaseException as error:
+        if not is_library_failure(error):
+            raise
+        raise as_llm_edge_error(error, what) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line of limited length."""
+    try:
+        return " ".join(str(error).split())[:300]
+    except Exception:  # noqa: BLE001 (an error of another library may fail to describe itself)
+        return type(error).__name__

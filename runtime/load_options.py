@@ -17,6 +17,8 @@ class LoadOptions:
         verify: compare the checksums of everything that is loaded. TorchScript is code and always needs it.
         draft: folder of a smaller bundle with the same vocabulary, which proposes draft tokens; see `DraftModel`.
         draft_precision: of that bundle; None as above.
+        step_seconds: steps that take longer are terminated, and their generations fail; None = no limit. torch cannot
+            terminate a step of TorchScript.
     """
 
     precision: str | None = None
@@ -25,6 +27,7 @@ class LoadOptions:
     verify: bool = True
     draft: str | Path | None = None
     draft_precision: str | None = None
+    step_seconds: float | None = 300.0
 
     @property
     def draft_options(self) -> LoadOptions:

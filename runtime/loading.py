@@ -43,7 +43,9 @@ def load(path: str | Path, options: LoadOptions, *, fused: bool = False, interle
     bundle, precision, tokenizer = _open(path, options, prefers_half)
     if fused and not precision.share_buffer:
         raise BundleError(f"{bundle.path}: {precision.name} is not a fused ONNX graph: export with --graph fused")
-    execution = ExecutionOptions(options.provider, options.threads, interleaved=interleaved)
+    execution = ExecutionOptions(
+        options.provider, options.threads, interleaved=interleaved, step_seconds=options.step_seconds
+    )
     session = open_session(GraphFile.of(bundle, precision), execution)
     if precision.name == "fp16" and prefers_half and session.provider == "cpu":  # CUDA rejected it; slow on CPUs
         return load(path, replace(options, provider="cpu"), fused=fused, interleaved=interleaved)
@@ -58,8 +60,10 @@ def _open(path: str | Path, options: LoadOptions, prefers_half: bool) -> tuple[B
     if options.verify:
         bundle.verify(precision.name)
     config = bundle.json("tokenizer_config.json")
-    templates = bundle.named_templates()
-    tokenizer = Tokenizer.from_files(bundle.file("tokenizer.json"), config, bundle.chat_template(), templates)
-    if tokenizer.vocab_size > bundle.shape.vocab_size:
+    vocab_size = bundle.shape.vocab_size
+    tokenizer = Tokenizer.from_files(
+        bundle.file("tokenizer.json"), config, bundle.chat_template(), bundle.named_templates(), vocab_size=vocab_size
+    )
+    if tokenizer.vocab_size > vocab_size:
         raise BundleError(f"{bundle.path}: the tokenizer has more tokens than the model: export the bundle again")
     return bundle, precision, tokenizer

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_edge.runtime.backend.session import PREFILL_CHUNK, HiddenStates, Session
+from llm_edge.runtime.backend.watchdog import check_running_steps
 from llm_edge.runtime.base_model import BaseModel
 from llm_edge.runtime.embed import check_pooling, pooled
-from llm_edge.runtime.errors import BundleError
+from llm_edge.runtime.errors import BundleError, StepTerminatedError, typed_errors
 from llm_edge.runtime.generation import Generation
 from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
@@ -43,7 +44,8 @@ class Model(BaseModel[Generation]):
         Args:
             path: the folder.
             precision: one that the bundle contains; None = int8 if there is one, on CUDA fp16.
-            options: further fields of `LoadOptions`: `provider`, `threads`, `verify`, `draft`, `draft_precision`.
+            options: further fields of `LoadOptions`: `provider`, `threads`, `verify`, `draft`, `draft_precision`,
+                `step_seconds`.
 
         Raises:
             BundleError: a folder is missing, damaged or modified.
@@ -66,6 +68,7 @@ class Model(BaseModel[Generation]):
 
     def clear_cache(self) -> None:
         """Drop what earlier prompts computed; ends an unfinished generation."""
+        self.check_process()
         self._replace(threading.Event())
         with self._stepping:
             self._sequence_in_cache = None
@@ -82,6 +85,7 @@ class Model(BaseModel[Generation]):
         tokens = self._encode_to_compute(text)
         self.clear_cache()
         with self._stepping:
+            self._session.cancel_steps_if(_never)
             self._session.clear_cache()
             return scored(tokens, lambda chunk: self._session.step(chunk, num_logits=0))
 
@@ -111,6 +115,7 @@ class Model(BaseModel[Generation]):
         tokens = self._encode_to_compute(text)
         self.clear_cache()
         with self._stepping:
+            session.cancel_steps_if(_never)
             session.clear_cache()
             return pooled(tokens, session.hidden_states, pooling, normalize=normalize)
 
@@ -119,13 +124,14 @@ class Model(BaseModel[Generation]):
         sequence = self._sequence(tokens, params or self.default_params, began, speculative=speculative)
         cancelled = threading.Event()
         self._replace(cancelled)
-        return Generation(self._chunks(sequence, cancelled), cancelled, sequence.adjust)
+        return Generation(self._chunks(sequence, cancelled), cancelled, sequence.adjust, check_running_steps)
 
     def _replace(self, cancelled: threading.Event) -> None:
         """End the running generation; `cancelled` will end the next one."""
         with self._starting:
             self._running.set()
             self._running = cancelled
+        check_running_steps()
 
     def _chunks(self, sequence: TokenSequence, cancelled: threading.Event) -> Iterator[GenerationChunk]:
         while not cancelled.is_set():
@@ -135,19 +141,38 @@ class Model(BaseModel[Generation]):
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
-        yield sequence.finish(FinishReason.CANCELLED)
+        with typed_errors():
+            last = sequence.finish(FinishReason.CANCELLED)
+        yield last
 
     def _step(self, sequence: TokenSequence, cancelled: threading.Event) -> list[GenerationChunk]:
         """Run one step; returns nothing if the generation was cancelled."""
         with self._stepping:
             if cancelled.is_set():
                 return []
-            session, previous = self._session, self._sequence_in_cache
-            if previous is not sequence:
-                cached = previous.tokens[: session.length] if previous is not None else []
-                session.rewind(sequence.reuse(common_prefix(cached, sequence.tokens)))
-                self._sequence_in_cache = sequence
-            elif session.length > sequence.computed:  # rejected draft tokens
-                session.rewind(sequence.computed)
-            tokens = sequence.pending(PREFILL_CHUNK)
-            return list(sequence.advance(session.step(tokens, 1 if sequence.prefilling else len(tokens))))
+            self._session.cancel_steps_if(cancelled.is_set)
+            if self._draft is not None:
+                self._draft.cancel_steps_if(cancelled.is_set)
+            try:
+                with typed_errors():
+                    return self._advance(sequence)
+            except BaseException as error:
+                if isinstance(error, StepTerminatedError) and cancelled.is_set():
+                    return []
+                self._sequence_in_cache = None  # what the cache holds is uncertain
+                raise
+
+    def _advance(self, sequence: TokenSequence) -> list[GenerationChunk]:
+        session, previous = self._session, self._sequence_in_cache
+        if previous is not sequence:
+            cached = previous.tokens[: session.length] if previous is not None else []
+            session.rewind(sequence.reuse(common_prefix(cached, sequence.tokens)))
+            self._sequence_in_cache = sequence
+        elif session.length > sequence.computed:  # rejected draft tokens
+            session.rewind(sequence.computed)
+        tokens = sequence.pending(PREFILL_CHUNK)
+        return list(sequence.advance(session.step(tokens, 1 if sequence.prefilling else len(tokens))))
+
+
+def _never() -> bool:
+    return False

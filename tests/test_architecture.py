@@ -19,13 +19,13 @@ SCREENS = ("textual", "fastapi", "starlette", "uvicorn")
 ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "runtime": {},
     "model": {"runtime": {"errors", "safe_io"}},
-    # runtime.sampling defines what a generation_config.json means.
-    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "safe_io", "sampling"}},
+    # runtime.text checks tokenizers of checkpoints; runtime.sampling says what a generation_config.json means.
+    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "installation", "safe_io", "sampling", "text"}},
     # runtime.bundle defines the folder format; runtime.backend runs graphs for validation.
     "exporter": {
         "model": None,
         "checkpoint": None,
-        "runtime": {"backend", "bundle", "command", "errors", "safe_io"},
+        "runtime": {"backend", "bundle", "command", "errors", "installation", "safe_io"},
     },
     "finetune": {"model": None, "checkpoint": None, "runtime": None},
     # The chat runs llm-export as a process, with these options.

@@ -20,16 +20,32 @@ from textual_serve.server import Server
 from llm_edge.runtime.errors import InputError
 
 _LINK = re.compile(r'<link\b[^>]*href="(https?://[^/"]+)[^>]*>')
-_HEAD = """<head>
+_ICON = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' "
+    "rx='4' fill='%2323395b'/%3E%3Cpath d='M4 5h8M4 8h6M4 11h4' stroke='%23e8eef7' stroke-width='1.6'/%3E%3C/svg%3E"
+)
+# A title and an icon; a font that leaves enough columns on phones; and focus for the terminal once it is connected.
+# textual-serve's page sends the focus and the size to its socket, which fails while it is still connecting.
+_HEAD = f"""<head>
+    <title>llm-edge</title>
+    <link rel="icon" href="{_ICON}" />
     <meta name="viewport" content="width=device-width, initial-scale=1" />
     <script>
-      addEventListener("load", () => {
-        const looking = setInterval(() => {
-          const keyboard = document.querySelector(".xterm-helper-textarea");
-          if (keyboard) { keyboard.focus(); clearInterval(looking); }
-        }, 50);
-      });
-    </script>"""  # fits phones, and focuses the terminal
+      const send = WebSocket.prototype.send;
+      WebSocket.prototype.send = function (data) {{
+        if (this.readyState === WebSocket.OPEN) send.call(this, data);
+      }};
+      addEventListener("DOMContentLoaded", () => {{
+        const fontSize = new URLSearchParams(location.search).get("fontsize");
+        if (innerWidth < 600 && !fontSize) document.getElementById("terminal").dataset.fontSize = "12";
+      }});
+      addEventListener("load", () => {{
+        const looking = setInterval(() => {{
+          const keyboard = document.querySelector(".textual-terminal.-connected .xterm-helper-textarea");
+          if (keyboard) {{ keyboard.focus(); clearInterval(looking); }}
+        }}, 50);
+      }});
+    </script>"""
 
 
 def is_local(host: str) -> bool:
@@ -104,6 +120,10 @@ class ChatServer(Server):
     async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
         """Handle the connection of one visitor."""
         self._reject_other_sites(request)
+        if not web.WebSocketResponse().can_prepare(request).ok:
+            raise web.HTTPUpgradeRequired(
+                text="this address is for the page's connection: open / in a browser", headers={"Upgrade": "websocket"}
+            )
         visit = asyncio.current_task()
         assert visit is not None
         self._visits.add(visit)

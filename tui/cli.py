@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_edge.chat.options import sampling_options
-from llm_edge.runtime.command import run
+from llm_edge.runtime.command import print_version, run
 from llm_edge.runtime.errors import BundleError, InputError, ParameterError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BUNDLE = Path("artifacts/smollm2-135m")
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,14 @@ class ChatOptions:
     system: str | None
     ask: str | None
     plain: bool
+    continue_: bool
     save: bool
     stdin: bool | None
     fake: bool
     serve: bool
     host: str
     port: int
+    given: frozenset[str]  # names of the options and arguments on the command line
 
     @property
     def full_screen(self) -> bool:
@@ -63,28 +66,50 @@ class ChatOptions:
         """Check combinations of options.
 
         Raises:
-            ParameterError: options that exclude each other, or lack another one.
+            ParameterError: options that exclude each other, lack another one, or would be ignored.
+            InputError: a question stands where a bundle is expected.
             BundleError: the bundle does not exist, and `--ask` or `--plain` cannot export it.
         """
         if (self.serve or self.fake) and not self.full_screen:
             raise ParameterError("--serve and --fake need the full-screen chat: remove --ask and --plain")
+        if self.full_screen and self.save:
+            raise ParameterError("--save needs --ask or --plain: the full-screen chat saves by itself")
+        if not self.serve and (unused := self._given("host", "port")):
+            raise ParameterError(f"{unused} has no effect without --serve: add --serve, or remove it")
+        if self.endpoint is not None and (unused := self._given("bundle", "precision", "draft", "provider", "threads")):
+            raise ParameterError(f"{unused} has no effect with --endpoint: remove one of them")
+        if self.fake and (unused := self._given("bundle", "endpoint", "precision", "draft", "provider", "threads")):
+            raise ParameterError(f"{unused} has no effect with --fake: remove one of them")
+        if len(str(self.bundle).split()) > 1 and not self.bundle.exists():
+            raise InputError(f"{str(self.bundle)!r} is not a bundle folder: to ask a question, put --ask before it")
         if self.ask is not None and not self.ask.strip():
             raise ParameterError("--ask is empty: give a question")
+        if self.ask is not None and self.plain:
+            raise ParameterError("--ask and --plain exclude each other: remove one of them")
         if self.endpoint is not None and not (self.model or "").strip():
             raise ParameterError("--endpoint needs a model: add --model NAME")
         if self.endpoint is None and (self.model is not None or self.key is not None):
             raise ParameterError("--model and --key need an endpoint: add --endpoint URL")
 
+    def _given(self, *names: str) -> str:
+        """The first of these that was used, as it is written on the command line; "" = none."""
+        used = next((name for name in names if name in self.given), "")
+        return "a bundle" if used == "bundle" else f"--{used}" if used else ""
+
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 @sampling_options
 def chat(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Bundle folder exported by llm-export.")] = DEFAULT_BUNDLE,
     *,
     ask: Annotated[
         str | None, typer.Option(help="Answer one question on stdout and exit; piped input becomes its context.")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Chat line by line; works through pipes.")] = False,
+    continue_: Annotated[
+        bool, typer.Option("--continue", "-c", help="Continue the latest conversation of the history.")
+    ] = False,
     save: Annotated[bool, typer.Option("--save", help="Save --ask/--plain conversations to history.")] = False,
     stdin: Annotated[
         bool | None, typer.Option(help="With --ask: read standard input, or ignore it. Default: auto-detect.")
@@ -114,15 +139,25 @@ def chat(
     host: Annotated[str, typer.Option(help="With --serve: address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="With --serve: port to listen on.")] = 8020,
     fake: Annotated[bool, typer.Option("--fake", help="Try the chat without a model: a script answers.")] = False,
+    show_version: Annotated[  # noqa: ARG001 (its callback acts)
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     sampling: Mapping[str, Any],
 ) -> None:
     """Chat with a model in the terminal or a browser, or ask it one question.
 
     Unset options use the model's defaults.
     """
-    load = LoadOptions(precision, provider, threads, draft=draft)
-    options = ChatOptions(bundle, load, endpoint, model, key, system, ask, plain, save, stdin, fake, serve, host, port)
+    load, given = LoadOptions(precision, provider, threads, draft=draft), _given(context)
+    question = (ask, plain, continue_, save, stdin)
+    options = ChatOptions(bundle, load, endpoint, model, key, system, *question, fake, serve, host, port, given)
     raise typer.Exit(run(lambda: _chat(options, sampling)))
+
+
+def _given(context: typer.Context) -> frozenset[str]:
+    """Names of the options and arguments that are on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
 
 
 def _chat(options: ChatOptions, sampling: Mapping[str, Any]) -> None:
@@ -138,12 +173,20 @@ def _chat(options: ChatOptions, sampling: Mapping[str, Any]) -> None:
     if sys.stdout is None:
         raise InputError("stdout is closed, so the answer cannot be written: open it, or redirect it to a file")
     if options.endpoint is None and options.bundle == DEFAULT_BUNDLE and not options.bundle.exists():
-        raise BundleError(f"{options.bundle}: not found: run 'llm-export smollm2', or name another bundle")
+        raise BundleError(f"{options.bundle}: not found: {_export_hint()}, or name another bundle")
     from llm_edge.tui import plain_start
 
     code = plain_start.chat(options, sampling)
     if code:
         raise typer.Exit(code)
+
+
+def _export_hint() -> str:
+    """How to get a bundle, which may need the export extra first."""
+    import importlib.util
+
+    missing = importlib.util.find_spec("torch") is None
+    return f"run {install_hint('export')}, then llm-export smollm2" if missing else "run 'llm-export smollm2'"
 
 
 def _on_screen() -> bool:
@@ -162,13 +205,13 @@ def _open_screen(options: ChatOptions, sampling: Mapping[str, Any]) -> None:
     try:
         from llm_edge.tui import start
     except ImportError as e:
-        raise InputError(f"the full-screen chat needs {e.name}: pip install 'llm-edge[tui]', or use --plain") from e
+        raise InputError(f"the full-screen chat needs {e.name}: {install_hint('tui')}, or use --plain") from e
     if options.serve:
         start.serve([word for word in sys.argv[1:] if word != "--serve"], options.host, options.port)
         return
     if not _on_screen():
         raise InputError("--fake needs a terminal: run it in one, or add --serve")
-    raise typer.Exit(start.chat(options.choice(), sampling, options.system))
+    raise typer.Exit(start.chat(options.choice(), sampling, options.system, continue_=options.continue_))
 
 
 def main() -> None:

@@ -9,12 +9,16 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TextIO
 
+from llm_edge.chat.attachments import Attachment, attach_mentioned, read_attachment, with_attachments
+from llm_edge.chat.choice import find_choice, known_models, open_responder
 from llm_edge.chat.commands import format_help, help_lines, run_command
+from llm_edge.chat.editor import edit_text
 from llm_edge.chat.figures import figures_line
 from llm_edge.chat.history.conversation import Message, title_of
 from llm_edge.chat.history.store import InMemoryStore
 from llm_edge.chat.running_answer import Update
 from llm_edge.chat.session import ChatSession
+from llm_edge.chat.settings import Settings
 from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
 from llm_edge.runtime.results import FinishReason
@@ -37,7 +41,8 @@ class PlainChat:
         output: receives answers.
         notes: receives everything else.
         reasoning: receives reasoning; None = it is not written.
-        interactive: a user is watching: Ctrl-C stops only the answer, and a blank line follows each.
+        interactive: a user is watching: Ctrl-C stops only the answer, a blank line follows each, and `@path` in a
+            question attaches a file.
         with_figures: write a line of figures after each answer.
 
     Attributes:
@@ -62,6 +67,9 @@ class PlainChat:
         self._interactive = interactive
         self._with_figures = with_figures
         self._announced = 0  # id of the conversation whose file was named
+        self._attached: list[Attachment] = []  # to the next question
+        self._left = False
+        self._cut_off_reported = False
 
     def run(self, lines: Iterable[str]) -> int:
         """Answer lines until they end or one is `quit`.
@@ -79,6 +87,8 @@ class PlainChat:
             except LlmEdgeError as error:
                 worst = max(worst, error.exit_code)
                 self._note(f"error: {error}")
+            if self._left:
+                break
         return max(worst, self.save_error.exit_code if self.save_error is not None else 0)
 
     def ask(self, text: str, title: str = "") -> None:
@@ -93,30 +103,36 @@ class PlainChat:
         Raises:
             LlmEdgeError: the answer failed.
         """
-        answer = self._start(text, title or text)
+        self._finish(self._start(text, title or text))
+
+    def _finish(self, answer: Message, *, again: bool = False) -> None:
+        """Write a started answer. `again`: it is another answer to its question, or continued."""
         reasoning = ReasoningOutput(self._reasoning, instead=None if self.session.show_reasoning else "(thinking)")
         try:
             with _stop_on_interrupt() if self._interactive else contextlib.nullcontext() as interrupted:
-                update = self._stream(answer, reasoning, interrupted)
+                update = self._stream(answer, reasoning, interrupted, len(answer.content))
         finally:
             self.session.close()
             reasoning.end(gap=False)
             if answer.content or answer.reasoning or "error" not in answer.figures:
                 self._write("\n")  # so that what follows starts a line
         stopped = answer.figures.get("finish_reason") == FinishReason.CANCELLED
-        if update.error is not None or (stopped and not answer.content):
+        if (update.error is not None or (stopped and not answer.content)) and not again:
             self._discard(answer)
         self._report_saving()
         if update.error is not None:
             raise update.error
         if self._with_figures:
             self._note(figures_line(answer.figures))
-        if answer.figures["finish_reason"] == FinishReason.LENGTH and not answer.content and answer.reasoning:
-            self._note(self._all_reasoning(answer.figures["tokens"]))
+        if answer.figures["finish_reason"] == FinishReason.LENGTH and (self._interactive or not self._cut_off_reported):
+            self._cut_off_reported = True  # once is enough for a script
+            self._note(self._cut_off(answer))
 
-    def _stream(self, answer: Message, reasoning: ReasoningOutput, interrupted: threading.Event | None) -> Update:
-        """Write an answer as it is generated."""
-        thought = written = 0
+    def _stream(
+        self, answer: Message, reasoning: ReasoningOutput, interrupted: threading.Event | None, written: int
+    ) -> Update:
+        """Write an answer as it is generated, from a number of characters on."""
+        thought = len(answer.reasoning) if written else 0
         while True:
             self.session.wait(_WAIT)
             if interrupted is not None and interrupted.is_set():
@@ -166,29 +182,94 @@ class PlainChat:
         self.save_error, self.session.store = error, InMemoryStore()
         self._note(f"error: {error} (nothing is saved from here on)")
 
-    def _all_reasoning(self, count: int) -> str:
-        """Why an answer is empty, and the remedy."""
+    def _cut_off(self, answer: Message) -> str:
+        """Why an answer ends early, and the remedy."""
+        count, limit = answer.figures["tokens"], self.session.parameters.params.max_tokens
         remedy = "raise --max-tokens"
-        if count < self.session.parameters.params.max_tokens:
+        if count < limit:
             remedy = "the model's context holds no more"
         elif self._interactive:
             remedy = "raise it with /set max_tokens"
-        return f"all {count} tokens of the answer are reasoning: {remedy}"
+        if not answer.content and answer.reasoning:
+            return f"all {count} tokens of the answer are reasoning: {remedy}"
+        more = ", or continue it with /continue" if self._interactive else ""
+        return f"(the answer was cut off after {count} tokens: {remedy}{more})"
 
     def _line(self, text: str) -> None:
         if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads bytes that are not UTF-8
             raise InputError("this line is not valid UTF-8: convert it first")
-        if not text.strip():
-            self.session.new()
-            self._note("(new conversation)")
-        elif text == "/help":
-            self._note(format_help([*help_lines(), *_KEYS]))
+        if not text.strip() and not self._attached:
+            self._note(self.new())
         elif text.startswith("/"):
-            self._note(run_command(self.session, text))
+            if shown := run_command(self, text):
+                self._note(shown)
         else:
-            self.ask(text)
-            if self._interactive:
-                self._write("\n")
+            self._ask_typed(text)
+
+    def _ask_typed(self, text: str) -> None:
+        """Ask a typed question, with the files that are attached to it."""
+        attached = list(self._attached)
+        if self._interactive:
+            text, mentioned, missing = attach_mentioned(text)
+            attached += mentioned
+            for name in missing:
+                self._note(f"({name}: no such file, sent as text)")
+        self.ask(with_attachments(text, attached), title=text)
+        self._attached.clear()
+        if self._interactive:
+            self._write("\n")
+
+    # ---- what the commands need, see `CommandHost`
+
+    def show_help(self) -> str:
+        return format_help([*help_lines(), *_KEYS])
+
+    def new(self) -> str:
+        self.session.new(keep_parameters=True)
+        self._attached.clear()
+        return "(new conversation)"
+
+    def regenerate(self) -> None:
+        self._finish(self.session.regenerate(self._last()), again=True)
+
+    def continue_answer(self) -> None:
+        self._finish(self.session.continue_answer(self._last()), again=True)
+
+    def _last(self) -> Message:
+        path = self.session.conversation.path()
+        if not path:
+            raise InputError("there is no answer yet: ask a question first")
+        return path[-1]
+
+    def choose_model(self, name: str) -> str:
+        """Load a model while the current one stays in memory; it is closed once the new one is ready."""
+        settings, before = Settings(), self.session.responder
+        if not name:
+            current = f"current: {before.name}, {before.detail}\n" if before is not None else ""
+            return current + "\n".join(line for line, _ in known_models(settings))
+        responder = open_responder(find_choice(name, settings))
+        self.session.set_responder(responder)
+        if before is not None:
+            before.close()
+        return f"model = {responder.name}, {responder.detail}"
+
+    def attach(self, path: str) -> str:
+        attachment = read_attachment(path)
+        self._attached.append(attachment)
+        return f"attached {attachment.label}"
+
+    def edit(self, text: str) -> None:
+        if not self._interactive:
+            raise InputError("/edit needs a terminal: write the question on one line")
+        written = edit_text(text)
+        if written.strip():
+            self._write(written.rstrip() + "\n\n")
+            self._ask_typed(written.rstrip())
+
+    def leave(self) -> None:
+        self._left = True
+
+    # ---- output
 
     def _write(self, text: str) -> None:
         self._output.write(printable(text) if self._output.isatty() else text)

@@ -13,7 +13,7 @@ from llm_edge.chat.parameters import ChatParameters, as_json_values
 from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.session import ChatSession
 from llm_edge.chat.text import printable
-from llm_edge.runtime.errors import ContextLengthError
+from llm_edge.runtime.errors import ContextLengthError, InputError
 from llm_edge.tui.plain import HINT, PlainChat
 from llm_edge.tui.standard_input import StandardInput, too_long, with_context
 
@@ -28,19 +28,28 @@ def chat(options: ChatOptions, sampling: Mapping[str, Any]) -> int:
             stream.reconfigure(errors=errors)
     choice = options.choice()
     assert choice is not None
-    store = Store(default_path()) if options.save else InMemoryStore()
+    store = Store(default_path()) if options.save or options.continue_ else InMemoryStore()
     try:
         context = StandardInput(sys.stdin, options.stdin) if options.ask is not None else None
         responder = open_responder(choice)
         system = {"system": options.system} if options.system else {}
-        parameters = ChatParameters(responder.default_params, {**as_json_values(sampling), **system})
-        session = ChatSession(store, parameters)
+        given = {**as_json_values(sampling), **system}
+        session = ChatSession(store, ChatParameters(responder.default_params, given))
         session.set_responder(responder)
+        if options.continue_:
+            _continue_latest(session, given)
         if options.ask is not None and context is not None:
             return _ask(session, options.ask, context.text(_note))
         return _lines(session, responder)
     finally:
         store.close()
+
+
+def _continue_latest(session: ChatSession, given: Mapping[str, Any]) -> None:
+    """Show the latest conversation; what the command line sets replaces its parameters."""
+    if not session.open_latest():
+        raise InputError("--continue: there is no conversation yet: leave it out for the first one")
+    session.apply_change(lambda parameters: parameters.load({**parameters.changed, **given}))
 
 
 def _ask(session: ChatSession, question: str, context: str | None) -> int:

@@ -11,17 +11,15 @@ It cannot be known whether an open pipe will receive data, so this is the rule:
 from __future__ import annotations
 
 import os
-import re
 import stat
 import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
 
+from llm_edge.chat.attachments import MAX_SIZE, Attachment, text_of, with_attachments
 from llm_edge.runtime.errors import InputError
-from llm_edge.runtime.safe_io import MIB
 
-MAX_INPUT = 2 * MIB  # more than contexts hold, and within the limits for chat templates
 PATIENCE = 3.0  # seconds
 _CHUNK = 64 * 1024
 _POLL = 0.2  # seconds; waiting longer would block Ctrl-C on some systems
@@ -54,7 +52,7 @@ class StandardInput:
             note: called with a message if reading takes long, or no data arrived.
 
         Raises:
-            InputError: the input is not UTF-8 text, longer than MAX_INPUT bytes, or cannot be read.
+            InputError: the input is not UTF-8 text, longer than MAX_SIZE bytes, or cannot be read.
         """
         if not self._reads:
             return None
@@ -70,7 +68,8 @@ class StandardInput:
                 pass
         if self._error is not None:
             raise InputError(f"standard input cannot be read ({self._error}): --no-stdin ignores it")
-        return _text(bytes(self._data))
+        text = text_of(bytes(self._data), "standard input")
+        return text if text.strip() else None
 
     def _wait(self, event: threading.Event) -> bool:
         while not event.wait(_POLL):
@@ -80,7 +79,7 @@ class StandardInput:
 
     def _read(self, descriptor: int) -> None:
         try:
-            while len(self._data) <= MAX_INPUT and (data := os.read(descriptor, _CHUNK)):
+            while len(self._data) <= MAX_SIZE and (data := os.read(descriptor, _CHUNK)):
                 self._data += data
                 self._received.set()
         except OSError as e:
@@ -91,9 +90,7 @@ class StandardInput:
 
 def with_context(context: str, question: str) -> str:
     """The question after its context, which is enclosed in a code fence."""
-    longest = max((len(run) for run in re.findall("`{3,}", context)), default=2)
-    fence = "`" * (longest + 1)
-    return f"Standard input:\n\n{fence}\n{context.rstrip()}\n{fence}\n\n{question}"
+    return with_attachments(question, [Attachment("", context)])
 
 
 def too_long(context: str, prompt_tokens: int, limit: int) -> InputError:
@@ -119,18 +116,3 @@ def _is_data(descriptor: int) -> bool:
     except OSError:
         return False
     return stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def _text(data: bytes) -> str | None:
-    if len(data) > MAX_INPUT:
-        raise InputError(
-            f"standard input is longer than {MAX_INPUT // MIB} MiB: shorten it, for example to its end (tail -c 20000)"
-        )
-    if (place := data.find(b"\0")) >= 0:
-        raise InputError(f"standard input is binary (byte {place} is zero): use UTF-8 text")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise InputError(f"standard input is not UTF-8 text (byte {e.start}): convert it first") from e
-    text = text.replace("\r\n", "\n")
-    return text if text.strip() else None

@@ -18,14 +18,18 @@ from llm_edge.chat.parameters import EDITABLE, as_json_values
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.settings import Settings
 from llm_edge.runtime.errors import InputError, MachineError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.tui.app import ChatApp
 
 _FIXED_SIZE = ("COLUMNS", "LINES")
 """Environment variables that some shells export; with them, the screen would not follow the size of the window."""
 
 
-def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None) -> int:
-    """Open the application; returns its exit code. Without a choice of a model, a script answers."""
+def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None, *, continue_: bool = False) -> int:
+    """Open the application; returns its exit code. Without a choice of a model, a script answers.
+
+    `continue_`: show the latest conversation.
+    """
     changed = as_json_values(sampling)
     if system:
         changed["system"] = system
@@ -36,6 +40,8 @@ def chat(choice: Choice | None, sampling: Mapping[str, Any], system: str | None)
     load = functools.partial(_open, choice, settings) if choice is not None else lambda: FakeResponder(pause=0.02)
     try:
         app = ChatApp(store, load, settings, {name: changed[name] for name in changed if name in EDITABLE})
+        if continue_:
+            app.session.open_latest()
         app.run()
     finally:
         store.close()
@@ -73,5 +79,5 @@ def serve(arguments: Sequence[str], host: str, port: int) -> None:
     try:
         from llm_edge.tui import browser
     except ImportError as e:
-        raise InputError(f"--serve needs {e.name}: pip install 'llm-edge[tui]'") from e
+        raise InputError(f"--serve needs {e.name}: {install_hint('tui')}") from e
     browser.serve(shlex.join([sys.executable, "-m", "llm_edge.tui", *arguments]), host, port)

@@ -21,6 +21,7 @@ from llm_edge.chat.endpoint import key as endpoint_key
 from llm_edge.chat.endpoint import request as endpoint_body
 from llm_edge.chat.settings import Section, Settings
 from llm_edge.runtime.errors import ContextLengthError, InputError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.prompts import Message
 
@@ -199,6 +200,8 @@ class EndpointResponder:
         self.endpoint = endpoint
         self.name = endpoint.model
         self.detail = endpoint.host
+        self.settings_key = f"{endpoint.model} at {endpoint.host}"
+        self.unsupported = endpoint_body.unsupported(endpoint.url)
         self.context_length: int | None = None
         self.default_params = _DEFAULTS
         self._density = 0.0  # tokens per character, known once a prompt was too long
@@ -293,7 +296,7 @@ def _wire(url: str, key: str, patience: float) -> Wire:
     try:
         from llm_edge.chat.endpoint.http import Wire
     except ImportError as error:
-        raise InputError(f"endpoints need {error.name}: pip install 'llm-edge[tui]'") from error
+        raise InputError(f"endpoints need {error.name}: {install_hint('tui')}") from error
     return Wire(url, endpoint_key.read(key, url), patience)
 
 

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from llm_edge.runtime.errors import InputError
+from llm_edge.runtime.installation import install_hint
 
 KEYRING = "keyring"
 ENVIRONMENT = "env:"
@@ -81,7 +82,7 @@ def _call(name: str, *arguments: str) -> Any:
         import keyring.backend
         import keyring.errors
     except ImportError as error:
-        raise InputError(f"the keyring needs keyring: pip install 'llm-edge[tui]', or {remedy}") from error
+        raise InputError(f"the keyring needs keyring: {install_hint('tui')}, or {remedy}") from error
     try:
         backend = keyring.get_keyring()
         for each in getattr(backend, "backends", (backend,)):

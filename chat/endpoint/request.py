@@ -49,6 +49,22 @@ def body(model: str, messages: Sequence[Message], params: SamplingParams) -> dic
     return {**arguments, "extra_body": extra}
 
 
+def unsupported(url: str) -> frozenset[str]:
+    """Names of the parameters that the endpoint at a base URL does not take, as far as that is known.
+
+    OpenAI rejects requests with fields of other servers.
+    """
+    names = {name for name, spec in PARAMETERS.items() if not (spec.api.openai or spec.api.llamacpp)} - {"constraint"}
+    if _is_openai(url):
+        names |= {name for name, spec in PARAMETERS.items() if not spec.api.openai} - {"constraint"}
+    return frozenset(names)
+
+
+def _is_openai(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return host == "openai.com" or host.endswith((".openai.com", ".openai.azure.com"))
+
+
 def _json(value: Any) -> Any:
     """Lists for tuples, and an object for logit biases."""
     if isinstance(value, tuple):
@@ -78,7 +94,7 @@ def add_prefix(body: dict[str, Any], prefix: str, url: str, owner: str) -> None:
         InputError: this endpoint is known to start another answer instead.
     """
     host = urllib.parse.urlsplit(url).hostname or ""
-    if host == "openai.com" or host.endswith((".openai.com", ".openai.azure.com")) or owner == "system":
+    if _is_openai(url) or owner == "system":
         raise InputError(f"{host} does not continue answers: ask it to continue in a new message")
     last: dict[str, Any] = {"role": "assistant", "content": prefix}
     if host.endswith((".mistral.ai", ".deepseek.com")):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_edge.chat.attachments import split_attachments
 from llm_edge.chat.text import one_line
 
 USER = "user"
@@ -120,8 +121,11 @@ class Conversation:
 
 
 def title_of(question: str) -> str:
-    """A title for a question: its first line, shortened after a sentence or between words."""
-    for line in question[:20_000].splitlines():
+    """A title for a question: its first line after attachments, shortened after a sentence or between words."""
+    attachments, text = split_attachments(question)
+    if attachments and not text.strip():
+        return one_line(attachments[0].name, TITLE_LENGTH)
+    for line in text[:20_000].splitlines():
         text = " ".join(line.lstrip("#>*- \t").split())
         if not text:
             continue

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from llm_edge.checkpoint.download.progress import format_size, progress_class
 from llm_edge.runtime.errors import CheckpointError, InputError, MachineError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.safe_io import MIB, read_json
 
 RESPONSE_SECONDS = 20.0  # timeout of a request; the package has none
@@ -213,7 +214,7 @@ def _package() -> Any:
         import huggingface_hub.file_download  # sets the log level of the package
     except ImportError as e:
         raise InputError(
-            "models on the Hugging Face Hub require the package huggingface_hub: pip install 'llm-edge[export]'"
+            f"models on the Hugging Face Hub require the package huggingface_hub: {install_hint('export')}"
         ) from e
     return huggingface_hub
 

@@ -13,6 +13,7 @@ from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.huggingface.tokenizer_conversion import convert_tokenizer
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
+from llm_edge.runtime.text.tokenizer_check import check_tokenizer
 
 _TOKENIZER_KEYS = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens",
@@ -38,6 +39,7 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
     """
     path = folder / "tokenizer.json"
     tokenizer_json = read_text(path, 256 * MIB, error=CheckpointError) if path.exists() else convert_tokenizer(folder)
+    check_tokenizer(tokenizer_json, path, error=CheckpointError)
     raw = _optional_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in raw:
         raw = {**raw, **_optional_json(folder / "special_tokens_map.json")}

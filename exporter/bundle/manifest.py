@@ -24,6 +24,7 @@ from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.validation.parity import model_shape
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, ReasoningTags, manifest_entry
 
+_NOT_VALIDATED = {"compared": False, "reason": "--no-validate"}
 _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -32,7 +33,7 @@ def write_manifest(
 ) -> None:
     """Write the manifest, after all other files. It has no times and no paths, so that exports are reproducible."""
     files = {}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for number, name in enumerate(names):
         progress("writing", number / len(names), name)
         files[name] = manifest_entry(folder / name)
@@ -62,6 +63,7 @@ def write_manifest(
                 for precision in report.precisions
             },
             "validation": {"layers": validation.layers if validation else 0, "of": report.layers},
+            "independent_check": validation.independent.to_dict() if validation else _NOT_VALIDATED,
             "notes": list(report.notes),
             "proof": {name: parity.to_dict() for name, parity in auxiliary.items()},
             "files": files,

@@ -15,6 +15,7 @@ from llm_edge.exporter.explain.report import PrecisionExplanation, StoredWeight,
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.runtime.bundle import MANIFEST, Bundle
 from llm_edge.runtime.errors import InputError, ParameterError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.safe_io import read_json
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -44,7 +45,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ParameterError(f"--plot {path}: unsupported suffix: use {', '.join(PLOT_SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot requires matplotlib: pip install 'llm-edge[plot]'")
+        raise InputError(f"--plot requires matplotlib: {install_hint('plot')}")
     if path.is_dir():
         raise ParameterError(f"--plot {path}: is a folder: choose another file name")
     if not path.parent.is_dir():

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from llm_edge.runtime.backend import memory_hints
 from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
-from llm_edge.runtime.errors import BundleError, MachineError
+from llm_edge.runtime.errors import BundleError, MachineError, one_line
 
 HIDDEN_STATES = "hidden_states"
 NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
@@ -54,12 +54,14 @@ class ExecutionOptions:
         provider, threads: see `LoadOptions`.
         spinning: idle threads busy-wait and weights move to huge pages: for a graph that has the machine to itself.
         interleaved: another graph runs between this one's steps, so idle threads busy-wait only during a step.
+        step_seconds: see `LoadOptions`.
     """
 
     provider: str = "auto"
     threads: int | None = None
     spinning: bool = True
     interleaved: bool = False
+    step_seconds: float | None = None
 
 
 class Graph:
@@ -73,6 +75,7 @@ class Graph:
         cache_dtype: their type.
         cache_device: `cpu` or `cuda`, where the graph reads them.
         has_hidden_states: every step computes hidden states, of as many positions as requested.
+        step_seconds: steps that take longer are terminated; None = no limit.
 
     Raises:
         BundleError: the file does not load or contradicts the manifest.
@@ -83,6 +86,7 @@ class Graph:
         self.file = file
         self.shape = file.shape
         self.provider = provider
+        self.step_seconds = execution.step_seconds
         try:
             # onnxruntime's own provider fallback prints to stdout.
             self.inference = ort.InferenceSession(
@@ -117,7 +121,7 @@ class Graph:
 
     @staticmethod
     def run_options() -> Any:
-        """onnxruntime's options of a step, through which another thread can terminate it."""
+        """onnxruntime's options of a step, through which `watch` terminates it."""
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", "0")  # the default; looking it up would cost 80 us per step
         return options
@@ -183,8 +187,3 @@ def _session_options(provider: str, execution: ExecutionOptions) -> Any:
     if provider == "cuda":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line of limited length."""
-    return " ".join(str(error).split())[:300]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from llm_edge.runtime.backend.graph import ExecutionOptions, Graph, GraphFile
+from llm_edge.runtime.backend.graph_check import check_graph
 from llm_edge.runtime.backend.providers import check_threads, resolve_provider
 from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.backend.torchscript_session import TorchScriptSession
+from llm_edge.runtime.backend.watchdog import check_step_seconds
 from llm_edge.runtime.bundle import TORCHSCRIPT
 from llm_edge.runtime.errors import BundleError, MachineError, ProviderError
 
@@ -20,12 +22,15 @@ def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
     """Load an ONNX graph.
 
     Raises:
-        BundleError: it does not load or contradicts the manifest.
-        ParameterError: unknown provider, or an impossible number of threads.
+        BundleError: it is not a graph that the exporter writes, does not load or contradicts the manifest.
+        ParameterError: unknown provider, an impossible number of threads or time limit.
         ProviderError: CUDA was requested and does not work, or cannot run this graph.
     """
     check_threads(execution.threads)
-    if resolve_provider(execution.provider) == "cuda":
+    check_step_seconds(execution.step_seconds)
+    provider = resolve_provider(execution.provider)
+    check_graph(file.path)
+    if provider == "cuda":
         try:
             graph = Graph(file, "cuda", execution)
             matmuls = graph.matmuls_on_cpu()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_edge.runtime.backend.graph import HIDDEN_STATES, NUM_HIDDEN_STATES, Graph, one_line
+from llm_edge.runtime.backend.graph import HIDDEN_STATES, NUM_HIDDEN_STATES, Graph
 from llm_edge.runtime.backend.kv_cache import GrowingCache, KVCache, SharedCache
-from llm_edge.runtime.errors import BundleError, ContextLengthError, MachineError, ParameterError
+from llm_edge.runtime.backend.step_runner import StepRunner
+from llm_edge.runtime.errors import BundleError, ContextLengthError, MachineError, ParameterError, one_line
+from llm_edge.runtime.process import ProcessBound
 
 MAX_STEP_TOKENS = 512
 """Maximum number of tokens in a step, so that memory and the time to a cancel stay bounded."""
@@ -22,21 +23,21 @@ Logits = npt.NDArray[np.float32]
 HiddenStates = npt.NDArray[np.float32]
 
 
-class Session:
+class Session(ProcessBound):
     """One conversation's cache over a graph.
 
     Attributes:
         graph: what it runs.
         shape: dimensions of the model.
         length: number of tokens in the cache.
-        run_seconds: time spent inside onnxruntime so far.
     """
 
     def __init__(self, graph: Graph) -> None:
+        super().__init__()
         self.graph = graph
         self.shape = graph.shape
         self.length = 0
-        self.run_seconds = 0.0
+        self._steps = StepRunner(graph)
         self._cache: KVCache = (SharedCache if graph.file.share_buffer else GrowingCache)(graph)
         self._binding = graph.inference.io_binding()
         # Small inputs live in these arrays. A GPU gets a copy when one is bound: whatever changes is bound again.
@@ -52,6 +53,15 @@ class Session:
     def provider(self) -> str:
         """`cpu` or `cuda`."""
         return self.graph.provider
+
+    @property
+    def run_seconds(self) -> float:
+        """Time spent inside onnxruntime so far."""
+        return self._steps.run_seconds
+
+    def cancel_steps_if(self, unwanted: Callable[[], bool]) -> None:
+        """Terminate the steps from here on whose result is no longer wanted; `unwanted` is called from any thread."""
+        self._steps.unwanted = unwanted
 
     @property
     def limit(self) -> int:
@@ -71,6 +81,7 @@ class Session:
         Raises:
             ParameterError: too few or too many tokens, or logits of more positions than there are.
             ContextLengthError: they exceed the context.
+            StepTerminatedError, MachineError: the step was terminated, which leaves the cache unchanged, or failed.
         """
         new = len(tokens)
         check_step(new, self.length, num_logits, self.limit)
@@ -138,19 +149,18 @@ class Session:
 
     def _run(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> None:
         """Run a step; everything but tokens and cache is bound already."""
+        self.check_process()
         new, past = len(tokens), self.length
         self._ids[:new] = tokens
         self._bind_input("input_ids", self._ids, [1, new])
         self._bind_input("attention_mask", self._mask, [1, past + new])
         try:
             self._cache.bind(self._binding, past, new)
-            began = time.perf_counter()
-            self.graph.inference.run_with_iobinding(self._binding)
-            self.run_seconds += time.perf_counter() - began
         except MemoryError as error:
-            raise MachineError(f"not enough memory for a step over {new} tokens after {past}") from error
+            raise MachineError(f"not enough memory for the cache of {past + new} tokens") from error
         except Exception as error:
-            raise MachineError(f"a step over {new} tokens after {past} failed ({one_line(error)})") from error
+            raise MachineError(f"the cache of {past + new} tokens failed ({one_line(error)})") from error
+        self._steps.run(self._binding, f"a step over {new} tokens after {past}")
         self._cache.advance(self._binding)
         self.length = past + new
 

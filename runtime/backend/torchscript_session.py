@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile, one_line
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.providers import check_provider, check_threads
 from llm_edge.runtime.backend.session import Logits, check_step
 from llm_edge.runtime.backend.torchscript_check import check_program
-from llm_edge.runtime.errors import BundleError, InputError, MachineError, ProviderError
+from llm_edge.runtime.backend.watchdog import check_step_seconds
+from llm_edge.runtime.errors import BundleError, InputError, MachineError, ProviderError, one_line
+from llm_edge.runtime.process import ProcessBound
 
 _NO_MEMORY = ("not enough memory", "out of memory", "alloc")
 
 
-class TorchScriptSession:
+class TorchScriptSession(ProcessBound):
     """One conversation's cache over a TorchScript module; attributes as in `Session`.
 
     Raises:
@@ -34,8 +36,10 @@ class TorchScriptSession:
     """
 
     def __init__(self, file: GraphFile, execution: ExecutionOptions) -> None:
+        super().__init__()
         check_provider(execution.provider)
         check_threads(execution.threads)
+        check_step_seconds(execution.step_seconds)
         path, shape = file.path, file.shape
         try:
             import torch
@@ -69,6 +73,7 @@ class TorchScriptSession:
 
     def step(self, tokens: Sequence[int] | npt.NDArray[np.int64], num_logits: int = 1) -> Logits:
         """Run new tokens after the cached ones and add them to the cache; see `Session.step`."""
+        self.check_process()
         new, past = len(tokens), self.length
         check_step(new, past, num_logits, self.limit)
         ids = self._torch.tensor([[*tokens]], dtype=self._torch.int64, device=self.provider)
@@ -84,6 +89,9 @@ class TorchScriptSession:
         return logits
 
     rewinds_in_place = False
+
+    def cancel_steps_if(self, unwanted: Callable[[], bool]) -> None:
+        """Nothing: torch cannot terminate a step."""
 
     def rewind(self, length: int) -> None:
         """Keep only the first `length` tokens in the cache."""

@@ -52,11 +52,20 @@ class Constraint:
         return Constraint("json", '{"type":"object"}')
 
     @staticmethod
-    def json_schema(schema: Mapping[str, object] | bool | str) -> Constraint:
-        """JSON that conforms to a schema (or the JSON text of one); keys come in the order of `properties`."""
+    def json_schema(schema: Mapping[str, object] | bool | str, unchecked: Sequence[str] = ()) -> Constraint:
+        """JSON that conforms to a schema (or the JSON text of one); keys come in the order of `properties`.
+
+        Args:
+            schema: drafts 4 to 2020-12. A `format` that cannot be enforced is an annotation, as in the specification.
+            unchecked: keywords that answers are not held to, such as `("uniqueItems",)`, because they cannot be
+                enforced and the caller checks them; of `oneOf` several schemas may then match.
+        """
+        from llm_edge.runtime.sampling.json_schema.keywords import without_keywords
+
         try:
-            value = json.loads(schema) if isinstance(schema, str) else schema
+            value = json.loads(schema, object_pairs_hook=_unique) if isinstance(schema, str) else schema
             value = {} if value is True else dict(value) if isinstance(value, Mapping) else value
+            value = without_keywords(value, unchecked) if unchecked else value
             text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except RecursionError as e:
             raise refused_constraint("json_schema", "nested too deeply") from e
@@ -102,6 +111,16 @@ class Constraint:
 def refused_constraint(kind: str, reason: str) -> ParameterError:
     """The error for a constraint that cannot be used."""
     return ParameterError(f"constraint ({kind}): {reason}")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; of a key given twice, readers take different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {reprlib.repr(key)} is given twice")
+    return found
 
 
 def _literal(text: str) -> str:

@@ -7,6 +7,7 @@ first, the mask is applied only after the reasoning has ended.
 from __future__ import annotations
 
 import functools
+import json
 import queue
 import re
 import threading
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_edge.runtime.errors import MachineError, ParameterError
+from llm_edge.runtime.errors import InputError, MachineError, ParameterError
 from llm_edge.runtime.sampling.constraint import MAX_BYTES, Constraint, refused_constraint
 
 if TYPE_CHECKING:  # imported on first use: it takes 30 ms that unconstrained answers need not wait for
@@ -30,7 +31,6 @@ STACK_BYTES = 255 << 20  # the largest that Windows allows
 
 _starting = threading.Lock()  # threading.stack_size is process-wide
 _AT = re.compile(r"^at \d+\(\d+\): ")
-_BIG_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*\d{6}')
 
 
 class ReasoningState(Protocol):
@@ -233,12 +233,12 @@ def _compile_in_thread(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatc
     llguidance follows references recursively (a chain of 1,000 `$ref`s overflows 8 MB), and a stack overflow would kill
     the process. A thread that exceeds the timeout is abandoned.
     """
-    done: queue.SimpleQueue[LLMatcher | Exception] = queue.SimpleQueue()
+    done: queue.SimpleQueue[LLMatcher | BaseException] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             done.put(_matcher(tokenizer, constraint))
-        except Exception as e:  # noqa: BLE001 (raised below)
+        except BaseException as e:  # noqa: BLE001 (raised below; panics of Rust are not of class Exception)
             done.put(e)
 
     with _starting:
@@ -253,10 +253,10 @@ def _compile_in_thread(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatc
         matcher = done.get(timeout=COMPILE_SECONDS)
     except queue.Empty:
         raise refused_constraint(constraint.kind, f"not compiled within {COMPILE_SECONDS:g} s: simplify it") from None
-    if isinstance(matcher, ValueError):
-        raise refused_constraint(constraint.kind, _reason(str(matcher), constraint.kind)) from matcher
-    if isinstance(matcher, Exception):
+    if isinstance(matcher, InputError):
         raise matcher
+    if isinstance(matcher, BaseException):
+        raise refused_constraint(constraint.kind, _reason(str(matcher), constraint.kind)) from matcher
     if matcher.is_error():
         raise refused_constraint(constraint.kind, _reason(matcher.get_error(), constraint.kind))
     return matcher
@@ -265,11 +265,15 @@ def _compile_in_thread(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatc
 def _matcher(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
-    if _BIG_MULTIPLE.search(constraint.text):  # the lexer has as many states: 250 MB at a million
-        raise ValueError("multipleOf is above 99,999")
+    from llm_edge.runtime.sampling.json_schema.normalize import enforceable
+
     if constraint.kind.startswith("json"):
-        # Flexible white space is unbounded: at high temperatures a model may generate it until max_tokens.
-        grammar = LLMatcher.grammar_from_json_schema(constraint.text, overrides={"whitespace_flexible": False})
+        # Flexible white space is unbounded: at high temperatures a model may generate it until max_tokens. With escapes
+        # like \u0061 it could write a key that `properties` lists as an additional one.
+        grammar = LLMatcher.grammar_from_json_schema(
+            enforceable(json.loads(constraint.text)),
+            overrides={"whitespace_flexible": False, "json_allowed_escapes": 'nrbtf\\"'},
+        )
     elif constraint.kind == "lark":
         grammar = LLMatcher.grammar_from_lark(constraint.text)
     else:
@@ -295,7 +299,7 @@ def _reason(message: str, kind: str = "") -> str:
     """llguidance's message in one line: its first line and the error it announces."""
     lines = [line for line in map(str.strip, message.splitlines()) if line] or ["no reason given"]
     first = lines[0] if kind == "lark" else _AT.sub("", lines[0])  # a position in a grammar that llguidance generated
-    if first.startswith("NoExtension"):
+    if first.startswith(("NoExtension", "Unsatisfiable schema")):
         return "nothing can match it"
     if first.startswith("panic"):
         return "it is too large"

@@ -7,23 +7,24 @@ reserved for the largest context: memory is taken page by page as tokens arrive.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from llm_edge.runtime.backend.graph import NUM_HIDDEN_STATES, Graph, one_line
+from llm_edge.runtime.backend.graph import NUM_HIDDEN_STATES, Graph
 from llm_edge.runtime.backend.session import Logits, check_step
-from llm_edge.runtime.errors import MachineError
+from llm_edge.runtime.backend.step_runner import StepRunner
+from llm_edge.runtime.process import ProcessBound
 from llm_edge.runtime.scheduling.slot_memory import Array, DeviceSlots, HostSlots, SlotMemory
 
 _RESERVED_BYTES = 2**36  # initial address space; slots double in size from there
 _MIN_CAPACITY = 256  # initial capacity of a slot in tokens
 _MAX_BINDINGS = 64  # cached
+_PATIENCE = 1.0  # seconds before a step is terminated for a cancelled sequence: the others in it would repeat it
 
 
-class Batch:
+class Batch(ProcessBound):
     """Slots for the keys and values of several sequences over a fused graph.
 
     Attributes:
@@ -32,22 +33,21 @@ class Batch:
         dtype: type of keys and values.
         limit: maximum number of tokens in a slot.
         lengths: number of tokens in each slot; may be lowered, which drops the last ones.
-        run_seconds: time spent inside onnxruntime so far.
     """
 
     def __init__(self, graph: Graph, slots: int) -> None:
+        super().__init__()
         self._graph = graph
         self.slots = slots
         self.device = graph.cache_device
         self.dtype = graph.cache_dtype
         self.limit = graph.limit
         self.lengths = [0] * slots
-        self.run_seconds = 0.0
+        self._steps = StepRunner(graph, _PATIENCE)
         self._bindings: dict[tuple[int, int], Any] = {}
         self._keep = np.zeros((), dtype=np.int64)
         self._one = np.ones((), dtype=np.int64)
         self._ones = np.ones((1, self.limit), dtype=np.int64)
-        self._options = graph.run_options()
         affordable = _RESERVED_BYTES // (self.token_bytes * slots) if self.device == "cpu" else 0
         self._memory = self._reserve(min(self.limit, max(1 << max(affordable.bit_length() - 1, 0), _MIN_CAPACITY)))
 
@@ -55,6 +55,11 @@ class Batch:
     def capacity(self) -> int:
         """Number of tokens that a slot can hold without growing."""
         return self._memory.shape[2]
+
+    @property
+    def run_seconds(self) -> float:
+        """Time spent inside onnxruntime so far."""
+        return self._steps.run_seconds
 
     @property
     def token_bytes(self) -> int:
@@ -120,15 +125,12 @@ class Batch:
         self.lengths[slot] = 0
         self._memory.release(slot)
 
-    def terminate(self) -> None:
-        """Terminate the running step, from another thread; it and all later ones raise MachineError until `resume`."""
-        self._options.terminate = True
-
-    def resume(self) -> None:
-        """Allow steps again after `terminate`."""
-        self._options.terminate = False
+    def cancel_steps_if(self, unwanted: Callable[[], bool]) -> None:
+        """Terminate the steps from here on that are no longer wanted; `unwanted` is called from any thread."""
+        self._steps.unwanted = unwanted
 
     def _run(self, first: int, ids: Array, mask: Array, num_logits: int) -> Array:
+        self.check_process()
         slots, new = ids.shape
         binding = self._binding(first, slots)
         self._keep[...] = num_logits
@@ -137,15 +139,7 @@ class Batch:
         for name, array in (("input_ids", ids), ("attention_mask", mask), ("num_logits_to_keep", self._keep)):
             binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        began = time.perf_counter()
-        try:
-            self._graph.inference.run_with_iobinding(binding, self._options)
-        except MemoryError as error:
-            raise MachineError(f"not enough memory for a step over {slots} x {new} tokens") from error
-        except Exception as error:
-            raise MachineError(f"a step over {slots} x {new} tokens failed ({one_line(error)})") from error
-        finally:
-            self.run_seconds += time.perf_counter() - began
+        self._steps.run(binding, f"a step over {slots} x {new} tokens")
         return logits
 
     def _binding(self, first: int, slots: int) -> Any:

@@ -1,19 +1,18 @@
 """`Scheduler`: decides the order of an engine's steps. Requests that wait for a slot are queued in `Engine`.
 
 Each step computes a chunk of one prompt, then a token for every active sequence, in one decode where their slots are
-adjacent. An error in a step or a sequence fails the affected requests and no others.
+adjacent. Whatever is raised in a step or a sequence, KeyboardInterrupt and the panics of Rust libraries included, fails
+the affected requests and no others: signals never arrive on this thread.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from llm_edge.runtime.backend.graph import one_line
 from llm_edge.runtime.backend.session import PREFILL_CHUNK, Logits
-from llm_edge.runtime.errors import LlmEdgeError, MachineError
+from llm_edge.runtime.errors import StepTerminatedError, as_llm_edge_error
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
@@ -39,20 +38,19 @@ class Request:
 
 
 class Scheduler:
-    """Runs the steps of all active requests, on one thread, each within the context manager `watched`.
+    """Runs the steps of all active requests, on one thread.
 
     Attributes:
         active: requests that have a slot.
+        closing: all requests are about to be cancelled.
     """
 
-    def __init__(
-        self, batch: Batch, slots: SlotManager, counters: Counters, watched: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, batch: Batch, slots: SlotManager, counters: Counters) -> None:
         self.active: list[Request] = []
+        self.closing = False
         self._batch = batch
         self._slots = slots
         self._counters = counters
-        self._watched = watched
         self._turn = 0
         self._decode_step = 0.0  # average duration of recent steps in seconds
         # Prompt tokens per step while others decode; a GPU takes hardly longer for many than for few.
@@ -64,15 +62,16 @@ class Scheduler:
         Returns:
             False if the request should wait, because another prompt with the same prefix is being computed.
         """
-        tokens = request.sequence.tokens
-        source, length = self._slots.longest_prefix(tokens)
-        prompts = [each.sequence.tokens for each in self.active if each.sequence.prefilling]
-        if max((common_prefix(prompt, tokens) for prompt in prompts), default=0) >= length + _WORTH_WAITING:
-            return False
-        length = request.sequence.reuse(length)
         try:
+            tokens = request.sequence.tokens
+            source, length = self._slots.longest_prefix(tokens)
+            prompts = [each.sequence.tokens for each in self.active if each.sequence.prefilling]
+            if max((common_prefix(prompt, tokens) for prompt in prompts), default=0) >= length + _WORTH_WAITING:
+                return False
+            length = request.sequence.reuse(length)
             request.slot = self._slots.assign(tokens, source, length)
-        except Exception as error:  # noqa: BLE001 (other requests continue, whatever it is)
+        except BaseException as error:  # noqa: BLE001 (see above)
+            self._recover_slots()
             self._report(request, error)
             return True
         self._counters.prompt_tokens += len(tokens)
@@ -88,8 +87,7 @@ class Scheduler:
     def cancel(self, which: Callable[[Request], bool]) -> None:
         """End active requests with `FinishReason.CANCELLED`."""
         for request in [each for each in self.active if which(each)]:
-            self._counters.cancelled += 1
-            self._finish(request, request.sequence.finish(FinishReason.CANCELLED))
+            self._cancel(request)
 
     def _prefill(self) -> None:
         """Compute a chunk of one prompt; prompts take turns."""
@@ -148,8 +146,8 @@ class Scheduler:
         """The tokens to compute next; none if the request failed."""
         try:
             return request.sequence.pending(max_prompt_tokens)
-        except Exception as error:  # noqa: BLE001 (other requests continue, whatever it is)
-            self._fail(request, error)
+        except BaseException as error:  # noqa: BLE001 (see above)
+            self._step_failed([request], error)
             return []
 
     def _extend(self, request: Request, tokens: Sequence[int], num_logits: int) -> None:
@@ -160,13 +158,22 @@ class Scheduler:
 
     def _run(self, requests: Sequence[Request], step: Callable[[], Logits]) -> Logits | None:
         """Run a step; if it fails, so do its requests."""
+        self._batch.cancel_steps_if(lambda: self.closing or any(each.generation.cancelled for each in requests))
         try:
-            with self._watched():
-                return step()
-        except Exception as error:  # noqa: BLE001 (other requests continue, whatever it is)
-            for request in requests:
-                self._fail(request, error)
+            return step()
+        except BaseException as error:  # noqa: BLE001 (see above)
+            self._step_failed(requests, error)
             return None
+
+    def _step_failed(self, requests: Sequence[Request], error: BaseException) -> None:
+        """Fail the requests of a step; if it was terminated for a cancelled one, the others repeat it."""
+        cancelled = [request for request in requests if self.closing or request.generation.cancelled]
+        if isinstance(error, StepTerminatedError) and cancelled:
+            for request in cancelled:
+                self._cancel(request)
+            return
+        for request in requests:
+            self._fail(request, error)
 
     def _advance(self, request: Request, logits: Logits) -> None:
         """Sample, pass the chunks on, and release the slot if the generation is complete."""
@@ -176,7 +183,7 @@ class Scheduler:
             for last in sequence.advance(logits):
                 if last.timings is None:
                     request.generation.put(last)
-        except Exception as error:  # noqa: BLE001 (as in `_run`)
+        except BaseException as error:  # noqa: BLE001 (see above)
             self._fail(request, error)
             return
         self._batch.lengths[request.slot] = sequence.computed  # drops rejected draft tokens
@@ -190,20 +197,33 @@ class Scheduler:
             self._counters.completion_tokens += last.timings.completion_tokens
             self._counters.draft_tokens += last.timings.draft_tokens
             self._counters.accepted_tokens += last.timings.accepted_tokens
-        self._slots.release(request.slot)
-        self.active.remove(request)
+        self._release(request, keep=True)
         request.generation.put(last)
 
-    def _fail(self, request: Request, error: Exception) -> None:
-        self._slots.release(request.slot, keep=False)
-        self.active.remove(request)
+    def _cancel(self, request: Request) -> None:
+        try:
+            last = request.sequence.finish(FinishReason.CANCELLED)
+        except BaseException as error:  # noqa: BLE001 (see above)
+            self._fail(request, error)
+            return
+        self._counters.cancelled += 1
+        self._finish(request, last)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        self._release(request, keep=False)
         self._report(request, error)
 
-    def _report(self, request: Request, error: Exception) -> None:
+    def _release(self, request: Request, *, keep: bool) -> None:
+        self.active.remove(request)
+        try:
+            self._slots.release(request.slot, keep=keep)
+        except BaseException:  # noqa: BLE001 (memory that could not be returned is no reason to fail a request)
+            self._recover_slots()
+
+    def _recover_slots(self) -> None:
+        self._slots.recover(each.slot for each in self.active)
+
+    def _report(self, request: Request, error: BaseException) -> None:
         """Pass an error to the caller as an LlmEdgeError."""
-        if not isinstance(error, LlmEdgeError):
-            reason = one_line(error) or type(error).__name__
-            cause, error = error, MachineError(f"generation failed unexpectedly ({reason})")
-            error.__cause__ = cause
         self._counters.failed += 1
-        request.generation.put(error)
+        request.generation.put(as_llm_edge_error(error))

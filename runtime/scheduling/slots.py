@@ -10,7 +10,7 @@ once, a separate step costs milliseconds for every token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.sequence import common_prefix
@@ -81,6 +81,13 @@ class SlotManager:
         if not keep:
             self._batch.release(slot)
         self.enforce_budget()
+
+    def recover(self, assigned: Iterable[int]) -> None:
+        """After a failure: only these slots are assigned, and the others are empty; what they hold is uncertain."""
+        self._assigned = set(assigned)
+        for slot in self._idle():
+            self._tokens[slot] = []
+            self._batch.lengths[slot] = 0
 
     def reserve(self, tokens: Sequence[int]) -> int:
         """An idle slot for tokens whose keys and values the caller is about to write."""

@@ -7,7 +7,7 @@ on the sizes of both models and on earlier acceptances, never on time or load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
 from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
@@ -42,6 +42,10 @@ class DraftModel:
         """Time spent inside onnxruntime so far."""
         return self._session.run_seconds
 
+    def cancel_steps_if(self, unwanted: Callable[[], bool]) -> None:
+        """Terminate steps that are no longer wanted; see `Session.cancel_steps_if`."""
+        self._session.cancel_steps_if(unwanted)
+
     def clear_cache(self) -> None:
         """Drop what earlier texts computed."""
         self._rewind(0)
@@ -75,6 +79,8 @@ class DraftModel:
 
     def _step(self, tokens: list[int]) -> int:
         """Add tokens to the cache; returns the most likely next one."""
+        if self._session.length != len(self._cached):  # an interrupt came between the two statements below
+            self._session.rewind(len(self._cached))
         vocab_size = self._session.shape.vocab_size  # ids it does not have are replaced
         logits = self._session.step([token if token < vocab_size else 0 for token in tokens])
         self._cached += tokens

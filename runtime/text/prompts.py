@@ -34,6 +34,7 @@ class PromptProcessor:
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer
+        self._limit = bundle.shape.max_position_embeddings
         source = bundle.file(_GENERATION_CONFIG)
         config = bundle.json(_GENERATION_CONFIG)
         self.end_tokens = frozenset(_end_tokens(config, source))
@@ -57,6 +58,8 @@ class PromptProcessor:
         Raises:
             ParameterError: `template_variables` is not a mapping.
             TemplateError: the model has no chat template, or the template rejects these messages or variables.
+            ContextLengthError: the conversation has more characters than the context could hold.
+            InputError: the tokenizer cannot encode the conversation.
         """
         if not isinstance(template_variables, Mapping | None):
             raise ParameterError(f"template_variables is {reprlib.repr(template_variables)}: give a mapping by name")
@@ -65,16 +68,19 @@ class PromptProcessor:
             raise TemplateError("template_variables: give a mapping by name, without 'messages' and 'self'")
         if self.delimiters is not None and self.tokenizer.special_ids.intersection(self.delimiters.closing):
             messages = separate_reasoning(messages, self.delimiters.start, self.delimiters.end)
-        return self.tokenizer.encode_chat(messages, **variables)
+        return self.tokenizer.encode_chat(messages, self._limit, **variables)
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a plain text (special tokens spelled in it stay text), or the given ids."""
         if isinstance(prompt, str):
+            self.tokenizer.check_length(prompt, self._limit)
             return self.tokenizer.encode(prompt, add_special_tokens=True)
         return [*map(operator.index, prompt)]
 
     def with_prefix(self, prompt: Sequence[int], assistant_prefix: str, reasoning_prefix: str) -> list[int]:
         """A prompt followed by the beginning of its answer: of the reasoning, and of the answer proper."""
+        for text in (assistant_prefix, reasoning_prefix):
+            self.tokenizer.check_length(text, self._limit)
         tokens, delimiters = list(prompt), self.delimiters
         if delimiters is not None:
             inside = reasoning_parser(delimiters, self.tokenizer, prompt, self.end_tokens).inside

@@ -16,15 +16,17 @@ from typing import Any
 
 import tokenizers
 
-from llm_edge.runtime.errors import BundleError, InputError, TemplateError
+from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateError, one_line
 from llm_edge.runtime.safe_io import MIB, read_text
+from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
+from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask
 from llm_edge.runtime.text.template_budget import plain_data
+from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
-_RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
+_ALWAYS_ENCODED = 16  # characters per token of the context; the longest token is looked for beyond that
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
 _BATCH = 64  # tokens decoded at once when searching the vocabulary
 _WINDOW = 32  # tokens after which a stream drops the first half of an undecodable run
@@ -67,7 +69,7 @@ class Tokenizer:
         self._added_pattern = _any_of(token.content for token in added.values())
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
-        self._partial = _PartialMatches(self._specials)
+        self._partial = PartialMatches(self._specials)
 
     @classmethod
     def from_files(
@@ -76,8 +78,17 @@ class Tokenizer:
         config: Mapping[str, Any],
         chat_template: str | None,
         named_templates: Mapping[str, str] | None = None,
+        *,
+        vocab_size: int | None = None,
     ) -> Tokenizer:
-        """Read tokenizer.json; `config` is the content of tokenizer_config.json.
+        """Read tokenizer.json.
+
+        Args:
+            tokenizer_json: the file.
+            config: content of tokenizer_config.json.
+            chat_template: source of the chat template; None = the one in `config`, if any.
+            named_templates: sources of further templates, by name.
+            vocab_size: number of tokens of the model, which limits the size of the file.
 
         Without `chat_template` and `named_templates`, the config's own templates are used.
 
@@ -85,10 +96,13 @@ class Tokenizer:
             BundleError: the file, or the config's special tokens, cannot be used.
             TemplateError: the chat template cannot be used.
         """
-        backend = _loaded(read_text(tokenizer_json, 256 * MIB), tokenizer_json)
+        text = read_text(tokenizer_json, 256 * MIB)
+        check_tokenizer(text, tokenizer_json, vocab_size)
+        backend = _loaded(text, tokenizer_json)
         backend.no_truncation()
         backend.no_padding()
         named = _named_tokens(config, tokenizer_json)
+        check_lengths(named.values(), lambda reason: BundleError(f"{tokenizer_json}: unusable tokenizer: {reason}"))
         known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
         for name, token in named.items():
             if backend.token_to_id(token) is not None:
@@ -142,15 +156,32 @@ class Tokenizer:
             add_special_tokens: add what the model expects around a text, often a bos token.
         """
         if parse_special or not (self._many_spellings or self._special_pattern.search(text)):
-            return self._encode(self._backend, text, add_special_tokens)
-        return self._encode(self._without_specials, text, add_special_tokens)
+            return library.encode(self._backend, text, add_special_tokens)
+        return library.encode(self._without_specials, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of ids; unknown ids are skipped."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        return library.decode(self._backend, ids, skip_special)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render`.
+    def check_length(self, text: str, max_tokens: int | None) -> None:
+        """Raise ContextLengthError for a text with more characters than so many tokens have; None = no limit.
+
+        Some texts take long to encode, or make the library panic, so prompts are checked first.
+        """
+        if max_tokens is not None and len(text) > _ALWAYS_ENCODED * max_tokens:
+            least = -(-len(text) // self._longest_token)
+            if least > max_tokens:
+                raise ContextLengthError(least, max_tokens, at_least=True)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token; never more than it decodes to."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int | None = None, /, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render` and `check_length`.
 
         As in transformers, the template named `tool_use` is taken if there is one and tools are given.
 
@@ -161,6 +192,8 @@ class Tokenizer:
 
         Raises:
             TemplateError: there is no template, or it rejects the conversation.
+            ContextLengthError: the conversation certainly has more than `max_tokens`.
+            InputError: the library cannot encode it.
         """
         tools = variables.get("tools")
         chat = self.tool_chat if tools is not None and self.tool_chat is not None else self.chat
@@ -170,29 +203,25 @@ class Tokenizer:
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
         data["tools"] = plain_tools(tools)
-        mask = _Mask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
+        mask = SpecialTokenMask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):
-            return self._encode(self._backend, chat.render(plain, **data), False)
+            text = chat.render(plain, **data)
+            self.check_length(text, max_tokens)
+            return library.encode(self._backend, text)
         text = chat.render(masked, **masked_data)
         # In the masked text, only the template can have written the spelling of a special token.
         text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
-        return self._encode(self._without_specials, mask.restore(text), False)
+        text = mask.restore(text)
+        self.check_length(text, max_tokens)
+        return library.encode(self._without_specials, text)
 
     @functools.cached_property
     def _without_specials(self) -> tokenizers.Tokenizer:
         """The same tokenizer with its special tokens under secret names, so that their spelling is ordinary text."""
         spec = _with_names(json.loads(self._backend.to_str()), self._renamed)
         return _loaded(json.dumps(spec), "tokenizer.json with its special tokens renamed")
-
-    @staticmethod
-    def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as e:  # depending on the version of tokenizers
-            raise InputError("the text contains a lone surrogate, which is not a character") from e
-        return ids
 
 
 def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
@@ -202,12 +231,9 @@ def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
             prefix, pairs = model["continuing_subword_prefix"], map(_pair, model.get("merges", ()))
             if not all(second.startswith(prefix) for _, second in pairs):
                 raise ValueError("merges without the model's prefix")
-        return tokenizers.Tokenizer.from_str(text)
-    except BaseException as e:  # the library raises bare Exception; its panics derive from BaseException
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        why = " ".join(str(e).split())[:200]
-        raise BundleError(f"{name}: unusable tokenizer: {why}") from e
+    except Exception as e:
+        raise BundleError(f"{name}: unusable tokenizer: {one_line(e)[:200]}") from e
+    return library.load(text, name)
 
 
 def _pair(merge: Any) -> list[str]:
@@ -256,95 +282,6 @@ def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
         if token["special"]:
             token["content"] = names[token["content"]]
     return spec
-
-
-class _PartialMatches:
-    """Finds where the ends of a text could become part of the spelling of a special token."""
-
-    def __init__(self, specials: Iterable[str]) -> None:
-        self._specials = [text for text in specials if len(text) > 1]
-        self._starts = {text[:n] for text in self._specials for n in range(1, len(text))}
-        self._ends = {text[-n:] for text in self._specials for n in range(1, len(text))}
-        self._longest = max(map(len, self._specials), default=1) - 1
-
-    def places(self, text: str) -> set[int]:
-        """Positions of characters without which no special token could extend into this text."""
-        places = set()
-        stripped = text.strip()
-        for part, start in {text: 0, stripped: text.find(stripped)}.items():  # templates trim
-            for n in range(1, min(len(part), self._longest) + 1):
-                if part[-n:] in self._starts:
-                    places.add(start + len(part) - n)
-                if part[:n] in self._ends:
-                    places.add(start + n - 1)
-            if 0 < len(part) < self._longest and any(part in special[1:-1] for special in self._specials):
-                places.add(start)
-        return places
-
-
-class _Mask:
-    """Replaces characters in a conversation so that none of its text can be read as a special token.
-
-    The substitute is one of Unicode's rarest characters, absent from the conversation, so that templates can trim,
-    measure, slice and escape around it. Strings that the template compares with keep their ends.
-    """
-
-    def __init__(
-        self, pattern: re.Pattern[str], partial: _PartialMatches, literals: frozenset[str], data: object
-    ) -> None:
-        self._special_pattern, self._partial, self._literals, self._unmasked = pattern, partial, literals, data
-        self._stand_ins: dict[str, str] = {}
-
-    @property
-    def used(self) -> bool:
-        """Whether there was anything to mask."""
-        return bool(self._stand_ins)
-
-    def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """Mask a message; its role is an identifier and is rejected if it would need a mask."""
-        role = message["role"]
-        if self._special_pattern.search(role) or (role not in _ROLES | self._literals and self._partial.places(role)):
-            raise TemplateError(f"messages[{index}]: the role {role!r} resembles part of a special token")
-        return {**{key: self.data(value) for key, value in message.items()}, "role": role}
-
-    def data(self, value: Any) -> Any:
-        """Mask the strings in JSON-like data."""
-        if isinstance(value, str):
-            return self._text(value)
-        if isinstance(value, dict):
-            return {self._text(key): self.data(item) for key, item in value.items()}
-        return [self.data(item) for item in value] if isinstance(value, list) else value
-
-    def restore(self, text: str) -> str:
-        """Restore the masked characters in a text."""
-        for char, stand_in in self._stand_ins.items():
-            text = text.replace(stand_in, char).replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
-        return text
-
-    def _text(self, text: str) -> str:
-        places = set() if text in self._literals else self._partial.places(text)
-        match = self._special_pattern.search(text)
-        while match is not None:  # including overlapping matches
-            places.add(match.start())
-            match = self._special_pattern.search(text, match.start() + 1)
-        if not places:
-            return text
-        return "".join(self._stand_in(char) if i in places else char for i, char in enumerate(text))
-
-    def _stand_in(self, char: str) -> str:
-        if char not in self._stand_ins:
-            if len(self._taken) > len(_RARE) // 2:
-                raise InputError("the text contains too many rare characters: remove some")
-            while (found := chr(secrets.choice(_RARE))) in self._taken:
-                pass
-            self._taken.add(found)
-            self._stand_ins[char] = found
-        return self._stand_ins[char]
-
-    @functools.cached_property
-    def _taken(self) -> set[str]:
-        text = json.dumps(self._unmasked, ensure_ascii=False)
-        return set() if text.isascii() else set(re.findall(f"[{chr(_RARE[0])}-{chr(_RARE[-1])}]", text))
 
 
 class TextStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from llm_edge.checkpoint.download import hub
 from llm_edge.checkpoint.download import progress as hub_progress
 from llm_edge.checkpoint.download.hub import fetch_adapter, fetch_checkpoint, is_hub_id
 from llm_edge.runtime.errors import CheckpointError, InputError, LlmEdgeError, MachineError
+from llm_edge.runtime.installation import install_hint
 
 SMALL = {
     "config.json": '{"model_type": "llama"}',
@@ -496,7 +498,7 @@ def test_a_cache_path_that_is_not_a_folder_is_an_error(world: World) -> None:
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install 'llm-edge\[export\]'"):
+    with pytest.raises(InputError, match=re.escape(install_hint("export"))):
         fetch_checkpoint("owner/name", print)
 
 

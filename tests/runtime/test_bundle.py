@@ -438,3 +438,37 @@ def test_a_shape_that_differs_from_the_graph_is_rejected(key: str, bundle: Path)
         write(bundle, with_value(content, ("model", key), content["model"][key] + change))
         check(bundle)
         refusal(lambda: Model.load(bundle))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "onnx/model.onnx"])
+def test_a_file_that_another_precision_claims_is_still_verified(name: str, bundle: Path) -> None:
+    content = manifest(bundle)
+    content["files"][f"{name}_data"] = content["files"]["onnx/model.onnx_data"]
+    content["precisions"]["int8"]["model"] = name
+    write(bundle, content)
+    shutil.copy(bundle / "onnx" / "model.onnx_data", bundle / f"{name}_data") if "onnx/" not in name else None
+    changed = bytearray((bundle / name).read_bytes())
+    changed[5] ^= 1
+    (bundle / name).write_bytes(changed)
+    assert refused(lambda: Bundle.open(bundle).verify("fp32"))
+
+
+@pytest.mark.parametrize("name", ["onnx/model.ort", "onnx/model", "tokenizer.json"])
+def test_graphs_have_the_suffix_of_their_format(name: str, bundle: Path) -> None:
+    content = manifest(bundle)
+    content["precisions"]["int8"]["model"] = name
+    write(bundle, content)
+    assert "not a name with .onnx" in refusal(lambda: Bundle.open(bundle))
+
+
+def test_weights_that_the_manifest_does_not_list_are_never_read(bundle: Path) -> None:
+    """Neither another file that a graph names, nor one of the same name in the wrong place."""
+    graph = bundle / "onnx" / "model.onnx"
+    data = graph.read_bytes().replace(b"model.onnx_data", b"hodel.onnx_data")
+    graph.write_bytes(data)
+    (bundle / "onnx" / "model.onnx_data").rename(bundle / "onnx" / "hodel.onnx_data")
+    content = manifest(bundle)
+    content["files"]["onnx/model.onnx"] = manifest_entry(graph)
+    (bundle / "onnx" / "model.onnx_data").write_bytes((bundle / "onnx" / "hodel.onnx_data").read_bytes())
+    write(bundle, content)
+    assert "weights are in 'hodel.onnx_data'" in refusal(lambda: Model.load(bundle, "fp32"))

@@ -19,7 +19,14 @@ from tiny import CHAT_TEMPLATE
 from llm_edge.runtime import Bundle, FinishReason, Generation, GenerationChunk, GenerationResult, Model, SamplingParams
 from llm_edge.runtime.backend.session import PREFILL_CHUNK
 from llm_edge.runtime.bundle import MANIFEST, manifest_entry
-from llm_edge.runtime.errors import BundleError, ContextLengthError, InputError, ParameterError, TemplateError
+from llm_edge.runtime.errors import (
+    BundleError,
+    ContextLengthError,
+    InputError,
+    MachineError,
+    ParameterError,
+    TemplateError,
+)
 
 PROMPT = "The quick brown fox"
 # The penalty adds variety: a small random model would only repeat the last token of its prompt.
@@ -567,7 +574,7 @@ def test_a_failed_step_leaves_the_model_usable(model_answering: Callable[..., Mo
     generation = model.generate(PROMPT, GREEDY)
     taken(generation, 2)
     session.before_step = fail
-    with pytest.raises(MemoryError):
+    with pytest.raises(MachineError, match=r"^generation failed unexpectedly \(not enough memory\)$"):
         generation.result()
     session.before_step = lambda _number: None
     assert model.generate(PROMPT, dataclasses.replace(GREEDY, max_tokens=2)).result().tokens == (70, 71)

@@ -144,6 +144,9 @@ class FakeSession:
         logits[0, self._tokens[self._drawn % len(self._tokens)]] = 1.0
         return logits
 
+    def cancel_steps_if(self, unwanted: Callable[[], bool]) -> None:
+        """Its steps take no time."""
+
     def rewind(self, length: int) -> None:
         self.length = length
 

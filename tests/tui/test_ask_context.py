@@ -19,6 +19,7 @@ import pytest
 from fakes import Answer, FakeModel
 from project import SUPPORT
 
+from llm_edge.chat.attachments import MAX_SIZE
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.history.store import Store
 from llm_edge.chat.parameters import ChatParameters
@@ -27,7 +28,7 @@ from llm_edge.chat.session import ChatSession
 from llm_edge.runtime import SamplingParams
 from llm_edge.runtime.errors import LogitsError, MachineError
 from llm_edge.tui.plain import PlainChat
-from llm_edge.tui.standard_input import MAX_INPUT, with_context
+from llm_edge.tui.standard_input import with_context
 
 PATIENCE = 60  # timeout in seconds for a program
 PAUSE = 1.0  # seconds that the program waits for a silent pipe, instead of the default 3
@@ -191,7 +192,7 @@ def test_endless_input_is_rejected_at_the_limit(program: Program) -> None:
             process.stdin.close()
         assert process.wait(PATIENCE) == 2
         notes = process.stderr.read().decode()
-    assert written < MAX_INPUT + 10 * 2**20
+    assert written < MAX_SIZE + 10 * 2**20
     assert notes == "error: standard input is longer than 2 MiB: shorten it, for example to its end (tail -c 20000)\n"
 
 
@@ -207,7 +208,8 @@ def test_input_longer_than_the_context_is_rejected(tiny_bundle: Path) -> None:
     data = (b"error 17\n" * 2000)[-part:]
     command += ["--max-tokens", "2"]
     fits = subprocess.run(command, input=data, capture_output=True, timeout=PATIENCE, check=False)
-    assert (fits.returncode, fits.stderr) == (0, b"")
+    cut_off = b"(the answer was cut off after 2 tokens: raise --max-tokens)\n"
+    assert (fits.returncode, fits.stderr) == (0, cut_off)
 
 
 def test_stdin_options_require_a_question(program: Program) -> None:

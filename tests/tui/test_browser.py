@@ -130,6 +130,28 @@ def test_the_page_serves_the_chat(served: Served) -> None:
     assert served.errors.read_text() == ""
 
 
+def test_the_page_has_a_title_and_an_icon_and_focuses_only_a_connected_terminal(served: Served) -> None:
+    async def scene(client: aiohttp.ClientSession, url: str) -> None:
+        async with client.get(url) as page:
+            text = await page.text()
+        assert "<title>llm-edge</title>" in text
+        assert re.search(r'<link rel="icon" href="data:image/svg\+xml,[^"]+"', text)
+        assert ".-connected .xterm-helper-textarea" in text
+
+    served.visit(scene)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Connection": "Upgrade", "Upgrade": "h2c"}, {"Upgrade": "websocket"}])
+def test_a_plain_request_to_the_socket_is_answered(served: Served, headers: dict[str, str]) -> None:
+    async def scene(client: aiohttp.ClientSession, url: str) -> None:
+        async with client.get(f"{url}/ws", headers=headers) as answer:
+            assert answer.status in (400, 426)
+            assert "open / in a browser" in await answer.text()
+
+    served.visit(scene)
+    assert served.errors.read_text() == ""
+
+
 def test_the_page_uses_the_address_of_the_request(served: Served) -> None:
     async def scene(client: aiohttp.ClientSession, url: str) -> None:
         async with client.get(url, headers={"Host": "127.0.0.1:9999"}) as page:  # a port forwarded by ssh

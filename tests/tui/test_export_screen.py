@@ -21,6 +21,7 @@ from llm_edge.chat.responder import LocalResponder
 from llm_edge.exporter.options import PRECISIONS, ExportOptions
 from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.runtime.errors import ParameterError
+from llm_edge.runtime.installation import install_hint
 from llm_edge.tui.app import ChatApp
 from llm_edge.tui.screens.export import CheckpointTree, CrossCheckbox, ExportScreen
 
@@ -246,7 +247,7 @@ def test_without_the_export_extra_the_error_names_the_remedy(place: Path, monkey
     monkeypatch.setenv("PYTHONPATH", str(without))
     export = Export(ExportRequest("smollm2"))
     assert export.result() is None
-    assert export.error() == "llm-export needs torch: pip install 'llm-edge[export]'"
+    assert export.error() == f"llm-export needs torch: {install_hint('export')}"
 
 
 @pytest.mark.parametrize(

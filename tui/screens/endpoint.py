@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Button, Footer, Input, OptionList, Select, Static
+from textual.widgets import Button, Input, OptionList, Select, Static
 from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
@@ -18,6 +18,7 @@ from llm_edge.chat.endpoint import key as endpoint_key
 from llm_edge.chat.endpoint.client import Endpoint, base_url, environment_keys, list_models, warning
 from llm_edge.chat.text import printable
 from llm_edge.runtime.errors import InputError, LlmEdgeError
+from llm_edge.tui.widgets.footer import KeyFooter
 
 _NONE, _ENVIRONMENT, _KEYRING = "none", "environment", "keyring"
 
@@ -65,7 +66,7 @@ class EndpointScreen(ModalScreen[Endpoint | None]):
             with Horizontal(id="buttons"):
                 yield Button("Connect", id="connect", variant="primary", compact=True)
                 yield Button("Cancel", id="cancel", compact=True)
-            yield Footer(compact=True, show_command_palette=False)
+            yield KeyFooter()
 
     def on_mount(self) -> None:
         self._show_models([])

@@ -12,7 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Input, OptionList, Static
+from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
@@ -29,6 +29,7 @@ from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.tui.export_manager import ExportJob, ExportManager
 from llm_edge.tui.screens.endpoint import EndpointScreen
 from llm_edge.tui.screens.export import ExportScreen
+from llm_edge.tui.widgets.footer import KeyFooter
 
 _NAME_WIDTH, _PRECISION_WIDTH, _SIZE_WIDTH, _SOURCE_WIDTH = 22, 11, 8, 34  # columns
 _POLL_INTERVAL = 0.5  # seconds
@@ -80,7 +81,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
             yield Static(printable(self._reason), id="reason", markup=False)
             yield Input(id="filter", placeholder="Type to filter", compact=True)
             yield OptionList(Option("Searching for bundles …", disabled=True), id="models", markup=False)
-            yield Footer(compact=True, show_command_palette=False)
+            yield KeyFooter()
 
     def on_mount(self) -> None:
         self.query_one("#reason").display = bool(self._reason)

@@ -13,13 +13,14 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.message import Message as Event
 from textual.screen import ModalScreen
-from textual.widgets import Footer, OptionList, Static
+from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from llm_edge.chat.questions import Questions
 from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.notifications import notify
+from llm_edge.tui.widgets.footer import KeyFooter
 from llm_edge.tui.widgets.inputs import NEWLINE_KEYS, SafeTextArea
 
 _MAX_LABEL = 160  # characters of a question in the list
@@ -94,7 +95,7 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
             )
             yield QuestionEditor()
             yield Static("", classes="error", markup=False)
-            yield Footer(compact=True, show_command_palette=False)
+            yield KeyFooter()
 
     def on_mount(self) -> None:
         self._close_editor()
@@ -225,12 +226,12 @@ class QuestionsScreen(ModalScreen[ChosenQuestion | None]):
         editor.load_text(printable(text))
         editor.move_cursor(editor.document.end)
         editor.focus()
-        self.query_one(Footer).display = False
+        self.query_one(KeyFooter).display = False
         self.refresh_bindings()
 
     def _close_editor(self) -> None:
         self.query_one(QuestionEditor).display = False
-        self.query_one(Footer).display = True
+        self.query_one(KeyFooter).display = True
         self._show_error("")
         if self._shown:
             self._list.focus()

@@ -13,21 +13,29 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Grid, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Static
+from textual.widget import Widget
+from textual.widgets import Static
 
 from llm_edge.chat.candidates import Candidate, candidates
 from llm_edge.chat.history.conversation import Message
-from llm_edge.chat.parameters import EDITABLE
+from llm_edge.chat.parameters import EDITABLE, title_of
 from llm_edge.chat.session import ChatSession
 from llm_edge.chat.text import printable
 from llm_edge.chat.token_records import TokenRecord
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.tui.notifications import notify
 from llm_edge.tui.themes import theme_style
-from llm_edge.tui.widgets.parameter_fields import ParameterChanged, ParameterEditor, editor_of
+from llm_edge.tui.widgets.footer import KeyFooter
+from llm_edge.tui.widgets.parameter_fields import (
+    FieldLeft,
+    ParameterChanged,
+    ParameterEditor,
+    ParameterFocused,
+    editor_of,
+)
 from llm_edge.tui.widgets.token_text import TokenText, visible
 
-_ALTERNATIVES = 10  # recorded for each token when this screen turns recording on
+ALTERNATIVES = 10  # recorded for each token of an answer that is regenerated from here
 _POLL_INTERVAL = 0.25  # seconds
 _PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
 _NAME_WIDTH, _BAR_WIDTH = 16, 14  # columns
@@ -37,13 +45,14 @@ _NO_RECORD = f"""\
 The tokens of this answer were not recorded.
 
 Tokens are recorded while '{_LOGPROBS}' (F3) is on: it is the number of alternatives to record for each token."""
-_HOW_TO_RECORD = "\n\nPress r to turn it on and regenerate the answer as another version."
+_HOW_TO_RECORD = "\n\nPress r to regenerate the answer as another version, with its tokens recorded."
 
 
 class TokensScreen(ModalScreen[bool]):
-    """The token view; dismissed with whether to regenerate the answer, with recording turned on.
+    """The token view; dismissed with whether to regenerate the answer with its tokens recorded.
 
-    The answer may still be growing. `can_regenerate`: offer to regenerate an answer without a record.
+    The answer may still be growing. `can_regenerate`: offer to regenerate an answer without a record. `recording`: its
+    tokens are recorded, even if there is none yet.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -54,9 +63,12 @@ class TokensScreen(ModalScreen[bool]):
         Binding("ctrl+q", "app.quit", "Quit", show=False, priority=True),
     ]
 
-    def __init__(self, session: ChatSession, answer: Message, *, can_regenerate: bool = True) -> None:
+    def __init__(
+        self, session: ChatSession, answer: Message, *, can_regenerate: bool = True, recording: bool = False
+    ) -> None:
         super().__init__()
         self._session, self._answer, self._can_regenerate = session, answer, can_regenerate
+        self._recording = recording
         self._records: Sequence[TokenRecord] = ()
         self._error = ""
         try:
@@ -67,11 +79,16 @@ class TokensScreen(ModalScreen[bool]):
 
     @property
     def _offers_recording(self) -> bool:
-        return self._can_regenerate and not self._records and not self._error
+        return self._can_regenerate and not self._shows_tokens and not self._error
+
+    @property
+    def _shows_tokens(self) -> bool:
+        """Whether there are tokens, or will be."""
+        return bool(self._records) or (self._recording and self._session.answering is self._answer)
 
     def compose(self) -> ComposeResult:
         yield Static("", id="tokens-title", markup=False)
-        if not self._records:
+        if not self._shows_tokens:
             hint = self._error or _NO_RECORD + (_HOW_TO_RECORD if self._can_regenerate else "")
             yield Static(printable(hint), id="tokens-none", markup=False)
         else:
@@ -83,11 +100,11 @@ class TokensScreen(ModalScreen[bool]):
                             yield editor_of(EDITABLE[name], printable(self._session.parameters.text(name)))
                     with VerticalScroll(id="alternatives", can_focus=False):
                         yield Static("", id="alternatives-text", markup=False)
-        yield Footer(compact=True, show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
-        if not self._records:
-            self.query_one("#tokens-title", Static).update(printable(self._title()))
+        self.query_one("#tokens-title", Static).update(printable(self._title()))
+        if not self.query(TokenText):
             return
         self._poll()
         for line in self.query(ParameterEditor):
@@ -104,7 +121,7 @@ class TokensScreen(ModalScreen[bool]):
 
     def _poll(self) -> None:
         """Show tokens that were added."""
-        records = self._records
+        records, first = self._records, not self._texts
         if len(records) == len(self._texts) or not self.query(TokenText):
             return
         self._texts += [record.text(record.logprob.token) for record in records[len(self._texts) :]]
@@ -113,6 +130,8 @@ class TokensScreen(ModalScreen[bool]):
         perplexity = math.exp(min(-sum(logprobs) / len(logprobs), 99))
         title = f"{self._title()} · {len(records)} tokens · perplexity {perplexity:.3g} · redder: less probable"
         self.query_one("#tokens-title", Static).update(printable(title))
+        if first:
+            self._show_alternatives()
 
     # ---- alternatives
 
@@ -130,8 +149,20 @@ class TokensScreen(ModalScreen[bool]):
             line.show(self._session.parameters)
         self._show_alternatives()
 
+    def on_parameter_focused(self, event: ParameterFocused) -> None:
+        event.stop()
+
+    def on_field_left(self, event: FieldLeft) -> None:
+        """Focus the next parameter, or the tokens."""
+        event.stop()
+        fields: list[Widget] = [line.field for line in self.query(ParameterEditor)]
+        place = fields.index(event.field) + event.step
+        (fields[place] if 0 <= place < len(fields) else self.query_one(TokenText)).focus()
+
     def _show_alternatives(self) -> None:
         cursor = self.query_one(TokenText).cursor
+        if cursor >= len(self._texts):
+            return
         record, params = self._records[cursor], self._session.parameters.params
         found = candidates(record.logprob, params)
         text = Text(no_wrap=True)
@@ -158,8 +189,7 @@ class TokensScreen(ModalScreen[bool]):
         text.append(_bar(each.before), Style(dim=True) if each.cut else color)
         text.append(f" {_percent(each.before)} ", Style(dim=bool(each.cut)))
         if each.cut:
-            title = EDITABLE[each.cut].title if each.cut in EDITABLE else each.cut
-            text.append(f"  cut by {title}", theme_style(variables, "warning"))
+            text.append(f"  cut by {title_of(each.cut)}", Style(dim=True))
         else:
             text.append(f"→ {_percent(each.after)}")
         text.append("  ◂ chosen\n" if each.drawn else "\n", Style(bold=True))
@@ -170,13 +200,8 @@ class TokensScreen(ModalScreen[bool]):
         self.dismiss(False)
 
     def action_regenerate(self) -> None:
-        """Turn recording on and regenerate the answer."""
-        try:
-            self._session.apply_change(lambda parameters: parameters.set("logprobs", _ALTERNATIVES))
-        except LlmEdgeError as error:
-            notify(self, str(error), "warning")
-        else:
-            self.dismiss(True)
+        """Regenerate the answer, with its tokens recorded."""
+        self.dismiss(True)
 
 
 def _percent(probability: float) -> str:

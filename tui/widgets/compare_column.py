@@ -49,7 +49,7 @@ class CompareColumn(Vertical):
                 await scroll.remove_children()
                 if side.answer is not None:
                     view = MessageView(side.answer)
-                    view.live, view.in_conversation = True, False
+                    view.live, view.in_conversation, view.known_params = True, False, side.answer.params
                     await scroll.mount(view)
         self.show_state(side)
 

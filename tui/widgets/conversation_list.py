@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import ClassVar
 
+from rich.cells import cell_len
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.content import Content
@@ -95,11 +96,13 @@ def heading(text: str) -> Content:
 
 
 def entry_label(summary: Summary, now: float, *, shown: bool) -> Content:
-    """Two lines: title, and time, length and model. `shown` marks the conversation on the screen."""
+    """Two lines: title; and time, model and, where it fits, length. `shown` marks the conversation on the screen."""
     title = Content.styled(_title(summary), "bold $text-accent" if shown else "")
     count = "1 message" if summary.count == 1 else f"{summary.count} messages"
-    details = [_when(summary.updated, now), count, printable(one_line(summary.model))]
-    return Content("\n").join([title, Content.styled("  " + " · ".join(filter(None, details)), "dim")])
+    details = [each for each in (_when(summary.updated, now), printable(one_line(summary.model)), count) if each]
+    if cell_len(" · ".join(details)) > WIDTH:
+        details.remove(count)
+    return Content("\n").join([title, Content.styled("  " + " · ".join(details), "dim")])
 
 
 def result_label(summary: Summary, words: Sequence[str], now: float) -> Content:

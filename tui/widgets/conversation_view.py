@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from textual import work
+from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.message import Message as Event
 from textual.timer import Timer
+from textual.widget import Widget
 from textual.widgets import Static
 
-from llm_edge.chat.history.conversation import Message
+from llm_edge.chat.history.conversation import ASSISTANT, Message
 from llm_edge.chat.session import ChatSession
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.tui.notifications import notify
@@ -27,6 +30,17 @@ BATCH_SIZE: Final = 40  # messages that are mounted together
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 1 / 20, 1 / 4  # seconds between polls of a growing answer
 _MAX_SHARE = 0.03  # of the time may be spent polling and drawing, so that most of it is left to generation
 _LAYOUT_CHECKS, _LAYOUT_INTERVAL = 100, 0.01  # how often, and after how many seconds, a finished layout is checked for
+
+
+class _Floor(Widget):
+    """An empty layer as high as the view.
+
+    Textual scrolls an anchored container to the end of its content even if that is shorter than the container, which
+    would put a short conversation at the bottom.
+    """
+
+    def render(self) -> str:
+        return ""
 
 
 class ConversationView(VerticalScroll, can_focus=False):
@@ -48,6 +62,9 @@ class ConversationView(VerticalScroll, can_focus=False):
         self._to_start = False  # mount all of them, and scroll to the first
         self._poll_timer: Timer | None = None
         self._throttle = _RefreshThrottle()
+
+    def compose(self) -> ComposeResult:
+        yield _Floor()
 
     @property
     def views(self) -> list[MessageView]:
@@ -177,7 +194,16 @@ class ConversationView(VerticalScroll, can_focus=False):
         return [MessageView(message, code_theme=self._code_theme) for message in messages]
 
     def _show_versions(self, views: list[MessageView]) -> None:
+        """Set what views show of their place in the conversation: versions, and parameters that have changed."""
+        known: dict[int, Mapping[str, Any] | None] = {}
+        before: Mapping[str, Any] | None = None
+        for message in self._session.conversation.path():
+            if message.role == ASSISTANT:
+                known[message.id], before = before, message.params
         for view in views:
+            if view.known_params != (params := known.get(view.message.id)):
+                view.known_params = params
+                view.changed()
             siblings = self._session.conversation.siblings(view.message.id)
             view.version = siblings.index(view.message.id) + 1, len(siblings)
 

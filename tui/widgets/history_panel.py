@@ -70,8 +70,8 @@ class HistoryPanel(Vertical):
             yield Static("Conversations", markup=False)
             yield _button("✕", "close", "Close this panel")
         yield SafeInput(placeholder="Search all messages; ↓ for the list", id="history-search", compact=True)
-        yield ConversationList(markup=False)
         yield Static("", id="history-note", markup=False)
+        yield ConversationList(markup=False)
         with Horizontal(id="history-buttons"):
             yield _button("Pin", "pin", "Pin to the top, or unpin")
             yield _button("Rename", "rename", "Change the title")

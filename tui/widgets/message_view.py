@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
@@ -15,6 +16,7 @@ from textual.selection import Selection
 from textual.strip import Strip
 from textual.widget import Widget
 
+from llm_edge.chat.attachments import split_attachments
 from llm_edge.chat.figures import figures_line
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.text import printable
@@ -37,11 +39,12 @@ class MessageView(Widget, can_focus=True):
     Attributes:
         live: whether the message is still growing.
         in_conversation: whether it is part of the conversation, so that it can be quoted, edited or regenerated.
+        known_params: parameters that need not be shown below it, because the answer before has the same.
     """
 
     ALLOW_SELECT = True
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "fold", "Reasoning"),
+        Binding("space", "fold", "Unfold"),
         Binding("y", "copy", "Copy"),
         Binding("c", "copy_code", "Copy code"),
         Binding("q", "request('quote')", "Quote"),
@@ -66,6 +69,7 @@ class MessageView(Widget, can_focus=True):
         self.message = message
         self.live = False
         self.in_conversation = True
+        self.known_params: Mapping[str, Any] | None = None
         self._folded = True
         self._next_code_block = 0  # to copy
         self._version = version
@@ -86,7 +90,7 @@ class MessageView(Widget, can_focus=True):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fold":
-            return bool(self.message.reasoning)
+            return bool(self.message.reasoning) or self._has_files
         return action != "request" or self.in_conversation or parameters[0] == "tokens"
 
     def use_code_theme(self, name: str) -> None:
@@ -110,6 +114,10 @@ class MessageView(Widget, can_focus=True):
             self.refresh(layout=len(self._lines(width)) != height)
         else:
             self.refresh(layout=True)
+
+    @property
+    def _has_files(self) -> bool:
+        return self.message.role == "user" and bool(split_attachments(self.message.content)[0])
 
     # ---- drawing
 
@@ -160,12 +168,23 @@ class MessageView(Widget, can_focus=True):
             lines += self._markdown.lines(message.content, width)
             if self.live and not message.content and not message.reasoning:
                 lines.append([Segment("…", _DIM)])
-            figures = figures_line(message.figures, message.params)
+            params = {} if message.params == self.known_params else message.params
+            figures = figures_line(message.figures, params)
             if figures and not self.live:
                 lines += _wrapped(figures, width, _DIM)
         else:
-            lines += _wrapped(message.content, width)
+            lines += self._question(width)
         return lines
+
+    def _question(self, width: int) -> list[Line]:
+        """A question after its files, each of which is one line unless it is unfolded."""
+        attachments, text = split_attachments(self.message.content)
+        lines: list[Line] = []
+        for each in attachments:
+            lines.append([Segment(f"{'▸' if self._folded else '▾'} File {printable(each.label)}", _DIM)])
+            if not self._folded:
+                lines += [[Segment("│ ", _DIM), *line] for line in _wrapped(each.text, width - 2, _DIM)]
+        return lines + (_wrapped(text, width) if text.strip() or not attachments else [])
 
     def _heading(self) -> Line:
         message = self.message
@@ -217,8 +236,9 @@ class MessageView(Widget, can_focus=True):
         self.post_message(self.ActionRequested(self, action))
 
     def on_click(self, event: events.Click) -> None:
-        """Fold or unfold the reasoning by clicking its heading."""
-        if self.message.reasoning and event.get_content_offset_capture(self).y == self._reasoning_line:
+        """Fold or unfold the reasoning or the files by clicking the heading."""
+        line = event.get_content_offset_capture(self).y
+        if (self.message.reasoning and line == self._reasoning_line) or (line == 1 and self._has_files):
             self.action_fold()
 
 

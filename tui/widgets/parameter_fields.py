@@ -10,6 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.message import Message as Event
+from textual.widget import Widget
 from textual.widgets import Input, Static, TextArea
 
 from llm_edge.chat.parameters import ChatParameters
@@ -21,6 +22,8 @@ from llm_edge.tui.widgets.inputs import SafeInput, SafeTextArea
 
 _TEXT_KINDS = ("strings", "text")  # edited on several lines
 _SCHEMA = "json_schema"
+# What can be typed into a field, as regular expressions; values that are off are cleared or stepped to.
+_TYPED = {"float": r"-?\d*\.?\d*(e-?\d*)?", "int": r"-?\d*", "bool": "o|on|of|off"}
 
 
 class ParameterChanged(Event):
@@ -29,11 +32,14 @@ class ParameterChanged(Event):
     Attributes:
         change: makes the change; raises ParameterError if a value is not allowed.
         spec: the parameter that changes; None for several.
+        undoes: whether it undoes another change.
     """
 
-    def __init__(self, change: Callable[[ChatParameters], None], spec: ParameterSpec | None = None) -> None:
+    def __init__(
+        self, change: Callable[[ChatParameters], None], spec: ParameterSpec | None = None, *, undoes: bool = False
+    ) -> None:
         super().__init__()
-        self.change, self.spec = change, spec
+        self.change, self.spec, self.undoes = change, spec, undoes
 
 
 def step_change(spec: ParameterSpec, steps: int) -> ParameterChanged:
@@ -46,26 +52,59 @@ def text_change(spec: ParameterSpec, text: str) -> ParameterChanged:
     return ParameterChanged(lambda parameters: parameters.set_text(spec.name, text), spec)
 
 
+class ParameterFocused(Event):
+    """A field was focused."""
+
+    def __init__(self, spec: ParameterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+
+class FieldLeft(Event):
+    """Up (-1) or Down (1) was pressed: the field before or after this one is to be focused."""
+
+    def __init__(self, field: Widget, step: int) -> None:
+        super().__init__()
+        self.field, self.step = field, step
+
+
 class ValueField(SafeInput):
-    """A value on one line: a number, or on and off."""
+    """A value on one line: a number, or on and off. Only what can be part of a value can be typed."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "step(1)", "Raise", key_display="↑"),
-        Binding("down", "step(-1)", "Lower", key_display="↓"),
-        Binding("pageup", "step(5)", "Raise by 5 steps", show=False),
-        Binding("pagedown", "step(-5)", "Lower by 5 steps", show=False),
+        Binding("left", "step(-1)", "Lower", key_display="←"),
+        Binding("right", "step(1)", "Raise", key_display="→"),
+        Binding("shift+left,ctrl+left", "step(-5)", "Lower by 5 steps", show=False),
+        Binding("shift+right,ctrl+right", "step(5)", "Raise by 5 steps", show=False),
+        Binding("up", "leave(-1)", "Previous parameter", show=False),
+        Binding("down", "leave(1)", "Next parameter", show=False),
+        Binding("space", "flip", "On/off", show=False),
     ]
 
     def __init__(self, spec: ParameterSpec, text: str) -> None:
-        super().__init__(text, id=f"value-{spec.name}", compact=True, select_on_focus=True)
+        restrict = _TYPED.get(spec.kind)
+        super().__init__(text, id=f"value-{spec.name}", compact=True, select_on_focus=True, restrict=restrict)
         self._spec = spec
         self._current = text
+
+    def on_focus(self) -> None:
+        self.post_message(ParameterFocused(self._spec))
+
+    def action_leave(self, step: int) -> None:
+        self.post_message(FieldLeft(self, step))
+
+    def action_flip(self) -> None:
+        """Turn a value that is on or off into the other one."""
+        if self._spec.kind == "bool":
+            self.action_step(-1 if self._current == "on" else 1)
 
     def show(self, text: str) -> bool:
         """Show the current value; returns whether the field held another text."""
         differs, self._current = self.value != text, text
         if differs:
             self.value = text
+            if self.has_focus:
+                self.select_all()  # so that a typed number replaces it
         return differs
 
     def action_step(self, steps: int) -> None:
@@ -112,6 +151,23 @@ class TextField(SafeTextArea):
         super().__init__(text, id=f"value-{spec.name}", compact=True, tab_behavior="focus", highlight_cursor_line=False)
         self._spec = spec
         self._checking = False
+
+    def on_focus(self) -> None:
+        self.post_message(ParameterFocused(self._spec))
+
+    def action_cursor_up(self, select: bool = False) -> None:
+        """Move up; from the first line, to the parameter before."""
+        if self.cursor_location[0] == 0 and not select:
+            self.post_message(FieldLeft(self, -1))
+        else:
+            super().action_cursor_up(select)
+
+    def action_cursor_down(self, select: bool = False) -> None:
+        """Move down; from the last line, to the parameter after it."""
+        if self.cursor_location[0] == self.document.line_count - 1 and not select:
+            self.post_message(FieldLeft(self, 1))
+        else:
+            super().action_cursor_down(select)
 
     def show(self, text: str) -> bool:
         """Show the current value unless the user is typing; returns whether the field held another text."""
@@ -167,17 +223,17 @@ class ParameterEditor(Vertical):
 
     def __init__(self, spec: ParameterSpec, field: ValueField | TextField) -> None:
         super().__init__(classes="parameter")
-        self.spec = spec
-        self._title, self._field = _title(spec), field
+        self.spec, self.field = spec, field
+        self._title = _title(spec)
 
     def compose(self) -> ComposeResult:
         yield self._title
-        yield self._field
+        yield self.field
 
     def show(self, parameters: ChatParameters) -> bool:
         """Show the current value; returns whether the field held another text."""
         self._title.set_class(self.spec.name in parameters.changed, "changed")
-        return self._field.show(printable(parameters.text(self.spec.name)))
+        return self.field.show(printable(parameters.text(self.spec.name)))
 
 
 class ParameterLine(ParameterEditor):
@@ -186,7 +242,7 @@ class ParameterLine(ParameterEditor):
     def compose(self) -> ComposeResult:
         yield self._title
         yield StepButton(self.spec, -1)
-        yield self._field
+        yield self.field
         yield StepButton(self.spec, 1)
 
 

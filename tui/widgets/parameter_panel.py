@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import Container, Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message as Event
 from textual.widgets import Button, Input, Select, Static
@@ -20,7 +20,15 @@ from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.runtime.sampling.parameter_spec import ParameterSpec
 from llm_edge.tui.notifications import notify
 from llm_edge.tui.widgets.inputs import SafeInput
-from llm_edge.tui.widgets.parameter_fields import ParameterChanged, ParameterEditor, TextField, ValueField, editor_of
+from llm_edge.tui.widgets.parameter_fields import (
+    FieldLeft,
+    ParameterChanged,
+    ParameterEditor,
+    ParameterFocused,
+    TextField,
+    ValueField,
+    editor_of,
+)
 
 _MORE_FROM = 100  # the `order` from which parameters are listed under "More"
 
@@ -31,14 +39,14 @@ class PresetNameInput(SafeInput):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "screen.focus_previous", "Cancel")]
 
 
-class ParameterPanel(VerticalScroll, can_focus=False):
+class ParameterPanel(Vertical):
     """Presets and parameters; each change is requested with `ParameterChanged`, whose handler calls `apply`.
 
     `presets` = None offers none.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+z", "reset", "Reset", show=False),
+        Binding("ctrl+z", "undo", "Undo"),
         Binding("ctrl+s", "save", "Save preset", show=False),
         Binding("escape", "close", "Close"),
     ]
@@ -50,17 +58,22 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         super().__init__(id="parameters")
         self._parameters, self._presets, self._model = parameters, presets, model
         self._offered: list[str] = []
+        self._unsupported: frozenset[str] = frozenset()
         self._editors: list[ParameterEditor] = []  # created when the panel is opened, to start quickly
+        self._undo: list[dict[str, Any]] = []  # values before each change
 
     def compose(self) -> ComposeResult:
         yield Static("Parameters", classes="panel-title", markup=False)
-        yield Select[str]([], prompt="Custom", id="presets", compact=True)
-        with Horizontal(id="preset-buttons"):
-            yield Button("Reset", id="reset", compact=True, tooltip="Reset all to the model's defaults (Ctrl-Z)")
-            yield Button("Save as", id="save-preset", compact=True, tooltip="Save these values as a preset (Ctrl-S)")
-            yield Button("Delete", id="delete-preset", compact=True, tooltip="Delete this preset")
+        with Container(id="preset-line"):
+            yield Select[str]([], prompt="Custom", id="presets", compact=True)
+            with Horizontal(id="preset-buttons"):
+                yield Button("Reset", id="reset", compact=True, tooltip="Reset all to the model's defaults")
+                yield Button("Save as", id="save-preset", compact=True, tooltip="Save as a preset (Ctrl-S)")
+                yield Button("Delete", id="delete-preset", compact=True, tooltip="Delete this preset")
         yield PresetNameInput(placeholder="Preset name, then ⏎", id="preset-name", compact=True)
         yield Static("", id="error-presets", classes="parameter-error", markup=False)
+        yield VerticalScroll(id="parameter-list", can_focus=False)
+        yield Static("", id="parameter-help", markup=False)
 
     def on_mount(self) -> None:
         """Hide what is not needed yet, and show the values."""
@@ -68,9 +81,10 @@ class ParameterPanel(VerticalScroll, can_focus=False):
         self.query_one(PresetNameInput).display = False
         self.show()
 
-    def use(self, parameters: ChatParameters, model: str) -> None:
-        """Show the parameters and presets of a model."""
-        self._parameters, self._model = parameters, model
+    def use(self, parameters: ChatParameters, model: str, unsupported: frozenset[str] = frozenset()) -> None:
+        """Show the parameters and presets of a model, without the parameters that it does not take."""
+        self._parameters, self._model, self._unsupported = parameters, model, unsupported
+        self._undo.clear()
         self.show()
 
     async def open(self) -> None:
@@ -80,19 +94,22 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             self._editors = [editor_of(spec, printable(self._parameters.text(spec.name))) for spec in EDITABLE.values()]
             common = [editor for editor in self._editors if editor.spec.order < _MORE_FROM]
             more = [editor for editor in self._editors if editor.spec.order >= _MORE_FROM]
-            await self.mount_all([*common, Static("More", classes="panel-title", markup=False), *more])
+            more_title = Static("More", classes="panel-title", markup=False)
+            await self.query_one("#parameter-list").mount_all([*common, more_title, *more])
             self.show()
         self.query(ValueField).first().focus()
 
     def show(self) -> None:
         """Show the current values, and mark those that differ from the model's defaults."""
         for editor in self._editors:
+            editor.display = editor.spec.name not in self._unsupported
             if editor.show(self._parameters):
                 self.show_error(editor.spec, None)
         self._show_presets()
 
     def apply(self, event: ParameterChanged, apply_change: Callable[[Callable[[ChatParameters], None]], None]) -> None:
         """Make a requested change with `apply_change`, and show the new values or the error."""
+        before = dict(self._parameters.changed)
         try:
             apply_change(event.change)
         except ParameterError as error:
@@ -100,6 +117,8 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             if event.spec is None:
                 self.show()  # deselects the preset that could not be used
         else:
+            if before != self._parameters.changed and not event.undoes:
+                self._undo.append(before)
             self.show_error(event.spec, None)
             self.show()
 
@@ -113,7 +132,7 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             if error is None or editor is None:
                 return
             line = Static("", id=id_, classes="parameter-error", markup=False)
-            self.mount(line, after=editor)
+            self.query_one("#parameter-list").mount(line, after=editor)
         line.update(printable(str(error)) if error is not None else "")
         line.display = error is not None
 
@@ -157,6 +176,29 @@ class ParameterPanel(VerticalScroll, can_focus=False):
             self.action_save()
         else:
             self._delete()
+
+    def on_parameter_focused(self, event: ParameterFocused) -> None:
+        """Show what the focused parameter does."""
+        event.stop()
+        self.query_one("#parameter-help", Static).update(f"{event.spec.help[0].upper()}{event.spec.help[1:]}.")
+
+    def on_field_left(self, event: FieldLeft) -> None:
+        """Focus the parameter before or after a field."""
+        event.stop()
+        fields = [editor.field for editor in self._editors if editor.display]
+        place = fields.index(event.field) + event.step if event.field in fields else 0
+        if 0 <= place < len(fields):
+            fields[place].focus()
+        elif place < 0:
+            self.query_one("#presets").focus()
+
+    def action_undo(self) -> None:
+        """Undo the latest change."""
+        if not self._undo:
+            notify(self, "Nothing to undo.")
+            return
+        values = self._undo.pop()
+        self.post_message(ParameterChanged(lambda parameters: parameters.load(values), undoes=True))
 
     def action_reset(self) -> None:
         self.post_message(ParameterChanged(lambda parameters: parameters.load({})))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from rich.style import Style
 from rich.text import Text
-from textual import work
+from textual import events, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal
+from textual.message import Message as Event
 from textual.reactive import reactive
 from textual.timer import Timer
 from textual.widget import Widget
@@ -20,11 +22,14 @@ from llm_edge.chat.text import printable
 from llm_edge.tui.themes import theme_style
 
 _SAMPLE_INTERVAL = 0.5  # seconds between two points of the speed
+_MIN_BAR, _MAX_BAR = 6, 24  # columns
+_PHONE_BELOW = 60  # columns
+_EIGHTHS = " ▏▎▍▌▋▊▉"
 _COUNT_DELAY = 0.3  # seconds without a key press before the typed text is counted
 
 
 class ContextGauge(Widget):
-    """A bar of the context: tokens of the conversation, of the typed question, and free ones."""
+    """A bar of the context: tokens of the conversation, of the typed question, and free ones, in true proportion."""
 
     used = reactive(0)
     typed = reactive(0)
@@ -32,21 +37,49 @@ class ContextGauge(Widget):
 
     def render(self) -> Text:
         if not self.limit:
-            return Text("Context size unknown", style="dim")
-        left = max(self.limit - self.used - self.typed, 0)
-        label = f" {self.used:,}" + (f" + {self.typed:,}" if self.typed else "") + f" used, {left:,} left"
-        width = max(min(self.size.width - max(len(label), 34), 24), 4)
-        used = min(-(-width * self.used // self.limit), width)
-        typed = min(-(-width * self.typed // self.limit), width - used)
-        variables = self.app.theme_variables
-        text = Text("█" * used, style=theme_style(variables, "primary"))
-        text.append("█" * typed, style=theme_style(variables, "accent"))
-        text.append("░" * (width - used - typed), style="dim")
-        return text.append(label)
+            return Text(f"Context {self.used:,} tokens" if self.used else "Context size unknown", style="dim")
+        typed = f" + {self.typed:,} typed" if self.typed else ""
+        label = f" {self.used:,}{typed} of {self.limit:,} tokens"
+        if len("Context ") + _MIN_BAR + len(label) > self.size.width:
+            label = f" {self.used + self.typed:,} of {self.limit:,}"
+        title = "Context " if len("Context ") + _MIN_BAR + len(label) <= self.size.width else ""
+        width = max(min(self.size.width - len(title) - len(label), _MAX_BAR), 0)
+        return Text(title, style="dim").append_text(self._bar(width)).append(label)
+
+    def _bar(self, width: int) -> Text:
+        """The bar, with a resolution of an eighth of a column; anything used shows as at least one eighth."""
+        variables, total = self.app.theme_variables, 8 * width
+        used = min(max(round(total * self.used / self.limit), int(self.used > 0)), total)
+        both = min(max(round(total * (self.used + self.typed) / self.limit), used + int(self.typed > 0)), total)
+        used_color = theme_style(variables, "primary").color
+        typed_color = theme_style(variables, "accent").color
+        free_color = theme_style(variables, "panel").color
+        bar = Text()
+        for column in range(0, total, 8):
+            at_used, at_both = min(max(used - column, 0), 8), min(max(both - column, 0), 8)
+            if 0 < at_used < 8:
+                beyond = typed_color if at_both > at_used else free_color
+                bar.append(_EIGHTHS[at_used], Style(color=used_color, bgcolor=beyond))
+            elif 0 < at_both < 8 and not at_used:
+                bar.append(_EIGHTHS[at_both], Style(color=typed_color, bgcolor=free_color))
+            else:
+                bar.append(" ", Style(bgcolor=used_color if at_used else typed_color if at_both else free_color))
+        return bar
+
+
+class StopButton(Static):
+    """Stops the answer when clicked; visible while there is one."""
+
+    def __init__(self) -> None:
+        super().__init__("■ Stop", id="stop", markup=False)
+        self.display = False
+
+    async def on_click(self) -> None:
+        await self.screen.run_action("stop")
 
 
 class StatusBar(Horizontal):
-    """Context gauge, sparkline of tokens per second, and state.
+    """Context gauge, tokens per second, state, and a button that stops the answer.
 
     `idle_state` returns the state to show while there is no answer in progress.
     """
@@ -58,18 +91,25 @@ class StatusBar(Horizontal):
         self._gauge = ContextGauge(id="gauge")
         self._speed = Sparkline([0.0, 0.0], id="speed")
         self._state = Static("", id="state", markup=False)
+        self._stop = StopButton()
         self._shown_state = ""
 
     def compose(self) -> ComposeResult:
         yield self._gauge
         yield self._speed
+        yield Static("tok/s", id="speed-unit", markup=False)
         yield self._state
+        yield self._stop
 
     def on_mount(self) -> None:
         self.sampling = self.set_interval(_SAMPLE_INTERVAL, self._sample)
 
+    def on_resize(self, event: events.Resize) -> None:
+        self.set_class(event.size.width < _PHONE_BELOW, "phone")
+
     def show_state(self, text: str) -> None:
         """Show a state until the next one."""
+        self._stop.display = self._session.answering is not None
         if text != self._shown_state:
             self._shown_state = text
             self._state.update(printable(text), layout=False)
@@ -97,7 +137,12 @@ class StatusBar(Horizontal):
             count = await asyncio.to_thread(tokens_of_question, self._session.responder, text, first=first)
         self._gauge.typed = count
 
+    class TitleChanged(Event):
+        """The model gave the conversation a title."""
+
     def _sample(self) -> None:
+        if self._session.poll_title():
+            self.post_message(self.TitleChanged())
         rate = self._session.sample_rate()
         self.show_speed(list(self._session.rates))
         self.refresh_state()

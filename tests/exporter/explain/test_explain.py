@@ -25,6 +25,7 @@ from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.formats.source import OriginalBlocks
 from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.runtime import Bundle
+from llm_edge.runtime.installation import install_hint
 
 Run = Callable[..., tuple[int, str, str]]
 ROLES = {"attention.qkv": (256, 64), "attention.output": (64, 128), "mlp.gate_up": (256, 64), "mlp.down": (64, 128)}
@@ -338,7 +339,7 @@ def test_without_matplotlib_the_error_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = llm_export(tiny_checkpoint, "-o", tmp_path / "out", "--plot", tmp_path / "p.png")
-    refused(outcome, "matplotlib", "pip install 'llm-edge[plot]'")
+    refused(outcome, "matplotlib", install_hint("plot"))
     assert not (tmp_path / "out").exists()
 
 

@@ -469,10 +469,10 @@ def test_an_unknown_constraint_kind_is_rejected() -> None:
         (Constraint.lark("start: foo"), 'unknown name: "foo"'),
         (Constraint.lark("{}"), ""),
         (Constraint.json_schema({"type": "nonsense"}), "nonsense"),
-        (Constraint.json_schema({"not": {"type": "string"}}), '"not"'),
+        (Constraint.json_schema({"not": {"pattern": "a"}}), "/not: cannot be enforced"),
         (Constraint.json_schema({"$ref": "http://localhost/x"}), "http://localhost/x"),
         (Constraint.json_schema({"$ref": "#"}), "nothing can match it"),
-        (Constraint.json_schema({"type": "integer", "minimum": 5, "maximum": 3}), "minimum"),
+        (Constraint.json_schema({"type": "integer", "minimum": 5, "maximum": 3}), "nothing can match it"),
         (Constraint.json_schema({"multipleOf": 1_000_003}), "multipleOf"),
     ],
 )

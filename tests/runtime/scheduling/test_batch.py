@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from endless import Endless
 from mutate import memory_limit
 from sessions import open_file
 
 from llm_edge.runtime import Bundle
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.errors import ContextLengthError, MachineError, ParameterError
+from llm_edge.runtime.errors import ContextLengthError, MachineError, ParameterError, StepTerminatedError
 from llm_edge.runtime.scheduling import batch as batch_module
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
@@ -204,16 +205,18 @@ def test_releasing_a_slot_leaves_its_neighbours_unchanged(session: Session) -> N
             np.testing.assert_array_equal(one, other)
 
 
-def test_steps_fail_between_terminate_and_resume(session: Session) -> None:
+def test_an_unwanted_step_is_terminated_and_can_be_repeated(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(session.graph, 2)
     fill(batch, (40, 20))
-    batch.terminate()
-    with pytest.raises(MachineError, match=r"^a step over 2 x 1 tokens failed \([^\n]+\)$"):
-        batch.decode(0, [5, 6], [True, True])
-    with pytest.raises(MachineError):
-        batch.extend(0, [5, 6])
+    with monkeypatch.context() as patch:
+        patch.setattr(session.graph, "inference", Endless(session.graph.inference))
+        batch.cancel_steps_if(lambda: True)
+        with pytest.raises(StepTerminatedError, match=r"^a step over 2 x 1 tokens was cancelled$"):
+            batch.decode(0, [5, 6], [True, True])
+        with pytest.raises(StepTerminatedError):
+            batch.extend(0, [5, 6])
     assert batch.lengths == [40, 20]
-    batch.resume()
+    batch.cancel_steps_if(lambda: False)
     wanted = logits_alone(session, text(40, 0), [5])[1]
     np.testing.assert_array_equal(batch.decode(0, [5, 6], [True, True])[0], wanted)
 

@@ -1,0 +1,1 @@
+"""JSON schemas: what is enforced, what is an annotation, and what is refused."""

@@ -1,0 +1,198 @@
+"""`check_graph`: exported graphs pass; anything else is rejected before onnxruntime reads it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from mutate import mutations
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from llm_edge.runtime.backend.graph_check import OPERATORS, check_graph
+from llm_edge.runtime.errors import BundleError
+
+
+@pytest.fixture
+def graph(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of an int8 graph and its weights."""
+    for name in ("model_quantized.onnx", "model_quantized.onnx_data"):
+        shutil.copy(tiny_bundle / "onnx" / name, tmp_path / name)
+    return tmp_path / "model_quantized.onnx"
+
+
+def edited(path: Path, change: Callable[[ModelProto], object]) -> Path:
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def message_of(path: Path) -> str:
+    try:
+        check_graph(path)
+    except BundleError as error:
+        return str(error)
+    return ""
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        check_graph(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: not a graph that llm-export writes: ")
+    assert message.endswith(": export the bundle again")
+    assert message.isprintable()
+    return message
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "tiny_portable_bundle"])
+def test_exported_graphs_are_accepted(fixture: str, request: pytest.FixtureRequest) -> None:
+    graphs = sorted(request.getfixturevalue(fixture).rglob("*.onnx"))
+    assert len(graphs) == 3
+    for path in graphs:
+        check_graph(path)
+
+
+def endless() -> GraphProto:
+    return helper.make_graph([], "body", [], [])
+
+
+def added(node: NodeProto) -> Callable[[ModelProto], object]:
+    return lambda model: model.graph.node.append(node)
+
+
+def subgraph_in(op_type: str, attribute: str) -> Callable[[ModelProto], object]:
+    return added(helper.make_node(op_type, ["input_ids"], ["more"], **{attribute: endless()}))
+
+
+@pytest.mark.parametrize("op_type", ["Loop", "Scan", "If", "SequenceMap", "NonZero", "Tile", "Expand", "RandomUniform"])
+def test_other_operators_are_rejected(graph: Path, op_type: str) -> None:
+    assert ("", op_type) not in OPERATORS
+    assert repr(op_type) in refusal(edited(graph, added(helper.make_node(op_type, ["input_ids"], ["more"]))))
+
+
+@pytest.mark.parametrize("domain", ["ai.onnx.ml", "com.example", "com.microsoft.nchwc", "ai.onnx.training"])
+def test_other_domains_are_rejected(graph: Path, domain: str) -> None:
+    model = onnx.load(graph, load_external_data=False)
+    edited(graph, added(helper.make_node("Add", ["input_ids", "input_ids"], ["more"], domain=domain)))
+    assert domain in refusal(graph)
+    graph.write_bytes(model.SerializeToString())
+    edited(graph, lambda model: model.opset_import.append(helper.make_opsetid(domain, 1)))
+    assert domain in refusal(graph)
+
+
+@pytest.mark.parametrize("attribute", ["body", "then_branch", "axes"])
+def test_subgraphs_are_rejected_in_any_attribute(graph: Path, attribute: str) -> None:
+    refusal(edited(graph, subgraph_in("Add", attribute)))
+    listed = AttributeProto(name=attribute, type=AttributeProto.GRAPHS, graphs=[endless()])
+    refusal(edited(graph, lambda model: model.graph.node[0].attribute.append(listed)))
+
+
+def test_functions_and_training_information_are_rejected(graph: Path) -> None:
+    function = helper.make_function("", "Add", ["a"], ["b"], [], [helper.make_opsetid("", 21)])
+    assert "field 25" in refusal(edited(graph, lambda model: model.functions.append(function)))
+    edited(graph, lambda model: model.ClearField("functions"))
+    check_graph(graph)
+    assert "field 20" in refusal(edited(graph, lambda model: model.training_info.add()))
+
+
+def test_a_second_graph_or_operator_name_is_rejected(graph: Path) -> None:
+    """Readers of protobuf take the last one of two, or merge them."""
+    content = graph.read_bytes()
+    more = ModelProto(graph=GraphProto(node=[NodeProto(op_type="Loop")])).SerializeToString()
+    graph.write_bytes(content + more)
+    assert "2 graphs" in refusal(graph)
+    twice = NodeProto(op_type="Add").SerializeToString() + NodeProto(op_type="Loop").SerializeToString()
+    node = b"\x0a" + bytes([len(twice)]) + twice
+    graph.write_bytes(b"\x3a" + bytes([len(node)]) + node)
+    assert "field 4" in refusal(graph)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["w", "model_quantized.onnx_data\0x", "./model_quantized.onnx_data", "/etc/passwd", "../model.onnx_data", "", "*"],
+)
+def test_weights_in_another_file_are_rejected(graph: Path, location: str) -> None:
+    def change(model: ModelProto) -> None:
+        weight = next(each for each in model.graph.initializer if each.external_data)
+        next(entry for entry in weight.external_data if entry.key == "location").value = location
+
+    assert "model_quantized.onnx_data" in refusal(edited(graph, change))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("offset", "999999999"),
+        ("offset", "-1"),
+        ("offset", "x"),
+        ("offset", "9" * 30),
+        ("length", "1"),
+        ("basepath", "/"),
+    ],
+)
+def test_weights_outside_of_their_file_are_rejected(graph: Path, key: str, value: str) -> None:
+    def change(model: ModelProto) -> None:
+        weight = next(each for each in model.graph.initializer if each.external_data)
+        entry = next((each for each in weight.external_data if each.key == key), None) or weight.external_data.add()
+        entry.key, entry.value = key, value
+
+    refusal(edited(graph, change))
+
+
+def test_tensors_larger_than_their_values_are_rejected(graph: Path) -> None:
+    for tensor in (
+        TensorProto(name="big", data_type=TensorProto.FLOAT, dims=[1 << 40]),
+        TensorProto(name="big", data_type=TensorProto.FLOAT, dims=[1 << 20, 1 << 20], raw_data=b"\0" * 4),
+        TensorProto(name="big", data_type=TensorProto.FLOAT, dims=[-1], raw_data=b"\0" * 4),
+        TensorProto(name="text", data_type=TensorProto.STRING, dims=[1], string_data=[b"x"]),
+    ):
+        content = graph.read_bytes()
+        refusal(edited(graph, lambda model, tensor=tensor: model.graph.initializer.append(tensor)))
+        graph.write_bytes(content)
+        constant = helper.make_node("Constant", [], ["more"], value=tensor)
+        refusal(edited(graph, added(constant)))
+        graph.write_bytes(content)
+
+
+@pytest.mark.parametrize("op_type", ["Range", "Concat", "Gather", "Add", "MatMul"])
+def test_constants_that_grow_while_loading_are_rejected(graph: Path, op_type: str) -> None:
+    """onnxruntime computes them, and would allocate the result."""
+
+    def change(model: ModelProto) -> None:
+        limit = helper.make_tensor("limit", TensorProto.INT64, [], [10**9])
+        model.graph.initializer.append(limit)
+        model.graph.node.append(helper.make_node("Reshape", ["limit", "limit"], ["reshaped"]))
+        model.graph.node.append(helper.make_node(op_type, ["limit", "reshaped", ""], ["more"]))
+
+    assert "constant inputs only" in refusal(edited(graph, change))
+
+
+def test_nodes_that_are_not_sorted_are_rejected(graph: Path) -> None:
+    def change(model: ModelProto) -> None:
+        first = model.graph.node.pop(0)
+        model.graph.node.append(first)
+
+    assert "before it is computed" in refusal(edited(graph, change))
+
+
+def test_damaged_files_are_accepted_or_rejected_in_one_line(graph: Path) -> None:
+    original = graph.read_bytes()
+    rejected = 0
+    for content in mutations(original, 400, seed=5):
+        graph.write_bytes(content)
+        message = message_of(graph)
+        assert "\n" not in message
+        rejected += message != ""
+    assert rejected > 100
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x3a", b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 20, b"\x3b" * 30, bytes(1000)]
+)
+def test_other_content_is_rejected(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
+    refusal(tmp_path / "model.onnx")
