@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat clean
+.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,10 @@ bench-peers: setup $(BUNDLE)/manifest.json
 
 compat: setup $(BUNDLE)/manifest.json
 	$(BIN)/python compat/run.py $(BUNDLE)
+
+# Damages copies of the bundle: make fuzz [SEED=n]
+fuzz: setup $(BUNDLE)/manifest.json
+	$(BIN)/python tests/fuzz/run.py $(BUNDLE) $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

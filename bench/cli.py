@@ -45,7 +45,7 @@ def bench(
 
     Prints a table, and one JSON object as the last line.
     """
-    raise typer.Exit(run(lambda: _bench(bundle, precision, rounds, repeats, threads, against)))
+    raise typer.Exit(run(lambda: _bench(bundle, precision, rounds, repeats, threads, against), native_output=True))
 
 
 def _bench(

@@ -20,19 +20,32 @@ from llm_edge.runtime.text.prompts import Message as Prompt
 _REQUEST = "Write a title for this conversation, of at most six words. Answer with the title only."
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=24)
 _MAX_WORDS = 10
-_GREETING_WORDS = 2  # a first question of so few words is replaced as the title once there is a second one
+# A first question that is one of these is replaced as the title once there is a second one.
+_GREETINGS = {
+    "hi",
+    "hello",
+    "hey",
+    "hi there",
+    "hello there",
+    "good morning",
+    "hallo",
+    "hola",
+    "bonjour",
+    "ciao",
+    "test",
+}
 _EXCERPT = 1_000  # characters of each message that an endpoint is sent again
 
 
 def needs_title(conversation: Conversation) -> bool:
-    """Whether the title was taken from a first question that is too long, too short, or only files."""
+    """Whether the title was taken from a first question that is too long, a greeting, or only files."""
     path = conversation.path()
     if len(path) not in (2, 4) or path[0].role != USER or conversation.title != title_of(path[0].content):
         return False
     attachments, question = split_attachments(path[0].content)
     if len(path) == 2:
         return (bool(attachments) and not question.strip()) or conversation.title.endswith("…")
-    return len(question.split()) <= _GREETING_WORDS
+    return question.strip(" !.,?\n").lower() in _GREETINGS
 
 
 def cleaned_title(text: str) -> str:

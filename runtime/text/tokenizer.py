@@ -20,7 +20,7 @@ from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateErr
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
-from llm_edge.runtime.text.mask import Mask, PartialMatches
+from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask
 from llm_edge.runtime.text.template_budget import plain_data
 from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
@@ -203,7 +203,7 @@ class Tokenizer:
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
         data["tools"] = plain_tools(tools)
-        mask = Mask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
+        mask = SpecialTokenMask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):

@@ -1,4 +1,4 @@
-"""`run`: what a command prints and returns where memory, files or threads are limited."""
+"""`run`: what a command prints where limits are hit, and when native libraries print too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
+NATIVE = """
+import os, sys
+from llm_edge.runtime.command import run
+def command():
+    os.write(2, b"thread panicked\\n")
+    print("ours", file=sys.stderr)
+sys.exit(run(command))
+"""
 
 
 def failing(error: BaseException, cause: BaseException | None = None) -> Callable[[], None]:
@@ -81,3 +89,11 @@ def test_commands_under_a_limit_print_one_line(tiny_bundle: Path, tmp_path: Path
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2, 3), done.stderr
     assert len(errors) == (0 if done.returncode == 0 else 1), done.stderr
+
+
+def test_output_of_native_libraries_is_hidden_unless_debugging() -> None:
+    words = [sys.executable, "-c", NATIVE]
+    for variables, expected in (({}, "ours\n"), ({"LLM_EDGE_DEBUG": "1"}, "thread panicked\nours\n")):
+        environment = {**os.environ, **variables}
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, env=environment)
+        assert (done.returncode, done.stderr) == (0, expected)

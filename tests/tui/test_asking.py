@@ -237,7 +237,6 @@ def test_the_model_writes_a_title_where_the_question_is_too_long_for_one(tmp_pat
     async def scene() -> None:
         async with app_with(tmp_path, "Scattering.", '**Title:** "Why the Sky Is Blue"\n') as (app, pilot, fake):
             await ask(pilot, question)
-            assert app.session.conversation.title.endswith("…")
             await until(pilot, lambda: app.session.conversation.title == "Why the Sky Is Blue")
             await until(pilot, lambda: "Why the Sky Is Blue" in screen(app))
             assert len(app.session.conversation.messages) == 2

@@ -1,4 +1,4 @@
-"""`Mask`: keeps what users typed in a conversation from being read as a special token."""
+"""`SpecialTokenMask`: keeps the text of a conversation from spelling special tokens in a rendered chat template."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PartialMatches:
         return places
 
 
-class Mask:
+class SpecialTokenMask:
     """Replaces characters in a conversation so that none of its text can be read as a special token.
 
     The substitute is one of Unicode's rarest characters, absent from the conversation, so that templates can trim,
