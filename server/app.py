@@ -14,9 +14,11 @@ from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.server.config import ServerConfig
 from llm_edge.server.errors import ApiError
 from llm_edge.server.guard import App, Guard
+from llm_edge.server.jobs import ExportJobs
 from llm_edge.server.models import ModelPool
 from llm_edge.server.protocols import (
     anthropic,
+    model_jobs,
     native,
     ollama,
     openai_chat,
@@ -26,9 +28,12 @@ from llm_edge.server.protocols import (
     original,
 )
 from llm_edge.server.state import ServerState
+from llm_edge.server.upstream import Upstreams
 
 _log = logging.getLogger("llm_edge.server")
-PROTOCOLS = (openai_chat, openai_completions, openai_responses, openai_models, anthropic, ollama, original, native)
+PROTOCOLS = (
+    openai_chat, openai_completions, openai_responses, openai_models, anthropic, ollama, original, native, model_jobs
+)  # fmt: skip
 """Modules with a `router`; to add a protocol, add its module here."""
 
 
@@ -37,11 +42,13 @@ def create_app(config: ServerConfig) -> App:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state = ServerState(config, ModelPool(config.models))
+        jobs = ExportJobs(config.jobs, config.models.folder, [upstream.key_env for upstream in config.upstreams])
+        state = ServerState(config, ModelPool(config.models, Upstreams(config.upstreams)), jobs)
         app.state.server = state
         loading = asyncio.create_task(_preload(state))
         yield
         loading.cancel()
+        await jobs.close()
         await state.pool.drain(config.drain_seconds)
 
     app = FastAPI(

@@ -9,7 +9,8 @@ import typer
 
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import InputError, ParameterError
-from llm_edge.server.config import GIB, LOOPBACK, ModelConfig, ServerConfig
+from llm_edge.server.config import GIB, LOOPBACK, JobConfig, ModelConfig, ServerConfig
+from llm_edge.server.upstream_config import read_upstreams
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _MIN_KEY = 8  # characters
@@ -43,6 +44,16 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, max=1024, help="Requests that may wait for each model.")] = 64,
     threads: Annotated[int | None, typer.Option(help="Threads per operator. Default: physical cores.")] = None,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    allow_uploads: Annotated[
+        bool, typer.Option("--allow-uploads", help="Let clients upload checkpoints, which are exported here.")
+    ] = False,
+    allow_downloads: Annotated[
+        bool, typer.Option("--allow-downloads", help="Let clients add models of the Hugging Face Hub by their id.")
+    ] = False,
+    upstreams: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file of OpenAI-compatible servers to offer models of.")
+    ] = None,
+    max_upload: Annotated[float, typer.Option(metavar="GB", min=0.001, help="Size limit of an upload.")] = 20.0,
 ) -> None:
     """Serve bundles to OpenAI, Anthropic and Ollama clients, and a chat page to browsers."""
 
@@ -53,8 +64,10 @@ def serve(
         defaults = ModelConfig()
         limit = int(memory * GIB) if memory is not None else defaults.memory
         folder = ModelConfig(models, model, precision, provider, threads, limit, parallel, queue)
+        jobs = JobConfig(allow_uploads, allow_downloads, int(max_upload * 1e9))
         names, origins = tuple(allowed_host or ()), tuple(allowed_origin or ())
-        return ServerConfig(folder, host, port, keys, names, origins)
+        relayed = read_upstreams(upstreams) if upstreams is not None else ()
+        return ServerConfig(folder, jobs, relayed, host, port, keys, names, origins)
 
     raise typer.Exit(run(lambda: _serve(config())))
 
