@@ -13,7 +13,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,15 @@ class LoadedModel:
         name: `folder` or `folder:precision`, as requested.
         engine: answers requests.
         fingerprint: identifies the weights; changes with the bundle.
+        generation: sampling parameters where a request gives none; others are the model's.
         embedding: held while `embedder` computes.
     """
 
-    def __init__(self, name: str, loaded: LoadedBundle, engine: Engine) -> None:
+    def __init__(
+        self, name: str, loaded: LoadedBundle, engine: Engine, generation: Mapping[str, Any] | None = None
+    ) -> None:
         self.name = name
+        self.generation = dict(generation or {})
         self.engine = engine
         self.fingerprint = f"fp_{cache_file.identity(loaded.bundle, loaded.precision)[:16]}"
         self.embedding = threading.Lock()
@@ -246,7 +250,7 @@ class ModelPool:
         c = self.config
         loaded = load(entry.bundle.path, LoadOptions(precision, c.provider, c.threads), fused=True)
         engine = Engine(loaded, active=c.parallel, waiting=c.queue, cache_bytes=c.cache_bytes)
-        return LoadedModel(name, loaded, engine)
+        return LoadedModel(name, loaded, engine, c.generation)
 
     async def _notify(self) -> None:
         """Unload drained models, and wake those who wait for a change."""
