@@ -151,9 +151,11 @@ class ModelPool:
         if not folder and entries:
             folder = next(iter(entries))
         entry = entries.get(folder)
+        if not entries:
+            raise ApiError(404, "there are no models: create one with llm-export", "model_not_found", "model")
         if entry is None:
-            known = ", ".join(list(entries)[:10]) or "none; create one with llm-export"
-            raise ApiError(404, f"there is no model {name[:100]!r}; available: {known}", "model_not_found", "model")
+            known = ", ".join(list(entries)[:10])
+            raise ApiError(404, f"there is no model {folder[:100]!r}; available: {known}", "model_not_found", "model")
         wanted = None if precision in ("", "latest") else precision
         try:
             return entry, entry.bundle.precision(wanted or self.config.precision).name
