@@ -160,6 +160,7 @@ async def start_chat(pool: ModelPool, request: ChatRequest) -> RunningRequest:
     def start(loaded: LoadedModel) -> _Started:
         engine, use = loaded.engine, request.tool_use
         tokens = chat_tokens(loaded, request)
+        loaded.prefixes.record(request, tokens)
         constraint = constraint_for(loaded.tool_format, use, engine.tokenizer, request.overrides.get("constraint"))
         params = with_overrides(loaded, {**request.overrides, "constraint": constraint})
         generations = engine.generate_many(tokens, params, request.count)

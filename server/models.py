@@ -31,6 +31,7 @@ from llm_edge.runtime.text.tool_format import GENERIC, ToolFormat
 from llm_edge.runtime.text.tool_format_finder import tool_format_of
 from llm_edge.server.config import ModelConfig
 from llm_edge.server.errors import ApiError
+from llm_edge.server.prefix_cache import SharedPrefixes, load_prefixes, save_prefixes
 
 _log = logging.getLogger("llm_edge.server")
 _OVERHEAD = 1.25  # memory of a loaded graph, relative to its file
@@ -60,6 +61,7 @@ class LoadedModel:
         engine: answers requests.
         fingerprint: identifies the weights; changes with the bundle.
         generation: sampling parameters where a request gives none; others are the model's.
+        prefixes: what the prompts have in common.
         embedding: held while `embedder` computes.
     """
 
@@ -68,6 +70,7 @@ class LoadedModel:
     ) -> None:
         self.name = name
         self.generation = dict(generation or {})
+        self.prefixes = SharedPrefixes()
         self.engine = engine
         self.fingerprint = f"fp_{cache_file.identity(loaded.bundle, loaded.precision)[:16]}"
         self.embedding = threading.Lock()
@@ -252,7 +255,16 @@ class ModelPool:
         c = self.config
         loaded = load(entry.bundle.path, LoadOptions(precision, c.provider, c.threads), fused=True)
         engine = Engine(loaded, active=c.parallel, waiting=c.queue, cache_bytes=c.cache_bytes)
-        return LoadedModel(name, loaded, engine, c.generation)
+        ready = LoadedModel(name, loaded, engine, c.generation)
+        if c.cache_dir is not None:
+            load_prefixes(engine, ready.fingerprint, c.cache_dir)
+        return ready
+
+    def _close_now(self, model: LoadedModel) -> None:
+        c = self.config
+        if c.cache_dir is not None:
+            save_prefixes(model.engine, model.fingerprint, model.prefixes.most_used(), c.cache_dir, c.cache_bytes)
+        model.engine.close()
 
     async def _notify(self) -> None:
         """Unload drained models, and wake those who wait for a change."""
@@ -264,7 +276,7 @@ class ModelPool:
 
     async def _unload(self, place: _Place) -> None:
         assert place.ready is not None
-        await run_in_threadpool(place.ready.engine.close)
+        await run_in_threadpool(self._close_now, place.ready)
         del self._places[place.name]
         _log.info("unloaded %s", place.name)
 
