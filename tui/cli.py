@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_edge.chat.options import sampling_options
-from llm_edge.runtime.command import print_version, run
+from llm_edge.runtime.command import given_on_command_line, print_version, run
 from llm_edge.runtime.errors import BundleError, InputError, ParameterError
 from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.load_options import LoadOptions
@@ -156,8 +156,7 @@ def chat(
 
 def _given(context: typer.Context) -> frozenset[str]:
     """Names of the options and arguments that are on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    return frozenset(name for name in context.params if given_on_command_line(context, name))
 
 
 def _chat(options: ChatOptions, sampling: Mapping[str, Any]) -> None:
