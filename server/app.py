@@ -26,23 +26,32 @@ from llm_edge.server.protocols import (
     original,
 )
 from llm_edge.server.state import ServerState
+from llm_edge.server.web import api, page, settings_api
+from llm_edge.server.web.state import WebOpener
 
 _log = logging.getLogger("llm_edge.server")
 PROTOCOLS = (openai_chat, openai_completions, openai_responses, openai_models, anthropic, ollama, original, native)
 """Modules with a `router`; to add a protocol, add its module here."""
+PAGE = (page, api, settings_api)
 
 
-def create_app(config: ServerConfig) -> App:
-    """The application; the default model is loaded once it starts."""
+def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> App:
+    """The application; the default model is loaded once it starts.
+
+    Args:
+        config: the configuration.
+        closing: set when the server begins to shut down, so that streams that would never end do.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state = ServerState(config, ModelPool(config.models))
-        app.state.server = state
+        state = ServerState(config, ModelPool(config.models), closing or asyncio.Event())
+        app.state.server, app.state.web = state, WebOpener(state)
         loading = asyncio.create_task(_preload(state))
         yield
         loading.cancel()
         await state.pool.drain(config.drain_seconds)
+        await app.state.web.close()
 
     app = FastAPI(
         title="llm-edge",
@@ -52,8 +61,8 @@ def create_app(config: ServerConfig) -> App:
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
     )
-    for protocol in PROTOCOLS:
-        app.include_router(protocol.router)
+    for module in (*PROTOCOLS, *PAGE):
+        app.include_router(module.router)
     return Guard(app, config)
 
 

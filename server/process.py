@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import sys
@@ -15,6 +16,18 @@ from llm_edge.server.config import ServerConfig
 _BACKLOG = 2048
 
 
+class _Server(uvicorn.Server):
+    """Announces its shutdown before it waits for open connections."""
+
+    def __init__(self, config: uvicorn.Config, closing: asyncio.Event) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._closing.set()
+        await super().shutdown(sockets)
+
+
 def serve_forever(config: ServerConfig) -> None:
     """Listen, print the URL, and serve until SIGINT or SIGTERM; running answers may end first.
 
@@ -26,8 +39,9 @@ def serve_forever(config: ServerConfig) -> None:
     listening = _listen(config)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else "localhost" if host == "127.0.0.1" else host
+    closing = asyncio.Event()
     settings = uvicorn.Config(
-        create_app(config),
+        create_app(config, closing),
         log_config=None,
         log_level="warning",
         ws="none",
@@ -37,7 +51,7 @@ def serve_forever(config: ServerConfig) -> None:
         h11_max_incomplete_event_size=64 << 10,
     )
     print(f"llm-edge serves {config.models.folder} on http://{shown}:{port}", flush=True)
-    uvicorn.Server(settings).run(sockets=[listening])
+    _Server(settings, closing).run(sockets=[listening])
 
 
 def _listen(config: ServerConfig) -> socket.socket:

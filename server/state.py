@@ -21,6 +21,7 @@ class ServerState:
     Attributes:
         config: the server's configuration.
         pool: the models.
+        closing: set when the server begins to shut down.
         current: name of the model that the original service's endpoints use; "" = the default.
         ready: the default model has been loaded, or there is none.
         started: Unix time.
@@ -28,6 +29,7 @@ class ServerState:
 
     config: ServerConfig
     pool: ModelPool
+    closing: asyncio.Event
     current: str = ""
     ready: bool = False
     started: float = field(default_factory=time.time)
