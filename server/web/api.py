@@ -108,7 +108,7 @@ async def export(
             lambda session: (session.conversation.title, _text_of(session.conversation, form))
         )
     suffix, kind = {"markdown": ("md", "text/markdown"), "json": ("json", "application/json")}[form]
-    name = _UNSAFE.sub("", title).strip()[:60] or "conversation"
+    name = _UNSAFE.sub("", title)[:60].strip(" .") or "conversation"
     ascii_name = name.encode("ascii", "ignore").decode() or "conversation"
     headers = {"Content-Disposition": f'attachment; filename="{ascii_name}.{suffix}"'}
     return Response(text.encode("utf-8", "replace"), media_type=f"{kind}; charset=utf-8", headers=headers)

@@ -173,12 +173,12 @@ class LiveChat:
         begin(session)
 
     def _poll(self) -> None:
-        answer = self.session.answering
         self.session.poll()
         now = time.monotonic()
         if now - self._rate_at >= _RATE_INTERVAL:
             self._rate, self._rate_at = self.session.sample_rate(), now
-        if self._watchers and answer is not None:
+        answer = self.session.answering
+        if self._watchers and answer is not None:  # at the end, the whole conversation is sent
             self.progress = self._progress(answer)
 
     def _progress(self, answer: Message) -> Progress:

@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 import nh3
+from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import OptionsDict
@@ -53,6 +54,7 @@ class AnswerBlocks:
 
     def update(self, text: str) -> tuple[str, ...]:
         """The blocks of a text; if it continues the previous one, only its last blocks are rendered."""
+        text = text.lstrip("\n")
         start = text.find(GENERIC.trigger)
         if start < 0:
             return tuple(self._blocks.update(text))
@@ -67,15 +69,28 @@ def render(text: str) -> tuple[str, ...]:
 
 def render_block(text: str) -> str:
     """A block of Markdown as HTML, free of control characters."""
-    markdown = parser().disable("image")
-    markdown.options["html"] = False
-    markdown.renderer = _Renderer()
     shown = printable(text).expandtabs(4)
-    tokens = markdown.parse(shown)
+    tokens = _outline_parser().parse(shown)
     spans = (len(token.content) for token in tokens if token.type == "inline")
     if max(spans, default=0) > MAX_PARAGRAPH or (len(text) > MAX_BLOCK and tokens[0].type != "fence"):
         return _clean(f'<pre class="plain">{escape(shown)}</pre>')
-    return _clean(str(markdown.renderer.render(tokens, markdown.options, {})))
+    return _clean(str(_markdown().render(shown)))
+
+
+@functools.cache
+def _markdown() -> MarkdownIt:
+    found = parser().disable("image")
+    found.options["html"] = False
+    found.renderer = _Renderer()
+    return found
+
+
+@functools.cache
+def _outline_parser() -> MarkdownIt:
+    """Finds blocks only: what stands in them may take too long to parse."""
+    found = parser()
+    found.core.ruler.enableOnly(["normalize", "block"])
+    return found
 
 
 def _clean(html: str) -> str:

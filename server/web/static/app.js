@@ -76,7 +76,7 @@ async function useChat(data) {
   try {
     await modelReady;
     if (models.find((each) => each.name === $("model").value)?.bundle !== data.model) await chooseModel(used.name);
-    if (number === data.id) setParams({ ...data.params, logprobs: params().logprobs });
+    if (number === data.id) setParams({ logprobs: params().logprobs, ...data.params });
   } catch (error) {
     failed(error);
   }
@@ -266,13 +266,15 @@ function drawModels(preferred) {
   models.forEach((each, place) => {
     const several = models.filter((other) => other.folder === each.folder).length > 1;
     const text = several ? `${each.folder} · ${each.precision}` : each.folder;
-    select.options[place].textContent = each.state === "idle" ? text : `${text} (${each.state})`;
+    const chosen = each.name === select.value; // its state is next to it
+    select.options[place].textContent = each.state === "idle" || chosen ? text : `${text} (${each.state})`;
   });
   const state = models.find((each) => each.name === select.value)?.state ?? "idle";
   if ($("model-state").dataset.state !== state) {
     const loading = $("model-state").dataset.state === "loading" || !$("model-state").dataset.state;
     $("model-state").dataset.state = state;
     $("model-text").textContent = state === "loading" ? "Loading…" : "";
+    $("model").title = { idle: "Loaded when you ask something", loading: "Loading…", loaded: "Loaded" }[state];
     if (state === "loaded" && loading) loadModel().catch(failed);
   }
   if (!models.length) $("model-text").textContent = "Create a model with llm-export.";

@@ -46,7 +46,7 @@ export async function loadModel() {
 export function setParams(values) {
   changed = {};
   for (const spec of specs) {
-    if (spec.name in values && !same(values[spec.name], defaults[spec.name])) changed[spec.name] = values[spec.name];
+    if (values[spec.name] !== undefined && !same(values[spec.name], defaults[spec.name])) changed[spec.name] = values[spec.name];
   }
   draw();
 }
