@@ -2,13 +2,13 @@
 
 import { api, follow } from "./api.js";
 import { chatActions, loadList, markCurrent, setRunning, startList } from "./chatlist.js";
-import { $, el, fillIcons, openDialog, openMenu, store, stored, toast } from "./dom.js";
+import { $, el, fillIcons, store, stored, toast } from "./dom.js";
 import { edit, growMessage, plainText, setActions, showMessages } from "./messages.js";
 import { loadModel, params, setParam, setParams, setSystem, startParams, systemPrompt, thinkingMode, useModel } from "./params.js";
+import { closeDrawer, startPanels } from "./panels.js";
 import { showQuestions, showTokens } from "./tokens.js";
 
 const touch = matchMedia("(pointer: coarse)").matches;
-const narrow = matchMedia("(max-width: 860px)");
 let models = [];
 let modelReady = Promise.resolve(); // settles once the parameters of the chosen model are known
 let chat = null; // the conversation that is shown; null = a new one
@@ -43,7 +43,7 @@ function show(id, keepFocus = false) {
     $("messages").setAttribute("aria-busy", "true");
     watch(id);
   }
-  if (narrow.matches) closeSidebar();
+  closeDrawer();
   if (!keepFocus && !touch) $("question").focus();
 }
 
@@ -101,7 +101,8 @@ function render(data) {
   if (!running) $("rate").textContent = "";
   if (before?.id === data.id && before.running !== null && !running) announceEnd(before.running);
   if (before?.id !== data.id || (before?.running !== null) !== running || before.title !== data.title) loadList();
-  if (end) scrollToEnd();
+  if (!data.messages.length) $("scroll").scrollTop = 0;
+  else if (end) scrollToEnd();
 }
 
 function setSystemIfOther(before, data) {
@@ -292,136 +293,6 @@ async function chooseModel(name) {
   }
 }
 
-// ---- panels, keys
-
-function closeSidebar() {
-  document.body.classList.remove("sidebar-open");
-  $("open-sidebar").setAttribute("aria-expanded", "false");
-  $("shade").hidden = $("panel").hidden || !narrow.matches;
-}
-
-function toggleSidebar() {
-  if (narrow.matches) {
-    closePanel();
-    document.body.classList.add("sidebar-open");
-    $("shade").hidden = false;
-    $("open-sidebar").setAttribute("aria-expanded", "true");
-    $("new-chat").focus();
-  } else {
-    document.body.classList.toggle("sidebar-hidden");
-  }
-}
-
-function closePanel() {
-  $("panel").hidden = true;
-  $("open-panel").setAttribute("aria-expanded", "false");
-  $("shade").hidden = !document.body.classList.contains("sidebar-open");
-}
-
-function togglePanel() {
-  if (!$("panel").hidden) {
-    closePanel();
-    $("open-panel").focus();
-    return;
-  }
-  closeSidebar();
-  $("panel").hidden = false;
-  $("shade").hidden = !narrow.matches;
-  $("open-panel").setAttribute("aria-expanded", "true");
-  $("panel-body").querySelector("select")?.focus();
-}
-
-function escape() {
-  if (narrow.matches && document.body.classList.contains("sidebar-open")) {
-    closeSidebar();
-    $("open-sidebar").focus();
-  } else if (chat?.running != null) {
-    stop();
-  } else if (!$("panel").hidden) {
-    togglePanel();
-  }
-}
-
-function switchTheme() {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const root = document.documentElement;
-  const now = root.dataset.theme ?? (dark ? "dark" : "light");
-  root.dataset.theme = now === "dark" ? "light" : "dark";
-  try {
-    localStorage.setItem("llm-edge.theme", root.dataset.theme);
-  } catch {
-    // kept until the page is closed
-  }
-}
-
-const KEYS = [
-  ["Enter", "Send"],
-  ["Shift + Enter", "New line"],
-  ["Esc", "Stop the answer, or close a panel"],
-  ["↑ in an empty box", "Edit your last message"],
-  ["/", "Go to the message box"],
-  ["Ctrl + K", "Search conversations"],
-  ["Ctrl + Shift + O", "New chat"],
-  ["Ctrl + .", "Parameters"],
-  ["Ctrl + Enter", "Save an edited message"],
-  ["?", "This list"],
-];
-
-function showKeys() {
-  const rows = KEYS.map(([keys, text]) => el("tr", {}, el("th", { scope: "row" }, el("kbd", {}, keys)), el("td", {}, text)));
-  openDialog("Keyboard shortcuts", [el("table", { class: "keys" }, el("tbody", {}, ...rows))]);
-}
-
-function onKey(event) {
-  if (document.querySelector("dialog[open], [popover]:popover-open")) return;
-  const typing = event.target.closest?.("input, textarea, select");
-  const control = event.ctrlKey || event.metaKey;
-  if (event.key === "Escape") {
-    escape();
-  } else if (control && event.key.toLowerCase() === "k") {
-    event.preventDefault();
-    if (narrow.matches) toggleSidebar();
-    else document.body.classList.remove("sidebar-hidden");
-    $("search").focus();
-  } else if (control && event.shiftKey && event.key.toLowerCase() === "o") {
-    event.preventDefault();
-    openChat(null);
-  } else if (control && event.key === ".") {
-    event.preventDefault();
-    togglePanel();
-  } else if (!typing && !control && event.key === "?") {
-    showKeys();
-  } else if (!typing && !control && event.key === "/") {
-    event.preventDefault();
-    $("question").focus();
-  }
-}
-
-function startPanels() {
-  $("open-sidebar").addEventListener("click", toggleSidebar);
-  $("close-sidebar").addEventListener("click", () => {
-    closeSidebar();
-    $("open-sidebar").focus();
-  });
-  $("open-panel").addEventListener("click", togglePanel);
-  $("close-panel").addEventListener("click", togglePanel);
-  $("shade").addEventListener("click", () => {
-    closeSidebar();
-    closePanel();
-  });
-  $("new-chat").addEventListener("click", () => openChat(null));
-  $("theme").addEventListener("click", switchTheme);
-  $("help").addEventListener("click", showKeys);
-  $("chat-menu").addEventListener("click", () => openMenu($("chat-menu"), chatActions(chat)));
-  $("model").addEventListener("change", () => chooseModel($("model").value).catch(failed));
-  document.addEventListener("keydown", onKey);
-  document.addEventListener("visibilitychange", () => {
-    if (document.hidden) return;
-    pollModels();
-    loadList();
-  });
-}
-
 // ---- start
 
 const wanted = () => Number(/^#\/c\/(\d+)$/.exec(location.hash)?.[1]) || null;
@@ -452,11 +323,15 @@ async function begin() {
 
 async function startPage() {
   fillIcons();
-  startPanels();
+  startPanels({ openChat, stop, running: () => chat?.running != null, menu: () => chatActions(chat) });
+  $("model").addEventListener("change", () => chooseModel($("model").value).catch(failed));
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) return;
+    pollModels();
+    loadList();
+  });
   startComposer();
   startList((id) => openChat(id));
-  $("panel").hidden = narrow.matches || innerWidth < 1200 || !stored("panel", true);
-  $("open-panel").setAttribute("aria-expanded", String(!$("panel").hidden));
   addEventListener("popstate", () => show(wanted()));
   for (;;) {
     try {

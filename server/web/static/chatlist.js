@@ -113,8 +113,8 @@ export function chatActions(chat) {
 }
 
 async function remove(chat) {
-  await api(`/chats/${chat.id}`, { method: "DELETE" });
   if (chat.id === current) open(null);
+  await api(`/chats/${chat.id}`, { method: "DELETE" });
   await loadList();
   toast(`Deleted “${chat.title || "Untitled"}”.`, {
     action: "Undo",

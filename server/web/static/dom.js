@@ -144,7 +144,7 @@ export async function askText(title, label, value = "", { action = "Save", type 
 
 // A note that disappears; with an action, it stays longer.
 export function toast(text, { action = "", run = null, error = false } = {}) {
-  const note = el("div", { class: error ? "toast error" : "toast" }, el("span", {}, text));
+  const note = el("div", { class: error ? "toast error" : "toast" }, el("span", {}, text.charAt(0).toUpperCase() + text.slice(1)));
   const remove = () => note.remove();
   if (run) {
     note.append(el("button", { type: "button", onclick: () => { remove(); run(); } }, action));
