@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check docs pictures bench bench-peers compat clean
+.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ types: setup
 
 check: lint types test
 
+# An engine with 16 callers while every call of its steps fails at random: make stress [SEED=1]
+stress: setup
+	$(BIN)/python tests/stress/run.py $(SEED)
+
 docs: setup
 	$(BIN)/python docs/sampling.py > docs/sampling.md
 
@@ -56,6 +60,10 @@ bench-peers: setup $(BUNDLE)/manifest.json
 
 compat: setup $(BUNDLE)/manifest.json
 	$(BIN)/python compat/run.py $(BUNDLE)
+
+# Damages copies of the bundle: make fuzz [SEED=n]
+fuzz: setup $(BUNDLE)/manifest.json
+	$(BIN)/python tests/fuzz/run.py $(BUNDLE) $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

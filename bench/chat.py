@@ -10,18 +10,17 @@ import argparse
 import contextlib
 import json
 import os
-import pty
 import select
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
-import termios
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_edge.bench.requirements import require_modules
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import MachineError
@@ -69,6 +68,9 @@ class Terminal:
     """`llm-chat` in a pseudo-terminal of 100 columns and 30 rows."""
 
     def __init__(self, bundle: Path, precision: str, data: Path) -> None:
+        import pty  # only on Unix, as `main` says elsewhere
+        import termios
+
         self.began = time.perf_counter()
         self._pid, self._terminal = pty.fork()
         if self._pid == 0:
@@ -204,7 +206,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    sys.exit(run(lambda: measure(options.bundle, options.precision, options.rounds)))
+
+    def command() -> None:
+        require_modules("this benchmark", "pty", "termios")
+        measure(options.bundle, options.precision, options.rounds)
+
+    sys.exit(run(command))
 
 
 if __name__ == "__main__":

@@ -45,16 +45,18 @@ def bench(
 
     Prints a table, and one JSON object as the last line.
     """
-    raise typer.Exit(run(lambda: _bench(bundle, precision, rounds, repeats, threads, against)))
+    raise typer.Exit(run(lambda: _bench(bundle, precision, rounds, repeats, threads, against), native_output=True))
 
 
 def _bench(
     path: Path, precision: str | None, rounds: int, repeats: int, threads: int | None, against: str | None
 ) -> None:
     from llm_edge.bench.driver import COLUMNS, MIN_CONTEXT, measure, median, median_ratio, our_command
+    from llm_edge.bench.requirements import require_modules
     from llm_edge.runtime.bundle import Bundle
     from llm_edge.runtime.errors import InputError
 
+    require_modules("llm-bench", "resource")
     bundle = Bundle.open(path)
     names = [name.strip() for name in precision.split(",")] if precision else list(bundle.precisions)
     sizes = {name: bundle.precision(name).size for name in names}

@@ -50,9 +50,11 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            reply: dict[str, float] = json.loads(self._process.stdout.readline())
+            reply: dict[str, Any] = json.loads(self._process.stdout.readline())
         except (OSError, ValueError) as error:
             raise MachineError(f"a process to measure has failed (exit code {self._process.wait()})") from error
+        if "error" in reply:
+            raise MachineError(f"a process to measure has failed: {reply['error']}")
         return reply
 
     @property

@@ -5,6 +5,8 @@
     {"tokens": [...], "count": n}   ->  {"first": s, "rest": s, "count": n, "inside": s}
     {"peak": true}                  ->  {"peak_mb": x}
 
+A worker that fails writes {"error": "one line"} and ends.
+
 `first` is the time from the request to the first of `count` greedy tokens, `rest` that of the others, `inside` the part
 of both spent in onnxruntime. Another engine can be measured by a program with the same protocol.
 """
@@ -12,14 +14,18 @@ of both spent in onnxruntime. Another engine can be measured by a program with t
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from typing import Any
+
+from llm_edge.runtime.command import machine_failure
+from llm_edge.runtime.errors import LlmEdgeError
 
 
 def main() -> None:
     """Answer until standard input ends."""
     bundle, precision, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    import resource  # `llm-bench` says so where it is missing
+
     from llm_edge.runtime import Model, SamplingParams
 
     model = Model.load(bundle, precision, provider="cpu", threads=threads or None)
@@ -45,4 +51,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as failure:
+        reason = str(failure) if isinstance(failure, LlmEdgeError) else machine_failure(failure)
+        if reason is None:
+            raise
+        print(json.dumps({"error": reason}), flush=True)
+        sys.exit(1)

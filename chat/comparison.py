@@ -96,7 +96,12 @@ class Comparison:
         """Use another model on the second side; returns the previous one."""
         previous = self.sides[1].responder
         self.close()
-        self.sides[1] = ComparisonSide(responder, self.sides[1].session.parameters)
+        before = self.sides[1].session.parameters
+        if responder.settings_key == previous.settings_key:
+            changed = before.changed
+        else:  # another model has its own parameters
+            changed = {"system": before.system} if before.system else {}
+        self.sides[1] = ComparisonSide(responder, ChatParameters(responder.default_params, changed))
         return previous
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from llm_edge.chat.model_parameters import ModelParameters, without_system
 from llm_edge.chat.parameters import CHAT_ONLY, ChatParameters
 from llm_edge.chat.responder import Reply, Responder
 from llm_edge.chat.running_answer import RunningAnswer, Update, save_answer
+from llm_edge.chat.titles import TitleWriter, needs_title
 from llm_edge.chat.token_records import TokenRecord, unpack
 from llm_edge.runtime.errors import InputError, LlmEdgeError
 from llm_edge.runtime.text.prompts import Message as Prompt
@@ -36,6 +37,7 @@ class ChatSession:
         show_reasoning: whether front ends show the reasoning of answers.
         thinking: whether the chat template asks for reasoning; None = the template's default.
         save_error: why the latest answer could not be saved.
+        automatic_titles: whether the model is asked for a title where the first question makes a poor one.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class ChatSession:
         self.show_reasoning = True
         self.thinking: bool | None = None
         self.save_error: LlmEdgeError | None = None
+        self.automatic_titles = False
+        self._title_writer: TitleWriter | None = None
         self._clock = clock
         self._running: RunningAnswer | None = None
         self._values = ModelParameters(parameters)
@@ -156,11 +160,7 @@ class ChatSession:
                 self._note_change(running.message, name, running.tokens if adjusts and name not in CHAT_ONLY else None)
 
     def set_start_values(self, values: Mapping[str, Any]) -> None:
-        """Change parameters of the current model, which new conversations with it start with too.
-
-        Raises:
-            ParameterError: a value is not allowed.
-        """
+        """Change parameters of the current model, which new conversations with it start with too."""
         self._values.set_start_values(values)
 
     def reset_parameters(self) -> None:
@@ -231,6 +231,7 @@ class ChatSession:
 
     def close(self) -> None:
         """Stop the answer being generated, wait for its end, and save it."""
+        self._stop_title_writer()
         running, self._running = self._running, None
         if running is not None:
             running.finish(self.store)
@@ -244,7 +245,22 @@ class ChatSession:
         update = running.poll(self.store) if running is not None else None
         if running is not None and update is not None and update.ended:
             self._running, self.save_error = None, running.save_error
+            if self.automatic_titles and update.error is None and needs_title(self.conversation):
+                self._title_writer = TitleWriter(
+                    self._require_responder(), [*self._system(), *self._turns(update.message)]
+                )
         return update
+
+    def poll_title(self) -> bool:
+        """Use the title that the model was asked for; returns whether the conversation has a new title."""
+        title = self._title_writer.poll() if self._title_writer is not None else None
+        if title is None:
+            return False
+        self._title_writer = None
+        if title and needs_title(self.conversation):  # the user did not rename it meanwhile
+            with contextlib.suppress(LlmEdgeError):  # a title is not worth an error message
+                self.store.set_title(self.conversation, title)
+        return bool(title)
 
     def wait(self, seconds: float) -> None:
         """Wait until there is something to poll, at most so many seconds."""
@@ -288,8 +304,8 @@ class ChatSession:
     def _start(self, message: Message, question: Message, tokens: int = 0) -> Message:
         if self.conversation.system != self.parameters.system:
             self.store.set_system(self.conversation, self.parameters.system)
-        system: list[Prompt] = [{"role": "system", "content": self.parameters.system}] if self.parameters.system else []
-        turns = self._turns(question)
+        self._stop_title_writer()
+        system, turns = self._system(), self._turns(question)
         responder, params, prefix = (
             self._require_responder(),
             self.parameters.params,
@@ -334,6 +350,14 @@ class ChatSession:
     def _turns(self, question: Message) -> list[Mapping[str, Any]]:
         """The messages before an answer: questions and answers in turn, its question last."""
         return [{"role": each.role, "content": each.content} for each in self.conversation.path_to(question.id)]
+
+    def _system(self) -> list[Prompt]:
+        return [{"role": "system", "content": self.parameters.system}] if self.parameters.system else []
+
+    def _stop_title_writer(self) -> None:
+        writer, self._title_writer = self._title_writer, None
+        if writer is not None:
+            writer.cancel()
 
     def _parent(self, message: Message) -> Message:
         if message.parent is None:

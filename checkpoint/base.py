@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.weights import Weights
@@ -23,9 +25,11 @@ class TokenizerAssets:
         tokenizer_config: content of `tokenizer_config.json`, without the chat template.
         special_tokens_map: content of `special_tokens_map.json`.
         chat_template: Jinja source, or None for a model without a chat format.
+        named_templates: further chat templates by name; `tool_use` is the one for conversations with tools.
         bos_token_id: token that starts a text, or None.
         eos_token_ids: tokens that end an answer; may be empty.
         pad_token_id: token that pads the rows of a batch, or None.
+        notes: see `Checkpoint.notes`.
     """
 
     tokenizer_json: str
@@ -35,6 +39,8 @@ class TokenizerAssets:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    named_templates: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,25 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class OriginalModel:
+    """What another library needs to read a Hugging Face checkpoint on its own.
+
+    Attributes:
+        config: content of `config.json`.
+        folder: folder that holds config and weights; None if the library would not find the weights there.
+        names: names of the tensors as the library knows them.
+        load: reads one of them.
+        adapter: folder of the merged LoRA adapter, or None.
+    """
+
+    config: Mapping[str, Any]
+    folder: Path | None
+    names: tuple[str, ...]
+    load: Callable[[str], Tensor]
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model with everything an export needs.
 
@@ -76,6 +101,7 @@ class Checkpoint:
         guards: constraints on the output that the model requires, or None.
         notes: what the export should tell its user: files and settings that were overruled or ignored, one sentence
             each. They are printed and stored in the manifest.
+        original: for an independent reader; None if the source is not a Hugging Face checkpoint.
     """
 
     config: ModelConfig
@@ -87,6 +113,7 @@ class Checkpoint:
     reasoning: ReasoningTokens | ReasoningTags | None = None
     guards: Guards | None = None
     notes: tuple[str, ...] = ()
+    original: OriginalModel | None = None
 
 
 def hash_file(path: Path) -> SourceFile:

@@ -14,18 +14,19 @@ from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.download.hub import fetch_adapter, fetch_checkpoint, is_hub_id
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
+from llm_edge.checkpoint.gguf.split import base_name
 from llm_edge.checkpoint.huggingface.checkpoint import read_file, read_folder
 from llm_edge.checkpoint.lora.adapter import Adapter, open_adapter
-from llm_edge.checkpoint.meta.checkpoint import read_state_dict
+from llm_edge.checkpoint.meta.checkpoint import has_meta_names, read_state_dict
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.reasoning import find_reasoning
 from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file
+from llm_edge.checkpoint.vocabulary import fit_to_embedding
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_BUNDLE = "smollm2-135m"
 _SMOLLM2_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}  # from the model card; the GGUF has none
-_META_EMBEDDING = "tok_embeddings.weight"
 _TENSOR_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 Progress = Callable[[str], None]
@@ -55,6 +56,9 @@ def open_checkpoint(source: str, options: SourceOptions, progress: Progress) -> 
     """
     read = next(reader for matches, reader in _READERS if matches(source))
     checkpoint = _limit_context(read(source, options, progress), options.state_dict.max_seq_len)
+    checkpoint = fit_to_embedding(checkpoint)
+    if checkpoint.tokenizer.notes:
+        checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *checkpoint.tokenizer.notes))
     if checkpoint.reasoning is None:
         reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json, checkpoint.tokenizer.chat_template)
         checkpoint = dataclasses.replace(checkpoint, reasoning=reasoning)
@@ -70,7 +74,9 @@ def bundle_name(source: str) -> str:
     path = Path(source).resolve()
     if path.name.startswith("consolidated."):  # the file name of all of Meta's models
         return path.parent.name
-    return path.stem if path.suffix in (*_TENSOR_SUFFIXES, ".gguf") else path.name
+    if path.suffix == ".gguf":
+        return base_name(path)
+    return path.stem if path.suffix in _TENSOR_SUFFIXES else path.name
 
 
 # ---- detection
@@ -121,6 +127,11 @@ def _read_folder(source: str, options: SourceOptions, progress: Progress) -> Che
     has_config = (folder / "config.json").exists()
     if (folder / "adapter_config.json").exists() and not has_config:
         raise CheckpointError(f"{folder} is a LoRA adapter: export its base model with --adapter {folder}")
+    if (folder / "adapter_config.json").exists() and options.adapter is None:
+        raise CheckpointError(
+            f"{folder} has a model and a LoRA adapter, and transformers loads the adapter only if peft is installed: "
+            f"remove adapter_config.json to export the model alone, or merge the adapter with --adapter {folder}"
+        )
     found = [path for path in sorted(folder.iterdir()) if path.suffix in _TENSOR_SUFFIXES and path.is_file()]
     bare = len(found) == 1 and found[0].suffix != ".safetensors" and found[0].name != "pytorch_model.bin"
     if has_config and not (folder / "params.json").exists() and not bare:
@@ -148,15 +159,10 @@ def _read_tensor_file(source: str, options: SourceOptions, progress: Progress) -
     """Read a state dict in Meta's naming, or in that of a Hugging Face config beside it."""
     path, state_dict = Path(source), options.state_dict
     names = open_tensor_file(path).tensors
-    if _META_EMBEDDING in names:
+    if has_meta_names(names):
         if options.adapter is not None:
             raise ParameterError("--adapter: adapters apply to Hugging Face checkpoints: give the base model's folder")
         return read_state_dict(path, state_dict)
-    nested = next((name for name in names if name.endswith(f".{_META_EMBEDDING}")), None)
-    if nested is not None:
-        raise CheckpointError(
-            f"{path}: its tensors are nested in another module ({nested}): save the state_dict of the model itself"
-        )
     return read_file(path, state_dict.config, state_dict.tokenizer, _open_adapter(options, progress))
 
 

@@ -219,6 +219,7 @@ def _print_report(report: Report, seconds: float) -> None:
     console.print(table)
     if validation := report.validation:
         print("KL, top-1 and perplexity against PyTorch fp32 on the bundled validation text.")
+        print(_independent_check(validation))
         if validation.layers < report.layers:
             print(
                 f"Compared only the first {validation.layers} of {report.layers} layers, with embedding and head. "
@@ -246,6 +247,16 @@ def _requantization_note(report: Report) -> str | None:
     hint = "; --precision source keeps its weights" if quantized[0] in ("Q4_0", "Q4_1", "Q8_0") else ""
     return (
         f"The source is quantized already ({', '.join(quantized)}): the error of {', '.join(lossy)} adds to that{hint}."
+    )
+
+
+def _independent_check(validation: Validation) -> str:
+    check = validation.independent
+    if check.difference is None:
+        return f"Not compared with transformers: {check.reason}."
+    return (
+        f"The logits agree with those of transformers {check.version} on {check.tokens} tokens "
+        f"(max |Δ| {check.difference.max:.1e} of their standard deviation)."
     )
 
 

@@ -13,7 +13,7 @@ from llm_edge.checkpoint.source import SourceOptions, bundle_name, open_checkpoi
 from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import write_side_files
-from llm_edge.exporter.bundle.staging import check_disk_space, check_target, staging
+from llm_edge.exporter.bundle.staging import check_disk_space, check_target, recover, staging
 from llm_edge.exporter.bundle.torchscript_writer import TorchScriptWriter
 from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.graph.passes.int8_cache import check_cache
@@ -45,6 +45,8 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
     target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
     if target.name in ("", ".."):
         target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
+    if recovered := recover(target):
+        progress("recovering", None, "; ".join(recovered))
     check_target(target, options.force)
     _check_file_format(options, recipes)
     progress("reading", None, source)

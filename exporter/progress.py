@@ -7,4 +7,4 @@ from collections.abc import Callable
 Progress = Callable[[str, float | None, str], None]
 """Called with a stage (one of `STAGES`), the completed fraction of it (None if unknown) and the current item."""
 
-STAGES = ("reading", "calibrating", "tracing", "quantizing", "validating", "writing")
+STAGES = ("recovering", "reading", "calibrating", "tracing", "quantizing", "validating", "writing")

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.weights import WeightTable
+from llm_edge.runtime.errors import CheckpointError
+
+HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight", "embed_out.bias")
+"""Tensors of output heads, which have no `base_prefix`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,29 @@ class Family:
     base_prefix: str = "model."
     transposed: str = "(?!)"
 
-    def stored_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Map tensor names as in the weight table to the names stored in a file, adding a missing `base_prefix`."""
-        names = list(names)
-        prefix = "" if any(name.startswith(self.base_prefix) for name in names) else self.base_prefix
-        return {name if name.startswith(("lm_head.", "embed_out.")) else prefix + name: name for name in names}
+    def stored_names(self, names: Iterable[str], prefix: str) -> dict[str, str]:
+        """Map tensor names as in the weight table to the names stored in a file.
+
+        Args:
+            names: names in the file.
+            prefix: what the names of the base model's tensors begin with. It ends in `base_prefix`, unless that is
+                missing or renamed. The head is in the same module or in one that contains it.
+
+        Raises:
+            CheckpointError: two tensors would have the same name.
+        """
+        wrapper = prefix.removesuffix(self.base_prefix) if prefix.endswith(self.base_prefix) else prefix
+        parts = wrapper.split(".")
+        heads = {"".join(f"{part}." for part in parts[:count]) + head for count in range(len(parts)) for head in HEADS}
+        stored: dict[str, str] = {}
+        for name in names:
+            if name in heads:
+                full_name = ".".join(name.split(".")[-2:])
+            elif name.startswith(prefix):
+                full_name = self.base_prefix + name.removeprefix(prefix)
+            else:
+                full_name = name
+            if full_name in stored:
+                raise CheckpointError(f"{stored[full_name]} and {name} could both be {full_name}: remove one of them")
+            stored[full_name] = name
+        return stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -127,36 +127,41 @@ def bind_weights(
     load: Callable[[str], Tensor],
     where: str,
     block_reader: BlockReader | None = None,
+    unused: Collection[str] = (),
 ) -> Weights:
     """Apply a weight table to a checkpoint, checking every name and shape before any tensor is read.
 
     `shapes` are those of all tensors of the checkpoint by name, `load` reads one of them, and `where` is the path for
     messages. With a `block_reader`, for checkpoints that store blocks, the table's conversions must only reorder rows.
+    The tensors in `unused` may be left unused.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not used by this model.
     """
     sources: dict[str, tuple[SourceTensor, ...]] = {}
-    used: set[str] = set()
     for name, expected in _expected_shapes(config):
         sources[name] = table.sources(name)
         for source in sources[name]:
             if source.name not in shapes:
                 raise CheckpointError(f"{where}: tensor {source.name} is missing: the checkpoint is incomplete")
-            used.add(source.name)
         if not _has_shape(config, name, sources[name], expected, shapes):
             names = " + ".join(source.name for source in sources[name])
             given = " + ".join(str(shapes[source.name]) for source in sources[name])
             raise CheckpointError(f"{where}: {names} has shape {given}, the config requires {expected}")
-    ignored = re.compile(table.ignored)
-    if config.tie_word_embeddings and HEAD in table.outer:
-        used |= {source.name for source in table.sources(HEAD)}
-    unused = sorted(name for name in shapes.keys() - used if not ignored.fullmatch(name))
-    if unused:
-        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        name = ascii(unused[0])[1:-1][:200]
+    unexpected = [name for name in unused_tensors(config, table, shapes) if name not in unused]
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        name = ascii(unexpected[0])[1:-1][:200]
         raise CheckpointError(f"{where}: unexpected tensor {name}{more}: this variant of the model is not supported")
     return Weights(sources, load, block_reader)
+
+
+def unused_tensors(config: ModelConfig, table: WeightTable, names: Iterable[str]) -> list[str]:
+    """Return the tensors of a checkpoint that a model neither uses nor ignores, sorted."""
+    used = {source.name for name, _ in _expected_shapes(config) for source in table.sources(name)}
+    if config.tie_word_embeddings and HEAD in table.outer:
+        used |= {source.name for source in table.sources(HEAD)}
+    return sorted(name for name in names if name not in used and not re.fullmatch(table.ignored, name))
 
 
 def resolve_tied_head(

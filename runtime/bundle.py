@@ -18,6 +18,7 @@ from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TEMPLATE_FOLDER = "additional_chat_templates"  # of named templates, as transformers saves them
 ONNX, TORCHSCRIPT = FORMATS = ("onnx", "torchscript")
 _SUFFIXES: Mapping[str, str] = {ONNX: ".onnx", TORCHSCRIPT: ".pt"}
 _MIN_TAG, _MAX_TAG = 3, 64  # characters; text that may become a tag is held back
@@ -206,6 +207,11 @@ class Bundle:
         if "chat_template.jinja" not in self._files:
             return None
         return read_text(self.file("chat_template.jinja"), MIB)
+
+    def named_templates(self) -> dict[str, str]:
+        """The sources of further chat templates by name."""
+        paths = [name for name in self._files if name.startswith(f"{TEMPLATE_FOLDER}/") and name.endswith(".jinja")]
+        return {Path(path).stem: read_text(self.file(path), MIB) for path in paths}
 
     def precision(self, name: str | None = None, *, half: bool = False) -> PrecisionInfo:
         """A precision by name; None = fp16 if `half` is true, else int8, else the first one, as far as they exist.

@@ -62,7 +62,7 @@ def _open(path: str | Path, options: LoadOptions, prefers_half: bool) -> tuple[B
     config = bundle.json("tokenizer_config.json")
     vocab_size = bundle.shape.vocab_size
     tokenizer = Tokenizer.from_files(
-        bundle.file("tokenizer.json"), config, bundle.chat_template(), vocab_size=vocab_size
+        bundle.file("tokenizer.json"), config, bundle.chat_template(), bundle.named_templates(), vocab_size=vocab_size
     )
     if tokenizer.vocab_size > vocab_size:
         raise BundleError(f"{bundle.path}: the tokenizer has more tokens than the model: export the bundle again")

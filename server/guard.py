@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
+
 from llm_edge.server.config import LOOPBACK, ServerConfig
 
 Scope = MutableMapping[str, Any]
@@ -24,8 +26,8 @@ _PUBLIC_PREFIX = "/static/"
 _LARGER_BODIES = {"/ui/api/import": 2 << 30}  # written to disk as they arrive
 
 
-class _TooLargeError(Exception):
-    pass
+class _TooLargeError(HTTPException):
+    """Raised by `receive`; FastAPI lets only HTTP exceptions through."""
 
 
 class Guard:
@@ -128,7 +130,7 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise _TooLargeError
+                raise _TooLargeError(413, f"the body is larger than {limit:,} bytes")
             return message
 
         async def sender(message: Message) -> None:

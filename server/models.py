@@ -72,7 +72,8 @@ class LoadedModel:
     @functools.cached_property
     def tool_format(self) -> ToolFormat:
         """How the model writes calls of tools: as the export recorded it, or else found by rendering its template."""
-        bundle, chat = self.engine.bundle, self.engine.tokenizer.chat
+        bundle, tokenizer = self.engine.bundle, self.engine.tokenizer
+        chat = tokenizer.tool_chat or tokenizer.chat
         recorded = bundle.manifest.get("tool_calls")
         if recorded is not None:
             return ToolFormat.from_json(recorded, str(bundle.path / MANIFEST))

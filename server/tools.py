@@ -1,4 +1,4 @@
-"""Tool calls of a request: what the model is told, the constraint on its answer, and the events of its calls."""
+"""Tool calls of a request: what the model is plain, the constraint on its answer, and the events of its calls."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def special_texts(tokenizer: Tokenizer) -> dict[str, int]:
 
 def with_instructions(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
     """Messages for a template without tools: the system message lists them, and calls and results become text."""
-    told = list(map(_as_text, messages))
+    written = list(map(_as_text, messages))
     if not tools:
-        return told
+        return written
     text = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool.to_json(), ensure_ascii=False) for tool in tools))
-    if told and told[0]["role"] == "system":
-        return [{**told[0], "content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
-    return [{"role": "system", "content": text}, *told]
+    if written and written[0]["role"] == "system":
+        return [{**written[0], "content": f"{written[0]['content']}\n\n{text}"}, *written[1:]]
+    return [{"role": "system", "content": text}, *written]
 
 
 def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -81,6 +81,7 @@ class ChatApp(App[None]):
         super().__init__()
         self.settings = settings or Settings()
         self.session = ChatSession(store, ChatParameters(SamplingParams()))
+        self.session.automatic_titles = True
         self.exports = ExportManager(self, self.settings, self._export_ended)
         self.chat_screen = ChatScreen(self.session, self.settings, self.exports, load, changed or {})
 

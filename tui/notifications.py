@@ -18,6 +18,13 @@ def notify(
 ) -> None:
     """Show a notification without markup or control characters; it replaces those that are not more severe."""
     app = source if isinstance(source, App) else source.app
-    for shown in [each for each in app._notifications if _RANK[each.severity] <= _RANK[severity]]:
-        app._unnotify(shown)
     source.notify(printable(text), severity=severity, timeout=timeout, markup=False)
+    app.call_later(_keep_latest, app)  # Textual adds notifications in a message of their own
+
+
+def _keep_latest(app: App[Any]) -> None:
+    """Remove all notifications but the last one and more severe ones."""
+    *earlier, last = [*app._notifications] or [None]
+    for shown in earlier:
+        if shown is not None and last is not None and _RANK[shown.severity] <= _RANK[last.severity]:
+            app._unnotify(shown)

@@ -56,11 +56,13 @@ def _can_dim() -> bool:
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
     """Turn echo off: keys pressed meanwhile are not shown, and can be read afterwards."""
-    if sys.platform == "win32" or not sys.stdin.isatty():
+    try:
+        import termios
+    except ImportError:  # Windows
+        termios = None  # type: ignore[assignment]
+    if termios is None or sys.platform == "win32" or not sys.stdin.isatty():
         yield
         return
-    import termios
-
     before = termios.tcgetattr(sys.stdin)
     local_modes = 3
     quiet = [*before]

@@ -92,7 +92,13 @@ def restore_theme(app: App[Any], settings: Settings, use_code_theme: Callable[[s
         except LlmEdgeError as error:
             app.call_from_thread(notify, app, str(error), "warning")
 
+    current = ""  # the theme that was restored or chosen last
+
     def changed(theme: Theme) -> None:
+        nonlocal current
+        if theme.name == current:  # restored, rather than chosen
+            return
+        current = theme.name
         use_code_theme(code_theme(theme))
         app.run_worker(functools.partial(store, theme.name), thread=True, group="theme")
 
@@ -104,5 +110,6 @@ def restore_theme(app: App[Any], settings: Settings, use_code_theme: Callable[[s
         app.theme = chosen
     elif chosen:
         notify(app, f"{settings.path}: unknown theme {chosen!r}. Press Ctrl-P and choose Theme.", "warning")
+    current = app.theme
     use_code_theme(code_theme(app.current_theme))
     app.theme_changed_signal.subscribe(app, changed)

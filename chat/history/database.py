@@ -16,6 +16,13 @@ VERSION = 1
 BUSY_TIMEOUT = 5.0  # seconds to wait while another program writes
 _APPLICATION = 0x4C4C4D45  # identifies our files: "LLME"
 
+# Statements are constant, so these also mean that the file is not what was written: a table or a column is missing, or
+# a constraint does not hold.
+_DAMAGED = (
+    *(sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR),
+    *(sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_TOOBIG),
+)
+
 _SCHEMA = """
 CREATE TABLE conversations (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -118,7 +125,7 @@ class Database:
         with self._lock:
             try:
                 yield
-            except sqlite3.Error as e:
+            except (sqlite3.Error, UnicodeDecodeError, OverflowError) as e:  # a damaged schema is not UTF-8
                 raise _error(self.path, e) from e
 
     @contextlib.contextmanager
@@ -222,14 +229,15 @@ def _has_trigrams(connection: sqlite3.Connection) -> bool:
     return True
 
 
-def _error(path: Path, error: sqlite3.Error) -> LlmEdgeError:
+def _error(path: Path, error: Exception) -> LlmEdgeError:
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return InputError(f"{path}: damaged, or not a database ({error}): move it away to start a new one")
+    why = " ".join(str(error).split())[:200]
+    if code in _DAMAGED or not isinstance(error, sqlite3.Error):
+        return InputError(f"{path}: damaged, or not a database ({why}): move it away to start a new one")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return MachineError(f"{path}: locked by another program: close that one, or try again")
     remedy = "check the disk space and the file's permissions, or set LLM_EDGE_DATA to another folder"
-    return MachineError(f"{path}: {error}: {remedy}")
+    return MachineError(f"{path}: {why}: {remedy}")
 
 
 def _holds(words: str, first: object, second: object) -> bool:

@@ -32,8 +32,11 @@ _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _CONFIGS = ("config.json", "generation_config.json")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_VOCABULARY = ("vocab.json", "merges.txt", "added_tokens.json")  # if there is no tokenizer.json
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
+)  # fmt: skip
+_TEMPLATES = re.compile(r"additional_chat_templates/[A-Za-z0-9_][\w.-]{0,63}\.jinja", re.ASCII)
+_VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json")  # without tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one found, whole or else in shards with an index
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -73,7 +76,7 @@ def fetch_checkpoint(
         if "config.json" not in sizes:
             raise CheckpointError(f"{hub_id}: the repository has no config.json, so it is not a supported model")
         names = [*_CONFIGS, *_TOKENIZER, *(() if "tokenizer.json" in sizes else _VOCABULARY)]
-        wanted = [name for name in names if name in sizes]
+        wanted = [*(name for name in names if name in sizes), *sorted(filter(_TEMPLATES.fullmatch, sizes))]
         if weights.endswith(".index.json"):
             wanted += [weights, *repository.shards(weights)]
         else:
@@ -90,6 +93,11 @@ def fetch_adapter(
         if _ADAPTER_CONFIG not in repository.sizes or weights is None:
             raise CheckpointError(f"{hub_id}: the repository has no adapter ({_ADAPTER_CONFIG}, {_ADAPTER[0]})")
         return repository.fetch([_ADAPTER_CONFIG, weights])
+
+
+def _is_wanted(path: str) -> bool:
+    """Whether a file of the repository is at its top level, or a chat template."""
+    return "\\" not in path and ("/" not in path or _TEMPLATES.fullmatch(path) is not None)
 
 
 def _weights(hub_id: str, sizes: Mapping[str, int]) -> str:
@@ -118,7 +126,7 @@ class _Repository:
     hub_id: str
     repo: str
     snapshot: Path  # folder of the commit in the cache
-    sizes: Mapping[str, int]  # sizes in bytes of the files at the top level of the repository
+    sizes: Mapping[str, int]  # sizes in bytes of the files at the top level of the repository, and of chat templates
     progress: Callable[[str], None]
     options: Mapping[str, Any]
 
@@ -152,7 +160,7 @@ class _Repository:
             )
             try:
                 tree = package.get_cached_repo_tree(repo, revision=commit, cache_dir=cache)
-                sizes = {file.path: int(file.size) for file in tree if "/" not in file.path and "\\" not in file.path}
+                sizes = {file.path: int(file.size) for file in tree if _is_wanted(file.path)}
             except package.errors.CachedRepoTreeNotFoundError:  # offline, with a cache from an older version
                 sizes = {file.name: file.stat().st_size for file in Path(path).iterdir() if file.is_file()}
             yield cls(hub_id, repo, Path(path), sizes, progress, options)

@@ -10,6 +10,7 @@ from llm_edge.checkpoint.base import Checkpoint, Source, by_frequency, hash_file
 from llm_edge.checkpoint.gguf.config import hf_config
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.sampling import recommended_sampling
+from llm_edge.checkpoint.gguf.split import base_name
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
@@ -26,7 +27,7 @@ _OUTER: Mapping[str, Sources] = {
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Read a GGUF file.
+    """Read a GGUF file, or all parts of a split model given the first.
 
     Raises:
         CheckpointError: the file is damaged, or its architecture or a setting is not supported.
@@ -63,9 +64,9 @@ def read_gguf(path: Path) -> Checkpoint:
         tokenizer=tokenizer,
         generation={**{key: value for key, value in ids.items() if value is not None}, **sampling},
         source=Source(
-            name=path.stem,
+            name=base_name(path),
             format="GGUF",
-            files=(hash_file(path),),
+            files=tuple(map(hash_file, file.parts)),
             weight_types=by_frequency(tensor.ggml_type.name for tensor in file.tensors.values()),
         ),
         notes=notes,

@@ -15,6 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llm_edge.checkpoint.gguf.header import GGUFTensor, Header
+from llm_edge.checkpoint.gguf.split import other_parts, read_part
 from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind, SourceBlocks
 from llm_edge.runtime.errors import CheckpointError, MachineError
 from llm_edge.runtime.safe_io import short_repr
@@ -35,18 +36,40 @@ _BLOCKS = {
 class GGUFFile:
     """A GGUF file (version 2 or 3, little-endian), mapped into memory and read on demand.
 
-    The mapping is released with the file object and its last array.
+    Given the first part of a split model, it has the tensors of all parts. The mapping is released with the file object
+    and its last array.
+
+    Attributes:
+        path: the file, or its first part.
+        parts: paths of all files that were read.
+        metadata: keys and values; numeric arrays are NumPy arrays.
+        tensors: the table of tensors.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file or a part is missing or damaged, or it is a part other than the first.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._map = _map_file(self.path)
-        header = Header(self.path, self._map)
-        self.metadata: dict[str, Any] = header.metadata  # numeric arrays are NumPy arrays
-        self.tensors: dict[str, GGUFTensor] = header.tensors
+        first = _map_file(self.path)
+        header = Header(self.path, first)
+        self.metadata: dict[str, Any] = header.metadata
+        self.tensors: dict[str, GGUFTensor] = dict(header.tensors)
+        self._maps = dict.fromkeys(header.tensors, first)
+        self.parts = [self.path]
+        for part in other_parts(self.path, header.metadata):
+            data = _map_file(part)
+            tensors = read_part(part, data, len(self.parts), self.metadata)
+            if shared := self.tensors.keys() & tensors.keys():
+                raise CheckpointError(f"{part}: tensor {short_repr(min(shared))} is in an earlier part too")
+            self.tensors |= tensors
+            self._maps |= dict.fromkeys(tensors, data)
+            self.parts.append(part)
+        expected = self.metadata.get("split.tensors.count", len(self.tensors))
+        if len(self.parts) > 1 and expected != len(self.tensors):
+            self.fail(
+                f"its parts have {len(self.tensors)} tensors instead of {short_repr(expected)}: download them again"
+            )
 
     def __repr__(self) -> str:
         return f"GGUFFile({str(self.path)!r}, {len(self.metadata)} keys, {len(self.tensors)} tensors)"
@@ -63,7 +86,7 @@ class GGUFFile:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the stored bytes of a tensor as a read-only view; quantized types as their blocks."""
         tensor = self.tensor(name)
-        return np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
+        return np.frombuffer(self._maps[name], np.uint8, tensor.nbytes, tensor.offset)
 
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor: F16 and BF16 in their own dtype, every other type as float32."""

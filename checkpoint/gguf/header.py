@@ -89,11 +89,6 @@ class Header:
         n_tensors, n_keys = self._read_counts()
         for _ in range(n_keys):
             self._read_key()
-        if self.metadata.get("split.count", 0) not in (0, 1):
-            self._fail(
-                f"is one of {short_repr(self.metadata['split.count'])} files of a split model: "
-                "merge them first (llama-gguf-split --merge)"
-            )
         alignment = self._alignment()
         self._locate([self._read_tensor() for _ in range(n_tensors)], alignment)
 

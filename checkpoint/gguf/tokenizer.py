@@ -60,7 +60,6 @@ def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:
         tokenizer.post_processor = _post_processor(gguf, before, after)
     tokenizer.add_tokens(list(added.values()))
 
-    chat_template = gguf.meta_str("tokenizer.chat_template", default="") or None
     named = {role: tokens[index] for role, index in roles.items() if index is not None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -76,11 +75,18 @@ def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:
         tokenizer_json=tokenizer.to_str(pretty=not is_sentencepiece),
         tokenizer_config=config,
         special_tokens_map=dict(named),
-        chat_template=chat_template,
+        chat_template=gguf.meta_str("tokenizer.chat_template", default="") or None,
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys([eos, *ends] if eos is not None else ends)),
         pad_token_id=roles["pad_token"],
+        named_templates=_named_templates(gguf),
     )
+
+
+def _named_templates(gguf: GGUFFile) -> dict[str, str]:
+    """Return the template for conversations with tools; llama.cpp uses no other one."""
+    tools = gguf.meta_str("tokenizer.chat_template.tool_use", default="")
+    return {"tool_use": tools} if tools else {}
 
 
 def _max_length(gguf: GGUFFile) -> dict[str, int]:

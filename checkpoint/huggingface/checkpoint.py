@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llm_edge.checkpoint.base import Checkpoint, Source, hash_file
-from llm_edge.checkpoint.huggingface.tokenizer import read_generation, read_tokenizer
+from llm_edge.checkpoint.base import Checkpoint, OriginalModel, Source, hash_file
+from llm_edge.checkpoint.huggingface.generation import read_generation
+from llm_edge.checkpoint.huggingface.stray_tensors import find_stray_tensors
+from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.lora.adapter import Adapter
+from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.family import Family
 from llm_edge.model.registry import find_family
-from llm_edge.model.weights import bind_weights, resolve_tied_head
+from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json, short_repr
+from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
+
+_ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
 
 
 def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
@@ -61,34 +68,25 @@ def _read(
     content = read_json(config_path, MIB, error=CheckpointError)
     raw = ConfigReader(content, str(config_path))
     family, config = _read_config(raw)
+    whole_folder = found is None
     found = found or find_weight_files(config_path.parent, content.get("transformers_weights"))
     files = WeightFiles(found)
-    stored = family.stored_names(files.tensors)
+    where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
+    table = family.weight_table(config, raw)
+    stored, prefix_notes = _stored_names(files, family, table, where)
     shapes = {full_name: files.tensors[stored_name].shape for full_name, stored_name in stored.items()}
 
     def load_base(full_name: str) -> torch.Tensor:
         return files.load(stored[full_name])
 
-    config, table, tied_note = resolve_tied_head(config, family.weight_table(config, raw), shapes, load_base)
-    load: Callable[[str], torch.Tensor] = load_base
-    if adapter is not None:
-        load = adapter.wrap(
-            shapes,
-            load_base,
-            transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
-            tied_head=config.tie_word_embeddings,
-        )
+    config, table, tied_note = resolve_tied_head(config, table, shapes, load_base)
+    stray = find_stray_tensors(config, table, shapes, load_base, where)
+    load = load_base if adapter is None else _merge(adapter, family, config, shapes, load_base)
     for full_name, stored_name in stored.items():
-        if not re.fullmatch(table.ignored, full_name):
+        if full_name not in stray.names and not re.fullmatch(table.ignored, full_name):
             files.check_type(stored_name)
-    weights = bind_weights(
-        config,
-        table,
-        shapes,
-        load,
-        where=str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent),
-    )
-    generation = read_generation(config_path.parent, content)
+    weights = bind_weights(config, table, shapes, load, where, unused=stray.names)
+    generation, ignored = read_generation(config_path.parent, content)
     raw.value("architectures")
     source = Source(
         name=name if adapter is None else f"{name} + {adapter.name}",
@@ -103,7 +101,36 @@ def _read(
         read_tokenizer(tokenizer, generation),
         generation,
         source,
-        notes=(*found.notes, *([f"config.json: {tied_note}"] if tied_note else [])),
+        original=OriginalModel(
+            content,
+            folder=config_path.parent if whole_folder else None,
+            names=tuple(shapes),
+            load=load_base,
+            adapter=adapter.folder if adapter is not None else None,
+        ),
+        notes=(
+            *_duplicate_keys(config_path),
+            *found.notes,
+            *prefix_notes,
+            *([f"config.json: {tied_note}"] if tied_note else []),
+            *stray.notes,
+            *ignored,
+        ),
+    )
+
+
+def _merge(
+    adapter: Adapter,
+    family: Family,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    load: Callable[[str], torch.Tensor],
+) -> Callable[[str], torch.Tensor]:
+    return adapter.wrap(
+        shapes,
+        load,
+        transposed=lambda name: re.fullmatch(family.transposed, name) is not None,
+        tied_head=config.tie_word_embeddings,
     )
 
 
@@ -122,3 +149,34 @@ def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
     except CheckpointError as error:  # `ModelConfig` does not name the file
         message = str(error)
         raise CheckpointError(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error
+
+
+def _stored_names(
+    files: WeightFiles, family: Family, table: WeightTable, where: str
+) -> tuple[dict[str, str], list[str]]:
+    """Return the stored names by the names of the weight table, and a note if the model is within another module."""
+    inner = table.sources(_ANCHOR)[0].name.removeprefix(family.base_prefix)
+    prefix = find_prefix(files.tensors, inner, family.base_prefix, where)
+    try:
+        stored = family.stored_names(files.tensors, family.base_prefix if prefix is None else prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    if prefix is None or prefix in ("", family.base_prefix):
+        return stored, []
+    return stored, [f"the model is read from the module {prefix.removesuffix(family.base_prefix).removesuffix('.')}"]
+
+
+def _duplicate_keys(path: Path) -> list[str]:
+    """Return a note about the keys that a JSON file gives twice; the last value counts, as in transformers."""
+    twice: set[str] = set()
+
+    def remember(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: set[str] = set()
+        twice.update(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        return dict(pairs)
+
+    json.loads(read_text(path, MIB, error=CheckpointError), object_pairs_hook=remember)
+    if not twice:
+        return []
+    shown = ", ".join(short_repr(key) for key in sorted(twice)[:3])
+    return [f"{path.name}: {shown} given twice: the last value counts"]

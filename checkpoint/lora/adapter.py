@@ -61,13 +61,14 @@ class Adapter:
     Attributes:
         name: display name.
         base_model: Hugging Face id or path of the base model according to the adapter, or None.
+        folder: folder of the adapter.
         files: config and weight file, for the manifest.
     """
 
     name: str
     base_model: str | None
+    folder: Path
     files: tuple[SourceFile, ...]
-    _where: Path
     _config: LoraConfig
     _file: TensorFile = field(repr=False)
     _modules: Mapping[str, _LowRank] = field(repr=False)  # module path -> its update
@@ -96,7 +97,7 @@ class Adapter:
         Raises:
             CheckpointError: a tensor of the adapter has no counterpart in the base, or a different shape.
         """
-        changes = self._changes(_Base(shapes, self._where), transposed)
+        changes = self._changes(_Base(shapes, self.folder), transposed)
         if tied_head is None:
             tied_head = not any(_module_name(name) in _HEADS for name in shapes)
         if tied_head:
@@ -114,7 +115,7 @@ class Adapter:
         for target, own in self._replacements.items():
             name = base.find(target, own)
             if name in changes:
-                raise CheckpointError(f"{self._where}: two replacements of {name} of the base model")
+                raise CheckpointError(f"{self.folder}: two replacements of {name} of the base model")
             self._check_shape(own, base.shapes[name], name)
             changes[name] = _Change(replacement=own)
 
@@ -124,7 +125,7 @@ class Adapter:
             name = base.find(f"{module}.weight", low_rank.a)
             previous = changes.get(name, _Change())
             if previous.low_rank:
-                raise CheckpointError(f"{self._where}: two updates of {name} of the base model")
+                raise CheckpointError(f"{self.folder}: two updates of {name} of the base model")
             scaling = self._config.scaling(module, self._rank(module, low_rank))
             is_transposed = self._is_transposed(low_rank, name, base.shapes[name], transposed)
             if not low_rank.embedding and transposed is None:
@@ -141,7 +142,7 @@ class Adapter:
                 changes[bias] = replace(changes.get(bias, _Change()), added=low_rank.bias, scaling=scaling)
         if square and layouts - {self._config.fan_in_fan_out}:
             raise CheckpointError(
-                f"{self._where}: other weights contradict the adapter's fan_in_fan_out, so the layout of the square "
+                f"{self.folder}: other weights contradict the adapter's fan_in_fan_out, so the layout of the square "
                 f"{square[0]} is ambiguous: merge it with peft"
             )
         return changes
@@ -152,7 +153,7 @@ class Adapter:
         rank = self._config.rank(module)
         if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
             raise CheckpointError(
-                f"{self._where}: {low_rank.b} and {low_rank.a} have shapes {b} and {a}; the config requires rank {rank}"
+                f"{self.folder}: {low_rank.b} and {low_rank.a} have shapes {b} and {a}; the config requires rank {rank}"
             )
         return rank
 
@@ -169,7 +170,7 @@ class Adapter:
             fitting = [layout for layout in fitting if layout == transposed(name)]
         if not fitting:
             raise CheckpointError(
-                f"{self._where}: {low_rank.b} @ {low_rank.a} has shape {update}, {name} of the base model {shape}: "
+                f"{self.folder}: {low_rank.b} @ {low_rank.a} has shape {update}, {name} of the base model {shape}: "
                 f"{self._remedy}"
             )
         return fitting[0] if len(fitting) == 1 else self._config.fan_in_fan_out
@@ -177,7 +178,7 @@ class Adapter:
     def _check_shape(self, own: str, shape: Shape, name: str) -> None:
         if self._shape(own) != shape:
             raise CheckpointError(
-                f"{self._where}: {own} has shape {self._shape(own)}, {name} of the base model has {shape}: "
+                f"{self.folder}: {own} has shape {self._shape(own)}, {name} of the base model has {shape}: "
                 f"{self._remedy}"
             )
 
@@ -195,7 +196,7 @@ class Adapter:
             return
         for name in changed:
             raise CheckpointError(
-                f"{self._where}: changes {name}, but the base model ties embedding and output head, and the adapter "
+                f"{self.folder}: changes {name}, but the base model ties embedding and output head, and the adapter "
                 "does not change both equally: merge it with peft into an untied model"
             )
 
@@ -215,7 +216,7 @@ class Adapter:
                 length = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
                 merged.mul_(self._file.load(change.low_rank.magnitude).float().unsqueeze(inputs) / length)
         if not torch.isfinite(merged).all():
-            raise CheckpointError(f"{self._where}: {name} is not finite after merging: the adapter is damaged")
+            raise CheckpointError(f"{self.folder}: {name} is not finite after merging: the adapter is damaged")
         return merged
 
     def _shape(self, own: str) -> Shape:
@@ -225,9 +226,9 @@ class Adapter:
 class _Base:
     """Finds the tensors of the base by the names that the adapter uses."""
 
-    def __init__(self, shapes: Mapping[str, Shape], where: Path) -> None:
+    def __init__(self, shapes: Mapping[str, Shape], folder: Path) -> None:
         self.shapes = shapes
-        self._where = where
+        self.folder = folder
         self._unprefixed: dict[str, list[str]] = {}
         for name in shapes:
             self._unprefixed.setdefault(_strip_prefix(name), []).append(name)
@@ -241,7 +242,7 @@ class _Base:
             return found[0]
         reason = "is ambiguous in" if found else "is not a tensor of"
         raise CheckpointError(
-            f"{self._where}: {own} does not match: {target} {reason} the base model (wrong base model, or one that the "
+            f"{self.folder}: {own} does not match: {target} {reason} the base model (wrong base model, or one that the "
             "adapter extends)"
         )
 
@@ -296,8 +297,8 @@ def open_adapter(folder: Path, name: str | None = None) -> Adapter:
     return Adapter(
         name=name or folder.resolve().name,
         base_model=base_model or None,
+        folder=folder,
         files=(hash_file(folder / CONFIG), hash_file(path)),
-        _where=folder,
         _config=config,
         _file=file,
         _modules=modules,

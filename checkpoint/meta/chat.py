@@ -166,6 +166,11 @@ def read_generation(section: ConfigReader | None, tokens: ControlTokens | None) 
         found["do_sample"] = False
     if not found.get("do_sample", True):
         found = {name: value for name, value in found.items() if name not in _RANDOM_SAMPLING}
+    # What generation_config.json otherwise implies is not what these configs mean.
+    if found.get("do_sample"):
+        found.setdefault("top_k", 0)
+    if "repetition_penalty" in found:
+        found.setdefault("repetition_window", 64)
     if tokens is not None:
         found |= {"eos_token_id": [tokens.answer_end], "pad_token_id": tokens.padding}
     return found

@@ -8,7 +8,7 @@ change the attention scores.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_edge.checkpoint.meta.config import Setting, Settings, StateDictOptions
 from llm_edge.checkpoint.meta.text_assets import read_text_assets
 from llm_edge.checkpoint.tensors.tensor_data import TYPE_NAMES
 from llm_edge.checkpoint.tensors.tensor_file import TensorFile, open_tensor_file
+from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.registry import find_family
 from llm_edge.model.weights import Sources, SourceTensor, WeightTable, bind_weights, half_split
@@ -50,8 +51,8 @@ def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
             the rotary base is not specified.
     """
     _reject_shards(path)
-    file = open_tensor_file(path)
     settings = Settings.of(options, path)
+    file, notes = _open_model(path, settings)
     raw = _llama_config(file, settings)
     reader = ConfigReader(raw, str(path))
     for key in ("architectures", "model_type"):
@@ -72,8 +73,48 @@ def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
         weight_types=by_frequency(TYPE_NAMES[info.dtype] for info in file.tensors.values() if info.dtype in TYPE_NAMES),
     )
     return Checkpoint(
-        config, reader.used, weights, text.tokenizer, text.generation, source, text.reasoning, text.guards
+        config,
+        reader.used,
+        weights,
+        text.tokenizer,
+        text.generation,
+        source,
+        text.reasoning,
+        text.guards,
+        (*notes, *text.notes),
     )
+
+
+def has_meta_names(names: Collection[str]) -> bool:
+    """Whether tensors have Meta's names, possibly within another module."""
+    return any(name == inner or name.endswith(f".{inner}") for name in names for inner in (_EMBEDDING, _QUERY))
+
+
+def _open_model(path: Path, settings: Settings) -> tuple[TensorFile, tuple[str, ...]]:
+    """Open the model in a file, with a note if it is within another module.
+
+    If the settings say that embedding and head are tied, the weight may be stored under either of their names, as
+    safetensors' `save_model` does.
+    """
+    file, notes = open_tensor_file(path), []
+    prefix = find_prefix(file.tensors, _QUERY, "", str(path))
+    if prefix is None:
+        nested = next((name for name in file.tensors if name.endswith(f".{_EMBEDDING}")), None)
+        if nested is not None:
+            raise CheckpointError(
+                f"{path}: its tensors are nested in another module ({nested}): save the state_dict of the model itself"
+            )
+    elif prefix:
+        others = [name for name in file.tensors if not name.startswith(prefix)]
+        notes.append(
+            f"the model is read from the module {prefix.removesuffix('.')}"
+            + (f"; {len(others)} tensors outside of it are left out, such as {others[0]}" if others else "")
+        )
+        file = file.within(prefix)
+    tied = settings.tied()
+    if tied is not None and tied.value and _EMBEDDING not in file.tensors and _HEAD in file.tensors:
+        file = file.renamed(_HEAD, _EMBEDDING)
+    return file, tuple(notes)
 
 
 def _weight_table(head_dim: int) -> WeightTable:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import TokenizerAssets
-from llm_edge.checkpoint.huggingface import tokenizer as huggingface
+from llm_edge.checkpoint.huggingface.generation import read_generation as read_folder_generation
+from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.meta.chat import (
     ControlTokens,
     chat_template,
@@ -31,6 +32,7 @@ class TextAssets:
     generation: Mapping[str, Any]
     reasoning: ReasoningTokens | None
     guards: Guards | None
+    notes: tuple[str, ...] = ()
 
 
 def read_text_assets(checkpoint: Path, settings: Settings, context: int) -> TextAssets:
@@ -53,8 +55,9 @@ def read_text_assets(checkpoint: Path, settings: Settings, context: int) -> Text
         return TextAssets(tokenizer, generation, tokens.reasoning, read_guards(settings.generation, tokens))
     if files.merges is not None:
         return TextAssets(_assets(vocabulary, context, None), generation, None, None)
-    generation = {**_folder_generation(files.main.parent, settings.content, vocabulary), **generation}
-    return TextAssets(huggingface.read_tokenizer(files.main.parent, generation), generation, None, None)
+    folder_generation, notes = _folder_generation(files.main.parent, settings.content, vocabulary)
+    generation = {**folder_generation, **generation}
+    return TextAssets(read_tokenizer(files.main.parent, generation), generation, None, None, notes)
 
 
 def _assets(vocabulary: Vocabulary, context: int, tokens: ControlTokens | None) -> TokenizerAssets:
@@ -76,12 +79,14 @@ def _assets(vocabulary: Vocabulary, context: int, tokens: ControlTokens | None) 
     )
 
 
-def _folder_generation(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Read generation_config.json; missing token ids are looked up by the names in tokenizer_config.json.
+def _folder_generation(
+    folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Read generation_config.json, with notes on what is ignored.
 
-    Without an end token, answers would never end.
+    Missing token ids are looked up by the names in tokenizer_config.json: without an end token, answers never end.
     """
-    generation = huggingface.read_generation(folder, config)
+    generation, notes = read_folder_generation(folder, config)
     path = folder / "tokenizer_config.json"
     names = read_json(path, error=CheckpointError) if path.is_file() else {}
     for role in ("bos_token", "eos_token", "pad_token"):
@@ -90,4 +95,4 @@ def _folder_generation(folder: Path, config: Mapping[str, Any], vocabulary: Voca
         index = vocabulary.id(token) if isinstance(token, str) else None
         if index is not None:
             generation.setdefault(f"{role}_id", index)
-    return generation
+    return generation, notes

@@ -7,7 +7,7 @@ import or call anything that a file names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,24 +15,39 @@ import torch
 from llm_edge.checkpoint.tensors.safetensors_file import read_safetensors
 from llm_edge.checkpoint.tensors.tensor_data import LOADABLE, Checksum, TensorInfo, TensorLocation, TensorReader
 from llm_edge.checkpoint.tensors.torch_file import read_torch_legacy, read_torch_zip
+from llm_edge.checkpoint.tensors.wrapper_names import strip_wrappers
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import short_repr
 
-_PREFIXES = ("module.", "_orig_mod.")  # added to every name by DistributedDataParallel and torch.compile
-
 
 class TensorFile:
-    """Named tensors of one file, in file order, read on demand; names are those returned by `strip_prefixes`."""
+    """Named tensors of one file, in file order, read on demand.
 
-    def __init__(self, path: Path, locations: Mapping[str, TensorLocation]) -> None:
+    Args:
+        path: the file.
+        locations: location of every tensor by its name in the file.
+        stored_names: names in the file by the names to use.
+    """
+
+    def __init__(self, path: Path, locations: Mapping[str, TensorLocation], stored_names: Mapping[str, str]) -> None:
         self.path = path
-        self._stored_names = strip_prefixes(locations, str(path))
-        self._locations = {name: locations[stored] for name, stored in self._stored_names.items()}
-        self.tensors: Mapping[str, TensorInfo] = {name: location.info for name, location in self._locations.items()}
+        self.tensors: Mapping[str, TensorInfo] = {name: locations[stored].info for name, stored in stored_names.items()}
+        self._locations = locations
+        self._stored_names = stored_names
         self._verified: set[Checksum] = set()
 
     def __repr__(self) -> str:
         return f"TensorFile({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+    def within(self, prefix: str) -> TensorFile:
+        """Return the tensors whose names begin with a prefix, without it."""
+        names = {name.removeprefix(prefix): it for name, it in self._stored_names.items() if name.startswith(prefix)}
+        return TensorFile(self.path, self._locations, names)
+
+    def renamed(self, name: str, new_name: str) -> TensorFile:
+        """Return the same tensors, one of them with another name."""
+        names = {new_name if each == name else each: stored for each, stored in self._stored_names.items()}
+        return TensorFile(self.path, self._locations, names)
 
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor as it is written in the file."""
@@ -45,9 +60,10 @@ class TensorFile:
             CheckpointError: the tensor does not exist, is damaged, or has an unsupported type (float8, complex).
             MachineError: there is not enough memory.
         """
-        location = self._locations.get(name)
-        if location is None:
+        stored = self._stored_names.get(name)
+        if stored is None:
             raise CheckpointError(f"{self.path}: has no tensor {short_repr(name)}")
+        location = self._locations[stored]
         if location.info.dtype not in LOADABLE:
             raise CheckpointError(
                 f"{self.path}: tensor {name} is of type {str(location.info.dtype).removeprefix('torch.')}, which is "
@@ -65,8 +81,8 @@ class TensorFile:
 def open_tensor_file(path: Path) -> TensorFile:
     """Open a file of tensors.
 
-    From a checkpoint of torch.save, the state dict is read: the entry `model_state_dict`, `state_dict` or `model` if
-    it contains tensors, else the top level. Everything else is ignored.
+    From a checkpoint of torch.save, the state dict is read: the top level, or the only table of named tensors in it,
+    whatever its name. Everything else is ignored.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another format, or contains code.
@@ -87,24 +103,4 @@ def open_tensor_file(path: Path) -> TensorFile:
             file.fail("is a Git LFS pointer instead of the file: download it with `git lfs pull`")
         else:
             file.fail(f"starts with {short_repr(head[:8])}: damaged, or not torch.save, safetensors or GGUF")
-    return TensorFile(path, locations)
-
-
-def strip_prefixes(names: Iterable[str], where: str) -> dict[str, str]:
-    """Map names without the prefixes `module.` and `_orig_mod.` to the names in the file.
-
-    Raises:
-        CheckpointError: two tensors of the file `where` would have the same name.
-    """
-    stored: dict[str, str] = {}
-    for name in names:
-        clean = name
-        while clean.startswith(_PREFIXES):
-            clean = clean.split(".", 1)[1]
-        if clean in stored:
-            raise CheckpointError(
-                f"{where}: {short_repr(stored[clean])} and {short_repr(name)} differ only in a wrapper's prefix: "
-                "save the state_dict of the model itself"
-            )
-        stored[clean] = name
-    return stored
+    return TensorFile(path, locations, strip_wrappers(locations, str(path)))

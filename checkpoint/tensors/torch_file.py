@@ -8,6 +8,7 @@ then for each key the number of elements as i64 and the elements. Pickles are pa
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ STATE_DICTS = ("model_state_dict", "state_dict", "model")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 
+_MAX_DEPTH = 4  # of tables in tables
+_TRAINING_STATE = re.compile(r"optim|sched|grad|exp_avg|momentum", re.IGNORECASE)  # tables that are not weights
 _DAMAGED = "the file is damaged: download it again"
 _TRUNCATED = "the file is truncated: download it again"
 
@@ -139,15 +142,59 @@ def _locations(
 
 
 def _state_dict(file: TensorReader, value: Any) -> dict[Any, Any]:
-    if isinstance(value, dict):
-        for table in (*(value.get(key) for key in STATE_DICTS), value):
-            if isinstance(table, dict) and any(isinstance(entry, StoredTensor) for entry in table.values()):
-                return table
-    elif isinstance(value, StoredTensor):
+    """Return the table of the model's tensors; fail if there is none, or if several could be meant."""
+    if isinstance(value, StoredTensor):
         file.fail("contains a single unnamed tensor: save a state_dict")
-    return file.fail(
-        f"has no tensors at the top level or under {', '.join(STATE_DICTS)}: save the model's state_dict() there"
-    )
+    found = _tensor_tables(value)
+    named = {path: table for path, table in found.items() if any("." in str(name) for name in _tensors(table))}
+    if named:  # parameters of modules have dotted names, single tensors such as a random state do not
+        largest = max(len(_tensors(table)) for table in named.values())
+        found = {path: table for path, table in named.items() if 2 * len(_tensors(table)) >= largest}
+    else:
+        preferred = next((path for path in (*STATE_DICTS, "") if path in found), None)
+        found = found if preferred is None else {preferred: found[preferred]}
+    if "" in found:
+        return found[""]
+    if len(found) > 1:
+        shown = ", ".join(short_repr(path) for path in list(found)[:4])
+        file.fail(f"has several state dicts ({shown}): save the one to export by itself")
+    if not found:
+        file.fail(
+            f"has no tensors at the top level or under {', '.join(STATE_DICTS)}: save the model's state_dict() there"
+        )
+    return next(iter(found.values()))
+
+
+def _tensor_tables(value: Any) -> dict[str, dict[Any, Any]]:
+    """Return all tables with tensors, in tables of tables, by the keys that lead to them; the top level is "".
+
+    The states of optimizers are left out, and tables with the same tensors are returned once.
+    """
+    found: dict[str, dict[Any, Any]] = {}
+    visited: set[int] = set()
+    contents: set[frozenset[tuple[Any, int]]] = set()
+    pending = [("", value)]
+    while pending:
+        path, table = pending.pop(0)
+        if not isinstance(table, dict) or id(table) in visited:
+            continue
+        visited.add(id(table))
+        tensors = _tensors(table)
+        content = frozenset((name, id(tensor)) for name, tensor in tensors.items())
+        if tensors and content not in contents:
+            contents.add(content)
+            found[path] = table
+        if path.count(".") < _MAX_DEPTH:
+            pending += [
+                (f"{path}.{key}" if path else key, inner)
+                for key, inner in table.items()
+                if isinstance(key, str) and isinstance(inner, dict) and not _TRAINING_STATE.search(key)
+            ]
+    return found
+
+
+def _tensors(table: dict[Any, Any]) -> dict[Any, StoredTensor]:
+    return {name: tensor for name, tensor in table.items() if isinstance(tensor, StoredTensor)}
 
 
 def _memory_order(tensor: StoredTensor) -> tuple[int, ...] | None:

@@ -27,6 +27,7 @@ from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.text.chat_template import ChatTemplate
 from llm_edge.runtime.text.tool_format_finder import tool_format_of
 
+_NOT_VALIDATED = {"compared": False, "reason": "--no-validate"}
 _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -35,7 +36,7 @@ def write_manifest(
 ) -> None:
     """Write the manifest, after all other files. It has no times and no paths, so that exports are reproducible."""
     files = {}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for number, name in enumerate(names):
         progress("writing", number / len(names), name)
         files[name] = manifest_entry(folder / name)
@@ -66,6 +67,7 @@ def write_manifest(
                 for precision in report.precisions
             },
             "validation": {"layers": validation.layers if validation else 0, "of": report.layers},
+            "independent_check": validation.independent.to_dict() if validation else _NOT_VALIDATED,
             "notes": list(report.notes),
             "proof": {name: parity.to_dict() for name, parity in auxiliary.items()},
             "files": files,
@@ -76,11 +78,12 @@ def write_manifest(
 def _tool_calls(checkpoint: Checkpoint) -> dict[str, Any]:
     """How the chat template writes calls of tools; empty if it writes none."""
     tokenizer = checkpoint.tokenizer
-    if tokenizer.chat_template is None:
+    template = tokenizer.named_templates.get("tool_use", tokenizer.chat_template)
+    if template is None:
         return {}
     named = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     try:
-        found = tool_format_of(ChatTemplate(tokenizer.chat_template, named).render)
+        found = tool_format_of(ChatTemplate(template, named).render)
     except TemplateError:  # reported when the bundle is loaded
         return {}
     return {"tool_calls": found.to_json()} if found is not None else {}

@@ -10,6 +10,7 @@ from typing import Any
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.runtime.bundle import TEMPLATE_FOLDER
 
 _GENAI_MAX_LENGTH = 4096  # genai may allocate a cache of this many tokens in advance
 
@@ -43,6 +44,9 @@ def write_side_files(
     if tokenizer.chat_template is not None:
         tokenizer_config["chat_template"] = tokenizer.chat_template
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    for name, template in tokenizer.named_templates.items():
+        (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+        (folder / TEMPLATE_FOLDER / f"{name}.jinja").write_text(template, encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", checkpoint.generation)

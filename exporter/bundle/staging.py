@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from llm_edge.exporter.bundle.exchange import exchange
+from llm_edge.exporter.bundle.file_lock import locked
 from llm_edge.runtime.bundle import MANIFEST
 from llm_edge.runtime.errors import InputError, MachineError
 
 _OUT_OF_MEMORY = "DefaultCPUAllocator"  # part of torch's RuntimeError
+_SHORTENED = "~"  # in the name of a hidden folder, before a digest of a target's name that is too long
+_MAX_STEM = 255 - len("..partial-12345678")  # bytes
+_HIDDEN = re.compile(r"^\.(.+)\.(partial|old)-[0-9a-f]{8}$", re.DOTALL)
+_OURS = re.compile(r"^(onnx|torchscript|chat_template\.jinja|\w+\.json)$")  # in a bundle, complete or not
 _INPUT_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -48,6 +56,73 @@ def _foreign_file(folder: Path) -> str | None:
     return None
 
 
+def recover(target: Path) -> list[str]:
+    """Tidy up after exports next to `target` that were killed; returns what was done, as lines for the user.
+
+    Their temporary folders are removed, and a bundle that was moved aside to be replaced gets its name back.
+    """
+    done: list[str] = []
+    try:
+        names = [path.name for path in target.parent.iterdir()]
+    except OSError:  # there is no such folder yet, or `staging` reports why not
+        return done
+    in_use: set[str] = set()
+    # Partial folders first: an old one may belong to the process that has locked a partial one.
+    for match in sorted(filter(None, map(_HIDDEN.match, names)), key=lambda match: match[2], reverse=True):
+        folder, stem = target.with_name(match[0]), match[1]
+        name = target.name if stem == _stem(target.name) else None if _SHORTENED in stem else stem
+        with contextlib.suppress(OSError), locked(folder) as abandoned:
+            if not abandoned or not _is_ours(folder):
+                in_use.add(stem)
+            elif match[2] == "partial":
+                shutil.rmtree(folder)
+                done.append(f"removed {folder}, left by an interrupted export")
+            elif name is not None and stem not in in_use:
+                done.append(_restore(folder, target.with_name(name)))
+    return done
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder contains only what a bundle can contain, complete or not."""
+    return not folder.is_symlink() and all(_OURS.match(path.name) for path in folder.iterdir())
+
+
+def _restore(old: Path, target: Path) -> str:
+    """Give a bundle that was moved aside its name back, unless its replacement has it; returns what was done."""
+    if target.exists():
+        shutil.rmtree(old)
+        return f"removed {old}, left by an interrupted export"
+    old.rename(target)
+    return f"restored {target}, which an interrupted export had moved aside"
+
+
+def _stem(name: str) -> str:
+    """The part of a hidden folder's name that stands for the target; names may have up to 255 bytes."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _MAX_STEM:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return encoded[: _MAX_STEM - len(_SHORTENED) - len(digest)].decode("utf-8", "ignore") + _SHORTENED + digest
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{_stem(target.name)}.{kind}-{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, locked by this process and removed at the end."""
+    target.exists()  # raises OSError for a name that is too long
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = _hidden(target, "partial")
+    folder.mkdir()
+    try:
+        with locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def staging(target: Path, force: bool) -> Iterator[Path]:
     """Yield a temporary sibling folder, which becomes the target on success and is removed on failure.
@@ -56,16 +131,14 @@ def staging(target: Path, force: bool) -> Iterator[Path]:
         InputError: the target cannot be created there, or another process created it in the meantime.
         MachineError: disk or memory is full, or writing failed.
     """
-    folder = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        for path in folder.rglob("*"):
-            _fsync(path)
-        _fsync(folder)
-        _move(folder, target, force)
-        _fsync(target.parent)
+        with _temporary(target) as folder:
+            yield folder
+            for path in folder.rglob("*"):
+                _fsync(path)
+            _fsync(folder)
+            _move(folder, target, force)
+            _fsync(target.parent)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _OUT_OF_MEMORY not in str(error):
             raise
@@ -78,14 +151,14 @@ def staging(target: Path, force: bool) -> Iterator[Path]:
         raise MachineError(
             f"{where}: cannot write the bundle ({why}): free disk space or choose another folder with -o"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(folder: Path, target: Path, force: bool) -> None:
-    """Rename the folder to the target; an old bundle is removed after the new one is in place."""
+    """Rename the folder to the target; an old bundle is under the folder's name afterwards, or removed."""
     if force and target.exists():
-        old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+        if exchange(folder, target):
+            return
+        old = _hidden(target, "old")
         target.rename(old)
         try:
             folder.rename(target)
@@ -115,8 +188,18 @@ def check_disk_space(folder: Path, needed: int) -> None:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or a folder to disk; nothing for folders where they cannot be opened (Windows)."""
+    is_folder = path.is_dir()
+    try:  # Windows flushes only files that are open for writing
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | getattr(os, "O_BINARY", 0))
+    except OSError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.EBADF):  # a file system that cannot flush folders
+            raise
     finally:
         os.close(descriptor)

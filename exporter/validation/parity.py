@@ -33,6 +33,7 @@ from llm_edge.exporter.validation.compare import (
     record_reference,
     score,
 )
+from llm_edge.exporter.validation.independent import IndependentCheck, compare_with_transformers
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, count_parameters
 from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
@@ -65,12 +66,14 @@ class Validation:
         parities: by precision; also of the rotated model, and of fp32 if it was exported only for validation.
         qualities: by precision; measured with the truncated model if the whole exceeds the memory limit.
         required_bytes: memory required to validate the whole model.
+        independent: comparison of the reference with transformers.
     """
 
     layers: int
     parities: Mapping[str, Parity]
     qualities: Mapping[str, Quality]
     required_bytes: float
+    independent: IndependentCheck
 
     @property
     def auxiliary_parities(self) -> dict[str, Parity]:
@@ -114,11 +117,9 @@ def verify_parity(
     progress("validating", 0.0, "PyTorch")
     text = texts.validation if layers == total_layers else texts.validation[:_TRUNCATED_TOKENS]
     expected = _record_reference(truncated, text, check / "logits", progress)
-    parities, qualities = {}, {}
-    if any(recipe.calibrated for recipe in recipes):
-        progress("validating", _REFERENCE_FRACTION, ROTATED)
-        parities[ROTATED] = compare(expected, _rotated_reference(truncated))
-        check_parity(ROTATED, parities[ROTATED], exact=True)
+    progress("validating", _REFERENCE_FRACTION, "transformers")
+    independent = compare_with_transformers(truncated, expected)
+    parities, qualities = _compare_rotated(truncated, expected, recipes, progress), {}
     compared = (*auxiliary, *recipes)
 
     def update(number: int, name: str, fraction: float) -> None:
@@ -137,7 +138,19 @@ def verify_parity(
             file.unlink()
     expected.path.unlink()
     check.rmdir()
-    return Validation(layers, parities, qualities, required)
+    return Validation(layers, parities, qualities, required, independent)
+
+
+def _compare_rotated(
+    checkpoint: Checkpoint, expected: ReferenceLogits, recipes: tuple[Recipe, ...], progress: Progress
+) -> dict[str, Parity]:
+    """Return the parity of the rotated model in PyTorch if a recipe quantizes its weights."""
+    if not any(recipe.calibrated for recipe in recipes):
+        return {}
+    progress("validating", _REFERENCE_FRACTION, ROTATED)
+    parity = compare(expected, _rotated_reference(checkpoint))
+    check_parity(ROTATED, parity, exact=True)
+    return {ROTATED: parity}
 
 
 def _truncated(config: ModelConfig, layers: int) -> ModelConfig:

@@ -95,7 +95,7 @@ def advise(start: int, size: int, advice: int) -> bool:
     """Call madvise(2); returns whether it succeeded."""
     try:
         madvise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # Windows refuses None
         return False
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return bool(madvise(start, size, advice) == 0)

@@ -12,6 +12,7 @@ from llm_edge.runtime.backend.graph import HIDDEN_STATES, NUM_HIDDEN_STATES, Gra
 from llm_edge.runtime.backend.kv_cache import GrowingCache, KVCache, SharedCache
 from llm_edge.runtime.backend.step_runner import StepRunner
 from llm_edge.runtime.errors import BundleError, ContextLengthError, MachineError, ParameterError, one_line
+from llm_edge.runtime.process import ProcessBound
 
 MAX_STEP_TOKENS = 512
 """Maximum number of tokens in a step, so that memory and the time to a cancel stay bounded."""
@@ -22,7 +23,7 @@ Logits = npt.NDArray[np.float32]
 HiddenStates = npt.NDArray[np.float32]
 
 
-class Session:
+class Session(ProcessBound):
     """One conversation's cache over a graph.
 
     Attributes:
@@ -32,6 +33,7 @@ class Session:
     """
 
     def __init__(self, graph: Graph) -> None:
+        super().__init__()
         self.graph = graph
         self.shape = graph.shape
         self.length = 0
@@ -147,6 +149,7 @@ class Session:
 
     def _run(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> None:
         """Run a step; everything but tokens and cache is bound already."""
+        self.check_process()
         new, past = len(tokens), self.length
         self._ids[:new] = tokens
         self._bind_input("input_ids", self._ids, [1, new])

@@ -21,11 +21,12 @@ from llm_edge.runtime.backend.session import Logits, check_step
 from llm_edge.runtime.backend.torchscript_check import check_program
 from llm_edge.runtime.backend.watchdog import check_step_seconds
 from llm_edge.runtime.errors import BundleError, InputError, MachineError, ProviderError, one_line
+from llm_edge.runtime.process import ProcessBound
 
 _NO_MEMORY = ("not enough memory", "out of memory", "alloc")
 
 
-class TorchScriptSession:
+class TorchScriptSession(ProcessBound):
     """One conversation's cache over a TorchScript module; attributes as in `Session`.
 
     Raises:
@@ -35,6 +36,7 @@ class TorchScriptSession:
     """
 
     def __init__(self, file: GraphFile, execution: ExecutionOptions) -> None:
+        super().__init__()
         check_provider(execution.provider)
         check_threads(execution.threads)
         check_step_seconds(execution.step_seconds)
@@ -71,6 +73,7 @@ class TorchScriptSession:
 
     def step(self, tokens: Sequence[int] | npt.NDArray[np.int64], num_logits: int = 1) -> Logits:
         """Run new tokens after the cached ones and add them to the cache; see `Session.step`."""
+        self.check_process()
         new, past = len(tokens), self.length
         check_step(new, past, num_logits, self.limit)
         ids = self._torch.tensor([[*tokens]], dtype=self._torch.int64, device=self.provider)

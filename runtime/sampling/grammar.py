@@ -269,7 +269,7 @@ def _matcher(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatcher:
 
     if constraint.kind.startswith("json"):
         grammar = LLMatcher.grammar_from_json_schema(
-            enforceable(json.loads(constraint.text)), overrides=dict(JSON_STYLE)
+            enforceable(json.loads(constraint.text)), overrides=JSON_STYLE
         )
     elif constraint.kind in ("lark", "tools"):
         grammar = LLMatcher.grammar_from_lark(constraint.text)

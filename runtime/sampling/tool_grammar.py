@@ -17,6 +17,7 @@ from llm_edge.runtime.sampling.json_schema.keywords import RESTRICTING, without_
 from llm_edge.runtime.sampling.json_schema.normalize import JSON_STYLE, enforceable
 from llm_edge.runtime.text.tool_format import ToolFormat
 
+_MAX_LENGTH = 10_000  # of repetitions in a regular expression
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 # What is enforced of a schema that cannot be enforced completely.
 _STRUCTURE = frozenset(
@@ -146,7 +147,7 @@ class _Grammar:
             if isinstance(options, list) and options and all(isinstance(option, str) for option in options):
                 self._rules.append(f"{rule}: {' | '.join(json.dumps(option) for option in options)}")
                 return f"{rule} {self._literal(form.end)}"
-            self._rules.append(f"{rule}[lazy]: /(.|\\n)*/ {json.dumps(form.end)}")
+            self._rules.append(f"{rule}[lazy]: /(.|\\n){_length(schema)}/ {json.dumps(form.end)}")
             return rule
         self._rules.append(f"{rule}: %json {_enforceable(schema, ', ', ': ', any_of={})}")
         return f"{rule} {self._literal(form.end)}"
@@ -162,6 +163,13 @@ class _Grammar:
         if at < len(text):
             parts.append(json.dumps(text[at:]))
         return " ".join(parts)
+
+
+def _length(schema: Any) -> str:
+    """The repetition in a regular expression for the length of a string."""
+    low, high = (schema.get(key) if isinstance(schema, Mapping) else None for key in ("minLength", "maxLength"))
+    low = low if isinstance(low, int) and 0 <= low <= _MAX_LENGTH else 0
+    return f"{{{low},{high}}}" if isinstance(high, int) and low <= high <= _MAX_LENGTH else "*"
 
 
 def takes_text(schema: Any) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from llm_edge.runtime.backend.graph import NUM_HIDDEN_STATES, Graph
 from llm_edge.runtime.backend.session import Logits, check_step
 from llm_edge.runtime.backend.step_runner import StepRunner
+from llm_edge.runtime.process import ProcessBound
 from llm_edge.runtime.scheduling.slot_memory import Array, DeviceSlots, HostSlots, SlotMemory
 
 _RESERVED_BYTES = 2**36  # initial address space; slots double in size from there
@@ -23,7 +24,7 @@ _MAX_BINDINGS = 64  # cached
 _PATIENCE = 1.0  # seconds before a step is terminated for a cancelled sequence: the others in it would repeat it
 
 
-class Batch:
+class Batch(ProcessBound):
     """Slots for the keys and values of several sequences over a fused graph.
 
     Attributes:
@@ -35,6 +36,7 @@ class Batch:
     """
 
     def __init__(self, graph: Graph, slots: int) -> None:
+        super().__init__()
         self._graph = graph
         self.slots = slots
         self.device = graph.cache_device
@@ -128,6 +130,7 @@ class Batch:
         self._steps.unwanted = unwanted
 
     def _run(self, first: int, ids: Array, mask: Array, num_logits: int) -> Array:
+        self.check_process()
         slots, new = ids.shape
         binding = self._binding(first, slots)
         self._keep[...] = num_logits

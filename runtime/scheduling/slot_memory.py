@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -141,7 +140,7 @@ def _out_of_memory(shape: Shape) -> MachineError:
 
 def _reserve_addresses(size: int) -> mmap.mmap:
     """Zeros that take memory once written to, in small pages: a large page holds many tokens of one head."""
-    if sys.platform != "linux":
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):  # not Linux
         return mmap.mmap(-1, size)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     with contextlib.suppress(OSError):  # a kernel without huge pages

@@ -29,7 +29,7 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_environment
 from jinja2.visitor import NodeTransformer
 
 from llm_edge.runtime.errors import TemplateError
-from llm_edge.runtime.text.template_budget import ITEM, MAX_PIECES, Budget, LimitError, plain_data
+from llm_edge.runtime.text.template_budget import FILTER_COSTS, ITEM, MAX_PIECES, Budget, LimitError, plain_data
 
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_NODES = 20_000  # nodes of its syntax tree
@@ -42,8 +42,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Filters whose cost is the number of elements of their arguments, and those whose cost is the arguments' whole size.
-# Others (pprint, urlize, striptags, wordwrap, xmlattr, ...) are slow on hostile input and not available.
+# Filters that read only the elements of their arguments, and those that read the arguments as a whole. `FILTER_COSTS`
+# has the same names.
 _LIGHT = _words(
     """attr count d default first items last length map reject rejectattr safe select
     selectattr"""
@@ -94,6 +94,11 @@ def _metered(name: str, function: Callable[..., Any], heavy: bool, test: bool = 
                 raise LimitError(f"{name} of too long a string")
         if not test:
             budget.allow(name, args[skip], args[skip + 1 :], kwargs)
+            value = args[skip]
+            if isinstance(value, str | list | tuple | dict | range):
+                budget.spend(FILTER_COSTS[name] * len(value))
+            elif isinstance(value, Iterator):
+                args = (*args[:skip], budget.each(value, FILTER_COSTS[name]), *args[skip + 1 :])
         result = function(*args, **kwargs)
         return budget.each(result) if isinstance(result, Iterator) else budget.made(result)
 

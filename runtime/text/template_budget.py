@@ -16,10 +16,25 @@ MAX_WEIGHT = 16 * MIB  # bytes of any single value
 MAX_DEPTH = 100  # nesting of lists
 MAX_PIECES = 300_000  # parts of a split string
 BUDGET = 300_000_000  # per rendering, in estimated nanoseconds
-DEADLINE_S = 10.0  # in case the estimates are far off
+DEADLINE_S = 2.0  # seconds of processor time, in case the estimates are far off
 MAX_BITS = 4096  # of an integer
 BYTE, STEP = 4, 600  # cost of handling a byte and of a loop iteration
 ITEM = 16  # size of an element besides its content
+FILTER_COSTS: Mapping[str, int] = {
+    **dict.fromkeys(("abs", "attr", "d", "default", "float", "int", "round", "safe"), 0),
+    **dict.fromkeys(("count", "first", "items", "last", "length"), 0),
+    **dict.fromkeys(("capitalize", "e", "escape", "forceescape", "lower", "replace", "string", "trim", "upper"), 4),
+    **dict.fromkeys(("center", "format", "indent", "truncate"), 8),
+    **dict.fromkeys(("batch", "join", "list", "reverse", "slice"), 60),
+    **dict.fromkeys(("tojson", "urlencode"), 60),
+    **dict.fromkeys(("max", "min", "title", "unique"), 600),
+    **dict.fromkeys(("reject", "select"), 1500),
+    **dict.fromkeys(("dictsort", "groupby", "map", "rejectattr", "selectattr", "sort", "sum"), 3000),
+}
+"""Cost of each available filter per element of the filtered value (a character of a string), besides its size.
+
+Others (pprint, urlize, striptags, wordwrap, xmlattr, ...) are slow on hostile input and not available.
+"""
 _WIDE = re.compile(r"\d{5}")  # a width or precision in a format
 _CONTAINERS: tuple[Any, ...] = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
 
@@ -54,7 +69,7 @@ class Budget:
     """The remaining budget of one rendering, and the sizes of the containers measured so far."""
 
     def __init__(self) -> None:
-        self.left, self._next_look, self._deadline = BUDGET, BUDGET, time.monotonic() + DEADLINE_S
+        self.left, self._next_look, self._deadline = BUDGET, BUDGET, time.thread_time() + DEADLINE_S
         self._known: dict[int, tuple[object, int, int]] = {}  # holds the object, so that its id is not reused
 
     def spend(self, cost: int) -> None:
@@ -62,7 +77,7 @@ class Budget:
         self.left -= cost
         if self.left < self._next_look:
             self._next_look = self.left - BUDGET // 100
-            if self.left < 0 or time.monotonic() > self._deadline:
+            if self.left < 0 or time.thread_time() > self._deadline:
                 raise LimitError("too much work")
 
     def fits(self, weight: int) -> None:
@@ -112,10 +127,10 @@ class Budget:
             self.spend(BYTE * weight)
         return value
 
-    def each(self, values: Iterable[Any]) -> Iterator[Any]:
+    def each(self, values: Iterable[Any], cost: int = STEP) -> Iterator[Any]:
         """Deduct the cost of every iteration of a loop."""
         for value in values:
-            self.spend(STEP)
+            self.spend(cost)
             yield value
 
     def text(self, value: object) -> str:

@@ -16,16 +16,15 @@ from typing import Any
 
 import tokenizers
 
-from llm_edge.runtime.errors import BundleError, ContextLengthError, InputError, TemplateError, one_line
+from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateError, one_line
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
+from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask
 from llm_edge.runtime.text.template_budget import plain_data
 from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
-_RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ALWAYS_ENCODED = 16  # characters per token of the context; the longest token is looked for beyond that
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
@@ -42,11 +41,19 @@ class Tokenizer:
         special_tokens: their text by role (`bos_token`, ...), from tokenizer_config.json.
         bos_token_id, eos_token_id: None if tokenizer_config.json does not name them.
         chat: the chat template, if there is one.
+        tool_chat: the chat template for conversations with tools, if it is another one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: Mapping[str, str], chat: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named: Mapping[str, str],
+        chat: ChatTemplate | None,
+        tool_chat: ChatTemplate | None = None,
+    ) -> None:
         self._backend = backend
         self.chat = chat
+        self.tool_chat = tool_chat
         self.special_tokens = dict(named)
         added = backend.get_added_tokens_decoder()
         self._specials = {token.content: number for number, token in added.items() if token.special}
@@ -62,7 +69,7 @@ class Tokenizer:
         self._added_pattern = _any_of(token.content for token in added.values())
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
-        self._partial = _PartialMatches(self._specials)
+        self._partial = PartialMatches(self._specials)
 
     @classmethod
     def from_files(
@@ -70,6 +77,7 @@ class Tokenizer:
         tokenizer_json: Path,
         config: Mapping[str, Any],
         chat_template: str | None,
+        named_templates: Mapping[str, str] | None = None,
         *,
         vocab_size: int | None = None,
     ) -> Tokenizer:
@@ -79,7 +87,10 @@ class Tokenizer:
             tokenizer_json: the file.
             config: content of tokenizer_config.json.
             chat_template: source of the chat template; None = the one in `config`, if any.
+            named_templates: sources of further templates, by name.
             vocab_size: number of tokens of the model, which limits the size of the file.
+
+        Without `chat_template` and `named_templates`, the config's own templates are used.
 
         Raises:
             BundleError: the file, or the config's special tokens, cannot be used.
@@ -99,10 +110,12 @@ class Tokenizer:
                     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
             elif name in ("bos_token", "eos_token"):
                 raise BundleError(f"{tokenizer_json}: no token {token!r}, which tokenizer_config.json names as {name}")
-        if chat_template is None:
-            chat_template = _configured_template(config)
-        chat = ChatTemplate(chat_template, named) if chat_template is not None else None
-        return cls(backend, named, chat)
+        templates = dict(named_templates or {})
+        if chat_template is not None:
+            templates["default"] = chat_template
+        templates = templates or _configured_templates(config)
+        chats = {name: ChatTemplate(text, named) for name, text in templates.items() if name in ("default", "tool_use")}
+        return cls(backend, named, chats.get("default"), chats.get("tool_use"))
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with this text in the vocabulary."""
@@ -170,6 +183,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation rendered with the chat template; see `ChatTemplate.render` and `check_length`.
 
+        As in transformers, the template named `tool_use` is taken if there is one and tools are given.
+
         Special tokens that the template writes become tokens; what messages, tools and other variables spell does not,
         not even where the end of a string and the template's text or another string together spell one. Not covered:
         the ends of strings that equal a literal of the template, and templates that remove from the middle of a string
@@ -180,19 +195,22 @@ class Tokenizer:
             ContextLengthError: the conversation certainly has more than `max_tokens`.
             InputError: the library cannot encode it.
         """
-        if self.chat is None:
-            raise TemplateError("the model has no chat template: give a prompt instead of messages")
+        tools = variables.get("tools")
+        chat = self.tool_chat if tools is not None and self.tool_chat is not None else self.chat
+        if chat is None:
+            only = " without tools" if self.tool_chat is not None else ""
+            raise TemplateError(f"the model has no chat template{only}: give a prompt instead of messages")
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
-        data["tools"] = plain_tools(variables.get("tools"))
-        mask = _Mask(self._special_pattern, self._partial, self.chat.literals, [plain, data, self.chat.source])
+        data["tools"] = plain_tools(tools)
+        mask = SpecialTokenMask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
         if not (mask.used or self._many_spellings):
-            text = self.chat.render(plain, **data)
+            text = chat.render(plain, **data)
             self.check_length(text, max_tokens)
             return library.encode(self._backend, text)
-        text = self.chat.render(masked, **masked_data)
+        text = chat.render(masked, **masked_data)
         # In the masked text, only the template can have written the spelling of a special token.
         text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
         text = mask.restore(text)
@@ -240,12 +258,12 @@ def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
     return named
 
 
-def _configured_template(config: Mapping[str, Any]) -> str | None:
+def _configured_templates(config: Mapping[str, Any]) -> dict[str, str]:
     template = config.get("chat_template")
     if isinstance(template, list):  # the former way of storing several
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    return {"default": template} if isinstance(template, str) else {}
 
 
 def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -264,95 +282,6 @@ def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
         if token["special"]:
             token["content"] = names[token["content"]]
     return spec
-
-
-class _PartialMatches:
-    """Finds where the ends of a text could become part of the spelling of a special token."""
-
-    def __init__(self, specials: Iterable[str]) -> None:
-        self._specials = [text for text in specials if len(text) > 1]
-        self._starts = {text[:n] for text in self._specials for n in range(1, len(text))}
-        self._ends = {text[-n:] for text in self._specials for n in range(1, len(text))}
-        self._longest = max(map(len, self._specials), default=1) - 1
-
-    def places(self, text: str) -> set[int]:
-        """Positions of characters without which no special token could extend into this text."""
-        places = set()
-        stripped = text.strip()
-        for part, start in {text: 0, stripped: text.find(stripped)}.items():  # templates trim
-            for n in range(1, min(len(part), self._longest) + 1):
-                if part[-n:] in self._starts:
-                    places.add(start + len(part) - n)
-                if part[:n] in self._ends:
-                    places.add(start + n - 1)
-            if 0 < len(part) < self._longest and any(part in special[1:-1] for special in self._specials):
-                places.add(start)
-        return places
-
-
-class _Mask:
-    """Replaces characters in a conversation so that none of its text can be read as a special token.
-
-    The substitute is one of Unicode's rarest characters, absent from the conversation, so that templates can trim,
-    measure, slice and escape around it. Strings that the template compares with keep their ends.
-    """
-
-    def __init__(
-        self, pattern: re.Pattern[str], partial: _PartialMatches, literals: frozenset[str], data: object
-    ) -> None:
-        self._special_pattern, self._partial, self._literals, self._unmasked = pattern, partial, literals, data
-        self._stand_ins: dict[str, str] = {}
-
-    @property
-    def used(self) -> bool:
-        """Whether there was anything to mask."""
-        return bool(self._stand_ins)
-
-    def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """Mask a message; its role is an identifier and is rejected if it would need a mask."""
-        role = message["role"]
-        if self._special_pattern.search(role) or (role not in _ROLES | self._literals and self._partial.places(role)):
-            raise TemplateError(f"messages[{index}]: the role {role!r} resembles part of a special token")
-        return {**{key: self.data(value) for key, value in message.items()}, "role": role}
-
-    def data(self, value: Any) -> Any:
-        """Mask the strings in JSON-like data."""
-        if isinstance(value, str):
-            return self._text(value)
-        if isinstance(value, dict):
-            return {self._text(key): self.data(item) for key, item in value.items()}
-        return [self.data(item) for item in value] if isinstance(value, list) else value
-
-    def restore(self, text: str) -> str:
-        """Restore the masked characters in a text."""
-        for char, stand_in in self._stand_ins.items():
-            text = text.replace(stand_in, char).replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
-        return text
-
-    def _text(self, text: str) -> str:
-        places = set() if text in self._literals else self._partial.places(text)
-        match = self._special_pattern.search(text)
-        while match is not None:  # including overlapping matches
-            places.add(match.start())
-            match = self._special_pattern.search(text, match.start() + 1)
-        if not places:
-            return text
-        return "".join(self._stand_in(char) if i in places else char for i, char in enumerate(text))
-
-    def _stand_in(self, char: str) -> str:
-        if char not in self._stand_ins:
-            if len(self._taken) > len(_RARE) // 2:
-                raise InputError("the text contains too many rare characters: remove some")
-            while (found := chr(secrets.choice(_RARE))) in self._taken:
-                pass
-            self._taken.add(found)
-            self._stand_ins[char] = found
-        return self._stand_ins[char]
-
-    @functools.cached_property
-    def _taken(self) -> set[str]:
-        text = json.dumps(self._unmasked, ensure_ascii=False)
-        return set() if text.isascii() else set(re.findall(f"[{chr(_RARE[0])}-{chr(_RARE[-1])}]", text))
 
 
 class TextStream:

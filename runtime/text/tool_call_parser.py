@@ -24,8 +24,10 @@ class CallArguments:
     text: str
 
 
-Part = str | CallStarted | CallArguments
+AnswerPart = str | CallStarted | CallArguments
 """Text of the answer, or a part of a call."""
+State = Callable[[], Iterator[AnswerPart] | None]
+"""Consumes from the buffer and returns what it found, or None if it needs more text."""
 
 
 class ToolCallParser:
@@ -42,7 +44,7 @@ class ToolCallParser:
         self._form = form
         self._text_type = text_type
         self._buffer = ""
-        self._state: Callable[[], Iterator[Part] | None] = self._search
+        self._state: State = self._search
         self._started = False
         self._function = ""
         self._json = _JsonEnd()
@@ -53,22 +55,20 @@ class ToolCallParser:
         """Whether a call has begun."""
         return self._started
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[AnswerPart]:
         """The parts that the next piece of an answer completes."""
         self._buffer += text
-        parts: list[Part] = []
+        parts: list[AnswerPart] = []
         while (found := self._state()) is not None:
             parts += found
         return parts
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[AnswerPart]:
         """What is left at the end of the answer."""
         rest, self._buffer = self._buffer, ""
         return [rest] if rest and self._state == self._search else []
 
-    # Each state consumes from the buffer and returns what it found, or None if it needs more text.
-
-    def _search(self) -> Iterator[Part] | None:
+    def _search(self) -> Iterator[AnswerPart] | None:
         trigger = self._form.trigger
         at = self._buffer.find(trigger)
         if at >= 0:
@@ -86,10 +86,12 @@ class ToolCallParser:
     def _ends_with(self, text: str) -> bool:
         return self._buffer.endswith(text)
 
-    def _literal(self, text: str, then: Callable[[], Iterator[Part] | None]) -> Callable[[], Iterator[Part] | None]:
+    def _literal(
+        self, text: str, then: Callable[[], Iterator[AnswerPart] | None]
+    ) -> Callable[[], Iterator[AnswerPart] | None]:
         """A state that skips this text."""
 
-        def state() -> Iterator[Part] | None:
+        def state() -> Iterator[AnswerPart] | None:
             if len(self._buffer) < len(text) and text.startswith(self._buffer):
                 return None
             if not self._buffer.startswith(text):
@@ -101,7 +103,7 @@ class ToolCallParser:
 
         return state
 
-    def _name(self) -> Iterator[Part] | None:
+    def _name(self) -> Iterator[AnswerPart] | None:
         name, found, rest = self._buffer.partition(self._form.between)
         if not found:
             return None
@@ -110,7 +112,7 @@ class ToolCallParser:
         self._state = self._arguments if self._form.parameters is None else self._parameters
         return iter([CallStarted(name)])
 
-    def _arguments(self) -> Iterator[Part] | None:
+    def _arguments(self) -> Iterator[AnswerPart] | None:
         if not self._buffer:
             return None
         end = self._json.find(self._buffer)
@@ -120,7 +122,7 @@ class ToolCallParser:
             self._state = self._literal(self._form.end, self._after)
         return iter([CallArguments(text)])
 
-    def _parameters(self) -> Iterator[Part] | None:
+    def _parameters(self) -> Iterator[AnswerPart] | None:
         form = self._form.parameters
         assert form is not None
         head = (form.separator if self._values else "") + form.begin
@@ -154,7 +156,7 @@ class ToolCallParser:
             return None, None
         return parsed, end + len(form.end)
 
-    def _after(self) -> Iterator[Part] | None:
+    def _after(self) -> Iterator[AnswerPart] | None:
         form = self._form
         following = None if form.separator is None else form.separator + form.begin
         for text, state in ((following, self._name), (form.closing or None, self._rest)):
@@ -167,7 +169,7 @@ class ToolCallParser:
         self._state = self._rest
         return iter([])
 
-    def _rest(self) -> Iterator[Part] | None:
+    def _rest(self) -> Iterator[AnswerPart] | None:
         rest, self._buffer = self._buffer, ""
         return iter([rest]) if rest.strip() else None
 

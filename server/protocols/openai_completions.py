@@ -55,7 +55,7 @@ class Completion(BaseModel):
             overrides["logprobs"] = self.logprobs
         prompts: list[str | list[int]]
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            prompts = [self.prompt]  # type: ignore[list-item]
+            prompts = [self.prompt]
         else:
             prompts = list(self.prompt)  # type: ignore[arg-type]
         if not 1 <= len(prompts) <= _MAX_PROMPTS:

@@ -781,3 +781,55 @@ def test_write_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(InputError, match="No space left"):
             transcript.save(str(tmp_path / name), example(), overwrite=overwrite)
     assert [(file.name, file.read_text(encoding="utf-8")) for file in tmp_path.iterdir()] == [("kept.md", "kept")]
+
+
+def use_everything(path: Path) -> None:
+    """Read what a file holds, and add to it."""
+    with Store(path) as store:
+        for summary in store.recent():
+            for message in store.load(summary.id).messages:
+                store.records(message)
+        store.search("sky")
+        conversation = store.new("title")
+        store.add(conversation, "user", "new")
+        answer = store.add(conversation, "assistant", "x")
+        answer.content, answer.finished = "y", True
+        store.update(answer)
+        store.add_records(answer.id, b"z")
+        store.pin(conversation)
+        store.delete(conversation.id)
+        store.restore(conversation.id)
+
+
+def damage_reported_by(path: Path) -> str:
+    try:
+        use_everything(path)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damage_is_reported_in_one_line_and_the_file_is_kept(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "conversations.sqlite3"
+    for _ in range(5):
+        use_everything(path)
+    original, rng, reported = path.read_bytes(), random.Random(seed), 0
+    for _ in range(40):
+        content = bytearray(original)
+        size = 4096 if rng.random() < 0.5 else len(content)  # the schema is in the first page
+        for _ in range(rng.choice((1, 1, 5))):
+            content[rng.randrange(size)] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+        for each in tmp_path.iterdir():
+            each.unlink()
+        path.write_bytes(content)
+        message = damage_reported_by(path)
+        assert "\n" not in message
+        if message:
+            assert message.startswith(f"{path}: ")
+            assert "move it away" in message or "another folder" in message
+            reported += 1
+        assert path.stat().st_size > 0 or not content
+    assert reported > 5

@@ -296,3 +296,173 @@ def test_negative_ids_mean_none(folder: Path, tensors: Tensors, file: str, ids: 
     assets = checkpoint.tokenizer
     assert (assets.bos_token_id, assets.eos_token_ids, assets.pad_token_id) == expected
     assert ours(checkpoint) == theirs(folder)
+
+
+# ---- wrappers
+
+
+def inserted(attribute: str, *places: str) -> Callable[[str], str]:
+    """Insert an attribute after each of these parts of a name; "" is the front."""
+
+    def rename(name: str) -> str:
+        for place in places:
+            name = name.replace(place, f"{place}{attribute}.", 1) if place else f"{attribute}.{name}"
+        return name
+
+    return rename
+
+
+WRAPPERS: Mapping[str, Callable[[str], str]] = {
+    "DDP": inserted("module", ""),
+    "DDP of torch.compile": lambda name: f"module._orig_mod.{name}",
+    "torch.compile": inserted("_orig_mod", ""),
+    "torch.compile of the base": inserted("_orig_mod", "model."),
+    "torch.compile of each layer": inserted("_orig_mod", "layers.0.", "layers.1."),
+    "FSDP": inserted("_fsdp_wrapped_module", "", "layers.0.", "layers.1."),
+    "old FSDP": lambda name: f"_fsdp_wrapped_module._fpw_module.{name}",
+    "FSDP of the base": inserted("_fsdp_wrapped_module", "model.", "layers.1.", "mlp."),
+    "checkpointing": inserted("_checkpoint_wrapped_module", "layers.0.", "layers.1."),
+    "Fabric": inserted("_forward_module", ""),
+    "Lightning": inserted("model", ""),
+    "Lightning with DDP": lambda name: f"model.module.{name}",
+    "Lightning with FSDP": lambda name: f"_forward_module.model._fsdp_wrapped_module.{name}",
+    "an attribute": inserted("policy.net", ""),
+    "peft": lambda name: f"base_model.model.{name}",
+    "peft with base layers": lambda name: f"base_model.model.{name}".replace(
+        "q_proj.weight", "q_proj.base_layer.weight"
+    ),
+    "DDP of the base": lambda name: name.replace("model.", "model.module.") if name.startswith("model.") else name,
+    "a renamed base": lambda name: name.replace("model.", "backbone.") if name.startswith("model.") else name,
+    "a renamed base in a module": lambda name: (
+        f"agent.{name.replace('model.', 'backbone.') if name.startswith('model.') else name}"
+    ),
+    "the base alone with a head": lambda name: name.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_names_of_wrapped_models_are_understood(folder: Path, tensors: Tensors, wrapper: str, tied: bool) -> None:
+    if tied:
+        del tensors[HEAD]
+        edit_config(folder, tie_word_embeddings=True)
+        write(folder, tensors)
+    expected = theirs(folder)
+    write(folder, {WRAPPERS[wrapper](name): tensor for name, tensor in tensors.items()})
+    assert ours(read_folder(folder)) == expected
+
+
+CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
+    **{
+        key: lambda tensors, key=key: {key: tensors, "epoch": 3, "lr": 1e-4}  # type: ignore[misc]
+        for key in ("module", "ema", "state_dict", "model_state_dict", "model", "params", "weights", "ema_state_dict")
+    },
+    "anything": lambda tensors: {"net_g": tensors},
+    "nested": lambda tensors: {"state": {"app": {"model": tensors}}, "step": torch.tensor(5)},
+    "with an optimizer": lambda tensors: {
+        "optimizer": {"state": {name: {"exp_avg": tensor} for name, tensor in tensors.items()}},
+        "optim_states": dict(tensors),
+        "model": tensors,
+    },
+    "twice": lambda tensors: {"state_dict": tensors, "best": tensors},
+    "with buffers": lambda tensors: {"model": tensors, "buffers": {"rope.freqs": torch.ones(3)}},
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("wrapper", ["DDP", "Lightning"])
+def test_state_dicts_in_tables_of_any_name_are_found(
+    folder: Path, tensors: Tensors, container: str, wrapper: str
+) -> None:
+    expected = theirs(folder)
+    (folder / WEIGHTS).unlink()
+    renamed = {WRAPPERS[wrapper](name): tensor for name, tensor in tensors.items()}
+    torch.save(CONTAINERS[container](renamed), folder / "pytorch_model.bin")
+    assert ours(read_folder(folder)) == expected
+
+
+@pytest.mark.parametrize("other", ["ema", "ema_state_dict", "teacher"])
+def test_two_state_dicts_in_a_file_are_refused(folder: Path, tensors: Tensors, other: str) -> None:
+    (folder / WEIGHTS).unlink()
+    average = {name: tensor * 0.9 for name, tensor in tensors.items()}
+    torch.save({"model": tensors, other: average}, folder / "pytorch_model.bin")
+    refused(folder, "'model'", f"'{other}'", "save the one to export")
+
+
+def test_two_models_in_a_state_dict_are_refused(folder: Path, tensors: Tensors) -> None:
+    write(folder, {f"{part}.{name}": tensor for part in ("student", "teacher") for name, tensor in tensors.items()})
+    refused(folder, "'student.model.'", "'teacher.model.'")
+
+
+def test_a_model_at_the_top_level_is_preferred(folder: Path, tensors: Tensors) -> None:
+    write(folder, tensors | {f"ema_model.{name}": tensor * 0.9 for name, tensor in tensors.items()})
+    checkpoint = read_folder(folder)
+    assert ours(checkpoint) == theirs(folder)
+    (note,) = checkpoint.notes
+    assert note.startswith("ema_model.lm_head.weight, ema_model.model.embed_tokens.weight and ")
+
+
+def test_two_heads_are_refused(folder: Path, tensors: Tensors) -> None:
+    renamed = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    write(folder, renamed | {HEAD: tensors[HEAD] * 2})
+    refused(folder, "net.lm_head.weight", "could both be lm_head.weight")
+
+
+def test_lora_weights_that_are_not_merged_are_refused(folder: Path, tensors: Tensors) -> None:
+    renamed = {WRAPPERS["peft with base layers"](name): tensor for name, tensor in tensors.items()}
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    write(folder, renamed | {name: torch.ones(4, 64)})
+    refused(folder, "lora_A", "not merged", "--adapter")
+
+
+# ---- tensors that the model does not use
+
+STRAY = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": 16,
+    "model.layers.1.self_attn.rotary_emb.cos_cached": 64,
+    "model.rotary_emb.inv_freq": 16,
+    "model.rotary_emb.original_inv_freq": 16,
+    "model.position_ids": 8,
+    "model.layers.0.self_attn.causal_mask": 8,
+    "model.layers.0.self_attn.k_scale": 1,
+    "model.layers.0.self_attn.q_proj.input_quantizer._amax": 1,
+    "model.layers.0.mlp.num_batches_tracked": 1,
+    "n_averaged": 1,
+}
+UNUSED = ["score.weight", "v_head.summary.weight", "model.vision_tower.patch.weight", "loss_fn.margin", "mtp.0.weight"]
+
+
+@pytest.mark.parametrize("name", STRAY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_buffers_are_ignored(folder: Path, tensors: Tensors, name: str, dtype: torch.dtype) -> None:
+    write(folder, tensors | {name: torch.ones(STRAY[name], dtype=dtype)})
+    checkpoint = read_folder(folder)
+    assert checkpoint.notes == ()
+    assert ours(checkpoint) == theirs(folder)
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_tensors_outside_of_the_model_are_named(folder: Path, tensors: Tensors, name: str) -> None:
+    write(folder, tensors | {name: torch.ones(3, 3)})
+    checkpoint = read_folder(folder)
+    assert checkpoint.notes == (f"{name} left out: not used by the model",)
+    assert ours(checkpoint) == theirs(folder)
+
+
+@pytest.mark.parametrize("name", [HEAD.replace("weight", "bias"), "model.layers.1.self_attn.q_proj.bias"])
+def test_biases_that_the_config_does_not_have_must_be_zero(folder: Path, tensors: Tensors, name: str) -> None:
+    write(folder, tensors | {name: torch.zeros(64)})
+    checkpoint = read_folder(folder)
+    assert checkpoint.notes == (f"{name} left out: biases of zeros that the config does not have",)
+    assert ours(checkpoint) == theirs(folder)
+    write(folder, tensors | {name: torch.ones(64)})
+    refused(folder, name)
+
+
+def test_the_last_of_two_equal_keys_counts(folder: Path, tensors: Tensors) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"rms_norm_eps": 0.5, ', 1))
+    checkpoint = read_folder(folder)
+    assert checkpoint.config.norm_eps == 1e-5
+    assert ours(checkpoint) == theirs(folder)
+    assert checkpoint.notes == ("config.json: 'rms_norm_eps' given twice: the last value counts",)

@@ -337,7 +337,12 @@ HOSTILE: dict[str, tuple[Builder, str]] = {
         Builder().tensor("t", (8,), GGMLQuantizationType.F32).tensor("t", (8,), GGMLQuantizationType.F32),
         "duplicate tensor 't'",
     ),
-    "a split model": (Builder().key("split.count", 2, struct.pack("<H", 3)), "one of 3 files .* merge"),
+    "a renamed part": (
+        Builder().key("split.count", 2, struct.pack("<H", 3)),
+        "one of 3 files of a split model: give it",
+    ),
+    "a number of parts that is none": (Builder().key("split.count", STRING, text("3")), "split.count is '3'"),
+    "too many parts": (Builder().key("split.count", U32, struct.pack("<I", 2**31)), "split.count is 2147483648"),
     "control characters": (Builder().key("a\nb\x1b[2J", 99, b"\x00"), r"a\\nb\\x1b"),
 }
 

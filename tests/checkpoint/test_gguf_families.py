@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.checkpoint.source import bundle_name
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 from llm_edge.model.rope import FrequencyDivisors
@@ -142,11 +143,16 @@ def save_folder(folder: Path, case: dict[str, Any]) -> Any:
     return model
 
 
-def write_gguf(folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = lambda _: None) -> Path:
-    """Convert a folder to GGUF in float32 as llama.cpp does; `edit` adds keys and tensors."""
+def write_gguf(
+    folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = lambda _: None, split_tensors: int = 0
+) -> Path:
+    """Convert a folder to GGUF in float32 as llama.cpp does; `edit` adds keys and tensors.
+
+    With `split_tensors`, several files of at most so many tensors are written, and the path of the first is returned.
+    """
     config = json.loads((folder / "config.json").read_text())
     model_type = config["model_type"]
-    writer = GGUFWriter(path, ARCHITECTURES.get(model_type, model_type))
+    writer = GGUFWriter(path, ARCHITECTURES.get(model_type, model_type), split_max_tensors=split_tensors)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -181,7 +187,7 @@ def write_gguf(folder: Path, path: Path, edit: Callable[[GGUFWriter], None] = la
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split_tensors else path
 
 
 def _write_tokenizer(writer: GGUFWriter, rows: int) -> None:
@@ -568,3 +574,54 @@ def test_more_tokens_than_embedding_rows_are_rejected(llama: Path, tmp_path: Pat
 
     with pytest.raises(CheckpointError, match=r"has 338 tokens, but an embedding of 337 rows"):
         read(llama, tmp_path, edit)
+
+
+# ---- models in several files
+
+
+@pytest.fixture
+def parts(llama: Path, tmp_path: Path) -> list[Path]:
+    first = write_gguf(llama, tmp_path / "tiny.gguf", split_tensors=4)
+    return sorted(first.parent.glob("tiny-*.gguf"))
+
+
+def test_all_parts_of_a_split_model_are_read(llama: Path, parts: list[Path], tmp_path: Path) -> None:
+    whole, split = read_gguf(write_gguf(llama, tmp_path / "whole.gguf")), read_gguf(parts[0])
+    assert len(parts) == 3
+    assert split.config == whole.config
+    assert split.tokenizer == whole.tokenizer
+    assert split.weights.keys() == whole.weights.keys()
+    for name in whole.weights:
+        assert torch.equal(split.weights[name], whole.weights[name]), name
+    assert [file.name for file in split.source.files] == [path.name for path in parts]
+    assert split.source.name == bundle_name(str(parts[0])) == "tiny"
+
+
+def test_damaged_split_models_are_rejected_in_one_line(parts: list[Path]) -> None:
+    def refused(path: Path) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            read_gguf(path)
+        assert str(caught.value).isprintable()
+        return str(caught.value)
+
+    for number, path in enumerate(parts[1:], 2):
+        assert refused(path) == f"{path}: is part {number} of 3 of a split model: give the first one, {parts[0]}"
+    third = parts[2].read_bytes()
+    parts[2].write_bytes(parts[1].read_bytes())
+    assert refused(parts[0]) == f"{parts[2]}: split.no and split.count are 1, 3, not 2, 3: download it again"
+    parts[2].write_bytes(third[: len(third) // 2])
+    assert refused(parts[0]).startswith(f"{parts[2]}: ")
+    parts[2].write_bytes(b"")
+    assert "the file is empty" in refused(parts[0])
+    parts[2].unlink()
+    missing = f"{parts[0]}: the model has 3 parts; missing: {parts[2].name}: download them too"
+    assert refused(parts[0]) == missing
+    parts[1].unlink()
+    assert f"missing: {parts[1].name}, {parts[2].name}" in refused(parts[0])
+    renamed = parts[0].rename(parts[0].with_name("model.gguf"))
+    assert refused(renamed).endswith("of a split model: give it the name …-00001-of-00003.gguf again")
+
+
+def test_the_template_for_tools_of_a_gguf_is_read(llama: Path, tmp_path: Path) -> None:
+    found = read(llama, tmp_path, replaced(tokenizer__chat_template__tool_use="TOOLS {{ tools }}"))
+    assert found.tokenizer.named_templates == {"tool_use": "TOOLS {{ tools }}"}

@@ -203,6 +203,15 @@ def test_vocabulary_and_merges_files_are_downloaded(world: World) -> None:
     assert content(world.fetch()) == expected(files)
 
 
+def test_other_vocabularies_and_named_templates_are_downloaded(world: World) -> None:
+    template = "additional_chat_templates/tool_use.jinja"
+    files = {"config.json": "{}", "tokenizer.model": "a", "added_tokens.json": "{}", template: "{{ tools }}"}
+    world.hub.add("owner/name", files | {"model.safetensors": WEIGHTS, "additional_chat_templates/a.py": "no"})
+    folder = world.fetch()
+    assert {name: (folder / name).read_text() for name in files} == files
+    assert not (folder / "additional_chat_templates" / "a.py").exists()
+
+
 @pytest.mark.parametrize("revision", ["refs/pr/1", OTHER_COMMIT])
 def test_another_revision_can_be_downloaded(world: World, revision: str) -> None:
     world.hub.add("owner/name", SMALL | {"config.json": '{"new": 1}', "model.safetensors": b"new"}, OTHER_COMMIT)

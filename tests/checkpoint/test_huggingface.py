@@ -226,7 +226,11 @@ def test_a_missing_head_is_an_error(folder: Path) -> None:
         "model.layers.0.self_attn.q_proj.bias",
         "model.layers.0.self_attn.q_norm.weight",
         "model.layers.2.input_layernorm.weight",
-        "score.weight",
+        "lm_head.bias",
+        "model.embed_tokens.bias",
+        "model.norm.bias",
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
     ],
 )
 def test_an_unexpected_tensor_is_an_error(folder: Path, name: str) -> None:

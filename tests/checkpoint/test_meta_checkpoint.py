@@ -731,6 +731,7 @@ def test_invalid_control_tokens_are_errors(refused: Callable[..., str]) -> None:
 def test_sampling_parameters_of_the_config_are_read(family: Saved, tmp_path: Path, refused: Callable[..., str]) -> None:
     ends = {"eos_token_id": [ANSWER_END], "pad_token_id": PADDING}
     own = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
+    own["repetition_window"] = 64
     checkpoint = read(family.path)
     assert checkpoint.generation == {**own, "max_new_tokens": 100, **ends}
     assert checkpoint.guards == Guards(max_newlines=3, single_think_end=True)
@@ -760,7 +761,8 @@ def test_sampling_parameters_of_the_config_are_read(family: Saved, tmp_path: Pat
     }
     assert made.guards == Guards(max_newlines=None, single_think_end=True)
     greedy = sampled({"temperature": 0.0})
-    assert greedy.generation == {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 100, **ends}
+    penalty = {"repetition_penalty": 1.1, "repetition_window": 64}
+    assert greedy.generation == {"do_sample": False, **penalty, "max_new_tokens": 100, **ends}
     for key, value in (
         ("temperature", -1),
         ("temperature", float("nan")),
@@ -991,3 +993,52 @@ def test_transformers_reads_the_config(family: Saved, bundle: Path) -> None:
     tokens = some_tokens(1, 50)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, family.model(tokens), rtol=0, atol=1e-4)
+
+
+# ---- wrapped models
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.",
+        "net.model.",
+        "module._orig_mod.",
+        "_fsdp_wrapped_module._fpw_module.",
+        "model._orig_mod.",
+        "model.module.",
+        "base_model.model.",
+    ],
+)
+@pytest.mark.parametrize("key", ["state_dict", "module", "ema", "anything"])
+def test_wrapped_models_are_read(family: Saved, tmp_path: Path, prefix: str, key: str) -> None:
+    folder = Path(shutil.copytree(family.folder, tmp_path / "wrapped"))
+    tensors = {f"{prefix}{name}": tensor for name, tensor in torch.load(family.path).items()}
+    torch.save({key: tensors | {"loss.weight": torch.ones(2)}, "epoch": 3}, folder / family.path.name)
+    if prefix.split(".")[0] in ("module", "_fsdp_wrapped_module"):  # then every name has it
+        torch.save({key: tensors, "epoch": 3}, folder / family.path.name)
+    checkpoint = opened(folder / family.path.name)
+    agree(family, checkpoint)
+    if prefix == "net.model.":
+        assert checkpoint.notes == (
+            "the model is read from the module net.model; 1 tensors outside of it are left out, such as loss.weight",
+        )
+
+
+def test_two_wrapped_models_are_ambiguous(family: Saved, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(family.folder, tmp_path / "wrapped"))
+    tensors = torch.load(family.path)
+    both = {f"{part}.{name}": tensor for part in ("ema", "model") for name, tensor in tensors.items()}
+    torch.save(both, folder / family.path.name)
+    with pytest.raises(CheckpointError, match=r"several models, with tensors in 'ema\.' and 'model\.'"):
+        opened(folder / family.path.name)
+
+
+def test_a_tied_weight_may_be_stored_as_the_head(tmp_path: Path) -> None:
+    saved = save_family(tmp_path / "tied", tied=True)
+    tensors = torch.load(saved.path)
+    tensors["output.weight"] = tensors.pop("tok_embeddings.weight")
+    torch.save(tensors, saved.path)
+    config = saved.folder / "config.yaml"
+    config.write_text(config.read_text().replace("model:\n", "model:\n  tie_word_embeddings: true\n"))
+    agree(saved, opened(saved.path, config=config, tokenizer=saved.folder / "tokenizer"))

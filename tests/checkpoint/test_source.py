@@ -174,3 +174,9 @@ def test_the_prefix_of_a_wrapped_model_is_reported(tmp_path: Path) -> None:
     torch.save({"state_dict": {"net.tok_embeddings.weight": torch.zeros(2, 2)}}, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match=r"net\.tok_embeddings\.weight.*state_dict of the model itself"):
         opened(tmp_path / "last.ckpt")
+
+
+def test_a_model_with_an_adapter_in_the_same_folder_is_ambiguous(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has a model and a LoRA adapter.*remove adapter_config\.json"):
+        opened(folder)

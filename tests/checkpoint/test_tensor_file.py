@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 
 from llm_edge.checkpoint.tensors.tensor_data import TensorInfo
-from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file, strip_prefixes
+from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file
+from llm_edge.checkpoint.tensors.wrapper_names import strip_wrappers
 from llm_edge.runtime.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -166,9 +167,9 @@ def test_prefixes_of_wrapped_models_are_stripped(save: Save, tmp_path: Path) -> 
 
 
 def test_names_that_collide_without_their_prefix_are_rejected() -> None:
-    assert strip_prefixes(["module.a", "b"], "x") == {"a": "module.a", "b": "b"}
+    assert strip_wrappers(["module.a", "b"], "x") == {"a": "module.a", "b": "b"}
     with pytest.raises(CheckpointError, match=r"^x: 'a' and 'module.a' differ only in"):
-        strip_prefixes(["a", "module.a"], "x")
+        strip_wrappers(["a", "module.a"], "x")
 
 
 def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
@@ -238,7 +239,12 @@ class Custom:
         ({1: torch.ones(2)}, "not a string"),
         ({"a\nb": torch.ones(2)}, r"unprintable tensor name 'a\\nb'"),
         ({"epoch": 3}, "has no tensors at the top level or under model_state_dict"),
-        ({"weights": {"a": torch.ones(2)}}, "has no tensors at the top level"),
+        ({"optimizer": {"a": torch.ones(2)}}, "has no tensors at the top level"),
+        ({"model": {"a.b": torch.ones(2)}, "ema": {"a.b": torch.zeros(2)}}, r"several state dicts \('model', 'ema'\)"),
+        (
+            {"nets": {"student": {"a.b": torch.ones(2)}, "teacher": {"a.b": torch.ones(2)}}},
+            r"several state dicts \('nets.student', 'nets.teacher'\)",
+        ),
         ([torch.ones(2)], "has no tensors at the top level"),
         (torch.ones(2), "a single unnamed tensor"),
         ({"module.a": torch.ones(2), "a": torch.ones(2)}, "wrapper's prefix"),

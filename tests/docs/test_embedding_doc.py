@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 from project import ROOT
 from starlette.testclient import TestClient
 
+from llm_edge.chat.endpoint.client import Endpoint, EndpointResponder
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions
 from llm_edge.runtime import PRESETS, Engine, SamplingParams
@@ -182,7 +182,7 @@ def example(name: str, *words: object, stdin: str = "") -> subprocess.CompletedP
 def test_examples_are_short() -> None:
     found = {path.name: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "examples").glob("*.py")}
     assert set(found) == {"batch_file.py", "extract.py", "service.py"}
-    assert max(found.values()) < 60
+    assert max(found.values()) < 130
     assert all(f"examples/{name}" in DOCUMENT for name in found)
 
 
@@ -224,31 +224,43 @@ def test_the_extraction_example(tiny_bundle: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: cut off after 3 tokens")
 
 
-def test_the_service_example(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_service_example_works_with_the_openai_client_and_the_chat(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("uvicorn", reason="of the dev extra")
+    openai = pytest.importorskip("openai", reason="of the tui extra")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(ROOT / "examples/service.py"), "--bundle", str(tiny_bundle), "--port", str(port)]
+    url, name = f"http://127.0.0.1:{port}/v1", tiny_bundle.name
     log = tmp_path / "log"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
-            body = json.dumps({"messages": QUESTION, "max_tokens": 8}).encode()
-            url = f"http://127.0.0.1:{port}/chat"
-            request = urllib.request.Request(url, body, {"content-type": "application/json"})
+            client = openai.OpenAI(base_url=url, api_key="-", max_retries=0)
             until = time.monotonic() + 60
             while True:
                 try:
-                    with urllib.request.urlopen(request, timeout=30) as response:
-                        found = parse_events(response.read().decode().splitlines())
+                    (model,) = client.models.list().data
                     break
-                except ConnectionError:  # raised by a socket before there is an HTTP response
-                    raise
-                except OSError:
+                except openai.APIConnectionError:
                     assert process.poll() is None, log.read_text()
                     assert time.monotonic() < until, log.read_text()
                     time.sleep(0.1)
-            assert found[-1]["finish_reason"] in ("length", "stop")
+            assert model.id == name
+            asked = {"model": name, "messages": QUESTION, "max_tokens": 8, "temperature": 0}
+            whole = client.chat.completions.create(**asked)
+            chunks = list(client.chat.completions.create(**asked, stream=True))
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            assert whole.choices[0].message.content == streamed
+            assert whole.choices[0].finish_reason in ("length", "stop")
+            assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens > 0
+            with pytest.raises(openai.BadRequestError, match="temperature"):
+                client.chat.completions.create(**{**asked, "temperature": 900})
+
+            responder = EndpointResponder(Endpoint(url, name))
+            params = dataclasses.replace(responder.default_params, max_tokens=8, temperature=0.0)
+            assert "".join(chunk.text for chunk in responder.answer(QUESTION, params)) == streamed
+            responder.close()
+            client.close()
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0, log.read_text()
         finally:

@@ -531,8 +531,11 @@ def test_a_killed_export_leaves_no_bundle_and_does_not_block_the_next(
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".bundle.partial-")
     assert not (left / "manifest.json").exists()  # it is written last, so an incomplete folder is not a bundle
-    assert llm_export(tiny_checkpoint, *options)[0] == 0
+    code, out, err = llm_export(tiny_checkpoint, *options)
+    assert code == 0
+    assert f"removed {left}, left by an interrupted export" in out + err
     Bundle.open(tmp_path / "bundle").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_a_killed_replacement_leaves_the_old_bundle(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -541,6 +544,17 @@ def test_a_killed_replacement_leaves_the_old_bundle(tiny_bundle: Path, tiny_chec
     options = ("-o", tmp_path / "bundle", "--force", "--no-validate", "--precision", "int8")
     assert interrupted_in("writing", signal.SIGKILL, tiny_checkpoint, *options)[0] == -signal.SIGKILL
     assert files(tmp_path / "bundle") == before
+
+
+def test_names_of_255_bytes_are_accepted(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]], traced_once: None
+) -> None:
+    for name in ("x" * 255, "\N{GREEK SMALL LETTER ALPHA}" * 127):
+        for force in ((), ("--force",)):
+            options = ("-o", tmp_path / name, *force, "--no-validate", "--precision", "int8")
+            assert llm_export(tiny_checkpoint, *options)[0] == 0
+        Bundle.open(tmp_path / name).verify()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from llm_edge.runtime.errors import (
 from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import load
 from llm_edge.runtime.scheduling.batch import Batch
+from llm_edge.runtime.scheduling.scheduler import Scheduler
 
 Load = Callable[..., Engine]
 GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=-1, max_tokens=40)
@@ -199,6 +200,65 @@ def test_a_stuck_step_is_terminated(tiny_bundle: Path, model: Model) -> None:
         with pytest.raises(MachineError):
             third.result()
         assert (engine.counters().failed, engine.counters().finished) == (2, 1)
+
+
+def endless_engine(bundle: Path, times: int = 1, **options: Any) -> tuple[Engine, Endless]:
+    """An engine whose next steps do not end by themselves."""
+    loaded = load(bundle, LoadOptions("fp32", "cpu", 1))
+    assert isinstance(loaded.session, Session)
+    endless = loaded.session.graph.inference = Endless(loaded.session.graph.inference, times)
+    return Engine(loaded, **options), endless
+
+
+def test_cancelling_ends_a_stuck_step_and_the_others_repeat_it(tiny_bundle: Path, model: Model) -> None:
+    engine, endless = endless_engine(tiny_bundle, 0, active=2)
+    with engine:
+        chunks = [iter(engine.generate(prompt, replace(GREEDY, max_tokens=900))) for prompt in PROMPTS[:1]]
+        next(chunks[0])
+        other = engine.generate(PROMPTS[1], replace(GREEDY, max_tokens=900))
+        next(iter(other))
+        endless.times = 1
+        assert endless.entered.wait(5)
+        other.cancel()
+        assert other.result().finish_reason is FinishReason.CANCELLED
+        text = "".join(chunk.text for chunk, _ in zip(chunks[0], range(39), strict=False))
+        wanted = model.generate(PROMPTS[0], GREEDY).result().text
+        assert wanted.endswith(text)
+        assert engine.counters().failed == 0
+
+
+def test_closing_ends_a_stuck_step(tiny_bundle: Path) -> None:
+    engine, endless = endless_engine(tiny_bundle, -1, active=1)
+    answers = [engine.generate(prompt, GREEDY) for prompt in PROMPTS]
+    assert endless.entered.wait(5)
+    engine.close()
+    assert {answer.result().finish_reason for answer in answers} == {FinishReason.CANCELLED}
+    counters = engine.counters()
+    assert (counters.cancelled, counters.failed, counters.active, counters.waiting) == (4, 0, 0, 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, ValueError])
+def test_what_ends_the_thread_fails_all_requests_and_later_ones_are_refused(
+    load_engine: Load, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    engine = load_engine(active=2)
+    begun = threading.Event()
+
+    def step(self: Scheduler) -> None:
+        if len(self.active) == 2 and begun.is_set():
+            raise error
+
+    monkeypatch.setattr(Scheduler, "step", step)
+    answers = [engine.generate(prompt, GREEDY) for prompt in PROMPTS]
+    begun.set()
+    for answer in answers:
+        with pytest.raises(MachineError, match=r"^the engine failed unexpectedly \([^\n]+\)$"):
+            answer.result()
+    with pytest.raises(MachineError, match=r"^the engine has failed: load it again \([^\n]+\)$"):
+        engine.generate(PROMPTS[0], GREEDY)
+    counters = engine.counters()
+    assert (counters.requests, counters.failed, counters.active, counters.waiting) == (4, 4, 0, 0)
+    engine.close()
 
 
 # Constraints

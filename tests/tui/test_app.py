@@ -18,12 +18,13 @@ from llm_edge.chat.responder import tokens_of_question
 from llm_edge.chat.settings import THEME, Settings
 from llm_edge.runtime.errors import InputError
 from llm_edge.tui.app import ChatApp
+from llm_edge.tui.notifications import notify
 from llm_edge.tui.screens.chat import ChatScreen
 from llm_edge.tui.screens.help import KEYS, HelpScreen
 from llm_edge.tui.widgets.conversation_view import BATCH_SIZE
 from llm_edge.tui.widgets.markdown import MarkdownLines
 from llm_edge.tui.widgets.message_view import MessageView
-from llm_edge.tui.widgets.status_bar import ContextGauge
+from llm_edge.tui.widgets.status_bar import ContextGauge, StopButton
 
 MARKDOWN = (
     "# Head\n\n`code`, [a link](x), **bold**\n\n> quote\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
@@ -58,7 +59,7 @@ def test_an_unknown_theme_is_reported(tmp_path: Path) -> None:
 
     async def scene() -> None:
         async with app_with(tmp_path, size=(160, 40)) as (app, pilot, _):
-            assert app.theme == "textual-dark"
+            assert app.theme == "llm-edge-dark"
             await until(pilot, lambda: "unknown theme 'beige'" in " ".join(screen(app).split()))
 
     drive(scene())
@@ -74,7 +75,7 @@ def test_all_kinds_of_themes_render_all_parts(tmp_path: Path) -> None:
             for name in ("ansi-dark", "ansi-light", "textual-light", "high-contrast"):
                 assert name in app.available_themes
                 app.theme = name
-                await until(pilot, lambda: "used," in screen(app) and "Temperature" in screen(app))
+                await until(pilot, lambda: "Context" in screen(app) and "Temperature" in screen(app))
                 await pilot.press("f6")
                 await until(pilot, lambda: "◂ chosen" in screen(app))
                 await pilot.press("escape")
@@ -189,12 +190,98 @@ def test_the_gauge_counts_the_text_being_typed(tmp_path: Path) -> None:
             gauge = app.query_one(ContextGauge)
             app.chat_screen.composer.write("How are you today?")
             await until(pilot, lambda: gauge.typed == 4 + 4)  # words, and the tokens of the fake chat template
-            assert "0 + 8 used, 4,088 left" in screen(app)
+            assert "0 + 8 typed of 4,096 tokens" in screen(app)
             await pilot.press("enter")
             await until(pilot, lambda: app.session.answering is None and gauge.typed == 0 and gauge.used == 9)
             app.chat_screen.composer.write("And you?")
             await until(pilot, lambda: gauge.typed == 2)
-            assert "9 + 2 used" in screen(app)
+            assert "9 + 2 typed of 4,096" in screen(app)
+
+    drive(scene())
+
+
+@pytest.mark.parametrize(("used", "columns"), [(0, 0), (1, 1 / 8), (37, 1 / 8), (4096, 12), (8192, 24)])
+def test_the_gauge_shows_the_true_proportion(tmp_path: Path, used: int, columns: float) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, size=(140, 24)) as (app, _, _):
+            gauge = app.query_one(ContextGauge)
+            gauge.limit, gauge.used = 8192, used
+            bar = gauge._bar(24)
+            primary = app.theme_variables["primary"].lower()
+            filled = 0.0
+            for span in bar.spans:
+                style = span.style
+                assert isinstance(style, Style)
+                text = bar.plain[span.start : span.end]
+                full = style.bgcolor is not None and style.bgcolor.get_truecolor().hex == primary
+                filled += full or " ▏▎▍▌▋▊▉".index(text) / 8
+            assert filled == columns
+
+    drive(scene())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_the_footer_shows_whole_hints_only(tmp_path: Path, width: int) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, size=(width, 24)) as (app, pilot, _):
+            await pilot.pause()
+            footer = screen(app).splitlines()[-1]
+            hints = ["⏎ Send", "F1 Help", "F2 Chats", "F3 Parameters", "F4 Models", "F5 Questions", "^n New"]
+            shown = [hint for hint in hints if hint in footer]
+            assert shown == hints[: len(shown)]
+            assert len(shown) >= 2
+            left = footer.partition("^p")[0].rstrip("▏ ")
+            assert left.endswith((*hints, "Regenerate", "Continue"))
+
+    drive(scene())
+
+
+def test_a_notification_replaces_the_one_before_and_leaves_the_composer_visible(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, size=(80, 24)) as (app, pilot, _):
+            for number in range(3):
+                notify(app, f"Note {number}")
+            await until(pilot, lambda: "Note 2" in screen(app))
+            assert "Note 1" not in screen(app)
+            assert "Ask a question." in screen(app)
+            lines = screen(app).splitlines()
+            assert next(y for y, line in enumerate(lines) if "Note 2" in line) < 4
+
+    drive(scene())
+
+
+def test_a_short_conversation_starts_at_the_top(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "Because.", size=(80, 24)) as (app, pilot, _):
+            await ask(pilot, "Why?")
+            assert screen(app).splitlines()[1] == " ▌ You"
+            assert app.query_one(StopButton).display is False
+
+    drive(scene())
+
+
+def test_parameters_are_shown_below_an_answer_only_where_they_change(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "Because.", size=(80, 30)) as (app, pilot, _):
+            app.session.parameters.set("top_k", 3)
+            await ask(pilot, "Why?")
+            await ask(pilot, "Why?")
+            assert screen(app).count("with top-k 3") == 1
+            app.session.parameters.set("top_k", 4)
+            await ask(pilot, "Why?")
+            assert screen(app).count("with top-k") == 2
+
+    drive(scene())
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_running_answer_has_a_visible_stop_button(tmp_path: Path, width: int) -> None:
+    async def scene() -> None:
+        async with app_with(tmp_path, "word " * 500, pause=0.02, size=(width, 24)) as (app, pilot, _):
+            await ask(pilot, "Talk.", wait=False)
+            await until(pilot, lambda: "■ Stop" in screen(app) and "tok/s" in screen(app).splitlines()[-2])
+            await pilot.click(StopButton)
+            await until(pilot, lambda: app.session.answering is None)
 
     drive(scene())
 

@@ -104,7 +104,7 @@ def test_a_conversation_is_found_and_opened(tmp_path: Path, size: tuple[int, int
             await pilot.press(key)
             await until(pilot, lambda: panel(app).display and titles(app))
             assert titles(app) == ["[Today]", "What is the fastest animal?", "Tell me a joke"]
-            for text in ("Conversations", "Tell me a joke", "2 messages · smollm2"):
+            for text in ("Conversations", "Tell me a joke", "smollm2 · 2 messages"):
                 assert text in screen(app)
             await pilot.press("down", "down", "enter")
             await until(pilot, lambda: views(app))

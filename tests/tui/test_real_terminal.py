@@ -130,9 +130,9 @@ def test_a_conversation_with_the_main_features(screen: Screen, smollm2_bundle: P
     early = len(_answer(screen.until(growing(LONG)), LONG))
     screen.until(lambda shown: len(_answer(shown, LONG)) > early + 40)  # it streams
     screen.keys("F3")
-    screen.until("Temperature        ◂ 0 ")
-    screen.keys("Up")
-    screen.until("Temperature        ◂ 0.05")
+    screen.until(re.compile(r"Temperature +◂ 0 "))
+    screen.keys("Right")
+    screen.until(re.compile(r"Temperature +◂ 0\.05"))
     screen.keys("F3", "Escape")
     shown = screen.until(STOPPED)
     assert re.search(r"changed mid-answer: temperature 0\.05 from token \d+", " ".join(shown.split()), re.IGNORECASE)

@@ -229,6 +229,9 @@ class AskingScreen(Screen[None]):
         else:
             await self._ask_next()
 
+    async def on_status_bar_title_changed(self) -> None:
+        await self.show()
+
     async def _ask_next(self) -> None:
         if self.session.answering is None and (question := self.pending.next_question()) is not None:
             await self.ask(question)

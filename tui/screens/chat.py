@@ -188,6 +188,7 @@ class ChatScreen(AskingScreen):
         if session.answering is not None:
             notify(self, "Still answering. Press Esc to stop.", "warning")
             return
+        session.close()  # the model may be writing a title
         path = session.conversation.path()
         last = None if text else next((each for each in reversed(path) if each.role == "user"), None)
 

@@ -13,12 +13,14 @@ from textual.containers import Horizontal
 from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 
+from llm_edge.chat.attachments import split_attachments
 from llm_edge.chat.comparison import Comparison, ComparisonSide
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.parameters import ChatParameters
 from llm_edge.chat.presets import Presets
 from llm_edge.chat.responder import Responder
 from llm_edge.chat.session import ChatSession
+from llm_edge.chat.text import one_line, printable
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.sampling.presets import PRESET_PARAMETERS
 from llm_edge.tui.notifications import notify
@@ -47,9 +49,8 @@ class CompareScreen(ModalScreen[str | None]):
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("f2", "parameters(0)", "Left parameters"),
-        Binding("f3", "parameters(1)", "Right parameters"),
-        Binding("f4,ctrl+l", "choose_model", "Right model", key_display="F4"),
+        Binding("f3,ctrl+o", "parameters", "Parameters", key_display="F3"),
+        Binding("f4,ctrl+l", "choose_model", "Models", key_display="F4"),
         Binding("1", "keep(0)", "Keep left", show=False),
         Binding("2", "keep(1)", "Keep right", show=False),
         Binding("3", "keep_both", "Keep both", show=False),
@@ -99,10 +100,18 @@ class CompareScreen(ModalScreen[str | None]):
         yield KeyFooter()
 
     def on_mount(self) -> None:
-        self.query_one(Composer).write(self._text)
+        composer = self.query_one(Composer)
+        composer.write(self._text)
+        composer.select_all()  # so that typing replaces the question
+        self._show_question(self._text)
         self._show()
         self.set_interval(_POLL_INTERVAL, self._poll)
         self.set_interval(_SAMPLE_INTERVAL, self._sample)
+
+    def _show_question(self, text: str) -> None:
+        question = split_attachments(text)[1].strip()
+        title = f"Compare: {one_line(question)}" if question else "Compare two answers"
+        self.query_one("#compare-title", Static).update(printable(title))
 
     def _columns(self) -> list[CompareColumn]:
         return [self.query_one(f"#{name}", CompareColumn) for name in SIDES]
@@ -128,6 +137,7 @@ class CompareScreen(ModalScreen[str | None]):
             self.query_one(Composer).write(text)
             return
         self._asked = text
+        self._show_question(text)
         for column, side in zip(self._columns(), self.sides, strict=True):
             await column.show_answer(side)
 
@@ -154,14 +164,17 @@ class CompareScreen(ModalScreen[str | None]):
 
     # ---- parameters and model of a side
 
-    async def action_parameters(self, number: int) -> None:
-        panel, side = self.query_one(ParameterPanel), self.sides[number]
-        if panel.has_class("open") and self._panel_side == number:
+    async def action_parameters(self) -> None:
+        """Show the parameters of the right side, then those of the left one, then none."""
+        panel = self.query_one(ParameterPanel)
+        if panel.has_class("open") and self._panel_side == 0:
             self._hide_panel()
             return
-        self._panel_side = number
-        panel.use(side.session.parameters, side.responder.name)
-        panel.query_one(".panel-title", Static).update(f"Parameters, {SIDES[number]}")
+        self._panel_side = 0 if panel.has_class("open") else 1
+        side = self.sides[self._panel_side]
+        panel.use(side.session.parameters, side.responder.name, side.responder.unsupported)
+        other = "F3: left" if self._panel_side else "F3 closes"
+        panel.query_one(".panel-title", Static).update(f"Parameters, {SIDES[self._panel_side]} · {other}")
         await panel.open()
 
     def _hide_panel(self) -> None:
@@ -202,7 +215,8 @@ class CompareScreen(ModalScreen[str | None]):
             previous.close()
         await self._columns()[1].show_answer(self.sides[1])
         if self._panel_side == 1:
-            self.query_one(ParameterPanel).use(self.sides[1].session.parameters, responder.name)
+            parameters = self.sides[1].session.parameters
+            self.query_one(ParameterPanel).use(parameters, responder.name, responder.unsupported)
         self._show()
 
     def action_one_at_a_time(self) -> None:

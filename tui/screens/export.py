@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text, TextType
-from textual import on
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, ItemGrid, Vertical, VerticalScroll
@@ -25,6 +27,7 @@ from llm_edge.tui.notifications import notify
 from llm_edge.tui.widgets.footer import KeyFooter
 
 _POLL_INTERVAL = 0.1  # seconds
+_PATH_DELAY = 0.3  # seconds without a key press before a path is checked
 _BAR_WIDTH = 24  # columns
 _DEFAULT_PRECISION = "int8"
 
@@ -91,6 +94,7 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
         self._browse = job.browse if job is not None else browse
         self._command = tuple(command)
         self._job = job
+        self._path_missing = False  # whether the error is about the typed path
 
     @property
     def _running_export(self) -> Export | None:
@@ -160,6 +164,22 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     def on_input_submitted(self, event: Input.Submitted) -> None:
         event.stop()
         self.action_export()
+
+    @on(Input.Changed, "#source")
+    def _source_changed(self, event: Input.Changed) -> None:
+        """Check a typed path, once the user pauses."""
+        event.stop()
+        if self._browse:
+            self._check_path(event.value.strip())
+
+    @work(exclusive=True, group="path")
+    async def _check_path(self, path: str) -> None:
+        """Report a path that does not exist; checking may take long on a network disk."""
+        await asyncio.sleep(_PATH_DELAY if path else 0.0)
+        missing = bool(path) and not await asyncio.to_thread(_exists, path)
+        if self._running_export is None and (missing or self._path_missing):
+            self._show_error(f"{path}: not found" if missing else "")
+            self._path_missing = missing
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         event.stop()
@@ -300,6 +320,13 @@ class ExportScreen(ModalScreen[BundleChoice | None]):
     def _update_progress(self) -> None:
         if self._running_export is not None:
             self.query_one("#progress", Static).update(_progress(self._running_export))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(os.path.expanduser(path)).exists()  # noqa: PTH111 (Path.expanduser raises for unknown users)
+    except (OSError, ValueError):
+        return False
 
 
 def _progress(export: Export) -> Content:

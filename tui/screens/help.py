@@ -15,9 +15,10 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from llm_edge.chat.commands import help_lines
 from llm_edge.chat.text import printable
 
-_KEY_WIDTH = 18  # columns
+_KEY_WIDTH = 25  # columns
 KEYS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     "Everywhere": (
         ("F1", "Show this help"),
@@ -33,9 +34,12 @@ KEYS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
         ("Ctrl-Q", "Quit (everything is saved)"),
     ),
     "Composer": (
-        ("Enter", "Ask; with no text, start a new conversation"),
+        ("Enter", "Ask; while it is answering, queue; with no text, start a new conversation"),
         ("Ctrl-J, Alt-Enter", "New line (also Shift-Enter, if your terminal supports it)"),
         ("↑ ↓", "On the first or last line: earlier questions"),
+        ("@path", "Attach a text file (also: drop it here, or /file PATH)"),
+        ("F9", "Write the question in $EDITOR"),
+        ("/help", "Slash commands: /model, /set, /save …"),
         ("Ctrl-N", "New conversation"),
         ("Ctrl-Z", "Undo; with no text, return to the previous conversation"),
         ("Ctrl-R", "Regenerate the last answer"),
@@ -52,12 +56,12 @@ KEYS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
         ("r", "Regenerate the answer"),
         ("[ ], ← →", "Previous or next version"),
         ("t", "Token view"),
-        ("Space", "Show or hide the reasoning"),
+        ("Space", "Show or hide the reasoning, or attached files"),
     ),
     "Parameters (F3)": (
-        ("↑ ↓, wheel", "Change the value; PgUp and PgDn by 5 steps; or type it and press Enter"),
-        ("Tab, Shift-Tab", "Next or previous parameter"),
-        ("Ctrl-Z", "Reset all to the model defaults"),
+        ("↑ ↓", "Next or previous parameter; its help is shown below the list"),
+        ("← →, wheel", "Change the value, with Shift by 5 steps; or type a number and press Enter"),
+        ("Ctrl-Z", "Undo the latest change"),
         ("Ctrl-S", "Save the values as a preset"),
         ("Esc", "Close"),
     ),
@@ -85,7 +89,7 @@ class HelpScreen(ModalScreen[None]):
             box.border_title = "Keys"
             box.border_subtitle = "↑ ↓ PgDn to scroll · Esc to close"
             paths = [(name, printable(str(path))) for name, path in self._paths.items()]
-            for section, rows in [*KEYS.items(), ("Files", paths)]:
+            for section, rows in [*KEYS.items(), ("Slash commands", help_lines()), ("Files", paths)]:
                 yield Static(Content.styled(section, "bold $text-accent"), markup=False)
                 yield Static(_table(rows), markup=False, classes="keys")
 

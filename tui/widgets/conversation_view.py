@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from textual import work
+from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.message import Message as Event
 from textual.timer import Timer
+from textual.widget import Widget
 from textual.widgets import Static
 
 from llm_edge.chat.history.conversation import ASSISTANT, Message
@@ -28,6 +30,17 @@ BATCH_SIZE: Final = 40  # messages that are mounted together
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 1 / 20, 1 / 4  # seconds between polls of a growing answer
 _MAX_SHARE = 0.03  # of the time may be spent polling and drawing, so that most of it is left to generation
 _LAYOUT_CHECKS, _LAYOUT_INTERVAL = 100, 0.01  # how often, and after how many seconds, a finished layout is checked for
+
+
+class _Floor(Widget):
+    """An empty layer as high as the view.
+
+    Textual scrolls an anchored container to the end of its content even if that is shorter than the container, which
+    would put a short conversation at the bottom.
+    """
+
+    def render(self) -> str:
+        return ""
 
 
 class ConversationView(VerticalScroll, can_focus=False):
@@ -49,6 +62,9 @@ class ConversationView(VerticalScroll, can_focus=False):
         self._to_start = False  # mount all of them, and scroll to the first
         self._poll_timer: Timer | None = None
         self._throttle = _RefreshThrottle()
+
+    def compose(self) -> ComposeResult:
+        yield _Floor()
 
     @property
     def views(self) -> list[MessageView]:

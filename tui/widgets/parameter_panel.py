@@ -180,7 +180,9 @@ class ParameterPanel(Vertical):
     def on_parameter_focused(self, event: ParameterFocused) -> None:
         """Show what the focused parameter does."""
         event.stop()
-        self.query_one("#parameter-help", Static).update(f"{event.spec.help[0].upper()}{event.spec.help[1:]}.")
+        self.query_one("#parameter-help", Static).update(
+            f"{event.spec.help[0].upper()}{event.spec.help[1:]}.", layout=False
+        )
 
     def on_field_left(self, event: FieldLeft) -> None:
         """Focus the parameter before or after a field."""

@@ -10,6 +10,7 @@ from rich.text import Text
 from textual import events, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal
+from textual.message import Message as Event
 from textual.reactive import reactive
 from textual.timer import Timer
 from textual.widget import Widget
@@ -136,9 +137,15 @@ class StatusBar(Horizontal):
             count = await asyncio.to_thread(tokens_of_question, self._session.responder, text, first=first)
         self._gauge.typed = count
 
+    class TitleChanged(Event):
+        """The model gave the conversation a title."""
+
     def _sample(self) -> None:
+        if self._session.poll_title():
+            self.post_message(self.TitleChanged())
         rate = self._session.sample_rate()
         self.show_speed(list(self._session.rates))
         self.refresh_state()
         if self._session.answering is not None and rate:
-            self.show_state(f"{rate:.0f} tok/s · Esc to stop")
+            hint = "" if self.has_class("phone") else " · Esc to stop"  # where there is hardly a keyboard
+            self.show_state(f"{rate:.0f} tok/s{hint}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_edge.exporter.bundle.staging import check_disk_space, check_target, staging
+from llm_edge.exporter.bundle.staging import check_disk_space, check_target, recover, staging
 from llm_edge.runtime.errors import InputError, MachineError
 
 
@@ -122,3 +122,127 @@ def test_a_closed_terminal_leaves_no_files(how: signal.Signals, tmp_path: Path) 
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- killed exports
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from llm_edge.exporter.bundle import staging as module
+target, at, before, atomic = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "before", sys.argv[4] == "atomic"
+count = 0
+def deadly(call):
+    def wrapper(*arguments, **options):
+        global count
+        count += 1
+        if before and count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = call(*arguments, **options)
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return wrapper
+if not atomic:
+    module.exchange = lambda first, second: False
+module.exchange = deadly(module.exchange)
+for name in ("rename", "mkdir"):
+    setattr(Path, name, deadly(getattr(Path, name)))
+os.unlink, os.rmdir = deadly(os.unlink), deadly(os.rmdir)
+shutil.rmtree = deadly(shutil.rmtree)
+for line in module.recover(target):
+    print(line)
+with module.staging(target, force=True) as folder:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_text("new")
+    (folder / "manifest.json").write_text("new")
+print("complete")
+"""
+
+
+def content(folder: Path) -> str:
+    return (folder / "manifest.json").read_text() + (folder / "onnx" / "model.onnx").read_text()
+
+
+def run_killed(target: Path, at: int, moment: str, how: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", KILLED, str(target), str(at), moment, how]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("how", ["atomic", "two renames"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_at_any_change_of_a_folder_loses_no_bundle(how: str, moment: str, tmp_path: Path) -> None:
+    """`moment` is relative to the change; afterwards the next export finds nothing but its target."""
+    for at in range(1, 30):
+        parent = tmp_path / str(at)
+        target = parent / "bundle"
+        (target / "onnx").mkdir(parents=True)
+        for name in ("manifest.json", "onnx/model.onnx"):
+            (target / name).write_text("old")
+        done = run_killed(target, at, moment, how)
+        assert "Traceback" not in done.stderr
+        if done.returncode == 0:
+            assert content(target) == "newnew"
+            break
+        assert done.returncode == -signal.SIGKILL
+        if how == "two renames":
+            recover(target)
+        assert content(target) in ("oldold", "newnew")
+        recover(target)
+        assert [path.name for path in parent.iterdir()] == ["bundle"]
+        assert content(target) in ("oldold", "newnew")
+    assert at > 4
+
+
+def test_recovery_reports_what_it_did(tmp_path: Path) -> None:
+    old, partial = tmp_path / ".bundle.old-0123abcd", tmp_path / ".other.partial-0123abcd"
+    for folder in (old, partial):
+        (folder / "onnx").mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    lines = recover(tmp_path / "bundle")
+    assert lines == [
+        f"removed {partial}, left by an interrupted export",
+        f"restored {tmp_path / 'bundle'}, which an interrupted export had moved aside",
+    ]
+    assert recover(tmp_path / "bundle") == []
+    assert recover(tmp_path / "missing" / "bundle") == []
+
+
+def test_recovery_leaves_other_folders_and_running_exports_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / ".bundle.partial-0123abcd"
+    foreign.mkdir()
+    (foreign / "thesis.txt").touch()
+    others = [".bundle.partial-x", "bundle.partial-0123abcd", ".partial-0123abcd"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with staging(tmp_path / "bundle", force=False) as folder:
+        (folder / "manifest.json").touch()
+        assert recover(tmp_path / "bundle") == []
+        assert folder.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", foreign.name, *others}
+
+
+def test_a_folder_being_replaced_by_another_process_is_not_restored(tmp_path: Path) -> None:
+    with staging(tmp_path / "bundle", force=False) as folder:
+        (tmp_path / ".bundle.old-0123abcd").mkdir()
+        assert recover(tmp_path / "bundle") == []
+        assert folder.exists()
+    assert recover(tmp_path / "bundle") == [
+        f"removed {tmp_path / '.bundle.old-0123abcd'}, left by an interrupted export"
+    ]
+
+
+def test_long_names_share_no_temporary_folders(tmp_path: Path) -> None:
+    names = ["x" * 254 + end for end in "ab"]
+    for name in names:
+        with staging(tmp_path / name, force=False) as folder:
+            assert len(folder.name.encode()) <= 255
+            folder.rename(folder.with_name(folder.name.replace(".partial-", ".old-")))
+            folder.mkdir()
+        shutil.rmtree(tmp_path / name)
+    assert recover(tmp_path / names[1]) == [
+        f"restored {tmp_path / names[1]}, which an interrupted export had moved aside"
+    ]
+    assert (tmp_path / names[1]).exists()
+    assert not (tmp_path / names[0]).exists()

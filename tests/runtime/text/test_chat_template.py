@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.text import chat_template as chat
 from llm_edge.runtime.text.chat_template import ChatTemplate
+from llm_edge.runtime.text.template_budget import FILTER_COSTS
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -368,3 +369,36 @@ def test_the_budget_applies_to_each_rendering_separately() -> None:
     template = ChatTemplate(loop("{% set c = 1 %}", count=50_000), {})
     assert [template.render([USER]) for _ in range(4)] == [""] * 4
     assert not hasattr(chat._BUDGET.get(None), "left")
+
+
+# Every filter on inputs of several shapes; what takes no time for one value is repeated in a loop.
+SHAPES = {
+    "a word": "aB c",
+    "a text": "aB c, <d>\n" * 100,
+    "a long text": "a" * 290_000,
+    "numbers": [3, 1, 2] * 1000,
+    "words": ["ab", "cd"] * 1000,
+    "objects": [{"a": i % 7, "b": "x"} for i in range(1000)],
+    "an object": {f"k{i}": i for i in range(1000)},
+}
+ARGUMENTS = {"replace": "('a', 'b')", "batch": "(3)", "slice": "(3)", "center": "(1000)", "groupby": "('a')"}
+ARGUMENTS |= {"map": "('upper')", "select": "('string')", "reject": "('string')", "attr": "('a')"}
+ARGUMENTS |= {"selectattr": "('a')", "rejectattr": "('a')"}
+
+
+@pytest.mark.parametrize("name", sorted(FILTER_COSTS))
+def test_a_filter_in_a_loop_ends_within_the_budget(name: str) -> None:
+    for shape, value in SHAPES.items():
+        body = f"{{% set c = x | {name}{ARGUMENTS.get(name, '')} | string %}}"
+        ends = "{% endfor %}" * 2
+        template = ChatTemplate("{% for i in range(9999) %}{% for j in range(9999) %}" + body + ends, {})
+        began = time.process_time()
+        with pytest.raises(TemplateError) as caught:
+            template.render([USER], x=value)
+        assert time.process_time() - began < 3, shape
+        assert "\n" not in str(caught.value)
+
+
+def test_every_available_filter_has_a_cost() -> None:
+    names = {name for name in chat._SANDBOX.filters if not name.startswith("<")}
+    assert names == FILTER_COSTS.keys()

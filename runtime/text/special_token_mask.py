@@ -1,0 +1,104 @@
+"""`SpecialTokenMask`: keeps the text of a conversation from spelling special tokens in a rendered chat template."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llm_edge.runtime.errors import InputError, TemplateError
+
+_ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"})
+_RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
+
+
+class PartialMatches:
+    """Finds where the ends of a text could become part of the spelling of a special token."""
+
+    def __init__(self, specials: Iterable[str]) -> None:
+        self._specials = [text for text in specials if len(text) > 1]
+        self._starts = {text[:n] for text in self._specials for n in range(1, len(text))}
+        self._ends = {text[-n:] for text in self._specials for n in range(1, len(text))}
+        self._longest = max(map(len, self._specials), default=1) - 1
+
+    def places(self, text: str) -> set[int]:
+        """Positions of characters without which no special token could extend into this text."""
+        places = set()
+        stripped = text.strip()
+        for part, start in {text: 0, stripped: text.find(stripped)}.items():  # templates trim
+            for n in range(1, min(len(part), self._longest) + 1):
+                if part[-n:] in self._starts:
+                    places.add(start + len(part) - n)
+                if part[:n] in self._ends:
+                    places.add(start + n - 1)
+            if 0 < len(part) < self._longest and any(part in special[1:-1] for special in self._specials):
+                places.add(start)
+        return places
+
+
+class SpecialTokenMask:
+    """Replaces characters in a conversation so that none of its text can be read as a special token.
+
+    The substitute is one of Unicode's rarest characters, absent from the conversation, so that templates can trim,
+    measure, slice and escape around it. Strings that the template compares with keep their ends.
+    """
+
+    def __init__(
+        self, pattern: re.Pattern[str], partial: PartialMatches, literals: frozenset[str], data: object
+    ) -> None:
+        self._special_pattern, self._partial, self._literals, self._unmasked = pattern, partial, literals, data
+        self._stand_ins: dict[str, str] = {}
+
+    @property
+    def used(self) -> bool:
+        """Whether there was anything to mask."""
+        return bool(self._stand_ins)
+
+    def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """Mask a message; its role is an identifier and is rejected if it would need a mask."""
+        role = message["role"]
+        if self._special_pattern.search(role) or (role not in _ROLES | self._literals and self._partial.places(role)):
+            raise TemplateError(f"messages[{index}]: the role {role!r} resembles part of a special token")
+        return {**{key: self.data(value) for key, value in message.items()}, "role": role}
+
+    def data(self, value: Any) -> Any:
+        """Mask the strings in JSON-like data."""
+        if isinstance(value, str):
+            return self._text(value)
+        if isinstance(value, dict):
+            return {self._text(key): self.data(item) for key, item in value.items()}
+        return [self.data(item) for item in value] if isinstance(value, list) else value
+
+    def restore(self, text: str) -> str:
+        """Restore the masked characters in a text."""
+        for char, stand_in in self._stand_ins.items():
+            text = text.replace(stand_in, char).replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
+        return text
+
+    def _text(self, text: str) -> str:
+        places = set() if text in self._literals else self._partial.places(text)
+        match = self._special_pattern.search(text)
+        while match is not None:  # including overlapping matches
+            places.add(match.start())
+            match = self._special_pattern.search(text, match.start() + 1)
+        if not places:
+            return text
+        return "".join(self._stand_in(char) if i in places else char for i, char in enumerate(text))
+
+    def _stand_in(self, char: str) -> str:
+        if char not in self._stand_ins:
+            if len(self._taken) > len(_RARE) // 2:
+                raise InputError("the text contains too many rare characters: remove some")
+            while (found := chr(secrets.choice(_RARE))) in self._taken:
+                pass
+            self._taken.add(found)
+            self._stand_ins[char] = found
+        return self._stand_ins[char]
+
+    @functools.cached_property
+    def _taken(self) -> set[str]:
+        text = json.dumps(self._unmasked, ensure_ascii=False)
+        return set() if text.isascii() else set(re.findall(f"[{chr(_RARE[0])}-{chr(_RARE[-1])}]", text))
