@@ -268,9 +268,7 @@ def _matcher(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatcher:
     from llm_edge.runtime.sampling.json_schema.normalize import JSON_STYLE, enforceable
 
     if constraint.kind.startswith("json"):
-        grammar = LLMatcher.grammar_from_json_schema(
-            enforceable(json.loads(constraint.text)), overrides=JSON_STYLE
-        )
+        grammar = LLMatcher.grammar_from_json_schema(enforceable(json.loads(constraint.text)), overrides=JSON_STYLE)
     elif constraint.kind in ("lark", "tools"):
         grammar = LLMatcher.grammar_from_lark(constraint.text)
     else:

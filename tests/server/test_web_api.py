@@ -47,7 +47,6 @@ def test_an_answer_is_stored_for_the_terminal_chat_and_rendered_for_the_page(web
     assert shown["messages"][1]["reasoning"] == "Is it so?"
     assert shown["params"] == {"temperature": 0.5}
     assert shown["used"] > 0
-    assert shown["context"] == 4096
     with Store(web.data / "conversations.sqlite3") as store:
         stored = store.load(begun["chat"])
     assert [message.content for message in stored.path()] == ["Is it?", "Yes, **indeed**."]
