@@ -66,11 +66,6 @@ class ChatSession:
         """The answer being generated."""
         return self._running.message if self._running is not None else None
 
-    @property
-    def answer_tokens(self) -> int:
-        """Number of tokens of the answer being generated."""
-        return self._running.tokens if self._running is not None else 0
-
     def ask(self, text: str, tokens: int = 0) -> Message:
         """Ask a question; returns the answer, which grows with each `poll`.
 

@@ -43,7 +43,6 @@ class Progress:
         message: its id.
         blocks: HTML of the answer.
         reasoning: the text of its reasoning.
-        tokens: number of tokens so far.
         used: number of tokens of the context in use.
         rate: tokens per second.
     """
@@ -51,7 +50,6 @@ class Progress:
     message: int
     blocks: tuple[str, ...]
     reasoning: str
-    tokens: int
     used: int
     rate: float
 
@@ -183,8 +181,7 @@ class LiveChat:
 
     def _progress(self, answer: Message) -> Progress:
         used = self.session.used()
-        tokens = self.session.answer_tokens
-        return Progress(answer.id, self._blocks.update(answer.content), answer.reasoning, tokens, used, self._rate)
+        return Progress(answer.id, self._blocks.update(answer.content), answer.reasoning, used, self._rate)
 
     def _refuse_while_answering(self) -> None:
         if self.running:
@@ -258,7 +255,6 @@ def _changes(before: Progress, now: Progress) -> dict[str, Any]:
         "blocks": now.blocks[first:],
         "reasoning_from": start,
         "reasoning": now.reasoning[start:],
-        "tokens": now.tokens,
         "used": now.used,
         "rate": round(now.rate, 1),
     }

@@ -70,7 +70,7 @@ def test_a_conversation_of_the_terminal_chat_continues_on_the_page(web: WebServe
         assert [message.content for message in session.conversation.path()][2:] == ["Second", "From the page."]
 
 
-def test_an_answer_goes_on_while_nobody_watches_and_a_late_page_misses_nothing(web: WebServer) -> None:
+def test_an_answer_continues_unwatched_and_a_late_page_misses_nothing(web: WebServer) -> None:
     web.fake.pause = 0.02
     text = " ".join(f"word{n}" for n in range(60)) + "\n\n```python\nx = 1\n```\n\nEnd."
     web.fake.enqueue(Said(text, reasoning="Let me think."))
@@ -79,7 +79,7 @@ def test_an_answer_goes_on_while_nobody_watches_and_a_late_page_misses_nothing(w
     reasoning, seen = "", 0
     for name, data in web.events(number):  # connects in the middle, leaves, and connects again
         seen += 1
-        if name == "answer" and data["tokens"] > 20:
+        if name == "answer" and any("word20" in block for block in data["blocks"]):
             break
     for name, data in web.events(number):
         if name == "chat":
@@ -90,7 +90,7 @@ def test_an_answer_goes_on_while_nobody_watches_and_a_late_page_misses_nothing(w
         else:
             blocks[data["from"] :] = data["blocks"]
             reasoning = reasoning[: data["reasoning_from"]] + data["reasoning"]
-            assert data["used"] > data["tokens"] > 0
+            assert data["used"] > 0
     assert answer["text"] == text
     assert seen > 1
     assert answer["blocks"][: len(blocks) - 1] == blocks[:-1]
@@ -117,7 +117,7 @@ def test_stop_keeps_what_was_generated_and_continue_goes_on(web: WebServer) -> N
     begun = web.post("/ask", text="Count")
     number = begun["chat"]
     for name, data in web.events(number):
-        if name == "answer" and data["tokens"] >= 2:
+        if name == "answer" and any("two" in block for block in data["blocks"]):
             break
     refused = web.http.post("/ask", json={"text": "Another", "chat": number})
     assert refused.status_code == 409
