@@ -145,10 +145,12 @@ class LiveChat:
                     await run_in_threadpool(self._fresh, lambda session: self._begin(session, loaded, options, begin))
                 started()
                 self.changed()
-                while self.running:
+                while True:
                     began = time.perf_counter()
                     async with self._lock:
                         await run_in_threadpool(self._poll)
+                    if not self.running:  # nothing may come between the end and what follows it
+                        break
                     self._wake()
                     # Rendering takes at most about a tenth of the time, however long a block is.
                     await asyncio.sleep(max(_INTERVAL, 10 * (time.perf_counter() - began)))

@@ -14,6 +14,7 @@ import web_chat
 from web_chat import WebServer, until
 
 from llm_edge.chat.fake import Said
+from llm_edge.chat.history.store import Store
 from llm_edge.chat.questions import QUICK
 
 WIDTHS = {360: 740, 390: 844, 1440: 900}
@@ -117,7 +118,7 @@ def test_a_question_is_answered_at_every_width(web: WebServer, open_page: Opener
     assert page.locator("img[src=x]").count() == 0
     assert page.evaluate("window.hacked") is None
     assert "tok/s" in answer.locator(".figures").first.inner_text()
-    assert re.match(r"[\d,]+ of 4,096 tokens", page.inner_text("#used"))
+    assert re.match(r"[\d,]+ of 1,024 tokens", page.inner_text("#used"))
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for name in ("#send", "#open-sidebar", "#open-panel", ".code .copy"):
         box = page.locator(name).first.bounding_box()
@@ -176,6 +177,34 @@ def test_an_answer_continues_when_the_page_is_closed(web: WebServer, open_page: 
     page.context.close()
     again = open_page(path)
     again.locator(".block", has_text="word29").wait_for()
+
+
+def test_a_lost_network_is_reported_and_nothing_is_missed(web: WebServer, open_page: Opener) -> None:
+    web.fake.pause = 0.05
+    web.fake.enqueue(" ".join(f"word{n}" for n in range(50)))
+    page = open_page(expected="ERR_INTERNET_DISCONNECTED|network|Failed to load")
+    page.fill("#question", "Through a tunnel")
+    page.keyboard.press("Enter")
+    page.locator(".block", has_text="word2").wait_for()
+    page.context.set_offline(True)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # looks at the models again
+    page.locator("#banner").wait_for()
+    page.context.set_offline(False)
+    page.locator("#banner").wait_for(state="hidden")
+    page.locator(".block", has_text="word49").wait_for()
+    last(page).locator(".actions").wait_for()
+
+
+def test_changes_of_other_programs_appear_on_return(web: WebServer, open_page: Opener) -> None:
+    page = open_page()
+    ask(page, "Seen by both")
+    number = int(page.url.rpartition("/")[2])
+    with Store(web.data / "conversations.sqlite3") as store:
+        store.add(store.load(number), "user", "Typed in the terminal")
+    for hidden in ("true", "false"):
+        page.evaluate(f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})")
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    page.locator(".message.question", has_text="Typed in the terminal").wait_for()
 
 
 def test_reasoning_is_collapsed_with_its_length(web: WebServer, open_page: Opener) -> None:

@@ -80,7 +80,7 @@ def start(models: Path, data: Path, patch: pytest.MonkeyPatch, **config: Any) ->
     """Start a server whose store and settings are in `data`."""
     patch.setenv("LLM_EDGE_DATA", str(data))
     patch.setenv("LLM_EDGE_CONFIG", str(data))
-    fake = FakeResponder(name=Bundle.open(models / "tiny").name, detail="fp32")
+    fake = FakeResponder(context_length=1024, name=Bundle.open(models / "tiny").name, detail="fp32")
     patch.setattr(chats, "LocalResponder", lambda _engine: fake)
     return WebServer(models, data, fake, **config)
 

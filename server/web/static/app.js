@@ -3,7 +3,7 @@
 import { api, follow } from "./api.js";
 import { chatActions, loadList, markCurrent, setRunning, startList } from "./chatlist.js";
 import { $, el, fillIcons, store, stored, toast } from "./dom.js";
-import { edit, growMessage, plainText, setActions, showMessages } from "./messages.js";
+import { edit, growMessage, plainText, removePending, setActions, showMessages, showPending } from "./messages.js";
 import { loadModel, params, setParam, setParams, setSystem, startParams, systemPrompt, thinkingMode, useModel } from "./params.js";
 import { closeDrawer, startPanels } from "./panels.js";
 import { showQuestions, showTokens } from "./tokens.js";
@@ -47,10 +47,11 @@ function show(id, keepFocus = false) {
   if (!keepFocus && !touch) $("question").focus();
 }
 
-function watch(id) {
+// Follows a conversation. `again`: it is on the page already, with parameters that may have been changed since.
+function watch(id, again = false) {
   const control = new AbortController();
   watching = control;
-  let first = true;
+  let first = !again;
   follow(`/chats/${id}/events`, (name, data) => {
     if (control.signal.aborted) return;
     if (name === "chat") {
@@ -89,11 +90,12 @@ function render(data) {
   $("messages").removeAttribute("aria-busy");
   showMessages(data);
   $("empty").hidden = data.messages.length > 0;
-  $("title").textContent = data.title;
+  $("title").textContent = data.title || "New chat";
   document.title = data.title ? `${data.title} · llm-edge` : "llm-edge";
   $("chat-menu").hidden = data.id === null;
   setSystemIfOther(before, data);
   const running = data.running !== null;
+  if (!running && document.activeElement === $("stop") && !touch) $("question").focus();
   $("send").hidden = running;
   $("stop").hidden = !running;
   setRunning(data.id, running);
@@ -154,6 +156,7 @@ async function start(path, body) {
   try {
     const begun = await api(path, { method: "POST", body: { ...options(), ...body } });
     if (begun.chat !== number) openChat(begun.chat, { keepFocus: true });
+    else if (document.activeElement === document.body && !$("stop").hidden) $("stop").focus();
     return true;
   } catch (error) {
     failed(error);
@@ -166,12 +169,21 @@ async function start(path, body) {
 }
 
 async function ask(text) {
-  if (!text.trim() || sending || (chat && chat.running !== null)) return;
+  if (!text.trim() || sending) return;
+  if (chat && chat.running !== null) {
+    toast("The model is still answering. Press Esc to stop it.");
+    return;
+  }
   const at = number;
   setQuestion("");
+  showPending(text); // a model may have to be loaded first
+  $("empty").hidden = true;
   scrollToEnd();
   if (!(await start("/ask", { chat: at, text, system: at === null ? systemPrompt() : undefined }))) {
-    if (number === at && !$("question").value) setQuestion(text);
+    removePending();
+    if (number !== at) return;
+    $("empty").hidden = Boolean(chat?.messages.length);
+    if (!$("question").value) setQuestion(text);
   } else {
     delete drafts[at ?? 0];
     if (at !== null) scrollToEnd();
@@ -326,7 +338,12 @@ async function startPage() {
   startPanels({ openChat, stop, running: () => chat?.running != null, menu: () => chatActions(chat) });
   $("model").addEventListener("change", () => chooseModel($("model").value).catch(failed));
   document.addEventListener("visibilitychange", () => {
-    if (document.hidden) return;
+    if (document.hidden) {
+      // A browser allows six connections to a server: tabs in the background leave theirs to others.
+      if (chat?.running === null) watching?.abort();
+      return;
+    }
+    if (number && chat && watching?.signal.aborted) watch(number, true);
     pollModels();
     loadList();
   });

@@ -8,6 +8,7 @@ let current = null;
 let chats = [];
 let more = false;
 let loaded = 0;
+let timer = 0; // runs while other conversations are being answered
 
 export function startList(openChat) {
   open = openChat;
@@ -56,6 +57,8 @@ function draw(search) {
   if (more) parts.push(el("button", { type: "button", class: "wide plain", onclick: () => loadList(true) }, "Show older conversations"));
   $("chats").replaceChildren(...parts);
   if (focused) $("chats").querySelector(`[data-id="${focused}"]`)?.focus();
+  clearTimeout(timer);
+  if (chats.some((chat) => chat.running && chat.id !== current)) timer = setTimeout(() => loadList(), 3000);
 }
 
 function grouped(search) {

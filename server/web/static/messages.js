@@ -12,6 +12,7 @@ export function setActions(given) {
 
 // Shows a conversation; views of messages that have not changed stay as they are.
 export function showMessages(chat) {
+  removePending();
   const list = $("messages");
   const wanted = new Set(chat.messages.map((message) => message.id));
   for (const [id, view] of shown) {
@@ -37,6 +38,19 @@ export function showMessages(chat) {
     }
     if (list.children[place] !== view.element) list.insertBefore(view.element, list.children[place] ?? null);
   });
+}
+
+// Shows a question that is being sent.
+export function showPending(text) {
+  const dots = el("div", { class: "dots", role: "img", "aria-label": "Waiting for the model" }, el("i"), el("i"), el("i"));
+  $("messages").append(
+    el("article", { class: "message question pending", "aria-label": "Your message" }, el("div", { class: "blocks" }, el("p", { class: "typed" }, text))),
+    el("article", { class: "message answer waiting pending", "aria-label": "Answer" }, dots),
+  );
+}
+
+export function removePending() {
+  for (const element of $("messages").querySelectorAll(".pending")) element.remove();
 }
 
 // Adds what an answer has gained.

@@ -110,6 +110,7 @@ function presetRow() {
       el("button", { type: "button", id: "save-preset", onclick: savePreset }, "Save as…"),
       el("button", { type: "button", id: "delete-preset", onclick: deletePreset, hidden: true }, "Delete preset"),
     ),
+    el("p", { class: "hint" }, "Changes also apply to the answer being generated."),
   );
 }
 
@@ -160,14 +161,16 @@ function systemRow() {
     system = field.value;
     hooks.system();
   });
-  return el("div", { class: "field" }, el("label", { for: "system" }, "System prompt of this conversation"), field);
+  const hint = el("p", { class: "hint" }, "Applies from the next answer on.");
+  return el("div", { class: "field" }, el("label", { for: "system" }, "System prompt of this conversation"), field, hint);
 }
 
 function thinkingRow() {
   const select = el("select", { id: "thinking" }, ...[["", "As the model does"], ["true", "On"], ["false", "Off"]].map(([name, text]) => el("option", { value: name }, text)));
   select.value = thinking === null ? "" : String(thinking);
   select.addEventListener("change", () => (thinking = select.value ? select.value === "true" : null));
-  return el("div", { class: "field" }, el("label", { for: "thinking" }, "Reasoning"), select);
+  const hint = el("p", { class: "hint" }, "For models that can reason; applies from the next answer on.");
+  return el("div", { class: "field" }, el("label", { for: "thinking" }, "Reasoning"), select, hint);
 }
 
 function row(spec) {
