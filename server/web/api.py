@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
-from fastapi.responses import StreamingResponse
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from llm_edge.chat.history import transcript
+from llm_edge.chat.history.archive import write_archive
 from llm_edge.chat.history.conversation import Conversation, Message
 from llm_edge.chat.history.importing import import_file
 from llm_edge.chat.responder import tokens_of_question
@@ -118,9 +120,23 @@ def _text_of(conversation: Conversation, form: str) -> str:
     return transcript.to_json(conversation) if form == "json" else transcript.markdown(conversation)
 
 
+@router.get("/export")
+async def export_all(request: Request) -> FileResponse:
+    """All conversations as a zip, which can be imported."""
+    store = (await _chats(request)).store
+    folder = tempfile.TemporaryDirectory(prefix="llm-edge-export-")
+    path = Path(folder.name) / "conversations.zip"
+    try:
+        await run_in_threadpool(write_archive, path, store)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return FileResponse(path, filename="llm-edge-conversations.zip", background=BackgroundTask(folder.cleanup))
+
+
 @router.post("/import")
 async def import_(request: Request) -> dict[str, Any]:
-    """Import the conversations of a file: our JSON, or ChatGPT's archive or conversations.json."""
+    """Import the conversations of a file: our JSON or zip, or ChatGPT's archive or conversations.json."""
     store = (await _chats(request)).store
     with tempfile.TemporaryDirectory(prefix="llm-edge-import-") as folder:
         path = Path(folder) / "import"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,14 @@ def test_a_conversation_is_exported_and_imported(web: WebServer, open_page: Open
         assert download.value.suggested_filename == f"Export this.{suffix}"
         download.value.save_as(tmp_path / f"export.{suffix}")
     assert "To be exported." in (tmp_path / "export.md").read_text()
+    page.click("#import")
+    with page.expect_download() as download:
+        page.get_by_role("menuitem", name="Export all conversations").click()
+    download.value.save_as(tmp_path / "all.zip")
+    assert len(zipfile.ZipFile(tmp_path / "all.zip").namelist()) == len(web.get("/chats")["chats"])
+    page.click("#import")
+    with page.expect_file_chooser():
+        page.get_by_role("menuitem", name="Import conversations…").click()
     page.set_input_files("#import-file", tmp_path / "export.json")
     page.locator(".toast", has_text="Imported 1 conversation.").wait_for()
     page.locator(".chat-link", has_text="Export this").nth(1).wait_for()

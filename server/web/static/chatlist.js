@@ -13,7 +13,10 @@ let timer = 0; // runs while other conversations are being answered
 export function startList(openChat) {
   open = openChat;
   $("search").addEventListener("input", debounced(() => loadList(), 200));
-  $("import").addEventListener("click", () => $("import-file").click());
+  $("import").addEventListener("click", () => openMenu($("import"), [
+    ["Import conversations…", () => $("import-file").click(), "import"],
+    ["Export all conversations", () => download("/export").catch((error) => toast(error.message, { error: true })), "import"],
+  ]));
   $("import-file").addEventListener("change", importFile);
   $("chats").addEventListener("keydown", moveFocus);
 }
