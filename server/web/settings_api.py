@@ -36,6 +36,7 @@ async def state(request: Request) -> dict[str, Any]:
         "note": web.note,
         "parameters": parameter_views(),
         "questions": questions,
+        "adds_models": hasattr(server_state(request), "jobs"),  # with the routes under /models/jobs
         **await models(request),
     }
 

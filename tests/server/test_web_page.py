@@ -83,7 +83,7 @@ def open_page(web: WebServer, browser: Any) -> Iterator[Opener]:
 
         page.on("console", lambda message: report(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: report(str(error)))
-        page.goto((url or web.url) + path)
+        page.goto(path if path.startswith("about:") else (url or web.url) + path)
         return page
 
     yield opened
@@ -411,6 +411,54 @@ def test_another_model_is_chosen_and_loaded(web: WebServer, open_page: Opener) -
     ask(page, "Who are you?")
     assert next(each["state"] for each in web.get("/models")["models"] if each["name"] == "other:int8") == "loaded"
     page.select_option("#model", "tiny:fp32")
+
+
+JOB = {"id": "1", "model": "new-model", "source": "owner/name", "stage": None, "progress": None, "detail": None,
+       "error": None, "report": None, "status": "queued"}  # fmt: skip
+
+
+def test_a_model_is_added_with_progress_and_its_report(web: WebServer, open_page: Opener, tmp_path: Path) -> None:
+    report = {"precisions": [{"name": "int8", "size": 130_000_000, "max_difference": 0.0123, "top1": 0.987}]}
+    stages = [
+        JOB,
+        {**JOB, "status": "running", "stage": "weights", "progress": 0.4, "detail": "layer 3"},
+        {**JOB, "status": "finished", "report": report},
+    ]
+    asked: list[tuple[str, str]] = []
+
+    def answer(route: Any) -> None:
+        request = route.request
+        if request.url.endswith("/events"):
+            body = "".join(f"data: {json.dumps(stage)}\n\n" for stage in stages)
+            route.fulfill(body=body, content_type="text/event-stream")
+        elif request.method == "GET":
+            allowed = {"downloads": True, "uploads": True}
+            route.fulfill(json={"object": "list", "data": [], "allowed": allowed})
+        else:
+            asked.append((request.method, (request.post_data_buffer or b"").decode()))
+            route.fulfill(status=202, json=JOB)
+
+    page = open_page("about:blank")
+    page.route("**/models/jobs**", answer)
+    page.route("**/ui/api/state", lambda route: route.fulfill(json={**route.fetch().json(), "adds_models": True}))
+    page.goto(web.url)
+    page.get_by_role("button", name="Add a model").click()
+    page.get_by_label("From the Hugging Face Hub").fill("owner/name")
+    page.get_by_role("button", name="Download and convert").click()
+    page.locator(".jobs", has_text="98.7 %").wait_for()
+    assert json.loads(asked[0][1]) == {"source": "owner/name", "precision": "int8"}
+    page.get_by_role("button", name="Remove new-model").click()
+    page.locator(".jobs li").wait_for(state="detached")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    page.get_by_role("button", name="Upload and convert").click()
+    page.get_by_role("alert").filter(has_text="Choose the files first.").wait_for()
+    page.get_by_label("From files").set_input_files(weights)
+    page.select_option("dialog select", "int4")
+    page.get_by_role("button", name="Upload and convert").click()
+    page.locator(".jobs", has_text="98.7 %").wait_for()
+    assert "int4" in asked[-1][1]
+    assert 'filename="model.safetensors"' in asked[-1][1]
 
 
 def test_shortcuts_and_themes(web: WebServer, open_page: Opener) -> None:

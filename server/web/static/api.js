@@ -58,11 +58,14 @@ export function connected(yes) {
   }
 }
 
+// The address of a path of the page's API; paths of the server's other APIs are given whole.
+const address = (path) => (path.startsWith("/models/jobs") ? path : `/ui/api${path}`);
+
 async function send(path, options) {
   const used = key();
   let response;
   try {
-    response = await fetch(`/ui/api${path}`, { ...options, headers: { ...options.headers, ...headers() } });
+    response = await fetch(address(path), { ...options, headers: { ...options.headers, ...headers() } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     connected(false);
@@ -81,7 +84,9 @@ async function failure(response) {
   let detail = "";
   let code = "";
   try {
-    ({ detail, code } = await response.json());
+    const body = await response.json();
+    detail = body.detail ?? body.error?.message;
+    code = body.code ?? body.error?.code;
   } catch {
     // not JSON
   }
@@ -101,6 +106,30 @@ export async function api(path, { method = "GET", body, raw } = {}) {
   return response.json();
 }
 
+// Sends a form and reports the fraction that has been sent: fetch cannot.
+export function upload(path, form, progress, signal) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("POST", address(path));
+    for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
+    request.upload.addEventListener("progress", (event) => progress(event.lengthComputable ? event.loaded / event.total : null));
+    request.addEventListener("error", () => reject(new ServerError("The upload was interrupted. Check that llm-serve is running, then try again.")));
+    request.addEventListener("abort", () => reject(new ServerError("The upload was cancelled.")));
+    request.addEventListener("load", () => {
+      let body = {};
+      try {
+        body = JSON.parse(request.responseText);
+      } catch {
+        // not JSON
+      }
+      if (request.status < 300) resolve(body);
+      else reject(new ServerError(body.detail ?? body.error?.message ?? `The server answered ${request.status}.`, request.status));
+    });
+    signal.addEventListener("abort", () => request.abort());
+    request.send(form);
+  });
+}
+
 // Saves a response as a file: a link could not carry the key.
 export async function download(path) {
   const response = await send(path, { headers: {} });
@@ -115,7 +144,7 @@ export async function download(path) {
 
 // Reads a stream of events until `signal` aborts, and connects again when it breaks; the server then sends the whole
 // state, so nothing is missed.
-export async function follow(path, handle, signal) {
+export async function follow(path, handle, signal, ended = () => false) {
   let pause = 300;
   while (!signal.aborted) {
     const attempt = new AbortController();
@@ -137,7 +166,7 @@ export async function follow(path, handle, signal) {
     } finally {
       signal.removeEventListener("abort", abort);
     }
-    if (signal.aborted) return;
+    if (signal.aborted || ended()) return;
     await new Promise((resolve) => setTimeout(resolve, pause));
     pause = Math.min(pause * 1.7, 4000);
   }
@@ -156,7 +185,7 @@ async function readEvents(reader, handle, attempt) {
     for (const event of events) {
       const name = /^event: (.*)$/m.exec(event)?.[1];
       const data = /^data: (.*)$/m.exec(event)?.[1];
-      if (name && data) handle(name, JSON.parse(data));
+      if (data) handle(name ?? "message", JSON.parse(data));
     }
   }
 }

@@ -1,5 +1,6 @@
 // The chat page: connects the list, the messages, the composer and the parameters.
 
+import { startAdding } from "./addmodel.js";
 import { api, follow } from "./api.js";
 import { chatActions, loadList, markCurrent, setRunning, startList } from "./chatlist.js";
 import { $, el, fillIcons, store, stored, toast } from "./dom.js";
@@ -331,6 +332,19 @@ async function begin() {
   show(wanted());
   if (prefilled && number === null) setQuestion(prefilled.slice(0, 20_000));
   pollModels(state.ready ? 15_000 : 500);
+  if (state.adds_models) startAdding(useAdded);
+}
+
+async function useAdded(folder) {
+  try {
+    const found = await api("/models");
+    models = found.models;
+    drawModels(found.default);
+    const added = models.find((each) => each.folder === folder);
+    if (added) await chooseModel(added.name);
+  } catch (error) {
+    failed(error);
+  }
 }
 
 async function startPage() {
