@@ -41,18 +41,19 @@ async function show() {
       problem.textContent = error.message;
       problem.hidden = false;
     } finally {
-      fields.disabled = !(fields === fromHub ? downloads : uploads);
+      fields.disabled = false;
       sent.hidden = true;
     }
   };
-  const fromHub = el("fieldset", { disabled: !downloads },
-    el("label", { for: source.id }, "From the Hugging Face Hub"), source,
-    el("div", { class: "buttons" }, el("button", { type: "button", onclick: () => attempt(() => api(JOBS, { method: "POST", body: { source: source.value.trim(), precision: precision.value } }), fromHub) }, "Download and convert")),
-    downloads ? null : el("p", { class: "hint" }, "Off: start llm-serve with --allow-downloads."));
-  const fromFiles = el("fieldset", { disabled: !uploads },
-    el("label", { for: files.id }, "From files: weights, tokenizer and configuration"), files, sent,
-    el("div", { class: "buttons" }, el("button", { type: "button", onclick: () => attempt(() => sendFiles(files, precision.value, sent, control.signal), fromFiles) }, "Upload and convert")),
-    uploads ? null : el("p", { class: "hint" }, "Off: start llm-serve with --allow-uploads."));
+  const off = (title, option) => el("fieldset", {}, el("p", { class: "label" }, title), el("p", { class: "hint" }, `Off: start llm-serve with ${option}.`));
+  const hubTitle = "From the Hugging Face Hub";
+  const filesTitle = "From files: weights, tokenizer and configuration";
+  const fromHub = !downloads ? off(hubTitle, "--allow-downloads") : el("fieldset", {},
+    el("label", { for: source.id }, hubTitle), source,
+    el("div", { class: "buttons" }, el("button", { type: "button", onclick: () => attempt(() => api(JOBS, { method: "POST", body: { source: source.value.trim(), precision: precision.value } }), fromHub) }, "Download and convert")));
+  const fromFiles = !uploads ? off(filesTitle, "--allow-uploads") : el("fieldset", {},
+    el("label", { for: files.id }, filesTitle), files, sent,
+    el("div", { class: "buttons" }, el("button", { type: "button", onclick: () => attempt(() => sendFiles(files, precision.value, sent, control.signal), fromFiles) }, "Upload and convert")));
   const { closed } = openDialog("Add a model", [el("label", { for: precision.id }, "Precision"), precision, fromHub, fromFiles, problem, jobs]);
   for (const job of [...listed.data].reverse()) watch(jobs, job, control.signal);
   await closed;
