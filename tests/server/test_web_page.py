@@ -161,6 +161,7 @@ def test_a_reload_in_mid_answer_loses_nothing(web: WebServer, open_page: Opener)
     page.locator(".block", has_text="word5").wait_for()
     page.fill("#question", "a draft")
     page.reload()
+    until(lambda: page.input_value("#question") == "a draft")
     page.locator("#stop").wait_for()
     last(page).locator(".actions").wait_for()
     assert last(page).locator(".blocks").inner_text().split() == words

@@ -16,7 +16,7 @@ let chat = null; // the conversation that is shown; null = a new one
 let number = null; // its id
 let watching = null; // aborts the stream of its events
 let sending = false;
-let drafts = {};
+let drafts = {}; // unsent questions, by the conversation's id; 0 = a new one
 
 const failed = (error) => toast(error.message, { error: true });
 
@@ -28,9 +28,9 @@ function openChat(id, { keepFocus = false } = {}) {
   show(id, keepFocus);
 }
 
-function show(id, keepFocus = false) {
+function show(id, keepFocus = false, leaving = true) {
   if (id === number && id !== null && watching) return;
-  drafts[number ?? 0] = $("question").value;
+  if (leaving) drafts[number ?? 0] = $("question").value;
   watching?.abort();
   watching = null;
   number = id;
@@ -208,8 +208,27 @@ function fitQuestion() {
   $("send").disabled = !field.value.trim();
 }
 
+function keepDrafts() {
+  drafts[number ?? 0] = $("question").value;
+  try {
+    sessionStorage.setItem("llm-edge.drafts", JSON.stringify(drafts));
+  } catch {
+    // kept until the page is reloaded
+  }
+}
+
+function restoreDrafts() {
+  try {
+    drafts = JSON.parse(sessionStorage.getItem("llm-edge.drafts")) ?? {};
+  } catch {
+    drafts = {};
+  }
+}
+
 function startComposer() {
   const field = $("question");
+  restoreDrafts();
+  addEventListener("pagehide", keepDrafts);
   field.addEventListener("input", fitQuestion);
   if (touch) $("send").title = "Send";
   else field.setAttribute("enterkeyhint", "send");
@@ -328,8 +347,9 @@ async function begin() {
   if (state.note) toast(state.note, { error: true });
   await loadList();
   const prefilled = new URLSearchParams(location.search).get("q"); // shown, never sent by itself
+  if ($("question").value) drafts[wanted() ?? 0] = $("question").value; // typed before the server answered
   number = undefined;
-  show(wanted());
+  show(wanted(), false, false);
   if (prefilled && number === null) setQuestion(prefilled.slice(0, 20_000));
   pollModels(state.ready ? 15_000 : 500);
   if (state.adds_models) startAdding(useAdded);
