@@ -139,10 +139,10 @@ class LiveChat:
         """
         self._refuse_while_answering()
         async with pool.use(options.model) as loaded:
+            async with self._lock:
+                self._refuse_while_answering()  # another request may have begun while the model was loaded
+                await run_in_threadpool(self._fresh, lambda session: self._begin(session, loaded, options, begin))
             try:
-                async with self._lock:
-                    self._refuse_while_answering()
-                    await run_in_threadpool(self._fresh, lambda session: self._begin(session, loaded, options, begin))
                 started()
                 self.changed()
                 while True:
@@ -155,9 +155,7 @@ class LiveChat:
                     # Rendering takes at most about a tenth of the time, however long a block is.
                     await asyncio.sleep(max(_INTERVAL, 10 * (time.perf_counter() - began)))
             finally:
-                self.session.close()  # ends at once, unless the server shuts down
-                self.session.responder = None  # or else the model would stay in memory
-                self.progress = None
+                self._release()
                 self.changed()
 
     def _begin(
@@ -165,12 +163,22 @@ class LiveChat:
     ) -> None:
         responder = LocalResponder(loaded.engine)
         session.set_responder(responder)
-        system = session.conversation.system if options.system is None else options.system
-        session.parameters.load({**options.params, "system": system})
-        session.thinking = options.thinking
-        self.context = responder.context_length
-        self._blocks, self._rate, self._rate_at = AnswerBlocks(), 0.0, time.monotonic()
-        begin(session)
+        try:
+            system = session.conversation.system if options.system is None else options.system
+            session.parameters.load({**options.params, "system": system})
+            session.thinking = options.thinking
+            self.context = responder.context_length
+            self._blocks, self._rate, self._rate_at = AnswerBlocks(), 0.0, time.monotonic()
+            begin(session)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        """End the answer, if the server shuts down before its end, and let go of the model."""
+        self.session.close()
+        self.session.responder = None
+        self.progress = None
 
     def _poll(self) -> None:
         self.session.poll()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -131,6 +132,21 @@ def test_stop_keeps_what_was_generated_and_continue_goes_on(web: WebServer) -> N
     web.post(f"/chats/{number}/continue", message=begun["message"])
     web.wait(number)
     assert texts(web.chat(number))[1] == "one two three four five six seven eight nine ten"
+
+
+def test_of_two_questions_at_once_the_second_is_refused_without_harm_to_the_first(web: WebServer) -> None:
+    web.fake.enqueue("First.")
+    number = web.ask("Begin")["chat"]
+    web.fake.pause = 0.02
+    web.fake.enqueue("one two three four five six")
+    body = {"text": "At once", "chat": number, "model": "other:int4"}  # which has to be loaded
+    with ThreadPoolExecutor(4) as threads:
+        statuses = list(threads.map(lambda _: web.http.post("/ask", json=body).status_code, range(4)))
+    assert sorted(statuses) == [200, 409, 409, 409]
+    web.wait(number)
+    answer = web.chat(number)["messages"][-1]
+    assert answer["text"] == "one two three four five six"
+    assert "complete" in answer["figures"]
 
 
 def test_both_sides_are_edited_into_branches_that_can_be_selected(web: WebServer) -> None:
