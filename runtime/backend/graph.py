@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from llm_edge.runtime.backend import memory_hints
+from llm_edge.runtime.backend import memory_hints, watchdog
 from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
-from llm_edge.runtime.errors import BundleError, MachineError, one_line
+from llm_edge.runtime.errors import BundleError, MachineError, native_reason
+from llm_edge.runtime.safe_io import MIB
 
 HIDDEN_STATES = "hidden_states"
 NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
@@ -27,6 +28,10 @@ _CACHE_DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int8)": np.dtype(np.int8),  # the graph holds the scales
 }
+
+_STEP_TOKENS = 512  # at most
+_QUERY_GROUP = 8  # queries per key, as in most large models
+_SPARE_BYTES = 192 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ class Graph:
         cache_device: `cpu` or `cuda`, where the graph reads them.
         has_hidden_states: every step computes hidden states, of as many positions as requested.
         step_seconds: steps that take longer are terminated; None = no limit.
+        step_bytes: steps that take more memory for one sequence are terminated; far more than an exported graph needs.
 
     Raises:
         BundleError: the file does not load or contradicts the manifest.
@@ -87,20 +93,23 @@ class Graph:
         self.shape = file.shape
         self.provider = provider
         self.step_seconds = execution.step_seconds
+        self.step_bytes = _step_bytes(file)
         try:
-            # onnxruntime's own provider fallback prints to stdout.
-            self.inference = ort.InferenceSession(
-                file.path,
-                _session_options(provider, execution),
-                providers=_EXECUTION_PROVIDERS[provider],
-                enable_fallback=0,
-                # It would copy a shared embedding; the fused graphs have nothing else to fold.
-                disabled_optimizers=["ConstantFolding"] if file.share_buffer else [],
-            )
+            with watchdog.loading():
+                self.inference = ort.InferenceSession(
+                    file.path,
+                    _session_options(provider, execution),
+                    providers=_EXECUTION_PROVIDERS[provider],
+                    enable_fallback=0,  # onnxruntime's own provider fallback prints to stdout
+                    # It would copy a shared embedding; the fused graphs have nothing else to fold.
+                    disabled_optimizers=["ConstantFolding"] if file.share_buffer else [],
+                )
         except MemoryError as error:
             raise MachineError(f"{file.path}: not enough memory to load it") from error
         except Exception as error:
-            raise BundleError(f"{file.path}: onnxruntime cannot load it ({one_line(error)})") from error
+            raise BundleError(
+                f"{file.path}: onnxruntime cannot load it ({native_reason(error)}): export the bundle again"
+            ) from error
         self.cache_names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
         self.has_hidden_states = any(node.name == HIDDEN_STATES for node in self.inference.get_outputs())
         self.cache_dtype = self._check_signature()
@@ -170,6 +179,18 @@ class Graph:
         if [cache.shape[1], cache.shape[3]] != [shape.num_key_value_heads, shape.head_dim]:
             raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, which contradicts the manifest")
         return _CACHE_DTYPES[cache.type]
+
+
+def _step_bytes(file: GraphFile) -> int:
+    """Twice what a step over `_STEP_TOKENS` tokens at the end of the context needs, and `_SPARE_BYTES`."""
+    shape = file.shape
+    try:
+        weights = file.path.with_name(f"{file.path.name}_data").stat().st_size  # larger than the activations
+    except OSError:
+        weights = 0
+    scores = _STEP_TOKENS * shape.max_position_embeddings * shape.num_key_value_heads * _QUERY_GROUP
+    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * shape.max_position_embeddings
+    return _SPARE_BYTES + 2 * weights + 2 * 4 * (scores + cache + _STEP_TOKENS * shape.vocab_size)
 
 
 def _session_options(provider: str, execution: ExecutionOptions) -> Any:
