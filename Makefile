@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz clean
+.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz schemathesis clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,10 @@ compat: setup $(BUNDLE)/manifest.json
 # Damages copies of the bundle: make fuzz [SEED=n]
 fuzz: setup $(BUNDLE)/manifest.json
 	$(BIN)/python tests/fuzz/run.py $(BUNDLE) $(SEED)
+
+# Sends 5,000 requests made from the OpenAPI document of llm-serve: make schemathesis [SEED=n]
+schemathesis: setup
+	$(BIN)/python tests/schemathesis/run.py $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

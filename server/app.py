@@ -11,6 +11,7 @@ from importlib import metadata
 from fastapi import FastAPI
 
 from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.server.access_log import AccessLog
 from llm_edge.server.config import ServerConfig
 from llm_edge.server.errors import ApiError
 from llm_edge.server.guard import App, Guard
@@ -40,17 +41,18 @@ def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> Ap
 
     Args:
         config: the configuration.
-        closing: set when the server begins to shut down, so that streams that would never end do.
+        closing: set when the server begins to shut down: new requests are refused, and streams that would never end do.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state = ServerState(config, ModelPool(config.models), closing or asyncio.Event())
         app.state.server, app.state.web = state, WebOpener(state)
-        loading = asyncio.create_task(_preload(state))
+        loading, draining = asyncio.create_task(_preload(state)), asyncio.create_task(_drain(state))
         yield
         loading.cancel()
-        await state.pool.drain(config.drain_seconds)
+        state.closing.set()
+        await draining
         await app.state.web.close()
 
     app = FastAPI(
@@ -63,13 +65,27 @@ def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> Ap
     )
     for module in (*PROTOCOLS, *PAGE):
         app.include_router(module.router)
-    return Guard(app, config)
+    guarded = Guard(app, config)
+    return AccessLog(guarded) if config.access_log else guarded
+
+
+async def _drain(state: ServerState) -> None:
+    """Once the server shuts down, let running answers end, cancel those that take too long, and close the models."""
+    await state.closing.wait()
+    await state.pool.drain(state.config.drain_seconds)
 
 
 async def _preload(state: ServerState) -> None:
     """Load the default model, so that the first request does not wait for it."""
+    folder = state.config.models.folder
     try:
+        if not folder.is_dir():
+            _log.warning(
+                "%s: no such folder: create a bundle there with llm-export, or name another with --models", folder
+            )
+            return
         await state.pool.preload("")
     except (ApiError, LlmEdgeError) as error:
         _log.warning("no model is loaded: %s", error.message if isinstance(error, ApiError) else error)
-    state.ready = True
+    finally:
+        state.ready = True

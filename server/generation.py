@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -19,6 +19,7 @@ from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
 from llm_edge.runtime.sampling.logprobs import TokenLogprob
+from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.server.events import (
     Completed,
     Event,
@@ -30,7 +31,7 @@ from llm_edge.server.events import (
     Usage,
 )
 from llm_edge.server.models import LoadedModel, ModelPool
-from llm_edge.server.request import ChatRequest, TextRequest, with_overrides
+from llm_edge.server.request import ChatRequest, TextRequest
 from llm_edge.server.tools import CallEvents, constraint_for, with_instructions
 
 
@@ -162,10 +163,9 @@ async def start_chat(pool: ModelPool, request: ChatRequest) -> RunningRequest:
     def start(loaded: LoadedModel) -> _Started:
         engine, use = loaded.engine, request.tool_use
         tokens = chat_tokens(loaded, request)
+        loaded.prefixes.record(request, tokens)
         constraint = constraint_for(loaded.tool_format, use, engine.tokenizer, request.overrides.get("constraint"))
-        params = with_overrides(
-            engine.default_params, {**request.overrides, "constraint": constraint}, engine.context_length
-        )
+        params = with_overrides(loaded, {**request.overrides, "constraint": constraint})
         generations = engine.generate_many(tokens, params, request.count)
         calls = []
         if use.callable:
@@ -180,7 +180,7 @@ async def start_text(pool: ModelPool, request: TextRequest) -> RunningRequest:
 
     def start(loaded: LoadedModel) -> _Started:
         engine = loaded.engine
-        params = with_overrides(engine.default_params, request.overrides, engine.context_length)
+        params = with_overrides(loaded, request.overrides)
         tokens = engine.encode_prompt(request.prompt)
         return _Started(len(tokens), engine.generate_many(tokens, params, request.count))
 
@@ -204,6 +204,12 @@ async def _start(pool: ModelPool, name: str, start: Callable[[LoadedModel], _Sta
         started = await run_in_threadpool(start, loaded)
         return RunningRequest(loaded, started.prompt_tokens, started.generations, stack.pop_all(), started.calls)
     raise AssertionError("unreachable")
+
+
+def with_overrides(loaded: LoadedModel, overrides: Mapping[str, Any]) -> SamplingParams:
+    """The sampling parameters of a request; without a limit, an answer may fill the context."""
+    engine = loaded.engine
+    return replace(engine.default_params, **{"max_tokens": engine.context_length, **loaded.generation, **overrides})
 
 
 def chat_tokens(loaded: LoadedModel, request: ChatRequest) -> list[int]:
