@@ -38,7 +38,7 @@ function show(id, keepFocus = false, leaving = true) {
   markCurrent(id);
   setQuestion(drafts[id ?? 0] ?? "");
   if (id === null) {
-    setSystem("");
+    if (leaving) setSystem("");
     render({ id: null, title: "", pinned: false, system: "", running: null, used: 0, context: null, messages: [] });
   } else {
     $("messages").setAttribute("aria-busy", "true");

@@ -91,9 +91,19 @@ function draw() {
     const count = members.filter((spec) => spec.name in changed).length;
     parts.push(el("details", { class: "group", "data-group": name, open: open.has(name) || count > 0 }, el("summary", {}, `More: ${name}`), el("div", { class: "params" }, ...members.map(row))));
   }
+  const focused = placeOf(document.activeElement);
   body.replaceChildren(...parts);
   body.scrollTop = scroll;
   showPreset();
+  if (focused) body.querySelector(focused)?.focus();
+}
+
+// A selector for a control of the panel; null for other elements.
+function placeOf(element) {
+  if (!$("panel-body").contains(element) || element === $("panel-body")) return null;
+  const parameter = element.closest("[data-parameter]")?.dataset.parameter;
+  if (!parameter) return element.id ? `#${element.id}` : null;
+  return `[data-parameter="${parameter}"] ${element.localName}${element.type && element.localName === "input" ? `[type="${element.type}"]` : ""}`;
 }
 
 function presetRow() {
