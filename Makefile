@@ -51,6 +51,7 @@ docs: setup
 
 pictures: setup $(BUNDLE)/manifest.json
 	$(BIN)/python docs/screenshots.py $(BUNDLE) docs/pictures
+	$(BIN)/python docs/web_screenshots.py $(BUNDLE) docs/pictures
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)

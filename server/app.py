@@ -27,10 +27,13 @@ from llm_edge.server.protocols import (
     original,
 )
 from llm_edge.server.state import ServerState
+from llm_edge.server.web import api, page, settings_api
+from llm_edge.server.web.state import WebOpener
 
 _log = logging.getLogger("llm_edge.server")
 PROTOCOLS = (openai_chat, openai_completions, openai_responses, openai_models, anthropic, ollama, original, native)
 """Modules with a `router`; to add a protocol, add its module here."""
+PAGE = (page, api, settings_api)
 
 
 def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> App:
@@ -44,12 +47,13 @@ def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> Ap
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state = ServerState(config, ModelPool(config.models), closing or asyncio.Event())
-        app.state.server = state
+        app.state.server, app.state.web = state, WebOpener(state)
         loading, draining = asyncio.create_task(_preload(state)), asyncio.create_task(_drain(state))
         yield
         loading.cancel()
         state.closing.set()
         await draining
+        await app.state.web.close()
 
     app = FastAPI(
         title="llm-edge",
@@ -59,8 +63,8 @@ def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> Ap
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
     )
-    for protocol in PROTOCOLS:
-        app.include_router(protocol.router)
+    for module in (*PROTOCOLS, *PAGE):
+        app.include_router(module.router)
     guarded = Guard(app, config)
     return AccessLog(guarded) if config.access_log else guarded
 

@@ -80,6 +80,7 @@ class RunningRequest:
         prompt_tokens: length of the prompt.
         prompt_text: of a `TextRequest`.
         usage: complete once the events have ended.
+        generated_tokens: number of tokens so far, in all answers.
         timings: of the latest answer that ended.
         stop_string: the stop string that ended the latest answer, if one did.
     """
@@ -98,6 +99,7 @@ class RunningRequest:
         self.prompt_tokens = prompt_tokens
         self.usage = Usage(prompt_tokens)
         self.prompt_text = ""
+        self.generated_tokens = 0
         self.timings: Timings | None = None
         self.stop_string: str | None = None
         self._generations = generations
@@ -108,6 +110,7 @@ class RunningRequest:
         """The events of all choices as they come; leaving the iteration early cancels the generations."""
         try:
             async for choice, chunk in _merged(self._generations):
+                self.generated_tokens += chunk.token is not None
                 for event in self._events(choice, chunk):
                     if isinstance(event, Completed):
                         self.usage = self.usage.plus(event.timings)

@@ -23,6 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _PUBLIC = ("/", "/health", "/favicon.svg", "/favicon.ico")  # answered without a key; they reveal nothing
 _PUBLIC_PREFIX = "/static/"
+_LARGER_BODIES = {"/ui/api/import": 2 << 30}  # written to disk as they arrive
 
 
 class _TooLargeError(HTTPException):
@@ -117,7 +118,7 @@ class Guard:
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, headers: MutableMapping[str, str]) -> None:
         """Run the application, which cannot receive more than the limit."""
-        limit = scope.get("max_body", self._config.max_body)
+        limit = _LARGER_BODIES.get(scope["path"], self._config.max_body)
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()) or int(length) > limit:
             await _refuse(send, 413, f"the body is larger than {limit:,} bytes", "body_too_large", close=True)
