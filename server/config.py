@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llm_edge.server.upstream_config import UpstreamConfig
 
@@ -34,6 +36,8 @@ class ModelConfig:
         parallel: number of answers that a model generates at the same time.
         queue: number of requests that may wait for a model.
         cache_bytes: memory of a model for keys and values of earlier prompts.
+        cache_dir: keeps cached prompts over a restart; None = none.
+        generation: sampling parameters where a request gives none; others are the model's.
     """
 
     folder: Path = Path("artifacts")
@@ -45,6 +49,8 @@ class ModelConfig:
     parallel: int = 8
     queue: int = 64
     cache_bytes: int = 1 * GIB
+    cache_dir: Path | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,8 @@ class ServerConfig:
         max_body: bytes of a request's body.
         keepalive: seconds after which a stream without an event gets a comment.
         drain_seconds: how long running answers may continue after SIGTERM.
+        log_level: `error`, `warning` or `info`.
+        access_log: log a line for each request.
     """
 
     models: ModelConfig = field(default_factory=ModelConfig)
@@ -95,3 +103,5 @@ class ServerConfig:
     max_body: int = 32 << 20
     keepalive: float = 15.0
     drain_seconds: float = 30.0
+    log_level: str = "info"
+    access_log: bool = False

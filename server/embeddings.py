@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from starlette.concurrency import run_in_threadpool
 
 from llm_edge.runtime.backend.session import HiddenStates
+from llm_edge.server.errors import invalid
 from llm_edge.server.models import LoadedModel, ModelPool
 
 
@@ -24,11 +25,13 @@ async def embed(pool: ModelPool, model: str, inputs: Sequence[str | list[int]], 
     """Embed texts or token lists, one after the other.
 
     Raises:
-        ApiError: there is no such model.
-        BundleError: it was exported without hidden states.
+        ApiError: there is no such model, or it was exported without hidden states.
         InputError: an input is empty or does not fit.
     """
     async with pool.use(model) as loaded:
+        if loaded.engine.precision.hidden_size is None:
+            message = f"model {loaded.name!r} has no embeddings: export it again with llm-export --hidden-states"
+            raise invalid(message, "model")
         vectors, count = [], 0
         for each in inputs:
             vector, tokens = await run_in_threadpool(_vector, loaded, each, pooling)

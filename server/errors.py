@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,15 +74,12 @@ def api_error(error: BaseException) -> ApiError:
         case BusyError():
             return ApiError(429, str(error), "queue_full", retry_after=_RETRY_SECONDS)
         case BundleError():
-            _log.error("%s", error)
-            return ApiError(503, "the model cannot be loaded: see the server's log", "model_unavailable")
+            return ApiError(503, f"the model cannot be loaded: {_logged(error)}", "model_unavailable")
         case InputError():
             return invalid(str(error))
         case MachineError() | MemoryError():
-            _log.error("%s", error)
-            return ApiError(
-                503, "the model is not available: see the server's log", "model_unavailable", retry_after=30
-            )
+            message = f"the model is not available: {_logged(error)}"
+            return ApiError(503, message, "model_unavailable", retry_after=30)
         case LlmEdgeError():
             _log.error("%s", error)
             return ApiError(500, str(error), "generation_failed")
@@ -92,8 +90,14 @@ def api_error(error: BaseException) -> ApiError:
         case asyncio.CancelledError():
             return ApiError(_CLIENT_CLOSED, "the client closed the connection")
         case _:
-            _log.exception("unexpected error", exc_info=error)
-            return ApiError(500, "internal error: see the server's log", "internal_error")
+            return ApiError(500, f"internal error: {_logged(error, traceback=True)}", "internal_error")
+
+
+def _logged(error: BaseException, *, traceback: bool = False) -> str:
+    """Log an error whose text is not for clients, and return where to find it."""
+    identifier = secrets.token_hex(4)
+    _log.error("error %s: %s", identifier, error, exc_info=error if traceback else None)
+    return f"see error {identifier} in the server's log"
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
+from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.tokenizer import Tokenizer
 from llm_edge.server.events import (
     Completed,
@@ -27,7 +28,7 @@ from llm_edge.server.events import (
     TextDelta,
 )
 from llm_edge.server.models import LoadedModel, ModelPool
-from llm_edge.server.request import ChatRequest, TextRequest, with_overrides
+from llm_edge.server.request import ChatRequest, TextRequest
 from llm_edge.server.running import RunningRequest
 from llm_edge.server.tools import CallEvents, constraint_for, with_instructions
 
@@ -56,6 +57,7 @@ class EngineRequest(RunningRequest):
     async def events(self) -> AsyncIterator[Event]:
         try:
             async for choice, chunk in _merged(self._generations):
+                self.generated_tokens += chunk.token is not None
                 for event in self._events(choice, chunk):
                     if isinstance(event, Completed):
                         self.usage = self.usage.plus(event.timings)
@@ -102,10 +104,9 @@ async def start_chat(pool: ModelPool, request: ChatRequest) -> RunningRequest:
     def start(loaded: LoadedModel) -> _Started:
         engine, use = loaded.engine, request.tool_use
         tokens = chat_tokens(loaded, request)
+        loaded.prefixes.record(request, tokens)
         constraint = constraint_for(loaded.tool_format, use, engine.tokenizer, request.overrides.get("constraint"))
-        params = with_overrides(
-            engine.default_params, {**request.overrides, "constraint": constraint}, engine.context_length
-        )
+        params = with_overrides(loaded, {**request.overrides, "constraint": constraint})
         generations = engine.generate_many(tokens, params, request.count)
         calls = []
         if use.callable:
@@ -120,7 +121,7 @@ async def start_text(pool: ModelPool, request: TextRequest) -> RunningRequest:
 
     def start(loaded: LoadedModel) -> _Started:
         engine = loaded.engine
-        params = with_overrides(engine.default_params, request.overrides, engine.context_length)
+        params = with_overrides(loaded, request.overrides)
         tokens = engine.encode_prompt(request.prompt)
         return _Started(len(tokens), engine.generate_many(tokens, params, request.count))
 
@@ -144,6 +145,12 @@ async def _start(pool: ModelPool, name: str, start: Callable[[LoadedModel], _Sta
         started = await run_in_threadpool(start, loaded)
         return EngineRequest(loaded, started.prompt_tokens, started.generations, stack.pop_all(), started.calls)
     raise AssertionError("unreachable")
+
+
+def with_overrides(loaded: LoadedModel, overrides: Mapping[str, Any]) -> SamplingParams:
+    """The sampling parameters of a request; without a limit, an answer may fill the context."""
+    engine = loaded.engine
+    return replace(engine.default_params, **{"max_tokens": engine.context_length, **loaded.generation, **overrides})
 
 
 def chat_tokens(loaded: LoadedModel, request: ChatRequest) -> list[int]:

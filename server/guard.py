@@ -24,6 +24,7 @@ _SAFE = ("GET", "HEAD", "OPTIONS")
 _PUBLIC = ("/", "/health", "/favicon.svg", "/favicon.ico")  # answered without a key; they reveal nothing
 _PUBLIC_PREFIX = "/static/"
 _UPLOAD_PATHS = ("/models/jobs", "/models/upload")  # their bodies are written to disk as they arrive
+_LARGER_BODIES = {"/ui/api/import": 2 << 30}  # written to disk as they arrive
 
 
 class _TooLargeError(HTTPException):
@@ -120,7 +121,7 @@ class Guard:
         """Bytes that the body of a request may have."""
         if path in _UPLOAD_PATHS and self._config.jobs.uploads and content_type.startswith("multipart/"):
             return self._config.jobs.max_upload
-        return self._config.max_body
+        return _LARGER_BODIES.get(path, self._config.max_body)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, headers: MutableMapping[str, str]) -> None:
         """Run the application, which cannot receive more than the limit."""

@@ -13,7 +13,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from llm_edge.runtime.text.tool_format import GENERIC, ToolFormat
 from llm_edge.runtime.text.tool_format_finder import tool_format_of
 from llm_edge.server.config import ModelConfig
 from llm_edge.server.errors import ApiError
+from llm_edge.server.prefix_cache import SharedPrefixes, load_prefixes, save_prefixes
 from llm_edge.server.upstream import Upstreams
 
 _log = logging.getLogger("llm_edge.server")
@@ -60,11 +61,17 @@ class LoadedModel:
         name: `folder` or `folder:precision`, as requested.
         engine: answers requests.
         fingerprint: identifies the weights; changes with the bundle.
+        generation: sampling parameters where a request gives none; others are the model's.
+        prefixes: what the prompts have in common.
         embedding: held while `embedder` computes.
     """
 
-    def __init__(self, name: str, loaded: LoadedBundle, engine: Engine) -> None:
+    def __init__(
+        self, name: str, loaded: LoadedBundle, engine: Engine, generation: Mapping[str, Any] | None = None
+    ) -> None:
         self.name = name
+        self.generation = dict(generation or {})
+        self.prefixes = SharedPrefixes()
         self.engine = engine
         self.fingerprint = f"fp_{cache_file.identity(loaded.bundle, loaded.precision)[:16]}"
         self.embedding = threading.Lock()
@@ -151,9 +158,11 @@ class ModelPool:
         if not folder and entries:
             folder = next(iter(entries))
         entry = entries.get(folder)
+        if not entries:
+            raise ApiError(404, "there are no models: create one with llm-export", "model_not_found", "model")
         if entry is None:
-            known = ", ".join(list(entries)[:10]) or "none; create one with llm-export"
-            raise ApiError(404, f"there is no model {name[:100]!r}; available: {known}", "model_not_found", "model")
+            known = ", ".join(list(entries)[:10])
+            raise ApiError(404, f"there is no model {folder[:100]!r}; available: {known}", "model_not_found", "model")
         wanted = None if precision in ("", "latest") else precision
         try:
             return entry, entry.bundle.precision(wanted or self.config.precision).name
@@ -250,7 +259,16 @@ class ModelPool:
         c = self.config
         loaded = load(entry.bundle.path, LoadOptions(precision, c.provider, c.threads), fused=True)
         engine = Engine(loaded, active=c.parallel, waiting=c.queue, cache_bytes=c.cache_bytes)
-        return LoadedModel(name, loaded, engine)
+        ready = LoadedModel(name, loaded, engine, c.generation)
+        if c.cache_dir is not None:
+            load_prefixes(engine, ready.fingerprint, c.cache_dir)
+        return ready
+
+    def _close_now(self, model: LoadedModel) -> None:
+        c = self.config
+        if c.cache_dir is not None:
+            save_prefixes(model.engine, model.fingerprint, model.prefixes.most_used(), c.cache_dir, c.cache_bytes)
+        model.engine.close()
 
     async def _notify(self) -> None:
         """Unload drained models, and wake those who wait for a change."""
@@ -262,7 +280,7 @@ class ModelPool:
 
     async def _unload(self, place: _Place) -> None:
         assert place.ready is not None
-        await run_in_threadpool(place.ready.engine.close)
+        await run_in_threadpool(self._close_now, place.ready)
         del self._places[place.name]
         _log.info("unloaded %s", place.name)
 

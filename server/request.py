@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from llm_edge.runtime.sampling.constraint import Constraint
-from llm_edge.runtime.sampling.params import PARAMETERS, SamplingParams
+from llm_edge.runtime.sampling.params import PARAMETERS
 from llm_edge.server.errors import invalid
 
 MAX_CHOICES = 16
@@ -182,8 +182,3 @@ def choices(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CHOICES:
         raise invalid(f"n is {value!r}: use 1 to {MAX_CHOICES}", "n")
     return value
-
-
-def with_overrides(default: SamplingParams, overrides: Mapping[str, Any], context_length: int) -> SamplingParams:
-    """The model's parameters with a request's; without a limit, an answer may fill the context."""
-    return replace(default, **{"max_tokens": context_length, **overrides})

@@ -67,6 +67,7 @@ class RunningRequest(ABC):
         prompt_tokens: length of the prompt; 0 = not known before the end.
         prompt_text: of a `TextRequest`.
         usage: complete once the events have ended.
+        generated_tokens: number of tokens so far, in all answers.
         timings: of the latest answer that ended.
         stop_string: the stop string that ended the latest answer, if one did.
     """
@@ -78,6 +79,7 @@ class RunningRequest(ABC):
         self.prompt_tokens = prompt_tokens
         self.prompt_text = ""
         self.usage = Usage(prompt_tokens)
+        self.generated_tokens = 0
         self.timings: Timings | None = None
         self.stop_string: str | None = None
 

@@ -23,6 +23,7 @@ class ServerState:
         config: the server's configuration.
         pool: the models.
         jobs: exports that clients have requested.
+        closing: set when the server begins to shut down.
         current: name of the model that the original service's endpoints use; "" = the default.
         uploading: number of uploads that are being received.
         ready: the default model has been loaded, or there is none.
@@ -32,6 +33,7 @@ class ServerState:
     config: ServerConfig
     pool: ModelPool
     jobs: ExportJobs
+    closing: asyncio.Event
     current: str = ""
     uploading: int = 0
     ready: bool = False

@@ -1,12 +1,13 @@
 """`UpstreamConfig`: an OpenAI-compatible server whose models are offered besides ours, and its file format.
 
-The file is a YAML list:
+The file is YAML:
 
-    - name: work                        # its models are called work/MODEL
-      url: https://api.example.com/v1
-      key_env: WORK_API_KEY             # or key_file: PATH
-      models: [large, small]
-      allow_private: false              # true: the host may have a private or loopback address
+    upstreams:
+      - name: work                        # its models are called work/MODEL
+        url: https://api.example.com/v1
+        key_env: WORK_API_KEY             # or key_file: PATH
+        models: [large, small]
+        allow_private: false              # true: the host may have a private or loopback address
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from llm_edge.runtime.errors import InputError
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 _FIELDS = ("name", "url", "models", "key_env", "key_file", "allow_private")
 _MAX_KEY = 8192  # characters
-_MAX_FILE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,13 @@ def read_upstreams(path: Path) -> tuple[UpstreamConfig, ...]:
     Raises:
         InputError: it cannot be read, or an entry is invalid.
     """
-    import yaml
+    from llm_edge.runtime.safe_yaml import read_yaml
 
-    try:
-        with path.open("rb") as file:
-            value = yaml.safe_load(file.read(_MAX_FILE))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    return parse_upstreams(value, str(path))
+    content = read_yaml(path, error=InputError)
+    unknown = [key for key in content if key != "upstreams"]
+    if unknown:
+        raise InputError(f"{path}: unknown key {unknown[0][:40]!r}: write a list below upstreams:")
+    return parse_upstreams(content.get("upstreams"), str(path))
 
 
 def parse_upstreams(value: Any, where: str) -> tuple[UpstreamConfig, ...]:

@@ -20,7 +20,10 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "runtime": {},
     "model": {"runtime": {"errors", "safe_io"}},
     # runtime.text checks tokenizers of checkpoints; runtime.sampling says what a generation_config.json means.
-    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "installation", "safe_io", "sampling", "text"}},
+    "checkpoint": {
+        "model": None,
+        "runtime": {"bundle", "errors", "installation", "safe_io", "safe_yaml", "sampling", "text"},
+    },
     # runtime.bundle defines the folder format; runtime.backend runs graphs for validation.
     "exporter": {
         "model": None,

@@ -35,6 +35,7 @@ from llm_edge.exporter.bundle import staging as staging_module
 from llm_edge.exporter.graph.trace import trace
 from llm_edge.exporter.progress import STAGES
 from llm_edge.exporter.quantization.recipes import RECIPES
+from llm_edge.runtime import Model
 from llm_edge.runtime.bundle import manifest_entry
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.tui import cli as chat_cli
@@ -285,11 +286,16 @@ def test_a_bad_folder_is_rejected(case: str, source: Path, tmp_path: Path, llm_e
     assert everything(tmp_path) == damaged
 
 
-def test_an_invalid_generation_default_is_rejected(
+def test_an_invalid_generation_default_is_left_out_and_named(
     source: Path, tmp_path: Path, llm_export: Callable[..., Done], traced_once: None
 ) -> None:
-    fields("generation_config.json", temperature="hot")(source)
-    refused(llm_export(source, "-o", tmp_path / "bundle", "--no-validate", "--precision", "fp32"), "temperature")
+    fields("generation_config.json", temperature="hot", do_sample=True)(source)
+    done = llm_export(source, "-o", tmp_path / "bundle", "--no-validate", "--precision", "fp32")
+    assert done.code == 0
+    (note,) = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["notes"]
+    assert "temperature" in note
+    assert "left out" in note
+    assert Model.load(tmp_path / "bundle").default_params.temperature == 1.0
 
 
 def a_file(content: bytes) -> Change:
@@ -432,8 +438,6 @@ def test_invalid_names_are_rejected(tiny_checkpoint: Path, tmp_path: Path, llm_e
     refused(llm_export("x" * 300, "-o", tmp_path / "bundle"), "too long")
     refused(llm_export(tiny_checkpoint, "-o", tmp_path / ("x" * 300)), "too long")
     refused(llm_export(tmp_path / "line\nfeed", "-o", tmp_path / "bundle"), r"line\nfeed")
-    # the name is valid, but that of its temporary sibling is too long
-    refused(llm_export(tiny_checkpoint, "-o", tmp_path / ("x" * 250)), "too long")
     refused(llm_export(tiny_checkpoint, "-o", tmp_path / "file" / "bundle"), "file")
     assert names(tmp_path) == {"file"}
 

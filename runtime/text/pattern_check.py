@@ -2,7 +2,7 @@
 
 The `tokenizers` library matches by backtracking. Patterns of well-known models are accepted. In others, a repeated
 group must not contain a choice or another repetition (the time would be exponential), and they are tried on difficult
-texts in a separate process, which is stopped after two seconds.
+texts in a separate process with limits on its time and memory.
 """
 
 from __future__ import annotations
@@ -12,34 +12,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from llm_edge.runtime.safe_io import MIB
+from llm_edge.runtime.text.known_patterns import KNOWN
 
 _SECONDS = 2.0
+_MAX_MEMORY = 256 * MIB  # that the trial of patterns may reserve
 _MAX_PATTERN = 4096  # characters
 _MAX_REPETITIONS = 8  # of variable length, in a row
 _MAX_DIGITS = 3  # of the number of repetitions
 _REPEATS = 2000  # characters of a text that patterns are tried on; the time may be quadratic in it, but not cubic
-
-_AFTER = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_AFTER_CODE = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-KNOWN = frozenset(
-    {
-        rf"{_WORD}|\p{{N}}{{1,3}}{_AFTER}",  # llama 3
-        rf"{_WORD}|\p{{N}}{_AFTER}",  # qwen 2
-        rf"{_LOWER}|{_UPPER}|\p{{N}}{_AFTER_CODE}",  # tekken
-        rf"{_LOWER}{_ENDING}|{_UPPER}{_ENDING}|\p{{N}}{{1,3}}{_AFTER_CODE}",  # gpt-4o
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # gpt 2
-        r"\p{N}{1,3}",
-        r"[\r\n]",
-        r"\d{3}(?=\d)",
-        r"\s+",
-        r" {2,}",
-    }
-)
-"""Patterns of well-known tokenizers."""
 
 _ATOM = re.compile(r"\\[pP]\{\^?\w+\}|\\x\{[0-9A-Fa-f]+\}|\\.|\[|\(\?[imsx-]*:|\(\?<?[=!]|\(\?>|\(|\)|\||.", re.DOTALL)
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(?:(,)(\d*))?\}")
@@ -128,10 +111,24 @@ def try_all() -> None:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Split
 
+    _limit_memory()
     for pattern in json.load(sys.stdin):
         split = Split(Regex(pattern), "isolated")
         for text in difficult_texts(pattern):
             split.pre_tokenize_str(text)
+
+
+def _limit_memory() -> None:
+    """Let this process reserve only so much more memory, where the system can limit it."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + _MAX_MEMORY
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    except (ImportError, OSError, ValueError):  # Windows and macOS
+        return
 
 
 def difficult_texts(pattern: str) -> list[str]:

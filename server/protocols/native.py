@@ -22,11 +22,11 @@ router = APIRouter(route_class=error_route(error_body), tags=["llm-edge"])
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 once the default model is loaded, 503 before."""
+    """200 once the default model is loaded, 503 before and while the server shuts down."""
     state = server_state(request)
-    loaded = bool(state.pool.engines())
-    body = {"status": "healthy" if state.ready else "loading", "model_loaded": loaded, "config_loaded": True}
-    return JSONResponse(body, 200 if state.ready else 503)
+    status = "shutting_down" if state.closing.is_set() else "healthy" if state.ready else "loading"
+    body = {"status": status, "model_loaded": bool(state.pool.engines()), "config_loaded": True}
+    return JSONResponse(body, 200 if status == "healthy" else 503)
 
 
 @router.get("/props")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -107,7 +108,8 @@ async def _stream(running: RunningRequest, options: Mapping[str, Any]) -> AsyncI
                 yield sse({**head, "choices": [_choice(event.choice, first)]})
             chunk: dict[str, Any] = {**head, "choices": [delta]}
             if with_usage and continuous:
-                chunk["usage"] = usage(running.usage)
+                so_far = replace(running.usage, completion_tokens=running.generated_tokens)
+                chunk["usage"] = usage(so_far)
             yield sse(chunk)
         if with_usage:
             yield sse({**head, "choices": [], "usage": usage(running.usage)})

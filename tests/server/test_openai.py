@@ -83,6 +83,16 @@ def test_usage_is_streamed_only_when_requested(served: Served) -> None:
     assert '"usage"' not in text
 
 
+def test_usage_can_be_streamed_with_every_chunk(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = client.chat.completions.create(
+        model="tiny", messages=ASKED, max_tokens=5, temperature=0, stream=True, stream_options=options
+    )
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, 5)
+
+
 def test_usage_counts_prompt_answer_and_cached_tokens(client: openai.OpenAI, model: Model) -> None:
     prompt = len(model.encode_chat(ASKED))
     for _ in range(2):
@@ -307,7 +317,8 @@ def test_completions_continue_texts_and_tokens(client: openai.OpenAI, model: Mod
 def test_embeddings_need_a_bundle_with_hidden_states(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         client.embeddings.create(model="tiny", input="text")
-    assert caught.value.status_code in (400, 503)
+    assert caught.value.status_code == 400
+    assert "--hidden-states" in caught.value.message
 
 
 def test_responses_are_answered_and_streamed(client: openai.OpenAI) -> None:

@@ -371,7 +371,7 @@ def test_keys_appear_in_no_process_list_and_no_log(
     shutil.copytree(models_folder / "tiny", models / "tiny")
     (tmp_path / "keys").write_text(f"{CANARY}-own\n")
     entry = {**GOOD, "url": fake.url, "models": ["small"], "key_env": "UP_KEY", "allow_private": True}
-    (tmp_path / "upstreams.yaml").write_text(json.dumps([entry]))
+    (tmp_path / "upstreams.yaml").write_text(json.dumps({"upstreams": [entry]}))
     command = [
         sys.executable,
         "-c",

@@ -19,8 +19,8 @@ GIB = 1 << 30
 class Served:
     """The application, listening on `url`; `stop` ends it."""
 
-    def __init__(self, folder: Path, *, models: dict[str, Any] | None = None, **config: Any) -> None:
-        listening = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, folder: Path, *, models: dict[str, Any] | None = None, port: int = 0, **config: Any) -> None:
+        listening = socket.create_server(("127.0.0.1", port))
         self.port: int = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         limits = {"memory": 8 * GIB, "threads": 1, "cache_bytes": 1 << 24, **(models or {})}
