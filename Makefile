@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz schemathesis clean
+.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz kill schemathesis clean
 
 setup: $(STAMP)
 
@@ -62,9 +62,13 @@ bench-peers: setup $(BUNDLE)/manifest.json
 compat: setup $(BUNDLE)/manifest.json
 	$(BIN)/python compat/run.py $(BUNDLE)
 
-# Damages copies of the bundle: make fuzz [SEED=n]
-fuzz: setup $(BUNDLE)/manifest.json
-	$(BIN)/python tests/fuzz/run.py $(BUNDLE) $(SEED)
+# Hostile and damaged input of every kind, with limits on time and memory: make fuzz [SEED=1]
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py $(SEED)
+
+# Kills exports at 60 random moments: make kill [SEED=1]
+kill: setup
+	$(BIN)/python tests/fuzz/kill.py $(SEED)
 
 # Sends 5,000 requests made from the OpenAPI document of llm-serve: make schemathesis [SEED=n]
 schemathesis: setup

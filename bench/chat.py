@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_modules("this benchmark", "pty", "termios")
         measure(options.bundle, options.precision, options.rounds)
 
-    sys.exit(run(command))
+    sys.exit(run(command, native_output=True))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     flush=True,
                 )
 
-    sys.exit(run(compare))
+    sys.exit(run(compare, native_output=True))
 
 
 if __name__ == "__main__":

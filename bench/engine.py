@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in options.parts:
                 PARTS[name](engine)
 
-    sys.exit(run(measure))
+    sys.exit(run(measure, native_output=True))
 
 
 if __name__ == "__main__":

@@ -50,10 +50,19 @@ def edit_text(text: str) -> str:
         file = Path(folder) / "question.md"
         file.write_text(text, encoding="utf-8")
         try:
-            code = subprocess.run([*command, str(file)], check=False).returncode  # noqa: S603 (the user's own choice)
+            words = [*command, str(file)]
+            code = subprocess.run(words, stderr=_real_stderr(), check=False).returncode  # noqa: S603 (the user's choice)
             if code != 0:
                 raise InputError(f"{command[0]} ended with exit code {code}: the question is unchanged")
             with file.open("rb") as saved:
                 return printable(text_of(saved.read(MAX_SIZE + 1), "the edited question")).rstrip("\n")
         except OSError as error:
             raise InputError(f"{command[0]}: {error.strerror or error}: set EDITOR to your editor") from error
+
+
+def _real_stderr() -> int | None:
+    """The descriptor of `sys.stderr`: commands hide file descriptor 2. None = inherit that."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # None, or no file
+        return None

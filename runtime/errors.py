@@ -7,9 +7,9 @@
     │   ├── TemplateError                     a chat template, or a conversation it rejects
     │   ├── ParameterError                    a sampling or loading parameter out of range
     │   ├── ContextLengthError                a prompt longer than the model's context
+    │   ├── LogitsError                       a step computed logits that are not finite
     │   └── ProviderError                     the requested execution provider is not available
     ├── BusyError                   exit 1    too many requests are waiting in an engine
-    ├── LogitsError                 exit 1    a step computed logits that are not finite
     ├── ParityError                 exit 1    an exported graph does not compute what the reference computes
     ├── ProcessError                exit 1    a model used in another process than the one that loaded it
     └── MachineError                exit 3    the machine failed: disk, memory
@@ -21,6 +21,7 @@ A message is one line: the file or field, the reason, the remedy.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
@@ -65,7 +66,7 @@ class ContextLengthError(InputError):
         self.limit = limit
 
 
-class LogitsError(LlmEdgeError):
+class LogitsError(InputError):
     """A step computed NaN or no finite logit: the weights are damaged, or they overflowed."""
 
 
@@ -97,6 +98,22 @@ class BusyError(LlmEdgeError):
     def __init__(self, waiting: int) -> None:
         super().__init__(f"{waiting} requests are waiting already: try again later")
         self.waiting = waiting
+
+
+_ORT_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+# Where in its source the library failed: file:line, then perhaps a function's signature.
+_SOURCE_LINE = re.compile(
+    r"\S+\.(?:cc|cpp|h|hpp|cu):\d+ (?:[^()]*\((?:[^()]|\([^()]*\))*\)(?: const)?(?: \[with [^\]]*\])? ?)?"
+)
+
+
+def native_reason(error: BaseException) -> str:
+    """The message of a C++ library's error as `one_line`, without places in its source."""
+    try:
+        text = _SOURCE_LINE.sub("", _ORT_PREFIX.sub("", " ".join(str(error).split())))
+    except Exception:  # noqa: BLE001 (as in `one_line`)
+        return type(error).__name__
+    return text.strip()[:300] or type(error).__name__
 
 
 def as_llm_edge_error(error: BaseException, what: str = "generation failed unexpectedly") -> LlmEdgeError:

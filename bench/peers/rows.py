@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"--without-amx: {reason}")
         compare(options.bundle, options.work, options.threads, options.rounds, prefix)
 
-    sys.exit(run(measure))
+    sys.exit(run(measure, native_output=True))
 
 
 if __name__ == "__main__":

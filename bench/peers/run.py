@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,9 +53,8 @@ def peers(
 
     Prints two tables, and one JSON object as the last line. The first run installs the peers, which takes minutes.
     """
-    raise typer.Exit(
-        run(lambda: _peers(bundle, source, only, rounds, repeats, threads, without_amx, text, work, markdown))
-    )
+    command = partial(_peers, bundle, source, only, rounds, repeats, threads, without_amx, text, work, markdown)
+    raise typer.Exit(run(command, native_output=True))
 
 
 def _peers(

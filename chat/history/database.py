@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError
+from llm_edge.runtime.safe_io import short_repr
 
 VERSION = 1
 BUSY_TIMEOUT = 5.0  # seconds to wait while another program writes
+_LAST_ID = 2**63 - 1  # of SQLite
 _APPLICATION = 0x4C4C4D45  # identifies our files: "LLME"
 
 # Statements are constant, so these also mean that the file is not what was written: a table or a column is missing, or
@@ -156,11 +158,15 @@ class Database:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION}")
                 connection.execute(f"PRAGMA user_version = {VERSION}")
             self._run(_RECORDS)
+            if self.execute("SELECT 1 FROM sqlite_sequence WHERE seq >= ?", (_LAST_ID,)).fetchone():
+                raise InputError(
+                    f"{self.path}: damaged, no number is left for a message: move it away to start a new one"
+                )
             self.indexed = _has_trigrams(connection)
             there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")}
             # If this SQLite cannot maintain an index that another one created, the index becomes stale, until the next
             # one that can rebuilds it.
-            if not self.indexed or not there.issuperset(_TRIGGERS):
+            if not self.indexed or not there.issuperset(_TRIGGERS) or self._programs(replaceable=True):
                 self._run("".join(f"DROP TRIGGER IF EXISTS {name};" for name in _TRIGGERS))
                 if self.indexed:
                     self._run(_INDEX)
@@ -175,6 +181,20 @@ class Database:
                 f"{self.path}: written by a newer llm-edge (format {version}, supported: {VERSION}):"
                 " upgrade llm-edge, or set LLM_EDGE_DATA to another folder"
             )
+        for kind, name, _ in self._programs(replaceable=False):
+            raise InputError(
+                f"{self.path}: changed by another program ({kind} {short_repr(name)}): move it away to start a new one"
+            )
+
+    def _programs(self, *, replaceable: bool) -> list[tuple[str, str, str]]:
+        """The views and triggers that are not ours, as (type, name, SQL): they could run for ever when they are used.
+
+        Args:
+            replaceable: those under the names of our triggers; otherwise all others.
+        """
+        found = self._connection.execute("SELECT type, name, sql FROM sqlite_master WHERE type IN ('view', 'trigger')")
+        ours = {_words(part) for part in _statements(_SCHEMA + _INDEX)}
+        return [row for row in found if _words(row[2]) not in ours and (row[1] in _TRIGGERS) == replaceable]
 
     def _pragma(self, name: str) -> int:
         value = self._connection.execute(f"PRAGMA {name}").fetchone()[0]
@@ -182,12 +202,22 @@ class Database:
 
     def _run(self, script: str) -> None:
         """Execute several statements within the transaction, which `executescript` would commit."""
-        statement = ""
-        for part in script.split(";")[:-1]:
-            statement += part + ";"
-            if sqlite3.complete_statement(statement):
-                self._connection.execute(statement)
-                statement = ""
+        for statement in _statements(script):
+            self._connection.execute(statement)
+
+
+def _statements(script: str) -> Iterator[str]:
+    statement = ""
+    for part in script.split(";")[:-1]:
+        statement += part + ";"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _words(statement: object) -> str:
+    """A statement for comparison: SQLite stores it without its semicolon."""
+    return " ".join(str(statement).strip(" \n;").split())
 
 
 def _create_file(path: Path) -> None:
@@ -203,6 +233,10 @@ def _create_file(path: Path) -> None:
         raise InputError(f"{path!r}: not a path ({e}): set LLM_EDGE_DATA to another folder") from e
     if not path.is_file():
         raise InputError(f"{path}: not a file: set LLM_EDGE_DATA to another folder")
+    for name in ("wal", "shm", "journal"):  # files that SQLite keeps beside it
+        side = path.with_name(f"{path.name}-{name}")
+        if side.exists() and not side.is_file():
+            raise InputError(f"{side}: not a file, but the conversations need one of this name: move it away")
 
 
 def _to_wal(connection: sqlite3.Connection) -> None:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from llm_edge.runtime.backend import memory_hints
 from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
-from llm_edge.runtime.errors import BundleError, MachineError, one_line
+from llm_edge.runtime.errors import BundleError, MachineError, native_reason
 
 HIDDEN_STATES = "hidden_states"
 NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
@@ -100,7 +100,9 @@ class Graph:
         except MemoryError as error:
             raise MachineError(f"{file.path}: not enough memory to load it") from error
         except Exception as error:
-            raise BundleError(f"{file.path}: onnxruntime cannot load it ({one_line(error)})") from error
+            raise BundleError(
+                f"{file.path}: onnxruntime cannot load it ({native_reason(error)}): export the bundle again"
+            ) from error
         self.cache_names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
         self.has_hidden_states = any(node.name == HIDDEN_STATES for node in self.inference.get_outputs())
         self.cache_dtype = self._check_signature()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from llm_edge.runtime.backend.graph import Graph
 from llm_edge.runtime.backend.watchdog import Reason, WatchedStep
-from llm_edge.runtime.errors import MachineError, StepTerminatedError, one_line
+from llm_edge.runtime.errors import BundleError, LlmEdgeError, MachineError, StepTerminatedError, native_reason
+
+_NODE_FAILED = "Non-zero status code returned while running"  # onnxruntime's wording
+_OUT_OF_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|out of memory|Available memory of", re.IGNORECASE)
 
 
 class StepRunner:
@@ -35,7 +39,8 @@ class StepRunner:
 
         Raises:
             StepTerminatedError: it exceeded the graph's `step_seconds`, or is no longer wanted.
-            MachineError: it failed.
+            BundleError: an operator of the graph failed.
+            MachineError: not enough memory, or the execution provider failed.
         """
         while (terminated := self._run(binding, what)) is not None:
             if terminated is Reason.TIMEOUT:
@@ -55,7 +60,7 @@ class StepRunner:
             raise MachineError(f"not enough memory for {what}") from error
         except Exception as error:
             if step.reason is None:
-                raise MachineError(f"{what} failed ({one_line(error)})") from error
+                raise self._failure(error, what) from error
             return step.reason
         except KeyboardInterrupt:
             step.end()
@@ -63,6 +68,15 @@ class StepRunner:
         finally:
             self.run_seconds += time.perf_counter() - began
         return None
+
+    def _failure(self, error: Exception, what: str) -> LlmEdgeError:
+        """Whether the graph or the machine is at fault."""
+        if _OUT_OF_MEMORY.search(str(error)):
+            return MachineError(f"not enough memory for {what}")
+        reason = native_reason(error)
+        if self._graph.provider == "cpu" and _NODE_FAILED in reason:
+            return BundleError(f"{self._graph.file.path}: {what} failed ({reason}): export the bundle again")
+        return MachineError(f"{what} failed ({reason})")
 
 
 def _never() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
@@ -361,7 +362,9 @@ class ChatTemplate:
         token = _BUDGET.set(Budget())  # constants are evaluated while compiling
         try:
             tree, self.literals = _SANDBOX.rewritten(source)
-            self._template = _SANDBOX.from_string(tree)
+            with warnings.catch_warnings():  # Python warns of odd expressions in what Jinja compiles
+                warnings.simplefilter("ignore")
+                self._template = _SANDBOX.from_string(tree)
         except Exception as e:  # an untrusted program may fail in any way
             line = f" (line {e.lineno})" if isinstance(e, jinja2.TemplateSyntaxError) else ""
             raise TemplateError(f"chat template: {_one_line(e)}{line}") from e

@@ -2,7 +2,7 @@
 
 The `tokenizers` library matches by backtracking. Patterns of well-known models are accepted. In others, a repeated
 group must not contain a choice or another repetition (the time would be exponential), and they are tried on difficult
-texts in a separate process, which is stopped after two seconds.
+texts in a separate process with limits on its time and memory.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from llm_edge.runtime.safe_io import MIB
 from llm_edge.runtime.text.known_patterns import KNOWN
 
 _SECONDS = 2.0
+_MAX_MEMORY = 256 * MIB  # that the trial of patterns may reserve
 _MAX_PATTERN = 4096  # characters
 _MAX_REPETITIONS = 8  # of variable length, in a row
 _MAX_DIGITS = 3  # of the number of repetitions
@@ -108,10 +111,24 @@ def try_all() -> None:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Split
 
+    _limit_memory()
     for pattern in json.load(sys.stdin):
         split = Split(Regex(pattern), "isolated")
         for text in difficult_texts(pattern):
             split.pre_tokenize_str(text)
+
+
+def _limit_memory() -> None:
+    """Let this process reserve only so much more memory, where the system can limit it."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + _MAX_MEMORY
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    except (ImportError, OSError, ValueError):  # Windows and macOS
+        return
 
 
 def difficult_texts(pattern: str) -> list[str]:
