@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 from llm_edge.runtime.backend.step_runner import StepRunner
 from llm_edge.runtime.backend.watchdog import check_running_steps, check_step_seconds
-from llm_edge.runtime.errors import BundleError, MachineError, ParameterError, StepTerminatedError
+from llm_edge.runtime.errors import BundleError, MachineError, ParameterError, StepTerminatedError, native_reason
 
 SUPPORT = Path(__file__).parents[2] / "support"
 
@@ -78,6 +78,20 @@ def test_a_step_that_takes_ever_more_memory_ends() -> None:
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[ONNXRuntimeError] : 1 : FAIL : /src/cumsum.cc:109 ort::CumSum<T>::CumSum(const Info&) [with T = int] the reason",
+        "/src/clip.cc:5 Status ort::Clip::Impl<T>::operator()(const Tensor*, Pool*) const [with T = float] the reason",
+        "/src/arena.cc:360 void* onnxruntime::BFCArena::Allocate(size_t, bool, void (*)(int)) the reason",
+        "slice.h:164 the reason",
+        "the\nreason",
+    ],
+)
+def test_reasons_name_no_places_in_the_source_of_a_library(message: str) -> None:
+    assert native_reason(RuntimeError(message)) == "the reason"
 
 
 def test_an_operator_that_fails_is_an_error_of_the_bundle() -> None:
