@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz kill clean
+.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz kill schemathesis clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,7 @@ docs: setup
 
 pictures: setup $(BUNDLE)/manifest.json
 	$(BIN)/python docs/screenshots.py $(BUNDLE) docs/pictures
+	$(BIN)/python docs/web_screenshots.py $(BUNDLE) docs/pictures
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)
@@ -68,6 +69,10 @@ fuzz: setup
 # Kills exports at 60 random moments: make kill [SEED=1]
 kill: setup
 	$(BIN)/python tests/fuzz/kill.py $(SEED)
+
+# Sends 5,000 requests made from the OpenAPI document of llm-serve: make schemathesis [SEED=n]
+schemathesis: setup
+	$(BIN)/python tests/schemathesis/run.py $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from llm_edge.chat.settings import Section, Settings, texts
@@ -16,16 +17,30 @@ SHIPPED: Final = (
     "Explain quantum computing in simple terms",
     "Tell me a joke",
 )
+QUICK: Final = (
+    *SHIPPED[:5],
+    "What are the benefits of renewable energy?",
+    "How does photosynthesis work?",
+    "What is the difference between AI and machine learning?",
+    "Tell me a joke",
+    "What is the meaning of life?",
+)
+"""Those of the web page."""
 MAX_QUESTIONS: Final = 500
 MAX_LENGTH: Final = 20_000  # characters
 SECTION: Final = Section[list[str]]("questions", lambda: list(SHIPPED), texts)
+QUICK_SECTION: Final = Section[list[str]]("quick_questions", lambda: list(QUICK), texts)
 
 
 class Questions:
     """The list of sample questions; methods that change it raise MachineError if the settings cannot be written."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, section: Section[list[str]] = SECTION, shipped: Sequence[str] = SHIPPED
+    ) -> None:
         self._settings = settings
+        self._section = section
+        self._shipped = shipped
 
     @property
     def trouble(self) -> str:
@@ -34,7 +49,7 @@ class Questions:
 
     def all(self) -> list[str]:
         """All questions in the order in which they are listed."""
-        return self._settings.get(SECTION)
+        return self._settings.get(self._section)
 
     def add(self, text: str) -> int:
         """Append a question; returns its index.
@@ -50,7 +65,7 @@ class Questions:
                 raise ParameterError(f"there are {MAX_QUESTIONS} questions already: delete one first")
             return [*before, text]
 
-        return len(self._settings.change(SECTION, change)) - 1
+        return len(self._settings.change(self._section, change)) - 1
 
     def edit(self, place: int, text: str) -> None:
         """Replace a question.
@@ -66,7 +81,7 @@ class Questions:
             _refuse_second(text, others)
             return [*before[:place], text, *before[place + 1 :]]
 
-        self._settings.change(SECTION, change)
+        self._settings.change(self._section, change)
 
     def delete(self, place: int) -> str:
         """Delete a question; returns it.
@@ -81,13 +96,13 @@ class Questions:
             gone.append(before[place])
             return [*before[:place], *before[place + 1 :]]
 
-        self._settings.change(SECTION, change)
+        self._settings.change(self._section, change)
         return gone[0]
 
     def put_back(self, place: int, text: str) -> None:
         """Insert a deleted question where it was."""
         self._settings.change(
-            SECTION, lambda before: before if text in before else [*before[:place], text, *before[place:]]
+            self._section, lambda before: before if text in before else [*before[:place], text, *before[place:]]
         )
 
     def move(self, place: int, by: int) -> int:
@@ -105,14 +120,17 @@ class Questions:
             others = [*before[:place], *before[place + 1 :]]
             return [*others[:new], before[place], *others[new:]]
 
-        self._settings.change(SECTION, change)
+        self._settings.change(self._section, change)
         return new
 
     def restore(self) -> int:
         """Restore the questions that come with the program, before the user's; returns how many were missing."""
-        missing = [each for each in SHIPPED if each not in self.all()]
+        missing = [each for each in self._shipped if each not in self.all()]
         self._settings.change(
-            SECTION, lambda before: [*SHIPPED, *(each for each in before if each not in SHIPPED)] if missing else before
+            self._section,
+            lambda before: (
+                [*self._shipped, *(each for each in before if each not in self._shipped)] if missing else before
+            ),
         )
         return len(missing)
 

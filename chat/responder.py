@@ -9,9 +9,10 @@ from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.results import GenerationChunk
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.prompts import Message
+from llm_edge.runtime.text.token_text import token_text
 
 if TYPE_CHECKING:
-    from llm_edge.runtime.model import Model
+    from llm_edge.runtime.base_model import BaseModel
 
 _MAX_COUNTED = 50_000  # characters of a question
 
@@ -108,7 +109,7 @@ class LocalResponder:
     adjusts = True
     continues_thoughts = True
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: BaseModel[Any]) -> None:
         self._model = model
         self.path = model.bundle.path
         self.name = self.settings_key = model.bundle.name
@@ -126,24 +127,23 @@ class LocalResponder:
         reasoning_prefix: str = "",
         template_variables: Mapping[str, Any] | None = None,
     ) -> Reply:
-        return self._model.chat(
+        reply: Reply = self._model.chat(
             messages,
             params,
             assistant_prefix=assistant_prefix,
             reasoning_prefix=reasoning_prefix,
             template_variables=template_variables,
         )
+        return reply
 
     def count(self, messages: Sequence[Message]) -> int | None:
         return len(self._model.encode_chat(messages))
 
     def token_text(self, token: int) -> str:
-        tokenizer = self._model.tokenizer
-        once = tokenizer.decode([token], skip_special=False)
-        text = tokenizer.decode([token, token], skip_special=False)[len(once) :]  # decoders may trim the first token
-        if text and "\ufffd" not in text:
-            return text
-        return tokenizer.token_text(token) or f"<{token}>"
+        return token_text(self._model.tokenizer, token)
 
     def close(self) -> None:
-        self._model.clear_cache()
+        from llm_edge.runtime.model import Model  # loaded already, if it is one
+
+        if isinstance(self._model, Model):  # an engine is shared, and manages its cache itself
+            self._model.clear_cache()

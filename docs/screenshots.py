@@ -25,6 +25,7 @@ from llm_edge.runtime.model import Model
 from llm_edge.tui.app import ChatApp
 
 SIZES = ((80, 24), (120, 36))  # columns, lines
+_PICTURE = (112, 28)  # columns, lines of the README's pictures
 _RATES = [20.0, 30.0, 40.0, 45.0, 44.0, 46.0, 45.0, 44.0, 46.0, 45.0]  # tokens per second shown in the status bar
 _TIMEOUT = 120.0  # seconds
 _CODE_QUESTION = "Write a Python function that adds two numbers."
@@ -88,8 +89,9 @@ async def _conversation(player: ScenePlayer) -> None:
 
 
 async def _parameters(player: ScenePlayer) -> None:
+    player.app.session.parameters.set("seed", 1)
     await player.ask("What is the capital of France?")
-    await player.press("f3", "up", "up")
+    await player.press("f3", "right", "right")
 
 
 async def _history(player: ScenePlayer) -> None:
@@ -169,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         responder = LocalResponder(Model.load(options.bundle, options.precision))
         options.folder.mkdir(parents=True, exist_ok=True)
         for name in options.scenes:
-            svg = asyncio.run(play_scene(SCENES[name], responder, SIZES[-1], lambda app: app.export_screenshot()))
+            svg = asyncio.run(play_scene(SCENES[name], responder, _PICTURE, lambda app: app.export_screenshot()))
             path = options.folder / f"{name}.svg"
             path.write_text(svg, encoding="utf-8")
             print(path)

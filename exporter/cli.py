@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import sys
 import time
@@ -11,12 +9,12 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llm_edge.exporter.options import ExportOptions, FileFormat
-from llm_edge.runtime.command import print_version, run
+from llm_edge.runtime.command import given_on_command_line, print_version, run, with_options
 from llm_edge.runtime.errors import InputError, ParameterError
 from llm_edge.runtime.installation import install_hint
 
@@ -35,28 +33,8 @@ class ProgressKind(StrEnum):
     NONE = "none"
 
 
-def _with_export_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one command-line option per field of `ExportOptions` in place of its parameter `options`."""
-    fields = dataclasses.fields(ExportOptions)
-    hints = get_type_hints(ExportOptions, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    options = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name]) for field in fields
-    ]
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += options if parameter.name == "options" else [parameter.replace(kind=keyword)]
-
-    def wrapped(**values: Any) -> None:
-        command(options=ExportOptions(**{field.name: values.pop(field.name) for field in fields}), **values)
-
-    wrapped.__doc__ = command.__doc__
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return wrapped
-
-
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
-@_with_export_options
+@with_options(ExportOptions)
 def export(
     context: typer.Context,
     source: Annotated[
@@ -142,9 +120,8 @@ def _refuse_other_options(context: typer.Context, allowed: tuple[str, ...]) -> N
     """Raise ParameterError for options that configure an export, since the source is already a bundle."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        origin = context.get_parameter_source(name)
         is_option = parameter.opts[0].startswith("-")
-        if is_option and name not in allowed and origin is not None and origin.name == "COMMANDLINE":
+        if is_option and name not in allowed and given_on_command_line(context, name):
             raise ParameterError(f"{parameter.opts[0]} configures an export, but the source is a bundle: omit it")
 
 

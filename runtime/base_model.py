@@ -47,6 +47,7 @@ class BaseModel(ProcessBound, abc.ABC, Generic[Handle]):
         self._sequences = SequenceFactory(self._prompts, self.context_length)
         self.default_params = self._prompts.default_params
         self.encode_chat = self._prompts.encode_chat
+        self.encode_prompt = self._prompts.encode_prompt
 
     def chat(
         self,
@@ -75,9 +76,9 @@ class BaseModel(ProcessBound, abc.ABC, Generic[Handle]):
         """
         self.check_process()
         began = time.perf_counter()
-        tokens = self.encode_chat(messages, template_variables)
-        if assistant_prefix or reasoning_prefix:
-            tokens = self._prompts.with_prefix(tokens, assistant_prefix, reasoning_prefix)
+        tokens = self.encode_chat(
+            messages, template_variables, assistant_prefix=assistant_prefix, reasoning_prefix=reasoning_prefix
+        )
         return self._start(tokens, params, began)
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Handle:

@@ -1,13 +1,16 @@
-"""`run`: the exit codes and error messages of every command."""
+"""`run`: the exit codes and error messages of every command; `with_options`: options declared by a dataclass."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import inspect
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, get_type_hints
 
 from llm_edge.runtime.errors import LlmEdgeError, one_line
 from llm_edge.runtime.installation import version
@@ -113,6 +116,45 @@ def _native_output_hidden() -> Iterator[None]:
             stream.flush()
             os.dup2(real, 2)
             sys.stderr, sys.__stderr__ = before  # type: ignore[misc]
+
+
+def with_options(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a typer command one command-line option per field of a dataclass, in place of its parameter `options`.
+
+    Each field is annotated with its `typer.Option`.
+    """
+    fields = dataclasses.fields(options)
+    hints = get_type_hints(options, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+
+    def default(field: dataclasses.Field[Any]) -> Any:
+        return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name == "options":
+                parameters += [
+                    inspect.Parameter(field.name, keyword, default=default(field), annotation=hints[field.name])
+                    for field in fields
+                ]
+            else:
+                parameters.append(parameter.replace(kind=keyword))
+
+        def wrapped(**values: Any) -> None:
+            command(options=options(**{field.name: values.pop(field.name) for field in fields}), **values)
+
+        wrapped.__doc__ = command.__doc__
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
+
+
+def given_on_command_line(context: Any, name: str) -> bool:
+    """Whether the user gave an option of a typer command, rather than it having its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def print_version(wanted: bool) -> None:

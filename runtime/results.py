@@ -76,6 +76,7 @@ class GenerationChunk:
         timings: of the whole generation; set only in the last chunk.
         reasoning: `text` belongs to the reasoning and not to the answer; `AnswerStream` defines the boundary.
         logprob: log-probabilities of the token and its alternatives, if `SamplingParams.logprobs` requests them.
+        stop_string: the stop string that ended the generation; only in the last chunk.
     """
 
     text: str
@@ -84,6 +85,7 @@ class GenerationChunk:
     timings: Timings | None = None
     reasoning: bool = False
     logprob: TokenLogprob | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

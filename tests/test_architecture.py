@@ -20,12 +20,15 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "runtime": {},
     "model": {"runtime": {"errors", "safe_io"}},
     # runtime.text checks tokenizers of checkpoints; runtime.sampling says what a generation_config.json means.
-    "checkpoint": {"model": None, "runtime": {"bundle", "errors", "installation", "safe_io", "sampling", "text"}},
+    "checkpoint": {
+        "model": None,
+        "runtime": {"bundle", "errors", "installation", "safe_io", "safe_yaml", "sampling", "text"},
+    },
     # runtime.bundle defines the folder format; runtime.backend runs graphs for validation.
     "exporter": {
         "model": None,
         "checkpoint": None,
-        "runtime": {"backend", "bundle", "command", "errors", "installation", "safe_io"},
+        "runtime": {"backend", "bundle", "command", "errors", "installation", "safe_io", "text"},
     },
     "finetune": {"model": None, "checkpoint": None, "runtime": None},
     # The chat runs llm-export as a process, with these options.

@@ -35,6 +35,7 @@ from llm_edge.exporter.bundle import staging as staging_module
 from llm_edge.exporter.graph.trace import trace
 from llm_edge.exporter.progress import STAGES
 from llm_edge.exporter.quantization.recipes import RECIPES
+from llm_edge.runtime import Model
 from llm_edge.runtime.bundle import manifest_entry
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.tui import cli as chat_cli
@@ -163,7 +164,17 @@ def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:
 
 
 def index(weight_map: Any) -> Change:
-    return text("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def index_text(content: str) -> Change:
+    """An index in place of the whole file, which would take precedence."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return change
 
 
 def twice(folder: Path) -> None:
@@ -213,7 +224,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "heads of an odd size": (config(head_dim=31), ("head_dim", "31")),
     "other heads": (config(head_dim=16), ("q_proj", "(128, 64)")),
     "other width": (config(hidden_size=32), ("embed_tokens", "(331, 64)")),
-    "too few layers": (config(num_hidden_layers=1), ("model.layers.1.", "more", "unexpected tensor")),
+    "too few layers": (config(num_hidden_layers=1), ("model.layers.1.", "only 1 layers", "unexpected tensor")),
     "too many layers": (config(num_hidden_layers=3), ("model.layers.2.", "missing")),
     "absurdly many layers": (config(num_hidden_layers=10**12), ("num_hidden_layers",)),
     "epsilon not a number": (config(rms_norm_eps=float("nan")), ("config.json", "norm_eps", "nan")),
@@ -226,7 +237,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an index that leaves the folder": (index({EMBEDDING: "../model.safetensors"}), ("index.json", "outside")),
     "an index that is no table": (index([1]), ("index.json", "weight_map")),
     "an index of numbers": (index({EMBEDDING: 1}), ("index.json", "weight_map")),
-    "an index cut": (text("model.safetensors.index.json", '{"weight_map": {'), ("index.json", "not JSON")),
+    "an index cut": (index_text('{"weight_map": {'), ("index.json", "not JSON")),
     "weights empty": (cut("model.safetensors", lambda _: 0), ("model.safetensors", "empty")),
     "weights cut in the length": (cut("model.safetensors", lambda _: 5), ("model.safetensors", "damaged")),
     "weights cut after the length": (cut("model.safetensors", lambda _: 8), ("model.safetensors", "damaged")),
@@ -238,7 +249,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "weights with a header of 2^63": (text("model.safetensors", struct.pack("<Q", 1 << 63) + b"{}"),
                                       ("model.safetensors", "truncated")),
     "a tensor missing": (tensors(lambda t: t.pop(DOWN)), (DOWN, "missing")),
-    "a tensor too much": (tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)})),
+    "a tensor too much": (tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(128)})),
                           ("q_proj.bias", "unexpected tensor")),
     "a tensor that clears the screen": (tensors(lambda t: t.update({"\x1b[2J\nx": torch.zeros(1)})), ("unprintable",)),
     "a tensor transposed": (tensors(lambda t: t.update({DOWN: t[DOWN].T.contiguous()})), (DOWN, "(128, 64)")),
@@ -275,11 +286,16 @@ def test_a_bad_folder_is_rejected(case: str, source: Path, tmp_path: Path, llm_e
     assert everything(tmp_path) == damaged
 
 
-def test_an_invalid_generation_default_is_rejected(
+def test_an_invalid_generation_default_is_left_out_and_named(
     source: Path, tmp_path: Path, llm_export: Callable[..., Done], traced_once: None
 ) -> None:
-    fields("generation_config.json", temperature="hot")(source)
-    refused(llm_export(source, "-o", tmp_path / "bundle", "--no-validate", "--precision", "fp32"), "temperature")
+    fields("generation_config.json", temperature="hot", do_sample=True)(source)
+    done = llm_export(source, "-o", tmp_path / "bundle", "--no-validate", "--precision", "fp32")
+    assert done.code == 0
+    (note,) = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["notes"]
+    assert "temperature" in note
+    assert "left out" in note
+    assert Model.load(tmp_path / "bundle").default_params.temperature == 1.0
 
 
 def a_file(content: bytes) -> Change:
@@ -422,8 +438,6 @@ def test_invalid_names_are_rejected(tiny_checkpoint: Path, tmp_path: Path, llm_e
     refused(llm_export("x" * 300, "-o", tmp_path / "bundle"), "too long")
     refused(llm_export(tiny_checkpoint, "-o", tmp_path / ("x" * 300)), "too long")
     refused(llm_export(tmp_path / "line\nfeed", "-o", tmp_path / "bundle"), r"line\nfeed")
-    # the name is valid, but that of its temporary sibling is too long
-    refused(llm_export(tiny_checkpoint, "-o", tmp_path / ("x" * 250)), "too long")
     refused(llm_export(tiny_checkpoint, "-o", tmp_path / "file" / "bundle"), "file")
     assert names(tmp_path) == {"file"}
 

@@ -24,7 +24,7 @@ COMMANDS = sorted(PROJECT["scripts"])
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/py.typed"))
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "gguf", "safetensors")
 
-DATA = {"py.typed", ".tcss", ".html", ".css", ".js", ".txt"}
+DATA = {"py.typed", ".tcss", ".html", ".css", ".js", ".svg", ".txt"}
 
 
 def run(*words: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:

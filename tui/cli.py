@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_edge.chat.options import sampling_options
-from llm_edge.runtime.command import print_version, run
+from llm_edge.runtime.command import given_on_command_line, print_version, run
 from llm_edge.runtime.errors import BundleError, InputError, ParameterError
 from llm_edge.runtime.installation import install_hint
 from llm_edge.runtime.load_options import LoadOptions
@@ -156,8 +156,7 @@ def chat(
 
 def _given(context: typer.Context) -> frozenset[str]:
     """Names of the options and arguments that are on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    return frozenset(name for name in context.params if given_on_command_line(context, name))
 
 
 def _chat(options: ChatOptions, sampling: Mapping[str, Any]) -> None:
@@ -199,6 +198,18 @@ def _on_screen() -> bool:
     return (terminal or "TEXTUAL_DRIVER" in os.environ) and importlib.util.find_spec("textual") is not None
 
 
+def _without_server_options(words: Sequence[str]) -> list[str]:
+    """The command line of the chat that a visitor gets: without `--serve`, `--host` and `--port`."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word in ("--host", "--port"):
+            next(rest, None)
+        elif word != "--serve" and not word.startswith(("--host=", "--port=")):
+            kept.append(word)
+    return kept
+
+
 def _open_screen(options: ChatOptions, sampling: Mapping[str, Any]) -> None:
     if options.endpoint is None and options.bundle != DEFAULT_BUNDLE and not options.bundle.exists():
         raise InputError(f"{options.bundle}: no such folder: export a bundle with llm-export, or name another one")
@@ -207,7 +218,7 @@ def _open_screen(options: ChatOptions, sampling: Mapping[str, Any]) -> None:
     except ImportError as e:
         raise InputError(f"the full-screen chat needs {e.name}: {install_hint('tui')}, or use --plain") from e
     if options.serve:
-        start.serve([word for word in sys.argv[1:] if word != "--serve"], options.host, options.port)
+        start.serve(_without_server_options(sys.argv[1:]), options.host, options.port)
         return
     if not _on_screen():
         raise InputError("--fake needs a terminal: run it in one, or add --serve")

@@ -1,4 +1,4 @@
-"""`import_file`: imports conversations from a ChatGPT export or from our own JSON."""
+"""`import_file`: imports conversations from a ChatGPT export, or from our own JSON or zip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_edge.chat.history import chatgpt, transcript
+from llm_edge.chat.history import archive, chatgpt, transcript
 from llm_edge.chat.history.chatgpt import Imported
 from llm_edge.chat.history.conversation import Conversation
 from llm_edge.chat.history.store import Store
@@ -45,12 +45,18 @@ def import_file(name: str, store: Store, progress: Callable[[int], bool] | None 
     except (OSError, ValueError, RuntimeError) as e:  # the last two: names that no file can have
         why = e.strerror if isinstance(e, OSError) else e
         raise InputError(f"{name} cannot be read ({why}): choose another file") from e
+    target = _WithProgress(store, progress)
     if ours:
-        conversation = transcript.read(path)
-        for message in conversation.messages.values():
-            message.figures = _figures(message.figures)
-        return Imported(int(store.import_conversation(conversation)), 0)
-    return chatgpt.import_archive(path, _WithProgress(store, progress))
+        return Imported(int(_import_own(transcript.read(path), target)), 0)
+    if archive.is_archive(path):
+        return Imported(sum(_import_own(each, target) for each in archive.read_archive(path)), 0)
+    return chatgpt.import_archive(path, target)
+
+
+def _import_own(conversation: Conversation, target: chatgpt.ImportTarget) -> bool:
+    for message in conversation.messages.values():
+        message.figures = _figures(message.figures)
+    return target.import_conversation(conversation, "", {})
 
 
 class _WithProgress:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from llm_edge.checkpoint.meta.config_keys import KEYS, SCALED_ROPE, check_keys
-from llm_edge.checkpoint.meta.safe_yaml import read_yaml
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, short_repr
+from llm_edge.runtime.safe_yaml import read_yaml
 
 T = TypeVar("T")
 

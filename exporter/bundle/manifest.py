@@ -23,6 +23,9 @@ from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.validation.parity import model_shape
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, ReasoningTags, manifest_entry
+from llm_edge.runtime.errors import TemplateError
+from llm_edge.runtime.text.chat_template import ChatTemplate
+from llm_edge.runtime.text.tool_format_finder import tool_format_of
 
 _NOT_VALIDATED = {"compared": False, "reason": "--no-validate"}
 _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -53,6 +56,7 @@ def write_manifest(
             "model": {**asdict(model_shape(checkpoint.config)), "parameters": report.parameters},
             "graph": writer.name if report.style is None else report.style.value,
             **chat,
+            **_tool_calls(checkpoint),
             "source": asdict(checkpoint.source),
             "tools": {
                 "python": platform.python_version(),
@@ -69,6 +73,20 @@ def write_manifest(
             "files": files,
         },
     )
+
+
+def _tool_calls(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the chat template writes calls of tools; empty if it writes none."""
+    tokenizer = checkpoint.tokenizer
+    template = tokenizer.named_templates.get("tool_use", tokenizer.chat_template)
+    if template is None:
+        return {}
+    named = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    try:
+        found = tool_format_of(ChatTemplate(template, named).render)
+    except TemplateError:  # reported when the bundle is loaded
+        return {}
+    return {"tool_calls": found.to_json()} if found is not None else {}
 
 
 def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, writer: BundleWriter) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llm_edge.runtime.errors import ParameterError
 
-KINDS = ("json", "json_schema", "regex", "choice", "lark")
+KINDS = ("json", "json_schema", "regex", "choice", "lark", "tools")
 MAX_BYTES = 1_000_000
 MAX_PATTERN_BYTES = 32_768  # of a hand-written grammar or expression; llguidance takes minutes to compile larger ones
 

@@ -265,16 +265,11 @@ def _compile_in_thread(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatc
 def _matcher(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
-    from llm_edge.runtime.sampling.json_schema.normalize import enforceable
+    from llm_edge.runtime.sampling.json_schema.normalize import JSON_STYLE, enforceable
 
     if constraint.kind.startswith("json"):
-        # Flexible white space is unbounded: at high temperatures a model may generate it until max_tokens. With escapes
-        # like \u0061 it could write a key that `properties` lists as an additional one.
-        grammar = LLMatcher.grammar_from_json_schema(
-            enforceable(json.loads(constraint.text)),
-            overrides={"whitespace_flexible": False, "json_allowed_escapes": 'nrbtf\\"'},
-        )
-    elif constraint.kind == "lark":
+        grammar = LLMatcher.grammar_from_json_schema(enforceable(json.loads(constraint.text)), overrides=JSON_STYLE)
+    elif constraint.kind in ("lark", "tools"):
         grammar = LLMatcher.grammar_from_lark(constraint.text)
     else:
         grammar = LLMatcher.grammar_from_regex(constraint.text)

@@ -82,6 +82,8 @@ class ReasoningBudget:
     Delimiters and reasoning in the prompt do not count. See `SingleThinkEnd` for the parser.
     """
 
+    overrides_bans = True  # the reasoning ends even if its end is banned
+
     def __init__(self, parser: ReasoningParser, closing: Sequence[int], budget: int) -> None:
         self._parser, self._closing, self._budget = parser, list(closing), budget
 

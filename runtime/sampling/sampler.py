@@ -128,10 +128,13 @@ class Sampler:
         if logits.ndim != 1 or logits.size == 0:
             raise refused("logits", logits.shape, "one row of logits, of shape [V]")
         given = row = logits.astype(np.float32, copy=False)
+        forced = False
         for process in self._processors:
-            row = _unless_all_masked(row, process(row, self._tokens))
+            processed = _unless_all_masked(row, process(row, self._tokens))
+            forced |= processed is not row and getattr(process, "overrides_bans", False)
+            row = processed
         with np.errstate(all="ignore"):  # overflows are caught by the check below
-            row = self._transform(row, restricted=row is not given)
+            row = self._transform(row, restricted=row is not given, forced=forced)
             best = int(row.argmax())  # NaN counts as the largest, so checking this position is enough
             if not np.isfinite(row[best]):
                 raise LogitsError(
@@ -142,12 +145,15 @@ class Sampler:
                 return np.array([best]), row[best : best + 1]
             return self._filter(row)
 
-    def _transform(self, row: Row, *, restricted: bool) -> Row:
-        """Apply biases, bans, penalties and temperature to logits [V]; `restricted`: a processor changed them."""
+    def _transform(self, row: Row, *, restricted: bool, forced: bool) -> Row:
+        """Apply biases, bans, penalties and temperature to logits [V].
+
+        `restricted`: a processor changed them; `forced`: one that overrides bans did.
+        """
         params = self.params
         if self._biased.size:
             row = transforms.add(row, self._biased, self._biases)
-        row = self._mask_banned(row)
+        row = row if forced else self._mask_banned(row)
         if self._ngrams is not None:
             row = self._mask_repeating(row, restricted)
         if self._repeats:

@@ -202,7 +202,9 @@ class TokenSequence:
             accepted_tokens=self._accepted,
         )
         *before, last = deltas
-        return [*_without_token(before), GenerationChunk(last.text, token, reason, timings, last.reasoning, logprob)]
+        stop = self._stream.stop_string
+        end = GenerationChunk(last.text, token, reason, timings, last.reasoning, logprob, stop)
+        return [*_without_token(before), end]
 
 
 def aligned_prefix(length: int, prompt_length: int) -> int:

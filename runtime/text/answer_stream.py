@@ -51,7 +51,12 @@ class AnswerStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string has occurred."""
-        return self._stops.stopped
+        return self._stops.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that occurred."""
+        return self._stops.found
 
     @property
     def reasoning_tokens(self) -> int:

@@ -30,11 +30,15 @@ class HeldText:
 
 
 class StopStrings(HeldText):
-    """Ends a text at the first of some strings to be complete in it, however the text is divided into chunks."""
+    """Ends a text at the first of some strings to be complete in it, however the text is divided into chunks.
+
+    Attributes:
+        found: the string that ended it; None = none has.
+    """
 
     def __init__(self, stops: Iterable[str]) -> None:
         super().__init__()
-        self.stopped = False
+        self.found: str | None = None
         self.change(stops)
 
     def change(self, stops: Iterable[str]) -> None:
@@ -43,13 +47,13 @@ class StopStrings(HeldText):
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; returns what is final now, and whether the text has ended."""
-        if self.stopped:
+        if self.found is not None:
             return "", True
         self.text += text
-        found = [(start + len(stop), start) for stop in self._stops if (start := self.text.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self.text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self.flush()[: min(found)[1]], True
+            _, start, self.found = min(found)
+            return self.flush()[:start], True
         return self.release(self._stops), False
 
 

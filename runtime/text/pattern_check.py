@@ -16,34 +16,14 @@ from pathlib import Path
 
 from llm_edge.runtime.safe_io import MIB
 
+from llm_edge.runtime.text.known_patterns import KNOWN
+
 _SECONDS = 2.0
 _MAX_MEMORY = 256 * MIB  # that the trial of patterns may reserve
 _MAX_PATTERN = 4096  # characters
 _MAX_REPETITIONS = 8  # of variable length, in a row
 _MAX_DIGITS = 3  # of the number of repetitions
 _REPEATS = 2000  # characters of a text that patterns are tried on; the time may be quadratic in it, but not cubic
-
-_AFTER = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_AFTER_CODE = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-KNOWN = frozenset(
-    {
-        rf"{_WORD}|\p{{N}}{{1,3}}{_AFTER}",  # llama 3
-        rf"{_WORD}|\p{{N}}{_AFTER}",  # qwen 2
-        rf"{_LOWER}|{_UPPER}|\p{{N}}{_AFTER_CODE}",  # tekken
-        rf"{_LOWER}{_ENDING}|{_UPPER}{_ENDING}|\p{{N}}{{1,3}}{_AFTER_CODE}",  # gpt-4o
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # gpt 2
-        r"\p{N}{1,3}",
-        r"[\r\n]",
-        r"\d{3}(?=\d)",
-        r"\s+",
-        r" {2,}",
-    }
-)
-"""Patterns of well-known tokenizers."""
 
 _ATOM = re.compile(r"\\[pP]\{\^?\w+\}|\\x\{[0-9A-Fa-f]+\}|\\.|\[|\(\?[imsx-]*:|\(\?<?[=!]|\(\?>|\(|\)|\||.", re.DOTALL)
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(?:(,)(\d*))?\}")

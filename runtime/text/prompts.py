@@ -42,7 +42,12 @@ class PromptProcessor:
         self.delimiters = _delimiters(bundle, tokenizer)
 
     def encode_chat(
-        self, messages: Sequence[Message], template_variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        template_variables: Mapping[str, Any] | None = None,
+        *,
+        assistant_prefix: str = "",
+        reasoning_prefix: str = "",
     ) -> list[int]:
         """The prompt of a conversation, in the model's chat format.
 
@@ -54,6 +59,8 @@ class PromptProcessor:
         Args:
             messages: the conversation.
             template_variables: further variables of the chat template, such as `enable_thinking` or `tools`.
+            assistant_prefix: beginning of the answer, which the model continues.
+            reasoning_prefix: beginning of the reasoning, or all of it if there is an `assistant_prefix`.
 
         Raises:
             ParameterError: `template_variables` is not a mapping.
@@ -68,7 +75,10 @@ class PromptProcessor:
             raise TemplateError("template_variables: give a mapping by name, without 'messages' and 'self'")
         if self.delimiters is not None and self.tokenizer.special_ids.intersection(self.delimiters.closing):
             messages = separate_reasoning(messages, self.delimiters.start, self.delimiters.end)
-        return self.tokenizer.encode_chat(messages, self._limit, **variables)
+        tokens = self.tokenizer.encode_chat(messages, self._limit, **variables)
+        if assistant_prefix or reasoning_prefix:
+            tokens = self._with_prefix(tokens, assistant_prefix, reasoning_prefix)
+        return tokens
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a plain text (special tokens spelled in it stay text), or the given ids."""
@@ -77,7 +87,7 @@ class PromptProcessor:
             return self.tokenizer.encode(prompt, add_special_tokens=True)
         return [*map(operator.index, prompt)]
 
-    def with_prefix(self, prompt: Sequence[int], assistant_prefix: str, reasoning_prefix: str) -> list[int]:
+    def _with_prefix(self, prompt: Sequence[int], assistant_prefix: str, reasoning_prefix: str) -> list[int]:
         """A prompt followed by the beginning of its answer: of the reasoning, and of the answer proper."""
         for text in (assistant_prefix, reasoning_prefix):
             self.tokenizer.check_length(text, self._limit)

@@ -367,7 +367,9 @@ def test_a_manifest_that_disagrees_with_the_graph_is_rejected(llama: Case, plain
 
 def test_hidden_states_of_torchscript_are_rejected(plain_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="which torchscript does not support"):
-        Bundle.open(changed_copy(plain_bundle, tmp_path, hidden_size=64, format="torchscript"))
+        Bundle.open(
+            changed_copy(plain_bundle, tmp_path, hidden_size=64, format="torchscript", model="torchscript/model.pt")
+        )
 
 
 def open_session(path: Path) -> Session:

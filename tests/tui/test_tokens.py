@@ -175,7 +175,7 @@ def test_changing_a_parameter_shows_its_effect_and_applies_to_the_chat(tmp_path:
             await pilot.pause()
             await pilot.press("end", "ctrl+u", "0", "enter")
             await until(pilot, lambda: "cut by greedy" in screen(app))
-            await pilot.press("end", "ctrl+u", *"hot", "enter")
+            await pilot.press(*"hot", "enter")  # only numbers can be typed
             await pilot.pause()
             assert app.session.parameters.value("temperature") == 0
             await pilot.press("escape", "f3")

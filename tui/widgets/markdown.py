@@ -1,17 +1,11 @@
-"""Renders Markdown that grows as lines for a terminal.
-
-Appended text can change at most the last two blocks of a Markdown text: a line that starts a block may turn out to
-continue the one before. All other blocks are rendered only once.
-"""
+"""Renders Markdown that grows as lines for a terminal."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import ClassVar
 
-from markdown_it import MarkdownIt
 from pygments.styles import get_style_by_name
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -22,6 +16,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 from rich.theme import Theme
 
+from llm_edge.chat.markdown_blocks import MAX_BLOCK, MAX_CODE_LINE, MAX_PARAGRAPH, MarkdownBlocks, parser
 from llm_edge.chat.text import printable
 
 # Colors that are legible on the background of code; on a dark one, the rest of rich's defaults are.
@@ -39,9 +34,6 @@ _ON_LIGHT = {
 Line = list[Segment]
 """The segments of one line, without a line break."""
 
-# Parsing inline Markdown takes time quadratic in its length; longer blocks and paragraphs are shown as plain text.
-_MAX_BLOCK, _MAX_PARAGRAPH = 40_000, 4_000  # characters
-_MAX_CODE_LINE = 1_000  # characters of a line of code that is highlighted
 _CODE_CHUNK = 50  # lines of code that are highlighted together, so that a growing block costs no more when it is long
 
 
@@ -70,52 +62,26 @@ class _Blocks(Markdown):
     }
 
 
-@dataclass(slots=True)
-class _Block:
-    text: str
-    lines: list[Line] = field(default_factory=list)
-
-
 class MarkdownLines:
     """Renders a Markdown text as lines; the result does not depend on how the text has grown."""
 
     def __init__(self, code_theme: str = "monokai") -> None:
         self.code_theme = code_theme
-        self._parser = _parser()
-        self._parser.core.ruler.enableOnly(["normalize", "block"])  # only the starts of blocks are needed
-        self._text = ""
-        self._blocks: list[_Block] = []  # all but the last two are final
+        self._parser = parser()
+        self._parser.core.ruler.enableOnly(["normalize", "block"])
+        self._blocks = MarkdownBlocks(self._render)
         self._width = 0
 
     def lines(self, text: str, width: int) -> list[Line]:
         """The lines of a text; if it continues the previous one, only its last blocks are rendered."""
-        if width != self._width or not text.startswith(self._text):
-            self._width, self._text, self._blocks = width, "", []
-        if text != self._text:
-            stable, unstable = self._blocks[:-2], self._blocks[-2:]
-            tail = "".join(block.text for block in unstable) + text[len(self._text) :]
-            known = {block.text: block for block in unstable}
-            self._blocks = stable + [
-                known.get(block) or _Block(block, self._render(block)) for block in self._split(tail)
-            ]
-            self._text = text
+        if width != self._width:
+            self._width, self._blocks = width, MarkdownBlocks(self._render)
         found: list[Line] = []
-        for block in self._blocks:
-            if found and block.lines:
+        for lines in self._blocks.update(text):
+            if found and lines:
                 found.append([])
-            found += block.lines
+            found += lines
         return found
-
-    def _split(self, text: str) -> list[str]:
-        """The text's blocks; joined, they give the text."""
-        starts = [token.map[0] for token in self._parser.parse(text) if token.level == 0 and token.map is not None]
-        lines = text.splitlines(keepends=True)
-        ends = [*sorted({start for start in starts if start}), len(lines)]
-        blocks, before = [], 0
-        for end in ends:
-            blocks.append("".join(lines[before:end]))
-            before = end
-        return blocks
 
     def _render(self, text: str) -> list[Line]:
         """A block's lines, free of control characters, including those written as Markdown entities."""
@@ -127,7 +93,7 @@ class MarkdownLines:
             return [line for chunk in chunks for line in _code(chunk, language, self.code_theme, self._width)]
         shown = printable(text).expandtabs(4)
         spans = (len(token.content) for token in tokens if token.type == "inline")
-        if len(text) > _MAX_BLOCK or max(spans, default=0) > _MAX_PARAGRAPH:
+        if len(text) > MAX_BLOCK or max(spans, default=0) > MAX_PARAGRAPH:
             return _lines(Text(shown), self._width, self.code_theme)
         return _trimmed(
             _lines(_Blocks(shown, code_theme=self.code_theme, hyperlinks=False), self._width, self.code_theme)
@@ -138,7 +104,7 @@ class MarkdownLines:
 def _code(code: str, language: str, theme: str, width: int) -> list[Line]:
     """Highlighted code with a background up to the right edge."""
     lexer = language or "text"
-    if max(map(len, code.split("\n"))) > _MAX_CODE_LINE:
+    if max(map(len, code.split("\n"))) > MAX_CODE_LINE:
         lexer = "text"
     return _lines(Syntax(code, lexer, theme=theme, word_wrap=True, padding=(0, 1), tab_size=4), width, theme)
 
@@ -164,11 +130,7 @@ def _lines(whole: RenderableType, width: int, code_theme: str) -> list[Line]:
 
 def code_blocks(text: str) -> list[str]:
     """The code blocks of a Markdown text, without their fences."""
-    return [token.content for token in _parser().parse(text) if token.type in ("fence", "code_block")]
-
-
-def _parser() -> MarkdownIt:
-    return MarkdownIt().enable("table").enable("strikethrough")
+    return [token.content for token in parser().parse(text) if token.type in ("fence", "code_block")]
 
 
 def _trimmed(lines: Sequence[Line]) -> list[Line]:

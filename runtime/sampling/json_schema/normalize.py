@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_edge.runtime.sampling.json_schema import arrays, keywords, objects, scalars
 from llm_edge.runtime.sampling.json_schema.canonical import (
@@ -33,6 +33,12 @@ from llm_edge.runtime.sampling.json_schema.document import (
 )
 from llm_edge.runtime.sampling.json_schema.finite import without_endless
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# How llguidance writes JSON. Flexible white space is unbounded: at high temperatures a model may generate it until
+# max_tokens. With escapes like \u0061 it could write a key that `properties` lists as an additional one.
+JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "json_allowed_escapes": 'nrbtf\\"'}
 MAX_SCHEMAS = 50_000  # that are visited, some of them several times
 MAX_SIZE = 4_000_000  # of the result, in characters
 

@@ -83,7 +83,7 @@ def resident_bytes() -> int:
 @pytest.mark.parametrize(
     "message",
     [
-        "[ONNXRuntimeError] : 1 : FAIL : /src/cumsum.cc:109 ort::CumSum<T>::CumSum(const Info&) [with T = int] the reason",
+        "[ONNXRuntimeError] : 1 : FAIL : /cumsum.cc:109 ort::CumSum<T>::CumSum(const Info&) [with T = int] the reason",
         "/src/clip.cc:5 Status ort::Clip::Impl<T>::operator()(const Tensor*, Pool*) const [with T = float] the reason",
         "/src/arena.cc:360 void* onnxruntime::BFCArena::Allocate(size_t, bool, void (*)(int)) the reason",
         "slice.h:164 the reason",

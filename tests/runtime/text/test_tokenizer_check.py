@@ -14,9 +14,10 @@ import pytest
 import tiny
 import tokenizers
 
-from llm_edge.checkpoint.gguf import tokenizer as gguf_tokenizer
+from llm_edge.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
 from llm_edge.runtime.errors import BundleError, CheckpointError
-from llm_edge.runtime.text.pattern_check import KNOWN, check_patterns
+from llm_edge.runtime.text.known_patterns import KNOWN
+from llm_edge.runtime.text.pattern_check import check_patterns
 from llm_edge.runtime.text.tokenizer import Tokenizer
 from llm_edge.runtime.text.tokenizer_check import check_tokenizer
 
@@ -242,14 +243,9 @@ def test_steps_of_common_models_are_accepted() -> None:
 
 
 def test_patterns_of_gguf_files_are_known() -> None:
-    known = set()
-    for name, entry in gguf_tokenizer._PRE_TOKENIZERS.items():
-        spec = json.loads(entry.split().__getstate__())
-        for step in spec.get("pretokenizers", [spec]):
-            if step["type"] == "Split":
-                assert step["pattern"]["Regex"] in KNOWN, name
-                known.add(step["pattern"]["Regex"])
-    assert known
+    assert len(PRE_TOKENIZERS) > 80
+    for name, rule in PRE_TOKENIZERS.items():
+        assert set(rule.patterns) <= KNOWN, name
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, LlmEdgeError
 from llm_edge.runtime.safe_io import read_text
 
 _MAX_BYTES = 65_536
@@ -35,41 +35,41 @@ _WORDS: dict[str, Any] = {
 }
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, error: type[LlmEdgeError] = CheckpointError) -> dict[str, Any]:
     """Read the mapping in a file of at most 64 KiB.
 
-    Raises:
-        CheckpointError: the file is not YAML, or contains more than plain settings.
+    A file that is not YAML, or contains more than plain settings, raises `error`.
     """
-    text = read_text(path, _MAX_BYTES, error=CheckpointError)
-    _check_nesting(text, path)
+    text = read_text(path, _MAX_BYTES, error=error)
+    _check_nesting(text, path, error)
     try:
-        value = _Events(yaml.parse(text, Loader=yaml.SafeLoader), path).document()
-    except yaml.MarkedYAMLError as error:
-        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise CheckpointError(f"{path}: not YAML: {error.problem}{line}") from error
-    except yaml.YAMLError as error:  # an invalid character
-        raise CheckpointError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
+        value = _Events(yaml.parse(text, Loader=yaml.SafeLoader), path, error).document()
+    except yaml.MarkedYAMLError as e:
+        line = f" (line {e.problem_mark.line + 1})" if e.problem_mark else ""
+        raise error(f"{path}: not YAML: {e.problem}{line}") from e
+    except yaml.YAMLError as e:  # an invalid character
+        raise error(f"{path}: not YAML: {' '.join(str(e).split())[:200]}") from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: no settings: a mapping of names to values is required")
+        raise error(f"{path}: no settings: a mapping of names to values is required")
     return value
 
 
-def _check_nesting(text: str, path: Path) -> None:
+def _check_nesting(text: str, path: Path, error: type[LlmEdgeError]) -> None:
     """Reject deeply nested brackets before parsing, since PyYAML takes quadratic time on them."""
     depth = 0
     for bracket in _BRACKETS.finditer(text):
         depth = depth + 1 if bracket[0] in "[{" else max(depth - 1, 0)
         if depth > 2 * _MAX_DEPTH:  # twice, because brackets in strings and comments count too
-            raise CheckpointError(f"{path}: is nested deeper than {_MAX_DEPTH} levels")
+            raise error(f"{path}: is nested deeper than {_MAX_DEPTH} levels")
 
 
 class _Events:
     """Builds values from PyYAML's events."""
 
-    def __init__(self, events: Iterator[Any], path: Path) -> None:
+    def __init__(self, events: Iterator[Any], path: Path, error: type[LlmEdgeError]) -> None:
         self._events = events
         self._path = path
+        self._error = error
         self._count = 0
 
     def document(self) -> Any:
@@ -119,7 +119,7 @@ class _Events:
         return mapping
 
     def _fail(self, event: Any, reason: str) -> NoReturn:
-        raise CheckpointError(f"{self._path}: {reason} (line {event.start_mark.line + 1})")
+        raise self._error(f"{self._path}: {reason} (line {event.start_mark.line + 1})")
 
 
 def _plain(text: str) -> Any:

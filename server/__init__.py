@@ -1,0 +1,1 @@
+"""`llm-serve`: serves bundles to OpenAI, Anthropic and Ollama clients, and a chat page to browsers."""

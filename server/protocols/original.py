@@ -1,0 +1,212 @@
+"""The API of the service that this project began with, in its shapes.
+
+Streams are those of the original (`data: TEXT`), but each event carries the text as it was generated, one `data:` line
+per line of it, so that clients of server-sent events get newlines and spaces back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
+
+from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.server.errors import ApiError, api_error, error_route
+from llm_edge.server.events import Completed, ReasoningDelta, TextDelta
+from llm_edge.server.generation import RunningRequest, start_chat, start_text
+from llm_edge.server.messages import chat_messages
+from llm_edge.server.models import ModelEntry
+from llm_edge.server.request import ChatRequest, TextRequest, sampling_overrides
+from llm_edge.server.state import server_state
+from llm_edge.server.streaming import DONE, event_stream, unless_disconnected
+
+_VERSION = "0.1.0"  # of the original's API
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """An error as FastAPI writes it."""
+    if error.status == 422:
+        return {
+            "detail": [{"loc": ["body", *(error.param or "").split(".")], "msg": error.message, "type": "value_error"}]
+        }
+    return {"detail": error.message}
+
+
+router = APIRouter(route_class=error_route(error_body, invalid_body=422), tags=["Original service"])
+
+
+class Message(BaseModel):
+    """A message of a conversation."""
+
+    role: str
+    content: str
+    thinking: str | None = None
+
+
+class Chat(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    messages: list[Message]
+    max_length: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stream: bool = False
+
+    def to_request(self, model: str) -> ChatRequest:
+        """The request that a model answers."""
+        messages = chat_messages([message.model_dump(exclude_none=True) for message in self.messages])
+        fields = {"max_tokens": self.max_length, **self.model_dump(include={"temperature", "top_p", "top_k"})}
+        return ChatRequest(model, messages, sampling_overrides(fields))
+
+
+@router.get("/model/info")
+async def model_info(request: Request) -> dict[str, Any]:
+    """The current model."""
+    entry = await _current(request)
+    shape = entry.bundle.shape
+    return {
+        "model_name": entry.name,
+        "parameters": _readable(entry.bundle.manifest.get("parameters")),
+        "vocab_size": shape.vocab_size,
+        "max_sequence_length": shape.max_position_embeddings,
+        "device": server_state(request).config.models.provider,
+    }
+
+
+def _readable(count: object) -> str:
+    if not isinstance(count, int):
+        return "unknown"
+    return f"{count / 1e9:.1f}B" if count >= 10**9 else f"{count / 1e6:.0f}M"
+
+
+@router.get("/models/available")
+async def models_available(request: Request) -> list[dict[str, Any]]:
+    """All models."""
+    entries = await run_in_threadpool(server_state(request).pool.entries)
+    return [{"name": entry.name, "type": "local", "description": f"Local model: {entry.name}"} for entry in entries]
+
+
+@router.get("/models/current")
+async def models_current(request: Request) -> dict[str, Any]:
+    """The current model, and whether it is loaded."""
+    entry = await _current(request)
+    loaded = any(
+        state.loaded and state.name.startswith(f"{entry.name}:") for state in server_state(request).pool.states()
+    )
+    description = f"Local model: {entry.name}" + ("" if loaded else " (not loaded)")
+    return {"name": entry.name, "type": "local", "loaded": loaded, "description": description}
+
+
+@router.post("/chat")
+async def chat(body: Chat, request: Request) -> Response:
+    """Answer a conversation."""
+    state = server_state(request)
+    if body.stream:
+        raise ApiError(400, "Use /chat/stream for streaming responses")
+    entry = await _current(request)
+    running = await unless_disconnected(request, start_chat(state.pool, body.to_request(state.current)))
+    (answer,) = await unless_disconnected(request, running.collect())
+    timings = running.timings
+    seconds = timings.time_to_first_token + timings.decode_seconds if timings is not None else 0.0
+    usage = {
+        "input_tokens": running.usage.prompt_tokens,
+        "output_tokens": running.usage.completion_tokens,
+        "total_tokens": running.usage.total_tokens,
+        "generation_time_ms": round(seconds * 1000),
+    }
+    about = {"model": entry.name, "version": _VERSION}
+    return JSONResponse({"response": answer.text, "usage": usage, "model_info": about})
+
+
+@router.post("/chat/stream")
+async def chat_stream(body: Chat, request: Request) -> Response:
+    """Answer a conversation as a stream."""
+    state = server_state(request)
+    await _current(request)
+    running = await unless_disconnected(request, start_chat(state.pool, body.to_request(state.current)))
+    response = event_stream(_stream(running), state.config.keepalive)
+    response.headers["content-type"] = "text/plain; charset=utf-8"
+    return response
+
+
+async def _stream(running: RunningRequest) -> AsyncIterator[bytes]:
+    try:
+        async for event in running.events():
+            match event:
+                case TextDelta(_, text, _) if text:
+                    yield _data(text)
+                case ReasoningDelta() | Completed():
+                    pass
+    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes an event)
+        yield b"event: error\n" + _data(api_error(error).message)
+    yield DONE
+
+
+def _data(text: str) -> bytes:
+    lines = text.replace("\r", "").split("\n")
+    return "".join(f"data: {line}\n" for line in lines).encode("utf-8", "replace") + b"\n"
+
+
+@router.post("/generate")
+async def generate(
+    request: Request,
+    prompt: str,
+    max_length: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+) -> dict[str, str]:
+    """Continue a text; the parameters are in the query."""
+    state = server_state(request)
+    await _current(request)
+    fields = {"max_tokens": max_length, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    asked = TextRequest(state.current, prompt, sampling_overrides(fields))
+    running = await unless_disconnected(request, start_text(state.pool, asked))
+    (answer,) = await unless_disconnected(request, running.collect())
+    return {"generated_text": answer.text}
+
+
+class Switch(BaseModel):
+    """The body of a request to switch models."""
+
+    model_name: str
+
+
+@router.post("/models/switch")
+async def models_switch(body: Switch, request: Request) -> dict[str, Any]:
+    """Load a model and make it the current one."""
+    state = server_state(request)
+    try:
+        await unless_disconnected(request, state.pool.preload(body.model_name))
+    except (ApiError, LlmEdgeError) as error:
+        return {"success": False, "message": f"Error switching model: {api_error(error).message}", "model_name": None}
+    state.current = body.model_name
+    return {"success": True, "message": f"Switched to {body.model_name}", "model_name": body.model_name}
+
+
+@router.post("/model/reload")
+async def model_reload(request: Request) -> dict[str, str]:
+    """Load the current model again; running answers end first."""
+    state = server_state(request)
+    entry = await _current(request)
+    for loaded in state.pool.states():
+        if loaded.name.startswith(f"{entry.name}:"):
+            await state.pool.unload(loaded.name)
+    state.spawn(state.pool.preload(state.current))
+    return {"message": "Model reload initiated"}
+
+
+async def _current(request: Request) -> ModelEntry:
+    state = server_state(request)
+    try:
+        entry, _ = await run_in_threadpool(state.pool.find, state.current)
+    except ApiError:
+        raise ApiError(503, "Model not loaded") from None
+    return entry

@@ -1,0 +1,88 @@
+"""Server-sent events and NDJSON: the bytes of streamed responses, and requests whose client has left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+_KEEPALIVE = b": keepalive\n\n"
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def sse(value: Any, event: str | None = None) -> bytes:
+    """A server-sent event whose data is JSON."""
+    head = f"event: {event}\n" if event is not None else ""
+    return f"{head}data: {dumps(value)}\n\n".encode("utf-8", "replace")
+
+
+def event_stream(events: AsyncIterator[bytes], keepalive: float) -> StreamingResponse:
+    """A response of server-sent events; a comment is sent after `keepalive` seconds without one."""
+    return StreamingResponse(_kept_alive(events, keepalive), media_type="text/event-stream", headers=_HEADERS)
+
+
+def ndjson_stream(lines: AsyncIterator[Any]) -> StreamingResponse:
+    """A response of JSON values, one per line."""
+
+    async def encoded() -> AsyncIterator[bytes]:
+        async for line in lines:
+            yield f"{dumps(line)}\n".encode("utf-8", "replace")
+
+    return StreamingResponse(encoded(), media_type="application/x-ndjson", headers=_HEADERS)
+
+
+async def _kept_alive(events: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    iterator = aiter(events)
+    pending: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            pending = asyncio.ensure_future(anext(iterator))
+            while not pending.done():
+                await asyncio.wait([pending], timeout=seconds)
+                if not pending.done():
+                    yield _KEEPALIVE
+            try:
+                item = pending.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        if pending is not None and not pending.done():
+            pending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await pending
+        with contextlib.suppress(Exception):
+            await iterator.aclose()  # type: ignore[attr-defined]
+
+
+async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled once the client has left.
+
+    Raises:
+        asyncio.CancelledError: the client has left.
+    """
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await task
+    finally:
+        task.cancel()
+        watcher.cancel()
