@@ -51,8 +51,10 @@ class WatchedStep:
         reason: why the step was terminated; None if it was not.
     """
 
-    __slots__ = ("_fd_is_ours", "began", "bytes_before", "limit", "max_bytes", "on_main_thread", "options")
-    __slots__ += ("patience", "reason", "unwanted")
+    __slots__ = (
+        *("_fd_is_ours", "began", "bytes_before", "limit", "max_bytes", "on_main_thread", "options"),
+        *("patience", "reason", "unwanted"),
+    )
 
     def __init__(
         self, options: Any, limit: float | None, unwanted: Callable[[], bool], patience: float, max_bytes: float

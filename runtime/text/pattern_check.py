@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_edge.runtime.safe_io import MIB
-
 from llm_edge.runtime.text.known_patterns import KNOWN
 
 _SECONDS = 2.0
