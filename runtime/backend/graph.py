@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from llm_edge.runtime.backend import memory_hints, watchdog
+from llm_edge.runtime.backend import memory_hints
 from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, MachineError, native_reason
-from llm_edge.runtime.safe_io import MIB
 
 HIDDEN_STATES = "hidden_states"
 NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
@@ -28,10 +27,6 @@ _CACHE_DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int8)": np.dtype(np.int8),  # the graph holds the scales
 }
-
-_STEP_TOKENS = 512  # at most
-_QUERY_GROUP = 8  # queries per key, as in most large models
-_SPARE_BYTES = 192 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,6 @@ class Graph:
         cache_device: `cpu` or `cuda`, where the graph reads them.
         has_hidden_states: every step computes hidden states, of as many positions as requested.
         step_seconds: steps that take longer are terminated; None = no limit.
-        step_bytes: steps that take more memory for one sequence are terminated; far more than an exported graph needs.
 
     Raises:
         BundleError: the file does not load or contradicts the manifest.
@@ -93,17 +87,16 @@ class Graph:
         self.shape = file.shape
         self.provider = provider
         self.step_seconds = execution.step_seconds
-        self.step_bytes = _step_bytes(file)
         try:
-            with watchdog.loading():
-                self.inference = ort.InferenceSession(
-                    file.path,
-                    _session_options(provider, execution),
-                    providers=_EXECUTION_PROVIDERS[provider],
-                    enable_fallback=0,  # onnxruntime's own provider fallback prints to stdout
-                    # It would copy a shared embedding; the fused graphs have nothing else to fold.
-                    disabled_optimizers=["ConstantFolding"] if file.share_buffer else [],
-                )
+            # onnxruntime's own provider fallback prints to stdout.
+            self.inference = ort.InferenceSession(
+                file.path,
+                _session_options(provider, execution),
+                providers=_EXECUTION_PROVIDERS[provider],
+                enable_fallback=0,
+                # It would copy a shared embedding; the fused graphs have nothing else to fold.
+                disabled_optimizers=["ConstantFolding"] if file.share_buffer else [],
+            )
         except MemoryError as error:
             raise MachineError(f"{file.path}: not enough memory to load it") from error
         except Exception as error:
@@ -179,18 +172,6 @@ class Graph:
         if [cache.shape[1], cache.shape[3]] != [shape.num_key_value_heads, shape.head_dim]:
             raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, which contradicts the manifest")
         return _CACHE_DTYPES[cache.type]
-
-
-def _step_bytes(file: GraphFile) -> int:
-    """Twice what a step over `_STEP_TOKENS` tokens at the end of the context needs, and `_SPARE_BYTES`."""
-    shape = file.shape
-    try:
-        weights = file.path.with_name(f"{file.path.name}_data").stat().st_size  # larger than the activations
-    except OSError:
-        weights = 0
-    scores = _STEP_TOKENS * shape.max_position_embeddings * shape.num_key_value_heads * _QUERY_GROUP
-    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * shape.max_position_embeddings
-    return _SPARE_BYTES + 2 * weights + 2 * 4 * (scores + cache + _STEP_TOKENS * shape.vocab_size)
 
 
 def _session_options(provider: str, execution: ExecutionOptions) -> Any:

@@ -21,17 +21,15 @@ class StepRunner:
     Args:
         graph: what it runs.
         patience: seconds for which a step may continue that is no longer wanted.
-        sequences: number of sequences in a step.
 
     Attributes:
         unwanted: whether the running step is no longer wanted; called from another thread.
         run_seconds: time spent inside onnxruntime so far.
     """
 
-    def __init__(self, graph: Graph, patience: float = 0.0, sequences: int = 1) -> None:
+    def __init__(self, graph: Graph, patience: float = 0.0) -> None:
         self._graph = graph
         self._patience = patience
-        self._max_bytes = graph.step_bytes * sequences
         self._options = graph.run_options()
         self.unwanted: Callable[[], bool] = _never
         self.run_seconds = 0.0
@@ -41,23 +39,20 @@ class StepRunner:
 
         Raises:
             StepTerminatedError: it exceeded the graph's `step_seconds`, or is no longer wanted.
-            BundleError: an operator of the graph failed, or it takes far more memory than exported graphs do.
+            BundleError: an operator of the graph failed.
             MachineError: not enough memory, or the execution provider failed.
         """
         while (terminated := self._run(binding, what)) is not None:
             if terminated is Reason.TIMEOUT:
                 seconds = f"{self._graph.step_seconds:g}"
                 raise StepTerminatedError(f"{what} was terminated after {seconds} seconds: raise step_seconds")
-            if terminated is Reason.MEMORY:
-                used = f"{self._max_bytes / 1e6:,.0f} MB"
-                raise BundleError(f"{self._graph.file.path}: {what} takes more than {used}: export the bundle again")
             if terminated is Reason.UNWANTED:
                 raise StepTerminatedError(f"{what} was cancelled")
             # The signal's handler has run by now. It did not raise, so the step is still wanted: run it again.
 
     def _run(self, binding: Any, what: str) -> Reason | None:
         began = time.perf_counter()
-        step = WatchedStep(self._options, self._graph.step_seconds, self.unwanted, self._patience, self._max_bytes)
+        step = WatchedStep(self._options, self._graph.step_seconds, self.unwanted, self._patience)
         try:
             with step:
                 self._graph.inference.run_with_iobinding(binding, self._options)

@@ -1,4 +1,4 @@
-"""Terminates steps: at their limits of time and memory, when their result is no longer wanted, and on Ctrl-C.
+"""Terminates steps: at their time limit, when their result is no longer wanted, and on Ctrl-C.
 
 One thread per process watches the running steps. It has to see signals itself: Python runs their handlers on the main
 thread between two bytecodes, so not while that thread is inside onnxruntime.
@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from llm_edge.runtime.errors import ParameterError
-from llm_edge.runtime.safe_io import MIB
 
 _POLL = 0.25  # seconds between checks while a step runs
-_SHORT_POLL = 0.01  # while a step takes more and more memory
-_SMALL = 32 * MIB
 _SIGNALS = {int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)}
 
 
@@ -32,7 +27,6 @@ class Reason(Enum):
     """Why a step was terminated."""
 
     TIMEOUT = "timeout"
-    MEMORY = "memory"
     UNWANTED = "unwanted"
     SIGNAL = "signal"
 
@@ -45,26 +39,18 @@ class WatchedStep:
         limit: time limit in seconds; None = none.
         unwanted: whether the step's result is no longer wanted; called on the watchdog's thread.
         patience: seconds for which an unwanted step may continue.
-        max_bytes: limit of the memory that the process may take meanwhile.
 
     Attributes:
         reason: why the step was terminated; None if it was not.
     """
 
-    __slots__ = (
-        *("_fd_is_ours", "began", "bytes_before", "limit", "max_bytes", "on_main_thread", "options"),
-        *("patience", "reason", "unwanted"),
-    )
+    __slots__ = ("_fd_is_ours", "began", "limit", "on_main_thread", "options", "patience", "reason", "unwanted")
 
-    def __init__(
-        self, options: Any, limit: float | None, unwanted: Callable[[], bool], patience: float, max_bytes: float
-    ) -> None:
+    def __init__(self, options: Any, limit: float | None, unwanted: Callable[[], bool], patience: float) -> None:
         self.options = options
         self.limit = limit
         self.unwanted = unwanted
         self.patience = patience
-        self.max_bytes = max_bytes
-        self.bytes_before: int | None = None  # in use by the process at the first check
         self.reason: Reason | None = None
         self.began = time.monotonic()
         self.on_main_thread = threading.current_thread() is threading.main_thread()
@@ -93,19 +79,6 @@ class WatchedStep:
         _running_watchdog().remove(self)
 
 
-@contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Within the block, the memory that this process takes is not ascribed to running steps."""
-    global _loading
-    with _starting:
-        _loading += 1
-    try:
-        yield
-    finally:
-        with _starting:
-            _loading -= 1
-
-
 def check_running_steps() -> None:
     """Terminate steps that are no longer wanted now, rather than at the next check."""
     if _watchdog is not None:
@@ -126,7 +99,6 @@ class _Watchdog:
         self._sender.setblocking(False)
         self._steps: dict[int, WatchedStep] = {}  # by the address of their options
         self._idle = True
-        self._poll = _POLL
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name="llm-edge-watchdog", daemon=True).start()
 
@@ -153,7 +125,7 @@ class _Watchdog:
 
     def _run(self) -> None:
         while True:
-            self._receiver.settimeout(None if self._idle else self._poll)
+            self._receiver.settimeout(None if self._idle else _POLL)
             try:
                 received = self._receiver.recv(4096)
             except TimeoutError:
@@ -162,39 +134,22 @@ class _Watchdog:
 
     def _check(self, *, signalled: bool) -> None:
         with self._lock:  # so that a step that has just ended is not terminated, nor the one after it
-            now, used, self._poll = time.monotonic(), _bytes_in_use() if self._steps else 0, _POLL
+            now = time.monotonic()
             for step in self._steps.values():
-                if step.bytes_before is None or _loading:
-                    step.bytes_before = used
-                grown = used - step.bytes_before
-                if grown > _SMALL:
-                    self._poll = _SHORT_POLL
-                if reason := _reason_to_terminate(step, now - step.began, grown, signalled=signalled):
+                if reason := _reason_to_terminate(step, now - step.began, signalled=signalled):
                     step.reason = step.reason or reason
                     step.options.terminate = True
             self._idle = not self._steps
 
 
-def _bytes_in_use() -> int:
-    """Memory of this process without mapped files; 0 where that is not known."""
-    try:
-        _, resident, shared, *_ = Path("/proc/self/statm").read_bytes().split()
-    except (OSError, ValueError):
-        return 0
-    return (int(resident) - int(shared)) * mmap.PAGESIZE
-
-
-def _reason_to_terminate(step: WatchedStep, seconds: float, grown: int, *, signalled: bool) -> Reason | None:
+def _reason_to_terminate(step: WatchedStep, seconds: float, *, signalled: bool) -> Reason | None:
     if signalled and step.on_main_thread:
         return Reason.SIGNAL
     if step.limit is not None and seconds > step.limit:
         return Reason.TIMEOUT
-    if grown > step.max_bytes:
-        return Reason.MEMORY
     return Reason.UNWANTED if seconds >= step.patience and step.unwanted() else None
 
 
-_loading = 0  # number of graphs that are being loaded
 _watchdog: _Watchdog | None = None
 _starting = threading.Lock()
 

@@ -43,7 +43,7 @@ class Batch(ProcessBound):
         self.dtype = graph.cache_dtype
         self.limit = graph.limit
         self.lengths = [0] * slots
-        self._steps = StepRunner(graph, _PATIENCE, slots)
+        self._steps = StepRunner(graph, _PATIENCE)
         self._bindings: dict[tuple[int, int], Any] = {}
         self._keep = np.zeros((), dtype=np.int64)
         self._one = np.ones((), dtype=np.int64)

@@ -12,6 +12,7 @@ from typing import Any
 import browsing
 import pytest
 import web_chat
+from serving import Served
 from web_chat import WebServer, until
 
 from llm_edge.chat.fake import Said
@@ -408,6 +409,7 @@ def test_another_model_is_chosen_and_loaded(web: WebServer, open_page: Opener) -
     page.locator("#model option[value='other:int8']").wait_for(state="attached")
     page.select_option("#model", "other:int8")
     page.locator("#model-state[data-state=loaded]").wait_for()
+    until(lambda: page.input_value("[data-parameter=temperature] input[type=number]") == "0")  # the model's default
     web.fake.enqueue("From the other.")
     ask(page, "Who are you?")
     assert next(each["state"] for each in web.get("/models")["models"] if each["name"] == "other:int8") == "loaded"
@@ -525,6 +527,20 @@ def test_failures_are_shown_and_the_question_is_kept(web: WebServer, open_page: 
     page.click("#reset-params")
     page.click("#send")
     last(page).locator(".actions").wait_for()
+
+
+def test_without_a_model_the_page_says_how_to_get_one(tmp_path: Path, web: WebServer, open_page: Opener) -> None:
+    served = Served(tmp_path / "none")
+    try:
+        page = open_page(url=served.url, expected="404")
+        page.locator("#model-text", has_text="Create one with llm-export.").wait_for()
+        assert page.locator("[data-parameter=temperature]").is_visible()
+        page.fill("#question", "Anybody there?")
+        page.click("#send")
+        page.locator(".toast.error", has_text="create one with llm-export").wait_for()
+        assert page.input_value("#question") == "Anybody there?"
+    finally:
+        served.stop()
 
 
 def test_a_key_is_asked_for_once_and_the_page_survives_a_restart(

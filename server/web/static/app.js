@@ -38,7 +38,7 @@ function show(id, keepFocus = false, leaving = true) {
   markCurrent(id);
   setQuestion(drafts[id ?? 0] ?? "");
   if (id === null) {
-    setSystem("");
+    if (leaving) setSystem("");
     render({ id: null, title: "", pinned: false, system: "", running: null, used: 0, context: null, messages: [] });
   } else {
     $("messages").setAttribute("aria-busy", "true");
@@ -289,7 +289,7 @@ async function pollModels(soon = 0) {
 function drawModels(preferred) {
   const select = $("model");
   const known = [...select.options].map((option) => option.value).join("\n");
-  if (known !== models.map((each) => each.name).join("\n")) {
+  if (!select.options.length || known !== models.map((each) => each.name).join("\n")) {
     const chosen = select.value || stored("model", "");
     select.replaceChildren(...models.map((each) => el("option", { value: each.name })));
     select.value = models.some((each) => each.name === chosen) ? chosen : preferred;
@@ -304,13 +304,12 @@ function drawModels(preferred) {
   });
   const state = models.find((each) => each.name === select.value)?.state ?? "idle";
   if ($("model-state").dataset.state !== state) {
-    const loading = $("model-state").dataset.state === "loading" || !$("model-state").dataset.state;
     $("model-state").dataset.state = state;
     $("model-text").textContent = state === "loading" ? "Loading…" : "";
     $("model").title = { idle: "Loaded when you ask something", loading: "Loading…", loaded: "Loaded" }[state];
-    if (state === "loaded" && loading) loadModel().catch(failed);
+    if (state === "loaded") loadModel().catch(failed); // its defaults are known now
   }
-  if (!models.length) $("model-text").textContent = "Create a model with llm-export.";
+  if (!models.length) $("model-text").textContent = "Create one with llm-export.";
 }
 
 async function chooseModel(name) {

@@ -51,8 +51,7 @@ export async function loadList(append = false) {
 function draw(search) {
   const focused = $("chats").contains(document.activeElement) ? document.activeElement.dataset.id : null;
   const parts = [];
-  const groups = Map.groupBy ? Map.groupBy(chats, (chat) => groupOf(chat, search)) : grouped(search);
-  for (const [name, members] of groups) {
+  for (const [name, members] of grouped(search)) {
     if (name) parts.push(el("h2", { class: "group" }, name));
     parts.push(el("ul", {}, ...members.map(item)));
   }

@@ -5,6 +5,7 @@ import { $, askText, debounced, el, iconButton, store, stored, toast, uniqueId }
 
 let specs = [];
 let defaults = {};
+let exact = false; // the defaults are the model's: they are not known before it is loaded
 let presets = [];
 let model = "";
 let changed = {};
@@ -14,7 +15,9 @@ let hooks = { params: () => {}, system: () => {} };
 
 export function startParams(given, onParams, onSystem) {
   specs = given;
+  defaults = Object.fromEntries(given.map((spec) => [spec.name, spec.default])); // until a model is known
   hooks = { params: debounced(onParams, 150), system: debounced(onSystem, 500) };
+  draw();
 }
 
 export const params = () => ({ ...changed });
@@ -39,24 +42,30 @@ export async function loadModel() {
   if (!model) return;
   const details = await api(`/models/details?model=${encodeURIComponent(model)}`);
   defaults = details.defaults;
+  exact = details.loaded;
   presets = details.presets;
-  draw();
+  setParams(changed);
 }
 
 export function setParams(values) {
   changed = {};
   for (const spec of specs) {
-    if (values[spec.name] !== undefined && !same(values[spec.name], defaults[spec.name])) changed[spec.name] = values[spec.name];
+    if (values[spec.name] !== undefined && !isDefault(spec.name, values[spec.name])) changed[spec.name] = values[spec.name];
   }
   draw();
 }
 
+const isDefault = (name, given) => exact && same(given, defaults[name]);
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 const value = (name) => (name in changed ? changed[name] : defaults[name]);
 
 export function setParam(name, to) {
-  if (same(to, defaults[name])) delete changed[name];
+  if (isDefault(name, to)) delete changed[name];
   else changed[name] = to;
+  parameterChanged(name);
+}
+
+function parameterChanged(name) {
   remember();
   showPreset();
   for (const row of document.querySelectorAll(`[data-parameter="${name}"]`)) markRow(row, name);
@@ -82,9 +91,19 @@ function draw() {
     const count = members.filter((spec) => spec.name in changed).length;
     parts.push(el("details", { class: "group", "data-group": name, open: open.has(name) || count > 0 }, el("summary", {}, `More: ${name}`), el("div", { class: "params" }, ...members.map(row))));
   }
+  const focused = placeOf(document.activeElement);
   body.replaceChildren(...parts);
   body.scrollTop = scroll;
   showPreset();
+  if (focused) body.querySelector(focused)?.focus();
+}
+
+// A selector for a control of the panel; null for other elements.
+function placeOf(element) {
+  if (!$("panel-body").contains(element) || element === $("panel-body")) return null;
+  const parameter = element.closest("[data-parameter]")?.dataset.parameter;
+  if (!parameter) return element.id ? `#${element.id}` : null;
+  return `[data-parameter="${parameter}"] ${element.localName}${element.type && element.localName === "input" ? `[type="${element.type}"]` : ""}`;
 }
 
 function presetRow() {
@@ -177,7 +196,8 @@ function row(spec) {
   const id = uniqueId();
   const editor = { bool: switchOf, strings: linesOf, text: textOf }[spec.kind] ?? numberOf;
   const reset = iconButton("again", `Reset ${spec.title}`, () => {
-    setParam(spec.name, defaults[spec.name]);
+    delete changed[spec.name];
+    parameterChanged(spec.name);
     const fresh = row(spec);
     made.replaceWith(fresh);
     fresh.querySelector("input, textarea").focus();

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import signal
 import subprocess
@@ -32,11 +30,9 @@ def inference() -> ort.InferenceSession:
     return endless_loop()
 
 
-def runner(
-    inference: Any, seconds: float | None = None, patience: float = 0.0, step_bytes: float = math.inf
-) -> StepRunner:
+def runner(inference: Any, seconds: float | None = None, patience: float = 0.0) -> StepRunner:
     graph: Any = SimpleNamespace(inference=inference, run_options=ort.RunOptions, step_seconds=seconds)
-    graph.step_bytes, graph.provider, graph.file = step_bytes, "cpu", SimpleNamespace(path="a.onnx")
+    graph.provider, graph.file = "cpu", SimpleNamespace(path="a.onnx")
     return StepRunner(graph, patience)
 
 
@@ -63,21 +59,6 @@ def session(nodes: list[Any]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory in use is read from /proc")
-def test_a_step_that_takes_ever_more_memory_ends() -> None:
-    rounds = 31  # 8 GiB at the end
-    names = ["x", *(f"x{i}" for i in range(1, rounds)), "y"]
-    doubling = session([helper.make_node("Concat", [a, a], [b], axis=0) for a, b in itertools.pairwise(names)])
-    before = resident_bytes()
-    with pytest.raises(BundleError, match=r"^a.onnx: a step takes more than 50 MB: export the bundle again$"):
-        runner(doubling, step_bytes=50e6).run(bound(doubling), "a step")
-    assert resident_bytes() - before < 1 << 30
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(
