@@ -104,13 +104,26 @@ class Stage:
 
 
 class Export:
-    """A running export; `command` replaces the command that takes the arguments of `llm-export`.
+    """A running export.
+
+    Args:
+        request: what to export.
+        command: replaces the command that takes the arguments of `llm-export`.
+        folder: working folder of the process; None = the current one.
+        environment: its environment variables; None = those of this process.
 
     Raises:
         MachineError: the process cannot be started.
     """
 
-    def __init__(self, request: ExportRequest, command: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        request: ExportRequest,
+        command: Sequence[str] = (),
+        *,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         command = command or (sys.executable, "-P", "-c", _COMMAND)  # -P: nothing is imported from this folder
         own = {"start_new_session": True} if os.name == "posix" else {}
         try:
@@ -119,6 +132,8 @@ class Export:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                cwd=folder,
+                env=environment,
                 **own,  # type: ignore[call-overload]
             )
         except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
@@ -126,6 +141,7 @@ class Export:
         self._stages: dict[str, Stage] = {}
         self._errors: deque[str] = deque(maxlen=_TAIL)
         self._path: Path | None = None
+        self._report: dict[str, Any] = {}
         self._cancelled = False
         self._began = time.monotonic()
         self._lock = threading.Lock()
@@ -156,6 +172,11 @@ class Export:
         for thread in self._threads:
             thread.join()
         return self._path if self._process.wait() == 0 else None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Sizes and differences from PyTorch, see `exporter.results.Report.to_json`; empty until the end."""
+        return self._report
 
     def error(self) -> str:
         """Why the export failed, as one line."""
@@ -206,6 +227,7 @@ class Export:
             return
         if event["stage"] == "done":
             self._path = Path(str(event.get("path", "")))
+            self._report = event["report"] if isinstance(event.get("report"), dict) else {}
             return
         share = event.get("share")
         known = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1

@@ -111,7 +111,7 @@ def _export(
         show_bundle(report.path)
     if progress is ProgressKind.JSON:
         done = {"stage": "done", "path": str(report.path), "seconds": round(seconds, 1), "notes": report.notes}
-        print(json.dumps(done))
+        print(json.dumps({**done, "report": report.to_json()}))
     else:
         _print_report(report, seconds)
 

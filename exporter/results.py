@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_edge.checkpoint.base import Source
 from llm_edge.exporter.graph.trace import GraphStyle
@@ -42,3 +44,31 @@ class Report:
     layers: int
     validation: Validation | None
     notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The sizes, and how far each precision is from PyTorch; `validated_layers` is 0 without validation."""
+        validation = self.validation
+        return {
+            "source": self.source.name,
+            "format": self.source.format,
+            "parameters": self.parameters,
+            "layers": self.layers,
+            "validated_layers": validation.layers if validation is not None else 0,
+            "precisions": [_precision_json(each, validation) for each in self.precisions],
+        }
+
+
+def _precision_json(precision: PrecisionReport, validation: Validation | None) -> dict[str, Any]:
+    name = precision.recipe.name
+    found: dict[str, Any] = {"name": name, "size": precision.size}
+    if validation is None:
+        return found
+    quality = validation.qualities[name]
+    measured = {
+        "max_difference": validation.parities[name].worst.max,
+        "kl_mean": quality.kl_mean,
+        "kl_p999": quality.kl_p999,
+        "top1": quality.top1,
+        "perplexity": quality.perplexity,
+    }
+    return {**found, **{key: value if math.isfinite(value) else None for key, value in measured.items()}}

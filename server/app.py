@@ -15,9 +15,11 @@ from llm_edge.server.access_log import AccessLog
 from llm_edge.server.config import ServerConfig
 from llm_edge.server.errors import ApiError
 from llm_edge.server.guard import App, Guard
+from llm_edge.server.jobs import ExportJobs
 from llm_edge.server.models import ModelPool
 from llm_edge.server.protocols import (
     anthropic,
+    model_jobs,
     native,
     ollama,
     openai_chat,
@@ -27,11 +29,14 @@ from llm_edge.server.protocols import (
     original,
 )
 from llm_edge.server.state import ServerState
+from llm_edge.server.upstream import Upstreams
 from llm_edge.server.web import api, page, settings_api
 from llm_edge.server.web.state import WebOpener
 
 _log = logging.getLogger("llm_edge.server")
-PROTOCOLS = (openai_chat, openai_completions, openai_responses, openai_models, anthropic, ollama, original, native)
+PROTOCOLS = (
+    openai_chat, openai_completions, openai_responses, openai_models, anthropic, ollama, original, native, model_jobs
+)  # fmt: skip
 """Modules with a `router`; to add a protocol, add its module here."""
 PAGE = (page, api, settings_api)
 
@@ -46,7 +51,9 @@ def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> Ap
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state = ServerState(config, ModelPool(config.models), closing or asyncio.Event())
+        jobs = ExportJobs(config.jobs, config.models.folder, [upstream.key_env for upstream in config.upstreams])
+        pool = ModelPool(config.models, Upstreams(config.upstreams))
+        state = ServerState(config, pool, jobs, closing or asyncio.Event())
         app.state.server, app.state.web = state, WebOpener(state)
         loading, draining = asyncio.create_task(_preload(state)), asyncio.create_task(_drain(state))
         yield
@@ -72,6 +79,7 @@ def create_app(config: ServerConfig, closing: asyncio.Event | None = None) -> Ap
 async def _drain(state: ServerState) -> None:
     """Once the server shuts down, let running answers end, cancel those that take too long, and close the models."""
     await state.closing.wait()
+    await state.jobs.close()
     await state.pool.drain(state.config.drain_seconds)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_edge.server.upstream_config import UpstreamConfig
+
 GIB = 1 << 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -52,11 +54,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class JobConfig:
+    """How clients may add models.
+
+    Attributes:
+        uploads: clients may upload checkpoints.
+        downloads: clients may name models of the Hugging Face Hub.
+        max_upload: bytes of an upload.
+        seconds: time limit of an export.
+        memory: bytes that the process of an export may allocate.
+    """
+
+    uploads: bool = False
+    downloads: bool = False
+    max_upload: int = 20_000_000_000
+    seconds: float = 6 * 3600.0
+    memory: int = field(default_factory=_half_of_memory)
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """The server's configuration.
 
     Attributes:
         models: which models are served.
+        jobs: how clients may add models.
+        upstreams: servers whose models are offered besides ours.
         host: address to listen on.
         port: port to listen on.
         api_keys: a request needs one of them; empty = no key is needed.
@@ -70,6 +93,8 @@ class ServerConfig:
     """
 
     models: ModelConfig = field(default_factory=ModelConfig)
+    jobs: JobConfig = field(default_factory=JobConfig)
+    upstreams: tuple[UpstreamConfig, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)

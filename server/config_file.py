@@ -146,6 +146,8 @@ def _converted(value: Any, kind: Any, low: float | None, high: float | None) -> 
             return None, bounds
         fits = (low is None or value >= low) and (high is None or value <= high)  # NaN does not
         return kind(value) if fits else value, None if fits else bounds
+    if kind is bool:
+        return value, None if isinstance(value, bool) else "true or false"
     if get_origin(kind) is list:
         values = [value] if isinstance(value, str) else value
         fits = isinstance(values, list) and all(isinstance(each, str) for each in values)

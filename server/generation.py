@@ -1,6 +1,6 @@
-"""`RunningRequest`: a request that a model is answering, as a stream of events.
+"""`start_chat` and `start_text`: requests to models, as streams of events.
 
-`start_chat` and `start_text` raise whatever is wrong with a request before the first event, so that a protocol can
+They raise whatever is wrong with a request before the first event, so that a protocol can
 answer with an error status instead of a broken stream.
 """
 
@@ -10,80 +10,31 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
 from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.generation import AsyncGeneration
-from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
-from llm_edge.runtime.sampling.logprobs import TokenLogprob
+from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.sampling.params import SamplingParams
+from llm_edge.runtime.text.tokenizer import Tokenizer
 from llm_edge.server.events import (
     Completed,
     Event,
     Finish,
     ReasoningDelta,
     TextDelta,
-    ToolCallDelta,
-    ToolCallStarted,
-    Usage,
 )
 from llm_edge.server.models import LoadedModel, ModelPool
 from llm_edge.server.request import ChatRequest, TextRequest
+from llm_edge.server.running import RunningRequest
 from llm_edge.server.tools import CallEvents, constraint_for, with_instructions
 
 
-@dataclass
-class CollectedCall:
-    """A whole call of a function; `arguments` is the text of a JSON object."""
-
-    id: str
-    name: str
-    arguments: str = ""
-
-
-@dataclass
-class CollectedAnswer:
-    """A whole answer."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: list[CollectedCall] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: Finish = Finish.CANCELLED
-
-    def add(self, event: Event) -> None:
-        """Append what an event brings."""
-        match event:
-            case TextDelta(_, text, logprobs):
-                self.text += text
-                self.logprobs += logprobs
-            case ReasoningDelta(_, text):
-                self.reasoning += text
-            case ToolCallStarted(_, _, identifier, name):
-                self.calls.append(CollectedCall(identifier, name))
-            case ToolCallDelta(_, number, arguments):
-                self.calls[number].arguments += arguments
-            case Completed(_, finish, _):
-                self.finish = finish
-
-
-class RunningRequest:
-    """A request that a model is answering.
-
-    Attributes:
-        model: name of the model.
-        tokenizer: the model's.
-        fingerprint: identifies the weights.
-        prompt_tokens: length of the prompt.
-        prompt_text: of a `TextRequest`.
-        usage: complete once the events have ended.
-        generated_tokens: number of tokens so far, in all answers.
-        timings: of the latest answer that ended.
-        stop_string: the stop string that ended the latest answer, if one did.
-    """
+class EngineRequest(RunningRequest):
+    """A request that a model of ours is answering."""
 
     def __init__(
         self,
@@ -93,21 +44,17 @@ class RunningRequest:
         stack: AsyncExitStack,
         calls: Sequence[CallEvents] = (),
     ) -> None:
-        self.model = loaded.name
-        self.tokenizer = loaded.engine.tokenizer
-        self.fingerprint = loaded.fingerprint
-        self.prompt_tokens = prompt_tokens
-        self.usage = Usage(prompt_tokens)
-        self.prompt_text = ""
-        self.generated_tokens = 0
-        self.timings: Timings | None = None
-        self.stop_string: str | None = None
+        super().__init__(loaded.name, len(generations), fingerprint=loaded.fingerprint, prompt_tokens=prompt_tokens)
+        self._tokenizer = loaded.engine.tokenizer
         self._generations = generations
         self._stack = stack
         self._calls = calls
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
     async def events(self) -> AsyncIterator[Event]:
-        """The events of all choices as they come; leaving the iteration early cancels the generations."""
         try:
             async for choice, chunk in _merged(self._generations):
                 self.generated_tokens += chunk.token is not None
@@ -118,13 +65,6 @@ class RunningRequest:
                     yield event
         finally:
             await self.close()
-
-    async def collect(self) -> list[CollectedAnswer]:
-        """Wait for the end and return all answers."""
-        answers = [CollectedAnswer() for _ in self._generations]
-        async for event in self.events():
-            answers[event.choice].add(event)
-        return answers
 
     def _events(self, choice: int, chunk: GenerationChunk) -> list[Event]:
         """The events of a chunk."""
@@ -146,7 +86,6 @@ class RunningRequest:
         return events
 
     async def close(self) -> None:
-        """Cancel what is still running, and release the model."""
         for generation in self._generations:
             generation.cancel()
         await self._stack.aclose()
@@ -156,9 +95,11 @@ async def start_chat(pool: ModelPool, request: ChatRequest) -> RunningRequest:
     """Start answering a conversation.
 
     Raises:
-        ApiError: there is no such model, or it cannot be loaded.
+        ApiError: there is no such model, it cannot be loaded, or its upstream refuses the request.
         LlmEdgeError: whatever `Engine.chat` raises.
     """
+    if (upstream := pool.upstreams.find(request.model)) is not None:
+        return await upstream.start(request)
 
     def start(loaded: LoadedModel) -> _Started:
         engine, use = loaded.engine, request.tool_use
@@ -197,12 +138,12 @@ class _Started:
     calls: Sequence[CallEvents] = ()
 
 
-async def _start(pool: ModelPool, name: str, start: Callable[[LoadedModel], _Started]) -> RunningRequest:
+async def _start(pool: ModelPool, name: str, start: Callable[[LoadedModel], _Started]) -> EngineRequest:
     async with AsyncExitStack() as stack:
         loaded = await stack.enter_async_context(pool.use(name))
         # On a thread: rendering, tokenizing and compiling a constraint may take long.
         started = await run_in_threadpool(start, loaded)
-        return RunningRequest(loaded, started.prompt_tokens, started.generations, stack.pop_all(), started.calls)
+        return EngineRequest(loaded, started.prompt_tokens, started.generations, stack.pop_all(), started.calls)
     raise AssertionError("unreachable")
 
 

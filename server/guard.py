@@ -23,6 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _PUBLIC = ("/", "/health", "/favicon.svg", "/favicon.ico")  # answered without a key; they reveal nothing
 _PUBLIC_PREFIX = "/static/"
+_UPLOAD_PATHS = ("/models/jobs", "/models/upload")  # their bodies are written to disk as they arrive
 _LARGER_BODIES = {"/ui/api/import": 2 << 30}  # written to disk as they arrive
 
 
@@ -116,9 +117,15 @@ class Guard:
 
         return sender
 
+    def _limit(self, path: str, content_type: str) -> int:
+        """Bytes that the body of a request may have."""
+        if path in _UPLOAD_PATHS and self._config.jobs.uploads and content_type.startswith("multipart/"):
+            return self._config.jobs.max_upload
+        return _LARGER_BODIES.get(path, self._config.max_body)
+
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, headers: MutableMapping[str, str]) -> None:
         """Run the application, which cannot receive more than the limit."""
-        limit = _LARGER_BODIES.get(scope["path"], self._config.max_body)
+        limit = self._limit(scope["path"], headers.get("content-type", ""))
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()) or int(length) > limit:
             await _refuse(send, 413, f"the body is larger than {limit:,} bytes", "body_too_large", close=True)

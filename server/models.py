@@ -32,6 +32,7 @@ from llm_edge.runtime.text.tool_format_finder import tool_format_of
 from llm_edge.server.config import ModelConfig
 from llm_edge.server.errors import ApiError
 from llm_edge.server.prefix_cache import SharedPrefixes, load_prefixes, save_prefixes
+from llm_edge.server.upstream import Upstreams
 
 _log = logging.getLogger("llm_edge.server")
 _OVERHEAD = 1.25  # memory of a loaded graph, relative to its file
@@ -120,8 +121,9 @@ class ModelState:
 class ModelPool:
     """Serves models by name; all methods are called on the event loop."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, upstreams: Upstreams | None = None) -> None:
         self.config = config
+        self.upstreams = upstreams or Upstreams()
         self._places: dict[str, _Place] = {}
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -148,6 +150,8 @@ class ModelPool:
         Raises:
             ApiError: there is none of this name.
         """
+        if self.upstreams.find(name) is not None:
+            raise ApiError(400, f"{name} is behind an upstream, which offers chats only", "not_supported", "model")
         folder, _, precision = name.partition(":")
         folder = folder.rpartition("/")[2] or self.config.default or ""
         entries = {entry.name: entry for entry in self.entries()}
@@ -306,6 +310,7 @@ class ModelPool:
         for place in list(self._places.values()):
             if place.ready is not None:
                 await self._unload(place)
+        await self.upstreams.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

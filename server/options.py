@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from typer import Option
 
 from llm_edge.runtime.errors import InputError, ParameterError
-from llm_edge.server.config import GIB, LOOPBACK, ModelConfig, ServerConfig
+from llm_edge.server.config import GIB, LOOPBACK, JobConfig, ModelConfig, ServerConfig
+from llm_edge.server.upstream_config import read_upstreams
 
 SECRET = ("api_key",)
 """Options that are never shown."""
@@ -71,6 +72,16 @@ class ServeOptions:
         None
     )
     provider: Annotated[Provider, Option(help="Where models run.")] = Provider.CPU
+    allow_uploads: Annotated[
+        bool, Option("--allow-uploads", help="Let clients upload checkpoints, which are exported here.")
+    ] = False
+    allow_downloads: Annotated[
+        bool, Option("--allow-downloads", help="Let clients add models of the Hugging Face Hub by their id.")
+    ] = False
+    max_upload: Annotated[float, Option(metavar="GB", min=0.001, max=1e6, help="Size limit of an upload.")] = 20.0
+    upstreams: Annotated[
+        Path | None, Option(metavar="FILE", help="YAML file of OpenAI-compatible servers to offer models of.")
+    ] = None
     cache_dir: Annotated[
         Path | None, Option(metavar="DIR", help="Folder that keeps cached prompts over a restart. Default: none.")
     ] = None
@@ -84,7 +95,7 @@ class ServeOptions:
 
         Raises:
             ParameterError: the server would be open to other machines without a key.
-            InputError: a key cannot be used.
+            InputError: a key cannot be used, or the file of upstreams cannot.
         """
         keys = _keys(self.api_key, self.api_key_file)
         if self.host.strip("[]").lower() not in LOOPBACK and not keys:
@@ -106,6 +117,8 @@ class ServeOptions:
         )
         return ServerConfig(
             models=models,
+            jobs=JobConfig(self.allow_uploads, self.allow_downloads, int(self.max_upload * 1e9)),
+            upstreams=read_upstreams(self.upstreams) if self.upstreams is not None else (),
             host=self.host,
             port=self.port,
             api_keys=keys,

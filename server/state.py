@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Request
 
 from llm_edge.server.config import ServerConfig
+from llm_edge.server.jobs import ExportJobs
 from llm_edge.server.models import ModelPool
 
 
@@ -21,16 +22,20 @@ class ServerState:
     Attributes:
         config: the server's configuration.
         pool: the models.
+        jobs: exports that clients have requested.
         closing: set when the server begins to shut down.
         current: name of the model that the original service's endpoints use; "" = the default.
+        uploading: number of uploads that are being received.
         ready: the default model has been loaded, or there is none.
         started: Unix time.
     """
 
     config: ServerConfig
     pool: ModelPool
+    jobs: ExportJobs
     closing: asyncio.Event
     current: str = ""
+    uploading: int = 0
     ready: bool = False
     started: float = field(default_factory=time.time)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)

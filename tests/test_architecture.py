@@ -34,7 +34,7 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     # The chat runs llm-export as a process, with these options.
     "chat": {"exporter": {"options"}, "runtime": None},
     "tui": {"chat": None, "exporter": {"options"}, "runtime": None},
-    "server": {"chat": None, "runtime": None},
+    "server": {"chat": None, "exporter": {"options"}, "runtime": None},
     "bench": {"runtime": None},
 }
 

@@ -23,30 +23,45 @@ def body(model: str, messages: Sequence[Message], params: SamplingParams) -> dic
     Raises:
         ParameterError: a parameter that endpoints do not support is set.
     """
-    arguments: dict[str, Any] = {
+    # Where a server has its own default for a standard parameter, the displayed value is sent all the same.
+    values = {
+        name: getattr(params, name)
+        for name, spec in PARAMETERS.items()
+        if getattr(params, name) != spec.default or (spec.api.openai and spec.api.generation_config and spec.between)
+    }
+    standard, extra = parameter_fields(values)
+    return {
         "model": model,
         "messages": [{"role": str(each["role"]), "content": str(each["content"])} for each in messages],
         "stream_options": {"include_usage": True},
+        **standard,
+        "extra_body": extra,
     }
+
+
+def parameter_fields(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields for some parameters of `SamplingParams`: OpenAI's, and those that only other servers know.
+
+    Raises:
+        ParameterError: one that endpoints do not support is among them.
+    """
+    standard: dict[str, Any] = {}
     extra: dict[str, Any] = {}
-    for name, spec in PARAMETERS.items():
-        value, api = getattr(params, name), spec.api
-        # Where a server has its own default for a standard parameter, the displayed value is sent all the same.
-        if value == spec.default and not (api.openai and api.generation_config and spec.between):
-            continue
+    for name, value in values.items():
+        spec = PARAMETERS[name]
         if spec.kind == "constraint":
-            arguments["response_format"] = _response_format(value)
-        elif api.openai:
-            arguments[api.openai] = _json(value)
-        elif api.llamacpp:
-            extra |= {name: _json(value), api.llamacpp: _json(value)}
+            standard["response_format"] = _response_format(value)
+        elif spec.api.openai:
+            standard[spec.api.openai] = _json(value)
+        elif spec.api.llamacpp:
+            extra |= {name: _json(value), spec.api.llamacpp: _json(value)}
         else:
             raise ParameterError(f"{name}: endpoints do not support this parameter: reset it to the model's default")
-    if params.logprobs is not None:
-        arguments["logprobs"] = True
-    if params.mirostat_tau:
+    if values.get("logprobs") is not None:
+        standard["logprobs"] = True
+    if values.get("mirostat_tau"):
         extra["mirostat"] = 2
-    return {**arguments, "extra_body": extra}
+    return standard, extra
 
 
 def unsupported(url: str) -> frozenset[str]:

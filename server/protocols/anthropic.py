@@ -25,9 +25,10 @@ from llm_edge.server.events import (
     ToolCallStarted,
     Usage,
 )
-from llm_edge.server.generation import CollectedAnswer, RunningRequest, chat_tokens, start_chat
+from llm_edge.server.generation import chat_tokens, start_chat
 from llm_edge.server.messages import arguments_of, chat_messages, tool_use
 from llm_edge.server.request import ChatRequest, ToolUse, reasoning_overrides, sampling_overrides
+from llm_edge.server.running import CollectedAnswer, RunningRequest
 from llm_edge.server.state import server_state
 from llm_edge.server.streaming import event_stream, sse, unless_disconnected
 

@@ -17,17 +17,21 @@ from starlette.concurrency import run_in_threadpool
 
 from llm_edge.runtime.results import Timings
 from llm_edge.runtime.sampling.constraint import Constraint
+from llm_edge.server.adding import add_download, hub_model_name, is_hub_id
 from llm_edge.server.embeddings import embed
 from llm_edge.server.errors import ApiError, api_error, error_route, invalid
 from llm_edge.server.events import Completed, Finish, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStarted
-from llm_edge.server.generation import RunningRequest, start_chat, start_text
+from llm_edge.server.generation import start_chat, start_text
+from llm_edge.server.jobs import Job
 from llm_edge.server.messages import arguments_of, chat_messages, tool_use
 from llm_edge.server.models import ModelEntry
 from llm_edge.server.request import ChatRequest, TextRequest, reasoning_overrides, sampling_overrides
-from llm_edge.server.state import server_state
+from llm_edge.server.running import RunningRequest
+from llm_edge.server.state import ServerState, server_state
 from llm_edge.server.streaming import ndjson_stream, unless_disconnected
 
 _NANOSECONDS = 1_000_000_000
+_PARTS = 1000  # of a download or export, whose size in bytes is not known
 _FAR = "2318-01-01T00:00:00Z"  # expires_at of a model that stays
 
 
@@ -290,3 +294,57 @@ async def embed_texts(body: Embed, request: Request) -> dict[str, Any]:
     found = await unless_disconnected(request, embed(server_state(request).pool, body.model, inputs))
     vectors = [vector.tolist() for vector in found.vectors]
     return {"model": body.model, "embeddings": vectors, "prompt_eval_count": found.tokens}
+
+
+class Pull(BaseModel):
+    """The body of a request to add a model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = ""
+    name: str = ""
+    stream: bool = True
+
+
+@router.post("/api/pull")
+async def pull(body: Pull, request: Request) -> Response:
+    """Download a model of the Hugging Face Hub (`owner/name`, also after `hf.co/`) and export it.
+
+    A tag names a precision. The export is cancelled if the client disconnects.
+    """
+    state = server_state(request)
+    source, _, tag = (body.model or body.name).partition(":")
+    source = source.removeprefix("https://").removeprefix("huggingface.co/").removeprefix("hf.co/")
+    present = await run_in_threadpool(_is_present, state, source)
+    job = None if present else add_download(state, source, "", "" if tag == "latest" else tag)
+    lines = _pull_lines(state, job)
+    if body.stream:
+        return ndjson_stream(lines)
+    last = [line async for line in lines][-1]
+    if "error" in last:
+        raise ApiError(500, last["error"], "export_failed")
+    return JSONResponse(last)
+
+
+def _is_present(state: ServerState, source: str) -> bool:
+    """Whether there is a model of this name, or one that was downloaded from there."""
+    names = {source, hub_model_name(source)} if is_hub_id(source) else {source}
+    return any(entry.name in names for entry in state.pool.entries())
+
+
+async def _pull_lines(state: ServerState, job: Job | None) -> AsyncIterator[dict[str, Any]]:
+    """The progress of a job; None = the model is there already."""
+    yield {"status": "pulling manifest"}
+    if job is None:
+        yield {"status": "success"}
+        return
+    try:
+        async for seen in job.watch():
+            if seen["stage"] is not None and not job.ended:
+                line = {"status": f"{seen['stage']} {seen['detail']}".strip()}
+                share = seen["progress"]
+                yield line if share is None else {**line, "total": _PARTS, "completed": round(share * _PARTS)}
+    finally:
+        if not job.ended:
+            state.spawn(state.jobs.cancel(job.id))
+    yield {"error": job.error} if job.error is not None else {"status": "success"}

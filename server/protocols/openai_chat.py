@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llm_edge.server.errors import api_error, error_route, invalid
 from llm_edge.server.events import Completed, Event, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStarted
-from llm_edge.server.generation import RunningRequest, start_chat
+from llm_edge.server.generation import start_chat
 from llm_edge.server.messages import chat_messages, tool_use
 from llm_edge.server.protocols.openai_common import error_body, finish_reason, logprobs_content, usage
 from llm_edge.server.request import ChatRequest, choices, reasoning_overrides, sampling_overrides
+from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
 from llm_edge.server.streaming import DONE, event_stream, sse, unless_disconnected
 

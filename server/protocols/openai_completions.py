@@ -19,10 +19,11 @@ from llm_edge.runtime.sampling.logprobs import TokenLogprob
 from llm_edge.runtime.text.token_text import token_text
 from llm_edge.server.errors import api_error, error_route, invalid
 from llm_edge.server.events import Completed, TextDelta, Usage
-from llm_edge.server.generation import RunningRequest, start_text
+from llm_edge.server.generation import start_text
 from llm_edge.server.models import ModelPool
 from llm_edge.server.protocols.openai_common import error_body, finish_reason, usage
 from llm_edge.server.request import TextRequest, choices, sampling_overrides
+from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
 from llm_edge.server.streaming import DONE, event_stream, sse, unless_disconnected
 

@@ -35,17 +35,24 @@ def _card(entry: ModelEntry) -> dict[str, Any]:
     }
 
 
+def _upstream_card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": name.partition("/")[0]}
+
+
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
 async def models(request: Request) -> dict[str, Any]:
     """The models that can be requested, loaded or not; `name:precision` requests another precision."""
-    entries = await run_in_threadpool(server_state(request).pool.entries)
-    return {"object": "list", "data": [_card(entry) for entry in entries]}
+    pool = server_state(request).pool
+    entries = await run_in_threadpool(pool.entries)
+    return {"object": "list", "data": [*map(_card, entries), *map(_upstream_card, pool.upstreams.names())]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
     """One model."""
+    if server_state(request).pool.upstreams.find(name) is not None:
+        return _upstream_card(name)
     entry, _ = await run_in_threadpool(server_state(request).pool.find, name)
     return {**_card(entry), "id": name}
 

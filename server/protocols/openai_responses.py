@@ -25,10 +25,11 @@ from llm_edge.server.events import (
     ToolCallStarted,
     Usage,
 )
-from llm_edge.server.generation import RunningRequest, start_chat
+from llm_edge.server.generation import start_chat
 from llm_edge.server.messages import chat_messages, tool_use
 from llm_edge.server.protocols.openai_common import error_body
 from llm_edge.server.request import ChatRequest, reasoning_overrides, sampling_overrides
+from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
 from llm_edge.server.streaming import event_stream, sse, unless_disconnected
 

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
 from llm_edge.runtime.errors import LlmEdgeError
+from llm_edge.server.adding import add_upload
 from llm_edge.server.errors import ApiError, api_error, error_route
 from llm_edge.server.events import Completed, ReasoningDelta, TextDelta
-from llm_edge.server.generation import RunningRequest, start_chat, start_text
+from llm_edge.server.generation import start_chat, start_text
 from llm_edge.server.messages import chat_messages
 from llm_edge.server.models import ModelEntry
+from llm_edge.server.protocols.model_jobs import upload_schema
 from llm_edge.server.request import ChatRequest, TextRequest, sampling_overrides
+from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
 from llm_edge.server.streaming import DONE, event_stream, unless_disconnected
 
@@ -189,6 +192,23 @@ async def models_switch(body: Switch, request: Request) -> dict[str, Any]:
         return {"success": False, "message": f"Error switching model: {api_error(error).message}", "model_name": None}
     state.current = body.model_name
     return {"success": True, "message": f"Switched to {body.model_name}", "model_name": body.model_name}
+
+
+@router.post("/models/upload", openapi_extra=upload_schema("model_file"))
+async def models_upload(request: Request) -> dict[str, Any]:
+    """Export the uploaded files, wait for the result and make it the current model; failures are reported with 200."""
+    state = server_state(request)
+    try:
+        job = await add_upload(request, state)
+    except ApiError as error:
+        return {"success": False, "message": f"Error uploading model: {error.message}"}
+    async for _ in job.watch():
+        pass
+    if job.error is not None:
+        return {"success": False, "message": f"Failed to load the uploaded model: {job.error}"}
+    state.current = job.model
+    state.spawn(state.pool.preload(job.model))
+    return {"success": True, "message": f"Successfully loaded {job.model}"}
 
 
 @router.post("/model/reload")
