@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress docs pictures bench bench-peers compat fuzz kill schemathesis clean
+.PHONY: setup demo test lint types check stress docs pictures bench bench-server bench-peers compat fuzz kill schemathesis clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,9 @@ pictures: setup $(BUNDLE)/manifest.json
 
 bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)
+
+bench-server: setup $(BUNDLE)/manifest.json
+	$(BIN)/python -m llm_edge.bench.server $(BUNDLE)
 
 bench-peers: setup $(BUNDLE)/manifest.json
 	$(BIN)/python -m llm_edge.bench.peers.run $(BUNDLE) --markdown .peers/results.md

@@ -21,6 +21,7 @@ class ServeProcess:
     def __init__(self, *words: object, cwd: Path) -> None:
         command = [str(COMMAND), "--port", "0", "--threads", "1", *map(str, words)]
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        environment |= {"LLM_EDGE_DATA": str(cwd), "LLM_EDGE_CONFIG": str(cwd)}  # not the user's conversations
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment
         )
