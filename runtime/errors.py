@@ -103,7 +103,8 @@ class BusyError(LlmEdgeError):
 _ORT_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
 # Where in its source the library failed: file:line, then perhaps a function's signature.
 _SOURCE_LINE = re.compile(
-    r"\S+\.(?:cc|cpp|h|hpp|cu):\d+ (?:[^()]*\((?:[^()]|\([^()]*\))*\)(?: const)?(?: \[with [^\]]*\])? ?)?"
+    r"\S+\.(?:cc|cpp|h|hpp|cu):\d+ "
+    r"(?:.*\[with [^\]]*\] ?|[^()]*(?:operator\(\))?[^()]*\((?:[^()]|\([^()]*\))*\)(?: const)? ?)?"
 )
 
 

@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 T = TypeVar("T")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # json.dumps would make one
 DONE = b"data: [DONE]\n\n"
 _KEEPALIVE = b": keepalive\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events
@@ -19,7 +20,7 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx wou
 
 def dumps(value: Any) -> str:
     """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def sse(value: Any, event: str | None = None) -> bytes:
@@ -44,27 +45,42 @@ def ndjson_stream(lines: AsyncIterator[Any]) -> StreamingResponse:
 
 
 async def _kept_alive(events: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    iterator = aiter(events)
-    pending: asyncio.Future[bytes] | None = None
+    """The events, those that are ready at the same time as one piece, and comments while there are none."""
+    ready: list[bytes] = []
+    changed = asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async for event in events:
+                ready.append(event)
+                changed.set()
+        finally:
+            with contextlib.suppress(Exception):
+                await events.aclose()  # type: ignore[attr-defined]
+
+    reader = asyncio.create_task(read())
+    reader.add_done_callback(lambda _: changed.set())
     try:
         while True:
-            pending = asyncio.ensure_future(anext(iterator))
-            while not pending.done():
-                await asyncio.wait([pending], timeout=seconds)
-                if not pending.done():
+            if not ready and not reader.done():
+                try:
+                    async with asyncio.timeout(seconds):
+                        await changed.wait()
+                except TimeoutError:
                     yield _KEEPALIVE
-            try:
-                item = pending.result()
-            except StopAsyncIteration:
+                    continue
+            changed.clear()
+            if ready:
+                piece = b"".join(ready)
+                ready.clear()
+                yield piece
+            elif reader.done():
+                reader.result()
                 return
-            yield item
     finally:
-        if pending is not None and not pending.done():
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await pending
-        with contextlib.suppress(Exception):
-            await iterator.aclose()  # type: ignore[attr-defined]
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await reader
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:

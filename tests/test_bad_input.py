@@ -777,6 +777,15 @@ def test_a_bundle_with_a_wrong_manifest_fails_in_one_line(bundle: Path) -> None:
     refused(script("llm-chat", bundle, "--ask", "hi"), name, "not a graph that llm-export writes")
 
 
+def test_weights_that_compute_no_numbers_fail_in_one_line(bundle: Path) -> None:
+    name = "onnx/model.onnx_data"
+    (bundle / name).write_bytes(b"\xff" * (bundle / name).stat().st_size)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][name] = manifest_entry(bundle / name)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    refused(script("llm-chat", bundle, "--ask", "hi", "--precision", "fp32"), "nan", "export it again")
+
+
 def test_checkpoint_errors_name_their_file_for_library_callers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         open_checkpoint(str(tmp_path / "nowhere"), SourceOptions(), lambda _: None)

@@ -126,7 +126,8 @@ _METRICS = {  # our counter -> (Prometheus name, kind, help)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Counters of all loaded models in Prometheus' text format."""
-    counters = {name: engine.counters() for name, engine in server_state(request).pool.engines().items()}
+    engines = server_state(request).pool.engines()
+    counters = {name: engine.counters() for name, engine in engines.items()}
     lines = []
     for field, (name, kind, text) in _METRICS.items():
         samples = [
@@ -136,6 +137,10 @@ async def metrics(request: Request) -> Response:
         ]
         if samples:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
+    if engines:
+        name = "llm_edge_run_seconds_total"
+        lines += [f"# HELP {name} Time spent inside onnxruntime.", f"# TYPE {name} counter"]
+        lines += [f'{name}{{model="{_escaped(model)}"}} {engine.run_seconds}' for model, engine in engines.items()]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

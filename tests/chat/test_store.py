@@ -538,6 +538,63 @@ def test_a_damaged_file_is_reported_in_one_line_and_unchanged(path: Path, damage
     assert path.read_bytes() == data
 
 
+ENDLESS = "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT"
+TITLE = f"UPDATE conversations SET title = ({ENDLESS} max(x) FROM n)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"CREATE TRIGGER t AFTER INSERT ON messages BEGIN {TITLE}; END",
+        f"CREATE TRIGGER t AFTER UPDATE ON conversations BEGIN {ENDLESS} max(x) FROM n; END",
+        f"DROP VIEW finished_messages; CREATE VIEW finished_messages AS {ENDLESS} x id, 1 content, 2 reasoning FROM n",
+        f"DROP TABLE conversations; CREATE VIEW conversations AS {ENDLESS} x AS id, 0 AS deleted FROM n",
+        f"CREATE VIEW more AS {ENDLESS} x FROM n",
+    ],
+)
+def test_foreign_views_and_triggers_are_rejected_before_they_run(path: Path, change: str) -> None:
+    with Store(path) as store:
+        talk(store, "Hi", "Hello")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(change)
+    before = path.read_bytes()
+    with pytest.raises(
+        InputError, match=r"conversations\.sqlite3: changed by another program \((view|trigger) '\w+'\)"
+    ):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+def test_a_changed_trigger_of_the_index_is_replaced(path: Path) -> None:
+    with Store(path) as store:
+        talk(store, "Hi", "Hello")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(
+            "DROP TRIGGER index_added;"
+            f"CREATE TRIGGER index_added AFTER INSERT ON messages BEGIN {ENDLESS} x FROM n; END"
+        )
+    with Store(path) as store:
+        talk(store, "Another question", "Another answer")
+        assert [found.title for found in store.search("another ans")] == ["Another question"]
+
+
+def test_a_file_without_further_message_numbers_is_rejected(path: Path) -> None:
+    with Store(path) as store:
+        talk(store, "Hi", "Hello")
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE sqlite_sequence SET seq = 9223372036854775807 WHERE name = 'messages'")
+    with pytest.raises(InputError, match=r"conversations\.sqlite3: damaged, no number is left"):
+        Store(path)
+
+
+@pytest.mark.parametrize("name", ["wal", "shm", "journal"])
+def test_folders_under_the_names_of_side_files_are_reported(path: Path, name: str) -> None:
+    Store(path).close()
+    path.with_name(f"{path.name}-{name}").mkdir()
+    with pytest.raises(InputError, match=f"conversations.sqlite3-{name}: not a file"):
+        Store(path)
+
+
 def test_invalid_rows_are_reported(path: Path) -> None:
     for change in ("parent = 2", "role = 'root'", "params = '[]'", "figures = '{'", "content = x'00ff'", "parent = 77"):
         path.unlink(missing_ok=True)

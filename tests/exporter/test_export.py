@@ -344,8 +344,8 @@ def test_json_progress_is_one_object_per_line(
     assert (last["stage"], last["path"]) == ("done", str(tmp_path / "bundle"))
     order = [line["stage"] for line in lines]
     assert order == sorted(order, key=STAGES.index)
-    assert set(order) == set(STAGES)
-    for stage in STAGES:
+    assert set(order) == set(STAGES) - {"recovering"}  # there is nothing to recover
+    for stage in set(order):
         shares = [line["share"] for line in lines if line["stage"] == stage]
         known = [share for share in shares if share is not None]
         assert known == sorted(known)
@@ -364,7 +364,7 @@ def test_the_report_matches_the_manifest(
 ) -> None:
     code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle")
     assert code == 0
-    assert [line.split()[0] for line in errors.splitlines()] == list(STAGES)
+    assert [line.split()[0] for line in errors.splitlines()] == [stage for stage in STAGES if stage != "recovering"]
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     for name, entry in read(tmp_path / "bundle" / "manifest.json")["precisions"].items():
         quality = entry["quality"]
@@ -422,9 +422,16 @@ def no_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs_module, "trace", wrong)
 
 
-@pytest.mark.parametrize("defect", [a_wrong_weight, no_rotary_embedding])
+@pytest.mark.parametrize(
+    ("defect", "message"),
+    [
+        (a_wrong_weight, "transformers "),  # of the decoder itself
+        (no_rotary_embedding, "fp32: logits differ from PyTorch by up to "),
+    ],
+)
 def test_a_graph_with_wrong_logits_makes_no_bundle(
     defect: Callable[[pytest.MonkeyPatch], None],
+    message: str,
     tiny_bundle: Path,
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -440,7 +447,7 @@ def test_a_graph_with_wrong_logits_makes_no_bundle(
         code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / target, "--progress", "none", *options)
         assert (code, text) == (1, "")
         assert errors.count("\n") == 1
-        assert errors.startswith("error: fp32: logits differ from PyTorch by up to ")
+        assert errors.startswith(f"error: {message}")
         assert files(tmp_path) == before
         assert {path.name for path in tmp_path.iterdir()} == {"old"}
 

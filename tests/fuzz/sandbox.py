@@ -72,12 +72,13 @@ class Outcome:
         """Why this is wrong; None for a success, and for a refusal in one line."""
         if self.waited > MAX_WAIT:
             return f"ended only after {self.waited:.0f} s"
-        if self.code not in (0, 2):
+        no_memory = self.code == 3 and "not enough memory" in self.err  # MAX_ADDRESSES were reserved
+        if self.code not in (0, 2) and not no_memory:
             return f"exit code {self.code}"
         if found := next((words for words in FOREIGN if words in self.err or words in self.out), None):
             return f"printed {found!r}"
         lines = self.err.splitlines()
-        if self.code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ") or not lines[0].isprintable()):
+        if self.code != 0 and (len(lines) != 1 or not lines[0].startswith("error: ") or not lines[0].isprintable()):
             return f"printed {len(lines)} lines instead of one error"
         if self.seconds > SECONDS:
             return f"took {self.seconds:.1f} s"

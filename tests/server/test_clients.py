@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import shutil
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +21,7 @@ import platformdirs
 import pydantic
 import pytest
 from calling import call
+from project import ROOT
 from serving import Served
 
 from llm_edge.runtime import GenerationResult, Model, SamplingParams
@@ -106,6 +110,18 @@ def test_pydantic_ai_gets_text_streams_and_validated_output(served: Served, expe
             assert isinstance((await typed.run(ASKED, message_history=first.all_messages())).output, City)
 
     asyncio.run(ask())
+
+
+def test_the_agent_in_the_documentation_runs(served: Served, tmp_path: Path) -> None:
+    pytest.importorskip("pydantic_ai")
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", (ROOT / "docs" / "serving.md").read_text("utf-8"), flags=re.MULTILINE)
+    (block,) = [textwrap.dedent(block) for block in blocks if "agent.run_sync" in block]
+    code = block.replace("http://127.0.0.1:8000", served.url).replace("smollm2-135m", "tiny")
+    code = code.replace('"max_tokens": 100', '"max_tokens": 300, "seed": 1, "parallel_tool_calls": False')
+    code = code.replace("city: str", "city: Literal['Paris', 'Rome']")  # a random model would not end the text
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"city='(Paris|Rome)' sky='(sunny|cloudy|rainy)'\n", done.stdout)
 
 
 def test_llm_gets_the_models_text_whole_and_streamed(

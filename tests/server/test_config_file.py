@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import httpx2
 import pytest
 from calling import call
+from project import ROOT
 from serving import Served
 
 from llm_edge.runtime import Model, SamplingParams
@@ -136,6 +138,14 @@ def test_every_option_is_a_key_of_the_file_and_the_other_way_round(run: Run, tmp
         code, _, err = run(f"server: {{{field.name}: {{a: 1}}}}")
         assert code == 2
         assert f"server.{field.name} is" in err
+
+
+def test_the_documentation_lists_every_key() -> None:
+    rows = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").splitlines()
+    hints = get_type_hints(ServeOptions, include_extras=True)
+    for field in dataclasses.fields(ServeOptions):
+        default = "" if field.default in (None, dataclasses.MISSING) else f"{field.default} "
+        assert f"| `{field.name}` | {default}| {get_args(hints[field.name])[1].help} |" in rows
 
 
 def test_generation_defaults_apply_where_a_request_gives_none(models_folder: Path) -> None:

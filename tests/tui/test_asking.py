@@ -185,6 +185,23 @@ def test_slash_commands_work_in_the_composer(tmp_path: Path) -> None:
     drive(scene())
 
 
+def test_the_editor_writes_to_the_real_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from llm_edge.chat.editor import edit_text
+
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\necho 'an error' >&2\n")
+    editor.chmod(0o755)
+    monkeypatch.setenv("VISUAL", str(editor))
+    real = tmp_path / "stderr"
+    with real.open("w") as stderr:  # as in a command, where file descriptor 2 is hidden
+        monkeypatch.setattr("sys.stderr", stderr)
+        assert edit_text("text") == "text"
+    assert real.read_text() == "an error\n"
+    assert capfd.readouterr().err == ""
+
+
 def test_the_editor_writes_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tmp_path / "editor"
     editor.write_text("#!/bin/sh\nprintf 'and more' >> \"$1\"\n")

@@ -16,10 +16,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from endless import endless_loop
+from onnx import TensorProto, helper
 
 from llm_edge.runtime.backend.step_runner import StepRunner
 from llm_edge.runtime.backend.watchdog import check_running_steps, check_step_seconds
-from llm_edge.runtime.errors import MachineError, ParameterError, StepTerminatedError
+from llm_edge.runtime.errors import BundleError, MachineError, ParameterError, StepTerminatedError, native_reason
 
 SUPPORT = Path(__file__).parents[2] / "support"
 
@@ -31,6 +32,7 @@ def inference() -> ort.InferenceSession:
 
 def runner(inference: Any, seconds: float | None = None, patience: float = 0.0) -> StepRunner:
     graph: Any = SimpleNamespace(inference=inference, run_options=ort.RunOptions, step_seconds=seconds)
+    graph.provider, graph.file = "cpu", SimpleNamespace(path="a.onnx")
     return StepRunner(graph, patience)
 
 
@@ -46,6 +48,40 @@ def test_a_step_ends_at_its_limit(inference: ort.InferenceSession) -> None:
     for _ in range(2):
         with pytest.raises(StepTerminatedError, match=message):
             runner(inference, 0.1).run(bound(inference), "a step")
+
+
+def session(nodes: list[Any]) -> ort.InferenceSession:
+    """A session over a graph with input `x` float [1] and output `y` of any size."""
+    info = helper.make_tensor_value_info
+    inputs, outputs = [info("x", TensorProto.FLOAT, [1])], [info("y", TensorProto.FLOAT, [None])]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[ONNXRuntimeError] : 1 : FAIL : /cumsum.cc:109 ort::CumSum<T>::CumSum(const Info&) [with T = int] the reason",
+        "/src/clip.cc:5 Status ort::Clip::Impl<T>::operator()(const Tensor*, Pool*) const [with T = float] the reason",
+        "/src/arena.cc:360 void* onnxruntime::BFCArena::Allocate(size_t, bool, void (*)(int)) the reason",
+        "slice.h:164 the reason",
+        "the\nreason",
+    ],
+)
+def test_reasons_name_no_places_in_the_source_of_a_library(message: str) -> None:
+    assert native_reason(RuntimeError(message)) == "the reason"
+
+
+def test_an_operator_that_fails_is_an_error_of_the_bundle() -> None:
+    shape = helper.make_node("Constant", [], ["shape"], value_ints=[7])
+    failing = session([shape, helper.make_node("Reshape", ["x", "shape"], ["y"])])
+    with pytest.raises(BundleError, match=r"^a.onnx: a step failed \([^\n]*\): export the bundle again$") as caught:
+        runner(failing).run(bound(failing), "a step")
+    assert ".cc:" not in str(caught.value)
+    assert "::" not in str(caught.value)
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.3])
@@ -124,6 +160,7 @@ import sys
 sys.path[:0] = [{str(SUPPORT)!r}, {str(Path(__file__).parent)!r}]
 from test_watchdog import bound, runner
 from endless import endless_loop
+from onnx import TensorProto, helper
 from llm_edge.runtime.command import run
 inference = endless_loop()
 def command():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -402,3 +404,14 @@ def test_a_filter_in_a_loop_ends_within_the_budget(name: str) -> None:
 def test_every_available_filter_has_a_cost() -> None:
     names = {name for name in chat._SANDBOX.filters if not name.startswith("<")}
     assert names == FILTER_COSTS.keys()
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ none[::-1] }}", "{{ 1 is sameas 1 }}{{ (1)() }}", "{{ ('a')(2) }}", "{{ [1]('a') }}"]
+)
+def test_python_prints_no_warnings_about_templates(source: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(TemplateError):
+            ChatTemplate(source, {}).render([{"role": "user", "content": "Hi"}])
+    assert caught == []

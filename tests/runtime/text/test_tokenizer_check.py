@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,3 +277,11 @@ def test_patterns_that_can_take_long_are_rejected(pattern: str) -> None:
     reason = check_patterns([r"\p{N}{1,3}", pattern])
     assert reason is not None
     assert reason.isprintable()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_patterns_are_tried_in_a_process_with_limited_memory() -> None:
+    code = "from llm_edge.runtime.text.pattern_check import try_all; try_all(); bytearray(1 << 30)"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, input="[]", capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "MemoryError"
