@@ -26,7 +26,6 @@ _PATIENCE = 300.0  # seconds between two chunks
 _CONNECT = 10.0  # seconds
 _MAX_ERROR = 64 << 10  # bytes of an error's body
 _MAX_MESSAGE = 300  # characters of it that are shown
-_UNKNOWN_LATER = ("logprobs", "reasoning_budget")  # handled otherwise, or unknown to most servers
 
 
 class Upstreams:
@@ -157,7 +156,8 @@ def request_body(model: str, request: ChatRequest) -> dict[str, Any]:
     if overrides.get("logprobs") is not None:
         raise invalid(f"{model}: log-probabilities are not available from an upstream: leave out logprobs", "logprobs")
     params = SamplingParams(**overrides)
-    values = {name: getattr(params, name) for name in overrides if name not in _UNKNOWN_LATER}
+    # Servers know an effort, if anything, but no budget of reasoning.
+    values = {name: getattr(params, name) for name in overrides if name not in ("logprobs", "reasoning_budget")}
     standard, extra = parameter_fields(values)
     body: dict[str, Any] = {
         "model": model,
@@ -179,7 +179,7 @@ def request_body(model: str, request: ChatRequest) -> dict[str, Any]:
     effort = variables.pop("reasoning_effort", None)
     if effort is not None:
         body["reasoning_effort"] = effort
-    variables.pop("enable_thinking", None) if effort is not None else None
+        variables.pop("enable_thinking", None)
     if variables:
         body["chat_template_kwargs"] = variables
     return body

@@ -335,6 +335,12 @@ def test_json_progress_is_one_object_per_line(
     assert (code, errors) == (0, "")
     *lines, last = [json.loads(line) for line in text.splitlines()]
     assert last.keys() == {"stage", "path", "seconds", "notes", "report"}
+    report = last["report"]
+    assert (report["layers"], report["validated_layers"]) == (2, 2)
+    assert [each["name"] for each in report["precisions"]] == ["fp32", "int8", "int4"]
+    assert all(
+        each["size"] > 0 and each["max_difference"] >= 0 and 0 <= each["top1"] <= 1 for each in report["precisions"]
+    )
     assert (last["stage"], last["path"]) == ("done", str(tmp_path / "bundle"))
     order = [line["stage"] for line in lines]
     assert order == sorted(order, key=STAGES.index)
