@@ -178,7 +178,7 @@ def test_the_commands_of_the_base_install_work(installed: Path, tiny_bundle: Pat
     options = ("--temperature", "0", "--max-tokens", "5")
     done = run(installed / "llm-chat", tiny_bundle, "--ask", "hi", *options, cwd=tmp_path)
     assert done.stdout
-    assert done.stderr == ""
+    assert done.stderr in ("", "(the answer was cut off after 5 tokens: raise --max-tokens)\n")
     done = run(installed / "llm-export", "smollm2", "--progress", "none", cwd=tmp_path, code=2)
     assert done.stderr.startswith("error: llm-export needs ")
     assert re.search(r": pip install '(llm-edge|/\S+\.whl)\[export\]'$", done.stderr.rstrip())

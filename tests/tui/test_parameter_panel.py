@@ -66,7 +66,7 @@ def test_every_number_can_be_changed_by_keys_during_generation(tmp_path: Path) -
             changes = {each["name"]: each for each in answer.figures["changes"]}
             assert set(changes) == {parameter.name for parameter in NUMBERS}
             assert all(0 < each["at"] < 4000 for each in changes.values())
-            await pilot.press("escape")
+            await pilot.press("escape", "escape")  # closes the panel, then stops the answer
             await until(pilot, lambda: app.session.answering is None)
             await until(pilot, lambda: "temperature 0.75 from token" in " ".join(shown(views(app)[-1]).split()))
 
