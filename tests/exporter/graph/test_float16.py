@@ -138,7 +138,7 @@ def test_fp16_is_the_default_on_cuda(bundle: Bundle, tiny_bundle: Path, simulate
     simulated_cuda.append("CUDA failure 2: out of memory")
     assert loaded(None, "auto") == ("fp32", "cpu")
     assert loaded("fp16", "auto") == ("fp16", "cpu")  # an explicit precision is not overridden
-    with pytest.raises(ProviderError, match=r"^provider cuda: .*out of memory.*provider='cpu' or 'auto'$"):
+    with pytest.raises(ProviderError, match=r"^provider cuda: .*not enough memory.*provider='cpu' or 'auto'$"):
         loaded(None, "cuda")
 
 
