@@ -221,7 +221,7 @@ def test_reasoning_is_collapsed_with_its_length(web: WebServer, open_page: Opene
 
 
 def test_an_answer_is_stopped_continued_regenerated_and_edited_on_both_sides(web: WebServer, open_page: Opener) -> None:
-    web.fake.pause = 0.1
+    web.fake.pause = 1.0
     web.fake.enqueue("one two three four five six seven eight nine ten eleven twelve")
     page = open_page()
     page.fill("#question", "Count")
@@ -378,12 +378,12 @@ def test_the_system_prompt_belongs_to_the_conversation(web: WebServer, open_page
     page.fill("#system", "Talk like a pirate.")
     ask(page, "Hello")
     assert web.fake.asked[-1][0][0] == {"role": "system", "content": "Talk like a pirate."}
-    page.fill("#system", "Talk like a king.")
-    page.wait_for_timeout(800)  # saved once typing pauses
+    with page.expect_response(lambda response: response.request.method == "PATCH"):  # saved once typing pauses
+        page.fill("#system", "Talk like a king.")
     ask(page, "And now?")
     assert web.fake.asked[-1][0][0] == {"role": "system", "content": "Talk like a king."}
     page.click("#new-chat")
-    assert page.input_value("#system") == ""
+    until(lambda: page.input_value("#system") == "")
     page.go_back()
     until(lambda: page.input_value("#system") == "Talk like a king.")
 
