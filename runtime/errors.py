@@ -64,6 +64,7 @@ class ContextLengthError(InputError):
         super().__init__(f"the prompt has {count} tokens, but the model's context holds {limit}: shorten the prompt")
         self.prompt_tokens = prompt_tokens
         self.limit = limit
+        self.at_least = at_least
 
 
 class LogitsError(InputError):

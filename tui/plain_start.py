@@ -59,7 +59,7 @@ def _ask(session: ChatSession, question: str, context: str | None) -> int:
     except ContextLengthError as error:
         if context is None:
             raise
-        raise too_long(context, error.prompt_tokens, error.limit) from error
+        raise too_long(context, error) from error
     return chat.save_error.exit_code if chat.save_error is not None else 0
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from llm_edge.chat.attachments import MAX_SIZE, Attachment, text_of, with_attachments
-from llm_edge.runtime.errors import InputError
+from llm_edge.runtime.errors import ContextLengthError, InputError
 
 PATIENCE = 3.0  # seconds
 _CHUNK = 64 * 1024
@@ -93,11 +93,14 @@ def with_context(context: str, question: str) -> str:
     return with_attachments(question, [Attachment("", context)])
 
 
-def too_long(context: str, prompt_tokens: int, limit: int) -> InputError:
+def too_long(context: str, error: ContextLengthError) -> InputError:
     """The error for input that exceeds the model's context."""
-    fits = int(len(context.encode()) * limit / prompt_tokens * 0.75)
+    # A text that was not encoded has an unknown number of tokens, but hardly more than bytes.
+    bytes_per_token = 1.0 if error.at_least else len(context.encode()) / error.prompt_tokens
+    fits = int(error.limit * bytes_per_token * 0.75)
+    count = f"{'at least ' if error.at_least else ''}{error.prompt_tokens:,}"
     return InputError(
-        f"standard input and the question have {prompt_tokens:,} tokens, but the model's context holds {limit:,}:"
+        f"standard input and the question have {count} tokens, but the model's context holds {error.limit:,}:"
         f" shorten it, for example to its end (tail -c {fits})"
     )
 

@@ -153,7 +153,7 @@ def test_quick_questions_are_asked_edited_added_deleted_and_restored(web: WebSer
 
 
 def test_a_reload_in_mid_answer_loses_nothing(web: WebServer, open_page: Opener) -> None:
-    web.fake.pause = 0.05
+    web.fake.pause = 0.2
     words = [f"word{n}" for n in range(50)]
     web.fake.enqueue(Said(" ".join(words), reasoning="Thinking about it."))
     page = open_page()
