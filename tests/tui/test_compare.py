@@ -405,6 +405,8 @@ def test_a_bundle_from_the_list_is_compared_with_the_chats_model(
             await pilot.press(*"good int8", "enter")
             await until(pilot, lambda: isinstance(shown.sides[1].responder, LocalResponder), 60)
             await pilot.pause()
+            for name, value in (("max_tokens", 7), ("logprobs", 4)):  # another model starts with its own
+                shown.sides[1].session.parameters.set(name, value)
             await both(pilot, "Why?")
             left, right = (each.answer for each in shown.sides)
             assert left is not None
