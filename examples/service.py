@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
@@ -100,7 +100,7 @@ async def _models() -> dict[str, Any]:
 
 
 @app.post("/v1/chat/completions", response_model=None)
-async def _chat(request: Request) -> _Events | dict[str, Any]:
+async def _chat(request: Request) -> _Events | JSONResponse | dict[str, Any]:
     try:
         params = replace(engine.default_params, **_changes(request))
         answer = await asyncio.to_thread(engine.chat, request.messages, params)
@@ -108,7 +108,8 @@ async def _chat(request: Request) -> _Events | dict[str, Any]:
             return _Events(answer)
         result = await answer.aresult()
     except LlmEdgeError as error:
-        raise HTTPException(503 if isinstance(error, BusyError) else 400, str(error)) from error
+        body = {"error": {"message": str(error), "type": "invalid_request_error"}}
+        return JSONResponse(body, 503 if isinstance(error, BusyError) else 400)
     message = {"role": "assistant", "content": result.text}
     choice = {"message": message, "finish_reason": result.finish_reason}
     return _chunk(f"chatcmpl-{uuid.uuid4().hex}", "chat.completion", choice, usage=_usage(result.timings))

@@ -181,9 +181,10 @@ def example(name: str, *words: object, stdin: str = "") -> subprocess.CompletedP
 
 def test_examples_are_short() -> None:
     found = {path.name: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "examples").glob("*.py")}
-    assert set(found) == {"batch_file.py", "extract.py", "service.py"}
+    assert set(found) == {"batch_file.py", "extract.py", "mcp_agent.py", "service.py"}
     assert max(found.values()) < 130
-    assert all(f"examples/{name}" in DOCUMENT for name in found)
+    documents = DOCUMENT + (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert all(f"examples/{name}" in documents for name in found)
 
 
 def test_the_batch_example(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -253,8 +254,9 @@ def test_the_service_example_works_with_the_openai_client_and_the_chat(tiny_bund
             assert whole.choices[0].message.content == streamed
             assert whole.choices[0].finish_reason in ("length", "stop")
             assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens > 0
-            with pytest.raises(openai.BadRequestError, match="temperature"):
+            with pytest.raises(openai.BadRequestError, match="Error code: 400") as refused:
                 client.chat.completions.create(**{**asked, "temperature": 900})
+            assert "temperature" in str(refused.value.body)
 
             responder = EndpointResponder(Endpoint(url, name))
             params = dataclasses.replace(responder.default_params, max_tokens=8, temperature=0.0)
