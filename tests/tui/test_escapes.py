@@ -46,7 +46,8 @@ from llm_edge.chat.history.store import Store
 folder, evil = Path(sys.argv[1]), json.loads(os.environ["EVIL"])
 bad = Said("partly " + evil, reasoning="thought " + evil, failure=MachineError("failed " + evil))
 code = f"streamed {evil}\\n\\n```{evil}\\n{evil}\\n```\\n| {evil} |\\n|---|\\n| {evil} |\\n"
-model = FakeResponder(Said(code, reasoning=evil), bad, name="model " + evil, detail="detail " + evil)
+title = Said("titled " + evil)  # a long question gets a title from the model
+model = FakeResponder(Said(code, reasoning=evil), title, bad, name="model " + evil, detail="detail " + evil)
 app = ChatApp(Store(folder / "chats.db"), lambda: model, Settings(folder))
 app.run()
 """
@@ -115,6 +116,7 @@ def test_ten_payloads_from_all_sources_are_harmless(terminal: Terminal, tmp_path
     terminal.until("pasted")
     terminal.send("\r")
     terminal.until("complete")
+    terminal.until("titled")
     terminal.send("again\r")
     terminal.until("failed")
     terminal.send("\x1bOQ")  # F2
