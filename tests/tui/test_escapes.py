@@ -116,7 +116,7 @@ def test_ten_payloads_from_all_sources_are_harmless(terminal: Terminal, tmp_path
     terminal.until("pasted")
     terminal.send("\r")
     terminal.until("complete")
-    terminal.until("titled")
+    time.sleep(2)  # the model gives the conversation a title
     terminal.send("again\r")
     terminal.until("failed")
     terminal.send("\x1bOQ")  # F2
