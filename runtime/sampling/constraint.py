@@ -95,7 +95,7 @@ class Constraint:
         if not valid or not options or len(set(options)) < len(options):
             raise refused_constraint("choice", f"{reprlib.repr(options)} is not a list of distinct non-empty strings")
         # A regular expression is a single lexeme of any size; one lexeme per option would soon hit llguidance's limits.
-        return Constraint("choice", f"(?:{'|'.join(map(_literal, options))})")
+        return Constraint("choice", f"(?:{'|'.join(map(literal_pattern, options))})")
 
     def check(self) -> None:
         """Check, without a model, that answers can be held to this; takes 1 ms to several seconds.
@@ -123,6 +123,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _literal(text: str) -> str:
+def literal_pattern(text: str) -> str:
     """A regular expression that matches exactly this text: every special character is written as its code point."""
     return "".join(char if char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)

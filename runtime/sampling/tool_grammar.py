@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llm_edge.runtime.errors import ParameterError
-from llm_edge.runtime.sampling.constraint import Constraint, refused_constraint
+from llm_edge.runtime.sampling.constraint import Constraint, literal_pattern, refused_constraint
 from llm_edge.runtime.sampling.json_schema.keywords import RESTRICTING, without_keywords
 from llm_edge.runtime.sampling.json_schema.normalize import JSON_STYLE, enforceable
 from llm_edge.runtime.text.tool_format import ToolFormat
@@ -89,7 +89,7 @@ class _Grammar:
         if constraint is None:
             if trigger is None:
                 return "TEXT"
-            self._rules.append(f"NO_CALL: /(.|\\n)*/ & ~/(.|\\n)*{_escaped(trigger)}(.|\\n)*/")
+            self._rules.append(f"NO_CALL: /(.|\\n)*/ & ~/(.|\\n)*{literal_pattern(trigger)}(.|\\n)*/")
             return "NO_CALL"
         if constraint.kind in ("json", "json_schema"):
             self._rules.append(f"other: %json {_styled(enforceable(json.loads(constraint.text)))}")
@@ -205,8 +205,3 @@ def _enforceable(schema: Any, item_separator: str, key_separator: str, any_of: M
 def _styled(schema: str, **style: str) -> str:
     """A schema within a grammar, with the settings that are an argument of llguidance elsewhere."""
     return json.dumps({**json.loads(schema), "x-guidance": {**JSON_STYLE, **style}}, ensure_ascii=False)
-
-
-def _escaped(text: str) -> str:
-    """A regular expression that matches exactly this text."""
-    return "".join(char if char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
