@@ -16,11 +16,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from llm_edge.server.errors import api_error, error_route, invalid
+from llm_edge.server.errors import error_route, invalid
 from llm_edge.server.events import Completed, Event, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStarted
 from llm_edge.server.generation import start_chat
 from llm_edge.server.messages import chat_messages, tool_use
-from llm_edge.server.protocols.openai_common import error_body, finish_reason, logprobs_content, usage
+from llm_edge.server.protocols.openai_common import error_body, finish_reason, logprobs_content, stream_error, usage
 from llm_edge.server.request import ChatRequest, choices, reasoning_overrides, sampling_overrides
 from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
@@ -83,7 +83,7 @@ async def chat_completions(body: ChatCompletion, request: Request) -> Response:
     running = await unless_disconnected(request, start_chat(state.pool, body.to_request()))
     if body.stream:
         options = body.stream_options or {}
-        return event_stream(_stream(running, options), state.config.keepalive)
+        return event_stream(_stream(running, options), state.config.keepalive, stream_error, running.close)
     return JSONResponse(await unless_disconnected(request, _whole(running)))
 
 
@@ -102,22 +102,19 @@ async def _stream(running: RunningRequest, options: Mapping[str, Any]) -> AsyncI
     continuous = bool(options.get("continuous_usage_stats"))
     head = {**_head(running, "chat.completion.chunk"), **({"usage": None} if with_usage else {})}
     begun: set[int] = set()
-    try:
-        async for event in running.events():
-            delta = _delta(running, event)
-            if event.choice not in begun:
-                begun.add(event.choice)
-                first = {"role": "assistant", "content": ""}
-                yield sse({**head, "choices": [_choice(event.choice, first)]})
-            chunk: dict[str, Any] = {**head, "choices": [delta]}
-            if with_usage and continuous:
-                so_far = replace(running.usage, completion_tokens=running.generated_tokens)
-                chunk["usage"] = usage(so_far)
-            yield sse(chunk)
-        if with_usage:
-            yield sse({**head, "choices": [], "usage": usage(running.usage)})
-    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes an event)
-        yield sse(error_body(api_error(error)))
+    async for event in running.events():
+        delta = _delta(running, event)
+        if event.choice not in begun:
+            begun.add(event.choice)
+            first = {"role": "assistant", "content": ""}
+            yield sse({**head, "choices": [_choice(event.choice, first)]})
+        chunk: dict[str, Any] = {**head, "choices": [delta]}
+        if with_usage and continuous:
+            so_far = replace(running.usage, completion_tokens=running.generated_tokens)
+            chunk["usage"] = usage(so_far)
+        yield sse(chunk)
+    if with_usage:
+        yield sse({**head, "choices": [], "usage": usage(running.usage)})
     yield DONE
 
 

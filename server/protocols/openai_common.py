@@ -10,6 +10,7 @@ from llm_edge.runtime.text.token_text import token_bytes, token_text
 from llm_edge.runtime.text.tokenizer import Tokenizer
 from llm_edge.server.errors import ApiError
 from llm_edge.server.events import Finish, Usage
+from llm_edge.server.streaming import DONE, sse
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _LOWEST = -9999.0  # OpenAI's value for impossible tokens; JSON has no infinity
@@ -20,6 +21,11 @@ def error_body(error: ApiError) -> dict[str, Any]:
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     fields = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     return {"error": {**fields, **error.details}}
+
+
+def stream_error(error: ApiError) -> bytes:
+    """An error in place of the rest of a stream."""
+    return sse(error_body(error)) + DONE
 
 
 def finish_reason(finish: Finish) -> str:
