@@ -6,8 +6,6 @@ https://platform.openai.com/docs/api-reference/chat. Further fields: see `sampli
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +18,14 @@ from llm_edge.server.errors import error_route, invalid
 from llm_edge.server.events import Completed, Event, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStarted
 from llm_edge.server.generation import start_chat
 from llm_edge.server.messages import chat_messages, tool_use
-from llm_edge.server.protocols.openai_common import error_body, finish_reason, logprobs_content, stream_error, usage
+from llm_edge.server.protocols.openai_common import (
+    error_body,
+    finish_reason,
+    head,
+    logprobs_content,
+    stream_error,
+    usage,
+)
 from llm_edge.server.request import ChatRequest, choices, reasoning_overrides, sampling_overrides
 from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
@@ -87,34 +92,24 @@ async def chat_completions(body: ChatCompletion, request: Request) -> Response:
     return JSONResponse(await unless_disconnected(request, _whole(running)))
 
 
-def _head(running: RunningRequest, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": running.model,
-        "system_fingerprint": running.fingerprint,
-    }
-
-
 async def _stream(running: RunningRequest, options: Mapping[str, Any]) -> AsyncIterator[bytes]:
     with_usage = bool(options.get("include_usage"))
     continuous = bool(options.get("continuous_usage_stats"))
-    head = {**_head(running, "chat.completion.chunk"), **({"usage": None} if with_usage else {})}
+    shared = {**head(running, "chatcmpl", "chat.completion.chunk"), **({"usage": None} if with_usage else {})}
     begun: set[int] = set()
     async for event in running.events():
         delta = _delta(running, event)
         if event.choice not in begun:
             begun.add(event.choice)
             first = {"role": "assistant", "content": ""}
-            yield sse({**head, "choices": [_choice(event.choice, first)]})
-        chunk: dict[str, Any] = {**head, "choices": [delta]}
+            yield sse({**shared, "choices": [_choice(event.choice, first)]})
+        chunk: dict[str, Any] = {**shared, "choices": [delta]}
         if with_usage and continuous:
             so_far = replace(running.usage, completion_tokens=running.generated_tokens)
             chunk["usage"] = usage(so_far)
         yield sse(chunk)
     if with_usage:
-        yield sse({**head, "choices": [], "usage": usage(running.usage)})
+        yield sse({**shared, "choices": [], "usage": usage(running.usage)})
     yield DONE
 
 
@@ -161,4 +156,4 @@ async def _whole(running: RunningRequest) -> dict[str, Any]:
         found.append(
             {"index": number, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(answer.finish)}
         )
-    return {**_head(running, "chat.completion"), "choices": found, "usage": usage(running.usage)}
+    return {**head(running, "chatcmpl", "chat.completion"), "choices": found, "usage": usage(running.usage)}
