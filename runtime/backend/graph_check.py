@@ -8,7 +8,7 @@ fields and their numbers are those of ONNX's onnx.proto; the runtime does not de
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llm_edge.runtime.errors import BundleError
@@ -43,6 +43,12 @@ OPERATORS = frozenset({("", name) for name in _STANDARD} | {("com.microsoft", na
 # onnxruntime computes nodes whose inputs are all constant when it loads a graph. Only operators whose results are not
 # larger than their inputs may have such inputs, or a small file could allocate any amount of memory.
 _FOLDABLE = frozenset({"Cast", "CastLike", "Constant", "DequantizeLinear", "Identity", "Reshape", "Shape"})
+
+# Concat nodes that feed one another double their result; a layer joins few values before its next projection, whose
+# weight fixes the size again.
+_MAX_JOINED = 64
+_PROJECTIONS = frozenset({"Gemm", "MatMul", "MatMulIntegerToFloat", "MatMulNBits"})
+_ATTENTION = frozenset({"Attention", "GroupQueryAttention"})
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _MODEL_FIELDS = {1: _VARINT, 2: _BYTES, 3: _BYTES, 4: _BYTES, 5: _VARINT, 6: _BYTES, 7: _BYTES, 8: _BYTES, 14: _BYTES}
@@ -131,6 +137,7 @@ def _check_nodes(
     allowed = {(domain.encode(), name.encode()): name for domain, name in OPERATORS}
     attributes_seen: set[bytes] = set()  # most nodes repeat those of another one
     known = known | constants | {b""}  # an omitted optional input
+    joined: dict[bytes, int] = {}  # values that were concatenated to make up a value; 1 if missing
     for start, end in nodes:
         inputs, outputs, operator, domain = [], [], b"", b""
         at = start
@@ -166,6 +173,19 @@ def _check_nodes(
                 raise _RejectedError(f"operator {name!r} with constant inputs only")
             constants.update(outputs)
         known.update(outputs)
+        if joined or name == "Concat":
+            count = _joined(name, inputs, joined, constants)
+            if count > _MAX_JOINED:
+                raise _RejectedError(f"more than {_MAX_JOINED} values are concatenated")
+            joined.update(dict.fromkeys(outputs, count) if count > 1 else {})
+
+
+def _joined(name: str, inputs: list[bytes], joined: Mapping[bytes, int], constants: set[bytes]) -> int:
+    """How many values make up the result of a node."""
+    if name in _ATTENTION or (name in _PROJECTIONS and not constants.isdisjoint(filter(None, inputs))):
+        return 1
+    counts = [joined.get(each, 1) for each in inputs]
+    return sum(counts) if name == "Concat" else max(counts, default=1)
 
 
 def _check_attribute(data: bytes, weights: _Weights) -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from mutate import mutations
@@ -196,3 +197,31 @@ def test_damaged_files_are_accepted_or_rejected_in_one_line(graph: Path) -> None
 def test_other_content_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
     refusal(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("between", ["", "Identity", "Transpose"])
+@pytest.mark.parametrize("width", [2, 4, 100])
+def test_concatenations_that_multiply_their_size_are_rejected(graph: Path, between: str, width: int) -> None:
+    def change(model: ModelProto) -> None:
+        value = "input_ids"
+        for i in range(7):
+            model.graph.node.append(helper.make_node("Concat", [value] * width, [f"joined{i}"], axis=1))
+            value = f"joined{i}"
+            if between:
+                model.graph.node.append(helper.make_node(between, [value], [f"between{i}"]))
+                value = f"between{i}"
+
+    assert "concatenated" in refusal(edited(graph, change))
+
+
+def test_concatenations_in_many_layers_are_accepted(graph: Path) -> None:
+    def change(model: ModelProto) -> None:
+        weight = onnx.numpy_helper.from_array(np.ones((4, 2), np.float32), "joined_weight")
+        model.graph.initializer.append(weight)
+        model.graph.node.append(helper.make_node("Cast", ["input_ids"], ["x0"], to=TensorProto.FLOAT))
+        for i in range(200):
+            model.graph.node.append(helper.make_node("Concat", [f"x{i}", f"x{i}"], [f"joined{i}"], axis=1))
+            model.graph.node.append(helper.make_node("MatMul", [f"joined{i}", "joined_weight"], [f"projected{i}"]))
+            model.graph.node.append(helper.make_node("Add", [f"projected{i}", f"x{i}"], [f"x{i + 1}"]))
+
+    check_graph(edited(graph, change))
