@@ -225,3 +225,37 @@ def test_concatenations_in_many_layers_are_accepted(graph: Path) -> None:
             model.graph.node.append(helper.make_node("Add", [f"projected{i}", f"x{i}"], [f"x{i + 1}"]))
 
     check_graph(edited(graph, change))
+
+
+@pytest.mark.parametrize("value", [10**12, -(10**12), 0])
+@pytest.mark.parametrize("position", [0, 1])
+def test_ranges_that_do_not_count_tokens_are_rejected(graph: Path, value: int, position: int) -> None:
+    def change(model: ModelProto) -> None:
+        add = model.graph.node.append
+        add(helper.make_node("Constant", [], ["bound"], value_int=value))
+        add(helper.make_node("Constant", [], ["one"], value_int=1))
+        add(helper.make_node("Shape", ["input_ids"], ["shape"], start=1, end=2))
+        add(helper.make_node("Squeeze", ["shape"], ["size"]))
+        inputs = ["size", "size", "one"]
+        inputs[position] = "bound"
+        add(helper.make_node("Range", inputs, ["counted"]))
+
+    changed = edited(graph, change)
+    if value == 0 and position == 0:
+        check_graph(changed)
+    else:
+        assert "Range" in refusal(changed)
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Add", "Cast"])
+def test_ranges_over_computed_numbers_are_rejected(graph: Path, op_type: str) -> None:
+    def change(model: ModelProto) -> None:
+        add = model.graph.node.append
+        add(helper.make_node("Constant", [], ["zero"], value_int=0))
+        add(helper.make_node("Shape", ["input_ids"], ["shape"], start=1, end=2))
+        add(helper.make_node("Squeeze", ["shape"], ["size"]))
+        casts = {"to": TensorProto.FLOAT} if op_type == "Cast" else {}
+        add(helper.make_node(op_type, ["size"] * (1 if casts else 2), ["computed"], **casts))
+        add(helper.make_node("Range", ["zero", "computed", "size"], ["counted"]))
+
+    assert "Range" in refusal(edited(graph, change))
