@@ -81,8 +81,7 @@ def api_error(error: BaseException) -> ApiError:
             message = f"the model is not available: {_logged(error)}"
             return ApiError(503, message, "model_unavailable", retry_after=30)
         case LlmEdgeError():
-            _log.error("%s", error)
-            return ApiError(500, str(error), "generation_failed")
+            return ApiError(500, f"the generation failed: {_logged(error)}", "generation_failed")
         case RequestValidationError():
             return _validation_error(error)
         case HTTPException():

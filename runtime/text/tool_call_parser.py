@@ -55,6 +55,11 @@ class ToolCallParser:
         """Whether a call has begun."""
         return self._started
 
+    @property
+    def unfinished(self) -> str | None:
+        """What there is of the part of a call that is not complete; None = no call is open."""
+        return None if self._state in (self._search, self._after, self._rest) else self._buffer
+
     def feed(self, text: str) -> list[AnswerPart]:
         """The parts that the next piece of an answer completes."""
         self._buffer += text
