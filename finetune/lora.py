@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llm_edge.model.decoder import Decoder
 
-Rows = Callable[[str], tuple[int, ...]]
-"""Returns the output rows of each part of a weight, by the weight's name in the decoder."""
+Rows = Callable[[str], tuple[int, ...] | None]
+"""Returns the output rows of each part of a weight, by the weight's name in the decoder; None for a single part."""
 
 
 class LoraLinear(nn.Linear):
@@ -64,7 +64,9 @@ class _LoraProduct(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         output = F.linear(flat, weight, bias)
         inner = F.linear(flat, a)
-        for part, low, high in zip(output.split([len(each) for each in b], 1), inner.chunk(len(b), 1), b, strict=True):
+        for part, low, high in zip(
+            torch.split(output, [len(each) for each in b], 1), inner.chunk(len(b), 1), b, strict=True
+        ):
             part.addmm_(low, high.T, alpha=scaling)
         ctx.save_for_backward(x, weight, a, inner, *b)
         ctx.scaling = scaling
@@ -76,7 +78,12 @@ class _LoraProduct(torch.autograd.Function):
         flat, outer = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, gradients[0].shape[-1])
         inner_gradient = torch.empty_like(inner)
         b_gradients = []
-        parts = outer.split([len(each) for each in b], 1), inner.chunk(len(b), 1), inner_gradient.chunk(len(b), 1), b
+        parts = (
+            torch.split(outer, [len(each) for each in b], 1),
+            inner.chunk(len(b), 1),
+            inner_gradient.chunk(len(b), 1),
+            b,
+        )
         for part, low, low_gradient, high in zip(*parts, strict=True):
             low_gradient.copy_(part @ high).mul_(ctx.scaling)
             b_gradients.append((part.T @ low).mul_(ctx.scaling))
@@ -95,7 +102,7 @@ def add_lora(decoder: Decoder, rows: Rows, rank: int, alpha: float, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(decoder.layers.named_modules(prefix="layers")):
         if isinstance(module, nn.Linear):
-            adapted = LoraLinear(module, rows(f"{name}.weight"), rank, alpha)
+            adapted = LoraLinear(module, rows(f"{name}.weight") or (module.out_features,), rank, alpha)
             bound = 1 / math.sqrt(module.in_features)
             values = torch.empty(adapted.lora_a.shape).uniform_(-bound, bound, generator=generator)
             adapted.lora_a.data.copy_(values)
