@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_edge.finetune.packing import Batch
 from llm_edge.model.decoder import Decoder, RunLayer
 
-_CHUNK = 6 << 20
+CHUNK = 6 << 20
 """Logits that are in memory at once: 24 MB in float32."""
 
 
@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if trains_hidden else None
         head_gradient = torch.zeros_like(head) if trains_head else None
         weight = head.to(hidden.dtype)
-        rows = max(1, _CHUNK // head.shape[0])
+        rows = max(1, CHUNK // head.shape[0])
         for start in range(0, len(targets), rows):
             inputs, wanted = hidden[start : start + rows], targets[start : start + rows, None]
             scores = F.linear(inputs, weight).float()  # [rows, V]
@@ -67,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if hidden_gradient is not None:
                 torch.mm(scores, weight, out=hidden_gradient[start : start + rows])
             if head_gradient is not None:
-                head_gradient += (scores.T @ inputs).to(head.dtype)
+                _add_product(head_gradient, scores.T, inputs)
         ctx.gradients = hidden_gradient, head_gradient
         return total
 
@@ -75,3 +75,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, head = (None if own is None else own.mul_(gradients[0].to(own.dtype)) for own in ctx.gradients)
         return hidden, head, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to a tensor, which may have another dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -122,7 +122,9 @@ def test_gradients_of_the_adapter_are_those_of_peft(tmp_path: Path) -> None:
     (sample,) = samples(1, shortest=40)
     batch_loss(decoder, Batch.of([sample])).backward()
     ids = torch.tensor([sample.ids])
-    labels = torch.tensor([[token if trained else -100 for token, trained in zip(sample.ids, sample.trained)]])
+    labels = torch.tensor(
+        [[token if trained else -100 for token, trained in zip(sample.ids, sample.trained, strict=True)]]
+    )
     (model(input_ids=ids, labels=labels).loss * sample.targets).backward()
     theirs = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
     module = dict(lora_layers(decoder))["layers.1.attention.qkv"]

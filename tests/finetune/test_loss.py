@@ -85,7 +85,7 @@ def test_05_gradients_do_not_depend_on_the_rows_of_a_step(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("chunk", [1, 7 * 50, 1 << 20])
 def test_chunked_cross_entropy_is_that_of_torch(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_edge.finetune.loss._CHUNK", chunk)
+    monkeypatch.setattr("llm_edge.finetune.loss.CHUNK", chunk)
     torch.manual_seed(0)
     hidden, head = torch.randn(33, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (33,))
