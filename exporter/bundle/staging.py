@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_edge.exporter.bundle.exchange import exchange
-from llm_edge.exporter.bundle.file_lock import locked
+from llm_edge.runtime.file_lock import locked
 from llm_edge.runtime.bundle import MANIFEST
 from llm_edge.runtime.errors import InputError, MachineError
 
