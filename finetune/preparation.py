@@ -96,7 +96,7 @@ def _train_embeddings(decoder: Decoder, tokens: list[int]) -> None:
     mask[tokens] = 1
     for weight in weights:
         weight.requires_grad_(True)
-        weight.register_hook(lambda gradient: gradient * mask)
+        weight.register_hook(lambda gradient: gradient * mask)  # type: ignore[no-untyped-call]
 
 
 EMBEDDINGS = (EMBEDDING, "embed_positions.weight", "lm_head.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -83,15 +84,15 @@ class TensorBoard(Listener):
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder))
 
     def on_step(self, step: Step) -> None:
         for name, value in (("loss", step.loss), ("learning rate", step.learning_rate), ("norm", step.gradient_norm)):
-            self._writer.add_scalar(f"train/{name}", value, step.number)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(f"train/{name}", value, step.number)
 
     def on_evaluation(self, step: int, loss: float, best: bool, answers: Sequence[Answer]) -> None:  # noqa: ARG002
-        self._writer.add_scalar("evaluation/loss", loss, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        self._writer.add_scalar("evaluation/loss", loss, step)
+        self._writer.flush()
 
 
 class Listeners(Listener):
@@ -115,7 +116,7 @@ def bar_plot(values: Sequence[float], width: int = 60) -> str:
         return ""
     width = min(width, len(values))
     edges = [len(values) * index // width for index in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] for value in means)
