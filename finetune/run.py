@@ -135,9 +135,7 @@ def _prepare(model: str, data: Path, options: FinetuneOptions, device: str) -> _
     return _Prepared(checkpoint, state_dict, dataset, plan, decoder, display)
 
 
-def _train(
-    found: _Prepared, output: Path, model: str, options: FinetuneOptions, group: Processes
-) -> Result | None:
+def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions, group: Processes) -> Result | None:
     settings = _settings(model, found.plan, options)
     files = CheckpointFiles(output, settings)
     display = found.display
