@@ -35,7 +35,7 @@ def evaluation_loss(decoder: Decoder, samples: Sequence[Sample], row_tokens: int
 
 
 @torch.no_grad()
-def answer(decoder: Decoder, sample: Sample, max_tokens: int = 64) -> Answer:
+def answer(decoder: Decoder, sample: Sample, max_tokens: int = 48) -> Answer:
     """Answer the question of a sample greedily, until the end token or `max_tokens`."""
     prompt, expected = sample.prompt, sample.answer
     device = decoder.embed_tokens.weight.device

@@ -195,16 +195,16 @@ def _check_output(output: Path, options: FinetuneOptions) -> None:
     """Raise InputError unless the folder can be created, or holds a run that may be continued or replaced."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output} exists and is not a folder: choose another one with -o")
-    is_run = (output / FOLDER).is_dir()
+    is_run = CheckpointFiles(output, {}).exists
     if options.resume and not is_run:
-        raise InputError(f"{output} has no run to resume: start without --resume")
-    if output.exists() and any(output.iterdir()) and not is_run:
-        raise InputError(f"{output} exists and is not a fine-tuning run: choose another folder with -o")
+        raise InputError(f"{output} has no checkpoint to resume: start without --resume")
     if is_run and not options.resume and not options.force:
         raise InputError(
             f"{output} has a fine-tuning run: continue it with --resume, replace it with --force, or choose another "
             "folder with -o"
         )
+    if output.exists() and not is_run and any(path.name != FOLDER for path in output.iterdir()):
+        raise InputError(f"{output} exists and is not a fine-tuning run: choose another folder with -o")
 
 
 @contextlib.contextmanager
