@@ -5,7 +5,6 @@ Each protocol writes errors in its own shape: `error_route` makes a route class 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
@@ -29,7 +28,6 @@ from llm_edge.runtime.errors import (
 
 _log = logging.getLogger("llm_edge.server")
 _RETRY_SECONDS = 1
-_CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
 
 
 @dataclass
@@ -86,8 +84,6 @@ def api_error(error: BaseException) -> ApiError:
             return _validation_error(error)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
-        case asyncio.CancelledError():
-            return ApiError(_CLIENT_CLOSED, "the client closed the connection")
         case _:
             return ApiError(500, f"internal error: {_logged(error, traceback=True)}", "internal_error")
 

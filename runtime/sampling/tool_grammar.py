@@ -40,7 +40,7 @@ def tool_constraint(
         form: how calls are written.
         tools: names, and JSON schemas of the arguments. What a schema says and cannot be enforced is left out.
         special_ids: special tokens of the vocabulary; in the format, their spelling stands for the token.
-        required: the answer is a call and nothing else.
+        required: the answer is a call and nothing else, apart from white space.
         parallel: several calls are allowed, if the format has them.
         otherwise: what an answer without a call has to conform to; None = any text.
 
@@ -74,7 +74,8 @@ class _Grammar:
         calls = " ".join(filter(None, (self._literal(after_trigger), "body", more, self._literal(form.closing))))
         self._rules.append(f"calls: {calls}")
         if required:
-            self._rules.append(f"start: {self._literal(trigger)} calls")
+            # Models that reason write line breaks before they call.
+            self._rules += [f"start: SPACE? {self._literal(trigger)} calls", "SPACE: /[ \\n]{1,4}/"]
         elif self._pattern.search(trigger):  # a special token, which no text can spell
             self._rules += [f"start: {self._otherwise(otherwise, None)} | TEXT? {self._literal(trigger)} calls"]
             self._rules.append("TEXT: /(.|\\n)*/")
