@@ -16,6 +16,7 @@ from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.errors import MachineError
 
 _PROBE = 128  # tokens
+_OVERHEAD = 36_000_000  # bytes: buffers of the matrix library, gaps between allocations
 _STATES = 3  # gradient and the two moments of AdamW, each as large as the parameters
 
 
@@ -26,7 +27,7 @@ class Estimate:
     Attributes:
         states: gradients and optimizer states.
         activations: what the backward pass needs of a row, and what it computes with.
-        loss: logits of a chunk, and the gradient of the output head.
+        loss: logits of a chunk, the gradient of the output head, and what libraries need.
     """
 
     states: int
@@ -46,12 +47,12 @@ def estimate(decoder: Decoder, row_tokens: int, *, checkpointing: bool) -> Estim
     states = _STATES * sum(parameter.numel() * parameter.element_size() for parameter in trained)
     per_layer = _saved_bytes(decoder) / _PROBE / config.num_hidden_layers
     widest = max(2 * config.intermediate_size * config.gated_mlp, config.intermediate_size, config.query_size)
-    working = 2 * widest * item  # gradients of the widest inner tensors
+    working = 3 * widest * item  # gradients of the widest inner tensors
     layers, stream = config.num_hidden_layers, config.hidden_size * item
     per_token = layers * stream + per_layer + working if checkpointing else layers * per_layer + working
     head = decoder.lm_head.weight
     loss = CHUNK * item + (head.numel() * item if head.requires_grad and not config.tie_word_embeddings else 0)
-    return Estimate(states, round(per_token * row_tokens), loss)
+    return Estimate(states, round(per_token * row_tokens), loss + _OVERHEAD)
 
 
 def check_fit(needed: int, available: int | None, remedy: str) -> None:
