@@ -2,6 +2,9 @@
 
 Usage: python tiny_training.py FOLDER SEED COUNT
 Kills a run at COUNT random lines of the source, resumes each, and prints the digests of the final weights as JSON.
+
+Usage: torchrun tiny_training.py FOLDER
+Trains in several processes.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from training_data import samples
 
 import llm_edge.finetune
 from llm_edge.finetune.checkpoint_files import CheckpointFiles, Progress, remove_partial_files
-from llm_edge.finetune.distributed import Processes
+from llm_edge.finetune.distributed import Processes, processes
 from llm_edge.finetune.lora import add_lora
 from llm_edge.finetune.options import FinetuneOptions
 from llm_edge.finetune.packing import Plan
@@ -63,7 +66,7 @@ def run(
     decoder: Decoder | None = None,
     *,
     listener: Listener | None = None,
-    processes: Processes | None = None,
+    group: Processes | None = None,
     evaluation: int = 6,
     **options: Any,
 ) -> tuple[Decoder, Progress]:
@@ -73,7 +76,7 @@ def run(
     plan = Plan(samples(20), chosen.batch_size, chosen.row_tokens, chosen.seed)
     files = CheckpointFiles(folder, {"learning_rate": chosen.learning_rate})
     held = samples(evaluation, seed=9)
-    return decoder, train(decoder, plan, held, chosen, files, listener or Listener(), processes or Processes())
+    return decoder, train(decoder, plan, held, chosen, files, listener or Listener(), group or Processes())
 
 
 def digest(decoder: Decoder) -> str:
@@ -114,9 +117,13 @@ def killed_run(folder: Path, line: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the digest of a whole run, and those of the resumed ones."""
-    folder, seed, count = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    """Print the digest of a whole run, and those of the resumed ones; or train in several processes."""
     torch.set_num_threads(1)
+    if len(arguments) == 1:
+        with processes("cpu") as group:
+            run(Path(arguments[0]), group=group)
+        return
+    folder, seed, count = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     counter = LineCounter()
     sys.settrace(counter.trace)
     whole = digest(run(folder / "whole")[0])

@@ -1,6 +1,6 @@
 """Measures the peak memory of a training step in its own process; prints JSON.
 
-Usage: python training_memory.py lora|full plain|checkpointing [TOKENS]
+Usage: python training_memory.py lora|full plain|checkpointing|evaluation [TOKENS]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from llm_edge.finetune.data.sample import Sample
 from llm_edge.finetune.distributed import Processes
+from llm_edge.finetune.evaluation import evaluation_loss
 from llm_edge.finetune.fused import fuse
 from llm_edge.finetune.lora import add_lora
 from llm_edge.finetune.memory import estimate
@@ -64,6 +65,10 @@ def main(method: str, mode: str, tokens: int = 1024) -> None:
     optimizer = make_optimizer(parameters, options)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = memory("VmRSS")
+    if mode == "evaluation":
+        evaluation_loss(decoder, [sample], tokens, Processes())
+        print(json.dumps({"used": memory("VmHWM") - before}))
+        return
     for _ in range(2):
         accumulate(decoder, [[sample]], options, Processes(), lambda: False)
         update(optimizer, parameters, 1e-4, 1.0)
