@@ -123,8 +123,10 @@ def test_an_unusable_row_has_a_reason(row: object, reason: str) -> None:
 
 
 KEYS = st.sampled_from(
-    "messages conversations data prompt completion role content from value weight tools tool_calls function name "
-    "thinking text type chat_template_kwargs system".split()
+    [
+        *("messages", "conversations", "data", "prompt", "completion", "role", "content", "from", "value", "weight"),
+        *("tools", "tool_calls", "function", "name", "thinking", "text", "type", "chat_template_kwargs", "system"),
+    ]
 )
 TEXTS = st.sampled_from(["user", "assistant", "tool", "system", "human", "gpt", "function_call", "{}", "[1]", "", "x"])
 JSON = st.recursive(
