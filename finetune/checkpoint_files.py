@@ -20,6 +20,7 @@ from llm_edge.runtime.errors import InputError, ParameterError
 FOLDER = "training"
 """Name of the folder of a run's files within its output folder."""
 _LAST, _BEST = "last.safetensors", "best.safetensors"
+_UNNAMED = {"data": "the data", "model": "the model"}  # settings that are no options
 _STATES = ("exp_avg", "exp_avg_sq")
 
 
@@ -118,10 +119,12 @@ class CheckpointFiles:
     def _check_settings(self, found: Mapping[str, Any]) -> None:
         for key, value in self._settings.items():
             if found.get(key) != value:
-                name = f"--{key.replace('_', '-')}" if key != "data" else "the data"
+                name, values = f"--{key.replace('_', '-')}", f" ({found.get(key)}, now {value})"
+                if key in _UNNAMED:
+                    name, values = _UNNAMED[key], ""
                 raise ParameterError(
-                    f"--resume: {name} differs from the interrupted run ({found.get(key)}, now {value}): use the same, "
-                    "or start anew with --force"
+                    f"--resume: {name} differs from the interrupted run{values}: use the same, or start anew "
+                    "with --force"
                 )
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
