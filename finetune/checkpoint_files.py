@@ -105,8 +105,8 @@ class CheckpointFiles:
                 parameter.copy_(tensors[f"weight/{name}"])
                 found = {key: tensors[f"{key}/{name}"] for key in _STATES if f"{key}/{name}" in tensors}
                 if found:
-                    moments = {key: value.to(parameter.device) for key, value in found.items()}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+                    found["step"] = torch.tensor(float(progress.step))
+                    optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
         return progress
 
     def load_best(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -146,7 +146,7 @@ def test_bad_input_gets_one_line_and_changes_nothing(
         ((base, data, "-o", run, "--resume", "--batch-size", "3"), "--batch-size differs"),
         (
             (base, write_rows(tmp_path / "other.jsonl", [{"data": ["a", "b"]}] * 9), "-o", run, "--resume"),
-            "other.jsonl",
+            "the data differs",
         ),
         ((base, data, "-o", new, "--resume"), "has no checkpoint to resume"),
         ((base, data, "-o", foreign), "is not a fine-tuning run"),
