@@ -11,7 +11,7 @@ import typer
 from llm_edge.finetune.check_cli import app as check_app
 from llm_edge.finetune.options import FinetuneOptions
 from llm_edge.runtime.command import print_version, run, with_options
-from llm_edge.runtime.errors import InputError, ParameterError
+from llm_edge.runtime.errors import InputError
 from llm_edge.runtime.installation import install_hint
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ def finetune(
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Only suggest a learning rate, from short steps with a rising one.")
     ] = False,
-    export: Annotated[
-        bool,
-        typer.Option(
-            "--export", help="Then export the model and compare the bundle with that of the model before training."
-        ),
-    ] = False,
     show_version: Annotated[  # noqa: ARG001 (its callback acts)
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -60,14 +54,10 @@ def finetune(
         if find_lr:
             print(f"Suggested: --learning-rate {runs.find_lr(model, data, options):.1e}")
             return
-        if export and ((options.evaluation == 0 and options.evaluation_data is None) or not options.merge):
-            raise ParameterError(
-                "--export needs evaluation data and a merged model: omit --evaluation 0 and --no-merge"
-            )
         result = runs.finetune(model, data, options)
         if result is not None:
             _print_result(result)
-            if export:
+            if options.export:
                 _export(model, options, result)
 
     raise typer.Exit(run(command))
@@ -94,15 +84,15 @@ def _print_result(result: Result) -> None:
 
 
 def _export(model: str, options: FinetuneOptions, result: Result) -> None:
+    """Export the trained model and print how its bundle compares with that of the model before training."""
     from llm_edge.finetune.export_comparison import export_and_compare, print_comparison
 
-    if not result.dataset.evaluation:
-        raise InputError("--export: no conversation was kept for evaluation: raise --evaluation")
-    flags = {"--config": options.config, "--tokenizer": options.tokenizer}
-    before = [model, *(word for flag, path in flags.items() if path is not None for word in (flag, str(path)))]
-    print_comparison(
-        export_and_compare(before, result.output, result.dataset.evaluation, lambda line: print(line, file=sys.stderr))
+    given = {"--config": options.config, "--tokenizer": options.tokenizer}
+    before = [f"{flag}={path}" for flag, path in given.items() if path is not None]
+    comparison = export_and_compare(
+        [*before, "--", model], result.output, result.dataset.evaluation, lambda line: print(line, file=sys.stderr)
     )
+    print_comparison(comparison)
 
 
 def main() -> None:
