@@ -154,7 +154,7 @@ def test_bad_input_gets_one_line_and_changes_nothing(
         ((base, data, "-o", file), "is not a folder"),
         ((base, data, "-o", new, "--train-token", "<none>"), "'<none>' is not a token"),
         ((base, data, "-o", new, "--device", "tpu"), "it must be cpu or cuda"),
-        ((base, data, "-o", new, "--export", "--no-merge"), "--export needs"),
+        ((base, data, "-o", new, "--export", "--no-merge"), "--export needs the merged model"),
     ]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for words, message in cases:
