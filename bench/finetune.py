@@ -67,7 +67,7 @@ def run_trainer(folder: Path, data: list[tuple[list[int], int]], precision: str,
 
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder),
-        LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"),
+        LoraConfig(r=RANK, lora_alpha=int(ALPHA), use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     tokens: list[int] = []
 
@@ -85,7 +85,7 @@ def run_trainer(folder: Path, data: list[tuple[list[int], int]], precision: str,
 
     seconds: list[float] = []
 
-    class Recorder(TrainerCallback):  # type: ignore[misc]
+    class Recorder(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.monotonic()
 
@@ -109,7 +109,7 @@ def run_trainer(folder: Path, data: list[tuple[list[int], int]], precision: str,
         remove_unused_columns=False,
     )
     items = [{"ids": ids, "start": start} for ids, start in data]
-    Trainer(model, arguments, train_dataset=items, data_collator=collate, callbacks=[Recorder()]).train()  # type: ignore[arg-type]
+    Trainer(model, arguments, train_dataset=items, data_collator=collate, callbacks=[Recorder()]).train()
     each = BATCH // size
     return [(sum(tokens[index * each : (index + 1) * each]), seconds[index]) for index in range(len(seconds))]
 

@@ -184,7 +184,12 @@ def _describe(found: _Prepared, options: FinetuneOptions) -> Iterator[str]:
 
 
 def _check_memory(found: _Prepared, options: FinetuneOptions, device: str) -> None:
-    needed = estimate(found.decoder, found.plan.longest_row, checkpointing=options.gradient_checkpointing)
+    needed = estimate(
+        found.decoder,
+        found.plan.longest_row,
+        checkpointing=options.gradient_checkpointing,
+        precision=options.precision,
+    )
     check_fit(needed.total, available_memory(device), _REMEDY)
     found.display.message(f"memory: about {needed.total / 1e9:.1f} GB besides the weights")
 

@@ -1,11 +1,12 @@
-"""Measures the peak memory of a training step in its own process; prints JSON.
+"""Measures the peak memory of a training step or of an evaluation, each in its own process; prints JSON.
 
-Usage: python training_memory.py lora|full plain|checkpointing|evaluation [TOKENS]
+Usage: python training_memory.py lora|full plain|checkpointing|evaluation …
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def memory(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
 
-def main(method: str, mode: str, tokens: int = 1024) -> None:
-    torch.set_num_threads(1)
+def measure(method: str, mode: str, tokens: int = 1024) -> dict[str, int]:
+    """Bytes that are used beyond the model, and their forecast."""
     torch.manual_seed(0)
     decoder = Decoder(CONFIG)
     fuse(decoder)
@@ -67,13 +68,26 @@ def main(method: str, mode: str, tokens: int = 1024) -> None:
     before = memory("VmRSS")
     if mode == "evaluation":
         evaluation_loss(decoder, [sample], tokens, Processes())
-        print(json.dumps({"used": memory("VmHWM") - before}))
-        return
+        return {"used": memory("VmHWM") - before}
     for _ in range(2):
         accumulate(decoder, [[sample]], options, Processes(), lambda: False)
         update(optimizer, parameters, 1e-4, 1.0)
-    print(json.dumps({"used": memory("VmHWM") - before, "estimate": expected.total}))
+    return {"used": memory("VmHWM") - before, "estimate": expected.total}
+
+
+def forked(method: str, mode: str) -> dict[str, int]:
+    """Measure in a process of its own."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, json.dumps(measure(method, mode)).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        found: dict[str, int] = json.load(file)
+    os.wait()
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    torch.set_num_threads(1)
+    print(json.dumps({mode: forked(sys.argv[1], mode) for mode in sys.argv[2:]}))
