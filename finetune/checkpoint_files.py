@@ -20,6 +20,7 @@ from llm_edge.runtime.errors import InputError, ParameterError
 FOLDER = "training"
 """Name of the folder of a run's files within its output folder."""
 _LAST, _BEST = "last.safetensors", "best.safetensors"
+_UNNAMED = {"data": "the data", "model": "the model"}  # settings that are no options
 _STATES = ("exp_avg", "exp_avg_sq")
 
 
@@ -104,8 +105,8 @@ class CheckpointFiles:
                 parameter.copy_(tensors[f"weight/{name}"])
                 found = {key: tensors[f"{key}/{name}"] for key in _STATES if f"{key}/{name}" in tensors}
                 if found:
-                    moments = {key: value.to(parameter.device) for key, value in found.items()}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+                    found["step"] = torch.tensor(float(progress.step))
+                    optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
         return progress
 
     def load_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -118,10 +119,12 @@ class CheckpointFiles:
     def _check_settings(self, found: Mapping[str, Any]) -> None:
         for key, value in self._settings.items():
             if found.get(key) != value:
-                name = f"--{key.replace('_', '-')}" if key != "data" else "the data"
+                name, values = f"--{key.replace('_', '-')}", f" ({found.get(key)}, now {value})"
+                if key in _UNNAMED:
+                    name, values = _UNNAMED[key], ""
                 raise ParameterError(
-                    f"--resume: {name} differs from the interrupted run ({found.get(key)}, now {value}): use the same, "
-                    "or start anew with --force"
+                    f"--resume: {name} differs from the interrupted run{values}: use the same, or start anew "
+                    "with --force"
                 )
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:

@@ -57,6 +57,8 @@ def finetune(
         result = runs.finetune(model, data, options)
         if result is not None:
             _print_result(result)
+            if options.export:
+                _export(model, options, result)
 
     raise typer.Exit(run(command))
 
@@ -79,6 +81,18 @@ def _print_result(result: Result) -> None:
         print(f"Adapter: {result.adapter}")
     if result.model:
         print(f"Model: {result.output}    Export it: llm-export {result.output}")
+
+
+def _export(model: str, options: FinetuneOptions, result: Result) -> None:
+    """Export the trained model and print how its bundle compares with that of the model before training."""
+    from llm_edge.finetune.export_comparison import export_and_compare, print_comparison
+
+    given = {"--config": options.config, "--tokenizer": options.tokenizer}
+    before = [f"{flag}={path}" for flag, path in given.items() if path is not None]
+    comparison = export_and_compare(
+        [*before, "--", model], result.output, result.dataset.evaluation, lambda line: print(line, file=sys.stderr)
+    )
+    print_comparison(comparison)
 
 
 def main() -> None:

@@ -7,13 +7,15 @@ because peft's files have an adapter for each of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_edge.finetune.fused import gated, gated_gradient
+from llm_edge.model.config import Activation
 from llm_edge.model.decoder import Decoder
 
 Rows = Callable[[str], tuple[int, ...] | None]
@@ -41,11 +43,18 @@ class LoraLinear(nn.Linear):
         self.lora_b = nn.ParameterList(torch.zeros(count, rank, device=device) for count in rows)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x, None)
+
+    def forward_gated(self, packed: Tensor, kind: Activation) -> Tensor:
+        return self._forward(packed, kind)
+
+    def _forward(self, x: Tensor, kind: Activation | None) -> Tensor:
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         tensors = (None if tensor is None else tensor.to(dtype) for tensor in (x, self.weight, self.bias, self.lora_a))
-        output: Tensor = _LoraProduct.apply(*tensors, self.scaling, *(b.to(dtype) for b in self.lora_b))  # type: ignore[no-untyped-call]
+        b = (part.to(dtype) for part in self.lora_b)
+        output: Tensor = _LoraProduct.apply(*tensors, kind, self.scaling, *b)  # type: ignore[no-untyped-call]
         return output
 
     def delta(self) -> Tensor:
@@ -55,42 +64,58 @@ class LoraLinear(nn.Linear):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """`x @ W.T + bias + scaling * x @ A.T @ B.T`, added in place; W and the bias get no gradients."""
+    """`x @ W.T + bias + scaling * x @ A.T @ B.T`, added in place; W and the bias get no gradients.
+
+    With an activation, the input is a packed [..., gate + up], and x is computed from it, again for the backward pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, scaling: float, *b: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        kind: Activation | None,
+        scaling: float,
+        *b: Tensor,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _input(x, kind)
         output = F.linear(flat, weight, bias)
         inner = F.linear(flat, a)
-        for part, low, high in zip(
-            torch.split(output, [len(each) for each in b], 1), inner.chunk(len(b), 1), b, strict=True
-        ):
+        for part, low, high in zip(_parts(output, b), inner.chunk(len(b), 1), b, strict=True):
             part.addmm_(low, high.T, alpha=scaling)
         ctx.save_for_backward(x, weight, a, inner, *b)
-        ctx.scaling = scaling
+        ctx.kind, ctx.scaling = kind, scaling
         return output.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, inner, *b = ctx.saved_tensors
-        flat, outer = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, gradients[0].shape[-1])
+        outer = gradients[0].reshape(-1, gradients[0].shape[-1])
         inner_gradient = torch.empty_like(inner)
         b_gradients = []
-        parts = (
-            torch.split(outer, [len(each) for each in b], 1),
-            inner.chunk(len(b), 1),
-            inner_gradient.chunk(len(b), 1),
-            b,
-        )
+        parts = _parts(outer, b), inner.chunk(len(b), 1), inner_gradient.chunk(len(b), 1), b
         for part, low, low_gradient, high in zip(*parts, strict=True):
             low_gradient.copy_(part @ high).mul_(ctx.scaling)
             b_gradients.append((part.T @ low).mul_(ctx.scaling))
+        a_gradient = inner_gradient.T @ _input(x, ctx.kind)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = (outer @ weight).addmm_(inner_gradient, a).reshape(x.shape)
-        return x_gradient, None, None, inner_gradient.T @ flat, None, *b_gradients
+            x_gradient = (outer @ weight).addmm_(inner_gradient, a)
+            if ctx.kind is not None:
+                x_gradient = gated_gradient(x.reshape(-1, x.shape[-1]), ctx.kind, x_gradient)
+            x_gradient = x_gradient.reshape(x.shape)
+        return x_gradient, None, None, a_gradient, None, None, *b_gradients
+
+
+def _input(x: Tensor, kind: Activation | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if kind is None else gated(flat, kind)
+
+
+def _parts(output: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.split(output, [len(each) for each in b], 1)
 
 
 def add_lora(decoder: Decoder, rows: Rows, rank: int, alpha: float, seed: int) -> None:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from llm_edge.finetune.data.sample import Sample
 from llm_edge.finetune.loss import CHUNK, batch_loss
+from llm_edge.finetune.options import Precision
 from llm_edge.finetune.packing import Batch
+from llm_edge.finetune.step import autocast
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.errors import MachineError
 
 _PROBE = 128  # tokens
+_OVERHEAD = 36_000_000  # bytes: buffers of the matrix library, gaps between allocations
 _STATES = 3  # gradient and the two moments of AdamW, each as large as the parameters
 
 
@@ -26,7 +29,7 @@ class Estimate:
     Attributes:
         states: gradients and optimizer states.
         activations: what the backward pass needs of a row, and what it computes with.
-        loss: logits of a chunk, and the gradient of the output head.
+        loss: logits of a chunk, the gradient of the output head, and what libraries need.
     """
 
     states: int
@@ -39,19 +42,21 @@ class Estimate:
         return self.states + self.activations + self.loss
 
 
-def estimate(decoder: Decoder, row_tokens: int, *, checkpointing: bool) -> Estimate:
+def estimate(
+    decoder: Decoder, row_tokens: int, *, checkpointing: bool, precision: Precision = Precision.FP32
+) -> Estimate:
     """Return what training rows of `row_tokens` tokens needs, from what a short row keeps for its backward pass."""
     config, item = decoder.config, 4
     trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
     states = _STATES * sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    per_layer = _saved_bytes(decoder) / _PROBE / config.num_hidden_layers
+    per_layer = _saved_bytes(decoder, precision) / _PROBE / config.num_hidden_layers
     widest = max(2 * config.intermediate_size * config.gated_mlp, config.intermediate_size, config.query_size)
-    working = 2 * widest * item  # gradients of the widest inner tensors
+    working = 3 * widest * item  # gradients of the widest inner tensors
     layers, stream = config.num_hidden_layers, config.hidden_size * item
     per_token = layers * stream + per_layer + working if checkpointing else layers * per_layer + working
     head = decoder.lm_head.weight
     loss = CHUNK * item + (head.numel() * item if head.requires_grad and not config.tie_word_embeddings else 0)
-    return Estimate(states, round(per_token * row_tokens), loss)
+    return Estimate(states, round(per_token * row_tokens), loss + _OVERHEAD)
 
 
 def check_fit(needed: int, available: int | None, remedy: str) -> None:
@@ -86,7 +91,7 @@ def peak_memory(device: str) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _saved_bytes(decoder: Decoder) -> int:
+def _saved_bytes(decoder: Decoder, precision: Precision) -> int:
     """Return the bytes of all tensors that a row of `_PROBE` tokens keeps for its backward pass, without weights."""
     ids = tuple(min(position, decoder.config.vocab_size - 1) for position in range(_PROBE + 1))
     batch = Batch.of([Sample(ids, (False,) * _PROBE + (True,), 0)], decoder.embed_tokens.weight.device)
@@ -99,7 +104,8 @@ def _saved_bytes(decoder: Decoder) -> int:
             found[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+    keeping = torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor)
+    with keeping, autocast(decoder, precision):
         loss = batch_loss(decoder, batch)
     del loss
     return sum(found.values())

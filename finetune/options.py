@@ -53,6 +53,14 @@ class FinetuneOptions(DataOptions):
     merge: Annotated[
         bool, Option("--merge/--no-merge", help="LoRA: also save the whole model with the adapters merged in float32.")
     ] = True
+    export: Annotated[
+        bool,
+        Option(
+            "--export",
+            help="Export the trained model to int8 and int4, and compare the bundle with that of the model before "
+            "training.",
+        ),
+    ] = False
     train_token: Annotated[
         list[str] | None,
         Option(help="LoRA: also train the embedding of this token, such as a new control token. May be repeated."),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.finetune.fused import fuse
 from llm_edge.finetune.lora import add_lora, lora_layers
 from llm_edge.finetune.options import FinetuneOptions, Method, Precision
 from llm_edge.finetune.saving import Naming, lora_rows
@@ -32,6 +33,7 @@ def prepare(checkpoint: Checkpoint, options: FinetuneOptions, device: str) -> De
         decoder = Decoder(checkpoint.config)
     decoder.load_weights(_Finite(checkpoint))
     decoder.to(device)
+    fuse(decoder)
     if options.method is Method.FULL:
         return decoder.requires_grad_(True)
     add_lora(decoder, lora_rows(checkpoint), options.rank, options.alpha, options.seed)

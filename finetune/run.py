@@ -43,6 +43,7 @@ _NO_INFLUENCE = {
     "sample_answers",
     "save_every",
     "merge",
+    "export",
 }
 """Options that a resumed run may change, because they do not influence the weights."""
 
@@ -96,6 +97,8 @@ def finetune(model: str, data: Path, options: FinetuneOptions) -> Result | None:
     """
     output = options.output or Path("artifacts") / f"{bundle_name(model)}-tuned"
     _check_output(output, options)
+    if options.export and not (options.merge or options.method is Method.FULL):
+        raise ParameterError("--export needs the merged model: omit --no-merge")
     device = _device(options)
     with processes(device) as group, _out_of_memory():
         found = _prepare(model, data, options, device)
@@ -128,6 +131,8 @@ def _prepare(model: str, data: Path, options: FinetuneOptions, device: str) -> _
     checkpoint = open_checkpoint(model, SourceOptions(state_dict), lambda _: None)
     encoder = ConversationEncoder(prompt_processor(checkpoint), options.max_length)
     dataset = load_samples(data, encoder, options)
+    if options.export and not dataset.evaluation:
+        raise ParameterError("--export compares bundles on evaluation data: raise --evaluation, or add conversations")
     display = Display(lambda ids: encoder.prompts.tokenizer.decode(ids, skip_special=False), device)
     plan = Plan(dataset.train, options.batch_size, options.row_tokens, options.seed)
     check_fit(4 * count_parameters(checkpoint.config), available_memory("cpu"), "train a smaller model")
@@ -179,7 +184,12 @@ def _describe(found: _Prepared, options: FinetuneOptions) -> Iterator[str]:
 
 
 def _check_memory(found: _Prepared, options: FinetuneOptions, device: str) -> None:
-    needed = estimate(found.decoder, found.plan.longest_row, checkpointing=options.gradient_checkpointing)
+    needed = estimate(
+        found.decoder,
+        found.plan.longest_row,
+        checkpointing=options.gradient_checkpointing,
+        precision=options.precision,
+    )
     check_fit(needed.total, available_memory(device), _REMEDY)
     found.display.message(f"memory: about {needed.total / 1e9:.1f} GB besides the weights")
 

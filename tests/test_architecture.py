@@ -35,7 +35,7 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "chat": {"exporter": {"options"}, "runtime": None},
     "tui": {"chat": None, "exporter": {"options"}, "runtime": None},
     "server": {"chat": None, "exporter": {"options"}, "runtime": None},
-    "bench": {"runtime": None},
+    "bench": {"finetune": None, "checkpoint": None, "runtime": None},
 }
 
 # libraries that a package must not load, even indirectly, when all its modules are imported

@@ -19,6 +19,7 @@ from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.checkpoint.lora.adapter import open_adapter
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
+from llm_edge.finetune.fused import fuse
 from llm_edge.finetune.lora import add_lora, lora_layers
 from llm_edge.finetune.loss import batch_loss
 from llm_edge.finetune.packing import Batch
@@ -110,15 +111,17 @@ def test_14_the_adapter_of_a_model_with_metas_row_order_fits_its_hugging_face_fo
     assert close(transformers_logits(PeftModel.from_pretrained(model, tmp_path / "adapter")), logits(decoder))
 
 
-def test_gradients_of_the_adapter_are_those_of_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_gradients_of_the_adapter_are_those_of_peft(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    base = families.model("llama")
+    base = families.model(name)
     families.save(base, tmp_path / "base")
     checkpoint = read_folder(tmp_path / "base")
     decoder = adapted(checkpoint)
     save_adapter(tmp_path / "adapter", decoder, checkpoint, "base")
     model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    fuse(decoder)
     (sample,) = samples(1, shortest=40)
     batch_loss(decoder, Batch.of([sample])).backward()
     ids = torch.tensor([sample.ids])
@@ -127,12 +130,17 @@ def test_gradients_of_the_adapter_are_those_of_peft(tmp_path: Path) -> None:
     )
     (model(input_ids=ids, labels=labels).loss * sample.targets).backward()
     theirs = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
-    module = dict(lora_layers(decoder))["layers.1.attention.qkv"]
-    for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
-        path = f"base_model.model.model.layers.1.self_attn.{name}"
-        for ours, kind in ((module.lora_a.grad.chunk(3)[part], "A"), (module.lora_b[part].grad, "B")):
-            expected = theirs[f"{path}.lora_{kind}.default.weight"]
-            assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    for layer, names in (
+        ("attention.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj")),
+        ("mlp.down", ("mlp.down_proj",)),
+    ):
+        module = dict(lora_layers(decoder))[f"layers.1.{layer}"]
+        for part, own in enumerate(names):
+            path = f"base_model.model.model.layers.1.{own}"
+            for ours, kind in ((module.lora_a.grad.chunk(len(names))[part], "A"), (module.lora_b[part].grad, "B")):
+                expected = theirs[f"{path}.lora_{kind}.default.weight"]
+                assert (ours - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_16_weights_that_were_not_trained_survive_to_the_bit(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from training_data import decoder_of, samples, saved
 
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.finetune.data.sample import Sample
+from llm_edge.finetune.fused import fuse
 from llm_edge.finetune.loss import batch_loss, cross_entropy
 from llm_edge.finetune.packing import Batch, Plan, pack
-from llm_edge.model.decoder import Decoder
+from llm_edge.finetune.step import recompute
+from llm_edge.model.decoder import Decoder, RunLayer
 from llm_edge.model.weights import restore_sources
 
 
@@ -32,11 +34,13 @@ def gradients(decoder: Decoder, rows: list[list[Sample]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama with biases, tied", "qwen3", "gemma3_text", "gpt2", "olmo2"])
-def test_loss_and_gradients_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [None, recompute])
+def test_loss_and_gradients_are_those_of_transformers(run: RunLayer | None, name: str, tmp_path: Path) -> None:
     model = families.model(name)
     checkpoint = read_folder(families.save(model, tmp_path))
     decoder, data = decoder_of(checkpoint), samples(6)
-    found = batch_loss(decoder, Batch.of(data)) / sum(sample.targets for sample in data)
+    fuse(decoder)
+    found = batch_loss(decoder, Batch.of(data), run) / sum(sample.targets for sample in data)
     found.backward()
 
     width = max(len(sample.ids) for sample in data)

@@ -76,9 +76,7 @@ def runs(trained: tuple[bool, ...]) -> Iterator[bool]:
 
 
 @pytest.mark.parametrize("kind", ["keeps", "drops"])
-def test_check_1_prompts_are_those_that_chat_feeds(
-    kind: str, tiny_checkpoint: Path, family: Path, tmp_path: Path
-) -> None:
+def test_01_prompts_are_those_that_chat_feeds(kind: str, tiny_checkpoint: Path, family: Path, tmp_path: Path) -> None:
     source = tiny_checkpoint if kind == "keeps" else family
     export(str(source), ExportOptions(tmp_path / "bundle", precision="fp32", validate=False))
     model, encoder = Model.load(tmp_path / "bundle"), encoder_of(source)
@@ -99,7 +97,7 @@ def test_check_1_prompts_are_those_that_chat_feeds(
     assert equal == 500
 
 
-def test_check_2_three_turns_with_reasoning_make_three_samples(reasoning: ConversationEncoder) -> None:
+def test_02_three_turns_with_reasoning_make_three_samples(reasoning: ConversationEncoder) -> None:
     texts = texts_of(reasoning, {"data": [f"q{i}?" if i % 2 == 0 else f"<think>r{i}</think>a{i}" for i in range(6)]})
     start, end = "<|question_end|><|think_start|>", "<|answer_end|>"
     assert texts == [
@@ -109,7 +107,7 @@ def test_check_2_three_turns_with_reasoning_make_three_samples(reasoning: Conver
     ]
 
 
-def test_check_3_the_end_of_every_answer_is_trained(plain: ConversationEncoder, reasoning: ConversationEncoder) -> None:
+def test_03_the_end_of_every_answer_is_trained(plain: ConversationEncoder, reasoning: ConversationEncoder) -> None:
     for encoder in (plain, reasoning):  # the plain model pads with its end token
         (end,) = encoder.prompts.end_tokens
         for row in random_rows(100, 2, reasoning=True):
@@ -119,7 +117,7 @@ def test_check_3_the_end_of_every_answer_is_trained(plain: ConversationEncoder, 
                 assert len(ends) == list(runs(sample.trained)).count(True)  # each trained answer ends once
 
 
-def test_check_4_text_that_spells_a_control_token_stays_text(
+def test_04_text_that_spells_a_control_token_stays_text(
     plain: ConversationEncoder, reasoning: ConversationEncoder
 ) -> None:
     for encoder, spelled in ((plain, "<|im_end|>"), (reasoning, "<|think_end|>")):

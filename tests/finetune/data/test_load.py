@@ -32,7 +32,7 @@ def encoder(tiny_checkpoint: Path) -> ConversationEncoder:
     return encoder_of(tiny_checkpoint)
 
 
-def test_check_17_duplicates_are_counted_and_never_in_both_splits(encoder: ConversationEncoder, tmp_path: Path) -> None:
+def test_17_duplicates_are_counted_and_never_in_both_splits(encoder: ConversationEncoder, tmp_path: Path) -> None:
     rows = [{"data": [f"question {i % 10}", f"answer {i % 10}"]} for i in range(1050)]
     data = write_rows(tmp_path / "tech_support.jsonl", rows)
     for seed in range(5):
@@ -43,7 +43,7 @@ def test_check_17_duplicates_are_counted_and_never_in_both_splits(encoder: Conve
         assert not {sample.ids for sample in dataset.train} & {sample.ids for sample in dataset.evaluation}
 
 
-def test_check_18_one_message_names_every_faulty_line(encoder: ConversationEncoder, tmp_path: Path) -> None:
+def test_18_one_message_names_every_faulty_line(encoder: ConversationEncoder, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", [FAULTS[i % 10] if i else '{"data": ["Q", "A"]}' for i in range(1001)])
     with pytest.raises(InputError) as caught:
         load_samples(data, encoder, DataOptions())
