@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress stress-server docs pictures bench bench-server bench-peers compat fuzz kill schemathesis clean
+.PHONY: setup demo test lint types check stress stress-server docs pictures bench bench-server bench-peers bench-finetune compat \
+	fuzz kill kill-finetune schemathesis clean
 
 setup: $(STAMP)
 
@@ -66,6 +67,9 @@ bench-server: setup $(BUNDLE)/manifest.json
 bench-peers: setup $(BUNDLE)/manifest.json
 	$(BIN)/python -m llm_edge.bench.peers.run $(BUNDLE) --markdown .peers/results.md
 
+bench-finetune: setup
+	$(BIN)/python -m llm_edge.bench.finetune
+
 compat: setup $(BUNDLE)/manifest.json
 	$(BIN)/python compat/run.py $(BUNDLE)
 
@@ -76,6 +80,10 @@ fuzz: setup
 # Kills exports at 60 random moments: make kill [SEED=1]
 kill: setup
 	$(BIN)/python tests/fuzz/kill.py $(SEED)
+
+# Kills a fine-tuning run at 30 random lines and resumes it: make kill-finetune [SEED=1]
+kill-finetune: setup
+	PYTHONPATH=tests/support $(BIN)/python tests/support/tiny_training.py $$(mktemp -d) $(or $(SEED),1) 30
 
 # Sends 5,000 requests made from the OpenAPI document of llm-serve: make schemathesis [SEED=n]
 schemathesis: setup

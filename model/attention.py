@@ -6,6 +6,7 @@ Shapes: B batch, S new tokens, P past tokens, T = P + S, H query heads, K key/va
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -49,6 +50,56 @@ class AttentionInputs(NamedTuple):
     long_from: int
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Documents that are packed into one row of S tokens and do not see each other; their positions start at 0.
+
+    Attributes:
+        lengths: number of tokens of each document, in the order of the row; their sum is S.
+    """
+
+    lengths: tuple[int, ...]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Return the position of each token in its document, int64 [S]."""
+        return torch.cat([torch.arange(length, device=device) for length in self.lengths])
+
+    def rotary_rows(self, long_from: int, length: int, device: torch.device) -> Tensor:
+        """Return the row of the rotary tables for each token, int64 [S].
+
+        Documents of more than `long_from` tokens use the second half of the tables, which begins at row `length`; see
+        `AttentionInputs.long_from`.
+        """
+        starts = [length if long_from and count > long_from else 0 for count in self.lengths]
+        return torch.cat(
+            [torch.arange(start, start + n, device=device) for start, n in zip(starts, self.lengths, strict=True)]
+        )
+
+
+class PackedInputs(NamedTuple):
+    """Arguments of rotary causal attention within the documents of a row.
+
+    Attributes:
+        packed: queries, keys and values of the tokens, [S, (H + 2K) * D].
+        documents: of the row.
+        cos: cosine of each token's rotary angles, [S, rotated part of D / 2]; None disables rotation.
+        sin: sines, like `cos`.
+        num_heads: H.
+        num_kv_heads: K.
+        scale: factor of query · key.
+        window: see `AttentionInputs`.
+    """
+
+    packed: Tensor
+    documents: Documents
+    cos: Tensor | None
+    sin: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    window: int
+
+
 def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Compute rotary causal attention over a cache.
 
@@ -80,6 +131,46 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, attn_mask=visible, scale=inputs.scale, enable_gqa=True
     )  # [B, H, S, D]
     return attended.transpose(1, 2).reshape(batch, length, num_heads * head_dim), key, value
+
+
+def packed_attention(inputs: PackedInputs) -> Tensor:
+    """Compute rotary causal attention within each document of a row; differentiable, without a cache.
+
+    Returns:
+        attended values [S, H * D].
+    """
+    packed, documents, cos, sin, num_heads, num_kv_heads, scale, window = inputs
+    length = packed.shape[0]
+    heads = packed.reshape(1, length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)  # [1, heads, S, D]
+    if cos is None or sin is None:
+        query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    else:
+        rotated, value = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], dim=1)
+        query, key = torch.split(_rotate(rotated, cos[None], sin[None]), [num_heads, num_kv_heads], dim=1)
+    # One call per document: a mask over the whole row would cost the square of its length.
+    lengths = list(documents.lengths)
+    attended = [
+        F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_window_mask(query, window),
+            is_causal=not 0 < window < query.shape[2],
+            scale=scale,
+            enable_gqa=num_kv_heads != num_heads,
+        )
+        for query, key, value in zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2).reshape(length, -1)
+
+
+def _window_mask(query: Tensor, window: int) -> Tensor | None:
+    """Return which positions see which, bool [L, L], or None if a window does not restrict a document of L tokens."""
+    length = query.shape[2]
+    if not 0 < window < length:
+        return None
+    seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    return seen.tril() & seen.triu(1 - window)
 
 
 def positions_of(attention_mask: Tensor, length: int) -> Tensor:

@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_edge.model.attention import AttentionInputs, attention, cached_attention, positions_of
+from llm_edge.model.attention import (
+    AttentionInputs,
+    Documents,
+    PackedInputs,
+    attention,
+    cached_attention,
+    packed_attention,
+    positions_of,
+)
 from llm_edge.model.config import Activation, LayerConfig, ModelConfig, Norm, QKNorm
+from llm_edge.model.rope import Rope
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, each [B, K, P, D]; P may be 0."""
+
+RunLayer = Callable[..., Tensor]
+"""Calls a function with the arguments that follow it."""
 
 _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
@@ -61,6 +74,18 @@ class Attention(nn.Module):
         )  # fmt: skip
         attended, *present = attention(inputs) if self.standalone else cached_attention(*inputs)
         return self.output(attended), (present[0], present[1])
+
+    def forward_packed(self, x: Tensor, documents: Documents, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """Map x [S, hidden], a row of documents, to the same shape; see `Decoder.forward_packed`."""
+        config = self.config
+        query, key, value = self._normalize(self.qkv(x))
+        packed = query if key is None or value is None else torch.cat([query, key, value], dim=-1)
+        inputs = PackedInputs(
+            packed, documents, cos, sin,
+            config.num_attention_heads, config.num_key_value_heads, config.scale, self.window,
+        )  # fmt: skip
+        output: Tensor = self.output(packed_attention(inputs))
+        return output
 
     def _normalize(self, packed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return queries, keys and values [B, S, heads * D] after their norms; without norms, packed in the first."""
@@ -121,9 +146,18 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Map x [B, S, hidden] to the same shape, and return the layer's present keys and values."""
         attended, present = self.attention(self.attention_norm(x), past, mask, cos, sin)
+        return self._after_attention(x, attended), present
+
+    def forward_packed(self, x: Tensor, documents: Documents, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """Map x [S, hidden], a row of documents, to the same shape; see `Decoder.forward_packed`."""
+        attended = self.attention.forward_packed(self.attention_norm(x), documents, cos, sin)
+        return self._after_attention(x, attended)
+
+    def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         after = x + self.attention_post_norm(attended)
         inner = self.mlp(self.mlp_norm(x if self.parallel else after))
-        return after + self.mlp_post_norm(inner), present
+        output: Tensor = after + self.mlp_post_norm(inner)
+        return output
 
 
 class Decoder(nn.Module):
@@ -171,19 +205,46 @@ class Decoder(nn.Module):
         for index, layer_past in zip(range(len(self.layers)), past, strict=True):
             x, present = self.run_layer(index, x, layer_past, attention_mask)
             presents.append(present)
-        x = self.norm(x[:, -num_logits_to_keep:] if num_logits_to_keep else x)
-        if self.config.head_mix:
-            x = self.head_mix(x)
-        logits: Tensor = self.lm_head(x)
+        logits: Tensor = self.lm_head(self.normalize(x[:, -num_logits_to_keep:] if num_logits_to_keep else x))
         return logits, presents
+
+    def forward_packed(self, input_ids: Tensor, documents: Documents, run: RunLayer | None = None) -> Tensor:
+        """Run a row of packed documents for training: differentiable, without a cache.
+
+        Args:
+            input_ids: int64 [S].
+            documents: of the row.
+            run: calls `Layer.forward_packed` of a layer with its arguments, to checkpoint the layers; None calls it.
+
+        Returns:
+            output of the last layer, [S, hidden]; the input of the head is its `normalize`.
+        """
+        device = input_ids.device
+        x = self._embed(self.embed_tokens(input_ids), lambda: documents.positions(device))
+        angles: dict[Rope | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
+        for number, rope in enumerate(self.config.ropes):
+            rows = documents.rotary_rows(rope.long_from, self.config.max_position_embeddings, device)
+            angles[rope] = getattr(self, f"cos_{number}")[rows], getattr(self, f"sin_{number}")[rows]
+        for index, layer in enumerate(self.layers):
+            forward = cast("Layer", layer).forward_packed
+            arguments = (x, documents, *angles[self.config.layers[index].rope])
+            x = forward(*arguments) if run is None else run(forward, *arguments)
+        return x
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return the input of the output head for the output [..., hidden] of the last layer."""
+        x = self.norm(x)
+        return self.head_mix(x) if self.config.head_mix else x
 
     def embed(self, token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the input of the first layer, [B, S, hidden]: scaled token embeddings and learned positions."""
-        x = token_embeddings
+        return self._embed(token_embeddings, lambda: positions_of(attention_mask, token_embeddings.shape[1]))
+
+    def _embed(self, x: Tensor, positions: Callable[[], Tensor]) -> Tensor:
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         if self.config.learned_positions:
-            x = x + self.embed_positions(positions_of(attention_mask, x.shape[1]))
+            x = x + self.embed_positions(positions())
         return x
 
     def run_layer(

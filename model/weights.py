@@ -29,10 +29,12 @@ class SourceTensor:
     Attributes:
         name: name in the checkpoint; within a layer, without the layer's prefix.
         convert: applied to the tensor after loading; None uses it unchanged.
+        restore: the inverse of `convert`, for saving; None if `convert` is None or has no inverse.
     """
 
     name: str
     convert: Convert | None = None
+    restore: Convert | None = None
 
 
 Sources = str | SourceTensor | tuple[str | SourceTensor, ...]
@@ -68,7 +70,7 @@ class WeightTable:
         tensors = (
             SourceTensor(x) if isinstance(x, str) else x for x in (found if isinstance(found, tuple) else (found,))
         )
-        return tuple(SourceTensor(prefix + tensor.name, tensor.convert) for tensor in tensors)
+        return tuple(dataclasses.replace(tensor, name=prefix + tensor.name) for tensor in tensors)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -94,19 +96,32 @@ class Weights(Mapping[str, Tensor]):
             loaded.append(source.convert(tensor) if source.convert else tensor)
         return loaded[0] if len(loaded) == 1 else torch.cat(loaded)
 
+    def sources(self, name: str) -> tuple[SourceTensor, ...]:
+        """Return the tensors of the checkpoint that make up a weight."""
+        return self._sources[name]
+
+    def load_source(self, name: str) -> Tensor:
+        """Read a tensor of the checkpoint, not converted."""
+        return self._load(name)
+
     def block_kind(self, name: str) -> BlockKind | None:
-        """Return the block layout of a weight, or None unless all its source tensors are stored in that one layout."""
+        """Return the block layout that holds a weight, or None unless all its source tensors are stored in blocks."""
         if self._block_reader is None:
             return None
-        kinds = {self._block_reader.block_kind(source.name) for source in self._sources[name]}
-        return kinds.pop() if len(kinds) == 1 else None
+        kinds = [self._block_reader.block_kind(source.name) for source in self._sources[name]]
+        found = [kind for kind in kinds if kind is not None]
+        return BlockKind.common(found) if len(found) == len(kinds) else None
 
     def blocks(self, name: str) -> SourceBlocks:
         """Return the quantized blocks of a weight for which `block_kind` is not None."""
-        assert self._block_reader is not None
+        reader, wanted = self._block_reader, self.block_kind(name)
+        assert reader is not None
+        assert wanted is not None
         loaded = []
         for source in self._sources[name]:
-            blocks = self._block_reader.blocks(source.name)
+            own = reader.block_kind(source.name)
+            assert own is not None
+            blocks = reader.blocks(source.name).converted(own, wanted)
             loaded.append(blocks.map(source.convert) if source.convert else blocks)
         return loaded[0] if len(loaded) == 1 else SourceBlocks.concatenate(loaded)
 
@@ -154,6 +169,38 @@ def bind_weights(
         name = ascii(unexpected[0])[1:-1][:200]
         raise CheckpointError(f"{where}: unexpected tensor {name}{more}: this variant of the model is not supported")
     return Weights(sources, load, block_reader)
+
+
+def source_rows(config: ModelConfig, name: str, count: int) -> tuple[int, ...] | None:
+    """Return how many rows of a packed weight or bias each of its source tensors makes up; None for a single one."""
+    if count == 1:
+        return None
+    return {
+        "qkv": (config.query_size, config.key_value_size, config.key_value_size),
+        "gate_up": (config.intermediate_size, config.intermediate_size),
+    }.get(name.split(".")[-2])
+
+
+def restore_sources(
+    config: ModelConfig, name: str, sources: tuple[SourceTensor, ...], weight: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint for a weight of the decoder: the inverse of reading `Weights[name]`.
+
+    Raises:
+        CheckpointError: a conversion of the family has no inverse.
+    """
+    rows = source_rows(config, name, len(sources))
+    parts = [weight] if rows is None else torch.split(weight, list(rows))
+    if len(parts) != len(sources):
+        raise CheckpointError(f"{name} cannot be split into {len(sources)} tensors: the family does not support saving")
+    restored = {}
+    for source, part in zip(sources, parts, strict=True):
+        if source.convert is not None and source.restore is None:
+            raise CheckpointError(
+                f"{source.name} cannot be saved: its conversion in the weight table of the family has no `restore`"
+            )
+        restored[source.name] = source.restore(part) if source.restore else part
+    return restored
 
 
 def unused_tensors(config: ModelConfig, table: WeightTable, names: Iterable[str]) -> list[str]:
@@ -212,6 +259,16 @@ def half_split(head_dim: int) -> Convert:
     return convert
 
 
+def interleave(head_dim: int) -> Convert:
+    """Return the inverse of `half_split`."""
+
+    def convert(weight: Tensor) -> Tensor:
+        halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
+        return halves.transpose(1, 2).reshape(weight.shape)
+
+    return convert
+
+
 def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     """Yield name and shape of every weight. All layers have the same shapes, so only one layer is instantiated."""
     with torch.device("meta"):
@@ -229,11 +286,7 @@ def _has_shape(
     found = [_converted_shape(source, shapes[source.name]) for source in sources]
     widths = {shape[1:] for shape in found if shape}
     packed = (sum(shape[0] for shape in found), *found[0][1:]) if all(found) else ()
-    heights = {  # of the source tensors of packed projections
-        "qkv": (config.query_size, config.key_value_size, config.key_value_size),
-        "gate_up": (config.intermediate_size, config.intermediate_size),
-    }
-    separate = heights.get(name.split(".")[-2]) if len(sources) > 1 else None
+    separate = source_rows(config, name, len(sources))
     return len(widths) == 1 and packed == expected and (not separate or separate == tuple(shape[0] for shape in found))
 
 

@@ -14,7 +14,7 @@ from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.scheduling.sequence import TokenSequence
 from llm_edge.runtime.scheduling.sequence_factory import SequenceFactory
 from llm_edge.runtime.speculative.draft_model import DraftModel, proposer_for
-from llm_edge.runtime.text.prompts import Message, PromptProcessor
+from llm_edge.runtime.text.prompts import Message, PromptFormat, PromptProcessor
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
 Handle = TypeVar("Handle")
@@ -43,7 +43,7 @@ class BaseModel(ProcessBound, abc.ABC, Generic[Handle]):
         self.context_length: int = loaded.session.limit
         self.speculative = speculative
         self._draft = draft
-        self._prompts = PromptProcessor(loaded.bundle, loaded.tokenizer)
+        self._prompts = PromptProcessor(PromptFormat.of_bundle(loaded.bundle), loaded.tokenizer)
         self._sequences = SequenceFactory(self._prompts, self.context_length)
         self.default_params = self._prompts.default_params
         self.encode_chat = self._prompts.encode_chat

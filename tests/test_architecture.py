@@ -28,14 +28,14 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "exporter": {
         "model": None,
         "checkpoint": None,
-        "runtime": {"backend", "bundle", "command", "errors", "installation", "safe_io", "text"},
+        "runtime": {"backend", "bundle", "command", "errors", "file_lock", "installation", "safe_io", "text"},
     },
     "finetune": {"model": None, "checkpoint": None, "runtime": None},
     # The chat runs llm-export as a process, with these options.
     "chat": {"exporter": {"options"}, "runtime": None},
     "tui": {"chat": None, "exporter": {"options"}, "runtime": None},
     "server": {"chat": None, "exporter": {"options"}, "runtime": None},
-    "bench": {"runtime": None},
+    "bench": {"finetune": None, "checkpoint": None, "runtime": None},
 }
 
 # libraries that a package must not load, even indirectly, when all its modules are imported

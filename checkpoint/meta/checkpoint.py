@@ -22,7 +22,7 @@ from llm_edge.checkpoint.tensors.tensor_file import TensorFile, open_tensor_file
 from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.registry import find_family
-from llm_edge.model.weights import Sources, SourceTensor, WeightTable, bind_weights, half_split
+from llm_edge.model.weights import Sources, SourceTensor, WeightTable, bind_weights, half_split, interleave
 from llm_edge.runtime.errors import CheckpointError
 
 DEFAULT_CONTEXT = 2048
@@ -118,12 +118,12 @@ def _open_model(path: Path, settings: Settings) -> tuple[TensorFile, tuple[str, 
 
 
 def _weight_table(head_dim: int) -> WeightTable:
-    convert = half_split(head_dim)
+    order = half_split(head_dim), interleave(head_dim)
     layer: dict[str, Sources] = {
         "attention_norm.weight": "attention_norm.weight",
         "attention.qkv.weight": (
-            SourceTensor("attention.wq.weight", convert),
-            SourceTensor("attention.wk.weight", convert),
+            SourceTensor("attention.wq.weight", *order),
+            SourceTensor("attention.wk.weight", *order),
             "attention.wv.weight",
         ),
         "attention.output.weight": "attention.wo.weight",

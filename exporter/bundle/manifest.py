@@ -13,7 +13,8 @@ from typing import Any
 import onnx_ir as ir
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.exporter.bundle.side_files import runtimes, write_json
+from llm_edge.checkpoint.huggingface.writer import write_json
+from llm_edge.exporter.bundle.side_files import runtimes
 from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.module_names import EMBEDDING, HEAD

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.checkpoint.huggingface.writer import hf_config, write_json, write_tokenizer
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import Recipe
-from llm_edge.runtime.bundle import TEMPLATE_FOLDER
 
 _GENAI_MAX_LENGTH = 4096  # genai may allocate a cache of this many tokens in advance
 
@@ -29,7 +27,6 @@ def write_side_files(
     folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], style: GraphStyle | None
 ) -> None:
     """Write all files of a bundle except models and manifest; `style` is None if it has no ONNX graphs."""
-    tokenizer = checkpoint.tokenizer
     config = hf_config(checkpoint)
     if style is not None:
         stems = [recipe.stem for recipe in (preferred(recipes), *recipes) if recipe.stem in _TRANSFORMERS_JS_DTYPES]
@@ -40,18 +37,9 @@ def write_side_files(
         write_json(
             folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), style is GraphStyle.FUSED)
         )
-    tokenizer_config = {**tokenizer.tokenizer_config, "model_input_names": ["input_ids", "attention_mask"]}
-    if tokenizer.chat_template is not None:
-        tokenizer_config["chat_template"] = tokenizer.chat_template
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    for name, template in tokenizer.named_templates.items():
-        (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
-        (folder / TEMPLATE_FOLDER / f"{name}.jinja").write_text(template, encoding="utf-8")
-    (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
+    write_tokenizer(folder, checkpoint.tokenizer, model_input_names=["input_ids", "attention_mask"])
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", checkpoint.generation)
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
 
 
 def runtimes(recipe: Recipe) -> list[str]:
@@ -60,26 +48,9 @@ def runtimes(recipe: Recipe) -> list[str]:
     return ["onnxruntime-genai", "optimum", *(["transformers.js"] if supported else [])]
 
 
-def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return `config.json` for transformers; unknown token ids are null, so that no default applies."""
-    return {
-        **checkpoint.hf_config,
-        **{key: checkpoint.generation.get(key) for key in _ID_KEYS},
-        "max_position_embeddings": checkpoint.config.max_position_embeddings,
-    }
-
-
 def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
     """Return the precision for runtimes that load a single graph: int8 if the bundle has it, else the first."""
     return next((recipe for recipe in recipes if recipe.name == "int8"), recipes[0])
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented UTF-8 JSON with a trailing newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _genai_config(checkpoint: Checkpoint, recipe: Recipe, share_buffer: bool) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm_edge.exporter.bundle.exchange import exchange
-from llm_edge.exporter.bundle.file_lock import locked
 from llm_edge.runtime.bundle import MANIFEST
 from llm_edge.runtime.errors import InputError, MachineError
+from llm_edge.runtime.file_lock import locked
 
 _OUT_OF_MEMORY = "DefaultCPUAllocator"  # part of torch's RuntimeError
 _SHORTENED = "~"  # in the name of a hidden folder, before a digest of a target's name that is too long

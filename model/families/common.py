@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_edge.model.config import Activation, LayerConfig, Norm
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.weights import Convert, Sources, WeightTable
+from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": Activation.SILU,
@@ -132,3 +132,8 @@ def layer_windows(raw: ConfigReader, default: int | None) -> list[int | None]:
 def multiply_by(factor: float) -> Convert | None:
     """Return a conversion that multiplies a weight, in float32 because half precision would round the product."""
     return None if factor == 1 else lambda weight: weight.float() * factor
+
+
+def multiplied(name: str, factor: float) -> SourceTensor:
+    """Return a tensor whose weight is multiplied by a factor."""
+    return SourceTensor(name, multiply_by(factor), multiply_by(1 / factor))

@@ -60,15 +60,19 @@ def _plus_one(weight: Tensor) -> Tensor:
     return weight.float() + 1
 
 
+def _minus_one(weight: Tensor) -> Tensor:
+    return weight.float() - 1
+
+
 _WEIGHTS = llama_weights(
-    outer={"norm.weight": SourceTensor("model.norm.weight", _plus_one)},
+    outer={"norm.weight": SourceTensor("model.norm.weight", _plus_one, _minus_one)},
     layer={
-        "attention_norm.weight": SourceTensor("input_layernorm.weight", _plus_one),
-        "attention.query_norm.weight": SourceTensor("self_attn.q_norm.weight", _plus_one),
-        "attention.key_norm.weight": SourceTensor("self_attn.k_norm.weight", _plus_one),
-        "attention_post_norm.weight": SourceTensor("post_attention_layernorm.weight", _plus_one),
-        "mlp_norm.weight": SourceTensor("pre_feedforward_layernorm.weight", _plus_one),
-        "mlp_post_norm.weight": SourceTensor("post_feedforward_layernorm.weight", _plus_one),
+        "attention_norm.weight": SourceTensor("input_layernorm.weight", _plus_one, _minus_one),
+        "attention.query_norm.weight": SourceTensor("self_attn.q_norm.weight", _plus_one, _minus_one),
+        "attention.key_norm.weight": SourceTensor("self_attn.k_norm.weight", _plus_one, _minus_one),
+        "attention_post_norm.weight": SourceTensor("post_attention_layernorm.weight", _plus_one, _minus_one),
+        "mlp_norm.weight": SourceTensor("pre_feedforward_layernorm.weight", _plus_one, _minus_one),
+        "mlp_post_norm.weight": SourceTensor("post_feedforward_layernorm.weight", _plus_one, _minus_one),
     },
 )
 FAMILY = Family(_read_config, lambda *_: _WEIGHTS)

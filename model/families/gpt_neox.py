@@ -34,6 +34,11 @@ def _weight_table(config: ModelConfig, _: ConfigReader) -> WeightTable:
         heads = weight.view(config.num_attention_heads, 3, config.head_dim, *weight.shape[1:])
         return heads.transpose(0, 1).reshape(weight.shape)
 
+    def pack_heads(weight: Tensor) -> Tensor:
+        """Reorder back to (query, key, value) per head."""
+        heads = weight.reshape(3, config.num_attention_heads, config.head_dim, *weight.shape[1:])
+        return heads.transpose(0, 1).reshape(weight.shape)
+
     return WeightTable(
         outer={
             "embed_tokens.weight": "gpt_neox.embed_in.weight",
@@ -44,8 +49,8 @@ def _weight_table(config: ModelConfig, _: ConfigReader) -> WeightTable:
         layer={
             "attention_norm.weight": "input_layernorm.weight",
             "attention_norm.bias": "input_layernorm.bias",
-            "attention.qkv.weight": SourceTensor("attention.query_key_value.weight", unpack_heads),
-            "attention.qkv.bias": SourceTensor("attention.query_key_value.bias", unpack_heads),
+            "attention.qkv.weight": SourceTensor("attention.query_key_value.weight", unpack_heads, pack_heads),
+            "attention.qkv.bias": SourceTensor("attention.query_key_value.bias", unpack_heads, pack_heads),
             "attention.output.weight": "attention.dense.weight",
             "attention.output.bias": "attention.dense.bias",
             "mlp_norm.weight": "post_attention_layernorm.weight",

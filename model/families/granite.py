@@ -9,11 +9,11 @@ from llm_edge.model.families.common import (
     identical_layers,
     llama_fields,
     llama_weights,
-    multiply_by,
+    multiplied,
 )
 from llm_edge.model.family import Family
 from llm_edge.model.rope_reader import read_rope
-from llm_edge.model.weights import SourceTensor, WeightTable
+from llm_edge.model.weights import WeightTable
 
 
 def _read_config(raw: ConfigReader) -> ModelConfig:
@@ -30,15 +30,14 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
 
 def _weight_table(_: ModelConfig, raw: ConfigReader) -> WeightTable:
     """Fold the residual multiplier into each block's last projection, and the logits scaling into the last norm."""
-    residual = multiply_by(raw.positive("residual_multiplier", 1.0))
-    logits = multiply_by(1 / raw.positive("logits_scaling", 1.0))
+    residual, scaling = raw.positive("residual_multiplier", 1.0), raw.positive("logits_scaling", 1.0)
     return llama_weights(
-        outer={"norm.weight": SourceTensor("model.norm.weight", logits)},
+        outer={"norm.weight": multiplied("model.norm.weight", 1 / scaling)},
         layer={
-            "attention.output.weight": SourceTensor("self_attn.o_proj.weight", residual),
-            "attention.output.bias": SourceTensor("self_attn.o_proj.bias", residual),
-            "mlp.down.weight": SourceTensor("mlp.down_proj.weight", residual),
-            "mlp.down.bias": SourceTensor("mlp.down_proj.bias", residual),
+            "attention.output.weight": multiplied("self_attn.o_proj.weight", residual),
+            "attention.output.bias": multiplied("self_attn.o_proj.bias", residual),
+            "mlp.down.weight": multiplied("mlp.down_proj.weight", residual),
+            "mlp.down.bias": multiplied("mlp.down_proj.bias", residual),
         },
     )
 

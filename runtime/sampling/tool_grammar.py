@@ -7,7 +7,6 @@ always well-formed, name a given tool, and have arguments that conform to its sc
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint, literal_pattern, refused_constraint
 from llm_edge.runtime.sampling.json_schema.keywords import RESTRICTING, without_keywords
 from llm_edge.runtime.sampling.json_schema.normalize import JSON_STYLE, enforceable
+from llm_edge.runtime.text.special_token_mask import any_of
 from llm_edge.runtime.text.tool_format import ToolFormat
 
 _MAX_LENGTH = 10_000  # of repetitions in a regular expression
@@ -54,8 +54,7 @@ class _Grammar:
     def __init__(self, form: ToolFormat, special_ids: Mapping[str, int]) -> None:
         self._form = form
         self._specials = special_ids
-        longest_first = sorted(filter(None, special_ids), key=lambda text: (-len(text), text))
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._pattern = any_of(special_ids)
         self._rules: list[str] = []
 
     def text(

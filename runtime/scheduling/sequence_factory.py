@@ -27,7 +27,7 @@ class SequenceFactory:
 
     def __init__(self, prompts: PromptProcessor, limit: int) -> None:
         self._tokenizer = prompts.tokenizer
-        self._vocab_size = prompts.bundle.shape.vocab_size
+        self._vocab_size = prompts.format.vocab_size
         self._end_tokens = prompts.end_tokens
         self._delimiters = prompts.delimiters
         self._limit = limit

@@ -5,16 +5,17 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_edge.runtime.bundle import MANIFEST, Bundle
+from llm_edge.runtime.bundle import MANIFEST, Bundle, Guards, ReasoningTags, ReasoningTokens
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, TemplateError
 from llm_edge.runtime.sampling.generation_config import read_generation_config
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.answer_stream import separate_reasoning
 from llm_edge.runtime.text.reasoning_parser import ReasoningDelimiters, reasoning_parser
-from llm_edge.runtime.text.tokenizer import Tokenizer
+from llm_edge.runtime.text.tokenizer import PreparedChat, Tokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -22,24 +23,53 @@ Message = Mapping[str, Any]
 """`{"role": "user", "content": "…"}`, and whatever else the model's chat template supports."""
 
 
-class PromptProcessor:
-    """Encodes prompts for one bundle. Thread-safe.
+@dataclass(frozen=True, slots=True)
+class PromptFormat:
+    """What determines a model's prompts besides its tokenizer, and its default sampling.
 
     Attributes:
+        where: the model's folder, for messages.
+        vocab_size: number of rows of its embedding.
+        context_length: maximum number of tokens of prompt and answer.
+        generation: content of generation_config.json.
+        reasoning: delimiters of reasoning; None for models without reasoning.
+        guards: None if the model has no such defaults.
+    """
+
+    where: Path
+    vocab_size: int
+    context_length: int
+    generation: Mapping[str, Any]
+    reasoning: ReasoningTokens | ReasoningTags | None = None
+    guards: Guards | None = None
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> PromptFormat:
+        """The format of a bundle's model."""
+        shape, generation = bundle.shape, bundle.json(_GENERATION_CONFIG)
+        return cls(
+            bundle.path, shape.vocab_size, shape.max_position_embeddings, generation, bundle.reasoning, bundle.guards
+        )
+
+
+class PromptProcessor:
+    """Encodes prompts for one model. Thread-safe.
+
+    Attributes:
+        format: of the model's prompts.
         default_params: the model's default sampling, from generation_config.json and the manifest's guards.
         end_tokens: ids that end an answer.
         delimiters: of reasoning; None for models without reasoning.
     """
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
-        self.bundle = bundle
+    def __init__(self, prompt_format: PromptFormat, tokenizer: Tokenizer) -> None:
+        self.format = prompt_format
         self.tokenizer = tokenizer
-        self._limit = bundle.shape.max_position_embeddings
-        source = bundle.file(_GENERATION_CONFIG)
-        config = bundle.json(_GENERATION_CONFIG)
-        self.end_tokens = frozenset(_end_tokens(config, source))
-        self.default_params = _default_params(config, source, bundle, self.end_tokens)
-        self.delimiters = _delimiters(bundle, tokenizer)
+        self._limit = prompt_format.context_length
+        source = prompt_format.where / _GENERATION_CONFIG
+        self.end_tokens = frozenset(_end_tokens(prompt_format.generation, source))
+        self.default_params = _default_params(prompt_format, source, self.end_tokens)
+        self.delimiters = _delimiters(prompt_format, tokenizer)
 
     def encode_chat(
         self,
@@ -68,6 +98,21 @@ class PromptProcessor:
             ContextLengthError: the conversation has more characters than the context could hold.
             InputError: the tokenizer cannot encode the conversation.
         """
+        prepared = self.prepare_chat(messages, template_variables)
+        tokens = prepared.encode(prepared.render(), self._limit)
+        if assistant_prefix or reasoning_prefix:
+            tokens = self._with_prefix(tokens, assistant_prefix, reasoning_prefix)
+        return tokens
+
+    def prepare_chat(
+        self, messages: Sequence[Message], template_variables: Mapping[str, Any] | None = None
+    ) -> PreparedChat:
+        """A conversation, ready to be rendered in the model's chat format and encoded, as `encode_chat` does it.
+
+        Raises:
+            ParameterError: `template_variables` is not a mapping.
+            TemplateError: the model has no chat template, or the messages or variables are malformed.
+        """
         if not isinstance(template_variables, Mapping | None):
             raise ParameterError(f"template_variables is {reprlib.repr(template_variables)}: give a mapping by name")
         variables = dict(template_variables or {})
@@ -75,10 +120,7 @@ class PromptProcessor:
             raise TemplateError("template_variables: give a mapping by name, without 'messages' and 'self'")
         if self.delimiters is not None and self.tokenizer.special_ids.intersection(self.delimiters.closing):
             messages = separate_reasoning(messages, self.delimiters.start, self.delimiters.end)
-        tokens = self.tokenizer.encode_chat(messages, self._limit, **variables)
-        if assistant_prefix or reasoning_prefix:
-            tokens = self._with_prefix(tokens, assistant_prefix, reasoning_prefix)
-        return tokens
+        return self.tokenizer.prepare_chat(messages, **variables)
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a plain text (special tokens spelled in it stay text), or the given ids."""
@@ -108,7 +150,7 @@ class PromptProcessor:
             ParameterError: it is empty or contains ids outside the vocabulary.
             ContextLengthError: it leaves no room for an answer.
         """
-        vocab_size = self.bundle.shape.vocab_size
+        vocab_size = self.format.vocab_size
         if not tokens:
             raise ParameterError("the prompt is empty: give at least one token")
         if not all(0 <= token < vocab_size for token in tokens):
@@ -117,23 +159,22 @@ class PromptProcessor:
             raise ContextLengthError(len(tokens), limit)
 
 
-def _default_params(
-    config: Mapping[str, Any], source: Path, bundle: Bundle, end_tokens: Collection[int]
-) -> SamplingParams:
-    defaults = read_generation_config(config, end_tokens)
+def _default_params(prompt_format: PromptFormat, source: Path, end_tokens: Collection[int]) -> SamplingParams:
+    defaults = read_generation_config(prompt_format.generation, end_tokens)
     if defaults.invalid:
         raise BundleError(f"{source}: {defaults.invalid[0]}, or export the bundle again")
-    params = dict(defaults.params)
-    if bundle.guards is not None:
-        params |= {"max_newlines": bundle.guards.max_newlines or 0, "single_think_end": bundle.guards.single_think_end}
+    params, guards = dict(defaults.params), prompt_format.guards
+    if guards is not None:
+        params |= {"max_newlines": guards.max_newlines or 0, "single_think_end": guards.single_think_end}
     return SamplingParams(**params)
 
 
-def _delimiters(bundle: Bundle, tokenizer: Tokenizer) -> ReasoningDelimiters | None:
+def _delimiters(prompt_format: PromptFormat, tokenizer: Tokenizer) -> ReasoningDelimiters | None:
+    reasoning = prompt_format.reasoning
     try:
-        return ReasoningDelimiters(bundle.reasoning, tokenizer) if bundle.reasoning is not None else None
+        return ReasoningDelimiters(reasoning, tokenizer) if reasoning is not None else None
     except BundleError as error:
-        raise BundleError(f"{bundle.path / MANIFEST}: {error}") from error
+        raise BundleError(f"{prompt_format.where / MANIFEST}: {error}") from error
 
 
 def _end_tokens(config: Mapping[str, Any], source: Path) -> list[int]:

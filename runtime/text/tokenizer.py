@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateErr
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
-from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask
+from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask, any_of
 from llm_edge.runtime.text.template_budget import plain_data
 from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
@@ -30,6 +31,28 @@ _ALWAYS_ENCODED = 16  # characters per token of the context; the longest token i
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
 _BATCH = 64  # tokens decoded at once when searching the vocabulary
 _WINDOW = 32  # tokens after which a stream drops the first half of an undecodable run
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A conversation that can be rendered, as a whole or in parts, and encoded.
+
+    Attributes:
+        chat: the template.
+        messages: the messages, in which characters that would spell a special token are replaced.
+        variables: further variables of the template, likewise.
+        encode: the ids of text rendered from `messages`; raises ContextLengthError for a text that certainly has more
+            than the given number of tokens (None = no limit), and InputError.
+    """
+
+    chat: ChatTemplate
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any]
+    encode: Callable[[str, int | None], list[int]]
+
+    def render(self, messages: Sequence[Mapping[str, Any]] | None = None, **variables: Any) -> str:
+        """The text of all or of the given messages; `variables` replace those of the conversation."""
+        return self.chat.render(self.messages if messages is None else messages, **{**self.variables, **variables})
 
 
 class Tokenizer:
@@ -65,8 +88,8 @@ class Tokenizer:
         self._many_spellings = any(token.special and token.normalized for token in added.values()) and bool(
             backend.normalizer
         )
-        self._special_pattern = _any_of(self._specials)
-        self._added_pattern = _any_of(token.content for token in added.values())
+        self._special_pattern = any_of(self._specials)
+        self._added_pattern = any_of(token.content for token in added.values())
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
         self._partial = PartialMatches(self._specials)
@@ -97,19 +120,33 @@ class Tokenizer:
             TemplateError: the chat template cannot be used.
         """
         text = read_text(tokenizer_json, 256 * MIB)
-        check_tokenizer(text, tokenizer_json, vocab_size)
-        backend = _loaded(text, tokenizer_json)
+        return cls.from_json(text, tokenizer_json, config, chat_template, named_templates, vocab_size=vocab_size)
+
+    @classmethod
+    def from_json(
+        cls,
+        text: str,
+        where: Path,
+        config: Mapping[str, Any],
+        chat_template: str | None,
+        named_templates: Mapping[str, str] | None = None,
+        *,
+        vocab_size: int | None = None,
+    ) -> Tokenizer:
+        """As `from_files`, from the content of a tokenizer.json; `where` names it in messages."""
+        check_tokenizer(text, where, vocab_size)
+        backend = _loaded(text, where)
         backend.no_truncation()
         backend.no_padding()
-        named = _named_tokens(config, tokenizer_json)
-        check_lengths(named.values(), lambda reason: BundleError(f"{tokenizer_json}: unusable tokenizer: {reason}"))
+        named = _named_tokens(config, where)
+        check_lengths(named.values(), lambda reason: BundleError(f"{where}: unusable tokenizer: {reason}"))
         known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
         for name, token in named.items():
             if backend.token_to_id(token) is not None:
                 if token not in known:
                     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
             elif name in ("bos_token", "eos_token"):
-                raise BundleError(f"{tokenizer_json}: no token {token!r}, which tokenizer_config.json names as {name}")
+                raise BundleError(f"{where}: no token {token!r}, which tokenizer_config.json names as {name}")
         templates = dict(named_templates or {})
         if chat_template is not None:
             templates["default"] = chat_template
@@ -181,7 +218,18 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], max_tokens: int | None = None, /, **variables: Any
     ) -> list[int]:
-        """The ids of a conversation rendered with the chat template; see `ChatTemplate.render` and `check_length`.
+        """The ids of a conversation rendered with the chat template; see `prepare_chat` and `check_length`.
+
+        Raises:
+            TemplateError: there is no template, or it rejects the conversation.
+            ContextLengthError: the conversation certainly has more than `max_tokens`.
+            InputError: the library cannot encode it.
+        """
+        prepared = self.prepare_chat(messages, **variables)
+        return prepared.encode(prepared.render(), max_tokens)
+
+    def prepare_chat(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> PreparedChat:
+        """A conversation, ready to be rendered and encoded; `variables` are those of `ChatTemplate.render`.
 
         As in transformers, the template named `tool_use` is taken if there is one and tools are given.
 
@@ -191,9 +239,7 @@ class Tokenizer:
         what kept such a spelling apart.
 
         Raises:
-            TemplateError: there is no template, or it rejects the conversation.
-            ContextLengthError: the conversation certainly has more than `max_tokens`.
-            InputError: the library cannot encode it.
+            TemplateError: there is no template, or the conversation or the variables are malformed.
         """
         tools = variables.get("tools")
         chat = self.tool_chat if tools is not None and self.tool_chat is not None else self.chat
@@ -206,11 +252,13 @@ class Tokenizer:
         mask = SpecialTokenMask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
         masked_data = {name: mask.data(value) for name, value in data.items()}
+        return PreparedChat(chat, masked, masked_data, functools.partial(self._encode_rendered, mask))
+
+    def _encode_rendered(self, mask: SpecialTokenMask, text: str, max_tokens: int | None) -> list[int]:
+        """The ids of a text that was rendered from masked messages."""
         if not (mask.used or self._many_spellings):
-            text = chat.render(plain, **data)
             self.check_length(text, max_tokens)
             return library.encode(self._backend, text)
-        text = chat.render(masked, **masked_data)
         # In the masked text, only the template can have written the spelling of a special token.
         text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
         text = mask.restore(text)
@@ -238,11 +286,6 @@ def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
 
 def _pair(merge: Any) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:

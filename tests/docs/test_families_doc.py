@@ -24,7 +24,7 @@ from sessions import open_file
 from transformers import CohereConfig, CohereForCausalLM, OPTConfig, OPTForCausalLM
 
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
-from llm_edge.exporter.bundle.side_files import hf_config
+from llm_edge.checkpoint.huggingface.writer import hf_config
 from llm_edge.model.config import LayerConfig, ModelConfig, Norm, QKNorm
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.decoder import Decoder

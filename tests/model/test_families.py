@@ -19,8 +19,8 @@ from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.checkpoint.huggingface.writer import hf_config
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
-from llm_edge.exporter.bundle.side_files import hf_config
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.exporter.validation.parity import model_shape

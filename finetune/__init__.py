@@ -1,0 +1,1 @@
+"""Fine-tunes checkpoints on conversations."""

