@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import browsing
 import openai_server
 import pytest
 import web_chat
@@ -101,3 +102,22 @@ def test_an_answer_of_an_upstream_cannot_be_continued(web: WebServer, upstream: 
     web.wait(begun["chat"])
     answer = web.chat(begun["chat"])["messages"][-1]
     assert (answer["text"], "regenerate" in answer["error"]) == ("Half", True)
+
+
+def test_the_page_offers_and_asks_models_of_upstreams(web: WebServer, upstream: Server) -> None:
+    problems: list[str] = []
+    with browsing.chromium() as browser:
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(web.url)
+        page.locator(".quick").first.wait_for()
+        page.select_option("#model", "up/small")
+        page.fill("#question", "Hi")
+        page.click("#send")
+        page.locator(".message.answer .actions").wait_for()
+        assert page.locator(".message.answer .blocks").inner_text() == "Hello there"
+        assert page.inner_text("#used") == ""  # the length of the context is not known
+    assert upstream.requests[-1]["model"] == "small"
+    assert problems == []
