@@ -115,7 +115,7 @@ def test_pydantic_ai_gets_text_streams_and_validated_output(served: Served, expe
 def test_the_agent_in_the_documentation_runs(served: Served, tmp_path: Path) -> None:
     pytest.importorskip("pydantic_ai")
     blocks = re.findall(r"(?:^(?:    .*)?\n)+", (ROOT / "docs" / "serving.md").read_text("utf-8"), flags=re.MULTILINE)
-    (block,) = [textwrap.dedent(block) for block in blocks if "agent.run_sync" in block]
+    (block,) = [textwrap.dedent(block) for block in blocks if "output_type=Weather" in block]
     code = block.replace("http://127.0.0.1:8000", served.url).replace("smollm2-135m", "tiny")
     code = code.replace('"max_tokens": 100', '"max_tokens": 300, "seed": 1, "parallel_tool_calls": False')
     code = code.replace("city: str", "city: Literal['Paris', 'Rome']")  # a random model would not end the text
