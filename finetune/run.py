@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ _NO_INFLUENCE = {
     "merge",
     "export",
 }
-"""Options that a resumed run may change, because they do not influence the weights."""
+"""Options that a resumed run may change, because they do not influence the weights beyond rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def finetune(model: str, data: Path, options: FinetuneOptions) -> Result | None:
     _check_output(output, options)
     if options.export and not (options.merge or options.method is Method.FULL):
         raise ParameterError("--export needs the merged model: omit --no-merge")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ParameterError("--tensorboard needs tensorboard: pip install tensorboard")
     device = _device(options)
     with processes(device) as group, _out_of_memory():
         found = _prepare(model, data, options, device)
@@ -146,7 +149,7 @@ def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions,
     display = found.display
     listener: Listener = Listener()
     if group.is_first:
-        listener = Listeners(display, *([_tensorboard(files.folder)] if options.tensorboard else []))
+        listener = Listeners(display, *([TensorBoard(files.folder / "tensorboard")] if options.tensorboard else []))
         for line in _describe(found, options):
             display.message(line)
     try:
@@ -245,13 +248,6 @@ def _device(options: FinetuneOptions) -> str:
     if device == "cuda" and not available:
         raise ParameterError("--device cuda: no CUDA device is available to torch: use --device cpu")
     return device
-
-
-def _tensorboard(folder: Path) -> TensorBoard:
-    try:
-        return TensorBoard(folder / "tensorboard")
-    except ImportError as error:
-        raise InputError("--tensorboard needs tensorboard: pip install tensorboard") from error
 
 
 @contextlib.contextmanager

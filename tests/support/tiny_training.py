@@ -138,6 +138,7 @@ def main(arguments: Sequence[str]) -> None:
         resumed[line] = digest(run(killed, resume=files.exists)[0])
         print(f"killed at line {line} of {counter.count}, {left} partial files", file=sys.stderr)
     print(json.dumps({"whole": whole, "resumed": resumed}))
+    sys.exit(any(found != whole for found in resumed.values()))
 
 
 if __name__ == "__main__":
