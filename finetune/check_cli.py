@@ -21,6 +21,13 @@ def check(
     data: Annotated[Path, typer.Argument(help="JSONL file, one conversation per line.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint that will be trained, as for llm-export.")],
     options: DataOptions,
+    config: Annotated[
+        Path | None, typer.Option(help="For a bare state dict: its config.yaml, params.json or config.json.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="For a bare state dict: folder with tokenizer.json, or with …vocab.json and …merges.txt."),
+    ] = None,
     row: Annotated[
         int | None, typer.Option(min=1, help="Show the samples of this line, with the trained tokens in colour.")
     ] = None,
@@ -39,7 +46,7 @@ def check(
         from rich.console import Console
 
         console = Console(highlight=False)
-        encoder = open_encoder(model, options.max_length)
+        encoder = open_encoder(model, options.max_length, config, tokenizer)
         file = read_data(data, encoder, options.long)
         if row is not None:
             print_row(file, row, encoder.prompts.tokenizer, console)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.finetune.data.formats import Conversation
 from llm_edge.finetune.data.problems import RowError
@@ -52,13 +53,16 @@ def prompt_processor(checkpoint: Checkpoint) -> PromptProcessor:
     return PromptProcessor(prompt_format, tokenizer)
 
 
-def open_encoder(model: str, max_length: int) -> ConversationEncoder:
-    """The encoder of a model that is named as for llm-export.
+def open_encoder(
+    model: str, max_length: int, config: Path | None = None, tokenizer: Path | None = None
+) -> ConversationEncoder:
+    """The encoder of a model that is named as for llm-export; `config` and `tokenizer` are those of a bare state dict.
 
     Raises:
         InputError: it cannot be opened, or its tokenizer or chat template cannot be used.
     """
-    checkpoint = open_checkpoint(model, SourceOptions(), lambda message: print(message, file=sys.stderr))
+    options = SourceOptions(StateDictOptions(config=config, tokenizer=tokenizer))
+    checkpoint = open_checkpoint(model, options, lambda message: print(message, file=sys.stderr))
     return ConversationEncoder(prompt_processor(checkpoint), max_length)
 
 

@@ -77,16 +77,15 @@ def read_data(path: Path, encoder: ConversationEncoder, long: LongConversations)
             continue
         line, conversation = row
         try:
-            encoded = encoder.encode(conversation, line)
+            encoded, key = encoder.encode(conversation, line), conversation.key()
         except RowError as error:
             problems.append(Problem(line, str(error)))
             continue
+        except RecursionError:
+            problems.append(Problem(line, "JSON nested too deeply"))
+            continue
         samples = encoded.samples if encoded.complete or long is LongConversations.CUT else ()
-        rows.append(
-            EncodedRow(
-                line, conversation.key(), samples, bool(samples) and not encoded.complete, encoded.reasoning_as_text
-            )
-        )
+        rows.append(EncodedRow(line, key, samples, bool(samples) and not encoded.complete, encoded.reasoning_as_text))
     return DataFile(path, tuple(rows), tuple(problems))
 
 

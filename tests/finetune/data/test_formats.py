@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_edge.finetune.data.formats import Conversation, parse_row
 from llm_edge.finetune.data.problems import RowError
@@ -118,3 +120,28 @@ def test_the_prompt_of_a_pair_of_message_lists_is_not_trained() -> None:
 def test_an_unusable_row_has_a_reason(row: object, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         parse_row(row)
+
+
+KEYS = st.sampled_from(
+    [
+        *("messages", "conversations", "data", "prompt", "completion", "role", "content", "from", "value", "weight"),
+        *("tools", "tool_calls", "function", "name", "thinking", "text", "type", "chat_template_kwargs", "system"),
+    ]
+)
+TEXTS = st.sampled_from(["user", "assistant", "tool", "system", "human", "gpt", "function_call", "{}", "[1]", "", "x"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=24,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON)
+def test_any_row_is_a_conversation_or_has_a_reason(row: object) -> None:
+    try:
+        conversation = parse_row(row)
+    except RowError:
+        return
+    assert any(conversation.trained)
+    assert conversation.key()
