@@ -3,7 +3,7 @@
 Both train the same LoRA adapters of the same model on the same conversations, each in its own process. Tokens are
 counted without padding.
 
-    python -m llm_edge.bench.finetune [--model smollm2] [--tokens 256] [--spread 0.5] [--precision fp32]
+    python -m llm_edge.bench.finetune [--model smollm2] [--tokens 256] [--variation 0.5] [--precision fp32]
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 RANK, ALPHA, BATCH, STEPS = 32, 16.0, 8, 6
 
 
-def conversations(count: int, tokens: int, spread: float, vocabulary: int) -> list[tuple[list[int], int]]:
+def conversations(count: int, tokens: int, variation: float, vocabulary: int) -> list[tuple[list[int], int]]:
     """Random token ids with the length of their question: half of the ids, which are not trained."""
     chosen = random.Random(0)  # noqa: S311 (not for cryptography)
     made = []
     for _ in range(count):
-        length = round(tokens * chosen.uniform(1 - spread, 1 + spread))
+        length = round(tokens * chosen.uniform(1 - variation, 1 + variation))
         made.append(([chosen.randrange(100, vocabulary) for _ in range(length)], length // 2))
     return made
 
@@ -117,7 +117,7 @@ def run_trainer(folder: Path, data: list[tuple[list[int], int]], precision: str,
 def measure(engine: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Run an engine in its own process."""
     command = [sys.executable, "-m", "llm_edge.bench.finetune", "--engine", engine, "--model", str(folder)]
-    for name in ("tokens", "spread", "precision", "rows"):
+    for name in ("tokens", "variation", "precision", "rows"):
         command += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -130,7 +130,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.model)
     config = json.loads((folder / "config.json").read_text())
-    data = conversations(BATCH * STEPS, arguments.tokens, arguments.spread, config["vocab_size"])
+    data = conversations(BATCH * STEPS, arguments.tokens, arguments.variation, config["vocab_size"])
     engine = run_ours if arguments.engine == "ours" else run_trainer
     steps = engine(folder, data, arguments.precision, arguments.rows)[1:]  # the first step allocates
     best = max(tokens / seconds for tokens, seconds in steps)
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=256, help="mean tokens of a conversation")
-    parser.add_argument("--spread", type=float, default=0.5, help="lengths differ by this share from the mean")
+    parser.add_argument("--variation", type=float, default=0.5, help="lengths differ by this share from the mean")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rows", type=int, default=1024, help="tokens in memory at once")
     parser.add_argument("--engine", choices=("ours", "trainer"), help=argparse.SUPPRESS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from llm_edge.finetune.checkpoint_files import FOLDER, CheckpointFiles, Progress
 from llm_edge.finetune.data.encoding import ConversationEncoder, prompt_processor
 from llm_edge.finetune.data.load import load_samples
 from llm_edge.finetune.data.sample import Dataset
-from llm_edge.finetune.distributed import Processes, processes
+from llm_edge.finetune.distributed import Processes, gather, processes, shard, under_torchrun
 from llm_edge.finetune.find_lr import Trial, find_learning_rate
 from llm_edge.finetune.memory import available_memory, check_fit, estimate
 from llm_edge.finetune.options import FinetuneOptions, Method
@@ -44,8 +45,9 @@ _NO_INFLUENCE = {
     "save_every",
     "merge",
     "export",
+    "shard",
 }
-"""Options that a resumed run may change, because they do not influence the weights."""
+"""Options that a resumed run may change, because they do not influence the weights beyond rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,16 @@ def finetune(model: str, data: Path, options: FinetuneOptions) -> Result | None:
     _check_output(output, options)
     if options.export and not (options.merge or options.method is Method.FULL):
         raise ParameterError("--export needs the merged model: omit --no-merge")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ParameterError("--tensorboard needs tensorboard: pip install tensorboard")
+    if options.shard and (not under_torchrun() or options.train_token):
+        raise ParameterError("--shard needs processes started by torchrun, and does not support --train-token")
     device = _device(options)
     with processes(device) as group, _out_of_memory():
-        found = _prepare(model, data, options, device)
-        if group.is_first:
+        found = _prepare(model, data, options, "cpu" if options.shard else device)
+        if options.shard:
+            group = shard(found.decoder, group, device)
+        elif group.is_first:
             _check_memory(found, options, device)
         with _claimed(output, options, group):
             return _train(found, output, model, options, group)
@@ -146,7 +154,7 @@ def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions,
     display = found.display
     listener: Listener = Listener()
     if group.is_first:
-        listener = Listeners(display, *([_tensorboard(files.folder)] if options.tensorboard else []))
+        listener = Listeners(display, *([TensorBoard(files.folder / "tensorboard")] if options.tensorboard else []))
         for line in _describe(found, options):
             display.message(line)
     try:
@@ -155,6 +163,8 @@ def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions,
         if group.is_first and files.exists:
             display.message(f"interrupted: the checkpoint is saved in {files.folder}; continue with --resume")
         raise
+    if group.sharded:
+        gather(found.decoder)
     if not group.is_first:
         return None
     adapter = output / "adapter" if options.method is Method.LORA and not options.train_token else None
@@ -245,13 +255,6 @@ def _device(options: FinetuneOptions) -> str:
     if device == "cuda" and not available:
         raise ParameterError("--device cuda: no CUDA device is available to torch: use --device cpu")
     return device
-
-
-def _tensorboard(folder: Path) -> TensorBoard:
-    try:
-        return TensorBoard(folder / "tensorboard")
-    except ImportError as error:
-        raise InputError("--tensorboard needs tensorboard: pip install tensorboard") from error
 
 
 @contextlib.contextmanager

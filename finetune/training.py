@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from llm_edge.finetune.checkpoint_files import CheckpointFiles, Progress
 from llm_edge.finetune.data.sample import Sample
-from llm_edge.finetune.distributed import Processes
+from llm_edge.finetune.distributed import Processes, reshard
 from llm_edge.finetune.evaluation import Answer, answer, evaluation_loss
 from llm_edge.finetune.options import FinetuneOptions
 from llm_edge.finetune.packing import Plan
@@ -68,61 +71,89 @@ def train(
         MachineError: a checkpoint cannot be written; the previous one is intact.
         ParameterError: the loss is no longer finite.
     """
-    parameters, total = trained_parameters(decoder), total_steps(plan, options)
+    parameters = trained_parameters(decoder)
     optimizer = make_optimizer(parameters, options)
     progress = files.load(parameters, optimizer) if options.resume else Progress()
+    run = _Run(decoder, plan, evaluation, options, files, listener, processes, parameters, optimizer, progress)
+    total = total_steps(plan, options)
     evaluate_every = options.evaluate_every or max(1, total // _EVALUATIONS)
     save_every = options.save_every or evaluate_every
+    with interruptions() as interrupted:
+        if progress.step == 0 and not progress.evaluations:
+            run.evaluate()
+            run.save()
+        while progress.step < total and not progress.stopped:
+            finished = run.step(total, interrupted)
+            if not finished or processes.any(interrupted()):
+                run.save()
+                raise KeyboardInterrupt
+            if progress.step == total or progress.step % evaluate_every == 0:
+                run.evaluate()
+            if progress.step == total or progress.step % save_every == 0 or progress.stopped:
+                run.save()
+    if progress.best_loss is not None and progress.best_step != progress.step:
+        files.load_best(parameters)
+    return progress
 
-    def evaluate() -> None:
-        with autocast(decoder, options.precision):
-            loss = evaluation_loss(decoder, evaluation, plan.tokens, processes)
-            shown = evaluation[: options.sample_answers] if processes.is_first else []
-            answers = [answer(decoder, sample) for sample in shown]
+
+@dataclass
+class _Run:
+    """The parts of a run, and what happens in each round of the loop."""
+
+    decoder: Decoder
+    plan: Plan
+    evaluation: Sequence[Sample]
+    options: FinetuneOptions
+    files: CheckpointFiles
+    listener: Listener
+    processes: Processes
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+    def step(self, total: int, interrupted: Callable[[], bool]) -> bool:
+        """Take the next optimizer step; return False if it was interrupted, which changes nothing."""
+        started, number, options = time.monotonic(), self.progress.step, self.options
+        rate = options.peak_learning_rate * learning_rate_factor(number, total, options.warmup, options.schedule)
+        rows = self.plan.rows(number)
+        # Several processes must not leave a step at different rows: they are asked after it.
+        leave = interrupted if self.processes.count == 1 else lambda: False
+        loss = accumulate(self.decoder, rows, options, self.processes, leave)
+        if loss is None:
+            return False
+        norm = update(self.optimizer, self.parameters, rate, options.clip)
+        check_finite(loss, norm, number + 1, rate)
+        self.progress.step += 1
+        self.progress.steps.append({"loss": loss, "learning_rate": rate, "norm": norm})
+        tokens = sum(len(sample.ids) - 1 for row in rows for sample in row)
+        self.listener.on_step(Step(number + 1, total, loss, rate, norm, tokens, time.monotonic() - started))
+        return True
+
+    def evaluate(self) -> None:
+        """Measure the evaluation loss, keep the weights if they are the best so far, and answer some questions."""
+        if not self.evaluation:
+            return
+        progress = self.progress
+        with autocast(self.decoder, self.options.precision):
+            loss = evaluation_loss(self.decoder, self.evaluation, self.plan.tokens, self.processes)
+            answering = self.processes.is_first or self.processes.sharded
+            shown = self.evaluation[: self.options.sample_answers] if answering else []
+            answers = [answer(self.decoder, sample) for sample in shown]
+        reshard(self.decoder)
         best = progress.best_loss is None or loss < progress.best_loss
         progress.evaluations.append({"step": progress.step, "loss": loss})
         progress.stale = 0 if best else progress.stale + 1
         if best:
             progress.best_loss, progress.best_step = loss, progress.step
-            if processes.is_first:
-                files.save_best(parameters)
-        progress.stopped = 0 < options.patience <= progress.stale
-        listener.on_evaluation(progress.step, loss, best, answers)
+            if self.processes.is_first or self.processes.sharded:
+                self.files.save_best(self.parameters, write=self.processes.is_first)
+        progress.stopped = 0 < self.options.patience <= progress.stale
+        self.listener.on_evaluation(progress.step, loss, best, answers)
 
-    def save() -> None:
-        if processes.is_first:
-            files.save(progress, parameters, optimizer)
-
-    with interruptions() as interrupted:
-        if progress.step == 0 and evaluation and not progress.evaluations:
-            evaluate()
-            save()
-        while progress.step < total and not progress.stopped:
-            factor = learning_rate_factor(progress.step, total, options.warmup, options.schedule)
-            rate = options.peak_learning_rate * factor
-            started = time.monotonic()
-            rows = plan.rows(progress.step)
-            alone = processes.count == 1
-            loss = accumulate(decoder, rows, options, processes, interrupted if alone else lambda: False)
-            if loss is not None:
-                norm = update(optimizer, parameters, rate, options.clip)
-                progress.step += 1
-                check_finite(loss, norm, progress.step, rate)
-                progress.steps.append({"loss": loss, "learning_rate": rate, "norm": norm})
-                tokens = sum(len(sample.ids) - 1 for row in rows for sample in row)
-                seconds = time.monotonic() - started
-                listener.on_step(Step(progress.step, total, loss, rate, norm, tokens, seconds))
-            if loss is None or processes.any(interrupted()):
-                save()
-                raise KeyboardInterrupt
-            due = progress.step == total or progress.step % evaluate_every == 0
-            if due and evaluation:
-                evaluate()
-            if progress.step == total or progress.step % save_every == 0 or progress.stopped:
-                save()
-    if progress.best_loss is not None and progress.best_step != progress.step:
-        files.load_best(parameters)
-    return progress
+    def save(self) -> None:
+        """Write a complete checkpoint."""
+        if self.processes.is_first or self.processes.sharded:
+            self.files.save(self.progress, self.parameters, self.optimizer, write=self.processes.is_first)
 
 
 @contextlib.contextmanager

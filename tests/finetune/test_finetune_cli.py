@@ -186,6 +186,16 @@ def test_a_folder_in_use_is_refused(llm_finetune: Command, tiny_checkpoint: Path
     assert "is in use by another llm-finetune" in shown
 
 
+def test_tensorboard_is_named_if_it_is_missing(
+    llm_finetune: Command, tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, shown = llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", *QUICK, "--tensorboard")
+    assert (code, shown) == (2, "error: --tensorboard needs tensorboard: pip install tensorboard\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_loads_no_torch() -> None:
     code = "import sys; sys.argv = ['llm-finetune', '--help']\nfrom llm_edge.finetune.cli import main\ntry: main()\n"
     code += "except SystemExit: pass\nassert not {'torch', 'numpy', 'transformers'} & sys.modules.keys()"
