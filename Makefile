@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress docs pictures bench bench-server bench-peers bench-finetune compat fuzz kill kill-finetune schemathesis clean
+.PHONY: setup demo test lint types check stress stress-server docs pictures bench bench-server bench-peers bench-finetune compat \
+	fuzz kill kill-finetune schemathesis clean
 
 setup: $(STAMP)
 
@@ -45,6 +46,10 @@ check: lint types test
 # An engine with 16 callers while every call of its steps fails at random: make stress [SEED=1]
 stress: setup
 	$(BIN)/python tests/stress/run.py $(SEED)
+
+# llm-serve and clients that leave, never read, never finish a request, or send too much
+stress-server: setup
+	$(BIN)/python tests/stress/server.py
 
 docs: setup
 	$(BIN)/python docs/sampling.py > docs/sampling.md

@@ -51,10 +51,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server to measure: its address, and the model that requests name."""
+    """A server to measure: its address, the model that requests name, and its process, if it was started here."""
 
     url: str
     model: str
+    process: int = 0
+
+    def memory(self, field: str = "VmRSS") -> int:
+        """Bytes of the process, as Linux reports them in /proc; `VmHWM` = the largest number so far."""
+        lines = Path(f"/proc/{self.process}/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
     def run_seconds(self) -> float | None:
         """Time spent inside onnxruntime so far, as llm-serve reports it."""
@@ -112,10 +118,10 @@ async def together(server: Server, clients: int, salt: int) -> Sample:
 
 
 @contextlib.contextmanager
-def served(bundle: Path, precision: str | None, threads: int | None) -> Iterator[Server]:
+def served(bundle: Path, precision: str | None, threads: int | None, parallel: int = max(CLIENTS)) -> Iterator[Server]:
     """`llm-serve` on the folder of a bundle, until the block ends."""
     command = [sys.executable, "-m", "llm_edge.server", "--models", str(bundle.parent), "--model", bundle.name]
-    command += ["--port", "0", "--parallel", str(max(CLIENTS)), "--log-level", "error"]
+    command += ["--port", "0", "--parallel", str(parallel), "--log-level", "error"]
     command += ["--precision", precision] if precision else []
     command += ["--threads", str(threads)] if threads else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -124,7 +130,7 @@ def served(bundle: Path, precision: str | None, threads: int | None) -> Iterator
         line = process.stdout.readline()
         if " on http://" not in line:
             raise MachineError(f"llm-serve did not start (exit code {process.wait()})")
-        yield Server(line.split()[-1], bundle.name)
+        yield Server(line.split()[-1], bundle.name, process.pid)
     finally:
         process.terminate()
         process.wait()

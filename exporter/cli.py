@@ -221,7 +221,9 @@ def _requantization_note(report: Report) -> str | None:
     lossy = [recipe.name for recipe in recipes if not (recipe.lossless or recipe.float16 or recipe.name == "source")]
     if report.source.format != "GGUF" or not quantized or not lossy:
         return None
-    hint = "; --precision source keeps its weights" if quantized[0] in ("Q4_0", "Q4_1", "Q8_0") else ""
+    from llm_edge.model.block_weights import BLOCK_TYPES  # loads torch
+
+    hint = "; --precision source keeps its weights" if quantized[0] in BLOCK_TYPES else ""
     return (
         f"The source is quantized already ({', '.join(quantized)}): the error of {', '.join(lossy)} adds to that{hint}."
     )

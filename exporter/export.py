@@ -23,6 +23,7 @@ from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.validation.parity import Texts, verify_parity
+from llm_edge.model.block_weights import BLOCK_TYPES
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError, ParameterError
@@ -110,7 +111,7 @@ def _check_source_blocks(source: str, checkpoint: Checkpoint, recipes: tuple[Rec
         if recipe.projections.needs_source_blocks and not has_blocks:
             raise CheckpointError(
                 f"{source} stores weights as {checkpoint.source.weight_types}; --precision {recipe.name} requires a "
-                "GGUF with weights in Q4_0, Q4_1 or Q8_0: choose int8 or int4"
+                f"GGUF with quantized weights ({', '.join(BLOCK_TYPES)}): choose int8 or int4"
             )
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from llm_edge.finetune.distributed import distributed_like, whole
 from llm_edge.finetune.saving import write_tensors, writing
 from llm_edge.runtime.errors import InputError, ParameterError
 
@@ -65,27 +66,37 @@ class CheckpointFiles:
         return (self.folder / _LAST).is_file()
 
     def save(
-        self, progress: Progress, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+        self,
+        progress: Progress,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        write: bool = True,
     ) -> None:
         """Write the last checkpoint. The previous one stays intact if this fails or is killed.
+
+        Sharded processes all call this, because each has a part of the tensors; one of them is to `write`.
 
         Raises:
             MachineError: the disk is full or cannot be written.
         """
         tensors = {"rng": torch.get_rng_state()}
         for name, parameter in parameters.items():
-            tensors[f"weight/{name}"] = parameter.detach()
             state = optimizer.state.get(parameter, {})
-            tensors |= {f"{key}/{name}": state[key] for key in _STATES if key in state}
-        self._write(_LAST, tensors, {"progress": dataclasses.asdict(progress), "settings": self._settings})
+            found = {"weight": parameter.detach(), **{key: state[key] for key in _STATES if key in state}}
+            tensors |= {f"{key}/{name}": whole(value) for key, value in found.items()}
+        if write:
+            self._write(_LAST, tensors, {"progress": dataclasses.asdict(progress), "settings": self._settings})
 
-    def save_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Write the weights of the best evaluation.
+    def save_best(self, parameters: Mapping[str, nn.Parameter], *, write: bool = True) -> None:
+        """Write the weights of the best evaluation; see `save`.
 
         Raises:
             MachineError: the disk is full or cannot be written.
         """
-        self._write(_BEST, {name: parameter.detach() for name, parameter in parameters.items()}, {})
+        tensors = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
+        if write:
+            self._write(_BEST, tensors, {})
 
     def load(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
         """Restore the last checkpoint into the parameters and the optimizer.
@@ -102,11 +113,12 @@ class CheckpointFiles:
         torch.set_rng_state(tensors["rng"])
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"weight/{name}"])
+                parameter.copy_(distributed_like(tensors[f"weight/{name}"], parameter))
                 found = {key: tensors[f"{key}/{name}"] for key in _STATES if f"{key}/{name}" in tensors}
                 if found:
-                    found["step"] = torch.tensor(float(progress.step))
-                    optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+                    step = torch.tensor(float(progress.step), device=parameter.device)
+                    states = {key: distributed_like(value, parameter) for key, value in found.items()}
+                    optimizer.state[parameter] = {"step": step, **states}
         return progress
 
     def load_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -114,7 +126,7 @@ class CheckpointFiles:
         tensors, _ = self._read(_BEST)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(distributed_like(tensors[name], parameter))
 
     def _check_settings(self, found: Mapping[str, Any]) -> None:
         for key, value in self._settings.items():

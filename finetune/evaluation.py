@@ -28,8 +28,9 @@ def evaluation_loss(decoder: Decoder, samples: Sequence[Sample], row_tokens: int
     """Return the mean cross-entropy over all targets; it does not depend on `row_tokens`, the size of a row."""
     device = decoder.embed_tokens.weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for row in processes.share(pack(samples, row_tokens)):
-        total += batch_loss(decoder, Batch.of(row, device))
+    for row, counts in processes.share(pack(samples, row_tokens)):
+        loss = batch_loss(decoder, Batch.of(row, device))
+        total += loss if counts else 0.0
     processes.sum([total])
     return float(total) / sum(sample.targets for sample in samples)
 

@@ -102,6 +102,12 @@ class FinetuneOptions(DataOptions):
     ] = False
     seed: Annotated[int, Option(min=0, help="Seed of the order of the data and of new weights.")] = 0
     device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda if available.")] = None
+    shard: Annotated[
+        bool,
+        Option(
+            "--shard", help="Under torchrun: distribute the weights over the processes, for models that do not fit."
+        ),
+    ] = False
     threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: one per core.")] = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Write TensorBoard events to the output folder.")] = False
     config: Annotated[

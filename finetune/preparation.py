@@ -39,7 +39,7 @@ def prepare(checkpoint: Checkpoint, options: FinetuneOptions, device: str) -> De
     add_lora(decoder, lora_rows(checkpoint), options.rank, options.alpha, options.seed)
     if tokens:
         _train_embeddings(decoder, tokens)
-    if options.precision is Precision.BF16:
+    if options.precision is Precision.BF16 and not options.shard:  # a sharded layer has one dtype
         for _, module in lora_layers(decoder):  # frozen: autocast would round them in every step
             module.weight.data = module.weight.data.bfloat16()
     return decoder

@@ -20,7 +20,7 @@ from llm_edge.finetune.checkpoint_files import FOLDER, CheckpointFiles, Progress
 from llm_edge.finetune.data.encoding import ConversationEncoder, prompt_processor
 from llm_edge.finetune.data.load import load_samples
 from llm_edge.finetune.data.sample import Dataset
-from llm_edge.finetune.distributed import Processes, processes
+from llm_edge.finetune.distributed import Processes, gather, processes, shard, under_torchrun
 from llm_edge.finetune.find_lr import Trial, find_learning_rate
 from llm_edge.finetune.memory import available_memory, check_fit, estimate
 from llm_edge.finetune.options import FinetuneOptions, Method
@@ -45,6 +45,7 @@ _NO_INFLUENCE = {
     "save_every",
     "merge",
     "export",
+    "shard",
 }
 """Options that a resumed run may change, because they do not influence the weights beyond rounding."""
 
@@ -102,10 +103,14 @@ def finetune(model: str, data: Path, options: FinetuneOptions) -> Result | None:
         raise ParameterError("--export needs the merged model: omit --no-merge")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ParameterError("--tensorboard needs tensorboard: pip install tensorboard")
+    if options.shard and (not under_torchrun() or options.train_token):
+        raise ParameterError("--shard needs processes started by torchrun, and does not support --train-token")
     device = _device(options)
     with processes(device) as group, _out_of_memory():
-        found = _prepare(model, data, options, device)
-        if group.is_first:
+        found = _prepare(model, data, options, "cpu" if options.shard else device)
+        if options.shard:
+            group = shard(found.decoder, group, device)
+        elif group.is_first:
             _check_memory(found, options, device)
         with _claimed(output, options, group):
             return _train(found, output, model, options, group)
@@ -158,6 +163,8 @@ def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions,
         if group.is_first and files.exists:
             display.message(f"interrupted: the checkpoint is saved in {files.folder}; continue with --resume")
         raise
+    if group.sharded:
+        gather(found.decoder)
     if not group.is_first:
         return None
     adapter = output / "adapter" if options.method is Method.LORA and not options.train_token else None

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llm_edge.finetune.data.sample import Sample
-from llm_edge.finetune.distributed import Processes
+from llm_edge.finetune.distributed import Processes, whole
 from llm_edge.finetune.loss import batch_loss
 from llm_edge.finetune.options import FinetuneOptions, Precision
 from llm_edge.finetune.packing import Batch
@@ -37,13 +37,17 @@ def accumulate(
     targets = sum(sample.targets for row in rows for sample in row)
     total = torch.zeros((), dtype=torch.float64, device=device)
     run = recompute if options.gradient_checkpointing else None
-    for row in processes.share(rows):
+    factor = processes.count if processes.sharded else 1  # sharded gradients are averaged over the processes
+    for row, counts in processes.share(rows):
         if interrupted():
             return None
         with autocast(decoder, options.precision):
-            loss = batch_loss(decoder, Batch.of(row, device), run) / targets
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = batch_loss(decoder, Batch.of(row, device), run) * (counts / targets)
+        (loss * factor).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+    if processes.sharded:
+        processes.sum([total])
+        return float(total)
     parameters = trained_parameters(decoder).values()
     for parameter in parameters:
         if parameter.grad is None:  # this process had no row
@@ -56,13 +60,13 @@ def update(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], learning_rate: float, clip: float
 ) -> float:
     """Take an optimizer step with the accumulated gradients, clipped, and return their norm before."""
-    norm = nn.utils.clip_grad_norm_(parameters.values(), clip or math.inf)
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters.values(), clip or math.inf)))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if math.isfinite(float(norm)):
+    if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    return float(norm)
+    return norm
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:

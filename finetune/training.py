@@ -15,7 +15,7 @@ from torch import nn
 
 from llm_edge.finetune.checkpoint_files import CheckpointFiles, Progress
 from llm_edge.finetune.data.sample import Sample
-from llm_edge.finetune.distributed import Processes
+from llm_edge.finetune.distributed import Processes, reshard
 from llm_edge.finetune.evaluation import Answer, answer, evaluation_loss
 from llm_edge.finetune.options import FinetuneOptions
 from llm_edge.finetune.packing import Plan
@@ -136,22 +136,24 @@ class _Run:
         progress = self.progress
         with autocast(self.decoder, self.options.precision):
             loss = evaluation_loss(self.decoder, self.evaluation, self.plan.tokens, self.processes)
-            shown = self.evaluation[: self.options.sample_answers] if self.processes.is_first else []
+            answering = self.processes.is_first or self.processes.sharded
+            shown = self.evaluation[: self.options.sample_answers] if answering else []
             answers = [answer(self.decoder, sample) for sample in shown]
+        reshard(self.decoder)
         best = progress.best_loss is None or loss < progress.best_loss
         progress.evaluations.append({"step": progress.step, "loss": loss})
         progress.stale = 0 if best else progress.stale + 1
         if best:
             progress.best_loss, progress.best_step = loss, progress.step
-            if self.processes.is_first:
-                self.files.save_best(self.parameters)
+            if self.processes.is_first or self.processes.sharded:
+                self.files.save_best(self.parameters, write=self.processes.is_first)
         progress.stopped = 0 < self.options.patience <= progress.stale
         self.listener.on_evaluation(progress.step, loss, best, answers)
 
     def save(self) -> None:
         """Write a complete checkpoint."""
-        if self.processes.is_first:
-            self.files.save(self.progress, self.parameters, self.optimizer)
+        if self.processes.is_first or self.processes.sharded:
+            self.files.save(self.progress, self.parameters, self.optimizer, write=self.processes.is_first)
 
 
 @contextlib.contextmanager

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-SOURCE_BLOCK = 32
-"""Weights per block, along a row."""
+BLOCK_TYPES = (
+    *("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"),
+    *("IQ4_NL", "IQ4_XS"),
+)
+"""Names of the storage types, those of GGUF, whose blocks an export can keep."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockKind:
-    """Layout of a block: bits per weight (4 or 8), and whether it has an offset in addition to the scale."""
+    """Layout of a block.
+
+    Attributes:
+        bits: of a weight, 4 or 8.
+        size: weights per block, along a row.
+        offsets: a block has an offset in addition to the scale.
+    """
 
     bits: int
+    size: int
     offsets: bool
+
+    @classmethod
+    def common(cls, kinds: Iterable[BlockKind]) -> BlockKind:
+        """Return the smallest layout that can hold the numbers of all these layouts."""
+        found = list(kinds)
+        return cls(
+            max(kind.bits for kind in found), math.gcd(*(kind.size for kind in found)), any(x.offsets for x in found)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +46,8 @@ class SourceBlocks:
 
     Attributes:
         levels: uint8 [N, K].
-        scales: float32 [N, K / 32].
-        offsets: float32 [N, K / 32], or None.
+        scales: float32 [N, K / block].
+        offsets: float32 [N, K / block], or None.
     """
 
     levels: Tensor
@@ -39,6 +58,18 @@ class SourceBlocks:
         """Apply a conversion that only reorders rows."""
         offsets = None if self.offsets is None else convert(self.offsets)
         return SourceBlocks(convert(self.levels), convert(self.scales), offsets)
+
+    def converted(self, own: BlockKind, wanted: BlockKind) -> SourceBlocks:
+        """Return the same numbers in another layout, which `BlockKind.common` derived from `own` and others."""
+        if own == wanted:
+            return self
+        repeats = own.size // wanted.size
+        levels = self.levels + ((1 << wanted.bits - 1) - (1 << own.bits - 1))
+        scales = self.scales.repeat_interleave(repeats, dim=1)
+        offsets = None if self.offsets is None else self.offsets.repeat_interleave(repeats, dim=1)
+        if offsets is None and wanted.offsets:
+            offsets = torch.zeros_like(scales)
+        return SourceBlocks(levels, scales, offsets)
 
     @classmethod
     def concatenate(cls, weights: list[Self]) -> SourceBlocks:

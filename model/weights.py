@@ -105,18 +105,23 @@ class Weights(Mapping[str, Tensor]):
         return self._load(name)
 
     def block_kind(self, name: str) -> BlockKind | None:
-        """Return the block layout of a weight, or None unless all its source tensors are stored in that one layout."""
+        """Return the block layout that holds a weight, or None unless all its source tensors are stored in blocks."""
         if self._block_reader is None:
             return None
-        kinds = {self._block_reader.block_kind(source.name) for source in self._sources[name]}
-        return kinds.pop() if len(kinds) == 1 else None
+        kinds = [self._block_reader.block_kind(source.name) for source in self._sources[name]]
+        found = [kind for kind in kinds if kind is not None]
+        return BlockKind.common(found) if len(found) == len(kinds) else None
 
     def blocks(self, name: str) -> SourceBlocks:
         """Return the quantized blocks of a weight for which `block_kind` is not None."""
-        assert self._block_reader is not None
+        reader, wanted = self._block_reader, self.block_kind(name)
+        assert reader is not None
+        assert wanted is not None
         loaded = []
         for source in self._sources[name]:
-            blocks = self._block_reader.blocks(source.name)
+            own = reader.block_kind(source.name)
+            assert own is not None
+            blocks = reader.blocks(source.name).converted(own, wanted)
             loaded.append(blocks.map(source.convert) if source.convert else blocks)
         return loaded[0] if len(loaded) == 1 else SourceBlocks.concatenate(loaded)
 

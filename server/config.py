@@ -100,7 +100,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
-    max_body: int = 32 << 20
+    max_body: int = 16 << 20
     keepalive: float = 15.0
     drain_seconds: float = 30.0
     log_level: str = "info"

@@ -5,7 +5,6 @@ Each protocol writes errors in its own shape: `error_route` makes a route class 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
@@ -29,7 +28,6 @@ from llm_edge.runtime.errors import (
 
 _log = logging.getLogger("llm_edge.server")
 _RETRY_SECONDS = 1
-_CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
 
 
 @dataclass
@@ -81,14 +79,11 @@ def api_error(error: BaseException) -> ApiError:
             message = f"the model is not available: {_logged(error)}"
             return ApiError(503, message, "model_unavailable", retry_after=30)
         case LlmEdgeError():
-            _log.error("%s", error)
-            return ApiError(500, str(error), "generation_failed")
+            return ApiError(500, f"the generation failed: {_logged(error)}", "generation_failed")
         case RequestValidationError():
             return _validation_error(error)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
-        case asyncio.CancelledError():
-            return ApiError(_CLIENT_CLOSED, "the client closed the connection")
         case _:
             return ApiError(500, f"internal error: {_logged(error, traceback=True)}", "internal_error")
 

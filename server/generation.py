@@ -160,10 +160,11 @@ def chat_tokens(loaded: LoadedModel, request: ChatRequest) -> list[int]:
     """
     engine, tools = loaded.engine, request.tool_use.tools if request.tool_use.callable else ()
     messages, prefix, reasoning_prefix = list(request.messages), "", ""
-    if messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
+    variables: dict[str, Any] = dict(request.template_variables)
+    answering = variables.get("add_generation_prompt", True)
+    if answering and messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
         last = messages.pop()
         prefix, reasoning_prefix = last.get("content") or "", last.get("reasoning_content") or ""
-    variables: dict[str, Any] = dict(request.template_variables)
     if not loaded.tool_format.native:
         messages = with_instructions(messages, tools)
     elif tools:

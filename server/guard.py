@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -150,6 +151,9 @@ class Guard:
         except _TooLargeError:
             if not started:
                 await _refuse(send, 413, f"the body is larger than {limit:,} bytes", "body_too_large", close=True)
+        except asyncio.CancelledError:  # by uvicorn at the end of a shutdown; it would log a traceback
+            if not started:
+                await _refuse(send, 503, "the server is shutting down", "shutting_down", close=True)
 
 
 def _digest(key: str) -> bytes:

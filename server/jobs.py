@@ -260,11 +260,12 @@ class ExportJobs:
                     export.cancel()
             path = result.result()
             self._copy_progress(job, export)
-            job.state = JobState.FINISHED if path is not None else JobState.FAILED
-            job.report = export.report
             if path is None:
                 limit = f"the export took longer than {self.config.seconds / 60:.0f} minutes and was stopped"
                 job.error = limit if late else await asyncio.to_thread(export.error)
+            job.report = export.report
+            # The state is set last: a client that follows the job stops reading when it sees it.
+            job.state = JobState.FINISHED if path is not None else JobState.FAILED
         finally:
             export.cancel()
             if not result.done():

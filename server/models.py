@@ -285,7 +285,9 @@ class ModelPool:
         _log.info("unloaded %s", place.name)
 
     async def preload(self, name: str) -> None:
-        """Load a model before the first request for it."""
+        """Load a model before the first request for it; those of upstreams need not be."""
+        if self.upstreams.find(name) is not None:
+            return
         async with self.use(name):
             pass
 

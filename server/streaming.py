@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from llm_edge.server.errors import ApiError
+
 T = TypeVar("T")
+_CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # json.dumps would make one
 DONE = b"data: [DONE]\n\n"
 _KEEPALIVE = b": keepalive\n\n"
@@ -87,18 +90,24 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled once the client has left.
 
     Raises:
-        asyncio.CancelledError: the client has left.
+        ApiError: the client has left.
     """
-    task = asyncio.ensure_future(work)
+    task, left = asyncio.ensure_future(work), False
 
     async def watch() -> None:
+        nonlocal left
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        left = True
         task.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
         return await task
+    except asyncio.CancelledError:
+        if left:
+            raise ApiError(_CLIENT_CLOSED, "the client closed the connection") from None
+        raise
     finally:
         task.cancel()
         watcher.cancel()

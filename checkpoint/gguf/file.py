@@ -14,23 +14,14 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from llm_edge.checkpoint.gguf.blocks import TYPES, read_blocks
 from llm_edge.checkpoint.gguf.header import GGUFTensor, Header
 from llm_edge.checkpoint.gguf.split import other_parts, read_part
-from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind, SourceBlocks
+from llm_edge.model.block_weights import BlockKind, SourceBlocks
 from llm_edge.runtime.errors import CheckpointError, MachineError
 from llm_edge.runtime.safe_io import short_repr
 
 CHUNK_ELEMENTS = 1 << 16  # dequantized at a time to stay in the CPU cache (2^14 and 2^18 took 1.5 times as long)
-
-# Blocks that ONNX operators can use without requantization: block_q4_0, block_q4_1 and block_q8_0 of ggml-common.h.
-# d is the scale and m the minimum; in 4-bit blocks the low nibbles of q are the first 16 weights, the high nibbles
-# the rest.
-_Q4 = ("q", "u1", (SOURCE_BLOCK // 2,))
-_BLOCKS = {
-    GGMLQuantizationType.Q4_0: (BlockKind(4, offsets=False), np.dtype([("d", "<f2"), _Q4])),
-    GGMLQuantizationType.Q4_1: (BlockKind(4, offsets=True), np.dtype([("d", "<f2"), ("m", "<f2"), _Q4])),
-    GGMLQuantizationType.Q8_0: (BlockKind(8, offsets=False), np.dtype([("d", "<f2"), ("q", "u1", (SOURCE_BLOCK,))])),
-}
 
 
 class GGUFFile:
@@ -106,24 +97,14 @@ class GGUFFile:
     def block_kind(self, name: str) -> BlockKind | None:
         """Return the block layout of a tensor, or None if it is stored in another way."""
         tensor = self.tensor(name)
-        kind, _ = _BLOCKS.get(tensor.ggml_type, (None, None))
-        return kind if len(tensor.shape) == 2 else None
+        found = TYPES.get(tensor.ggml_type)
+        return found.kind if found is not None and len(tensor.shape) == 2 else None
 
     def blocks(self, name: str) -> SourceBlocks:
-        """Read the blocks of a tensor; offsets are m + 8 d, rounded to float32."""
+        """Read the blocks of a tensor."""
         tensor = self.tensor(name)
-        kind, layout = _BLOCKS[tensor.ggml_type]
-        stored = self.raw(name).view(layout).reshape(tensor.shape[0], -1)  # [N, K / 32]
         try:
-            scales = stored["d"].astype(np.float32)
-            packed = stored["q"]
-            # 8-bit levels are converted from signed to unsigned with zero at 128.
-            levels = np.concatenate([packed & 15, packed >> 4], axis=-1) if kind.bits == 4 else packed ^ 128
-            offsets = None
-            if kind.offsets:
-                with np.errstate(all="ignore"):
-                    offsets = torch.from_numpy(stored["m"].astype(np.float32) + 8 * scales)
-            return SourceBlocks(torch.from_numpy(levels).view(tensor.shape), torch.from_numpy(scales), offsets)
+            return read_blocks(self.raw(name), tensor.ggml_type, tensor.shape[0])
         except MemoryError as e:
             raise self._no_memory(tensor, 1) from e
 

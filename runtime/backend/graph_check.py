@@ -44,6 +44,12 @@ OPERATORS = frozenset({("", name) for name in _STANDARD} | {("com.microsoft", na
 # larger than their inputs may have such inputs, or a small file could allocate any amount of memory.
 _FOLDABLE = frozenset({"Cast", "CastLike", "Constant", "DequantizeLinear", "Identity", "Reshape", "Shape"})
 
+# Concat nodes that feed one another double their result; a layer joins few values before its next projection, whose
+# weight fixes the size again. A Range counts tokens: from zero or a size up to a size.
+_MAX_JOINED = 64
+_PROJECTIONS = frozenset({"Gemm", "MatMul", "MatMulIntegerToFloat", "MatMulNBits"})
+_ATTENTION = frozenset({"Attention", "GroupQueryAttention"})
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _MODEL_FIELDS = {1: _VARINT, 2: _BYTES, 3: _BYTES, 4: _BYTES, 5: _VARINT, 6: _BYTES, 7: _BYTES, 8: _BYTES, 14: _BYTES}
 _GRAPH_FIELDS = {1: _BYTES, 2: _BYTES, 5: _BYTES, 10: _BYTES, 11: _BYTES, 12: _BYTES, 13: _BYTES, 16: _BYTES}
@@ -131,8 +137,9 @@ def _check_nodes(
     allowed = {(domain.encode(), name.encode()): name for domain, name in OPERATORS}
     attributes_seen: set[bytes] = set()  # most nodes repeat those of another one
     known = known | constants | {b""}  # an omitted optional input
+    growth = _Growth(constants)
     for start, end in nodes:
-        inputs, outputs, operator, domain = [], [], b"", b""
+        inputs, outputs, attributes, operator, domain = [], [], [], b"", b""
         at = start
         while at < end:  # as `_fields`, without its overhead: there are 100,000 fields
             tag, length, at = data[at], data[at + 1], at + 2
@@ -148,6 +155,7 @@ def _check_nodes(
                 if value not in attributes_seen:
                     _check_attribute(value, weights)
                     attributes_seen.add(value)
+                attributes.append(value)
             elif tag == 0x22 and not operator:  # op_type
                 operator = value
             elif tag == 0x3A and not domain:
@@ -166,6 +174,63 @@ def _check_nodes(
                 raise _RejectedError(f"operator {name!r} with constant inputs only")
             constants.update(outputs)
         known.update(outputs)
+        growth.follow(name, inputs, outputs, attributes)
+
+
+class _Growth:
+    """Follows the values that decide how large results can become.
+
+    Args:
+        constants: names of all values that are constant; nodes may add to it.
+    """
+
+    def __init__(self, constants: set[bytes]) -> None:
+        self._constants = constants
+        self._joined: dict[bytes, int] = {}  # values that were concatenated to make up a value; 1 if missing
+        self._sizes: set[bytes] = set()  # int64 numbers of elements
+        self._zeros: set[bytes] = set()
+
+    def follow(self, name: str, inputs: list[bytes], outputs: list[bytes], attributes: list[bytes]) -> None:
+        """Take in a node; `attributes` are those of a Constant."""
+        if self._is_size(name, inputs):
+            self._sizes.update(outputs)
+        elif name == "Constant" and all(map(_is_zero, attributes)):
+            self._zeros.update(outputs)
+        elif name == "Range" and not (
+            self._sizes.issuperset(inputs[1:2]) and (self._sizes | self._zeros).issuperset(inputs[:1])
+        ):
+            raise _RejectedError("a Range that does not count tokens")
+        if self._joined or name == "Concat":
+            joined = self._number_of_joined(name, inputs)
+            if joined > _MAX_JOINED:
+                raise _RejectedError(f"more than {_MAX_JOINED} values are concatenated")
+            self._joined.update(dict.fromkeys(outputs, joined) if joined > 1 else {})
+
+    def _is_size(self, name: str, inputs: list[bytes]) -> bool:
+        if name in ("Squeeze", "Identity"):
+            return self._sizes.issuperset(inputs[:1])
+        if name == "CastLike":  # a zero becomes the type of a size
+            return self._sizes.issuperset(inputs[1:]) and (self._sizes | self._zeros).issuperset(inputs[:1])
+        return name == "Shape" or (name == "Sub" and self._sizes.issuperset(inputs))
+
+    def _number_of_joined(self, name: str, inputs: list[bytes]) -> int:
+        if name in _ATTENTION or (name in _PROJECTIONS and not self._constants.isdisjoint(filter(None, inputs))):
+            return 1
+        counts = [self._joined.get(each, 1) for each in inputs]
+        return sum(counts) if name == "Concat" else max(counts, default=1)
+
+
+def _is_zero(attribute: bytes) -> bool:
+    """Whether an attribute that passed `_check_attribute` holds nothing but zeros: an integer, or a tensor's bytes."""
+    for number, _, start, end in _fields(attribute, 0, len(attribute)):
+        if number == 3:
+            return start == 0
+        if number == 5:
+            values = [
+                attribute[a:b] for field, _, a, b in _fields(attribute, start, end) if field in (4, 5, 7, 9, 10, 11)
+            ]
+            return not any(map(any, values))
+    return False
 
 
 def _check_attribute(data: bytes, weights: _Weights) -> None:

@@ -7,7 +7,6 @@ always well-formed, name a given tool, and have arguments that conform to its sc
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.sampling.constraint import Constraint, literal_pattern, refused_constraint
 from llm_edge.runtime.sampling.json_schema.keywords import RESTRICTING, without_keywords
 from llm_edge.runtime.sampling.json_schema.normalize import JSON_STYLE, enforceable
+from llm_edge.runtime.text.special_token_mask import any_of
 from llm_edge.runtime.text.tool_format import ToolFormat
 
 _MAX_LENGTH = 10_000  # of repetitions in a regular expression
@@ -40,7 +40,7 @@ def tool_constraint(
         form: how calls are written.
         tools: names, and JSON schemas of the arguments. What a schema says and cannot be enforced is left out.
         special_ids: special tokens of the vocabulary; in the format, their spelling stands for the token.
-        required: the answer is a call and nothing else.
+        required: the answer is a call and nothing else, apart from white space.
         parallel: several calls are allowed, if the format has them.
         otherwise: what an answer without a call has to conform to; None = any text.
 
@@ -54,8 +54,7 @@ class _Grammar:
     def __init__(self, form: ToolFormat, special_ids: Mapping[str, int]) -> None:
         self._form = form
         self._specials = special_ids
-        longest_first = sorted(filter(None, special_ids), key=lambda text: (-len(text), text))
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._pattern = any_of(special_ids)
         self._rules: list[str] = []
 
     def text(
@@ -75,7 +74,8 @@ class _Grammar:
         calls = " ".join(filter(None, (self._literal(after_trigger), "body", more, self._literal(form.closing))))
         self._rules.append(f"calls: {calls}")
         if required:
-            self._rules.append(f"start: {self._literal(trigger)} calls")
+            # Models that reason write line breaks before they call.
+            self._rules += [f"start: SPACE? {self._literal(trigger)} calls", "SPACE: /[ \\n]{1,4}/"]
         elif self._pattern.search(trigger):  # a special token, which no text can spell
             self._rules += [f"start: {self._otherwise(otherwise, None)} | TEXT? {self._literal(trigger)} calls"]
             self._rules.append("TEXT: /(.|\\n)*/")

@@ -102,3 +102,9 @@ class SpecialTokenMask:
     def _taken(self) -> set[str]:
         text = json.dumps(self._unmasked, ensure_ascii=False)
         return set() if text.isascii() else set(re.findall(f"[{chr(_RARE[0])}-{chr(_RARE[-1])}]", text))
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that matches any of the texts, at each place the longest; without texts it matches nothing."""
+    longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -21,7 +21,7 @@ from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateErr
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
-from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask
+from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask, any_of
 from llm_edge.runtime.text.template_budget import plain_data
 from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
@@ -88,8 +88,8 @@ class Tokenizer:
         self._many_spellings = any(token.special and token.normalized for token in added.values()) and bool(
             backend.normalizer
         )
-        self._special_pattern = _any_of(self._specials)
-        self._added_pattern = _any_of(token.content for token in added.values())
+        self._special_pattern = any_of(self._specials)
+        self._added_pattern = any_of(token.content for token in added.values())
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
         self._partial = PartialMatches(self._specials)
@@ -286,11 +286,6 @@ def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
 
 def _pair(merge: Any) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:

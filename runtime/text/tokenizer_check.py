@@ -179,7 +179,7 @@ def _steps(step: Any, part: str, depth: int = 0) -> Iterable[Mapping[str, Any]]:
             raise _RejectedError(f"its {part} is a sequence without steps")
         for each in inner:
             yield from _steps(each, part, depth + 1)
-    elif kind in _KINDS[part]:
+    elif isinstance(kind, str) and kind in _KINDS[part]:
         yield step
     else:
         raise _RejectedError(f"its {part} has the unknown type {short_repr(kind)}")
@@ -233,9 +233,11 @@ def _check_pieces(step: Mapping[str, Any]) -> None:
         if isinstance(step.get(key), list) and len(step[key]) > _MAX_PIECES:
             raise _RejectedError(f"its post_processor adds {len(step[key]):,} tokens")
     special = step.get("special_tokens")
-    ids = [len(token.get("ids") or ()) for token in special.values()] if isinstance(special, dict) else []
-    if sum(ids) > _MAX_PIECES:
-        raise _RejectedError(f"its post_processor adds {sum(ids):,} tokens")
+    tokens = special.values() if isinstance(special, dict) else ()
+    ids = [token.get("ids") for token in tokens if isinstance(token, dict)]
+    added = sum(len(each) for each in ids if isinstance(each, list))
+    if added > _MAX_PIECES:
+        raise _RejectedError(f"its post_processor adds {added:,} tokens")
 
 
 def _check_charsmap(encoded: Any) -> None:
@@ -255,10 +257,13 @@ def _check_charsmap(encoded: Any) -> None:
 
 def _check_model(model: Mapping[str, Any]) -> None:
     kind, vocab = model.get("type"), model.get("vocab")
-    if kind is not None and kind not in _MODELS:
+    if kind is not None and not (isinstance(kind, str) and kind in _MODELS):
         raise _RejectedError(f"its model has the unknown type {short_repr(kind)}")
-    if kind in ("WordLevel", "WordPiece") and (not isinstance(vocab, dict) or model.get("unk_token") not in vocab):
-        raise _RejectedError(f"its vocabulary lacks the unknown token {short_repr(model.get('unk_token'))}")
+    unknown = model.get("unk_token")
+    if kind in ("WordLevel", "WordPiece") and not (
+        isinstance(vocab, dict) and isinstance(unknown, str) and unknown in vocab
+    ):
+        raise _RejectedError(f"its vocabulary lacks the unknown token {short_repr(unknown)}")
     longest = model.get("max_input_chars_per_word", 100)
     if not isinstance(longest, int) or not 0 <= longest <= _MAX_WORD:
         raise _RejectedError(f"max_input_chars_per_word is {short_repr(longest)}, not from 0 to {_MAX_WORD}")

@@ -55,6 +55,11 @@ class ToolCallParser:
         """Whether a call has begun."""
         return self._started
 
+    @property
+    def unfinished(self) -> str | None:
+        """What there is of the part of a call that is not complete; None = no call is open."""
+        return None if self._state in (self._search, self._after, self._rest) else self._buffer
+
     def feed(self, text: str) -> list[AnswerPart]:
         """The parts that the next piece of an answer completes."""
         self._buffer += text
@@ -73,7 +78,7 @@ class ToolCallParser:
         at = self._buffer.find(trigger)
         if at >= 0:
             before, self._buffer = self._buffer[:at].rstrip(), self._buffer[at + len(trigger) :]
-            self._state = self._literal(self._form.prefix.lstrip()[len(trigger) :], self._name)
+            self._state = self._literal(self._form.prefix.lstrip()[len(trigger) :], self._name, before=trigger)
             return iter([before] if before else [])
         held = next((n for n in range(min(len(trigger), len(self._buffer)), 0, -1) if self._ends_with(trigger[:n])), 0)
         spaces = len(self._buffer) - held - len(self._buffer[: len(self._buffer) - held].rstrip())
@@ -86,17 +91,15 @@ class ToolCallParser:
     def _ends_with(self, text: str) -> bool:
         return self._buffer.endswith(text)
 
-    def _literal(
-        self, text: str, then: Callable[[], Iterator[AnswerPart] | None]
-    ) -> Callable[[], Iterator[AnswerPart] | None]:
-        """A state that skips this text."""
+    def _literal(self, text: str, then: State, before: str = "") -> State:
+        """A state that skips this text; `before` is what was skipped already, which is text if this one is missing."""
 
         def state() -> Iterator[AnswerPart] | None:
             if len(self._buffer) < len(text) and text.startswith(self._buffer):
                 return None
             if not self._buffer.startswith(text):
                 self._state = self._rest
-                return iter([])
+                return iter([before] if before else [])
             self._buffer = self._buffer[len(text) :]
             self._state = then
             return iter([])
@@ -170,8 +173,10 @@ class ToolCallParser:
         return iter([])
 
     def _rest(self) -> Iterator[AnswerPart] | None:
+        if not self._buffer.strip():  # white space at the end is not part of the text
+            return None
         rest, self._buffer = self._buffer, ""
-        return iter([rest]) if rest.strip() else None
+        return iter([rest])
 
 
 class _JsonEnd:

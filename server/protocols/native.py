@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
-from llm_edge.runtime.text.token_text import token_text
+from llm_edge.runtime.text.token_text import token_bytes
 from llm_edge.server.errors import error_route, invalid
 from llm_edge.server.generation import chat_tokens
 from llm_edge.server.protocols.openai_chat import ChatCompletion
@@ -70,7 +70,15 @@ async def tokenize(body: Tokenize, request: Request) -> dict[str, Any]:
         )
         if not body.with_pieces:
             return {"tokens": ids}
-        return {"tokens": [{"id": token, "piece": token_text(tokenizer, token)} for token in ids]}
+        return {"tokens": [{"id": token, "piece": _piece(token_bytes(tokenizer, token))} for token in ids]}
+
+
+def _piece(content: bytes) -> str | list[int]:
+    """The text of a token, or its bytes if they are part of a character."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return list(content)
 
 
 class Detokenize(BaseModel):

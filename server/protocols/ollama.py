@@ -217,11 +217,20 @@ def _card(entry: ModelEntry, precision: str) -> dict[str, Any]:
     return {"name": name, "model": name, "modified_at": modified, "size": info.size, "digest": "", "details": details}
 
 
+def _upstream_card(name: str) -> dict[str, Any]:
+    details = {"parent_model": "", "format": "", "family": "", "families": None, "parameter_size": ""}
+    details["quantization_level"] = ""
+    fields = {"modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "", "details": details}
+    return {"name": name, "model": name, **fields}
+
+
 @router.get("/api/tags")
 async def tags(request: Request) -> dict[str, Any]:
-    """The models, once per precision."""
-    entries = await run_in_threadpool(server_state(request).pool.entries)
-    return {"models": [_card(entry, precision) for entry in entries for precision in entry.bundle.precisions]}
+    """The models, once per precision, and those of upstreams."""
+    pool = server_state(request).pool
+    entries = await run_in_threadpool(pool.entries)
+    own = [_card(entry, precision) for entry in entries for precision in entry.bundle.precisions]
+    return {"models": [*own, *map(_upstream_card, pool.upstreams.names())]}
 
 
 @router.get("/api/ps")
@@ -254,7 +263,10 @@ class Show(BaseModel):
 @router.post("/api/show")
 async def show(body: Show, request: Request) -> dict[str, Any]:
     """A model's properties."""
-    entry, precision = await run_in_threadpool(server_state(request).pool.find, body.model or body.name)
+    pool, name = server_state(request).pool, body.model or body.name
+    if pool.upstreams.find(name) is not None:
+        return _properties(_upstream_card(name), "", {}, ["completion", "tools"])
+    entry, precision = await run_in_threadpool(pool.find, name)
     card, shape = _card(entry, precision), entry.bundle.shape
     family = card["details"]["family"]
     capabilities = ["completion", "tools"]
@@ -262,18 +274,23 @@ async def show(body: Show, request: Request) -> dict[str, Any]:
         capabilities.append("thinking")
     if entry.bundle.precisions[precision].hidden_size is not None:
         capabilities.append("embedding")
+    info = {
+        "general.architecture": family,
+        f"{family}.context_length": shape.max_position_embeddings,
+        f"{family}.block_count": shape.num_hidden_layers,
+    }
+    return _properties(card, entry.bundle.chat_template() or "", info, capabilities)
+
+
+def _properties(card: dict[str, Any], template: str, info: dict[str, Any], capabilities: list[str]) -> dict[str, Any]:
     return {
         "license": "",
         "modelfile": "",
         "parameters": "",
-        "template": entry.bundle.chat_template() or "",
+        "template": template,
         "details": card["details"],
         "modified_at": card["modified_at"],
-        "model_info": {
-            "general.architecture": family,
-            f"{family}.context_length": shape.max_position_embeddings,
-            f"{family}.block_count": shape.num_hidden_layers,
-        },
+        "model_info": info,
         "capabilities": capabilities,
     }
 

@@ -48,6 +48,7 @@ class ChatCompletion(BaseModel):
     reasoning_effort: str | None = None
     reasoning_budget: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
 
     def to_request(self) -> ChatRequest:
         """The request that a model answers.
@@ -57,6 +58,8 @@ class ChatCompletion(BaseModel):
         """
         fields = self.model_dump()
         reasoning, variables = reasoning_overrides(self.reasoning_effort, self.reasoning_budget)
+        if self.add_generation_prompt is not None:
+            variables["add_generation_prompt"] = self.add_generation_prompt
         overrides = {**sampling_overrides(fields), **reasoning}
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from llm_edge.runtime.sampling.logprobs import TokenLogprob
-from llm_edge.runtime.text.token_text import token_text
+from llm_edge.runtime.text.token_text import token_bytes, token_text
 from llm_edge.runtime.text.tokenizer import Tokenizer
 from llm_edge.server.errors import ApiError
 from llm_edge.server.events import Finish, Usage
@@ -42,8 +42,8 @@ def logprobs_content(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob]) -> 
     """The `content` of a choice's `logprobs`; special tokens, which are not part of the text, are left out."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = token_text(tokenizer, token)
-        return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": list(text.encode("utf-8", "replace"))}
+        text, content = token_text(tokenizer, token), list(token_bytes(tokenizer, token))
+        return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": content}
 
     return [
         {**entry(each.token, each.logprob), "top_logprobs": [entry(token, value) for token, value in each.top]}

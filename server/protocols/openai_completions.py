@@ -66,6 +66,7 @@ class Completion(BaseModel):
 
 
 @router.post("/v1/completions")
+@router.post("/completions", include_in_schema=False)
 async def completions(body: Completion, request: Request) -> Response:
     """Continue one or several texts."""
     state = server_state(request)

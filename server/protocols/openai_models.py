@@ -70,6 +70,7 @@ class Embeddings(BaseModel):
 
 
 @router.post("/v1/embeddings")
+@router.post("/embeddings", include_in_schema=False)
 async def embeddings(body: Embeddings, request: Request) -> dict[str, Any]:
     """Texts or token lists as vectors of length 1; needs a bundle exported with --hidden-states."""
     if body.dimensions is not None and body.dimensions < 1:

@@ -128,6 +128,7 @@ def _add_items(found: list[dict[str, Any]], items: Sequence[Mapping[str, Any]]) 
 
 
 @router.post("/v1/responses")
+@router.post("/responses", include_in_schema=False)
 async def responses(body: CreateResponse, request: Request) -> Response:
     """Answer a conversation."""
     state = server_state(request)

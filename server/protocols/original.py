@@ -73,6 +73,9 @@ class Chat(BaseModel):
 async def model_info(request: Request) -> dict[str, Any]:
     """The current model."""
     entry = await _current(request)
+    if entry is None:
+        unknown = {"parameters": "unknown", "vocab_size": 0, "max_sequence_length": 0, "device": "upstream"}
+        return {"model_name": server_state(request).current, **unknown}
     shape = entry.bundle.shape
     return {
         "model_name": entry.name,
@@ -92,17 +95,23 @@ def _readable(count: object) -> str:
 @router.get("/models/available")
 async def models_available(request: Request) -> list[dict[str, Any]]:
     """All models."""
-    entries = await run_in_threadpool(server_state(request).pool.entries)
-    return [{"name": entry.name, "type": "local", "description": f"Local model: {entry.name}"} for entry in entries]
+    pool = server_state(request).pool
+    entries = await run_in_threadpool(pool.entries)
+    own = [{"name": entry.name, "type": "local", "description": f"Local model: {entry.name}"} for entry in entries]
+    return [*own, *map(_upstream, pool.upstreams.names())]
+
+
+def _upstream(name: str) -> dict[str, Any]:
+    return {"name": name, "type": "openai", "description": f"OpenAI-compatible model: {name}"}
 
 
 @router.get("/models/current")
 async def models_current(request: Request) -> dict[str, Any]:
     """The current model, and whether it is loaded."""
-    entry = await _current(request)
-    loaded = any(
-        state.loaded and state.name.startswith(f"{entry.name}:") for state in server_state(request).pool.states()
-    )
+    state, entry = server_state(request), await _current(request)
+    if entry is None:
+        return {**_upstream(state.current), "loaded": True}
+    loaded = any(each.loaded and each.name.startswith(f"{entry.name}:") for each in state.pool.states())
     description = f"Local model: {entry.name}" + ("" if loaded else " (not loaded)")
     return {"name": entry.name, "type": "local", "loaded": loaded, "description": description}
 
@@ -124,7 +133,7 @@ async def chat(body: Chat, request: Request) -> Response:
         "total_tokens": running.usage.total_tokens,
         "generation_time_ms": round(seconds * 1000),
     }
-    about = {"model": entry.name, "version": _VERSION}
+    about = {"model": entry.name if entry is not None else state.current, "version": _VERSION}
     return JSONResponse({"response": answer.text, "usage": usage, "model_info": about})
 
 
@@ -217,14 +226,17 @@ async def model_reload(request: Request) -> dict[str, str]:
     state = server_state(request)
     entry = await _current(request)
     for loaded in state.pool.states():
-        if loaded.name.startswith(f"{entry.name}:"):
+        if entry is not None and loaded.name.startswith(f"{entry.name}:"):
             await state.pool.unload(loaded.name)
     state.spawn(state.pool.preload(state.current))
     return {"message": "Model reload initiated"}
 
 
-async def _current(request: Request) -> ModelEntry:
+async def _current(request: Request) -> ModelEntry | None:
+    """The bundle of the current model; None = the model is behind an upstream."""
     state = server_state(request)
+    if state.pool.upstreams.find(state.current) is not None:
+        return None
     try:
         entry, _ = await run_in_threadpool(state.pool.find, state.current)
     except ApiError:

@@ -19,13 +19,14 @@ from starlette.concurrency import run_in_threadpool
 from llm_edge.chat.history.conversation import Message
 from llm_edge.chat.history.store import Store
 from llm_edge.chat.parameters import ChatParameters
-from llm_edge.chat.responder import LocalResponder
+from llm_edge.chat.responder import LocalResponder, Responder
 from llm_edge.chat.session import ChatSession
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.server.errors import ApiError
-from llm_edge.server.models import LoadedModel, ModelPool
+from llm_edge.server.models import ModelPool
 from llm_edge.server.web.markdown import AnswerBlocks
+from llm_edge.server.web.upstream_responder import UpstreamResponder
 from llm_edge.server.web.views import chat_view
 
 _log = logging.getLogger("llm_edge.server")
@@ -138,10 +139,10 @@ class LiveChat:
             LlmEdgeError: the model cannot be loaded, or an option is not allowed.
         """
         self._refuse_while_answering()
-        async with pool.use(options.model) as loaded:
+        async with _responder(pool, options.model) as responder:
             async with self._lock:
                 self._refuse_while_answering()  # another request may have begun while the model was loaded
-                await run_in_threadpool(self._fresh, lambda session: self._begin(session, loaded, options, begin))
+                await run_in_threadpool(self._fresh, lambda session: self._begin(session, responder, options, begin))
             try:
                 started()
                 self.changed()
@@ -159,9 +160,12 @@ class LiveChat:
                 self.changed()
 
     def _begin(
-        self, session: ChatSession, loaded: LoadedModel, options: AnswerOptions, begin: Callable[[ChatSession], Message]
+        self,
+        session: ChatSession,
+        responder: Responder,
+        options: AnswerOptions,
+        begin: Callable[[ChatSession], Message],
     ) -> None:
-        responder = LocalResponder(loaded.engine)
         session.set_responder(responder)
         try:
             system = session.conversation.system if options.system is None else options.system
@@ -252,6 +256,17 @@ class LiveChat:
     def _wake(self) -> None:
         for watcher in self._watchers:
             watcher.set()
+
+
+@contextlib.asynccontextmanager
+async def _responder(pool: ModelPool, name: str) -> AsyncIterator[Responder]:
+    """The model of this name, which stays available meanwhile."""
+    upstream = pool.upstreams.find(name)
+    if upstream is not None:
+        yield UpstreamResponder(upstream, asyncio.get_running_loop())
+        return
+    async with pool.use(name) as loaded:
+        yield LocalResponder(loaded.engine)
 
 
 def _changes(before: Progress, now: Progress) -> dict[str, Any]:

@@ -24,8 +24,7 @@ from pygments.util import ClassNotFound
 
 from llm_edge.chat.markdown_blocks import MAX_BLOCK, MAX_CODE_LINE, MAX_PARAGRAPH, MarkdownBlocks, parser
 from llm_edge.chat.text import printable
-from llm_edge.runtime.text.tool_call_parser import CallArguments, CallStarted, ToolCallParser
-from llm_edge.runtime.text.tool_format import GENERIC
+from llm_edge.server.web.tool_cards import ShownCall, find_calls
 
 _MAX_HIGHLIGHTED = 40_000  # characters of a code block
 _TAGS = {
@@ -54,11 +53,9 @@ class AnswerBlocks:
 
     def update(self, text: str) -> tuple[str, ...]:
         """The blocks of a text; if it continues the previous one, only its last blocks are rendered."""
-        text = text.lstrip("\n")
-        start = text.find(GENERIC.trigger)
-        if start < 0:
-            return tuple(self._blocks.update(text))
-        return (*self._blocks.update(text[:start].rstrip()), *_calls(text[start:]))
+        before, calls = find_calls(text.lstrip("\n"))
+        shown = [_call(part) if isinstance(part, ShownCall) else render_block(part) for part in calls]
+        return (*self._blocks.update(before), *shown)
 
 
 @functools.lru_cache(maxsize=512)
@@ -145,37 +142,14 @@ def _code(code: str, language: str) -> str:
     return str(highlight(code, lexer, _FORMATTER))
 
 
-def _calls(text: str) -> list[str]:
-    """The calls of tools in a text that begins with one, and what stands between them."""
-    form = ToolCallParser(GENERIC)
-    blocks: list[str] = []
-    name, arguments = "", ""
-
-    def end_call() -> None:
-        if name:
-            blocks.append(_call(name, arguments))
-
-    for part in [*form.feed(text), *form.finish()]:
-        match part:
-            case CallStarted(called):
-                end_call()
-                name, arguments = called, ""
-            case CallArguments(more):
-                arguments += more
-            case str() if part.strip():
-                end_call()
-                name = ""
-                blocks += map(render_block, [part])
-    end_call()
-    return blocks or [_clean(f"<pre><code>{escape(printable(text))}</code></pre>")]
-
-
-def _call(name: str, arguments: str) -> str:
+def _call(call: ShownCall) -> str:
+    if not call.name:
+        return _clean(f"<pre><code>{escape(printable(call.arguments))}</code></pre>")
     try:
-        shown = json.dumps(json.loads(arguments), indent=2, ensure_ascii=False)
+        arguments = json.dumps(json.loads(call.arguments), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
-        shown = arguments
-    code = _code(printable(shown), "json")
-    title = f"<summary>Tool call: <code>{escape(printable(name))}</code></summary>"
+        arguments = call.arguments
+    code = _code(printable(arguments), "json")
+    title = f"<summary>Tool call: <code>{escape(printable(call.name))}</code></summary>"
     shown = f'<pre data-language="json"><code>{code}</code></pre>'
     return _clean(f'<details class="call" open>{title}{shown}</details>')

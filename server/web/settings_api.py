@@ -52,6 +52,7 @@ async def models(request: Request) -> dict[str, Any]:
         for entry in entries
         for precision in _precisions(server, entry)
     ]
+    found += map(_upstream_model, server.pool.upstreams.names())
     default = server.pool.config.default
     first = next((each["name"] for each in found if default in (None, each["folder"], each["name"])), "")
     return {"models": found, "default": first, "ready": server.ready}
@@ -78,6 +79,11 @@ def _model(entry: ModelEntry, precision: str) -> dict[str, Any]:
     }
 
 
+def _upstream_model(name: str) -> dict[str, Any]:
+    of_bundles = {"precision": "", "size": 0, "context": 0}
+    return {"name": name, "folder": name, "bundle": name, **of_bundles, "state": "loaded"}
+
+
 def _load_state(states: dict[str, bool], name: str) -> str:
     return "idle" if name not in states else "loaded" if states[name] else "loading"
 
@@ -92,37 +98,44 @@ async def load(request: Request, model: Name) -> dict[str, Any]:
 @router.get("/models/details")
 async def model_details(request: Request, model: Name) -> dict[str, Any]:
     """A model's default parameters and presets; those of all models until it is loaded."""
-    server, web = server_state(request), await web_state(request)
-    entry, precision = await run_in_threadpool(server.pool.find, model)
-    engine = server.pool.engines().get(f"{entry.name}:{precision}")
-    defaults = ChatParameters(engine.default_params if engine is not None else SamplingParams())
-    presets = await run_in_threadpool(preset_views, web.presets, entry.bundle.name, defaults)
+    web = await web_state(request)
+    key, params = await run_in_threadpool(_settings_of, server_state(request), model)
+    defaults = ChatParameters(params or SamplingParams())
+    presets = await run_in_threadpool(preset_views, web.presets, key, defaults)
     names = [each["name"] for each in parameter_views()]
     return {
         "defaults": {name: defaults.default(name) for name in names},
         "presets": presets,
-        "loaded": engine is not None,
+        "loaded": params is not None,
     }
 
 
 @router.post("/presets")
 async def save_preset(request: Request, body: Preset, model: Name) -> dict[str, Any]:
     """Save parameters as a preset of a model."""
-    server, web = server_state(request), await web_state(request)
-    entry, precision = await run_in_threadpool(server.pool.find, model)
-    engine = server.pool.engines().get(f"{entry.name}:{precision}")
+    web = await web_state(request)
+    key, defaults = await run_in_threadpool(_settings_of, server_state(request), model)
     params = {name: value for name, value in body.params.items() if name != "system"}
-    parameters = ChatParameters(engine.default_params if engine is not None else SamplingParams(), params)
-    return {"name": await run_in_threadpool(web.presets.save, entry.bundle.name, body.name, parameters)}
+    parameters = ChatParameters(defaults or SamplingParams(), params)
+    return {"name": await run_in_threadpool(web.presets.save, key, body.name, parameters)}
 
 
 @router.delete("/presets")
 async def delete_preset(request: Request, model: Name, name: Name) -> dict[str, Any]:
     """Delete a preset of the user."""
     web = await web_state(request)
-    entry, _ = await run_in_threadpool(server_state(request).pool.find, model)
-    await run_in_threadpool(web.presets.delete, entry.bundle.name, name)
+    key, _ = await run_in_threadpool(_settings_of, server_state(request), model)
+    await run_in_threadpool(web.presets.delete, key, name)
     return {}
+
+
+def _settings_of(server: ServerState, model: str) -> tuple[str, SamplingParams | None]:
+    """The name under which a model's presets are kept, and its default parameters; None until it is loaded."""
+    if server.pool.upstreams.find(model) is not None:
+        return model, SamplingParams()
+    entry, precision = server.pool.find(model)
+    engine = server.pool.engines().get(f"{entry.name}:{precision}")
+    return entry.bundle.name, engine.default_params if engine is not None else None
 
 
 # ---- quick questions

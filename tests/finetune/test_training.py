@@ -36,18 +36,19 @@ from llm_edge.runtime.errors import ParameterError
 SUPPORT = ROOT / "tests" / "support"
 
 
-def test_06_two_processes_reach_the_weights_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [(), ("shard",)])
+def test_06_two_processes_reach_the_weights_of_one(mode: tuple[str, ...], tmp_path: Path) -> None:
     alone, _ = run(tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, SUPPORT / "tiny_training.py", tmp_path / "two"],
+        [*command, SUPPORT / "tiny_training.py", tmp_path / "two", *mode],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = load_file(tmp_path / "two" / FOLDER / "best.safetensors")
+    found = load_file(tmp_path / "two" / ("gathered.safetensors" if mode else f"{FOLDER}/best.safetensors"))
     moved = tiny_decoder()
     for name, weight in alone.named_parameters():
         assert (found[name] - weight).abs().max() <= 1e-5, name

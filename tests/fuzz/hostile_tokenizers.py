@@ -163,7 +163,7 @@ def odd_bpe(spec: dict[str, Any], rng: random.Random) -> str:
 
 def other_model(spec: dict[str, Any], rng: random.Random) -> str:
     """A model of another type."""
-    words = list(spec["model"]["vocab"])[: rng.choice((0, 1, 100, 400))]
+    words = [str(word) for word in spec["model"]["vocab"]][: rng.choice((0, 1, 100, 400))]  # Unigram's have scores
     kind = rng.choice(("Unigram", "WordPiece", "WordLevel", "BPE", "Odd"))
     model: dict[str, Any] = {"type": kind, "vocab": {word: at for at, word in enumerate(words)}, "merges": []}
     model |= {"unk_token": rng.choice((words[0] if words else "a", "missing", None)), "byte_fallback": True}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import shutil
 import socket
 import threading
@@ -147,6 +150,27 @@ def test_clients_that_leave_free_their_slots(served: Served) -> None:
     assert neighbour.result().json()["choices"][0]["message"]["content"] == wanted
     until(lambda: metric(served, "active") == 0 and metric(served, "waiting") == 0)
     assert metric(served, "cancelled_total") > cancelled
+
+
+def test_clients_that_leave_and_a_shutdown_log_no_traceback(models_folder: Path) -> None:
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logging.getLogger().addHandler(handler)
+    server = Served(models_folder, models={"default": "tiny", "precision": "fp32"}, graceful_seconds=1)
+    try:
+        for stream in (True, False):
+            with contextlib.suppress(httpx2.TimeoutException):
+                body = {**ENDLESS, "stream": stream}
+                httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.1)
+        until(lambda: metric(server, "active") == 0 and metric(server, "cancelled_total") >= 1)
+        unfinished = socket.create_connection(("127.0.0.1", server.port))
+        unfinished.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+    finally:
+        server.stop()
+        logging.getLogger().removeHandler(handler)
+    assert b" 503 " in unfinished.recv(1000)
+    unfinished.close()
+    assert "Traceback" not in logged.getvalue()
 
 
 def test_a_full_queue_answers_429_with_retry_after(models_folder: Path) -> None:

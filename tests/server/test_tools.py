@@ -1,21 +1,29 @@
-"""Tool calls through the official client: any model, constrained by its format."""
+"""Tool calls through the official client: any model, constrained by its format; and canitoolcall's probe.
+
+The probe's models are tiny ones whose logits follow a script, so that template, grammar, parser and server are real.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import openai
 import pytest
-import tiny
+from canitoolcall.probe import BUILTIN_SCENARIOS, Scenario, probe
+from reasoning_bundle import bundle_with
 from serving import Served
+from tool_templates import TEMPLATES, export_with
 
-from llm_edge.exporter.export import export
-from llm_edge.exporter.options import ExportOptions
 from llm_edge.runtime.bundle import Bundle
+from llm_edge.runtime.sampling.sampler import Sampler
+from llm_edge.runtime.text.chat_template import ChatTemplate
+from llm_edge.runtime.text.tokenizer import Tokenizer
 
 WEATHER = {
     "type": "object",
@@ -36,48 +44,38 @@ TOOLS: list[Any] = [
 ]
 ASKED: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
 
-_TURNS = """{%- if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{{ message.content or '' }}
-{%- if message.tool_calls %}CALLS{%- endif %}{{ '<|im_end|>\n' }}{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"""
-_HERMES = """{%- for call in message.tool_calls %}{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": '
-+ (call.function.arguments | tojson) + '}\n</tool_call>' }}{%- if not loop.last %}{{ '\n' }}{%- endif %}{%- endfor %}"""
-_LLAMA = """{%- if message.tool_calls | length > 1 %}{{ raise_exception('one call') }}{%- endif %}
-{%- for call in message.tool_calls %}{{ '{"name": "' + call.function.name + '", "parameters": '
-+ (call.function.arguments | tojson) + '}' }}{%- endfor %}"""
-_MISTRAL = """{{ '[TOOL_CALLS][' }}{%- for call in message.tool_calls %}{{ call.function | tojson }}
-{%- if not loop.last %}{{ ', ' }}{%- endif %}{%- endfor %}{{ ']' }}"""
-_XML = """{%- for call in message.tool_calls %}{{ '<tool_call>\n<function=' + call.function.name + '>\n' }}
-{%- for key, value in call.function.arguments.items() %}{{ '<parameter=' + key + '>\n' }}{{ value }}
-{{- '\n</parameter>\n' }}{%- endfor %}{{ '</function>\n</tool_call>' }}{%- endfor %}"""
-_PYTHONIC = """{{ '[' }}{%- for call in message.tool_calls %}{{ call.function.name + '(' }}
-{%- for key, value in call.function.arguments.items() %}{{ key + '=' }}{{ value | tojson }}
-{%- if not loop.last %}{{ ', ' }}{%- endif %}{%- endfor %}{{ ')' }}{%- if not loop.last %}{{ ', ' }}{%- endif %}
-{%- endfor %}{{ ']' }}"""
-TEMPLATES = {
-    name: _TURNS.replace("CALLS", calls.replace("\n+", " +").replace("\n{%-", "{%-").replace("\n{{-", "{{-"))
-    for name, calls in (
-        ("hermes", _HERMES),
-        ("llama", _LLAMA),
-        ("mistral", _MISTRAL),
-        ("xml", _XML),
-        ("pythonic", _PYTHONIC),
-    )
+
+THOUGHT = "9.9 is larger than 9.11."
+THINKING = TEMPLATES["hermes"].replace("assistant\n' }}", "assistant\n<think>' }}")
+EVENT = {
+    "title": "Design review",
+    "start": "2026-10-01T15:00:00Z",
+    "attendees": [{"name": "Ana", "email": "ana@example.com"}, {"name": "Bo", "email": "bo@example.com"}],
+    "location": {"city": "Berlin", "room": "4.12"},
 }
-TEMPLATES["none"] = tiny.CHAT_TEMPLATE
+NOTE = {"title": "Grüße aus Zürich", "body": "Café ☕ in 東京 — naïve résumé 🚀"}
+ANSWERS: dict[str, str | list[tuple[str, dict[str, Any]]]] = {
+    "single-call": [("get_weather", {"city": "Paris"})],
+    "parallel-calls": [("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Tokyo"})],
+    "no-call": "42",
+    "nested-args": [("create_event", EVENT)],
+    "unicode-args": [("save_note", NOTE)],
+    "empty-args": [("get_server_time", {})],
+    "forced-tool-choice": [("get_weather", {"city": "Lisbon"})],
+    "tool-result-followup": "It is 18 degrees, and the sky is clear.",
+    "reasoning-then-call": [("record_answer", {"answer": "9.9"})],
+}
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("tools")
     for name, template in TEMPLATES.items():
-        source = tiny.save_checkpoint(folder / "source" / name)
-        config = json.loads((source / "tokenizer_config.json").read_text())
-        (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-        for other in source.glob("chat_template*"):
-            other.unlink()
-        export(str(source), ExportOptions(folder / "models" / name, precision="fp32", validate=False))
+        export_with(template, folder / "models" / name, folder / "source" / name, max_position_embeddings=4096)
     shutil.rmtree(folder / "source")
+    added, delimiters = {320: "<think>", 321: "</think>"}, {"start": 320, "end": 321}
+    hermes, thinker = folder / "models" / "hermes", folder / "models" / "thinker"
+    bundle_with(hermes, thinker, added, special=True, template=THINKING, reasoning=delimiters)
     server = Served(folder / "models")
     yield server
     server.stop()
@@ -192,5 +190,54 @@ def test_sixty_large_tools_are_accepted(client: openai.OpenAI) -> None:
         }
         for number in range(60)
     ]
-    with pytest.raises(openai.BadRequestError, match="context"):  # of 1,024 tokens
+    with pytest.raises(openai.BadRequestError, match="context"):  # of 4,096 tokens
         ask(client, "hermes", tools=many, max_tokens=4)
+
+
+# ---- canitoolcall's probe
+
+
+def written(model: str, answer: str | list[tuple[str, dict[str, Any]]]) -> str:
+    """An answer as the model's template writes it."""
+    if isinstance(answer, str):
+        text = answer
+    else:
+        template = TEMPLATES[model if model in TEMPLATES and model != "none" else "hermes"]
+        calls = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in answer]
+        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        rendered = ChatTemplate(template, {}).render([message], add_generation_prompt=False)
+        text = rendered.removeprefix("<|im_start|>assistant\n").removesuffix("<|im_end|>\n")
+    return (f"{THOUGHT}</think>\n\n" if model == "thinker" else "") + text + "<|im_end|>"
+
+
+def follow(patch: pytest.MonkeyPatch, bundle: Path, model: str, scenarios: Sequence[Scenario]) -> None:
+    """Let the tokens of the answers have the largest logits, after prompts with the scenario's question."""
+    tokenizer = Tokenizer.from_files(bundle / "tokenizer.json", {}, None)
+    script = {
+        each.messages[0]["content"]: tokenizer.encode(written(model, ANSWERS[each.id]), parse_special=True)
+        for each in scenarios
+    }
+    candidates = Sampler.candidates
+
+    def scripted(self: Sampler, logits: Any) -> Any:
+        done = self.generated
+        prompt = tokenizer.decode(self.tokens[: len(self.tokens) - len(done)])
+        (tokens,) = [tokens for question, tokens in script.items() if question in prompt]
+        if tuple(tokens[: len(done)]) == done and len(done) < len(tokens):
+            logits = np.array(logits)
+            logits[tokens[len(done)]] = 1000.0
+        return candidates(self, logits)
+
+    patch.setattr(Sampler, "candidates", scripted)
+
+
+@pytest.mark.parametrize("model", [*TEMPLATES, "thinker"])
+def test_every_scenario_of_the_probe_passes(served: Served, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Llama's format has one call per answer.
+    scenarios = [each for each in BUILTIN_SCENARIOS if (model, each.id) != ("llama", "parallel-calls")]
+    follow(monkeypatch, served.config.models.folder / model, model, scenarios)
+    report = probe(f"{served.url}/v1", model, scenarios=scenarios)
+    assert report.summary()["pass"] == 3 * len(scenarios), report.render_text()
+    assert not any(outcome.warnings for outcome in report.outcomes), report.render_text()
+    if model == "thinker":
+        assert {outcome.observed.reasoning_content for outcome in report.outcomes if outcome.observed} == {THOUGHT}

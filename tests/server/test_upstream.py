@@ -80,6 +80,35 @@ def test_models_are_listed_with_the_name_of_the_upstream(relay: Served) -> None:
     assert httpx2.get(f"{relay.url}/v1/models/up/small").json()["owned_by"] == "up"
 
 
+def test_every_list_of_models_has_those_of_upstreams(relay: Served) -> None:
+    def get(path: str) -> Any:
+        return httpx2.get(relay.url + path).json()
+
+    assert {"tiny:fp32", "up/small"} <= {each["name"] for each in get("/api/tags")["models"]}
+    assert {"name": "up/small", "type": "openai", "description": "OpenAI-compatible model: up/small"} in get(
+        "/models/available"
+    )
+    shown = httpx2.post(f"{relay.url}/api/show", json={"model": "up/small"}).json()
+    assert shown["capabilities"] == ["completion", "tools"]
+    assert httpx2.post(f"{relay.url}/api/chat", json={"model": "up/small"}).json()["done_reason"] == "load"
+
+
+def test_the_original_service_can_switch_to_an_upstream(relay: Served) -> None:
+    def switch(name: str) -> Any:
+        return httpx2.post(f"{relay.url}/models/switch", json={"model_name": name}).json()["success"]
+
+    assert switch("ours/tiny")
+    try:
+        assert httpx2.get(f"{relay.url}/models/current").json()["type"] == "openai"
+        assert httpx2.get(f"{relay.url}/model/info").json()["model_name"] == "ours/tiny"
+        answer = httpx2.post(f"{relay.url}/chat", json={"messages": ASKED, "max_length": 3}, timeout=30).json()
+        assert answer["usage"]["output_tokens"] == 3
+        assert answer["model_info"]["model"] == "ours/tiny"
+        assert httpx2.post(f"{relay.url}/generate", params={"prompt": "x"}).status_code == 400
+    finally:
+        assert switch("tiny")
+
+
 def test_all_protocols_give_the_text_of_the_upstream(relay: Served, served: Served) -> None:
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
     direct = post(served, model="tiny", **settings).json()["choices"][0]["message"]["content"]

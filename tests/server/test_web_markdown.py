@@ -70,6 +70,45 @@ def test_tool_calls_are_shown_apart_from_the_text() -> None:
     assert len(render(f"{call}\n{call}")) == 2
 
 
+CARDS = {
+    "hermes": '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>',
+    "llama": '{"name": "weather", "parameters": {"city": "Rome", "days": 2}}',
+    "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome", "days": 2}}]',
+    "mistral-without-tag": '[{"name": "weather", "arguments": {"city": "Rome", "days": 2}}]',
+    "xml": "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+    "</function>\n</tool_call>",
+    "python": '[weather(city="Rome", days=2)]',
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_calls_in_every_format_are_cards(name: str) -> None:
+    (card,) = render(CARDS[name])
+    assert "Tool call: <code>weather</code>" in card
+    shown = re.sub("<[^>]+>", "", card)
+    assert '"city": "Rome"' in shown
+    assert re.search(r'"days": "?2', shown)
+    growing = AnswerBlocks()
+    for end in range(len(CARDS[name])):
+        assert "".join(growing.update(CARDS[name][:end])) or end < 2
+    assert growing.update(CARDS[name]) == (card,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Rome", "population": 3}',
+        '[{"name": "Rome"}]',
+        "[link](https://example.com)",
+        "[f(x)](https://example.com)",
+        "[one(1), two(2)]",
+        '[weather(city="Rome")] is how you write it',
+    ],
+)
+def test_text_that_begins_like_a_call_stays_text(text: str) -> None:
+    assert "Tool call" not in "".join(render(text))
+
+
 def test_growing_text_gives_the_blocks_of_the_whole_text() -> None:
     text = "# Title\n\nSome *text*\nwent on.\n\n- a\n- b\n\n  more\n\n```python\ndef f():\n    pass\n\n```\n"
     text += "\n|a|\n|-|\n|1|\n"

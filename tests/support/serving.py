@@ -19,14 +19,22 @@ GIB = 1 << 30
 class Served:
     """The application, listening on `url`; `stop` ends it."""
 
-    def __init__(self, folder: Path, *, models: dict[str, Any] | None = None, port: int = 0, **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        models: dict[str, Any] | None = None,
+        port: int = 0,
+        graceful_seconds: int = 10,
+        **config: Any,
+    ) -> None:
         listening = socket.create_server(("127.0.0.1", port))
         self.port: int = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         limits = {"memory": 8 * GIB, "threads": 1, "cache_bytes": 1 << 24, **(models or {})}
         self.config = ServerConfig(ModelConfig(folder=folder, **limits), port=self.port, **config)
-        settings = uvicorn.Config(create_app(self.config), log_config=None, ws="none", timeout_graceful_shutdown=10)
-        self._server = uvicorn.Server(settings)
+        settings: dict[str, Any] = {"log_config": None, "ws": "none", "timeout_graceful_shutdown": graceful_seconds}
+        self._server = uvicorn.Server(uvicorn.Config(create_app(self.config), **settings))
         self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
         self._wait()

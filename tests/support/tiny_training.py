@@ -3,12 +3,13 @@
 Usage: python tiny_training.py FOLDER SEED COUNT
 Kills a run at COUNT random lines of the source, resumes each, and prints the digests of the final weights as JSON.
 
-Usage: torchrun tiny_training.py FOLDER
-Trains in several processes.
+Usage: torchrun tiny_training.py FOLDER | torchrun tiny_training.py FOLDER shard
+Trains in several processes, with all weights in each or with shards; with shards also resumed in the middle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,15 +23,16 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from training_data import samples
 
 import llm_edge.finetune
 from llm_edge.finetune.checkpoint_files import CheckpointFiles, Progress, remove_partial_files
-from llm_edge.finetune.distributed import Processes, processes
+from llm_edge.finetune.distributed import Processes, gather, processes, shard
 from llm_edge.finetune.lora import add_lora
 from llm_edge.finetune.options import FinetuneOptions
 from llm_edge.finetune.packing import Plan
-from llm_edge.finetune.training import Listener, train
+from llm_edge.finetune.training import Listener, Step, train
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.decoder import Decoder
 from llm_edge.model.rope import Rope
@@ -116,12 +118,39 @@ def killed_run(folder: Path, line: int) -> None:
     assert os.WIFSIGNALED(status), status
 
 
+def train_together(folder: Path, group: Processes, *, sharded: bool) -> None:
+    """Train in several processes."""
+    if not sharded:
+        run(folder, group=group)
+        return
+    decoder = tiny_decoder()
+    first = shard(decoder, group, "cpu")
+    with contextlib.suppress(KeyboardInterrupt):
+        run(folder, decoder, group=first, listener=Stop(4), gradient_checkpointing=True)
+    decoder = tiny_decoder()
+    run(folder, decoder, group=shard(decoder, group, "cpu"), resume=True, sample_answers=1)
+    gather(decoder)
+    if group.is_first:
+        save_file(dict(decoder.named_parameters()), folder / "gathered.safetensors")
+
+
+class Stop(Listener):
+    """Interrupts a run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step(self, step: Step) -> None:
+        if step.number == self._step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print the digest of a whole run, and those of the resumed ones; or train in several processes."""
     torch.set_num_threads(1)
-    if len(arguments) == 1:
+    if len(arguments) < 3:
         with processes("cpu") as group:
-            run(Path(arguments[0]), group=group)
+            train_together(Path(arguments[0]), group, sharded=len(arguments) == 2)
         return
     folder, seed, count = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     counter = LineCounter()

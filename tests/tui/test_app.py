@@ -60,7 +60,7 @@ def test_an_unknown_theme_is_reported(tmp_path: Path) -> None:
     async def scene() -> None:
         async with app_with(tmp_path, size=(160, 40)) as (app, pilot, _):
             assert app.theme == "llm-edge-dark"
-            await until(pilot, lambda: "unknown theme 'beige'" in " ".join(screen(app).split()))
+            await until(pilot, lambda: any("unknown theme 'beige'" in each.message for each in app._notifications))
 
     drive(scene())
     assert json.loads((tmp_path / "settings.json").read_text()) == {"theme": "beige"}

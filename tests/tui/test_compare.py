@@ -300,7 +300,7 @@ def test_two_models_answer_concurrently(tmp_path: Path) -> None:
     async def scene() -> None:
         other = FakeResponder("another " * 30, pause=0.002, name="other\x1b[31m", detail="int4")
         async with with_another(tmp_path, other) as (app, pilot, kept):
-            assert "other[31m · int4" in screen(app)
+            await until(pilot, lambda: "other[31m · int4" in screen(app))
             shown = await both(pilot, "Why?")
             assert "another another" in screen(app)
             assert not {"\x1b"} & {*screen(app)}

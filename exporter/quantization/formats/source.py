@@ -21,7 +21,7 @@ from llm_edge.exporter.graph.emitter import EmitContext, Emitter, split_suffix
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks
 from llm_edge.exporter.quantization.formats.base import WeightFormat
 from llm_edge.exporter.quantization.formats.blocks import block_emitter
-from llm_edge.model.block_weights import SOURCE_BLOCK, BlockKind
+from llm_edge.model.block_weights import BlockKind
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError
 
@@ -30,26 +30,27 @@ Offsets = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class OriginalBlocks(WeightFormat):
-    """Blocks of 32 weights of 4 or 8 bits as the source stores them, with one scale and perhaps one offset each."""
+    """Blocks of weights of 4 or 8 bits as the source stores them, with one scale and perhaps one offset each."""
 
     bits: int
+    size: int
     offsets: bool
 
     kind: ClassVar[str] = "original_blocks"
 
     @property
     def bytes_per_weight(self) -> float:
-        return 1.125  # upper bound: 8 bits and a float32 scale
+        return self.bits / 8 + (2 if self.offsets else 1) * 4 / self.size
 
     @property
     def label(self) -> str:
-        return f"int{self.bits}-{SOURCE_BLOCK}{'o' if self.offsets else ''}"
+        return f"int{self.bits}-{self.size}{'o' if self.offsets else ''}"
 
     def __str__(self) -> str:
-        return f"int{self.bits} blocks of {SOURCE_BLOCK}{', offsets' if self.offsets else ''}"
+        return f"int{self.bits} blocks of {self.size}{', offsets' if self.offsets else ''}"
 
     def quantize(self, weights: Mapping[str, Tensor], name: str) -> tuple[QuantizedBlocks, Offsets | None]:
-        """Read the blocks and their offsets, float32 [K / 32, N]."""
+        """Read the blocks and their offsets, float32 [K / block, N]."""
         assert isinstance(weights, Weights)
         source = weights.blocks(name)
         for values in (source.scales, source.offsets):
@@ -86,21 +87,21 @@ class Source(WeightFormat):
         return f"the source's own blocks, else {self.otherwise}"
 
     def for_source(self, kind: BlockKind | None) -> WeightFormat:
-        return self.otherwise if kind is None else OriginalBlocks(kind.bits, kind.offsets)
+        return self.otherwise if kind is None else OriginalBlocks(kind.bits, kind.size, kind.offsets)
 
     def emitter(self, context: EmitContext) -> Emitter[Source]:  # noqa: ARG002
         raise TypeError("call for_source first: a weight is stored in blocks or otherwise")
 
 
 class OriginalBlocksEmitter(Emitter[OriginalBlocks]):
-    """Blocks of 32 weights, and the contribution of their offsets if they have any."""
+    """Blocks of weights, and the contribution of their offsets if they have any."""
 
     def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
         nodes = self._block_emitter(self._format.bits).linear(x, weight, path, num_splits)
         if not self._format.offsets:
             return nodes
         products = nodes[-num_splits:]
-        blocks = self._editor.node("Reshape", [x, self._block_shape()], f"{path}/Blocks")  # [B, S, K / 32, 32]
+        blocks = self._editor.node("Reshape", [x, self._block_shape()], f"{path}/Blocks")  # [B, S, K / block, block]
         last = self._editor.constant("last", [-1])
         sums = self._editor.node("ReduceSum", [blocks.outputs[0], last], f"{path}/ReduceSum", keepdims=0)
         suffixes = [split_suffix(index, num_splits) for index in range(num_splits)]
@@ -122,7 +123,7 @@ class OriginalBlocksEmitter(Emitter[OriginalBlocks]):
         if nodes is None or not self._format.offsets:
             return nodes
         gathered = self._editor.node("Gather", [self._offsets(weight), ids], f"{path}/Offsets", axis=1)
-        transposed = self._editor.node(  # [B, S, K / 32]
+        transposed = self._editor.node(  # [B, S, K / block]
             "Transpose", [gathered.outputs[0]], f"{path}/Transpose", perm=[1, 2, 0]
         )
         last = self._editor.constant("last", [-1])
@@ -135,13 +136,14 @@ class OriginalBlocksEmitter(Emitter[OriginalBlocks]):
 
     def _block_emitter(self, bits: int) -> Emitter[BlockLayout]:
         context = dataclasses.replace(self._context, load=lambda name, _: self._load(name)[0])
-        return block_emitter(context, BlockLayout(bits, SOURCE_BLOCK, symmetric=True))
+        return block_emitter(context, BlockLayout(bits, self._format.size, symmetric=True))
 
     def _block_shape(self) -> ir.Value:
-        return self._editor.constant(f"blocks_of_{SOURCE_BLOCK}", [0, 0, -1, SOURCE_BLOCK])
+        size = self._format.size
+        return self._editor.constant(f"blocks_of_{size}", [0, 0, -1, size])
 
     def _offsets(self, weight: ir.Value, index: int = 0, num_splits: int = 1) -> ir.Value:
-        """Return the offsets of a split of the rows, float32 [K / 32, N]."""
+        """Return the offsets of a split of the rows, float32 [K / block, N]."""
         name = name_of(weight)
         rows, width = shape_of(weight)
         rows //= num_splits
@@ -152,4 +154,4 @@ class OriginalBlocksEmitter(Emitter[OriginalBlocks]):
             return np.ascontiguousarray(offsets[:, index * rows : (index + 1) * rows])
 
         initializer_name = f"{name}{split_suffix(index, num_splits)}.offsets"
-        return self._editor.initializer(initializer_name, ir.DataType.FLOAT, (width // SOURCE_BLOCK, rows), values)
+        return self._editor.initializer(initializer_name, ir.DataType.FLOAT, (width // self._format.size, rows), values)

@@ -25,26 +25,24 @@ def key_of(value: object) -> str:
 
 def any_of(options: Iterable[Schema]) -> Schema:
     """The union of schemas."""
-    kept: dict[str, Schema] = {}
-    for option in options:
-        if option is True:
-            return True
-        nested = option.get("anyOf", [option]) if isinstance(option, dict) else []
-        kept.update((key_of(each), each) for each in nested)
-    found = list(kept.values())
-    return found[0] if len(found) == 1 else {"anyOf": found} if found else False
+    return _combined("anyOf", options, decisive=True)
 
 
 def all_of(parts: Iterable[Schema]) -> Schema:
     """The intersection of schemas."""
+    return _combined("allOf", parts, decisive=False)
+
+
+def _combined(keyword: str, schemas: Iterable[Schema], *, decisive: bool) -> Schema:
+    """Combine schemas under a keyword, each once; `decisive` alone decides the result."""
     kept: dict[str, Schema] = {}
-    for part in parts:
-        if part is False:
-            return False
-        nested = part.get("allOf", [part]) if isinstance(part, dict) else []
+    for schema in schemas:
+        if schema is decisive:
+            return decisive
+        nested = schema.get(keyword, [schema]) if isinstance(schema, dict) else []
         kept.update((key_of(each), each) for each in nested)
     found = list(kept.values())
-    return found[0] if len(found) == 1 else {"allOf": found} if found else True
+    return found[0] if len(found) == 1 else {keyword: found} if found else not decisive
 
 
 def type_of(value: object) -> str:

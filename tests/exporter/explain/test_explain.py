@@ -256,7 +256,7 @@ def test_formats_of_all_recipes_have_short_unique_labels() -> None:
     }
     assert len({form.label for form in forms}) == len({str(form) for form in forms}) == len(forms)
     assert max(len(form.label) for form in forms) <= 10
-    assert OriginalBlocks(4, offsets=True).label == "int4-32o"
+    assert OriginalBlocks(4, 32, offsets=True).label == "int4-32o"
 
 
 # ---- the plot

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from mutate import mutations
@@ -196,3 +197,65 @@ def test_damaged_files_are_accepted_or_rejected_in_one_line(graph: Path) -> None
 def test_other_content_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
     refusal(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("between", ["", "Identity", "Transpose"])
+@pytest.mark.parametrize("width", [2, 4, 100])
+def test_concatenations_that_multiply_their_size_are_rejected(graph: Path, between: str, width: int) -> None:
+    def change(model: ModelProto) -> None:
+        value = "input_ids"
+        for i in range(7):
+            model.graph.node.append(helper.make_node("Concat", [value] * width, [f"joined{i}"], axis=1))
+            value = f"joined{i}"
+            if between:
+                model.graph.node.append(helper.make_node(between, [value], [f"between{i}"]))
+                value = f"between{i}"
+
+    assert "concatenated" in refusal(edited(graph, change))
+
+
+def test_concatenations_in_many_layers_are_accepted(graph: Path) -> None:
+    def change(model: ModelProto) -> None:
+        weight = onnx.numpy_helper.from_array(np.ones((4, 2), np.float32), "joined_weight")
+        model.graph.initializer.append(weight)
+        model.graph.node.append(helper.make_node("Cast", ["input_ids"], ["x0"], to=TensorProto.FLOAT))
+        for i in range(200):
+            model.graph.node.append(helper.make_node("Concat", [f"x{i}", f"x{i}"], [f"joined{i}"], axis=1))
+            model.graph.node.append(helper.make_node("MatMul", [f"joined{i}", "joined_weight"], [f"projected{i}"]))
+            model.graph.node.append(helper.make_node("Add", [f"projected{i}", f"x{i}"], [f"x{i + 1}"]))
+
+    check_graph(edited(graph, change))
+
+
+@pytest.mark.parametrize("value", [10**12, -(10**12), 0])
+@pytest.mark.parametrize("position", [0, 1])
+def test_ranges_that_do_not_count_tokens_are_rejected(graph: Path, value: int, position: int) -> None:
+    def change(model: ModelProto) -> None:
+        add = model.graph.node.append
+        add(helper.make_node("Constant", [], ["bound"], value_int=value))
+        add(helper.make_node("Constant", [], ["one"], value_int=1))
+        add(helper.make_node("Shape", ["input_ids"], ["shape"], start=1, end=2))
+        add(helper.make_node("Squeeze", ["shape"], ["size"]))
+        inputs = ["size", "size", "one"]
+        inputs[position] = "bound"
+        add(helper.make_node("Range", inputs, ["counted"]))
+
+    changed = edited(graph, change)
+    if value == 0 and position == 0:
+        check_graph(changed)
+    else:
+        assert "Range" in refusal(changed)
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Add", "Cast"])
+def test_ranges_over_computed_numbers_are_rejected(graph: Path, op_type: str) -> None:
+    def change(model: ModelProto) -> None:
+        add = model.graph.node.append
+        add(helper.make_node("Constant", [], ["zero"], value_int=0))
+        add(helper.make_node("Shape", ["input_ids"], ["shape"], start=1, end=2))
+        add(helper.make_node("Squeeze", ["shape"], ["size"]))
+        casts = {"to": TensorProto.FLOAT} if op_type == "Cast" else {}
+        add(helper.make_node(op_type, ["size"] * (1 if casts else 2), ["computed"], **casts))
+        add(helper.make_node("Range", ["zero", "computed", "size"], ["counted"]))
+
+    assert "Range" in refusal(edited(graph, change))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import subprocess
 import sys
@@ -285,3 +286,56 @@ def test_patterns_are_tried_in_a_process_with_limited_memory() -> None:
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, input="[]", capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "MemoryError"
+
+
+# ---- values of wrong types
+
+SPECS: dict[str, dict[str, Any]] = {
+    "BPE": {
+        "added_tokens": [{"id": 1, "content": "<x>", "special": True}],
+        "normalizer": {"type": "Sequence", "normalizers": [replace("a", "b"), {"type": "Prepend", "prepend": "_"}]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split("a+"), {"type": "FixedLength", "length": 3}]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
+            "special_tokens": {"<x>": {"id": "<x>", "ids": [1], "tokens": ["<x>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [replace("_", " "), {"type": "ByteFallback"}]},
+        "model": {"type": "BPE", "vocab": {"a": 0, "<x>": 1}, "merges": []},
+    },
+    "Unigram": {
+        "normalizer": charsmap(b"\0\4\0\0" + b"\0" * 1024),
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0]]},
+    },
+    "WordPiece": {
+        "model": {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0}, "max_input_chars_per_word": 100},
+    },
+}
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, inner in items for found in paths(inner, (*path, key)))]
+
+
+def replaced(spec: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = copy.copy(spec)
+    changed[path[0]] = replaced(spec[path[0]], path[1:], value)
+    return changed
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("value", [{}, [], [[]], {"a": 1}, "text", 5, -1, 1.5, 10**30, True, None], ids=repr)
+def test_values_of_any_type_are_accepted_or_rejected_in_one_line(name: str, value: Any) -> None:
+    for path in paths(SPECS[name]):
+        message = ""
+        try:
+            check_tokenizer(json.dumps(replaced(SPECS[name], path, value)), "tokenizer.json", 10)
+        except BundleError as error:
+            message = str(error)
+        assert not message or message.startswith("tokenizer.json: unusable tokenizer: ")
+        assert not message or message.isprintable()
