@@ -135,6 +135,7 @@ def test_the_command_compares_what_it_trained(
 
 def test_a_failed_export_is_one_line_and_leaves_the_earlier_bundle(samples: list[Sample], tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
+    (tmp_path / ".comparison-killed" / "new").mkdir(parents=True)
     with pytest.raises(InputError, match=f"llm-export failed for {tmp_path}: .*has no config.json"):
         export_and_compare(["start"], tmp_path, samples, lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
