@@ -62,7 +62,7 @@ bench: setup $(BUNDLE)/manifest.json
 	$(BIN)/llm-bench $(BUNDLE)
 
 bench-server: setup $(BUNDLE)/manifest.json
-	$(BIN)/python -m llm_edge.bench.server $(BUNDLE)
+	$(BIN)/python -m llm_edge.bench.server $(BUNDLE) --llama-server --drift 10
 
 bench-peers: setup $(BUNDLE)/manifest.json
 	$(BIN)/python -m llm_edge.bench.peers.run $(BUNDLE) --markdown .peers/results.md

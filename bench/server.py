@@ -1,8 +1,8 @@
 """`python -m llm_edge.bench.server BUNDLE`: throughput of llm-serve with streaming clients, and Python's share.
 
 Starts `llm-serve` on the bundle and lets 1, 4, 8 and 16 clients stream answers of the same length at the same time.
-With `--peer URL`, the same clients ask another server with OpenAI's API in turn, such as llama-server with the same
-weights.
+With `--llama-server`, the same clients ask llama-server with the same weights in turn, which is built at the first use;
+with `--peer URL` any other server with OpenAI's API. `--drift MINUTES` then lets 16 clients ask llm-serve for so long.
 
 Clients are coroutines of this process, so they use a part of the machine that both servers lose alike.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from llm_edge.runtime.errors import MachineError
 CLIENTS = (1, 4, 8, 16)
 TOKENS = 96
 ROUNDS = 3
+_CONTEXT = 1024  # tokens of each slot of llama-server; questions and answers have about 200
 _WORDS = "The history of the city begins with a small harbour at the mouth of a river, where ships from the north met. "
 
 
@@ -98,17 +101,14 @@ async def stream(server: Server, body: dict[str, Any]) -> tuple[float, float]:
         writer.close()
 
 
+def _body(beginning: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"{beginning}. {_WORDS * 4}"}]
+    return {"messages": messages, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
+
+
 async def together(server: Server, clients: int, salt: int) -> Sample:
     """Let clients stream at the same time; `salt` makes their prompts new, so that none is cached."""
-    bodies = [
-        {
-            "messages": [{"role": "user", "content": f"{salt} {number}. {_WORDS * 4}"}],
-            "max_tokens": TOKENS,
-            "ignore_eos": True,
-            "temperature": 0,
-        }
-        for number in range(clients)
-    ]
+    bodies = [_body(f"{salt} {number}") for number in range(clients)]
     inside, began = server.run_seconds(), time.perf_counter()
     moments = await asyncio.gather(*(stream(server, body) for body in bodies))
     seconds = max(end for _, end in moments) - began
@@ -159,21 +159,84 @@ def summary(samples: Sequence[Sample]) -> dict[str, float | None]:
     }
 
 
+async def drift(server: Server, minutes: float) -> dict[str, Any]:
+    """Let the largest number of clients ask for so long; returns answers, errors and the growth of memory.
+
+    The clients have four questions each, so that the cache is full when the memory is first measured, after a fifth of
+    the time.
+    """
+    began, answers, errors = time.monotonic(), 0, list[str]()
+
+    async def ask(client: int) -> None:
+        nonlocal answers
+        for number in itertools.count():
+            if time.monotonic() - began > 60 * minutes:
+                return
+            try:
+                await stream(server, _body(f"{client} {number % 4}"))
+            except (MachineError, OSError, EOFError) as error:
+                errors.append(str(error))
+                await asyncio.sleep(1)
+            else:
+                answers += 1
+
+    clients = [asyncio.create_task(ask(client)) for client in range(max(CLIENTS))]
+    await asyncio.sleep(12 * minutes)
+    settled = server.memory()
+    await asyncio.gather(*clients)
+    growth = server.memory() / settled - 1
+    return {"minutes": minutes, "answers": answers, "errors": errors[:10], "memory": settled, "memory_growth": growth}
+
+
+@contextlib.contextmanager
+def _llama_server(options: argparse.Namespace, threads: int) -> Iterator[Server]:
+    """llama-server with the weights that the bundle was exported from."""
+    from llm_edge.bench.peers.llama_server import built, quantized, running
+    from llm_edge.bench.peers.run import source_of
+    from llm_edge.runtime.bundle import Bundle
+
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    weights = source_of(options.source, Bundle.open(options.bundle)).gguf
+    programs = built(work, lambda text: print(text, file=sys.stderr, flush=True))
+    model = quantized(programs, weights, options.format, work)
+    with running(programs, model, threads, max(CLIENTS), _CONTEXT) as (url, process):
+        yield Server(url, "default", process)
+
+
 def _bench(options: argparse.Namespace) -> None:
-    with served(options.bundle.resolve(), options.precision, options.threads) as ours:
+    threads, endurance = options.threads, None
+    if options.llama_server and threads is None:  # the same for both
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(served(options.bundle.resolve(), options.precision, threads))
         servers = {"llm-serve": ours}
+        if options.llama_server:
+            servers["llama-server"] = stack.enter_context(_llama_server(options, threads))
         if options.peer is not None:
             servers["peer"] = Server(options.peer.rstrip("/"), options.peer_model)
         found = measure(servers, options.rounds)
+        if options.drift:
+            endurance = asyncio.run(drift(ours, options.drift))
     report = {name: {clients: summary(each) for clients, each in samples.items()} for name, samples in found.items()}
-    print(f"{'':10} {'clients':>7} {'tok/s':>8} {'first token, p95':>17} {'Python':>7}")
+    _print_table(report)
+    if endurance is not None:
+        print(
+            f"{endurance['minutes']:g} minutes of {max(CLIENTS)} clients: {endurance['answers']:,} answers, "
+            f"{len(endurance['errors'])} errors, memory {endurance['memory_growth']:+.1%}"
+        )
+    document = {"bundle": options.bundle.name, "precision": options.precision, "machine": machine(), "tokens": TOKENS}
+    document |= {"threads": threads, "rounds": options.rounds, "servers": report, "drift": endurance}
+    print(json.dumps(document))
+
+
+def _print_table(report: dict[str, dict[int, dict[str, float | None]]]) -> None:
+    print(f"{'':12} {'clients':>7} {'tok/s':>8} {'first token, p95':>17} {'Python':>7}")
     for name, by_clients in report.items():
         for clients, figures in by_clients.items():
             share = "" if figures["python_share"] is None else f"{figures['python_share']:.1%}"
             rate, first = figures["tokens_per_second"], figures["first_token_p95_s"]
-            print(f"{name:10} {clients:7} {rate:8,.0f} {first:15.2f} s {share:>7}")
-    document = {"bundle": options.bundle.name, "precision": options.precision, "machine": machine(), "tokens": TOKENS}
-    print(json.dumps({**document, "rounds": options.rounds, "servers": report}))
+            print(f"{name:12} {clients:7} {rate:8,.0f} {first:15.2f} s {share:>7}")
 
 
 def main() -> None:
@@ -183,8 +246,13 @@ def main() -> None:
     parser.add_argument("--precision", help="default: int8, if available")
     parser.add_argument("--threads", type=int, help="per operator; default: physical cores")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each; medians are reported")
+    parser.add_argument("--llama-server", action="store_true", help="measure llama-server too; built at the first use")
+    parser.add_argument("--source", type=Path, help="GGUF that the bundle was exported from; default: SmolLM2's")
+    parser.add_argument("--format", default="Q8_0", help="of the weights in llama-server; default: Q8_0")
+    parser.add_argument("--work", type=Path, default=Path(".peers"), help="folder for llama-server")
     parser.add_argument("--peer", metavar="URL", help="another server with OpenAI's API, such as http://127.0.0.1:8080")
     parser.add_argument("--peer-model", metavar="NAME", default="default", help="the model that it serves")
+    parser.add_argument("--drift", type=float, default=0.0, metavar="MINUTES", help="then look for growth of memory")
     options = parser.parse_args()
     sys.exit(run(lambda: _bench(options), native_output=True))
 

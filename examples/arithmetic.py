@@ -1,8 +1,8 @@
 """Writes an untrained model of the original project's family, and arithmetic with reasoning to train it on.
 
     python examples/arithmetic.py arithmetic
-    llm-finetune arithmetic/model arithmetic/data.jsonl -o arithmetic/trained --method full --lr 3e-3 --epochs 12 \
-        --batch-size 64 --max-length 128
+    llm-finetune arithmetic/model arithmetic/data.jsonl -o arithmetic/trained --method full --lr 3e-3 --epochs 5 \
+        --batch-size 32 --max-length 128
     llm-export arithmetic/trained -o arithmetic/bundle
     llm-chat arithmetic/bundle --ask "What is 47 + 85?"
 

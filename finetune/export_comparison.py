@@ -16,6 +16,7 @@ from llm_edge.finetune.data.sample import Sample
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.errors import InputError, LlmEdgeError, MachineError, ParityError
 from llm_edge.runtime.model import Model
+from llm_edge.runtime.safe_io import write_atomically
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.answer_stream import AnswerStream
 from llm_edge.runtime.text.prompts import PromptFormat, PromptProcessor
@@ -25,6 +26,7 @@ PRECISIONS = ("int8", "int4")
 SHORT_ANSWER = 32  # tokens; longer answers can be right in many ways
 MAX_QUESTIONS = 50  # that are answered, for each bundle and precision
 _SHOWN = 3  # questions whose answers are kept
+_TEMPORARY = ".comparison-"
 _EXPORT = "import sys; sys.argv[0] = 'llm-export'; from llm_edge.exporter.cli import main; main()"
 _ERRORS: dict[int, type[LlmEdgeError]] = {1: ParityError, 2: InputError, 3: MachineError}
 
@@ -94,7 +96,9 @@ def export_and_compare(
         ParityError: a graph does not compute what the model computes.
         MachineError: disk or memory is full.
     """
-    with tempfile.TemporaryDirectory(prefix=".comparison-", dir=trained) as temporary:
+    for left in trained.glob(f"{_TEMPORARY}*"):  # by a comparison that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=trained) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         report(f"exporting and verifying the trained model ({', '.join(PRECISIONS)})")
         _export([str(trained)], new, "--validate")
@@ -113,7 +117,7 @@ def export_and_compare(
         new.rename(found.bundle)
     content = {**dataclasses.asdict(found), "bundle": found.bundle.name, "worse": found.worse}
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    (trained / "comparison.json").write_text(f"{text}\n", encoding="utf-8")
+    write_atomically(trained / "comparison.json", f"{text}\n".encode())
     return found
 
 

@@ -100,6 +100,15 @@ class Usage:
         """Prompt and answers together."""
         return self.prompt_tokens + self.completion_tokens
 
+    def and_of(self, other: Usage) -> Usage:
+        """This usage and that of a request with another prompt."""
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
+
     def plus(self, timings: Timings) -> Usage:
         """This usage and one more answer to the same prompt."""
         return Usage(

@@ -18,6 +18,7 @@ from llm_edge.server.upstream_config import read_upstreams
 SECRET = ("api_key",)
 """Options that are never shown."""
 _MIN_KEY = 8  # characters
+_SERVER, _MODELS, _JOBS = ServerConfig(), ModelConfig(), JobConfig()  # the defaults
 
 
 class Provider(StrEnum):
@@ -45,13 +46,13 @@ class ServeOptions:
     annotation holds the help text and the range.
     """
 
-    models: Annotated[Path, Option(metavar="DIR", help="Folder of bundles.")] = Path("artifacts")
+    models: Annotated[Path, Option(metavar="DIR", help="Folder of bundles.")] = _MODELS.folder
     model: Annotated[str | None, Option(metavar="NAME", help="Default model. Default: the first.")] = None
     precision: Annotated[
         str | None, Option(help="Precision where a request names none. Default: int8, if available.")
     ] = None
-    host: Annotated[str, Option(help="Address to listen on; other than loopback needs a key.")] = "127.0.0.1"
-    port: Annotated[int, Option(min=0, max=65_535, help="Port to listen on; 0 = a free one.")] = 8000
+    host: Annotated[str, Option(help="Address to listen on; other than loopback needs a key.")] = _SERVER.host
+    port: Annotated[int, Option(min=0, max=65_535, help="Port to listen on; 0 = a free one.")] = _SERVER.port
     api_key: Annotated[
         list[str], Option(help="Key that requests have to carry; repeatable. Visible in ps: prefer --api-key-file.")
     ] = field(default_factory=list, repr=False)
@@ -66,8 +67,8 @@ class ServeOptions:
         float | None,
         Option(metavar="GB", min=0.1, max=1e6, help="Memory for all models. Default: half of the machine's."),
     ] = None
-    parallel: Annotated[int, Option(min=1, max=1024, help="Answers generated at the same time.")] = 8
-    queue: Annotated[int, Option(min=0, max=1024, help="Requests that may wait for each model.")] = 64
+    parallel: Annotated[int, Option(min=1, max=1024, help="Answers generated at the same time.")] = _MODELS.parallel
+    queue: Annotated[int, Option(min=0, max=1024, help="Requests that may wait for each model.")] = _MODELS.queue
     threads: Annotated[int | None, Option(min=1, max=1024, help="Threads per operator. Default: physical cores.")] = (
         None
     )
@@ -78,7 +79,9 @@ class ServeOptions:
     allow_downloads: Annotated[
         bool, Option("--allow-downloads", help="Let clients add models of the Hugging Face Hub by their id.")
     ] = False
-    max_upload: Annotated[float, Option(metavar="GB", min=0.001, max=1e6, help="Size limit of an upload.")] = 20.0
+    max_upload: Annotated[float, Option(metavar="GB", min=0.001, max=1e6, help="Size limit of an upload.")] = (
+        _JOBS.max_upload / 1e9
+    )
     upstreams: Annotated[
         Path | None, Option(metavar="FILE", help="YAML file of OpenAI-compatible servers to offer models of.")
     ] = None
@@ -87,7 +90,7 @@ class ServeOptions:
     ] = None
     drain_seconds: Annotated[
         float, Option(min=0, max=3600, help="How long running answers may continue after SIGTERM.")
-    ] = 30.0
+    ] = _SERVER.drain_seconds
     log_level: Annotated[LogLevel, Option(help="access: one line per request, without its content.")] = LogLevel.INFO
 
     def to_config(self, generation: Mapping[str, Any] | None = None) -> ServerConfig:
@@ -102,14 +105,13 @@ class ServeOptions:
             raise ParameterError(
                 f"--host {self.host} can be reached from other machines: add --api-key-file or --api-key"
             )
-        defaults = ModelConfig()
         models = ModelConfig(
             folder=self.models,
             default=self.model,
             precision=self.precision,
             provider=self.provider,
             threads=self.threads,
-            memory=int(self.memory * GIB) if self.memory is not None else defaults.memory,
+            memory=int(self.memory * GIB) if self.memory is not None else _MODELS.memory,
             parallel=self.parallel,
             queue=self.queue,
             cache_dir=self.cache_dir,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from llm_edge.server.errors import ApiError
+from llm_edge.server.errors import ApiError, api_error
 
 T = TypeVar("T")
 _CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
@@ -32,19 +33,63 @@ def sse(value: Any, event: str | None = None) -> bytes:
     return f"{head}data: {dumps(value)}\n\n".encode("utf-8", "replace")
 
 
-def event_stream(events: AsyncIterator[bytes], keepalive: float) -> StreamingResponse:
-    """A response of server-sent events; a comment is sent after `keepalive` seconds without one."""
-    return StreamingResponse(_kept_alive(events, keepalive), media_type="text/event-stream", headers=_HEADERS)
+async def _nothing() -> None:
+    pass
 
 
-def ndjson_stream(lines: AsyncIterator[Any]) -> StreamingResponse:
-    """A response of JSON values, one per line."""
+class _Stream(StreamingResponse):
+    """A streamed response that calls `close` at the end, also if the client left before the first piece was made."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], media_type: str, close: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(pieces, media_type=media_type, headers=_HEADERS)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._close()
+
+
+def event_stream(
+    events: AsyncIterator[bytes],
+    keepalive: float,
+    failed: Callable[[ApiError], bytes] = lambda _error: b"",
+    close: Callable[[], Awaitable[None]] = _nothing,
+) -> StreamingResponse:
+    """A response of server-sent events.
+
+    Args:
+        events: the events.
+        keepalive: seconds without an event after which a comment is sent.
+        failed: writes an error of `events` as the last event.
+        close: called at the end, however it comes.
+    """
+    return _Stream(_kept_alive(_with_error(events, failed), keepalive), "text/event-stream", close)
+
+
+def ndjson_stream(
+    lines: AsyncIterator[Any], failed: Callable[[ApiError], Any], close: Callable[[], Awaitable[None]] = _nothing
+) -> StreamingResponse:
+    """A response of JSON values, one per line; arguments as for `event_stream`."""
 
     async def encoded() -> AsyncIterator[bytes]:
-        async for line in lines:
+        async for line in _with_error(lines, failed):
             yield f"{dumps(line)}\n".encode("utf-8", "replace")
 
-    return StreamingResponse(encoded(), media_type="application/x-ndjson", headers=_HEADERS)
+    return _Stream(encoded(), "application/x-ndjson", close)
+
+
+async def _with_error(pieces: AsyncIterator[T], failed: Callable[[ApiError], T]) -> AsyncIterator[T]:
+    """The pieces, and an error as the last one, because the status has been sent already."""
+    try:
+        async for piece in pieces:
+            yield piece
+    except Exception as error:  # noqa: BLE001 (every error becomes a piece)
+        yield failed(api_error(error))
+    finally:
+        with contextlib.suppress(Exception):
+            await pieces.aclose()  # type: ignore[attr-defined]
 
 
 async def _kept_alive(events: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:

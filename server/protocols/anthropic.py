@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from llm_edge.server.errors import ApiError, api_error, error_route, invalid
+from llm_edge.server.errors import ApiError, error_route, invalid
 from llm_edge.server.events import (
     Completed,
     Event,
@@ -173,7 +173,7 @@ async def create_message(body: CreateMessage, request: Request) -> Response:
     asked = body.to_request()
     running = await unless_disconnected(request, start_chat(state.pool, asked))
     if body.stream:
-        return event_stream(_stream(running), state.config.keepalive)
+        return event_stream(_stream(running), state.config.keepalive, _stream_error, running.close)
     (answer,) = await unless_disconnected(request, running.collect())
     stop, sequence = _ending(answer.finish, running)
     message = _message(running, _blocks(answer), stop, sequence)
@@ -278,19 +278,19 @@ class _Blocks:
         return [*signed, sse({"type": "content_block_stop", "index": self._number}, "content_block_stop")]
 
 
+def _stream_error(error: ApiError) -> bytes:
+    return sse(error_body(error), "error")
+
+
 async def _stream(running: RunningRequest) -> AsyncIterator[bytes]:
     begun = {**_message(running, [], None, None), "usage": {**_usage(Usage(running.prompt_tokens)), "output_tokens": 1}}
     yield sse({"type": "message_start", "message": begun}, "message_start")
     blocks, finish = _Blocks(), Finish.STOP
-    try:
-        async for event in running.events():
-            for written in blocks.events(event):
-                yield written
-            if isinstance(event, Completed):
-                finish = event.finish
-    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes an event)
-        yield sse(error_body(api_error(error)), "error")
-        return
+    async for event in running.events():
+        for written in blocks.events(event):
+            yield written
+        if isinstance(event, Completed):
+            finish = event.finish
     stop, sequence = _ending(finish, running)
     delta = {"stop_reason": stop, "stop_sequence": sequence}
     yield sse({"type": "message_delta", "delta": delta, "usage": _usage(running.usage)}, "message_delta")

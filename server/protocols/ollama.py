@@ -19,7 +19,7 @@ from llm_edge.runtime.results import Timings
 from llm_edge.runtime.sampling.constraint import Constraint
 from llm_edge.server.adding import add_download, hub_model_name, is_hub_id
 from llm_edge.server.embeddings import embed
-from llm_edge.server.errors import ApiError, api_error, error_route, invalid
+from llm_edge.server.errors import ApiError, error_route, invalid
 from llm_edge.server.events import Completed, Finish, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStarted
 from llm_edge.server.generation import start_chat, start_text
 from llm_edge.server.jobs import Job
@@ -100,7 +100,7 @@ async def chat(body: Chat, request: Request) -> Response:
     asked = ChatRequest(body.model, messages, overrides, tool_use(body.tools, None), 1, variables)
     running = await unless_disconnected(request, start_chat(state.pool, asked))
     if body.stream:
-        return ndjson_stream(_chat_lines(running, body.model))
+        return ndjson_stream(_chat_lines(running, body.model), error_body, running.close)
     (answer,) = await unless_disconnected(request, running.collect())
     message = _said(answer.text)
     if answer.reasoning:
@@ -126,7 +126,7 @@ async def generate(body: Generate, request: Request) -> Response:
         start = start_chat(state.pool, ChatRequest(body.model, messages, overrides, template_variables=variables))
     running = await unless_disconnected(request, start)
     if body.stream:
-        return ndjson_stream(_generate_lines(running, body.model))
+        return ndjson_stream(_generate_lines(running, body.model), error_body, running.close)
     (answer,) = await unless_disconnected(request, running.collect())
     found = {**_head(body.model), "response": answer.text, **_ending(running, answer.finish)}
     if answer.reasoning:
@@ -148,38 +148,32 @@ def _call(name: str, arguments: str) -> dict[str, Any]:
 
 async def _chat_lines(running: RunningRequest, model: str) -> AsyncIterator[dict[str, Any]]:
     calls: list[tuple[str, list[str]]] = []
-    try:
-        async for event in running.events():
-            match event:
-                case TextDelta(_, text, _) if text:
-                    yield {**_head(model), "message": _said(text), "done": False}
-                case ReasoningDelta(_, text):
-                    yield {**_head(model), "message": {**_said(""), "thinking": text}, "done": False}
-                case ToolCallStarted(_, _, _, name):
-                    calls.append((name, []))
-                case ToolCallDelta(_, number, arguments):
-                    calls[number][1].append(arguments)
-                case Completed(_, finish, _):
-                    if calls:
-                        written = [_call(name, "".join(parts)) for name, parts in calls]
-                        yield {**_head(model), "message": {**_said(""), "tool_calls": written}, "done": False}
-                    yield {**_head(model), "message": _said(""), **_ending(running, finish)}
-    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes a line)
-        yield error_body(api_error(error))
+    async for event in running.events():
+        match event:
+            case TextDelta(_, text, _) if text:
+                yield {**_head(model), "message": _said(text), "done": False}
+            case ReasoningDelta(_, text):
+                yield {**_head(model), "message": {**_said(""), "thinking": text}, "done": False}
+            case ToolCallStarted(_, _, _, name):
+                calls.append((name, []))
+            case ToolCallDelta(_, number, arguments):
+                calls[number][1].append(arguments)
+            case Completed(_, finish, _):
+                if calls:
+                    written = [_call(name, "".join(parts)) for name, parts in calls]
+                    yield {**_head(model), "message": {**_said(""), "tool_calls": written}, "done": False}
+                yield {**_head(model), "message": _said(""), **_ending(running, finish)}
 
 
 async def _generate_lines(running: RunningRequest, model: str) -> AsyncIterator[dict[str, Any]]:
-    try:
-        async for event in running.events():
-            match event:
-                case TextDelta(_, text, _) if text:
-                    yield {**_head(model), "response": text, "done": False}
-                case ReasoningDelta(_, text):
-                    yield {**_head(model), "response": "", "thinking": text, "done": False}
-                case Completed(_, finish, _):
-                    yield {**_head(model), "response": "", **_ending(running, finish)}
-    except Exception as error:  # noqa: BLE001 (as above)
-        yield error_body(api_error(error))
+    async for event in running.events():
+        match event:
+            case TextDelta(_, text, _) if text:
+                yield {**_head(model), "response": text, "done": False}
+            case ReasoningDelta(_, text):
+                yield {**_head(model), "response": "", "thinking": text, "done": False}
+            case Completed(_, finish, _):
+                yield {**_head(model), "response": "", **_ending(running, finish)}
 
 
 def _ending(running: RunningRequest, finish: Finish) -> dict[str, Any]:
@@ -336,7 +330,7 @@ async def pull(body: Pull, request: Request) -> Response:
     job = None if present else add_download(state, source, "", "" if tag == "latest" else tag)
     lines = _pull_lines(state, job)
     if body.stream:
-        return ndjson_stream(lines)
+        return ndjson_stream(lines, error_body)
     last = [line async for line in lines][-1]
     if "error" in last:
         raise ApiError(500, last["error"], "export_failed")

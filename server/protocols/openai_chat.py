@@ -6,8 +6,6 @@ https://platform.openai.com/docs/api-reference/chat. Further fields: see `sampli
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,11 +14,18 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from llm_edge.server.errors import api_error, error_route, invalid
+from llm_edge.server.errors import error_route, invalid
 from llm_edge.server.events import Completed, Event, ReasoningDelta, TextDelta, ToolCallDelta, ToolCallStarted
 from llm_edge.server.generation import start_chat
 from llm_edge.server.messages import chat_messages, tool_use
-from llm_edge.server.protocols.openai_common import error_body, finish_reason, logprobs_content, usage
+from llm_edge.server.protocols.openai_common import (
+    error_body,
+    finish_reason,
+    head,
+    logprobs_content,
+    stream_error,
+    usage,
+)
 from llm_edge.server.request import ChatRequest, choices, reasoning_overrides, sampling_overrides
 from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
@@ -83,41 +88,28 @@ async def chat_completions(body: ChatCompletion, request: Request) -> Response:
     running = await unless_disconnected(request, start_chat(state.pool, body.to_request()))
     if body.stream:
         options = body.stream_options or {}
-        return event_stream(_stream(running, options), state.config.keepalive)
+        return event_stream(_stream(running, options), state.config.keepalive, stream_error, running.close)
     return JSONResponse(await unless_disconnected(request, _whole(running)))
-
-
-def _head(running: RunningRequest, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": running.model,
-        "system_fingerprint": running.fingerprint,
-    }
 
 
 async def _stream(running: RunningRequest, options: Mapping[str, Any]) -> AsyncIterator[bytes]:
     with_usage = bool(options.get("include_usage"))
     continuous = bool(options.get("continuous_usage_stats"))
-    head = {**_head(running, "chat.completion.chunk"), **({"usage": None} if with_usage else {})}
+    shared = {**head(running, "chatcmpl", "chat.completion.chunk"), **({"usage": None} if with_usage else {})}
     begun: set[int] = set()
-    try:
-        async for event in running.events():
-            delta = _delta(running, event)
-            if event.choice not in begun:
-                begun.add(event.choice)
-                first = {"role": "assistant", "content": ""}
-                yield sse({**head, "choices": [_choice(event.choice, first)]})
-            chunk: dict[str, Any] = {**head, "choices": [delta]}
-            if with_usage and continuous:
-                so_far = replace(running.usage, completion_tokens=running.generated_tokens)
-                chunk["usage"] = usage(so_far)
-            yield sse(chunk)
-        if with_usage:
-            yield sse({**head, "choices": [], "usage": usage(running.usage)})
-    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes an event)
-        yield sse(error_body(api_error(error)))
+    async for event in running.events():
+        delta = _delta(running, event)
+        if event.choice not in begun:
+            begun.add(event.choice)
+            first = {"role": "assistant", "content": ""}
+            yield sse({**shared, "choices": [_choice(event.choice, first)]})
+        chunk: dict[str, Any] = {**shared, "choices": [delta]}
+        if with_usage and continuous:
+            so_far = replace(running.usage, completion_tokens=running.generated_tokens)
+            chunk["usage"] = usage(so_far)
+        yield sse(chunk)
+    if with_usage:
+        yield sse({**shared, "choices": [], "usage": usage(running.usage)})
     yield DONE
 
 
@@ -164,4 +156,4 @@ async def _whole(running: RunningRequest) -> dict[str, Any]:
         found.append(
             {"index": number, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(answer.finish)}
         )
-    return {**_head(running, "chat.completion"), "choices": found, "usage": usage(running.usage)}
+    return {**head(running, "chatcmpl", "chat.completion"), "choices": found, "usage": usage(running.usage)}

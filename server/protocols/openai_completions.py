@@ -5,8 +5,6 @@ https://platform.openai.com/docs/api-reference/completions
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -17,11 +15,11 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_edge.runtime.sampling.logprobs import TokenLogprob
 from llm_edge.runtime.text.token_text import token_text
-from llm_edge.server.errors import api_error, error_route, invalid
+from llm_edge.server.errors import error_route, invalid
 from llm_edge.server.events import Completed, TextDelta, Usage
 from llm_edge.server.generation import start_text
 from llm_edge.server.models import ModelPool
-from llm_edge.server.protocols.openai_common import error_body, finish_reason, usage
+from llm_edge.server.protocols.openai_common import error_body, finish_reason, head, stream_error, usage
 from llm_edge.server.request import TextRequest, choices, sampling_overrides
 from llm_edge.server.running import RunningRequest
 from llm_edge.server.state import server_state
@@ -76,7 +74,8 @@ async def completions(body: Completion, request: Request) -> Response:
     running = await unless_disconnected(request, _start_all(state.pool, asked))
     if body.stream:
         with_usage = bool((body.stream_options or {}).get("include_usage"))
-        return event_stream(_stream(running[0], with_usage, body.echo), state.config.keepalive)
+        events = _stream(running[0], with_usage, body.echo)
+        return event_stream(events, state.config.keepalive, stream_error, running[0].close)
     return JSONResponse(await unless_disconnected(request, _whole(running, bool(body.echo))))
 
 
@@ -93,34 +92,21 @@ async def _start_all(pool: ModelPool, asked: list[TextRequest]) -> list[RunningR
     raise AssertionError("unreachable")
 
 
-def _head(running: RunningRequest) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{secrets.token_hex(12)}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": running.model,
-        "system_fingerprint": running.fingerprint,
-    }
-
-
 async def _stream(running: RunningRequest, with_usage: bool, echo: bool | None) -> AsyncIterator[bytes]:
-    head, position = _head(running), 0
-    try:
-        if echo:
-            yield sse({**head, "choices": [_choice(0, running.prompt_text)]})
-        async for event in running.events():
-            match event:
-                case TextDelta(choice, text, logprobs):
-                    found = _choice(choice, text)
-                    found["logprobs"] = _logprobs(running, logprobs, position)
-                    position += len(text)
-                    yield sse({**head, "choices": [found]})
-                case Completed(choice, finish, _):
-                    yield sse({**head, "choices": [_choice(choice, "", finish_reason(finish))]})
-        if with_usage:
-            yield sse({**head, "choices": [], "usage": usage(running.usage)})
-    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes an event)
-        yield sse(error_body(api_error(error)))
+    shared, position = head(running, "cmpl", "text_completion"), 0
+    if echo:
+        yield sse({**shared, "choices": [_choice(0, running.prompt_text)]})
+    async for event in running.events():
+        match event:
+            case TextDelta(choice, text, logprobs):
+                found = _choice(choice, text)
+                found["logprobs"] = _logprobs(running, logprobs, position)
+                position += len(text)
+                yield sse({**shared, "choices": [found]})
+            case Completed(choice, finish, _):
+                yield sse({**shared, "choices": [_choice(choice, "", finish_reason(finish))]})
+    if with_usage:
+        yield sse({**shared, "choices": [], "usage": usage(running.usage)})
     yield DONE
 
 
@@ -137,14 +123,8 @@ async def _whole(running: list[RunningRequest], echo: bool) -> dict[str, Any]:
             choice = _choice(len(found), prompt + answer.text, finish_reason(answer.finish))
             choice["logprobs"] = _logprobs(each, answer.logprobs, len(prompt))
             found.append(choice)
-        used = each.usage
-        total = Usage(
-            total.prompt_tokens + used.prompt_tokens,
-            total.completion_tokens + used.completion_tokens,
-            total.reasoning_tokens + used.reasoning_tokens,
-            total.cached_tokens + used.cached_tokens,
-        )
-    return {**_head(running[0]), "choices": found, "usage": usage(total)}
+        total = total.and_of(each.usage)
+    return {**head(running[0], "cmpl", "text_completion"), "choices": found, "usage": usage(total)}
 
 
 def _logprobs(running: RunningRequest, logprobs: Iterable[TokenLogprob], start: int) -> dict[str, Any] | None:

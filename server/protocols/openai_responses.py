@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from llm_edge.server.errors import api_error, error_route, invalid
+from llm_edge.server.errors import ApiError, error_route, invalid
 from llm_edge.server.events import (
     Completed,
     Event,
@@ -135,7 +135,7 @@ async def responses(body: CreateResponse, request: Request) -> Response:
     running = await unless_disconnected(request, start_chat(state.pool, body.to_request()))
     output = _Output(body, running)
     if body.stream:
-        return event_stream(_stream(running, output), state.config.keepalive)
+        return event_stream(_stream(running, output), state.config.keepalive, output.failed, running.close)
 
     async def whole() -> dict[str, Any]:
         async for event in running.events():
@@ -152,7 +152,7 @@ class _Output:
         self._body = body
         self._id = f"resp_{secrets.token_hex(16)}"
         self._created = int(time.time())
-        self._model = running.model
+        self._running = running
         self._items: list[dict[str, Any]] = []
         self._open = ""  # what the latest item is
         self._finish: Finish | None = None
@@ -177,7 +177,7 @@ class _Output:
             "incomplete_details": details,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "model": self._model,
+            "model": self._running.model,
             "output": self._items,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
@@ -196,6 +196,11 @@ class _Output:
         number = self._sequence
         self._sequence += 1
         return sse({"type": kind, "sequence_number": number, **fields}, kind)
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last event of a stream that failed."""
+        reason = {"code": error.code or "server_error", "message": error.message}
+        return self.event("response.failed", response=self.response(self._running.usage, reason))
 
     def add(self, event: Event) -> list[bytes]:
         """Add an event to the response; returns the events of the stream."""
@@ -282,14 +287,8 @@ def _usage(used: Usage) -> dict[str, Any]:
 async def _stream(running: RunningRequest, output: _Output) -> AsyncIterator[bytes]:
     yield output.event("response.created", response=output.response())
     yield output.event("response.in_progress", response=output.response())
-    try:
-        async for event in running.events():
-            for written in output.add(event):
-                yield written
-    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes an event)
-        failed = api_error(error)
-        reason = {"code": failed.code or "server_error", "message": failed.message}
-        yield output.event("response.failed", response=output.response(running.usage, reason))
-        return
+    async for event in running.events():
+        for written in output.add(event):
+            yield written
     response = output.response(running.usage)
     yield output.event(f"response.{response['status']}", response=response)

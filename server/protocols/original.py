@@ -143,22 +143,23 @@ async def chat_stream(body: Chat, request: Request) -> Response:
     state = server_state(request)
     await _current(request)
     running = await unless_disconnected(request, start_chat(state.pool, body.to_request(state.current)))
-    response = event_stream(_stream(running), state.config.keepalive)
+    response = event_stream(_stream(running), state.config.keepalive, _failed, running.close)
     response.headers["content-type"] = "text/plain; charset=utf-8"
     return response
 
 
 async def _stream(running: RunningRequest) -> AsyncIterator[bytes]:
-    try:
-        async for event in running.events():
-            match event:
-                case TextDelta(_, text, _) if text:
-                    yield _data(text)
-                case ReasoningDelta() | Completed():
-                    pass
-    except Exception as error:  # noqa: BLE001 (the status has been sent, so the error becomes an event)
-        yield b"event: error\n" + _data(api_error(error).message)
+    async for event in running.events():
+        match event:
+            case TextDelta(_, text, _) if text:
+                yield _data(text)
+            case ReasoningDelta() | Completed():
+                pass
     yield DONE
+
+
+def _failed(error: ApiError) -> bytes:
+    return b"event: error\n" + _data(error.message) + DONE
 
 
 def _data(text: str) -> bytes:

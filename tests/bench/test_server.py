@@ -18,13 +18,16 @@ def test_a_table_and_a_json_document_are_printed(tiny_bundle: Path) -> None:
     try:
         command = [sys.executable, "-m", "llm_edge.bench.server", str(tiny_bundle), "--precision", "fp32"]
         command += ["--rounds", "1", "--threads", "1", "--peer", peer.url, "--peer-model", tiny_bundle.name]
+        command += ["--drift", "0.02"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     finally:
         peer.stop()
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     report = json.loads(last)
-    assert len(table) == 1 + 2 * len(CLIENTS)
+    assert len(table) == 1 + 2 * len(CLIENTS) + 1
+    assert report["drift"]["answers"] > 0
+    assert report["drift"]["errors"] == []
     assert report["servers"].keys() == {"llm-serve", "peer"}
     for by_clients in report["servers"].values():
         assert list(by_clients) == [str(clients) for clients in CLIENTS]

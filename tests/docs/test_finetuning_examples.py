@@ -78,3 +78,19 @@ def test_the_untrained_model_is_of_the_original_family(arithmetic: Path) -> None
     assert len(digits) == 3  # each digit is a token
     dataset = load_samples(arithmetic / "data.jsonl", encoder, DataOptions(max_length=128))
     assert (len(dataset.train), len(dataset.evaluation), dataset.duplicates) == (475, 25, 0)
+
+
+def test_the_options_in_the_documentation_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_edge.finetune.cli import app, check_app
+
+    shown = ""
+    for command in (app, check_app):
+        with pytest.raises(SystemExit):
+            command(["--help"])
+        shown += capsys.readouterr().out
+    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if "llm-finetune " in line]
+    options = {option for line in lines for option in re.findall(r" (--[a-z][a-z-]+)", line)}
+    options |= set(re.findall(r"`(--(?!apply)[a-z][a-z-]+)", text))
+    assert len(options) > 15
+    assert [option for option in sorted(options) if option not in shown] == []

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import tiny
-from chat_data import encoder_of, samples_of
+from calling import call
+from chat_data import encoder_of, samples_of, write_rows
 
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions
 from llm_edge.finetune import export_comparison
+from llm_edge.finetune.cli import main
 from llm_edge.finetune.data.sample import Sample
 from llm_edge.finetune.export_comparison import export_and_compare, measure, print_comparison
 from llm_edge.runtime import Model, SamplingParams
@@ -112,8 +115,27 @@ def test_a_better_bundle_is_kept_and_a_worse_one_set_apart(
     assert f"worse in {', '.join(found.worse)}: it is kept in {trained / 'bundle-worse'}" in capsys.readouterr().out
 
 
+def test_the_command_compares_what_it_trained(
+    bundles: list[Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"data": [f"Q{i}", "A"]} for i in range(6)]
+    data, trained = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "trained"
+    exported_as(monkeypatch, {str(tiny_checkpoint): bundles[0], str(trained): bundles[1]})
+    options = ("-o", trained, "--steps", "1", "--threads", "1", "--export")
+    code, out, err = call(main, capsys, "llm-finetune", tiny_checkpoint, data, *options)
+    assert code == 0, err
+    assert "comparing on 1 evaluation samples: int4" in err
+    assert re.search(r"int8 +\d\.\d{4} +\d\.\d{4} +\d of 1 +\d of 1\n", out)
+    assert {"adapter", "comparison.json", "model.safetensors"} < {path.name for path in trained.iterdir()}
+
+
 def test_a_failed_export_is_one_line_and_leaves_the_earlier_bundle(samples: list[Sample], tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
+    (tmp_path / ".comparison-killed" / "new").mkdir(parents=True)
     with pytest.raises(InputError, match=f"llm-export failed for {tmp_path}: .*has no config.json"):
         export_and_compare(["start"], tmp_path, samples, lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -137,6 +137,8 @@ def added_tokens(spec: dict[str, Any], rng: random.Random) -> str:
 def odd_bpe(spec: dict[str, Any], rng: random.Random) -> str:
     """Odd settings, ids and merges of the BPE model."""
     model = spec["model"]
+    if not isinstance(model.get("vocab"), dict):  # an earlier change made it a Unigram model
+        return "nothing"
     how = rng.choice(("prefix", "suffix", "fallback", "unk", "dropout", "merges", "ids", "no type", "huge id", "empty"))
     if how in ("prefix", "suffix"):
         model["continuing_subword_prefix" if how == "prefix" else "end_of_word_suffix"] = rng.choice(CONTENTS)

@@ -13,6 +13,8 @@ import original
 import pytest
 import tiny
 from chat_data import encoder_of, random_rows, samples_of, texts_of
+from test_chat_template import TEMPLATES
+from test_tokenizer import CONFIG, SPECIALS, byte_level
 
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions
@@ -20,6 +22,9 @@ from llm_edge.finetune.data.encoding import ConversationEncoder
 from llm_edge.finetune.data.formats import parse_row
 from llm_edge.finetune.data.problems import RowError
 from llm_edge.runtime import Model
+from llm_edge.runtime.bundle import ReasoningTags
+from llm_edge.runtime.text.prompts import PromptFormat, PromptProcessor
+from llm_edge.runtime.text.tokenizer import Tokenizer
 
 QWEN3 = """{%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -250,3 +255,34 @@ def test_a_template_that_rejects_a_conversation_is_a_problem_of_the_row(reasonin
     ]
     with pytest.raises(RowError, match="this model has no role tool"):
         samples_of(reasoning, row)
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("chatml", ["Hello!<|im_end|>", "Because.<|im_end|>"]),
+        ("llama3", ["Hello!<|eot_id|>", "Because.<|eot_id|>"]),
+        ("mistral", [" Hello!</s>", " Because.</s>"]),
+        ("gemma", ["Hello!<end_of_turn>", "Because.<end_of_turn>"]),
+        ("qwen3", ["<think>\n\n</think>\n\nHello!<|im_end|>", "<think>\nHm\n</think>\n\nBecause.<|im_end|>"]),
+    ],
+)
+def test_answers_continue_the_prompts_of_many_families(name: str, answers: list[str], tmp_path: Path) -> None:
+    byte_level(SPECIALS).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_files(tmp_path / "tokenizer.json", CONFIG, TEMPLATES[name])
+    ends = [tokenizer.token_id(text) for text in ("</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")]
+    reasoning = ReasoningTags("<think>", "</think>") if name == "qwen3" else None
+    prompt_format = PromptFormat(tmp_path, tokenizer.vocab_size, 4096, {"eos_token_id": ends}, reasoning)
+    encoder = ConversationEncoder(PromptProcessor(prompt_format, tokenizer), 4096)
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "Because."},
+    ]
+    if reasoning is not None:
+        messages[3]["thinking"] = "Hm"
+    for i, answer in ((1, answers[0]), (3, answers[1])):
+        last = samples_of(encoder, {"messages": messages[: i + 1]})[-1]
+        assert list(last.prompt) == encoder.prompts.encode_chat(messages[:i])
+        assert tokenizer.decode(last.answer, skip_special=False) == answer
