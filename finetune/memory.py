@@ -19,6 +19,7 @@ from llm_edge.runtime.errors import MachineError
 
 _PROBE = 128  # tokens
 _OVERHEAD = 36_000_000  # bytes: buffers of the matrix library, gaps between allocations
+_FRAGMENTATION = 1.25  # of glibc's heap, measured at the size of SmolLM2
 _STATES = 3  # gradient and the two moments of AdamW, each as large as the parameters
 
 
@@ -56,7 +57,7 @@ def estimate(
     per_token = layers * stream + per_layer + working if checkpointing else layers * per_layer + working
     head = decoder.lm_head.weight
     loss = CHUNK * item + (head.numel() * item if head.requires_grad and not config.tie_word_embeddings else 0)
-    return Estimate(states, round(per_token * row_tokens), loss + _OVERHEAD)
+    return Estimate(states, round(_FRAGMENTATION * per_token * row_tokens), loss + _OVERHEAD)
 
 
 def check_fit(needed: int, available: int | None, remedy: str) -> None:
