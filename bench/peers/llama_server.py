@@ -53,7 +53,8 @@ def built(work: Path, progress: Callable[[str], None]) -> Path:
     for name, content in environment.files.items():
         (folder / name).write_text(content, encoding="utf-8")
     log = folder / "install.log"
-    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--no-binary=:all:", "-d", str(folder)]
+    name = _PACKAGE.partition("==")[0]
+    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", f"--no-binary={name}", "-d", str(folder)]
     call([*pip, _PACKAGE], log, _NAME)
     _unpack(next(folder.glob("*.tar.gz")), folder / "source")
     flags = {"CXXFLAGS": environment.variables["CXXFLAGS"].format(folder=folder)}

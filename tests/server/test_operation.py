@@ -194,8 +194,10 @@ def test_a_full_queue_answers_429_with_retry_after(models_folder: Path) -> None:
         with ThreadPoolExecutor(2) as pool:
             pool.submit(hold)
             pool.submit(hold)
-            until(refuses)
-            stop.set()
+            try:
+                until(refuses)
+            finally:
+                stop.set()
         refused = answers[-1]
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
