@@ -95,13 +95,13 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(template, list):
             if not all(isinstance(entry, dict) for entry in template):
                 raise CheckpointError(f"{where}: chat_template is not a list of named templates")
-            found = {entry.get("name"): entry.get("template") for entry in template}
+            found = {str(entry.get("name")): entry.get("template") for entry in template}
         elif template is not None:
             found = {"default": template}
     if len(found) > _MAX_TEMPLATES:
         raise CheckpointError(f"{folder}: {len(found)} chat templates; the limit is {_MAX_TEMPLATES}")
     for name, template in found.items():
-        if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
+        if not _TEMPLATE_NAME.fullmatch(name):
             raise CheckpointError(
                 f"{folder}: the chat template name {short_repr(name)} is not letters, digits, - and _"
             )
@@ -142,7 +142,8 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if key.endswith("_token") and isinstance(text, str) and text:
             named[key] = text
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    for number, value in enumerate(extra.values() if isinstance(extra, Mapping) else extra):
+    values = extra.values() if isinstance(extra, Mapping) else extra if isinstance(extra, list) else ()
+    for number, value in enumerate(values):
         text = value.get("content") if isinstance(value, Mapping) else value
         if isinstance(text, str) and text:
             named[f"extra_special_tokens[{number}]"] = text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from json_values import ODD, with_value
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -17,7 +18,7 @@ from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.runtime import Model, SamplingParams
-from llm_edge.runtime.errors import CheckpointError, TemplateError
+from llm_edge.runtime.errors import CheckpointError, LlmEdgeError, TemplateError
 from llm_edge.runtime.text.tokenizer import Tokenizer
 
 Export = Callable[..., tuple[int, str, str]]
@@ -308,3 +309,34 @@ def test_without_transformers_the_remedy_is_named(folder: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"to convert tokenizer\.model, pip install transformers"):
         read_folder(folder)
+
+
+# ---- values of wrong types
+
+FURTHER: dict[str, dict[str, Any]] = {
+    "config.json": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "generation_config.json": {"bad_words_ids": [[1]], "suppress_tokens": [1], "eos_token_id": [1, 2]},
+    "tokenizer_config.json": {
+        "extra_special_tokens": ["<x>"],
+        "added_tokens_decoder": {"5": {"content": "<x>"}},
+        "chat_template": [{"name": "default", "template": "x"}],
+    },
+    "special_tokens_map.json": {"bos_token": {"content": "<x>"}, "additional_special_tokens": ["<x>"]},
+    "added_tokens.json": {"<x>": 321},
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_values_of_any_type_are_accepted_or_rejected_in_one_line(name: str, folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    path = folder / name
+    original = (read(path) if path.exists() else {}) | FURTHER[name]
+    for value in ODD:
+        for content in with_value(original, value):
+            write(path, json.dumps(content))
+            message = ""
+            try:
+                open_checkpoint(str(folder), SourceOptions(), lambda _: None)
+            except LlmEdgeError as error:
+                message = str(error)
+            assert "\n" not in message
