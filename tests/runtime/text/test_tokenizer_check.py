@@ -294,7 +294,10 @@ SPECS: dict[str, dict[str, Any]] = {
     "BPE": {
         "added_tokens": [{"id": 1, "content": "<x>", "special": True}],
         "normalizer": {"type": "Sequence", "normalizers": [replace("a", "b"), {"type": "Prepend", "prepend": "_"}]},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(min(KNOWN)), {"type": "FixedLength", "length": 3}]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split(min(KNOWN)), {"type": "FixedLength", "length": 3}],
+        },
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"Sequence": {"id": "A", "type_id": 0}}],
