@@ -56,14 +56,14 @@ def finetune(
             return
         result = runs.finetune(model, data, options)
         if result is not None:
-            _print_result(result)
+            _print_result(result, exported=options.export)
             if options.export:
                 _export(model, options, result)
 
     raise typer.Exit(run(command))
 
 
-def _print_result(result: Result) -> None:
+def _print_result(result: Result, *, exported: bool) -> None:
     from llm_edge.finetune.report import bar_plot
 
     progress = result.progress
@@ -80,7 +80,7 @@ def _print_result(result: Result) -> None:
     if result.adapter is not None:
         print(f"Adapter: {result.adapter}")
     if result.model:
-        print(f"Model: {result.output}    Export it: llm-export {result.output}")
+        print(f"Model: {result.output}" + ("" if exported else f"    Export it: llm-export {result.output}"))
 
 
 def _export(model: str, options: FinetuneOptions, result: Result) -> None:
