@@ -20,7 +20,8 @@ from llm_edge.runtime.scheduling.counters import Counters
 from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence, common_prefix
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
-# A chunk of a prompt, while others decode, should take this many times as long as a decode step.
+# A chunk of a prompt, while others decode, should take this many times as long as a decode step, and longer where more
+# prompts wait than sequences decode: short chunks cost throughput, which then matters to more callers than the gap.
 _MIN_CHUNK_RATIO, _MAX_CHUNK_RATIO = 1.0, 1.4
 _WORTH_WAITING = 8 * CHUNK_ALIGNMENT  # shared prefix that another prompt is about to compute, in tokens
 
@@ -90,25 +91,33 @@ class Scheduler:
             self._cancel(request)
 
     def _prefill(self) -> None:
-        """Compute a chunk of one prompt; prompts take turns."""
+        """Compute a chunk of one prompt: in turn, of the oldest and of the one that is complete soonest."""
         prompts = [request for request in self.active if request.sequence.prefilling]
         if not prompts:
             return
         self._turn += 1
-        request = prompts[self._turn % len(prompts)]
-        others = len(prompts) < len(self.active)
+        request = prompts[0] if self._turn % 2 else min(prompts, key=lambda each: each.sequence.prompt_left)
+        decoding = len(self.active) - len(prompts)
         began = time.perf_counter()
-        tokens = self._pending(request, self._chunk if others else PREFILL_CHUNK)
+        tokens = self._pending(request, self._chunk if decoding else PREFILL_CHUNK)
         if not tokens:
             return
         self._extend(request, tokens, 1)
         seconds = time.perf_counter() - began
         self._counters.prefill_steps += 1
         self._counters.prefill_seconds += seconds
-        if others and seconds < _MIN_CHUNK_RATIO * self._decode_step:
-            self._chunk = min(self._chunk + CHUNK_ALIGNMENT, PREFILL_CHUNK)
-        elif others and seconds > _MAX_CHUNK_RATIO * self._decode_step:
-            self._chunk = max(self._chunk - CHUNK_ALIGNMENT, CHUNK_ALIGNMENT)
+        if decoding:
+            self._adapt_chunk(len(tokens), seconds, self._decode_step * max(1.0, len(prompts) / decoding))
+
+    def _adapt_chunk(self, tokens: int, seconds: float, wanted: float) -> None:
+        """Adapt the number of tokens in a chunk to what a chunk took, given what it should take."""
+        if tokens == self._chunk and seconds < _MIN_CHUNK_RATIO * wanted:
+            faster = max(CHUNK_ALIGNMENT, self._chunk // 2) if seconds < 0.5 * wanted else CHUNK_ALIGNMENT
+            self._chunk = min(self._chunk + faster, PREFILL_CHUNK)
+        elif seconds > _MAX_CHUNK_RATIO * wanted:
+            slower = max(CHUNK_ALIGNMENT, self._chunk // 4) if seconds > 2.0 * wanted else CHUNK_ALIGNMENT
+            self._chunk = max(self._chunk - slower, CHUNK_ALIGNMENT)
+        self._chunk -= self._chunk % CHUNK_ALIGNMENT
 
     def _decode(self) -> None:
         """Generate the next token of every sequence, or several where draft tokens are accepted."""

@@ -83,6 +83,11 @@ class TokenSequence:
         """Whether part of the prompt is still to be computed."""
         return self.computed < self._prompt_length
 
+    @property
+    def prompt_left(self) -> int:
+        """Number of prompt tokens still to be computed."""
+        return self._prompt_length - self.computed
+
     def adjust(self, params: SamplingParams) -> None:
         """Use other parameters from the next step on, except the constraint. Thread-safe."""
         self._next_params = params
