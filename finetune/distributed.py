@@ -63,6 +63,11 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return bool(shared.item())
 
+    def wait(self) -> None:
+        """Return when all processes have called this."""
+        if self.count > 1:
+            dist.barrier()
+
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[Processes]:

@@ -151,9 +151,10 @@ class _Run:
         self.listener.on_evaluation(progress.step, loss, best, answers)
 
     def save(self) -> None:
-        """Write a complete checkpoint."""
+        """Write a complete checkpoint; no process returns before it is written."""
         if self.processes.is_first or self.processes.sharded:
             self.files.save(self.progress, self.parameters, self.optimizer, write=self.processes.is_first)
+        self.processes.wait()  # torchrun ends all processes as soon as one leaves
 
 
 @contextlib.contextmanager

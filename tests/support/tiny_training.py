@@ -17,13 +17,15 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from training_data import samples
 
 import llm_edge.finetune
@@ -63,6 +65,14 @@ def tiny_decoder(*, lora: bool = False) -> Decoder:
     return decoder
 
 
+class SlowFiles(CheckpointFiles):
+    """Checkpoints on a slow disk: a process that does not write is ahead of the one that does."""
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        time.sleep(0.3)
+        super()._write(name, tensors, content)
+
+
 def run(
     folder: Path,
     decoder: Decoder | None = None,
@@ -76,7 +86,8 @@ def run(
     decoder = decoder or tiny_decoder()
     chosen = dataclasses.replace(OPTIONS, **options)
     plan = Plan(samples(20), chosen.batch_size, chosen.row_tokens, chosen.seed)
-    files = CheckpointFiles(folder, {"learning_rate": chosen.learning_rate})
+    kind = SlowFiles if group is not None else CheckpointFiles
+    files = kind(folder, {"learning_rate": chosen.learning_rate})
     held = samples(evaluation, seed=9)
     return decoder, train(decoder, plan, held, chosen, files, listener or Listener(), group or Processes())
 
