@@ -16,7 +16,7 @@ import typer
 from llm_edge.exporter.options import ExportOptions, FileFormat
 from llm_edge.runtime.command import given_on_command_line, print_version, run, with_options
 from llm_edge.runtime.errors import InputError, ParameterError
-from llm_edge.runtime.installation import install_hint
+from llm_edge.runtime.installation import imports_of_extra
 
 if TYPE_CHECKING:
     from llm_edge.exporter.results import Report
@@ -99,12 +99,8 @@ def _export(
     started = time.monotonic()
     with _ProgressDisplay(progress) as display:
         display.update("reading", None, source)
-        try:
+        with imports_of_extra("llm-export", "export"):
             from llm_edge.exporter.export import export as export_bundle
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("llm_edge"):
-                raise  # our own module: installing the extra would not help
-            raise InputError(f"llm-export needs {error.name}: {install_hint('export')}") from error
         report = export_bundle(source, options, display.update)
     seconds = time.monotonic() - started
     if show_bundle is not None:

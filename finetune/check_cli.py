@@ -9,8 +9,7 @@ import typer
 
 from llm_edge.finetune.data.options import DataOptions
 from llm_edge.runtime.command import run, with_options
-from llm_edge.runtime.errors import InputError
-from llm_edge.runtime.installation import install_hint
+from llm_edge.runtime.installation import imports_of_extra
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -21,13 +20,6 @@ def check(
     data: Annotated[Path, typer.Argument(help="JSONL file, one conversation per line.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint that will be trained, as for llm-export.")],
     options: DataOptions,
-    config: Annotated[
-        Path | None, typer.Option(help="For a bare state dict: its config.yaml, params.json or config.json.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="For a bare state dict: folder with tokenizer.json, or with …vocab.json and …merges.txt."),
-    ] = None,
     row: Annotated[
         int | None, typer.Option(min=1, help="Show the samples of this line, with the trained tokens in colour.")
     ] = None,
@@ -35,18 +27,14 @@ def check(
     """Check a data file: list every problem with its line, duplicates and lengths."""
 
     def command() -> None:
-        try:
+        with imports_of_extra("llm-finetune", "train"):
             from llm_edge.finetune.data.encoding import open_encoder
             from llm_edge.finetune.data.load import read_data
             from llm_edge.finetune.data.report import print_report, print_row
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("llm_edge"):
-                raise  # our own module: installing the extra would not help
-            raise InputError(f"llm-finetune needs {error.name}: {install_hint('train')}") from error
         from rich.console import Console
 
         console = Console(highlight=False)
-        encoder = open_encoder(model, options.max_length, config, tokenizer)
+        encoder = open_encoder(model, options)
         file = read_data(data, encoder, options.long)
         if row is not None:
             print_row(file, row, encoder.prompts.tokenizer, console)

@@ -11,8 +11,7 @@ import typer
 from llm_edge.finetune.check_cli import app as check_app
 from llm_edge.finetune.options import FinetuneOptions
 from llm_edge.runtime.command import print_version, run, with_options
-from llm_edge.runtime.errors import InputError
-from llm_edge.runtime.installation import install_hint
+from llm_edge.runtime.installation import imports_of_extra
 
 if TYPE_CHECKING:
     from llm_edge.finetune.run import Result
@@ -45,12 +44,8 @@ def finetune(
     """Fine-tune a checkpoint on conversations."""
 
     def command() -> None:
-        try:
+        with imports_of_extra("llm-finetune", "train"):
             from llm_edge.finetune import run as runs
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("llm_edge"):
-                raise  # our own module: installing the extra would not help
-            raise InputError(f"llm-finetune needs {error.name}: {install_hint('train')}") from error
         if find_lr:
             print(f"Suggested: --learning-rate {runs.find_lr(model, data, options):.1e}")
             return

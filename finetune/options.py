@@ -110,13 +110,6 @@ class FinetuneOptions(DataOptions):
     ] = False
     threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: one per core.")] = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Write TensorBoard events to the output folder.")] = False
-    config: Annotated[
-        Path | None, Option(help="For a bare state dict: its config.yaml, params.json or config.json.")
-    ] = None
-    tokenizer: Annotated[
-        Path | None,
-        Option(help="For a bare state dict: folder with tokenizer.json, or with …vocab.json and …merges.txt."),
-    ] = None
     force: Annotated[bool, Option("--force", help="Start anew in an output folder that has an earlier run.")] = False
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import tokenizers
 import torch
@@ -14,8 +14,11 @@ from llm_edge.finetune.lora import add_lora, lora_layers
 from llm_edge.finetune.options import FinetuneOptions, Method, Precision
 from llm_edge.finetune.saving import Naming, lora_rows
 from llm_edge.model.decoder import Decoder
-from llm_edge.model.weights import EMBEDDING
+from llm_edge.model.weights import EMBEDDING, HEAD
 from llm_edge.runtime.errors import CheckpointError, ParameterError
+
+EMBEDDINGS = (EMBEDDING, "embed_positions.weight", HEAD)
+"""Matrices without weight decay."""
 
 _FEW_TOKENS = 64  # embeddings trained with LoRA: beyond, training all weights is meant
 
@@ -66,7 +69,7 @@ class _Finite(Mapping[str, Tensor]):
             )
         return weight
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint.weights)
 
     def __len__(self) -> int:
@@ -99,7 +102,3 @@ def _train_embeddings(decoder: Decoder, tokens: list[int]) -> None:
     for weight in weights:
         weight.requires_grad_(True)
         weight.register_hook(lambda gradient: gradient * mask)  # type: ignore[no-untyped-call]
-
-
-EMBEDDINGS = (EMBEDDING, "embed_positions.weight", "lm_head.weight")
-"""Parameters without weight decay besides vectors."""

@@ -1,10 +1,29 @@
-"""`install_hint`: the command that installs an optional part of this package, wherever it was installed from."""
+"""How to install the optional parts of this package, and what to say where one is missing."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+from llm_edge.runtime.errors import InputError
+
 _NAME = "llm-edge"
+
+
+@contextlib.contextmanager
+def imports_of_extra(command: str, extra: str) -> Iterator[None]:
+    """Report a failing import in this block as a missing extra that a command needs.
+
+    Raises:
+        InputError: a library is not installed; the message names it and the remedy.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("llm_edge"):
+            raise  # our own module: installing the extra would not help
+        raise InputError(f"{command} needs {error.name}: {install_hint(extra)}") from error
 
 
 def install_hint(extra: str) -> str:

@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from llm_edge.runtime.command import given_on_command_line, print_version, run, with_options
-from llm_edge.runtime.errors import InputError
-from llm_edge.runtime.installation import install_hint
+from llm_edge.runtime.installation import imports_of_extra
 from llm_edge.server.options import ServeOptions
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -40,13 +39,9 @@ def serve(
     }
 
     def command() -> None:
-        try:
+        with imports_of_extra("llm-serve", "serve"):
             from llm_edge.server.config_file import ConfigFile, dump_config, merged, read_config
             from llm_edge.server.process import serve_forever
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("llm_edge"):
-                raise  # our own module: installing the extra would not help
-            raise InputError(f"llm-serve needs {error.name}: {install_hint('serve')}") from error
         file = read_config(config) if config is not None else ConfigFile()
         for note in file.notes:
             print(f"note: {note}", file=sys.stderr)

@@ -13,6 +13,7 @@ from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.finetune.data.formats import Conversation
+from llm_edge.finetune.data.options import DataOptions
 from llm_edge.finetune.data.problems import RowError
 from llm_edge.finetune.data.sample import Sample
 from llm_edge.runtime.errors import CheckpointError, ContextLengthError, InputError
@@ -53,17 +54,15 @@ def prompt_processor(checkpoint: Checkpoint) -> PromptProcessor:
     return PromptProcessor(prompt_format, tokenizer)
 
 
-def open_encoder(
-    model: str, max_length: int, config: Path | None = None, tokenizer: Path | None = None
-) -> ConversationEncoder:
-    """The encoder of a model that is named as for llm-export; `config` and `tokenizer` are those of a bare state dict.
+def open_encoder(model: str, options: DataOptions) -> ConversationEncoder:
+    """The encoder of a model that is named as for llm-export.
 
     Raises:
         InputError: it cannot be opened, or its tokenizer or chat template cannot be used.
     """
-    options = SourceOptions(StateDictOptions(config=config, tokenizer=tokenizer))
-    checkpoint = open_checkpoint(model, options, lambda message: print(message, file=sys.stderr))
-    return ConversationEncoder(prompt_processor(checkpoint), max_length)
+    source = SourceOptions(StateDictOptions(config=options.config, tokenizer=options.tokenizer))
+    checkpoint = open_checkpoint(model, source, lambda message: print(message, file=sys.stderr))
+    return ConversationEncoder(prompt_processor(checkpoint), options.max_length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class LongConversations(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """Options of reading a data file."""
+    """Options of reading a data file, which needs the tokenizer of the model."""
 
     max_length: Annotated[
         int, Option(min=8, help="Maximum number of tokens of a conversation; at most the model's context.")
@@ -35,3 +35,10 @@ class DataOptions:
         Path | None, Option(help="JSONL file of conversations for evaluation, in place of a share of the data.")
     ] = None
     split_seed: Annotated[int, Option(min=0, help="Seed of the choice of conversations for evaluation.")] = 0
+    config: Annotated[
+        Path | None, Option(help="For a bare state dict: its config.yaml, params.json or config.json.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        Option(help="For a bare state dict: folder with tokenizer.json, or with …vocab.json and …merges.txt."),
+    ] = None
