@@ -88,15 +88,16 @@ class Graph:
         self.provider = provider
         self.step_seconds = execution.step_seconds
         try:
-            # onnxruntime's own provider fallback prints to stdout.
-            self.inference = ort.InferenceSession(
-                file.path,
-                _session_options(provider, execution),
-                providers=_EXECUTION_PROVIDERS[provider],
-                enable_fallback=0,
-                # It would copy a shared embedding; the fused graphs have nothing else to fold.
-                disabled_optimizers=["ConstantFolding"] if file.share_buffer else [],
-            )
+            with memory_hints.releasing(file.path.with_name(f"{file.path.name}_data")):
+                # onnxruntime's own provider fallback prints to stdout.
+                self.inference = ort.InferenceSession(
+                    file.path,
+                    _session_options(provider, execution),
+                    providers=_EXECUTION_PROVIDERS[provider],
+                    enable_fallback=0,
+                    # It would copy a shared embedding; the fused graphs have nothing else to fold.
+                    disabled_optimizers=["ConstantFolding"] if file.share_buffer else [],
+                )
         except MemoryError as error:
             raise MachineError(f"{file.path}: not enough memory to load it") from error
         except Exception as error:
@@ -107,10 +108,9 @@ class Graph:
         self.has_hidden_states = any(node.name == HIDDEN_STATES for node in self.inference.get_outputs())
         self.cache_dtype = self._check_signature()
         self.cache_device = self._device_of(f"past_key_values.{self.cache_names[0]}")
-        if provider == "cpu":
-            memory_hints.release(file.path.with_name(f"{file.path.name}_data"))
-            if execution.spinning:  # takes 0.2 s for 150 MB: concurrently with the first steps, not before them
-                threading.Thread(target=memory_hints.collapse_pages, name="llm-edge-huge-pages", daemon=True).start()
+        if provider == "cpu" and execution.spinning:
+            # Takes 0.2 s for 150 MB: concurrently with the first steps, not before them.
+            threading.Thread(target=memory_hints.collapse_pages, name="llm-edge-huge-pages", daemon=True).start()
 
     @property
     def limit(self) -> int:

@@ -2,20 +2,24 @@
 
 Decoding reads all weights for every token; with pages of 4 KiB much of that time is address translation
 (bench/RESULTS.md), so `collapse_pages` moves onnxruntime's packed weights to huge pages (MADV_COLLAPSE, Linux 6.1).
-onnxruntime also keeps weights mapped that a second operator reads (an embedding shared with the head): `release` frees
-their pages, which are read from the file again when needed.
+onnxruntime also keeps weights mapped that a second operator reads (an embedding shared with the head): `releasing`
+frees their pages, which are read from the file again when needed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = 2 << 20
 _MADV_DONTNEED, _MADV_COLLAPSE = 4, 25
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_releasing = threading.Lock()
 _FULL = 0.9  # fraction of a region that must be resident: collapsing allocates the rest
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ (\S+) (\d+) *(.*)$")
 
@@ -41,7 +45,7 @@ def collapse_pages() -> int:
             return 0
     except OSError:
         return 0
-    return sum(size for start, size in _regions(read_smaps()) if advise(start, size, _MADV_COLLAPSE))
+    return sum(size for start, size in _regions(_read("/proc/self/smaps")) if advise(start, size, _MADV_COLLAPSE))
 
 
 def _regions(text: str) -> list[tuple[int, int]]:
@@ -58,26 +62,36 @@ def _regions(text: str) -> list[tuple[int, int]]:
     return found
 
 
-def release(path: Path) -> int:
-    """Release this process's clean pages of a mapped file; returns how many bytes, and never raises."""
+@contextmanager
+def releasing(path: Path) -> Iterator[None]:
+    """After the block, release the clean pages of the mappings of a file that were made in it.
+
+    Older mappings are left alone: another thread may unmap one while this one reads /proc/self/smaps, and memory
+    allocated at its address since would be cleared. For the same reason one block runs at a time.
+    """
     try:
         name = str(path.resolve())
     except (OSError, RuntimeError):
-        return 0
-    regions = [region for region in parse_smaps(read_smaps()) if region.name == name and not region.dirty]
-    return sum(region.resident for region in regions if advise(region.start, region.size, _MADV_DONTNEED))
+        yield
+        return
+    with _releasing:
+        older = {region.start for region in parse_smaps(_read("/proc/self/maps"))}
+        yield
+        for region in parse_smaps(_read("/proc/self/smaps")):
+            if region.name == name and not region.dirty and region.start not in older:
+                advise(region.start, region.size, _MADV_DONTNEED)
 
 
-def read_smaps() -> str:
-    """The content of /proc/self/smaps; empty where there is none."""
+def _read(path: str) -> str:
+    """The content of a file of proc(5); empty where there is none."""
     try:
-        return Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
 def parse_smaps(smaps: str) -> list[Region]:
-    """The regions in the content of /proc/self/smaps."""
+    """The regions in the content of /proc/self/smaps, or of /proc/self/maps, which lacks what is in memory."""
     found: list[Region] = []
     for line in smaps.splitlines():
         header = _HEADER.match(line)
