@@ -30,9 +30,10 @@ demo: setup $(BUNDLE)/manifest.json
 	@echo "Open the chat with:  $(BIN)/llm-chat"
 
 # Two processes share two cores: a thread of one that waits must not spin where the other could compute.
+# Without --max-worker-restart 0, pytest-xdist 3.8 waits forever after a test has crashed its process.
 test: export OMP_WAIT_POLICY := passive
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 lint: setup
 	$(BIN)/ruff format --check .
