@@ -85,7 +85,8 @@ def test_a_terminated_run_resumes_to_the_model_of_a_whole_one(
         assert process.stderr is not None
         shown = process.stderr.read()
         assert process.wait() == 130, shown
-    assert "continue with --resume" in shown
+    assert "stopping: a checkpoint will be saved" in shown
+    assert "continue with the same command and --resume" in shown
     assert not (tmp_path / "part" / "config.json").exists()
     assert llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "part", *words, "--resume")[0] == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
@@ -202,3 +203,37 @@ def test_help_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--find-lr" in done.stdout
+
+
+def test_a_resumed_run_has_the_options_of_the_interrupted_one(
+    llm_finetune: Command, tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [{"data": ["Who?", "Me."]}])
+    chosen = ("--lr", "1e-2", "--rank", "4", "--schedule", "constant", "--long", "skip", "--evaluation-data", other)
+    assert llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", *QUICK, *chosen)[0] == 0
+    code, shown, progress = llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", "--resume", "--threads", "1")
+    assert code == 0, progress
+    assert "of 4 steps" in shown
+    code, _, progress = llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", "--resume", "--rank", "8")
+    assert code == 2
+    assert progress.splitlines()[-1].startswith("error: --resume: --rank differs from the interrupted run (4, now 8)")
+
+
+def test_a_learning_rate_is_searched_with_the_checks_of_a_run(
+    llm_finetune: Command, tiny_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_edge.finetune.run.available_memory", lambda device: 10**6)
+    code, shown, progress = llm_finetune(tiny_checkpoint, data, "--find-lr")
+    assert (code, shown) == (3, "")
+    assert "error: training needs about" in progress
+
+
+def test_a_data_file_or_a_bundle_is_no_model(llm_finetune: Command, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    for model, message in (
+        (data, "is no model: give the model first, then the data file"),
+        (tmp_path, "is a bundle, which cannot be trained: give the checkpoint that it was made from"),
+    ):
+        expected = (2, "", f"error: {model} {message}\n")
+        assert llm_finetune(model, data) == expected
+        assert llm_finetune("check", data, "--model", model) == expected

@@ -197,10 +197,10 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
 
 def test_the_suggested_learning_rate_is_where_the_loss_falls_fastest() -> None:
     losses = [4.0, 4.0, 3.9, 3.5, 2.8, 2.6, 2.6, 5.0]
-    trials = [Trial(10.0 ** (index - 6), loss) for index, loss in enumerate(losses)]
+    trials = [Trial(index + 1, 10.0 ** (index - 6), loss) for index, loss in enumerate(losses)]
     assert suggest(trials) == pytest.approx(1e-3)
     with pytest.raises(ParameterError, match="did not fall"):
-        suggest([Trial(1e-6, 1.0), Trial(1e-5, 2.0)])
+        suggest([Trial(1, 1e-6, 1.0), Trial(2, 1e-5, 2.0)])
 
 
 def test_a_learning_rate_is_found_for_a_model() -> None:
