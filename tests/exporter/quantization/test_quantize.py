@@ -253,7 +253,7 @@ def test_bytes_per_weight_predicts_the_file_size(tiny_bundle: Path, tiny_checkpo
         HEAD
     ).bytes_per_weight
     size = sum(path.stat().st_size for path in (tiny_bundle / "onnx").glob(f"{made.stem}.onnx*"))
-    assert predicted <= size <= 1.25 * predicted + 40_000  # the graph itself
+    assert predicted <= size <= 1.25 * predicted + 45_000  # the graph itself
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
