@@ -102,14 +102,16 @@ class Rope:
         """Number of tokens above which the second half of the tables is used; 0 if the tables have no second half."""
         return self.scaling.original_length if isinstance(self.scaling, LongRopeScaling) else 0
 
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of positions 0 to `length` - 1, both float32 [length, dim / 2].
+    @property
+    def amplitude(self) -> float:
+        """Factor of cosines and sines."""
+        return self.scaling.amplitude if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
 
-        With `LongRopeScaling` they are [2 * length, dim / 2]: first for the short divisors, then for the long ones.
-        """
+    def frequencies(self) -> Tensor:
+        """Return the angles per position, float32 [1, dim / 2]; with `LongRopeScaling` [2, dim / 2], short and long."""
         exponents = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
         bases = self.theta**exponents
-        frequencies, amplitude = 1.0 / bases, 1.0
+        frequencies = 1.0 / bases
         match self.scaling:
             case LinearScaling(factor):
                 frequencies = frequencies / factor
@@ -119,16 +121,22 @@ class Rope:
                 frequencies = _llama3(frequencies, self.scaling)
             case YarnScaling():
                 frequencies = _yarn(bases, self.theta, self.dim, self.scaling)
-                amplitude = self.scaling.amplitude
             case LongRopeScaling(short, long):
-                amplitude = self.scaling.amplitude
                 frequencies = torch.stack([1.0 / (torch.tensor(divisors) * bases) for divisors in (short, long)])
-        angles = torch.arange(length).float()[:, None] * frequencies.reshape(-1, 1, self.dim // 2)
+        return frequencies.reshape(-1, self.dim // 2)
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of positions 0 to `length` - 1, both float32 [length, dim / 2].
+
+        With `LongRopeScaling` they are [2 * length, dim / 2]: first for the short divisors, then for the long ones.
+        """
+        frequencies = self.frequencies()
+        angles = torch.arange(length).float()[:, None] * frequencies[:, None]
         angles = angles.reshape(-1, self.dim // 2)
         # MKL selects its implementation of cos at the first call. If several threads make that call at once, some of
         # them compute different last bits (about once in a hundred processes), so it is made here on one element.
         torch.zeros(1).cos()
-        return angles.cos() * amplitude, angles.sin() * amplitude
+        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -12,17 +12,17 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
+from llm_edge.exporter.graph.attention import DOMAIN
 from llm_edge.exporter.graph.editor import Array, Editor, lazy_tensor, name_of, shape_of
 from llm_edge.exporter.graph.emitter import EmitContext
 from llm_edge.exporter.graph.passes.float16 import to_float16
 from llm_edge.exporter.graph.passes.int8_cache import check_cache, quantize_cache
-from llm_edge.exporter.graph.trace import LINEAR_DOMAIN, GraphStyle
+from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat
 from llm_edge.exporter.quantization.formats.base import WeightFormat
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
-from llm_edge.model.decoder import rotary_tables
 from llm_edge.model.weights import Weights
 
 
@@ -45,13 +45,13 @@ def apply_recipe(
     check_cache(recipe, style)
     lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED)
     for node in list(model.graph):
-        if node.domain == LINEAR_DOMAIN:
+        if node.domain == DOMAIN:
             lowering.lower_linear(node)
     for node in list(model.graph):  # after the projections: a tied embedding uses the format of the head
         if node.op_type == "Gather" and name_of(node.inputs[0]) == f"{EMBEDDING}.weight":
             lowering.lower_embedding(node, tied=config.tie_word_embeddings)
-    del model.opset_imports[LINEAR_DOMAIN]
-    _fill_initializers(model, config, weights)
+    del model.opset_imports[DOMAIN]
+    _fill_initializers(model, weights)
     if recipe.cache_bits:
         assert calibrated is not None
         quantize_cache(model, config, calibrated.caches)
@@ -132,13 +132,10 @@ def _following_split(node: ir.Node) -> ir.Node | None:
     return split if split is not None and split.op_type == "Split" else None
 
 
-def _fill_initializers(model: ir.Model, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+def _fill_initializers(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
     """Set the values of the initializers of the trace, and remove those that are no longer used."""
-    tables = rotary_tables(config)
     for name, value in list(model.graph.initializers.items()):
-        if name in tables:
-            value.const_value = ir.tensor(tables[name].numpy(), name=name)
-        elif name in weights and not value.uses():
+        if name in weights and not value.uses():
             del model.graph.initializers[name]
         elif name in weights:
             values = functools.partial(_float32, weights, name)

@@ -23,17 +23,17 @@ import torch
 from onnxscript import opset23 as op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm_edge.exporter.graph.attention import contrib, fused_attention, portable_attention
+from llm_edge.exporter.graph.attention import DOMAIN, contrib, fused_attention, portable_attention
 from llm_edge.exporter.graph.passes.hidden_states import add_hidden_states
 from llm_edge.exporter.graph.passes.last_logits import keep_last_logits
 from llm_edge.exporter.graph.passes.names import name_by_module
+from llm_edge.exporter.graph.passes.rotary_angles import compute_rotary_angles
 from llm_edge.exporter.graph.passes.skip_norms import fuse_skip_norms
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 
 OPSET = 23
-LINEAR_DOMAIN = "llm_edge"
 
 
 class GraphStyle(Enum):
@@ -92,8 +92,10 @@ def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False
     if config.tie_word_embeddings:
         model.graph.initializers[f"{HEAD}.weight"].name = f"{EMBEDDING}.weight"
     name_by_module(model)
+    _share_lengths(model.graph)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
+    compute_rotary_angles(model, config)
     if hidden_states:
         add_hidden_states(model, config.hidden_scale)
     keep_last_logits(model)
@@ -102,6 +104,13 @@ def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False
     common_passes.ClearMetadataAndDocStringPass()(model)
     _clear_value_metadata(model.graph)
     return model
+
+
+def _share_lengths(graph: ir.Graph) -> None:
+    """Read the number of new tokens from input_ids everywhere, so that what layers derive from it is computed once."""
+    for node in graph:
+        if node.op_type == "Shape" and node.inputs[0] not in graph.inputs and node.attributes["start"].as_int() == 1:
+            node.replace_input_with(0, graph.inputs[0])
 
 
 def _clear_value_metadata(graph: ir.Graph) -> None:
@@ -126,7 +135,7 @@ def _quiet() -> Iterator[None]:
         registration.setLevel(level)
 
 
-_LINEAR = contrib(LINEAR_DOMAIN, "Linear", inputs=2, outputs=1)
+_LINEAR = contrib(DOMAIN, "Linear", inputs=2, outputs=1)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:

@@ -26,10 +26,10 @@ def _words(text: str) -> list[str]:
 
 _STANDARD = _words(
     """
-    Add And Attention Cast CastLike Clip Concat Constant CumSum DequantizeLinear Div Equal Erf Exp Gather Gelu
+    Add And Attention Cast CastLike Clip Concat Constant Cos CumSum DequantizeLinear Div Equal Erf Exp Gather Gelu
     Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Not Or Pow
     QuantizeLinear RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape RotaryEmbedding
-    Shape Sigmoid SimplifiedLayerNormalization Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose
+    Shape Sigmoid SimplifiedLayerNormalization Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose
     Unsqueeze Where"""
 )
 _MICROSOFT = _words(

@@ -64,15 +64,16 @@ def distance(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def test_only_the_logits_are_float32(bundle: Bundle) -> None:
+def test_only_logits_and_rotary_angles_are_float32(bundle: Bundle) -> None:
     model = onnx.load(path_of(bundle, "fp16"))
-    assert TensorProto.FLOAT not in {tensor.data_type for tensor in model.graph.initializer}
+    kept = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    assert all(name.startswith("rotary_") for name in kept)
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
     assert [name for name, kind in types.items() if kind == TensorProto.FLOAT] == ["logits"]
     caches = [name for name, kind in types.items() if kind == TensorProto.FLOAT16]
     assert len(caches) == 4 * bundle.shape.num_hidden_layers
     made = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
-    assert TensorProto.FLOAT not in made.values()
+    assert all("rotary_" in name for name, kind in made.items() if kind == TensorProto.FLOAT)
 
 
 def test_fp16_files_are_half_the_size_of_fp32(bundle: Bundle) -> None:

@@ -142,7 +142,9 @@ def test_fused_graphs_use_the_fused_kernels(graphs: Graphs, recipe: str) -> None
     assert ("com.microsoft", "/layers/1/attention_norm/SkipSimplifiedLayerNormalization") in named
     bytes_of_activations = sum(node.name.endswith("/attention/qkv/Concat") for node in model.graph.node)
     assert bytes_of_activations == (LAYERS if recipe == "int8" else 0)
-    assert counts["Attention"] == counts["RotaryEmbedding"] == 0
+    assert counts["Attention"] == 0
+    assert counts["RotaryEmbedding"] == LAYERS
+    assert counts["Cos"] == counts["Sin"] == 1
     assert counts["Concat"] - bytes_of_activations - (recipe == "fp32") == 0
     norms = counts["SkipSimplifiedLayerNormalization"] + counts["RMSNormalization"]
     assert norms == 2 * LAYERS + 1
