@@ -154,6 +154,10 @@ def test_bad_input_gets_one_line_and_changes_nothing(
         ((base, data, "-o", foreign, "--force"), "is not a fine-tuning run"),
         ((base, data, "-o", file), "is not a folder"),
         ((base, data, "-o", new, "--train-token", "<none>"), "'<none>' is not a token"),
+        (
+            (base, data, "-o", new, "--train-token", "<|im_start|>", "--no-merge"),
+            "--train-token needs the merged model",
+        ),
         ((base, data, "-o", new, "--device", "tpu"), "it must be cpu or cuda"),
         ((base, data, "-o", new, "--export", "--no-merge"), "--export needs the merged model"),
     ]
