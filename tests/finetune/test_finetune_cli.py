@@ -280,3 +280,15 @@ def test_09_a_full_disk_is_one_line_and_the_previous_checkpoint_continues(
     assert code == 0, shown
     one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", output))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_tensorboard_reads_the_losses(llm_finetune: Command, tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    code, _, shown = llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", *QUICK, "--tensorboard")
+    assert code == 0, shown
+    events = accumulator.EventAccumulator(str(tmp_path / "out" / FOLDER / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("evaluation/loss")] == [0, 2, 4]
+    assert {"train/learning rate", "train/norm"} <= set(events.Tags()["scalars"])
