@@ -11,6 +11,7 @@ import typer
 from llm_edge.finetune.check_cli import app as check_app
 from llm_edge.finetune.options import FinetuneOptions
 from llm_edge.runtime.command import given_on_command_line, print_version, run, with_options
+from llm_edge.runtime.errors import WorseError
 from llm_edge.runtime.installation import imports_of_extra
 
 if TYPE_CHECKING:
@@ -84,7 +85,11 @@ def _print_result(result: Result, *, exported: bool) -> None:
 
 
 def _export(model: str, options: FinetuneOptions, result: Result) -> None:
-    """Export the trained model and print how its bundle compares with that of the model before training."""
+    """Export the trained model and print how its bundle compares with that of the model before training.
+
+    Raises:
+        WorseError: the loss of the bundle is higher than before.
+    """
     from llm_edge.finetune.export_comparison import export_and_compare, print_comparison
 
     given = {"--config": options.config, "--tokenizer": options.tokenizer}
@@ -93,6 +98,10 @@ def _export(model: str, options: FinetuneOptions, result: Result) -> None:
         [*before, "--", model], result.output, result.dataset.evaluation, lambda line: print(line, file=sys.stderr)
     )
     print_comparison(comparison)
+    if comparison.worse:
+        raise WorseError(
+            f"the trained bundle is worse in {' and '.join(comparison.worse)}: it is kept in {comparison.bundle}"
+        )
 
 
 def main() -> None:

@@ -65,7 +65,10 @@ class FinetuneOptions(DataOptions):
     ] = False
     train_token: Annotated[
         list[str] | None,
-        Option(help="LoRA: also train the embedding of this token, such as a new control token. May be repeated."),
+        Option(
+            help="LoRA: also train the embedding of this token, such as a new control token. May be repeated. Only the "
+            "merged model is saved then, no adapter."
+        ),
     ] = None
     learning_rate: Annotated[
         float | None, Option("--learning-rate", "--lr", min=0.0, help="Default: 2e-4 with LoRA, 2e-5 with full.")

@@ -23,7 +23,7 @@ from llm_edge.finetune.data.problems import counted
 from llm_edge.finetune.data.sample import Dataset
 from llm_edge.finetune.distributed import Processes, gather, processes, shard, under_torchrun
 from llm_edge.finetune.find_lr import TRIALS, Trial, find_learning_rate
-from llm_edge.finetune.memory import available_memory, check_fit, estimate
+from llm_edge.finetune.memory import available_memory, check_fit, estimate, return_freed_memory
 from llm_edge.finetune.options import FinetuneOptions, Method, with_stored
 from llm_edge.finetune.packing import Plan
 from llm_edge.finetune.preparation import prepare, trained_parameters
@@ -102,6 +102,10 @@ def finetune(model: str, data: Path, options: FinetuneOptions) -> Result | None:
     _check_output(output, options)
     if options.export and not (options.merge or options.method is Method.FULL):
         raise ParameterError("--export needs the merged model: omit --no-merge")
+    if options.train_token and not options.merge:
+        raise ParameterError(
+            "--train-token needs the merged model, because an adapter has no embeddings: omit --no-merge"
+        )
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ParameterError("--tensorboard needs tensorboard: pip install tensorboard")
     if options.shard and (not under_torchrun() or options.train_token):
@@ -154,6 +158,7 @@ def find_lr(model: str, data: Path, options: FinetuneOptions) -> float:
 
 
 def _prepare(model: str, data: Path, options: FinetuneOptions, device: str) -> _Prepared:
+    return_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     checkpoint = open_model(model, options)
@@ -223,6 +228,8 @@ def _check_memory(found: _Prepared, options: FinetuneOptions, device: str) -> No
         found.plan.longest_row,
         checkpointing=options.gradient_checkpointing,
         precision=options.precision,
+        document_tokens=found.plan.longest_sample,
+        accumulates=found.plan.accumulates,
     )
     check_fit(needed.total, available_memory(device), _REMEDY)
     found.display.message(f"memory: about {needed.total / 1e9:.1f} GB besides the weights")
