@@ -9,7 +9,7 @@ import tokenizers
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.meta.config import StateDictOptions
-from llm_edge.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
+from llm_edge.checkpoint.source import SMOLLM2, SourceOptions, bundle_name, open_checkpoint
 from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import write_side_files
@@ -30,6 +30,7 @@ from llm_edge.runtime.errors import CheckpointError, ParameterError
 
 _FUSED_HEAD_MULTIPLE = 8  # required by onnxruntime's GroupQueryAttention
 _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT: "fp32"}
+_QUANTIZED_DEFAULT = "source"  # of a GGUF whose projections are all quantized
 
 
 def export(source: str, options: ExportOptions | None = None, progress: Progress = lambda *_: None) -> Report:
@@ -41,8 +42,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         MachineError: disk or memory is full; nothing was written.
     """
     options = options or ExportOptions()
-    default = _DEFAULT_PRECISIONS[options.file_format]
-    recipes = parse_precisions(default if options.precision is None else options.precision)
+    recipes = parse_precisions(options.precision or _DEFAULT_PRECISIONS[options.file_format])
     target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
     if target.name in ("", ".."):
         target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
@@ -52,6 +52,8 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
     _check_file_format(options, recipes)
     progress("reading", None, source)
     checkpoint = open_checkpoint(source, _source_options(options), lambda text: progress("reading", None, text))
+    if options.precision is None and options.file_format is FileFormat.ONNX and _keeps_source(source, checkpoint):
+        recipes = parse_precisions(_QUANTIZED_DEFAULT)
     _check_source_blocks(source, checkpoint, recipes)
     writer = _choose_writer(source, checkpoint, options, recipes)
     texts = _texts(checkpoint)
@@ -101,6 +103,20 @@ def _check_file_format(options: ExportOptions, recipes: tuple[Recipe, ...]) -> N
 def _source_options(options: ExportOptions) -> SourceOptions:
     names = [field.name for field in dataclasses.fields(StateDictOptions)]
     return SourceOptions(StateDictOptions(**{name: getattr(options, name) for name in names}), options.adapter)
+
+
+def _keeps_source(source: str, checkpoint: Checkpoint) -> bool:
+    """Return whether an export keeps the numbers of the source by default: any other precision would round them again.
+
+    SmolLM2, the model to try, is exported in precisions to compare.
+    """
+    weights = checkpoint.weights
+    return source != SMOLLM2 and all(weights.block_kind(name) is not None for name in _projections(weights))
+
+
+def _projections(weights: Weights) -> list[str]:
+    """Return the names of the projections of all layers."""
+    return [name for name in weights if name.startswith("layers.") and name.endswith(".weight") and "norm" not in name]
 
 
 def _check_source_blocks(source: str, checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> None:
@@ -168,6 +184,5 @@ def _required_bytes(checkpoint: Checkpoint, recipes: tuple[Recipe, ...], validat
 
 def _bytes_per_weight(recipe: Recipe, weights: Weights) -> float:
     """Return the approximate mean size of a weight on disk."""
-    names = [name for name in weights if name.startswith("layers.") and name.endswith(".weight") and "norm" not in name]
-    sizes = [recipe.projections.for_source(weights.block_kind(name)).bytes_per_weight for name in names]
+    sizes = [recipe.projections.for_source(weights.block_kind(name)).bytes_per_weight for name in _projections(weights)]
     return sum(sizes) / len(sizes)

@@ -54,7 +54,8 @@ class ExportOptions:
     precision: Annotated[
         str | None,
         Option(
-            help=f"Comma-separated list of {_PRECISION_LIST}. Default: fp32,int8,int4; fp32 with --format torchscript."
+            help=f"Comma-separated list of {_PRECISION_LIST}. Default: fp32,int8,int4; "
+            "source for a quantized GGUF; fp32 with --format torchscript."
         ),
     ] = None
     graph: Annotated[

@@ -214,13 +214,13 @@ class Bundle:
         return {Path(path).stem: read_text(self.file(path), MIB) for path in paths}
 
     def precision(self, name: str | None = None, *, half: bool = False) -> PrecisionInfo:
-        """A precision by name; None = fp16 if `half` is true, else int8, else the first one, as far as they exist.
+        """A precision by name; None = fp16 if `half` is true, else int8, source or the first one, as far as they exist.
 
         Raises:
             BundleError: the bundle does not contain it.
         """
         if name is None:
-            wanted = ("fp16", "int8") if half else ("int8",)
+            wanted = ("fp16", "int8", "source") if half else ("int8", "source")
             name = next((each for each in wanted if each in self.precisions), next(iter(self.precisions)))
         if name not in self.precisions:
             raise BundleError(f"{self.path}: no precision {name!r}; available: {', '.join(self.precisions)}")

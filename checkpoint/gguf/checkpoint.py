@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_edge.checkpoint.base import Checkpoint, Source, by_frequency, hash_file
-from llm_edge.checkpoint.gguf.config import hf_config
+from llm_edge.checkpoint.gguf.config import EMBEDDING, HEAD, hf_config
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.sampling import recommended_sampling
 from llm_edge.checkpoint.gguf.split import base_name
@@ -20,9 +20,9 @@ from llm_edge.model.weights import Sources, SourceTensor, WeightTable, bind_weig
 
 _ROPE_FREQS = "rope_freqs.weight"
 _OUTER: Mapping[str, Sources] = {
-    "embed_tokens.weight": "token_embd.weight",
+    "embed_tokens.weight": EMBEDDING,
     "norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    "lm_head.weight": HEAD,
 }
 
 
@@ -38,13 +38,17 @@ def read_gguf(path: Path) -> Checkpoint:
     architecture = file.meta_str("general.architecture")
     if architecture == "llama":
         config = _with_rope_freqs(config, file)
+    table = weight_table(config, architecture)
+    if config.tie_word_embeddings and HEAD in file.tensors:
+        table = _with_smaller_of_equals(table, file)
     weights = bind_weights(
         config,
-        weight_table(config, architecture),
+        table,
         {name: tensor.shape for name, tensor in file.tensors.items()},
         file.load,
         where=str(path),
         block_reader=file,
+        unused=(EMBEDDING, HEAD),
     )
     tokenizer = read_tokenizer(file)
     tokens = len(file.meta_strings("tokenizer.ggml.tokens"))
@@ -90,6 +94,12 @@ def _with_rope_freqs(config: ModelConfig, file: GGUFFile) -> ModelConfig:
         return dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, scaling=scaling))
 
     return dataclasses.replace(config, layers=tuple(map(scaled, config.layers)))
+
+
+def _with_smaller_of_equals(table: WeightTable, file: GGUFFile) -> WeightTable:
+    """Read a tied embedding from the smaller of two tensors with the same numbers."""
+    smaller = min(EMBEDDING, HEAD, key=lambda name: file.tensor(name).nbytes)
+    return dataclasses.replace(table, outer={**table.outer, "embed_tokens.weight": smaller})
 
 
 def weight_table(config: ModelConfig, architecture: str) -> WeightTable:

@@ -16,6 +16,7 @@ from llm_edge.model.rope import yarn_amplitude
 from llm_edge.runtime.safe_io import short_repr
 
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 _MAX_LAYERS = 1_024
 _GEMMA3_27B_LAYERS = 62
 
@@ -78,7 +79,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": integer("context_length"),
         "rms_norm_eps": _number(file, f"{architecture}.attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "tie_word_embeddings": HEAD not in file.tensors or (EMBEDDING in file.tensors and file.equal(HEAD, EMBEDDING)),
         "rope_theta": _number(file, f"{architecture}.rope.freq_base", 10_000.0),
         "rope_scaling": _rope_scaling(file, architecture),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,7 +91,7 @@ class GGUFFile:
                 return torch.from_numpy(stored.view("<i2").copy()).view(torch.bfloat16).view(tensor.shape)
             if tensor.ggml_type == GGMLQuantizationType.F32:
                 return torch.from_numpy(stored.view("<f4").copy()).view(tensor.shape)
-            return torch.from_numpy(self._dequantize(tensor, stored)).view(tensor.shape)
+            return torch.from_numpy(self._dequantize(tensor)).view(tensor.shape)
         except MemoryError as e:
             raise self._no_memory(tensor, 4) from e
 
@@ -112,25 +113,43 @@ class GGUFFile:
         size = bytes_per_weight * tensor.n_elements / 2**20
         return MachineError(f"{self.path}: no memory for tensor {short_repr(tensor.name)} ({size:.0f} MiB)")
 
-    def _dequantize(self, tensor: GGUFTensor, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        block, block_bytes = GGML_QUANT_SIZES[tensor.ggml_type]
-        step = max(CHUNK_ELEMENTS // block, 1) * block_bytes
+    def equal(self, name: str, other: str) -> bool:
+        """Return whether two tensors have the same shape and the same numbers, perhaps in different types."""
+        first, second = self.tensor(name), self.tensor(other)
+        if first.shape != second.shape:
+            return False
+        if first.ggml_type == second.ggml_type:
+            stored, others = self.raw(name), self.raw(other)
+            starts = range(0, first.nbytes, CHUNK_ELEMENTS)
+            return all(
+                np.array_equal(stored[at : at + CHUNK_ELEMENTS], others[at : at + CHUNK_ELEMENTS]) for at in starts
+            )
+        return all(map(np.array_equal, self._chunks(first), self._chunks(second)))
+
+    def _dequantize(self, tensor: GGUFTensor) -> npt.NDArray[np.float32]:
         values = np.empty(tensor.n_elements, np.float32)
         done = 0
-        # Blocks are independent, so each chunk is passed as one long row: gguf loops over rows in Python.
-        with np.errstate(all="ignore"):
-            for begin in range(0, tensor.nbytes, step):
-                chunk = stored[begin : begin + step].reshape(1, -1)
-                try:
-                    chunk_values = dequantize(chunk, tensor.ggml_type)
-                except NotImplementedError as e:
-                    raise CheckpointError(
-                        f"{self.path}: tensor {short_repr(tensor.name)} is stored as {tensor.ggml_type.name}, "
-                        "which is not supported: convert the model to another type"
-                    ) from e
-                values[done : done + chunk_values.size] = chunk_values[0]
-                done += chunk_values.size
+        for chunk in self._chunks(tensor):
+            values[done : done + chunk.size] = chunk
+            done += chunk.size
         return values
+
+    def _chunks(self, tensor: GGUFTensor) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the values of a tensor, `CHUNK_ELEMENTS` at a time."""
+        stored = self.raw(tensor.name)
+        block, block_bytes = GGML_QUANT_SIZES[tensor.ggml_type]
+        step = max(CHUNK_ELEMENTS // block, 1) * block_bytes
+        # Blocks are independent, so each chunk is passed as one long row: gguf loops over rows in Python.
+        for begin in range(0, tensor.nbytes, step):
+            chunk = stored[begin : begin + step].reshape(1, -1)
+            try:
+                with np.errstate(all="ignore"):
+                    yield dequantize(chunk, tensor.ggml_type)[0]
+            except NotImplementedError as e:
+                raise CheckpointError(
+                    f"{self.path}: tensor {short_repr(tensor.name)} is stored as {tensor.ggml_type.name}, "
+                    "which is not supported: convert the model to another type"
+                ) from e
 
     # ---- metadata, type-checked; a missing key without a default is an error
 

@@ -19,7 +19,7 @@ from llm_edge.exporter.quantization.formats.base import ObservedInputs, WeightFo
 from llm_edge.runtime.errors import CheckpointError
 
 _MIN_SIZE = 16  # smallest block of MatMulNBits
-_INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are quantized to 8 bits, block by block
+INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are quantized to 8 bits, block by block
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class FusedBlocks(Emitter[BlockLayout]):
                 N=rows // num_splits,
                 bits=self._format.bits,
                 block_size=self._format.size,
-                accuracy_level=_INT8_ACTIVATIONS,
+                accuracy_level=INT8_ACTIVATIONS,
             )
             for index in range(num_splits)
         ]

@@ -2,25 +2,30 @@
 
 Blocks with a scale are written like `Blocks`. The fast kernels do not support an offset per block; its contribution is
 the sum of the inputs in each block times the offsets, a small float32 matmul.
+
+The kernels round activations to 8 bits, block by block, which costs more fidelity than the blocks of most sources have
+lost (mean KL 0.003 to 0.004). Fused graphs therefore multiply the activations and what rounding takes from them in one
+matmul of two rows, whose products are added. An identity matrix in blocks returns the activations as the kernels round
+them, whatever the rounding is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
-from llm_edge.exporter.graph.editor import name_of, shape_of
+from llm_edge.exporter.graph.editor import Array, name_of, shape_of
 from llm_edge.exporter.graph.emitter import EmitContext, Emitter, split_suffix
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks
 from llm_edge.exporter.quantization.formats.base import WeightFormat
-from llm_edge.exporter.quantization.formats.blocks import block_emitter
+from llm_edge.exporter.quantization.formats.blocks import INT8_ACTIVATIONS, block_emitter
 from llm_edge.model.block_weights import BlockKind
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError
@@ -97,25 +102,76 @@ class OriginalBlocksEmitter(Emitter[OriginalBlocks]):
     """Blocks of weights, and the contribution of their offsets if they have any."""
 
     def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
-        nodes = self._block_emitter(self._format.bits).linear(x, weight, path, num_splits)
-        if not self._format.offsets:
-            return nodes
-        products = nodes[-num_splits:]
-        blocks = self._editor.node("Reshape", [x, self._block_shape()], f"{path}/Blocks")  # [B, S, K / block, block]
-        last = self._editor.constant("last", [-1])
-        sums = self._editor.node("ReduceSum", [blocks.outputs[0], last], f"{path}/ReduceSum", keepdims=0)
+        nodes: list[ir.Node] = []
         suffixes = [split_suffix(index, num_splits) for index in range(num_splits)]
-        contributions = [
-            self._editor.node(
-                "MatMul", [sums.outputs[0], self._offsets(weight, index, num_splits)], f"{path}/Offsets{suffix}"
-            )
-            for index, suffix in enumerate(suffixes)
+        sums = self._block_sums(nodes, x, path) if self._format.offsets else None
+        inputs = self._with_remainder(nodes, x, path) if self._context.fused else x
+        nodes += self._block_emitter(self._format.bits).linear(inputs, weight, path, num_splits)
+        results = [node.outputs[0] for node in nodes[-num_splits:]]
+        if self._context.fused:
+            halves = [
+                self._add(nodes, "Split", [result], f"{path}/Split{suffix}", outputs=2, axis=0, num_outputs=2)
+                for result, suffix in zip(results, suffixes, strict=True)
+            ]
+            results = [
+                self._add(nodes, "Add", pair, f"{path}/Sum{suffix}")[0]
+                for pair, suffix in zip(halves, suffixes, strict=True)
+            ]
+        if sums is not None:
+            contributions = [
+                self._add(nodes, "MatMul", [sums, self._offsets(weight, i, num_splits)], f"{path}/Offsets{suffix}")[0]
+                for i, suffix in enumerate(suffixes)
+            ]
+            for pair, suffix in zip(zip(results, contributions, strict=True), suffixes, strict=True):
+                self._add(nodes, "Add", pair, f"{path}/Add{suffix}")
+        return nodes
+
+    def _with_remainder(self, nodes: list[ir.Node], x: ir.Value, path: str) -> ir.Value:
+        """Return the activations and, as a second batch, what rounding takes from them: [2 * B, S, K]."""
+        size = self._format.size
+        rows = self._add(nodes, "Reshape", [x, self._block_shape()], f"{path}/Rows")  # [B, S, K / block, block]
+        rounded = self._add(
+            nodes,
+            "MatMulNBits",
+            [rows[0], *self._identity()],
+            f"{path}/Rounded",
+            domain="com.microsoft",
+            K=size,
+            N=size,
+            bits=4,
+            block_size=size,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
+        flat = self._add(nodes, "Reshape", [rounded[0], self._editor.constant("flat", [0, 0, -1])], f"{path}/Flat")
+        remainder = self._add(nodes, "Sub", [x, flat[0]], f"{path}/Remainder")
+        return self._add(nodes, "Concat", [x, remainder[0]], f"{path}/Concat", axis=0)[0]
+
+    def _identity(self) -> list[ir.Value]:
+        """Return data and scales of the identity matrix as one 4-bit block per row, whose zero is 8."""
+        size = self._format.size
+
+        def data() -> Array:
+            levels = 8 + np.eye(size, dtype=np.uint8)
+            return (levels[:, None, ::2] | levels[:, None, 1::2] << 4).astype(np.uint8)
+
+        name, ones = f"identity_{size}", np.ones((size, 1), np.float32)
+        return [
+            self._editor.initializer(f"{name}.data", ir.DataType.UINT8, (size, 1, size // 2), data),
+            self._editor.initializer(f"{name}.scales", ir.DataType.FLOAT, ones.shape, lambda: ones),
         ]
-        results = [
-            self._editor.node("Add", [product.outputs[0], contribution.outputs[0]], f"{path}/Add{suffix}")
-            for product, contribution, suffix in zip(products, contributions, suffixes, strict=True)
-        ]
-        return [*nodes, blocks, sums, *contributions, *results]
+
+    def _block_sums(self, nodes: list[ir.Node], x: ir.Value, path: str) -> ir.Value:
+        """Return the sum of the inputs in each block, [B, S, K / block]."""
+        blocks = self._add(nodes, "Reshape", [x, self._block_shape()], f"{path}/Blocks")
+        last = self._editor.constant("last", [-1])
+        return self._add(nodes, "ReduceSum", [blocks[0], last], f"{path}/ReduceSum", keepdims=0)[0]
+
+    def _add(
+        self, nodes: list[ir.Node], kind: str, inputs: Sequence[ir.Value], name: str, **options: Any
+    ) -> Sequence[ir.Value]:
+        """Append a node; returns its outputs. `options` are further arguments of `Editor.node`."""
+        nodes.append(self._editor.node(kind, inputs, name, **options))
+        return nodes[-1].outputs
 
     def gather(self, weight: ir.Value, ids: ir.Value, path: str) -> list[ir.Node] | None:
         # onnxruntime's Gather does not support 4-bit tensors: portable graphs store the same numbers in 8 bits.

@@ -215,8 +215,9 @@ def test_logits_match_the_source(kept: tuple[str, Path, GraphStyle, Path]) -> No
     _, path, style, bundle = kept
     expected = reference(path, TOKENS)
     np.testing.assert_allclose(exact_logits_of(bundle, TOKENS), expected, atol=1e-4, rtol=0)
-    # The selected kernels round activations to 8 bits, so the result is not exact.
-    assert np.abs(logits_of(bundle, style, TOKENS) - expected).mean() < 0.05 * expected.std()
+    # The kernels round activations to 8 bits; fused graphs compute what the rounding takes as well.
+    bound = 5e-4 if style is GraphStyle.FUSED else 0.05
+    assert np.abs(logits_of(bundle, style, TOKENS) - expected).mean() < bound * expected.std()
 
 
 @pytest.mark.parametrize("kept", [GraphStyle.FUSED], indirect=True)  # others store the head's weight transposed
@@ -226,9 +227,30 @@ def test_a_tied_embedding_is_stored_once(kept: tuple[str, Path, GraphStyle, Path
     own = [tensor for tensor in graph.initializer if tensor.name.startswith("embed_tokens")]
     fields = {"data", "scales"} | ({"offsets"} if kind in OFFSETS else set())
     assert {tensor.name for tensor in own} == {f"embed_tokens.weight.{field}" for field in fields}
-    (head,) = (node for node in graph.node if node.op_type == "MatMulNBits" and "lm_head" in node.name)
+    (head,) = (node for node in graph.node if node.name == "/lm_head/MatMulNBits")
     (gather,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
     assert head.input[2] == gather.input[2] == "embed_tokens.weight.scales"
+
+
+@pytest.mark.parametrize(("embedding", "head"), [("Q8_0", "Q8_0"), ("Q8_0", "F32"), ("F32", "Q8_0")])
+def test_a_head_with_the_numbers_of_the_embedding_is_stored_once(tmp_path: Path, embedding: str, head: str) -> None:
+    numbers = np.random.default_rng(0).standard_normal((LLAMA["vocab_size"], LLAMA["hidden_size"]), np.float32)
+    stored = {"Q8_0": quantize(numbers, GGMLQuantizationType.Q8_0)}
+    stored["F32"] = dequantize(stored["Q8_0"], GGMLQuantizationType.Q8_0)
+
+    def edit(writer: GGUFWriter) -> None:
+        quantized({}, otherwise="Q4_0")(writer)
+        del writer.tensors[0]["token_embd.weight"]
+        for name, kind in (("token_embd.weight", embedding), ("output.weight", head)):
+            writer.add_tensor(name, stored[kind], raw_dtype=GGMLQuantizationType[kind])
+
+    bundle = export_source(save_gguf(tmp_path, edit), GraphStyle.FUSED)
+    names = {tensor.name for tensor in graph_of(bundle).graph.initializer}
+    assert {name for name in names if "embed" in name or "lm_head" in name} >= {"embed_tokens.weight.data"}
+    assert not any(name.startswith("lm_head.weight") for name in names)
+    np.testing.assert_array_equal(
+        kept_weight(numbers_of(graph_of(bundle)), "embed_tokens.weight", 8, False), stored["F32"]
+    )
 
 
 def test_other_storage_types_become_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +319,17 @@ def test_the_report_names_a_second_rounding(
     code, out, _ = llm_export(pure[1], "-o", tmp_path / "kept", "--precision", "source", "--no-validate")
     assert code == 0
     assert "quantized already" not in out
+
+
+@pytest.mark.parametrize("pure", ["Q4_1"], indirect=True)
+def test_a_quantized_gguf_keeps_its_numbers_by_default(
+    pure: tuple[str, Path], tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, _ = llm_export(pure[1], "-o", tmp_path / "bundle", "--no-validate")
+    assert code == 0
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert list(bundle.precisions) == ["source"]
+    assert bundle.precision().name == "source"
 
 
 def test_a_nan_scale_is_rejected(tmp_path: Path) -> None:
