@@ -20,9 +20,11 @@ from llm_edge.runtime.scheduling.counters import Counters
 from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence, common_prefix
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
-# A chunk of a prompt, while others decode, should take this many times as long as a decode step, and longer where more
-# prompts wait than sequences decode: short chunks cost throughput, which then matters to more callers than the gap.
+# A chunk of a prompt, while others decode, should take this many times as long as a decode step, and in proportion
+# longer where more prompts wait than `_FEW_DECODING` sequences decode: short chunks cost throughput and delay first
+# tokens, which then matters to more callers than the gap.
 _MIN_CHUNK_RATIO, _MAX_CHUNK_RATIO = 1.0, 1.4
+_FEW_DECODING = 2
 _WORTH_WAITING = 8 * CHUNK_ALIGNMENT  # shared prefix that another prompt is about to compute, in tokens
 
 
@@ -107,7 +109,8 @@ class Scheduler:
         self._counters.prefill_steps += 1
         self._counters.prefill_seconds += seconds
         if decoding:
-            self._adapt_chunk(len(tokens), seconds, self._decode_step * max(1.0, len(prompts) / decoding))
+            waiting = max(1.0, len(prompts) / min(decoding, _FEW_DECODING))
+            self._adapt_chunk(len(tokens), seconds, self._decode_step * waiting)
 
     def _adapt_chunk(self, tokens: int, seconds: float, wanted: float) -> None:
         """Adapt the number of tokens in a chunk to what a chunk took, given what it should take."""
