@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llm_edge.exporter.results import Report
     from llm_edge.exporter.validation.parity import Validation
 
+_SECONDS_PER_LINE = 10.0  # of progress, where there is no terminal
+
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -122,7 +124,11 @@ def _refuse_other_options(context: typer.Context, allowed: tuple[str, ...]) -> N
 
 
 class _ProgressDisplay:
-    """Progress on stderr (one bar per stage in a terminal, otherwise one line per stage) or as JSON on stdout."""
+    """Progress on stderr or as JSON on stdout.
+
+    On stderr there is one bar per stage in a terminal, otherwise a line per stage and one after every
+    `_SECONDS_PER_LINE` of a stage.
+    """
 
     def __init__(self, kind: ProgressKind) -> None:
         from rich.console import Console
@@ -141,6 +147,7 @@ class _ProgressDisplay:
         )
         self._stage = ""
         self._pending: list[str] = []
+        self._printed = 0.0  # when
 
     def __enter__(self) -> _ProgressDisplay:
         if self._terminal:
@@ -163,12 +170,20 @@ class _ProgressDisplay:
                 self._bars.add_task(stage, total=None, detail=detail)
             total = None if fraction is None else 1.0
             self._bars.update(self._bars.tasks[-1].id, total=total, completed=fraction or 0.0, detail=detail)
-        elif self._kind is ProgressKind.AUTO and stage != self._stage:
-            self._pending.append(f"{stage} ({detail})" if detail else stage)
-            if stage != "reading":  # an unreadable source prints its one-line error and nothing else
-                print(*self._pending, sep="\n", file=sys.stderr, flush=True)
-                self._pending.clear()
+        elif self._kind is ProgressKind.AUTO:
+            self._print_line(stage, fraction, detail)
         self._stage = stage
+
+    def _print_line(self, stage: str, fraction: float | None, detail: str) -> None:
+        now = time.monotonic()
+        if stage == self._stage and (fraction is None or now < self._printed + _SECONDS_PER_LINE):
+            return
+        percent = "" if stage != self._stage or fraction is None else f" {fraction:.0%}"
+        self._printed = now
+        self._pending.append(f"{stage}{percent} ({detail})" if detail else f"{stage}{percent}")
+        if stage != "reading":  # an unreadable source prints its one-line error and nothing else
+            print(*self._pending, sep="\n", file=sys.stderr, flush=True)
+            self._pending.clear()
 
 
 def _print_report(report: Report, seconds: float) -> None:

@@ -28,13 +28,14 @@ def check(
 
     def command() -> None:
         with imports_of_extra("llm-finetune", "train"):
-            from llm_edge.finetune.data.encoding import open_encoder
+            from llm_edge.finetune.data.encoding import ConversationEncoder, prompt_processor
             from llm_edge.finetune.data.load import read_data
             from llm_edge.finetune.data.report import print_report, print_row
+            from llm_edge.finetune.source import open_model
         from rich.console import Console
 
         console = Console(highlight=False)
-        encoder = open_encoder(model, options)
+        encoder = ConversationEncoder(prompt_processor(open_model(model, options)), options.max_length)
         file = read_data(data, encoder, options.long)
         if row is not None:
             print_row(file, row, encoder.prompts.tokenizer, console)

@@ -128,6 +128,14 @@ class CheckpointFiles:
             for name, parameter in parameters.items():
                 parameter.copy_(distributed_like(tensors[name], parameter))
 
+    def stored_settings(self) -> dict[str, Any]:
+        """Return the settings of the interrupted run; empty if there is no checkpoint.
+
+        Raises:
+            InputError: the checkpoint is damaged.
+        """
+        return dict(self._read(_LAST, tensors=False)[1]["settings"]) if self.exists else {}
+
     def _check_settings(self, found: Mapping[str, Any]) -> None:
         for key, value in self._settings.items():
             if found.get(key) != value:
@@ -145,15 +153,15 @@ class CheckpointFiles:
             on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
             write_tensors(self.folder / name, on_cpu, {"content": json.dumps(content)})
 
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _read(self, name: str, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path = self.folder / name
         try:
             with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+                found = {key: file.get_tensor(key) for key in (file.keys() if tensors else ())}
                 content = json.loads(file.metadata()["content"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged checkpoint: start anew with --force") from error
-        return tensors, content
+        return found, content
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -10,7 +10,8 @@ import typer
 
 from llm_edge.finetune.check_cli import app as check_app
 from llm_edge.finetune.options import FinetuneOptions
-from llm_edge.runtime.command import print_version, run, with_options
+from llm_edge.runtime.command import given_on_command_line, print_version, run, with_options
+from llm_edge.runtime.errors import WorseError
 from llm_edge.runtime.installation import imports_of_extra
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 )
 @with_options(FinetuneOptions)
 def finetune(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -49,11 +51,15 @@ def finetune(
         if find_lr:
             print(f"Suggested: --learning-rate {runs.find_lr(model, data, options):.1e}")
             return
-        result = runs.finetune(model, data, options)
+        chosen = options
+        if options.resume:
+            given = {name for name in context.params if given_on_command_line(context, name)}
+            chosen = runs.interrupted_options(model, options, given)
+        result = runs.finetune(model, data, chosen)
         if result is not None:
-            _print_result(result, exported=options.export)
-            if options.export:
-                _export(model, options, result)
+            _print_result(result, exported=chosen.export)
+            if chosen.export:
+                _export(model, chosen, result)
 
     raise typer.Exit(run(command))
 
@@ -79,7 +85,11 @@ def _print_result(result: Result, *, exported: bool) -> None:
 
 
 def _export(model: str, options: FinetuneOptions, result: Result) -> None:
-    """Export the trained model and print how its bundle compares with that of the model before training."""
+    """Export the trained model and print how its bundle compares with that of the model before training.
+
+    Raises:
+        WorseError: the loss of the bundle is higher than before.
+    """
     from llm_edge.finetune.export_comparison import export_and_compare, print_comparison
 
     given = {"--config": options.config, "--tokenizer": options.tokenizer}
@@ -88,6 +98,10 @@ def _export(model: str, options: FinetuneOptions, result: Result) -> None:
         [*before, "--", model], result.output, result.dataset.evaluation, lambda line: print(line, file=sys.stderr)
     )
     print_comparison(comparison)
+    if comparison.worse:
+        raise WorseError(
+            f"the trained bundle is worse in {' and '.join(comparison.worse)}: it is kept in {comparison.bundle}"
+        )
 
 
 def main() -> None:

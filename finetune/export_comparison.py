@@ -185,7 +185,7 @@ def _export(source: Sequence[str], bundle: Path, validate: str) -> None:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print loss and exact matches of both bundles, and some answers next to each other."""
+    """Print loss and exact matches of both bundles, some answers next to each other, and the bundle if it is better."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -210,9 +210,7 @@ def print_comparison(comparison: Comparison) -> None:
         for label, text in zip(("question", "expected", f"before ({first})", f"after ({first})"), texts, strict=True):
             console.print(Text(f"{label:<14} {_one_line(text)}"), soft_wrap=True)
         console.print()
-    if comparison.worse:
-        print(f"The trained bundle is worse in {', '.join(comparison.worse)}: it is kept in {comparison.bundle}")
-    else:
+    if not comparison.worse:
         print(f"Bundle: {comparison.bundle}    Try: llm-chat {comparison.bundle}")
 
 

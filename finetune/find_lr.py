@@ -14,15 +14,18 @@ from llm_edge.finetune.step import accumulate, make_optimizer, update
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.errors import ParameterError
 
-_LOWEST, _HIGHEST, _STEPS = 1e-6, 1e-1, 60
+_LOWEST, _HIGHEST = 1e-6, 1e-1
+TRIALS = 60
+"""Maximum number of learning rates that are tried."""
 _SMOOTHING = 0.8  # weight of the earlier losses in the moving average
 _DIVERGED = 1.3  # times the lowest smoothed loss
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A learning rate and the smoothed loss that was reached with it."""
+    """A learning rate, the smoothed loss that was reached with it, and its number from 1."""
 
+    number: int
     learning_rate: float
     loss: float
 
@@ -42,14 +45,14 @@ def find_learning_rate(
     optimizer = make_optimizer(parameters, options)
     trials: list[Trial] = []
     average = 0.0
-    for step in range(_STEPS):
-        rate = _LOWEST * (_HIGHEST / _LOWEST) ** (step / (_STEPS - 1))
+    for step in range(TRIALS):
+        rate = _LOWEST * (_HIGHEST / _LOWEST) ** (step / (TRIALS - 1))
         loss = accumulate(decoder, plan.rows(step), options, Processes(), lambda: False)
         assert loss is not None
         if not math.isfinite(loss):
             break
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-        trials.append(Trial(rate, average / (1 - _SMOOTHING ** (step + 1))))
+        trials.append(Trial(step + 1, rate, average / (1 - _SMOOTHING ** (step + 1))))
         report(trials[-1])
         if trials[-1].loss > _DIVERGED * min(trial.loss for trial in trials):
             break

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
-from llm_edge.finetune.data.options import DataOptions
+from llm_edge.finetune.data.options import DataOptions, LongConversations
 
 
 class Method(StrEnum):
@@ -63,7 +65,10 @@ class FinetuneOptions(DataOptions):
     ] = False
     train_token: Annotated[
         list[str] | None,
-        Option(help="LoRA: also train the embedding of this token, such as a new control token. May be repeated."),
+        Option(
+            help="LoRA: also train the embedding of this token, such as a new control token. May be repeated. Only the "
+            "merged model is saved then, no adapter."
+        ),
     ] = None
     learning_rate: Annotated[
         float | None, Option("--learning-rate", "--lr", min=0.0, help="Default: 2e-4 with LoRA, 2e-5 with full.")
@@ -98,7 +103,7 @@ class FinetuneOptions(DataOptions):
     ] = 2
     save_every: Annotated[int | None, Option(min=1, help="Steps between checkpoints. Default: at evaluations.")] = None
     resume: Annotated[
-        bool, Option("--resume", help="Continue the interrupted run in the output folder, with the same options.")
+        bool, Option("--resume", help="Continue the interrupted run in the output folder, with its options.")
     ] = False
     seed: Annotated[int, Option(min=0, help="Seed of the order of the data and of new weights.")] = 0
     device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda if available.")] = None
@@ -118,3 +123,25 @@ class FinetuneOptions(DataOptions):
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-4 if self.method is Method.LORA else 2e-5
+
+
+_FROM_JSON: dict[str, Callable[[str], Any]] = {
+    "method": Method,
+    "schedule": Schedule,
+    "precision": Precision,
+    "long": LongConversations,
+    "evaluation_data": Path,
+    "config": Path,
+    "tokenizer": Path,
+}
+"""Fields whose values are no JSON values."""
+
+
+def with_stored(options: FinetuneOptions, stored: Mapping[str, Any], given: Collection[str]) -> FinetuneOptions:
+    """Return options with those of an interrupted run, JSON values, except for the given ones."""
+    names = {field.name for field in dataclasses.fields(options)} & stored.keys() - set(given)
+    changes = {
+        name: _FROM_JSON[name](stored[name]) if name in _FROM_JSON and stored[name] is not None else stored[name]
+        for name in names
+    }
+    return dataclasses.replace(options, **changes)

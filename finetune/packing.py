@@ -93,6 +93,16 @@ class Plan:
         longest = sorted((len(sample.ids) - 1 for sample in self.samples), reverse=True)[: self.batch_size]
         return max(longest[0], min(self.tokens, sum(longest)))
 
+    @property
+    def longest_sample(self) -> int:
+        """Number of tokens of the longest sample in a row."""
+        return max(len(sample.ids) - 1 for sample in self.samples)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may have several rows."""
+        return self.longest_row < sum(sorted(len(sample.ids) - 1 for sample in self.samples)[-self.batch_size :])
+
     def fingerprint(self) -> str:
         """Return a digest of the samples, which a resumed run must have too."""
         digest = hashlib.sha256()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from llm_edge.finetune.checkpoint_files import Progress
+from llm_edge.finetune.data.problems import counted
 from llm_edge.finetune.evaluation import Answer
 from llm_edge.finetune.memory import peak_memory
+from llm_edge.finetune.status_line import StatusLine
 from llm_edge.finetune.training import Listener, Step
 
 _FORECAST_STEPS = 3
-_LINE_SECONDS = 10.0  # between lines where output is no terminal
 _SHOWN = 160  # characters of a text
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -24,37 +23,29 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Display(Listener):
-    """Progress on stderr: one line that is updated in a terminal, otherwise a line every ten seconds."""
+    """Progress on stderr; see `StatusLine`."""
 
     def __init__(self, decode: Decode, device: str, stream: TextIO | None = None) -> None:
         self._decode = decode
         self._device = device
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
-        self._first = self._seen = 0
-        self._seconds, self._tokens, self._printed = 0.0, 0, time.monotonic()
+        self._line = StatusLine(stream)
+        self._seen = 0
+        self._seconds, self._tokens = 0.0, 0
 
     def on_step(self, step: Step) -> None:
-        self._first = self._first or step.number
         self._seen += 1
         self._seconds += step.seconds
         self._tokens += step.tokens
         left = (step.total - step.number) * self._seconds / self._seen
         line = (
             f"step {step.number}/{step.total}  loss {step.loss:.4f}  lr {step.learning_rate:.1e}  "
-            f"{self._tokens / max(self._seconds, 1e-9):,.0f} tokens/s  {_duration(left)} left"
+            f"{self._tokens / max(self._seconds, 1e-9):,.0f} tokens/s  {duration(left)} left"
         )
-        due = step.number == step.total or time.monotonic() - self._printed >= _LINE_SECONDS
-        if self._terminal:
-            self._stream.write(f"\r\x1b[K{line}")
-            self._stream.flush()
-        elif due:
-            self._printed = time.monotonic()
-            self.message(line)
+        self._line.update(line, at_once=step.number in (1, step.total))
         if self._seen == _FORECAST_STEPS and step.number < step.total:
             peak = peak_memory(self._device)
             used = f", peak memory {peak / 1e9:.1f} GB" if peak is not None else ""
-            self.message(f"about {_duration(left)} for the remaining {step.total - step.number} steps{used}")
+            self.message(f"about {duration(left)} for the remaining {counted(step.total - step.number, 'step')}{used}")
 
     def on_evaluation(self, step: int, loss: float, best: bool, answers: Sequence[Answer]) -> None:
         when = "before training" if step == 0 else f"after step {step}"
@@ -66,10 +57,10 @@ class Display(Listener):
 
     def message(self, text: str) -> None:
         """Print a line."""
-        if self._terminal:
-            self._stream.write("\r\x1b[K")
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._line.message(text)
+
+    def on_interruption(self) -> None:
+        self.message("stopping: a checkpoint will be saved (Ctrl-C again to stop at once)")
 
     def _text(self, ids: Sequence[int], *, end: bool = False) -> str:
         text = repr(self._decode(ids))[1:-1]
@@ -109,6 +100,10 @@ class Listeners(Listener):
         for listener in self._listeners:
             listener.on_evaluation(step, loss, best, answers)
 
+    def on_interruption(self) -> None:
+        for listener in self._listeners:
+            listener.on_interruption()
+
 
 def bar_plot(values: Sequence[float], width: int = 60) -> str:
     """Return a line of bars, one for the mean of each group of consecutive values."""
@@ -141,7 +136,8 @@ def save_plot(path: Path, progress: Progress) -> bool:
     return True
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a duration as minutes and seconds, from an hour on with hours."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

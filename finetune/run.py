@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,21 @@ from typing import Any
 import torch
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.checkpoint.meta.config import StateDictOptions
-from llm_edge.checkpoint.source import SourceOptions, bundle_name, open_checkpoint
+from llm_edge.checkpoint.source import bundle_name
 from llm_edge.finetune.checkpoint_files import FOLDER, CheckpointFiles, Progress, remove_partial_files
 from llm_edge.finetune.data.encoding import ConversationEncoder, prompt_processor
 from llm_edge.finetune.data.load import load_samples
+from llm_edge.finetune.data.problems import counted
 from llm_edge.finetune.data.sample import Dataset
 from llm_edge.finetune.distributed import Processes, gather, processes, shard, under_torchrun
-from llm_edge.finetune.find_lr import Trial, find_learning_rate
-from llm_edge.finetune.memory import available_memory, check_fit, estimate
-from llm_edge.finetune.options import FinetuneOptions, Method
+from llm_edge.finetune.find_lr import TRIALS, Trial, find_learning_rate
+from llm_edge.finetune.memory import available_memory, check_fit, estimate, return_freed_memory
+from llm_edge.finetune.options import FinetuneOptions, Method, with_stored
 from llm_edge.finetune.packing import Plan
 from llm_edge.finetune.preparation import prepare, trained_parameters
-from llm_edge.finetune.report import Display, Listeners, TensorBoard, save_plot
+from llm_edge.finetune.report import Display, Listeners, TensorBoard, duration, save_plot
 from llm_edge.finetune.saving import save_adapter, save_model, writing
+from llm_edge.finetune.source import open_model, state_dict_options
 from llm_edge.finetune.training import Listener, total_steps, train
 from llm_edge.model.decoder import Decoder, count_parameters
 from llm_edge.runtime.errors import InputError, MachineError, ParameterError
@@ -74,7 +76,6 @@ class _Prepared:
     """What training and the search for a learning rate have in common."""
 
     checkpoint: Checkpoint
-    state_dict: StateDictOptions
     dataset: Dataset
     plan: Plan
     decoder: Decoder
@@ -97,10 +98,14 @@ def finetune(model: str, data: Path, options: FinetuneOptions) -> Result | None:
         MachineError: memory or disk is full; the last checkpoint is intact.
         KeyboardInterrupt: the run was interrupted; `resume` continues it.
     """
-    output = options.output or Path("artifacts") / f"{bundle_name(model)}-tuned"
+    output = output_folder(model, options)
     _check_output(output, options)
     if options.export and not (options.merge or options.method is Method.FULL):
         raise ParameterError("--export needs the merged model: omit --no-merge")
+    if options.train_token and not options.merge:
+        raise ParameterError(
+            "--train-token needs the merged model, because an adapter has no embeddings: omit --no-merge"
+        )
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ParameterError("--tensorboard needs tensorboard: pip install tensorboard")
     if options.shard and (not under_torchrun() or options.train_token):
@@ -108,12 +113,24 @@ def finetune(model: str, data: Path, options: FinetuneOptions) -> Result | None:
     device = _device(options)
     with processes(device) as group, _out_of_memory():
         found = _prepare(model, data, options, "cpu" if options.shard else device)
+        if group.is_first:
+            _show_description(found, options, total_steps(found.plan, options))
         if options.shard:
             group = shard(found.decoder, group, device)
         elif group.is_first:
             _check_memory(found, options, device)
         with _claimed(output, options, group):
             return _train(found, output, model, options, group)
+
+
+def interrupted_options(model: str, options: FinetuneOptions, given: Collection[str]) -> FinetuneOptions:
+    """Return the options of the interrupted run in the output folder, except for the given ones.
+
+    Raises:
+        InputError: the run's checkpoint is damaged.
+    """
+    files = CheckpointFiles(output_folder(model, options), {})
+    return with_stored(options, files.stored_settings(), given)
 
 
 def find_lr(model: str, data: Path, options: FinetuneOptions) -> float:
@@ -123,20 +140,28 @@ def find_lr(model: str, data: Path, options: FinetuneOptions) -> float:
         InputError: model, data or an option cannot be used.
         MachineError: not enough memory.
     """
+    device = _device(options)
     with _out_of_memory():
-        found = _prepare(model, data, options, _device(options))
+        found = _prepare(model, data, options, device)
+        _show_description(found, options, TRIALS)
+        _check_memory(found, options, device)
+        found.display.message(f"the learning rate rises in each of at most {TRIALS} steps, until the loss diverges")
+        started = time.monotonic()
 
         def show(trial: Trial) -> None:
-            found.display.message(f"learning rate {trial.learning_rate:.1e}  loss {trial.loss:.4f}")
+            left = (time.monotonic() - started) / trial.number * (TRIALS - trial.number)
+            found.display.message(
+                f"learning rate {trial.learning_rate:.1e}  loss {trial.loss:.4f}  at most {duration(left)} left"
+            )
 
         return find_learning_rate(found.decoder, found.plan, options, show)[0]
 
 
 def _prepare(model: str, data: Path, options: FinetuneOptions, device: str) -> _Prepared:
+    return_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    state_dict = StateDictOptions(config=options.config, tokenizer=options.tokenizer)
-    checkpoint = open_checkpoint(model, SourceOptions(state_dict), lambda _: None)
+    checkpoint = open_model(model, options)
     encoder = ConversationEncoder(prompt_processor(checkpoint), options.max_length)
     dataset = load_samples(data, encoder, options)
     if options.export and not dataset.evaluation:
@@ -145,7 +170,7 @@ def _prepare(model: str, data: Path, options: FinetuneOptions, device: str) -> _
     plan = Plan(dataset.train, options.batch_size, options.row_tokens, options.seed)
     check_fit(4 * count_parameters(checkpoint.config), available_memory("cpu"), "train a smaller model")
     decoder = prepare(checkpoint, options, device)
-    return _Prepared(checkpoint, state_dict, dataset, plan, decoder, display)
+    return _Prepared(checkpoint, dataset, plan, decoder, display)
 
 
 def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions, group: Processes) -> Result | None:
@@ -155,13 +180,11 @@ def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions,
     listener: Listener = Listener()
     if group.is_first:
         listener = Listeners(display, *([TensorBoard(files.folder / "tensorboard")] if options.tensorboard else []))
-        for line in _describe(found, options):
-            display.message(line)
     try:
         progress = train(found.decoder, found.plan, found.dataset.evaluation, options, files, listener, group)
     except KeyboardInterrupt:
         if group.is_first and files.exists:
-            display.message(f"interrupted: the checkpoint is saved in {files.folder}; continue with --resume")
+            display.message(f"the checkpoint is saved in {files.folder}: continue with the same command and --resume")
         raise
     if group.sharded:
         gather(found.decoder)
@@ -172,25 +195,31 @@ def _train(found: _Prepared, output: Path, model: str, options: FinetuneOptions,
     if adapter is not None:
         save_adapter(adapter, found.decoder, found.checkpoint, model)
     if whole:
-        save_model(output, found.decoder, found.checkpoint, found.state_dict, Path(model))
+        save_model(output, found.decoder, found.checkpoint, state_dict_options(options), Path(model))
     with writing(files.folder):
         save_plot(files.folder / "loss.svg", progress)
     return Result(output, adapter, whole, progress, found.dataset)
 
 
-def _describe(found: _Prepared, options: FinetuneOptions) -> Iterator[str]:
-    dataset, plan = found.dataset, found.plan
+def output_folder(model: str, options: FinetuneOptions) -> Path:
+    """Return the folder that a run writes."""
+    return options.output or Path("artifacts") / f"{bundle_name(model)}-tuned"
+
+
+def _show_description(found: _Prepared, options: FinetuneOptions, steps: int) -> None:
+    dataset, plan, show = found.dataset, found.plan, found.display.message
     trained = sum(parameter.numel() for parameter in trained_parameters(found.decoder).values())
-    yield (
+    show(
         f"{found.checkpoint.source.name}: training {trained / 1e6:,.1f} M of "
         f"{count_parameters(found.checkpoint.config) / 1e6:,.1f} M weights ({options.method.value}), "
-        f"{total_steps(plan, options)} steps of {min(plan.batch_size, len(plan.samples))} conversations"
+        f"{counted(steps, 'step')} of {counted(min(plan.batch_size, len(plan.samples)), 'conversation')}"
     )
-    yield (
-        f"data: {len(dataset.train):,} samples to train on, {len(dataset.evaluation):,} to evaluate; "
-        f"{dataset.duplicates:,} duplicates, {dataset.cut:,} cut, {dataset.skipped:,} skipped"
+    show(
+        f"data: {counted(len(dataset.train), 'sample')} to train on, {len(dataset.evaluation):,} to evaluate; "
+        f"{counted(dataset.duplicates, 'duplicate')}, {dataset.cut:,} cut, {dataset.skipped:,} skipped"
     )
-    yield from (f"note: {note}" for note in (*found.checkpoint.notes, *dataset.notes))
+    for note in (*found.checkpoint.notes, *dataset.notes):
+        show(f"note: {note}")
 
 
 def _check_memory(found: _Prepared, options: FinetuneOptions, device: str) -> None:
@@ -199,6 +228,8 @@ def _check_memory(found: _Prepared, options: FinetuneOptions, device: str) -> No
         found.plan.longest_row,
         checkpointing=options.gradient_checkpointing,
         precision=options.precision,
+        document_tokens=found.plan.longest_sample,
+        accumulates=found.plan.accumulates,
     )
     check_fit(needed.total, available_memory(device), _REMEDY)
     found.display.message(f"memory: about {needed.total / 1e9:.1f} GB besides the weights")

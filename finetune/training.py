@@ -49,6 +49,9 @@ class Listener:
     def on_evaluation(self, step: int, loss: float, best: bool, answers: Sequence[Answer]) -> None:
         """The evaluation after a step is finished; step 0 is before training."""
 
+    def on_interruption(self) -> None:
+        """Ctrl-C or SIGTERM arrived: the run will end after this step, or this evaluation."""
+
 
 def total_steps(plan: Plan, options: FinetuneOptions) -> int:
     """Return the number of optimizer steps of a run."""
@@ -78,7 +81,7 @@ def train(
     total = total_steps(plan, options)
     evaluate_every = options.evaluate_every or max(1, total // _EVALUATIONS)
     save_every = options.save_every or evaluate_every
-    with interruptions() as interrupted:
+    with interruptions(listener.on_interruption) as interrupted:
         if progress.step == 0 and not progress.evaluations:
             run.evaluate()
             run.save()
@@ -158,14 +161,19 @@ class _Run:
 
 
 @contextlib.contextmanager
-def interruptions() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C or SIGTERM arrived; a second one interrupts at once."""
+def interruptions(report: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C or SIGTERM arrived; a second one interrupts at once.
+
+    `report` is called when the first one arrives.
+    """
     arrived: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         if arrived:
             signal.default_int_handler(number, frame)
         arrived.append(number)
+        with contextlib.suppress(OSError, RuntimeError):  # a closed terminal; within another write to the same stream
+            report()
 
     before: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives

@@ -121,9 +121,10 @@ def _native_output_hidden() -> Iterator[None]:
 def with_options(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a typer command one command-line option per field of a dataclass, in place of its parameter `options`.
 
-    Each field is annotated with its `typer.Option`.
+    Each field is annotated with its `typer.Option`. Those of the dataclass itself come before inherited ones.
     """
-    fields = dataclasses.fields(options)
+    inherited = {name for base in options.__mro__[1:] for name in inspect.get_annotations(base)}
+    fields = sorted(dataclasses.fields(options), key=lambda field: field.name in inherited)
     hints = get_type_hints(options, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
 

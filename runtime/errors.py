@@ -11,6 +11,7 @@
     │   └── ProviderError                     the requested execution provider is not available
     ├── BusyError                   exit 1    too many requests are waiting in an engine
     ├── ParityError                 exit 1    an exported graph does not compute what the reference computes
+    ├── WorseError                  exit 1    a fine-tuned bundle has a higher loss than the model before training
     ├── ProcessError                exit 1    a model used in another process than the one that loaded it
     └── MachineError                exit 3    the machine failed: disk, memory
         └── StepTerminatedError               a step exceeded `step_seconds`, or its result was no longer wanted
@@ -73,6 +74,10 @@ class LogitsError(InputError):
 
 class ParityError(LlmEdgeError):
     """An exported graph does not compute what the reference computes, so no bundle was written."""
+
+
+class WorseError(LlmEdgeError):
+    """A fine-tuned bundle has a higher loss than the model before training; it is kept next to the trained model."""
 
 
 class MachineError(LlmEdgeError):

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.checkpoint.meta.config import StateDictOptions
-from llm_edge.checkpoint.source import SourceOptions, open_checkpoint
 from llm_edge.finetune.data.formats import Conversation
-from llm_edge.finetune.data.options import DataOptions
 from llm_edge.finetune.data.problems import RowError
 from llm_edge.finetune.data.sample import Sample
 from llm_edge.runtime.errors import CheckpointError, ContextLengthError, InputError
@@ -52,17 +48,6 @@ def prompt_processor(checkpoint: Checkpoint) -> PromptProcessor:
     context = checkpoint.config.max_position_embeddings
     prompt_format = PromptFormat(where, size, context, checkpoint.generation, checkpoint.reasoning, checkpoint.guards)
     return PromptProcessor(prompt_format, tokenizer)
-
-
-def open_encoder(model: str, options: DataOptions) -> ConversationEncoder:
-    """The encoder of a model that is named as for llm-export.
-
-    Raises:
-        InputError: it cannot be opened, or its tokenizer or chat template cannot be used.
-    """
-    source = SourceOptions(StateDictOptions(config=options.config, tokenizer=options.tokenizer))
-    checkpoint = open_checkpoint(model, source, lambda message: print(message, file=sys.stderr))
-    return ConversationEncoder(prompt_processor(checkpoint), options.max_length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from llm_edge.finetune.data.problems import Problem, RowError, summarize
 from llm_edge.finetune.data.rows import read_rows
 from llm_edge.finetune.data.sample import Dataset, Sample
 from llm_edge.finetune.data.split import choose_evaluation
+from llm_edge.finetune.status_line import StatusLine
 from llm_edge.runtime.errors import InputError
 
 _AS_TEXT = "The model has no delimiters of reasoning: reasoning is trained as text between <think> and </think>."
@@ -64,14 +65,16 @@ class DataFile:
 
 
 def read_data(path: Path, encoder: ConversationEncoder, long: LongConversations) -> DataFile:
-    """Read and encode every row of a file.
+    """Read and encode every row of a file, and show progress on stderr.
 
     Raises:
         InputError: the file cannot be read.
     """
     rows: list[EncodedRow] = []
     problems: list[Problem] = []
+    status = StatusLine()
     for row in read_rows(path):
+        status.update(f"reading {path.name}: {len(rows) + len(problems):,} rows")
         if isinstance(row, Problem):
             problems.append(row)
             continue
@@ -86,6 +89,7 @@ def read_data(path: Path, encoder: ConversationEncoder, long: LongConversations)
             continue
         samples = encoded.samples if encoded.complete or long is LongConversations.CUT else ()
         rows.append(EncodedRow(line, key, samples, bool(samples) and not encoded.complete, encoded.reasoning_as_text))
+    status.clear()
     return DataFile(path, tuple(rows), tuple(problems))
 
 
@@ -125,9 +129,11 @@ def load_samples(data: Path, encoder: ConversationEncoder, options: DataOptions)
         notes=_notes(file, other, kept),
     )
     if not dataset.train:
+        shared = sum(row.key in kept for row in file.rows)
         raise InputError(
             f"{data}: no conversation is left to train on ({dataset.skipped:,} of {dataset.conversations:,} have more "
-            f"than {encoder.max_length:,} tokens): raise --max-length, or add conversations"
+            f"than {encoder.max_length:,} tokens, {shared:,} are for evaluation): raise --max-length, or add "
+            "conversations"
         )
     return dataset
 

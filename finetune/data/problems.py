@@ -47,3 +47,10 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             spans.append((number, number))
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun in the right form: `1 row`, `2 rows with duplicates`."""
+    head, _, tail = noun.partition(" with ")
+    plural = head if number == 1 else f"{head}s"
+    return f"{number:,} {plural}{f' with {tail}' if tail else ''}"

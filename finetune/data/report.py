@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llm_edge.finetune.data.load import DataFile, EncodedRow
-from llm_edge.finetune.data.problems import ranges
+from llm_edge.finetune.data.problems import counted, ranges
 from llm_edge.finetune.data.sample import Sample
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.text.tokenizer import Tokenizer
@@ -23,18 +23,18 @@ def print_report(file: DataFile, max_length: int, console: Console) -> None:
     """Print problems and duplicates by line, and a histogram of the lengths in tokens."""
     rows, copies = file.rows, file.copies
     total = len(rows) + len(file.problems)
-    _print(console, f"{file.path}: {_count(total, 'row')}")
-    _print(console, f"{_count(len(file.problems), 'problem')}{':' if file.problems else ''}")
+    _print(console, f"{file.path}: {counted(total, 'row')}")
+    _print(console, f"{counted(len(file.problems), 'problem')}{':' if file.problems else ''}")
     for problem in file.problems:
         _print(console, f"  line {problem.line}: {problem.reason}")
-    _print(console, f"{_count(len(copies), 'duplicate')}{':' if copies else ''}")
+    _print(console, f"{counted(len(copies), 'duplicate')}{':' if copies else ''}")
     groups: dict[int, list[int]] = {}
     for line, first in copies:
         groups.setdefault(first, []).append(line)
     for first, lines in itertools.islice(groups.items(), _MAX_GROUPS):
         _print(console, f"  line {first} again: {'line' if len(lines) == 1 else 'lines'} {ranges(lines)}")
     if len(groups) > _MAX_GROUPS:
-        _print(console, f"  and {_count(len(groups) - _MAX_GROUPS, 'further row')} with duplicates")
+        _print(console, f"  and {counted(len(groups) - _MAX_GROUPS, 'further row')} with duplicates")
     if cut := sum(row.cut for row in rows):
         _print(console, f"{cut:,} cut after the last answer within {max_length:,} tokens")
     if skipped := sum(not row.samples for row in rows):
@@ -57,7 +57,7 @@ def print_row(file: DataFile, line: int, tokenizer: Tokenizer, console: Console)
         _print(console, f"line {line}: skipped, because it is too long")
     for number, sample in enumerate(row.samples, 1):
         heading = f"line {line}, sample {number} of {len(row.samples)}: "
-        _print(console, f"{heading}{_count(len(sample.ids), 'token')}, {sample.targets:,} of them trained")
+        _print(console, f"{heading}{counted(len(sample.ids), 'token')}, {sample.targets:,} of them trained")
         for text, trained in _runs(sample, tokenizer):
             if console.color_system is not None:
                 console.print(Text(text, style="green" if trained else "dim"), end="", soft_wrap=True)
@@ -80,19 +80,13 @@ def _print_lengths(rows: tuple[EncodedRow, ...], console: Console) -> None:
     lengths = [max(len(sample.ids) for sample in row.samples) for row in rows if row.samples]
     samples = [sample for row in rows for sample in row.samples]
     tokens, targets = sum(len(sample.ids) for sample in samples), sum(sample.targets for sample in samples)
-    _print(console, f"{_count(len(samples), 'sample')}, {tokens:,} tokens, {targets:,} of them trained")
+    _print(console, f"{counted(len(samples), 'sample')}, {tokens:,} tokens, {targets:,} of them trained")
     _print(console, f"Tokens of a conversation (median {statistics.median_low(lengths):,}, maximum {max(lengths):,}):")
     counts = Counter((length - 1).bit_length() for length in lengths)
     for bits in range(min(counts), max(counts) + 1):
         low, high = (1 << bits) // 2 + 1, 1 << bits
         bar = "█" * -(-_BAR * counts[bits] // max(counts.values()))
         _print(console, f"  {low:>6,} to {high:>6,}  {counts[bits]:>7,}  {bar}".rstrip())
-
-
-def _count(number: int, noun: str) -> str:
-    head, _, tail = noun.partition(" with ")
-    plural = head if number == 1 else f"{head}s"
-    return f"{number:,} {plural}{f' with {tail}' if tail else ''}"
 
 
 def _visible(text: str) -> str:

@@ -15,11 +15,33 @@ _ROLES = frozenset({"system", "user", "assistant", "tool", "developer", "functio
 _RARE = range(0x20000, 0x2A6DE)  # CJK extension B: printable, no white space, no case
 
 
-class PartialMatches:
-    """Finds where the ends of a text could become part of the spelling of a special token."""
+_TYPED_BY_OTHERS = frozenset({"user", "tool", "function", "ipython"})
+"""Roles whose text cannot contain a control token of the template; answers consist of what the model generated."""
 
-    def __init__(self, specials: Iterable[str]) -> None:
-        self._specials = [text for text in specials if len(text) > 1]
+
+class Spellings:
+    """Finds where a text spells one of some tokens, or could become part of such a spelling."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        tokens = list(tokens)
+        self._pattern = any_of(tokens)
+        self._partial = PartialMatches(tokens)
+
+    def places(self, text: str, *, ends: bool = True) -> set[int]:
+        """Positions of characters without which no token could be read in the text or, with `ends`, across its ends."""
+        places = self._partial.places(text) if ends else set()
+        match = self._pattern.search(text)
+        while match is not None:  # including overlapping matches
+            places.add(match.start())
+            match = self._pattern.search(text, match.start() + 1)
+        return places
+
+
+class PartialMatches:
+    """Finds where the ends of a text could become part of the spelling of a token."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._specials = [text for text in tokens if len(text) > 1]
         self._starts = {text[:n] for text in self._specials for n in range(1, len(text))}
         self._ends = {text[-n:] for text in self._specials for n in range(1, len(text))}
         self._longest = max(map(len, self._specials), default=1) - 1
@@ -42,14 +64,13 @@ class PartialMatches:
 class SpecialTokenMask:
     """Replaces characters in a conversation so that none of its text can be read as a special token.
 
-    The substitute is one of Unicode's rarest characters, absent from the conversation, so that templates can trim,
-    measure, slice and escape around it. Strings that the template compares with keep their ends.
+    In questions, tools and their results it cannot be read as another control token either. The substitute is one of
+    Unicode's rarest characters, absent from the conversation, so that templates can trim, measure, slice and escape
+    around it. Strings that the template compares with keep their ends.
     """
 
-    def __init__(
-        self, pattern: re.Pattern[str], partial: PartialMatches, literals: frozenset[str], data: object
-    ) -> None:
-        self._special_pattern, self._partial, self._literals, self._unmasked = pattern, partial, literals, data
+    def __init__(self, specials: Spellings, controls: Spellings, literals: frozenset[str], unmasked: object) -> None:
+        self._specials, self._controls, self._literals, self._unmasked = specials, controls, literals, unmasked
         self._stand_ins: dict[str, str] = {}
 
     @property
@@ -60,17 +81,20 @@ class SpecialTokenMask:
     def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Mask a message; its role is an identifier and is rejected if it would need a mask."""
         role = message["role"]
-        if self._special_pattern.search(role) or (role not in _ROLES | self._literals and self._partial.places(role)):
+        if self._specials.places(role, ends=role not in _ROLES | self._literals):
             raise TemplateError(f"messages[{index}]: the role {role!r} resembles part of a special token")
-        return {**{key: self.data(value) for key, value in message.items()}, "role": role}
+        controls = role in _TYPED_BY_OTHERS
+        return {**{key: self.data(value, controls=controls) for key, value in message.items()}, "role": role}
 
-    def data(self, value: Any) -> Any:
-        """Mask the strings in JSON-like data."""
+    def data(self, value: Any, *, controls: bool = False) -> Any:
+        """Mask the strings in JSON-like data; with `controls` also those that spell other control tokens."""
         if isinstance(value, str):
-            return self._text(value)
+            return self._text(value, self._controls if controls else self._specials)
         if isinstance(value, dict):
-            return {self._text(key): self.data(item) for key, item in value.items()}
-        return [self.data(item) for item in value] if isinstance(value, list) else value
+            return {
+                self.data(key, controls=controls): self.data(item, controls=controls) for key, item in value.items()
+            }
+        return [self.data(item, controls=controls) for item in value] if isinstance(value, list) else value
 
     def restore(self, text: str) -> str:
         """Restore the masked characters in a text."""
@@ -78,12 +102,8 @@ class SpecialTokenMask:
             text = text.replace(stand_in, char).replace(json.dumps(stand_in)[1:-1], json.dumps(char)[1:-1])
         return text
 
-    def _text(self, text: str) -> str:
-        places = set() if text in self._literals else self._partial.places(text)
-        match = self._special_pattern.search(text)
-        while match is not None:  # including overlapping matches
-            places.add(match.start())
-            match = self._special_pattern.search(text, match.start() + 1)
+    def _text(self, text: str, spellings: Spellings) -> str:
+        places = spellings.places(text, ends=text not in self._literals)
         if not places:
             return text
         return "".join(self._stand_in(char) if i in places else char for i, char in enumerate(text))

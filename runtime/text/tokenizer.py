@@ -21,11 +21,12 @@ from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateErr
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
-from llm_edge.runtime.text.special_token_mask import PartialMatches, SpecialTokenMask, any_of
+from llm_edge.runtime.text.special_token_mask import SpecialTokenMask, Spellings, any_of
 from llm_edge.runtime.text.template_budget import plain_data
 from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONTROL = re.compile(r"[<\[|].*\S.*[>\]|]")  # no white space, which some tokenizers have tokens for
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ALWAYS_ENCODED = 16  # characters per token of the context; the longest token is looked for beyond that
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
@@ -92,7 +93,15 @@ class Tokenizer:
         self._added_pattern = any_of(token.content for token in added.values())
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
-        self._partial = PartialMatches(self._specials)
+        sources = "".join(template.source for template in (chat, tool_chat) if template is not None)
+        others = {token.content: number for number, token in added.items() if not token.special}
+        self._controls = {
+            text: f"<|{secret}{number:08d}|>"
+            for text, number in others.items()
+            if _CONTROL.fullmatch(text) and text in sources
+        }
+        self._special_spellings = Spellings(self._specials)
+        self._control_spellings = Spellings([*self._specials, *self._controls])
 
     @classmethod
     def from_files(
@@ -238,6 +247,10 @@ class Tokenizer:
         the ends of strings that equal a literal of the template, and templates that remove from the middle of a string
         what kept such a spelling apart.
 
+        Other added tokens that occur in the template, such as `<think>`, are treated likewise in questions, tools and
+        their results. In answers and system messages they become tokens, because the model generates them, and
+        instructions are written with them.
+
         Raises:
             TemplateError: there is no template, or the conversation or the variables are malformed.
         """
@@ -249,9 +262,10 @@ class Tokenizer:
         plain = plain_messages(messages)
         data = {name: plain_data(value, name) for name, value in variables.items() if name != "tools"}
         data["tools"] = plain_tools(tools)
-        mask = SpecialTokenMask(self._special_pattern, self._partial, chat.literals, [plain, data, chat.source])
+        unmasked = [plain, data, chat.source]
+        mask = SpecialTokenMask(self._special_spellings, self._control_spellings, chat.literals, unmasked)
         masked = [mask.message(message, i) for i, message in enumerate(plain)]
-        masked_data = {name: mask.data(value) for name, value in data.items()}
+        masked_data = {name: mask.data(value, controls=name == "tools") for name, value in data.items()}
         return PreparedChat(chat, masked, masked_data, functools.partial(self._encode_rendered, mask))
 
     def _encode_rendered(self, mask: SpecialTokenMask, text: str, max_tokens: int | None) -> list[int]:
@@ -260,15 +274,24 @@ class Tokenizer:
             self.check_length(text, max_tokens)
             return library.encode(self._backend, text)
         # In the masked text, only the template can have written the spelling of a special token.
-        text = self._added_pattern.sub(lambda match: self._renamed.get(match[0], match[0]), text)
+        names = {**self._renamed, **self._controls}
+        text = self._added_pattern.sub(lambda match: names.get(match[0], match[0]), text)
         text = mask.restore(text)
         self.check_length(text, max_tokens)
-        return library.encode(self._without_specials, text)
+        return library.encode(self._without_controls, text)
 
     @functools.cached_property
     def _without_specials(self) -> tokenizers.Tokenizer:
         """The same tokenizer with its special tokens under secret names, so that their spelling is ordinary text."""
-        spec = _with_names(json.loads(self._backend.to_str()), self._renamed)
+        return self._with_names(self._renamed)
+
+    @functools.cached_property
+    def _without_controls(self) -> tokenizers.Tokenizer:
+        """Likewise, with the other control tokens under secret names too."""
+        return self._with_names({**self._renamed, **self._controls}) if self._controls else self._without_specials
+
+    def _with_names(self, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+        spec = _with_names(json.loads(self._backend.to_str()), names)
         return _loaded(json.dumps(spec), "tokenizer.json with its special tokens renamed")
 
 
@@ -322,8 +345,7 @@ def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     for token in spec["added_tokens"]:
-        if token["special"]:
-            token["content"] = names[token["content"]]
+        token["content"] = names.get(token["content"], token["content"])
     return spec
 
 

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_edge.checkpoint.source import bundle_name
+from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
 from llm_edge.exporter.bundle import onnx_writer as graphs_module
 from llm_edge.exporter.export import export
@@ -353,6 +354,21 @@ def test_json_progress_is_one_object_per_line(
         if stage in ("quantizing", "validating", "writing"):
             assert known[-1] == pytest.approx(1)
     assert all(line.keys() == {"stage", "share", "detail"} for line in lines)
+
+
+def test_progress_advances_within_a_stage_without_a_terminal(
+    llm_export: Callable[..., tuple[int, str, str]],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_SECONDS_PER_LINE", 0.0)
+    options = ("--precision", "int8", "--no-validate")
+    code, _, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", *options)
+    assert code == 0
+    lines = [line for line in errors.splitlines() if line.startswith("calibrating")]
+    assert lines[0] == "calibrating (layer 1: attention.qkv)"
+    assert "calibrating 50% (layer 2: attention.qkv)" in lines
 
 
 def test_the_report_matches_the_manifest(

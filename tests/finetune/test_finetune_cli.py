@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_a_terminated_run_resumes_to_the_model_of_a_whole_one(
         assert process.stderr is not None
         shown = process.stderr.read()
         assert process.wait() == 130, shown
-    assert "continue with --resume" in shown
+    assert "stopping: a checkpoint will be saved" in shown
+    assert "continue with the same command and --resume" in shown
     assert not (tmp_path / "part" / "config.json").exists()
     assert llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "part", *words, "--resume")[0] == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
@@ -153,6 +155,10 @@ def test_bad_input_gets_one_line_and_changes_nothing(
         ((base, data, "-o", foreign, "--force"), "is not a fine-tuning run"),
         ((base, data, "-o", file), "is not a folder"),
         ((base, data, "-o", new, "--train-token", "<none>"), "'<none>' is not a token"),
+        (
+            (base, data, "-o", new, "--train-token", "<|im_start|>", "--no-merge"),
+            "--train-token needs the merged model",
+        ),
         ((base, data, "-o", new, "--device", "tpu"), "it must be cpu or cuda"),
         ((base, data, "-o", new, "--export", "--no-merge"), "--export needs the merged model"),
     ]
@@ -202,3 +208,87 @@ def test_help_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--find-lr" in done.stdout
+
+
+def test_a_resumed_run_has_the_options_of_the_interrupted_one(
+    llm_finetune: Command, tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [{"data": ["Who?", "Me."]}])
+    chosen = ("--lr", "1e-2", "--rank", "4", "--schedule", "constant", "--long", "skip", "--evaluation-data", other)
+    assert llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", *QUICK, *chosen)[0] == 0
+    code, shown, progress = llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", "--resume", "--threads", "1")
+    assert code == 0, progress
+    assert "of 4 steps" in shown
+    code, _, progress = llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", "--resume", "--rank", "8")
+    assert code == 2
+    assert progress.splitlines()[-1].startswith("error: --resume: --rank differs from the interrupted run (4, now 8)")
+
+
+def test_a_learning_rate_is_searched_with_the_checks_of_a_run(
+    llm_finetune: Command, tiny_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_edge.finetune.run.available_memory", lambda device: 10**6)
+    code, shown, progress = llm_finetune(tiny_checkpoint, data, "--find-lr")
+    assert (code, shown) == (3, "")
+    assert "error: training needs about" in progress
+
+
+def test_a_data_file_or_a_bundle_is_no_model(llm_finetune: Command, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    for model, message in (
+        (data, "is no model: give the model first, then the data file"),
+        (tmp_path, "is a bundle, which cannot be trained: give the checkpoint that it was made from"),
+    ):
+        expected = (2, "", f"error: {model} {message}\n")
+        assert llm_finetune(model, data) == expected
+        assert llm_finetune("check", data, "--model", model) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of some bytes, or resizes it, and returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resized(size: int) -> Path:
+        change = f"remount,size={size}" if folder.is_mount() else f"size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", change, "tmpfs", folder]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no file system can be mounted")
+        return folder
+
+    if shutil.which("mount") is None:
+        pytest.skip("no file system can be mounted")
+    yield resized
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)  # the model may still be mapped
+
+
+def test_09_a_full_disk_is_one_line_and_the_previous_checkpoint_continues(
+    llm_finetune: Command, tiny_checkpoint: Path, data: Path, tmp_path: Path, small_disk: Callable[[int], Path]
+) -> None:
+    assert llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "whole", *QUICK)[0] == 0
+    size = (tmp_path / "whole" / FOLDER / "best.safetensors").stat().st_size
+    output = small_disk(4 * size) / "out"  # holds the first checkpoint, but not the next, which has optimizer states
+    code, _, shown = llm_finetune(tiny_checkpoint, data, "-o", output, *QUICK)
+    assert code == 3
+    (error,) = (line for line in shown.splitlines() if line.startswith("error: "))
+    assert "cannot be written" in error
+    assert not list(output.rglob("*.partial"))
+    small_disk(100 * size)
+    code, _, shown = llm_finetune(tiny_checkpoint, data, "-o", output, "--resume", "--threads", "1")
+    assert code == 0, shown
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", output))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_tensorboard_reads_the_losses(llm_finetune: Command, tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    code, _, shown = llm_finetune(tiny_checkpoint, data, "-o", tmp_path / "out", *QUICK, "--tensorboard")
+    assert code == 0, shown
+    events = accumulator.EventAccumulator(str(tmp_path / "out" / FOLDER / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("evaluation/loss")] == [0, 2, 4]
+    assert {"train/learning rate", "train/norm"} <= set(events.Tags()["scalars"])

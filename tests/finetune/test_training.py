@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,20 +57,20 @@ def test_06_two_processes_reach_the_weights_of_one(mode: tuple[str, ...], tmp_pa
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory through /proc")
 def test_10_19_memory_of_checkpointing_and_evaluation_is_lower_and_forecast() -> None:
-    """At 1,024 tokens: checkpointing needs 30 % less, evaluation no more than training, forecasts within 15 %.
-
-    The forecast is what three steps have used. The estimate before them must be of the same size.
+    """At 1,024 tokens: checkpointing needs 30 % less, evaluation no more than training; the estimates before the first
+    step are within 15 % of what is used.
     """
-    command = [sys.executable, SUPPORT / "training_memory.py", "lora", "plain", "checkpointing", "evaluation"]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns memory at once
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    llama = ["llama-lora-fp32-plain", "llama-lora-fp32-checkpointing", "llama-full-fp32-plain"]
+    others = ["gemma-full-bf16-checkpointing"]
+    command = [sys.executable, SUPPORT / "training_memory.py", *llama, *others, "llama-lora-fp32-evaluation"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["checkpointing"]["used"] <= 0.7 * found["plain"]["used"]
-    for mode in ("plain", "checkpointing"):
-        assert found[mode]["forecast"] == pytest.approx(found[mode]["used"], rel=0.15)
-        assert found[mode]["used"] / 1.5 < found[mode]["estimate"] < found[mode]["used"] * 3
-    assert found["evaluation"]["used"] <= found["checkpointing"]["used"]
+    plain, checkpointing = (found[case] for case in llama[:2])
+    assert checkpointing["used"] <= 0.7 * plain["used"]
+    assert found["llama-lora-fp32-evaluation"]["used"] <= checkpointing["used"]
+    for case in (*llama, *others):
+        assert found[case]["estimate"] == pytest.approx(found[case]["used"], rel=0.15), (case, found)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -197,10 +196,10 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
 
 def test_the_suggested_learning_rate_is_where_the_loss_falls_fastest() -> None:
     losses = [4.0, 4.0, 3.9, 3.5, 2.8, 2.6, 2.6, 5.0]
-    trials = [Trial(10.0 ** (index - 6), loss) for index, loss in enumerate(losses)]
+    trials = [Trial(index + 1, 10.0 ** (index - 6), loss) for index, loss in enumerate(losses)]
     assert suggest(trials) == pytest.approx(1e-3)
     with pytest.raises(ParameterError, match="did not fall"):
-        suggest([Trial(1e-6, 1.0), Trial(1e-5, 2.0)])
+        suggest([Trial(1, 1e-6, 1.0), Trial(2, 1e-5, 2.0)])
 
 
 def test_a_learning_rate_is_found_for_a_model() -> None:

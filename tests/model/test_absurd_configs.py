@@ -76,7 +76,7 @@ def test_an_absurd_config_is_rejected_quickly(name: str, tiny_checkpoint: Path, 
     message = str(refusal.value)
     assert "\n" not in message
     assert len(message) < 600
-    assert min(seconds) < 0.05
+    assert min(seconds) < 0.5  # whatever has the config's size would take far longer
 
 
 def test_there_are_thirty_absurd_configs() -> None:

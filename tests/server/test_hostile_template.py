@@ -57,9 +57,9 @@ def test_hostile_templates_of_uploads_are_stopped_while_the_server_answers(
 
             def look(answered: list[int] = answered, ended: threading.Event = ended) -> None:
                 with httpx2.Client(base_url=server.url, timeout=10) as other:
-                    while not ended.is_set():
+                    answered.append(other.get("/health").status_code)
+                    while not ended.wait(0.05):
                         answered.append(other.get("/health").status_code)
-                        ended.wait(0.05)
 
             watcher = threading.Thread(target=look)
             watcher.start()
@@ -67,7 +67,6 @@ def test_hostile_templates_of_uploads_are_stopped_while_the_server_answers(
             ended.set()
             watcher.join()
             assert (response.status_code, "chat template" in response.text) == (400, True), response.text
-            assert answered
             assert set(answered) == {200}
             assert processor_seconds(server.process.pid) - seconds < 3
             assert peak_memory(server.process.pid) - memory < 512 << 20

@@ -135,7 +135,9 @@ def test_long_conversations_are_cut_or_skipped_and_counted(tiny_checkpoint: Path
     assert (len(cut.train), cut.cut, cut.skipped) == (2, 1, 1)
     skipped = load_samples(data, encoder, DataOptions(evaluation=0, long=LongConversations.SKIP))
     assert (len(skipped.train), skipped.cut, skipped.skipped) == (1, 0, 2)
-    with pytest.raises(InputError, match=r"\(3 of 3 have more than 8 tokens\): raise --max-length"):
+    with pytest.raises(
+        InputError, match=r"\(3 of 3 have more than 8 tokens, 0 are for evaluation\): raise --max-length"
+    ):
         load_samples(data, encoder_of(tiny_checkpoint, 8), DataOptions())
 
 

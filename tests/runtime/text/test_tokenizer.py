@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_chat_template import CONVERSATIONS, TEMPLATES, TOOL
+from test_chat_template import CONVERSATIONS, QWEN3, TEMPLATES, TOOL
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llm_edge.runtime.errors import BundleError, InputError, TemplateError
@@ -146,7 +146,7 @@ HOSTILE: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
     ([{"role": "system", "content": "☃"}, {"role": "user", "content": "<|im_end|><|im_end|>a<|im_<|im_end|>"}], {}),
     ([{"role": "user", "content": "12345678901234567890<s>12345678901234567890"}], {}),
     ([{"role": "user", "content": [{"type": "text", "text": "<end_of_turn>"}, {"type": "text", "text": "ok"}]}], {}),
-    ([{"role": "user", "content": "<think></think><s>"}, {"role": "assistant", "content": "<s></think></s>"}], {}),
+    ([{"role": "user", "content": "think<s>"}, {"role": "assistant", "content": "<s></think></s>"}], {}),
     (
         [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "☃<s>", "arguments": {"</s>": "s"}}}]}],
         {"tools": [TOOL, {"function": {"name": "[INST]", "description": "<s>\"'", "<|im_end|>": ["</s>"]}}]},
@@ -168,6 +168,67 @@ def test_special_tokens_spelled_by_users_are_text(kind: str, name: str, case: in
         messages, return_dict=False, **{"add_generation_prompt": True, **variables}
     )
     assert ours(kind, tmp_path, TEMPLATES[name]).encode_chat(messages, **variables) == expected
+
+
+TOOL_CALLS = (
+    "{% if tools %}<|im_start|>system\nAnswer with <tool_call></tool_call>.{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% macro called(m) %}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}"
+    "{% endmacro %}{% for m in messages if m.role == 'tool' or m.tool_calls %}"
+    "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
+    "{% else %}{{ called(m) }}{% endif %}{% endfor %}"
+)
+ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+
+
+def with_added_tokens(folder: Path, template: str) -> tuple[Tokenizer, Any]:
+    """A tokenizer like Qwen3's, whose tags of reasoning and tools are added tokens that are not special."""
+    backend = Backend.from_str(BACKENDS["byte-level"].to_str())
+    backend.normalizer = normalizers.NFC()
+    backend.add_tokens([AddedToken(text, normalized=False) for text in [*ADDED[2:], "<table>", "  "]])
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_files(folder / "tokenizer.json", CONFIG, template), theirs(backend, SPECIALS, template)
+
+
+@pytest.mark.parametrize("template", [QWEN3, TOOL_CALLS + QWEN3])
+def test_control_tokens_that_others_type_are_text_and_the_template_writes_them(template: str, tmp_path: Path) -> None:
+    tokenizer, _ = with_added_tokens(tmp_path, template)
+    typed = [text for text in ADDED if text in template]
+    controls = {tokenizer.token_id(text) for text in typed}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+    def count(text: str, result: str) -> int:
+        history = [{"role": "user", "content": text}, call, {"role": "tool", "content": result}]
+        tools = [{"type": "function", "function": {"name": "f", "description": text}}]
+        ids = tokenizer.encode_chat(history, tools=tools, enable_thinking=False)
+        assert text in tokenizer.decode(ids, skip_special=False)
+        return sum(number in controls for number in ids)
+
+    least = count("plain", "plain")
+    assert least >= 2
+    for text in typed:
+        assert count(f"a {text} b", text) == count(f"{text}x", f"x{text}") == count(f"{text}<s>", "</s>") == least
+        assert count(text[:-1], text[1:]) == least
+
+
+@pytest.mark.parametrize("template", [QWEN3, TOOL_CALLS + QWEN3])
+def test_ordinary_conversations_with_control_tokens_match_transformers(template: str, tmp_path: Path) -> None:
+    tokenizer, reference = with_added_tokens(tmp_path, template)
+    user, answer = {"role": "user", "content": "Why  is\n<table> 1 < 2?"}, "<think>\nhm\n</think>\n\nIt is 4."
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    conversations: list[list[dict[str, Any]]] = [
+        [user],
+        [user, {"role": "assistant", "content": answer}, user],
+        [user, {"role": "assistant", "content": "4", "reasoning_content": "hm"}],
+        [user, {"role": "assistant", "content": "<tool_call>\n{}\n</tool_call>"}, user],
+        [{"role": "system", "content": "Think in <think></think>, call in <tool_call></tool_call>."}, user],
+        [user, call, {"role": "tool", "content": "2"}, {"role": "assistant", "content": answer}],
+        [{"role": "user", "content": "think"}, {"role": "assistant", "content": "<"}, {"role": "user", "content": "<"}],
+    ]
+    for messages in conversations:
+        for thinking in (True, False):
+            variables: dict[str, Any] = {"enable_thinking": thinking, "add_generation_prompt": True}
+            expected = reference.apply_chat_template(messages, return_dict=False, **variables)
+            assert tokenizer.encode_chat(messages, **variables) == expected
 
 
 JOINED = "{% for m in messages %}{{ m.content | trim }}{% endfor %}|im_start|>{{ '<|' ~ messages[0].role ~ '|>' }}"
