@@ -42,8 +42,9 @@ def to_float16(model: ir.Model) -> None:
     for value in itertools.chain(graph.inputs, computed):
         if value.dtype is _FLOAT:
             value.dtype = _FLOAT16
-    for node in angles:
-        _cast_angles(model, node, angles)
+    for node in list(graph):
+        if node in angles:
+            _cast_angles(model, node, angles)
     for index, value in enumerate(graph.outputs):
         if value.name in _FLOAT32_OUTPUTS:
             _cast_to_float32(model, index)
