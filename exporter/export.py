@@ -42,7 +42,8 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         MachineError: disk or memory is full; nothing was written.
     """
     options = options or ExportOptions()
-    recipes = parse_precisions(options.precision or _DEFAULT_PRECISIONS[options.file_format])
+    default = _DEFAULT_PRECISIONS[options.file_format]
+    recipes = parse_precisions(default if options.precision is None else options.precision)
     target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
     if target.name in ("", ".."):
         target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
