@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 from typer import Option
 
-from llm_edge.finetune.data.options import DataOptions, LongConversations
+from llm_edge.finetune.data.options import DataOptions
 
 
 class Method(StrEnum):
@@ -125,23 +125,12 @@ class FinetuneOptions(DataOptions):
         return 2e-4 if self.method is Method.LORA else 2e-5
 
 
-_FROM_JSON: dict[str, Callable[[str], Any]] = {
-    "method": Method,
-    "schedule": Schedule,
-    "precision": Precision,
-    "long": LongConversations,
-    "evaluation_data": Path,
-    "config": Path,
-    "tokenizer": Path,
-}
-"""Fields whose values are no JSON values."""
-
-
 def with_stored(options: FinetuneOptions, stored: Mapping[str, Any], given: Collection[str]) -> FinetuneOptions:
     """Return options with those of an interrupted run, JSON values, except for the given ones."""
-    names = {field.name for field in dataclasses.fields(options)} & stored.keys() - set(given)
-    changes = {
-        name: _FROM_JSON[name](stored[name]) if name in _FROM_JSON and stored[name] is not None else stored[name]
-        for name in names
-    }
+    hints = get_type_hints(FinetuneOptions)
+    changes: dict[str, Any] = {}
+    for name in {field.name for field in dataclasses.fields(options)} & stored.keys() - set(given):
+        kinds = [kind for kind in (get_args(hints[name]) or (hints[name],)) if isinstance(kind, type)]
+        convert = next((kind for kind in kinds if issubclass(kind, StrEnum | Path)), None)
+        changes[name] = stored[name] if convert is None or stored[name] is None else convert(stored[name])
     return dataclasses.replace(options, **changes)
