@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import re
+import warnings
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
@@ -66,7 +67,9 @@ def violations(answer: str, schema: Any) -> list[str]:
     """What a validator objects to, with exact numbers and with doubles."""
     kind: Any = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     exact = json.loads(json.dumps(schema), parse_float=Decimal)
-    found = [error.message for error in kind(exact).iter_errors(json.loads(answer, parse_float=Decimal))]
-    if "multipleOf" not in json.dumps(schema):  # jsonschema divides doubles
-        found += [error.message for error in kind(schema).iter_errors(json.loads(answer))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Python's about a pattern such as `[[]`
+        found = [error.message for error in kind(exact).iter_errors(json.loads(answer, parse_float=Decimal))]
+        if "multipleOf" not in json.dumps(schema):  # jsonschema divides doubles
+            found += [error.message for error in kind(schema).iter_errors(json.loads(answer))]
     return found
