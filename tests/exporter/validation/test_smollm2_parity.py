@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 TEXT = DATA / "validation.txt"
 LENGTHS = (1, 2, 17, 512, 2000)
-NEW_TOKENS = 256
+NEW_TOKENS = 128
 QUESTIONS = (
     "What is the capital of France?",
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
