@@ -147,7 +147,7 @@ class _ProgressDisplay:
         )
         self._stage = ""
         self._pending: list[str] = []
-        self._printed = 0.0  # when
+        self._printed = 0.0  # time of the last line
 
     def __enter__(self) -> _ProgressDisplay:
         if self._terminal:
@@ -178,9 +178,9 @@ class _ProgressDisplay:
         now = time.monotonic()
         if stage == self._stage and (fraction is None or now < self._printed + _SECONDS_PER_LINE):
             return
-        percent = "" if stage != self._stage or fraction is None else f" {fraction:.0%}"
         self._printed = now
-        self._pending.append(f"{stage}{percent} ({detail})" if detail else f"{stage}{percent}")
+        shown = f"{stage} {fraction:.0%}" if stage == self._stage else stage
+        self._pending.append(f"{shown} ({detail})" if detail else shown)
         if stage != "reading":  # an unreadable source prints its one-line error and nothing else
             print(*self._pending, sep="\n", file=sys.stderr, flush=True)
             self._pending.clear()

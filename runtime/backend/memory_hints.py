@@ -19,9 +19,9 @@ from pathlib import Path
 PAGE = 2 << 20
 _MADV_DONTNEED, _MADV_COLLAPSE = 4, 25
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_releasing = threading.Lock()
 _FULL = 0.9  # fraction of a region that must be resident: collapsing allocates the rest
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ (\S+) (\d+) *(.*)$")
+_releasing = threading.Lock()
 
 
 @dataclass(slots=True)

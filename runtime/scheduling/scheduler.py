@@ -109,8 +109,8 @@ class Scheduler:
         self._counters.prefill_steps += 1
         self._counters.prefill_seconds += seconds
         if decoding:
-            waiting = max(1.0, len(prompts) / min(decoding, _FEW_DECODING))
-            self._adapt_chunk(len(tokens), seconds, self._decode_step * waiting)
+            steps = max(1.0, len(prompts) / min(decoding, _FEW_DECODING))
+            self._adapt_chunk(len(tokens), seconds, self._decode_step * steps)
 
     def _adapt_chunk(self, tokens: int, seconds: float, wanted: float) -> None:
         """Adapt the number of tokens in a chunk to what a chunk took, given what it should take."""

@@ -80,9 +80,9 @@ class _Angles:
         padded = np.pad(frequencies, ((0, 0), (0, -frequencies.shape[1] % _WIDTH)))
         if not self._rope.long_from:
             return self._floats("frequencies", padded[0])
-        zero = self._editor.constant(f"{self._name}.short", [self._rope.long_from])
-        longest = self._op("ReduceMax", positions, keepdims=0)
-        long = self._op("Cast", self._op("GreaterOrEqual", longest, zero), label="Long", to=int(ir.DataType.INT64))
+        bound = self._editor.constant(f"{self._name}.short", [self._rope.long_from])
+        last = self._op("ReduceMax", positions, keepdims=0)
+        long = self._op("Cast", self._op("GreaterOrEqual", last, bound), label="Long", to=int(ir.DataType.INT64))
         chosen = self._op("Gather", self._floats("frequencies", padded), long, axis=0)
         return self._op("Reshape", chosen, self._ints("flat", [-1]), label="Flat")
 
