@@ -17,7 +17,8 @@ from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence, common_prefix
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, common_prefix
+from llm_edge.runtime.scheduling.sequence import TokenSequence
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
 # A chunk of a prompt, while others decode, should take this many times as long as a decode step, and in proportion

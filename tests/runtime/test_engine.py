@@ -18,7 +18,7 @@ from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.errors import BusyError, MachineError, ParameterError
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.scheduling.batch import Batch
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT
 
 Load = Callable[..., Engine]
 # The penalty adds variety: a small random model would only repeat the last token of its prompt.

@@ -19,7 +19,7 @@ from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import ContextLengthError, MachineError, ParameterError, StepTerminatedError
 from llm_edge.runtime.scheduling import batch as batch_module
 from llm_edge.runtime.scheduling.batch import Batch
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT
 
 LENGTHS = (3, 300, 17, 64, 129, 2, 40, 255)
 
