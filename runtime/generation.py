@@ -181,12 +181,13 @@ class _Reader:
 
     def __next__(self) -> GenerationChunk:
         while True:
-            ready = threading.Event()
-            chunk = self._generation._next(self, wake := ready.set)
+            ready = threading.Lock()  # cheaper than an Event; the engine releases it
+            ready.acquire()
+            chunk = self._generation._next(self, wake := ready.release)
             if chunk is not None:
                 return chunk
             try:
-                ready.wait()
+                ready.acquire()
             finally:
                 self._generation._stop_waiting(wake)  # after Ctrl-C
 
