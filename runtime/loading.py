@@ -59,7 +59,8 @@ def load(path: str | Path, options: LoadOptions, *, fused: bool = False, interle
     with Background(functools.partial(bundle.check, large), "llm-edge-checksums"):
         if fused and not precision.share_buffer:
             raise BundleError(f"{bundle.path}: {precision.name} is not a fused ONNX graph: export with --graph fused")
-        session, tokenizer = _session_and_tokenizer(bundle, precision, options, interleaved)
+        # An engine needs the whole tokenizer: loading it later could stop all answers for a second.
+        session, tokenizer = _session_and_tokenizer(bundle, precision, options, interleaved, lazy=not fused)
     if precision.name == "fp16" and prefers_half and session.provider == "cpu":  # CUDA rejected it; slow on CPUs
         return load(path, replace(options, provider="cpu"), fused=fused, interleaved=interleaved)
     return LoadedBundle(bundle, precision, tokenizer, session)
@@ -74,7 +75,7 @@ def _prefers_half(bundle: Bundle, options: LoadOptions) -> bool:
 
 
 def _session_and_tokenizer(
-    bundle: Bundle, precision: PrecisionInfo, options: LoadOptions, interleaved: bool
+    bundle: Bundle, precision: PrecisionInfo, options: LoadOptions, interleaved: bool, *, lazy: bool
 ) -> tuple[AnySession, Tokenizer]:
     from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
     from llm_edge.runtime.backend.open import open_session
@@ -86,19 +87,24 @@ def _session_and_tokenizer(
         functools.partial(open_session, GraphFile.of(bundle, precision), execution), "llm-edge-open-session"
     )
     with opening:  # onnxruntime holds no lock of the interpreter meanwhile
-        tokenizer = _tokenizer(bundle)
+        tokenizer = _tokenizer(bundle, cached=lazy)
         # What generating needs besides; importing it takes as long as a few decode steps.
         import llm_edge.runtime.scheduling.sequence_factory
         import llm_edge.runtime.speculative.draft_model  # noqa: F401
     return opening.result(), tokenizer
 
 
-def _tokenizer(bundle: Bundle) -> Tokenizer:
+def _tokenizer(bundle: Bundle, *, cached: bool) -> Tokenizer:
     from llm_edge.runtime.text.tokenizer import Tokenizer
 
     config, vocab_size = bundle.json("tokenizer_config.json"), bundle.shape.vocab_size
     tokenizer = Tokenizer.from_files(
-        bundle.file("tokenizer.json"), config, bundle.chat_template(), bundle.named_templates(), vocab_size=vocab_size
+        bundle.file("tokenizer.json"),
+        config,
+        bundle.chat_template(),
+        bundle.named_templates(),
+        vocab_size=vocab_size,
+        cached=cached,
     )
     if tokenizer.vocab_size > vocab_size:
         raise BundleError(f"{bundle.path}: the tokenizer has more tokens than the model: export the bundle again")
