@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm_edge.exporter.layerwise import decoder_without_weights
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights
 from llm_edge.model.config import ModelConfig
-from llm_edge.model.decoder import Decoder
 from llm_edge.runtime.errors import CheckpointError
 
 WINDOW = 512
@@ -180,7 +180,7 @@ def observe(
     limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_TOKENS), MAX_TOKENS)
     count = max(min(len(tokens), limit) // length, 1)
     windows = torch.tensor(tokens[: count * length]).reshape(count, -1)
-    decoder = _decoder_without_weights(config)
+    decoder = decoder_without_weights(config)
     mask = torch.ones(1, windows.shape[1], dtype=torch.int64)
     if config.learned_positions:
         decoder.load_parameters(weights, ["embed_positions.weight"])
@@ -224,11 +224,3 @@ def _record(
     x = arguments[0][0]
     hessians[name] = hessians[name].addmm_(x.T, x) if name in hessians else x.T @ x
     samples.setdefault(name, []).append(x[::step].clone())
-
-
-def _decoder_without_weights(config: ModelConfig) -> Decoder:
-    """Return a decoder on the meta device, but for its rotary tables."""
-    with torch.device("meta"):
-        decoder = Decoder(config, standalone=True).eval()
-    decoder.set_rotary_tables()
-    return decoder
