@@ -207,12 +207,9 @@ def _print_report(report: Report, seconds: float) -> None:
     console.print(table)
     if validation := report.validation:
         print("KL, top-1 and perplexity against PyTorch fp32 on the bundled validation text.")
-        print(_independent_check(validation))
-        if validation.layers < report.layers:
-            print(
-                f"Compared only the first {validation.layers} of {report.layers} layers, with embedding and head. "
-                f"Comparing all of them takes about {validation.required_bytes / 1e9:.0f} GB: --validation-memory"
-            )
+        if by_kind := _divergence_by_kind(validation):
+            print(by_kind)
+        print(_independent_check(validation, report.layers))
     else:
         print("Not validated (--no-validate): the difference from PyTorch is unknown.")
     if note := _requantization_note(report):
@@ -240,14 +237,25 @@ def _requantization_note(report: Report) -> str | None:
     )
 
 
-def _independent_check(validation: Validation) -> str:
+def _independent_check(validation: Validation, layers: int) -> str:
     check = validation.independent
     if check.difference is None:
         return f"Not compared with transformers: {check.reason}."
+    whose = "The logits" if check.layers == layers else f"The logits of the first {check.layers} of {layers} layers"
     return (
-        f"The logits agree with those of transformers {check.version} on {check.tokens} tokens "
+        f"{whose} agree with those of transformers {check.version} on {check.tokens} tokens "
         f"(max |Δ| {check.difference.max:.1e} of their standard deviation)."
     )
+
+
+def _divergence_by_kind(validation: Validation) -> str:
+    """Return a line with the mean KL of each precision by kind of text; empty if there is a single kind."""
+    lines = [
+        f"{name}: {', '.join(f'{kind} {value:.1e}' for kind, value in quality.kl_by_kind.items())}"
+        for name, quality in validation.qualities.items()
+        if quality.kl_by_kind
+    ]
+    return "\n".join(["Mean KL by kind of text:", *lines]) if lines else ""
 
 
 def _measurements(name: str, validation: Validation | None) -> list[str]:

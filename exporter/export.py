@@ -65,8 +65,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         formats = writer.write(models, checkpoint, recipes, texts.calibration, progress)
         validation = None
         if options.validate:
-            memory = options.validation_memory * 1e9
-            validation = verify_parity(models, checkpoint, recipes, writer, texts, memory, progress)
+            validation = verify_parity(models, checkpoint, recipes, writer, texts, progress)
         progress("writing", 0.0, "tokenizer and configs")
         write_side_files(folder, checkpoint, recipes, writer.style)
         report = Report(

@@ -87,10 +87,4 @@ class ExportOptions:
     validate: Annotated[
         bool, Option("--validate/--no-validate", help="Verify parity with PyTorch and measure quality.")
     ] = True
-    validation_memory: Annotated[
-        float,
-        Option(
-            min=1.0, help="Memory limit of validation in GB. If a model needs more, only its first layers are compared."
-        ),
-    ] = 4.5
     force: Annotated[bool, Option("--force", help="Replace an existing bundle at the output folder.")] = False

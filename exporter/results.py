@@ -53,7 +53,7 @@ class Report:
             "format": self.source.format,
             "parameters": self.parameters,
             "layers": self.layers,
-            "validated_layers": validation.layers if validation is not None else 0,
+            "validated_layers": self.layers if validation is not None else 0,
             "precisions": [_precision_json(each, validation) for each in self.precisions],
         }
 
@@ -70,5 +70,6 @@ def _precision_json(precision: PrecisionReport, validation: Validation | None) -
         "kl_p999": quality.kl_p999,
         "top1": quality.top1,
         "perplexity": quality.perplexity,
+        **{f"kl_mean_{kind}": value for kind, value in quality.kl_by_kind.items()},
     }
     return {**found, **{key: value if math.isfinite(value) else None for key, value in measured.items()}}

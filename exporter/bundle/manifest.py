@@ -67,7 +67,7 @@ def write_manifest(
                 precision.recipe.name: _precision_entry(folder, precision, report, writer)
                 for precision in report.precisions
             },
-            "validation": {"layers": validation.layers if validation else 0, "of": report.layers},
+            "validation": {"layers": report.layers if validation else 0, "of": report.layers},
             "independent_check": validation.independent.to_dict() if validation else _NOT_VALIDATED,
             "notes": list(report.notes),
             "proof": {name: parity.to_dict() for name, parity in auxiliary.items()},
@@ -99,7 +99,7 @@ def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, w
         entry["hidden_size"] = writer.hidden_size
     validation = report.validation
     entry["parity"] = validation.parities[recipe.name].to_dict() if validation else {}
-    entry["quality"] = asdict(validation.qualities[recipe.name]) if validation else {}
+    entry["quality"] = validation.qualities[recipe.name].to_dict() if validation else {}
     if writer.name == ONNX:
         entry["runtimes"] = runtimes(recipe)
         default = Dense(16 if recipe.float16 else 32)

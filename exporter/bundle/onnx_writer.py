@@ -18,7 +18,7 @@ from llm_edge.exporter.graph.trace import GraphStyle, trace
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, Formats, StoredFormat, calibrate
 from llm_edge.exporter.quantization.hadamard import rotation
-from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
@@ -79,6 +79,12 @@ class OnnxWriter:
                     callback=on_save,
                 )
         return stored
+
+    def unquantized(self, model: Checkpoint) -> ir.Model:
+        """Return the graph of fp32, whose weights are read when they are used."""
+        graph = trace(model.config, self.style, hidden_states=self.hidden_size is not None)
+        apply_recipe(graph, model.config, model.weights, RECIPES["fp32"], self.style)
+        return graph
 
     def file_name(self, recipe: Recipe) -> str:
         """Return the name of the file to load."""

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llm_edge.exporter.layerwise import decoder_without_weights
 from llm_edge.exporter.quantization.rotate import RotatedWeights
 from llm_edge.model.config import ModelConfig
-from llm_edge.model.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def observe(
 
     Weights are read one layer at a time.
     """
-    decoder = _decoder_without_weights(config)
+    decoder = decoder_without_weights(config)
     mask = torch.ones(1, windows.shape[1], dtype=torch.int64)
     if config.learned_positions:
         decoder.load_parameters(weights, ["embed_positions.weight"])
@@ -87,11 +87,3 @@ class _Recorder(threading.local):
     def record(self, name: str, _: nn.Module, arguments: tuple[Tensor]) -> None:
         """Record the inputs [1, S, K] of a projection: called before it."""
         self.inputs[name] = arguments[0][0]
-
-
-def _decoder_without_weights(config: ModelConfig) -> Decoder:
-    """Return a decoder on the meta device, but for its rotary tables."""
-    with torch.device("meta"):
-        decoder = Decoder(config, standalone=True).eval()
-    decoder.set_rotary_tables()
-    return decoder

@@ -1,32 +1,22 @@
-"""Compares exported models, run by the runtime, with the reference decoder.
-
-The reference runs once and its logits are stored in a file, so that it and an exported model are never in memory
-together.
-"""
+"""Compares the logits of an exported model with those of the reference decoder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_edge.model.decoder import Decoder
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
+from llm_edge.exporter.validation.reference import ReferenceLogits
+from llm_edge.exporter.validation.windows import Forward, Run
 
 MAX_BOUND, MEAN_BOUND = 1e-3, 1e-4
 """Bounds of the largest and the mean absolute difference of fp32 logits from the reference."""
 
-_KL_CHUNK = 64  # positions compared at once, to bound memory
-_MAX_BYTES = 2 << 30  # of logits on disk; models with large vocabularies are scored on less text
-_DECODE_STEPS = 16
-_MAX_WINDOWS = 128
+_BLOCK_ELEMENTS = 1 << 18  # logits compared at once: they stay in a processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +34,24 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Differences of an exported model from the reference on the same tokens.
+    """Differences of a model from the reference, which computes all tokens in one step; None if not compared.
 
     Attributes:
         prefill: logits of a prompt processed in one step.
         steps: logits of tokens processed one by one after a prompt.
-        chunk: logits of the second half of a prompt processed in two chunks.
-        hidden_states: norm of the difference of hidden states relative to the reference, per position of a prompt;
-            None if the model does not return them.
+        chunk: logits of several tokens processed in one step after a prompt.
+        hidden_states: norm of the difference of hidden states relative to the reference, per position of a prompt.
     """
 
     prefill: Difference
-    steps: Difference
-    chunk: Difference
+    steps: Difference | None = None
+    chunk: Difference | None = None
     hidden_states: Difference | None = None
 
     @property
     def within_bounds(self) -> bool:
         """Whether all differences of logits are acceptable for fp32."""
-        return all(difference.within_bounds for difference in (self.prefill, self.steps, self.chunk))
+        return all(difference.within_bounds for difference in self._logits)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the differences as stored in the manifest."""
@@ -71,8 +60,12 @@ class Parity:
     @property
     def worst(self) -> Difference:
         """The largest maximum and the largest mean of the logits; NaN if any is NaN."""
-        values = torch.tensor([(each.max, each.mean) for each in (self.prefill, self.steps, self.chunk)])
+        values = torch.tensor([(each.max, each.mean) for each in self._logits])
         return Difference(*values.amax(0).tolist())
+
+    @property
+    def _logits(self) -> list[Difference]:
+        return [each for each in (self.prefill, self.steps, self.chunk) if each is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +79,7 @@ class Quality:
         top1: fraction of positions with the same most likely token.
         perplexity: perplexity of the exported model.
         perplexity_reference: perplexity of the reference.
+        kl_by_kind: mean divergence by kind of text; empty if there is a single kind.
     """
 
     tokens: int
@@ -94,167 +88,146 @@ class Quality:
     top1: float
     perplexity: float
     perplexity_reference: float
+    kl_by_kind: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as stored in the manifest."""
+        return {name: value for name, value in asdict(self).items() if value != {}}
 
 
-class Runnable(Protocol):
-    """A model with a cache: a session of the runtime, or `Reference`."""
+class _Differences:
+    """Collects the absolute differences of logits."""
 
-    def clear_cache(self) -> None:
-        """Start from an empty context."""
+    def __init__(self) -> None:
+        self._largest, self._total, self._count = 0.0, 0.0, 0
 
-    def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
-        """Run new tokens and return the logits of the last `num_logits` positions; 0 returns all."""
+    def add(self, expected: ReferenceLogits, offset: int, logits: Tensor) -> None:
+        """Compare logits [tokens, V] with those of the reference from a position on."""
+        rows = max(_BLOCK_ELEMENTS // expected.vocab_size, 1)
+        for start in range(0, len(logits), rows):
+            part = logits[start : start + rows]
+            difference = (part - expected.logits(offset + start, len(part))).abs()
+            largest = difference.max().item()  # NaN if any is NaN
+            self._largest = largest if math.isnan(largest) else max(largest, self._largest)
+            self._total += difference.sum().item()
+            self._count += difference.numel()
 
-
-class Reference:
-    """A decoder in PyTorch with the interface `Runnable`."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._past = decoder.empty_past()
-
-    def clear_cache(self) -> None:
-        self._past = self._decoder.empty_past()
-
-    @torch.inference_mode()
-    def step(self, tokens: Sequence[int], num_logits: int = 1) -> npt.NDArray[np.float32]:
-        mask = torch.ones(1, self._past[0][0].shape[2] + len(tokens), dtype=torch.int64)
-        logits, self._past = self._decoder(torch.tensor([list(tokens)]), mask, self._past, num_logits)
-        result: npt.NDArray[np.float32] = logits[0].numpy()
-        return result
+    def result(self) -> Difference | None:
+        """Return the largest and the mean difference; None if nothing was compared."""
+        return Difference(self._largest, self._total / self._count) if self._count else None
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Tokens of each step of a run from an empty context, and the `offset` of its first position in the logits file."""
-
-    chunks: tuple[tuple[int, ...], ...]
-    offset: int
-
-    @property
-    def length(self) -> int:
-        """Number of tokens in all chunks."""
-        return sum(map(len, self.chunks))
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceLogits:
-    """Recorded logits of the reference on the validation text; see `Parity` for the runs.
-
-    Attributes:
-        path: file of the logits, float32 [positions, V].
-        vocab_size: V.
-        prefill: the first of `windows`.
-        steps: run token by token after a prompt.
-        chunk: run in two chunks.
-        windows: the text in windows that each start from an empty context.
-        hidden_states: hidden states of `prefill`, [tokens, hidden].
-    """
-
-    path: Path
-    vocab_size: int
-    prefill: Run
-    steps: Run
-    chunk: Run
-    windows: tuple[Run, ...]
-    hidden_states: Tensor
-
-    def logits(self, offset: int, count: int) -> Tensor:
-        """Return the logits of `count` positions from `offset` on, [count, V]."""
-        offset_bytes = 4 * offset * self.vocab_size
-        flat = np.fromfile(self.path, dtype="<f4", count=count * self.vocab_size, offset=offset_bytes)
-        return torch.from_numpy(flat).view(count, self.vocab_size)
-
-
-def record_reference(
-    decoder: Decoder, tokens: Sequence[int], path: Path, progress: Callable[[float], None]
-) -> ReferenceLogits:
-    """Run the reference on a text, split into windows of up to `MAX_STEP_TOKENS`, and record its logits in a file."""
-    vocab, context = decoder.config.vocab_size, decoder.config.max_position_embeddings
-    tokens = tokens[: max(_MAX_BYTES // (4 * vocab), 2 * MAX_STEP_TOKENS)]
-    length = min(MAX_STEP_TOKENS, context)
-    windows = [tuple(tokens[start : start + length]) for start in range(0, len(tokens), length)][:_MAX_WINDOWS]
-    windows = [window for window in windows if len(window) > 1] or [tuple(tokens[:1])]
-    prompt = windows[0]
-    half = max(len(prompt) // 2, 1)
-    decoded = prompt[half : half + min(_DECODE_STEPS, len(prompt) - half)]
-    plans = [
-        *((window,) for window in windows),
-        (prompt[:half], *((token,) for token in decoded)),
-        (prompt[:half], prompt[half:]) if len(prompt) > half else (prompt,),
-    ]
-    runs, offset, total = [], 0, sum(len(chunk) for plan in plans for chunk in plan)
-    hidden: list[Tensor] = []
-    hook = decoder.norm.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
-    reference = Reference(decoder)
-    with path.open("wb") as file:
-        for plan in plans:
-            runs.append(Run(plan, offset))
-            reference.clear_cache()
-            for chunk in plan:
-                reference.step(chunk, num_logits=0).astype("<f4", copy=False).tofile(file)
-                hook.remove()  # the first chunk is all of `prefill`
-            offset += runs[-1].length
-            progress(offset / total)
-    *scored, steps, chunked = runs
-    states = hidden[0] * decoder.config.hidden_scale
-    return ReferenceLogits(path, vocab, scored[0], steps, chunked, tuple(scored), states)
-
-
-def compare(expected: ReferenceLogits, session: Runnable) -> Parity:
+def compare(expected: ReferenceLogits, forward: Forward) -> Parity:
     """Run a model on the same tokens in the three ways of `Parity`."""
-    differences = {}
-    for name in ("prefill", "steps", "chunk"):
-        run: Run = getattr(expected, name)
-        session.clear_cache()
-        largest, total, offset = 0.0, 0.0, run.offset
-        for chunk in run.chunks:
-            logits = torch.from_numpy(session.step(chunk, num_logits=0))
-            difference = (logits - expected.logits(offset, len(chunk))).abs()
-            largest = max(largest, difference.max().item()) if not difference.isnan().any() else float("nan")
-            total, offset = total + difference.sum().item(), offset + len(chunk)
-        differences[name] = Difference(largest, total / (run.length * expected.vocab_size))
-    return Parity(**differences)
+    return _run(expected, forward, (expected.prompt,), None, lambda _: None)
 
 
-def compare_hidden_states(expected: ReferenceLogits, session: Session) -> Difference:
-    """Run a model on the same prompt and compare its hidden states; see `Parity`."""
-    (prompt,) = expected.prefill.chunks
-    session.clear_cache()
-    difference = torch.from_numpy(session.hidden_states(prompt)) - expected.hidden_states
-    relative = difference.norm(dim=-1) / expected.hidden_states.norm(dim=-1)
+def score(
+    expected: ReferenceLogits, forward: Forward, progress: Callable[[float], None] = lambda _: None
+) -> tuple[Parity, Quality]:
+    """Compare a model, and measure its quality on the whole text; `progress` is called with the completed fraction."""
+    scores = _Scores(expected)
+    parity = _run(expected, forward, expected.windows, scores, progress)
+    return parity, scores.quality()
+
+
+def _run(
+    expected: ReferenceLogits,
+    forward: Forward,
+    windows: tuple[Run, ...],
+    scores: _Scores | None,
+    progress: Callable[[float], None],
+) -> Parity:
+    """Run a model on the cached run and on windows, of which the first step is the prompt of `Parity`."""
+    runs = expected.cached, *windows
+    differences = {name: _Differences() for name in ("prefill", "steps", "chunk")}
+    chunks = [(run, start, chunk) for run in runs for start, chunk in run.starts()]
+    for number, ((run, start, chunk), logits) in enumerate(zip(chunks, forward(runs), strict=True)):
+        if run is not expected.cached:
+            name = "prefill" if start == expected.prompt.offset else None
+        elif start == run.offset:
+            name = None  # another prompt in one step
+        else:
+            name = "steps" if len(chunk) == 1 else "chunk"
+        if name is not None:
+            differences[name].add(expected, start, logits)
+        if scores is not None and run is not expected.cached:
+            scores.add(start, logits)
+        progress((number + 1) / len(chunks))
+    prefill = differences["prefill"].result()
+    assert prefill is not None
+    return Parity(prefill, differences["steps"].result(), differences["chunk"].result())
+
+
+def compare_in_one_step(expected: ReferenceLogits, logits: Tensor) -> Parity:
+    """Compare logits [tokens, V] of the begin of the text."""
+    prefill = _Differences()
+    prefill.add(expected, 0, logits)
+    compared = prefill.result()
+    assert compared is not None
+    return Parity(compared)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> Difference:
+    """Return the norm of the difference of vectors [tokens, hidden] relative to the expected ones."""
+    relative = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     return Difference(relative.max().item(), relative.mean().item())
 
 
-def score(expected: ReferenceLogits, session: Runnable, progress: Callable[[float], None]) -> Quality:
-    """Measure the quality of a model on the validation text; `progress` is called with the completed fraction."""
-    count = sum(run.length - 1 for run in expected.windows)
-    divergences = torch.zeros(count, dtype=torch.float64)
-    same, loss, loss_reference, done = 0, 0.0, 0.0, 0
-    for run in expected.windows:
-        (window,) = run.chunks
-        session.clear_cache()
-        logits = torch.from_numpy(session.step(window, num_logits=0))[:-1]
-        for start in range(0, len(logits), _KL_CHUNK):
-            positions = slice(start, start + _KL_CHUNK)
-            targets = torch.tensor(window[1:][positions])
-            log_probs = logits[positions].log_softmax(-1)
-            reference = expected.logits(run.offset + start, len(targets)).log_softmax(-1)
-            divergences[done : done + len(targets)] = (reference.exp() * (reference - log_probs)).sum(-1)
-            same += int((reference.argmax(-1) == log_probs.argmax(-1)).sum())
-            loss += _loss(log_probs, targets)
-            loss_reference += _loss(reference, targets)
-            done += len(targets)
-        progress(done / max(count, 1))
-    return Quality(
-        tokens=count,
-        kl_mean=max(divergences.mean().item(), 0.0),  # rounding errors can make it negative
-        kl_p999=divergences.quantile(0.999).item(),
-        top1=same / count,
-        perplexity=math.exp(loss / count),
-        perplexity_reference=math.exp(loss_reference / count),
-    )
+class _Scores:
+    """Collects divergence, agreement and loss of each position."""
 
+    def __init__(self, expected: ReferenceLogits) -> None:
+        self._expected = expected
+        count = len(expected.targets)
+        self._divergence, self._loss, self._loss_reference = torch.zeros(3, count, dtype=torch.float64)
+        self._same = torch.zeros(count, dtype=torch.bool)
+        self._rows = max(_BLOCK_ELEMENTS // expected.vocab_size, 1)
+        # Memory that is allocated anew costs more than the computation in it.
+        self._buffers = torch.empty(2, self._rows, expected.vocab_size)
 
-def _loss(log_probs: Tensor, targets: Tensor) -> float:
-    return -log_probs.gather(1, targets[:, None]).double().sum().item()
+    def add(self, offset: int, logits: Tensor) -> None:
+        """Compare logits [tokens, V] with those of the reference from a position on."""
+        for start in range(0, len(logits), self._rows):
+            self._add_block(offset + start, logits[start : start + self._rows])
+
+    def _add_block(self, offset: int, logits: Tensor) -> None:
+        expected, positions = self._expected, slice(offset, offset + len(logits))
+        log_probs, reference = self._buffers[:, : len(logits)]
+        top = expected.top[positions, None]
+        targets = expected.targets[positions, None].clamp(min=0)
+        self._same[positions] = logits.gather(1, top)[:, 0] == logits.amax(-1)
+        torch.log_softmax(logits, -1, out=log_probs)
+        torch.log_softmax(expected.logits(offset, len(logits)), -1, out=reference)
+        self._loss[positions] = -log_probs.gather(1, targets)[:, 0].double()
+        self._loss_reference[positions] = -reference.gather(1, targets)[:, 0].double()
+        torch.sub(reference, log_probs, out=log_probs)
+        self._divergence[positions] = log_probs.mul_(reference.exp_()).sum(-1).double()
+
+    def quality(self) -> Quality:
+        """Return the figures of all positions that have a next token."""
+        expected = self._expected
+        scored = expected.targets >= 0
+        divergence = self._divergence[scored]
+        return Quality(
+            tokens=len(divergence),
+            kl_mean=max(divergence.mean().item(), 0.0),  # rounding errors can make it negative
+            kl_p999=divergence.quantile(0.999).item(),
+            top1=self._same[scored].double().mean().item(),
+            perplexity=self._loss[scored].mean().exp().item(),
+            perplexity_reference=self._loss_reference[scored].mean().exp().item(),
+            kl_by_kind=self._by_kind(scored),
+        )
+
+    def _by_kind(self, scored: Tensor) -> dict[str, float]:
+        expected = self._expected
+        kinds = dict.fromkeys(expected.kinds)
+        if len(kinds) < 2:
+            return {}
+        lengths = torch.tensor([len(run.tokens) for run in expected.windows])
+        numbers = {kind: number for number, kind in enumerate(kinds)}
+        of_position = torch.tensor([numbers[kind] for kind in expected.kinds]).repeat_interleave(lengths)
+        return {
+            kind: max(self._divergence[scored & (of_position == number)].mean().item(), 0.0)
+            for kind, number in numbers.items()
+        }

@@ -2,12 +2,14 @@
 
 The other comparisons start from the weights that were read; this one finds weights that were read wrongly. It runs if
 transformers is installed and knows the architecture. transformers reads the files again, without running any code from
-them, and its model is in memory after the reference has been released.
+them, and its model is in memory after the reference has been released. Of a model whose weights take more than
+`MAX_BYTES` in float32, the first layers are compared, with the real embedding and head.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -23,7 +25,11 @@ import torch
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint, OriginalModel
-from llm_edge.exporter.validation.compare import Difference, ReferenceLogits
+from llm_edge.exporter.validation.compare import Difference
+from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference
+from llm_edge.exporter.validation.windows import Window
+from llm_edge.model.config import ModelConfig
+from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.errors import ParityError
 
 MAX_BOUND, MEAN_BOUND = 1e-2, 1e-3
@@ -31,6 +37,8 @@ MAX_BOUND, MEAN_BOUND = 1e-2, 1e-3
 
 Rounding in float32 stays below a hundredth of them; a wrong tensor exceeds them by far.
 """
+MAX_BYTES = 2_500_000_000
+"""Of the weights that transformers holds in memory."""
 _PROMPT_TOKENS = (None, 64, 64)  # of each prompt; None is a whole window of the validation text
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
@@ -73,14 +81,17 @@ class _NotComparedError(Exception):
     """The comparison is impossible, with the reason."""
 
 
-def compare_with_transformers(checkpoint: Checkpoint, expected: ReferenceLogits) -> IndependentCheck:
+def compare_with_transformers(
+    checkpoint: Checkpoint, expected: ReferenceLogits, max_bytes: float = MAX_BYTES
+) -> IndependentCheck:
     """Compare recorded logits of the reference with those of transformers' model on a few prompts.
 
     Whatever transformers raises only means that there is no comparison.
 
     Args:
-        checkpoint: what was recorded; its config may have fewer layers than the original.
+        checkpoint: what was recorded.
         expected: logits of the reference.
+        max_bytes: see `MAX_BYTES`.
 
     Raises:
         ParityError: transformers computes other logits.
@@ -90,13 +101,16 @@ def compare_with_transformers(checkpoint: Checkpoint, expected: ReferenceLogits)
         return IndependentCheck(reason="the source is not a Hugging Face checkpoint")
     if importlib.util.find_spec("transformers") is None:
         return IndependentCheck(reason="transformers is not installed")
-    layers = checkpoint.config.num_hidden_layers
+    layers = _comparable_layers(checkpoint.config, max_bytes)
+    if layers < checkpoint.config.num_hidden_layers and original.adapter is not None:
+        return IndependentCheck(reason="only the first layers fit into memory, and an adapter is merged")
     try:
         with _silence():
             transformers = importlib.import_module("transformers")
             with _silence_transformers(transformers):
                 model = _load(transformers, original, layers)
-                difference, tokens = _compare(model, expected)
+                with _first_layers(checkpoint, expected, layers) as recorded:
+                    difference, tokens = _compare(model, recorded)
     except _NotComparedError as error:
         return IndependentCheck(reason=str(error))
     except (KeyboardInterrupt, GeneratorExit):
@@ -116,6 +130,31 @@ def compare_with_transformers(checkpoint: Checkpoint, expected: ReferenceLogits)
     return IndependentCheck(version, layers, tokens, difference)
 
 
+def _comparable_layers(config: ModelConfig, max_bytes: float) -> int:
+    """Return the number of layers, at least one, whose weights with embedding and head have at most this size."""
+    one, two = (4.0 * count_parameters(_truncated(config, layers)) for layers in (1, 2))
+    more = int((max_bytes - one) / (two - one)) if max_bytes > one and two > one else 0
+    return min(1 + more, config.num_hidden_layers)
+
+
+def _truncated(config: ModelConfig, layers: int) -> ModelConfig:
+    return dataclasses.replace(config, layers=config.layers[:layers])
+
+
+@contextlib.contextmanager
+def _first_layers(checkpoint: Checkpoint, expected: ReferenceLogits, layers: int) -> Iterator[ReferenceLogits]:
+    """Give the recorded logits, or those of a model of the first layers, for the compared prompts only."""
+    if layers == checkpoint.config.num_hidden_layers:
+        yield expected
+        return
+    path = expected.path.with_name(f"{expected.path.name}-{layers}")
+    windows = [Window(run.tokens[:limit]) for run, limit in zip(expected.windows, _PROMPT_TOKENS, strict=False)]
+    try:
+        yield record_reference(_truncated(checkpoint.config, layers), checkpoint.weights, windows, path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _load(transformers: ModuleType, original: OriginalModel, layers: int) -> Any:
     """Return transformers' model in float32, limited to the first layers."""
     model_type = str(original.config.get("model_type"))
@@ -124,8 +163,6 @@ def _load(transformers: ModuleType, original: OriginalModel, layers: int) -> Any
     config = transformers.CONFIG_MAPPING[model_type].from_dict(dict(original.config))
     total = config.num_hidden_layers
     if layers < total:
-        if original.adapter is not None:
-            raise _NotComparedError("only the first layers fit into memory, and an adapter is merged")
         _truncate(config, layers, total)
     classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in classes:
@@ -185,8 +222,7 @@ def _compare(model: Any, expected: ReferenceLogits) -> tuple[Difference, int]:
     """Return the difference relative to the standard deviation of the logits, and the number of compared positions."""
     largest, total, squares, tokens = 0.0, 0.0, 0.0, 0
     for run, limit in zip(expected.windows, _PROMPT_TOKENS, strict=False):
-        (prompt,) = run.chunks
-        ids = torch.tensor([prompt[:limit]])
+        ids = torch.tensor([run.tokens[:limit]])
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()  # [T, V]
         reference = expected.logits(run.offset, len(logits))
         if logits.shape != reference.shape:

@@ -1,52 +1,55 @@
-"""Verifies exported models against the reference decoder, within a memory limit.
+"""Verifies exported models against the reference decoder: whole models of any size, in bounded memory.
 
-Of a model that exceeds the limit, only the first layers are validated: a truncated model with the real embedding and
-head is exported in the same way as the whole, and compared in its place. The result says how many layers that were.
+The reference runs layer by layer over the text and its logits are stored in a file. Graphs are run by the runtime, but
+unquantized ones that are large, or only proven and not exported, run part by part.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
+from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
 from llm_edge.exporter.validation.compare import (
     MAX_BOUND,
     MEAN_BOUND,
+    Difference,
     Parity,
     Quality,
-    Reference,
-    ReferenceLogits,
-    Runnable,
     compare,
-    compare_hidden_states,
-    record_reference,
+    compare_in_one_step,
+    relative_difference,
     score,
 )
+from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.exporter.validation.independent import IndependentCheck, compare_with_transformers
+from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference, reference_logits
+from llm_edge.exporter.validation.windows import Run, select_windows, split_windows
 from llm_edge.model.config import ModelConfig
-from llm_edge.model.decoder import Decoder, count_parameters
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
+from llm_edge.runtime.backend.open import AnySession
+from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import ParityError
 
 ROTATED = "rotated"
 """Name of the rotated model in `Validation.parities`."""
-_TRUNCATED_GB = 3.4  # memory limit of truncated models
-_TRUNCATED_TOKENS = 2 * MAX_STEP_TOKENS  # of validation text: the quality of a truncated model says little
-_REFERENCE_FRACTION = 0.3  # of the validation time
-_BASE_GB = 0.7  # Python, torch and onnxruntime
-_BYTES_PER_WEIGHT = 4.4  # float32, and temporary buffers for packing weights
+UNQUANTIZED = "fp32"
+"""Name of the unquantized graph in `Validation.parities`, if it is not in the bundle."""
+_WHOLE_BYTES = 2 << 30  # unquantized graphs of more weights run part by part
+_REFERENCE_FRACTION = 0.4  # of the validation time
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +65,13 @@ class Validation:
     """Result of a validation.
 
     Attributes:
-        layers: number of compared layers, from the first on.
-        parities: by precision; also of the rotated model, and of fp32 if it was exported only for validation.
-        qualities: by precision; measured with the truncated model if the whole exceeds the memory limit.
-        required_bytes: memory required to validate the whole model.
+        parities: by precision; also of the rotated model, and of fp32 if it was compared only as a proof.
+        qualities: by precision.
         independent: comparison of the reference with transformers.
     """
 
-    layers: int
     parities: Mapping[str, Parity]
     qualities: Mapping[str, Quality]
-    required_bytes: float
     independent: IndependentCheck
 
     @property
@@ -87,80 +86,103 @@ def verify_parity(
     recipes: tuple[Recipe, ...],
     writer: BundleWriter,
     texts: Texts,
-    memory: float,
     progress: Progress,
 ) -> Validation:
     """Compare all precisions of a bundle with the reference.
 
-    No bound applies to quantized models. If fp32 is not among the recipes, it is exported only to be verified.
+    No bound applies to quantized models. If fp32 is not among the recipes, its graph is compared without writing it.
 
     Args:
-        folder: folder of the exported models. A temporary folder `check` is created beside it.
+        folder: folder of the exported models. A temporary file of logits is created beside it.
         checkpoint: what was exported.
         recipes: of the bundle.
-        writer: of the bundle; it also exports models that only this comparison needs.
-        texts: for validation, and for the calibration of those models.
-        memory: limit in bytes.
+        writer: of the bundle.
+        texts: for validation.
+        progress: called with the completed fraction.
 
     Raises:
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
-    config, total_layers = checkpoint.config, checkpoint.config.num_hidden_layers
-    required = memory_for(config, total_layers)
-    layers = total_layers if required <= memory else _layers_within(config, min(memory, _TRUNCATED_GB * 1e9))
-    truncated = dataclasses.replace(checkpoint, config=_truncated(config, layers))
-    auxiliary = () if any(recipe.lossless for recipe in recipes) else (RECIPES["fp32"],)
-    temporary = auxiliary if layers == total_layers else (*auxiliary, *recipes)
-    (check := folder.parent / "check").mkdir()
-    if temporary:
-        writer.write(check, truncated, temporary, texts.calibration, progress)
-    progress("validating", 0.0, "PyTorch")
-    text = texts.validation if layers == total_layers else texts.validation[:_TRUNCATED_TOKENS]
-    expected = _record_reference(truncated, text, check / "logits", progress)
+    config, weights = checkpoint.config, checkpoint.weights
+    windows = select_windows(split_windows(texts.validation, config.max_position_embeddings), config)
+
+    def update(fraction: float, item: str) -> None:
+        progress("validating", _REFERENCE_FRACTION * fraction, f"PyTorch: {item}")
+
+    expected = record_reference(config, weights, windows, folder.parent / "logits", update)
     progress("validating", _REFERENCE_FRACTION, "transformers")
-    independent = compare_with_transformers(truncated, expected)
-    parities, qualities = _compare_rotated(truncated, expected, recipes, progress), {}
-    compared = (*auxiliary, *recipes)
+    parities, qualities = {}, {}
+    independent = compare_with_transformers(checkpoint, expected)
+    if any(recipe.calibrated for recipe in recipes):
+        progress("validating", _REFERENCE_FRACTION, ROTATED)
+        parities[ROTATED] = _compare_rotated(checkpoint, expected)
+    if isinstance(writer, OnnxWriter) and not any(recipe.lossless for recipe in recipes):
+        progress("validating", _REFERENCE_FRACTION, UNQUANTIZED)
+        parities[UNQUANTIZED] = _compare_unquantized(checkpoint, expected, writer)
+    for number, recipe in enumerate(recipes):
 
-    def update(number: int, name: str, fraction: float) -> None:
-        done = (number + fraction) / len(compared)
-        progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
+        def update_recipe(fraction: float, number: int = number, name: str = recipe.name) -> None:
+            done = (number + fraction) / len(recipes)
+            progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
 
-    for number, recipe in enumerate(compared):
-        update(number, recipe.name, 0.0)
-        session = writer.open(check if recipe in temporary else folder, model_shape(truncated.config), recipe)
-        parities[recipe.name] = _compare_session(expected, session, writer)
-        check_parity(recipe.name, parities[recipe.name], exact=recipe.lossless)
-        if recipe in recipes:
-            qualities[recipe.name] = score(expected, session, partial(update, number, recipe.name))
-        del session  # only one model in memory at a time
-        for file in writer.files(check, recipe) if recipe in temporary else ():
-            file.unlink()
+        update_recipe(0.0)
+        model = _open(folder, config, recipe, writer)
+        if isinstance(model, PartwiseGraph):
+            parity, quality = score(expected, partial(model, progress=update_recipe))
+        else:
+            parity, quality = score(expected, partial(_run_session, model), update_recipe)
+        if writer.hidden_size is not None:
+            parity = dataclasses.replace(parity, hidden_states=_compare_hidden_states(expected, model))
+        check_parity(recipe.name, parity, exact=recipe.lossless)
+        parities[recipe.name], qualities[recipe.name] = parity, quality
+        del model  # only one model in memory at a time
     expected.path.unlink()
-    check.rmdir()
-    return Validation(layers, parities, qualities, required, independent)
+    return Validation(parities, qualities, independent)
 
 
-def _compare_rotated(
-    checkpoint: Checkpoint, expected: ReferenceLogits, recipes: tuple[Recipe, ...], progress: Progress
-) -> dict[str, Parity]:
-    """Return the parity of the rotated model in PyTorch if a recipe quantizes its weights."""
-    if not any(recipe.calibrated for recipe in recipes):
-        return {}
-    progress("validating", _REFERENCE_FRACTION, ROTATED)
-    parity = compare(expected, _rotated_reference(checkpoint))
+def _compare_rotated(checkpoint: Checkpoint, expected: ReferenceLogits) -> Parity:
+    """Return the parity of the rotated model in PyTorch, from which calibrated precisions are quantized."""
+    config, weights = rotated_config(checkpoint.config), RotatedWeights(checkpoint.config, checkpoint.weights)
+    parity = compare_in_one_step(expected, reference_logits(config, weights, expected.cached.tokens))
     check_parity(ROTATED, parity, exact=True)
-    return {ROTATED: parity}
+    return parity
 
 
-def _truncated(config: ModelConfig, layers: int) -> ModelConfig:
-    return dataclasses.replace(config, layers=config.layers[:layers])
+def _compare_unquantized(checkpoint: Checkpoint, expected: ReferenceLogits, writer: OnnxWriter) -> Parity:
+    """Return the parity of the unquantized graph."""
+    graph = PartwiseGraph(writer.unquantized(checkpoint), model_shape(checkpoint.config))
+    parity = compare(expected, graph)
+    if writer.hidden_size is not None:
+        parity = dataclasses.replace(parity, hidden_states=_compare_hidden_states(expected, graph))
+    check_parity(UNQUANTIZED, parity, exact=True)
+    return parity
 
 
-def memory_for(config: ModelConfig, layers: int) -> float:
-    """Return the approximate memory in bytes required to validate the first layers of a model."""
-    logits = 3 * 4 * min(MAX_STEP_TOKENS, config.max_position_embeddings) * config.vocab_size
-    return _BASE_GB * 1e9 + _BYTES_PER_WEIGHT * count_parameters(_truncated(config, layers)) + logits
+def _open(folder: Path, config: ModelConfig, recipe: Recipe, writer: BundleWriter) -> AnySession | PartwiseGraph:
+    """Load an exported model in the runtime, or part by part if it is large and not quantized."""
+    size = sum(path.stat().st_size for path in writer.files(folder, recipe))
+    if isinstance(writer, OnnxWriter) and (recipe.lossless or recipe.float16) and size > _WHOLE_BYTES:
+        return PartwiseGraph(ir.load(folder / writer.file_name(recipe)), model_shape(config))
+    return writer.open(folder, model_shape(config), recipe)
+
+
+def _run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
+    """Run a loaded model; see `Forward`."""
+    for run in runs:
+        session.clear_cache()
+        for chunk in run.chunks:
+            yield torch.from_numpy(session.step(chunk, num_logits=0))
+
+
+def _compare_hidden_states(expected: ReferenceLogits, model: AnySession | PartwiseGraph) -> Difference:
+    """Return the difference of a model's hidden states of the prompt; see `Parity`."""
+    if isinstance(model, PartwiseGraph):
+        states = model.hidden_states(expected.prompt)
+    else:
+        assert isinstance(model, Session)
+        model.clear_cache()
+        states = torch.from_numpy(model.hidden_states(expected.prompt.tokens))
+    return relative_difference(states, expected.hidden_states[: len(states)])
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
@@ -186,34 +208,3 @@ def check_parity(name: str, parity: Parity, *, exact: bool) -> None:
             f"{name}: hidden states differ from PyTorch by up to {hidden.max:.2g} of their norm and {hidden.mean:.2g} "
             f"on average; the bounds are {MAX_BOUND:g} and {MEAN_BOUND:g}. Nothing was written"
         )
-
-
-def _layers_within(config: ModelConfig, memory: float) -> int:
-    """Return the number of layers, at least one, that can be validated within a memory limit."""
-    one, two = memory_for(config, 1), memory_for(config, min(2, config.num_hidden_layers))
-    more = int((memory - one) / (two - one)) if memory > one and two > one else 0
-    return min(1 + more, config.num_hidden_layers)
-
-
-def _record_reference(checkpoint: Checkpoint, tokens: list[int], path: Path, progress: Progress) -> ReferenceLogits:
-    with torch.device("meta"):
-        decoder = Decoder(checkpoint.config).eval()
-    decoder.load_weights(checkpoint.weights)
-    return record_reference(
-        decoder, tokens, path, lambda fraction: progress("validating", _REFERENCE_FRACTION * fraction, "PyTorch")
-    )
-
-
-def _rotated_reference(checkpoint: Checkpoint) -> Runnable:
-    """Return the reference with rotated weights, from which calibrated precisions are quantized."""
-    with torch.device("meta"):
-        decoder = Decoder(rotated_config(checkpoint.config)).eval()
-    decoder.load_weights(RotatedWeights(checkpoint.config, checkpoint.weights))
-    return Reference(decoder)
-
-
-def _compare_session(expected: ReferenceLogits, session: Runnable, writer: BundleWriter) -> Parity:
-    parity = compare(expected, session)
-    if writer.hidden_size is not None and isinstance(session, Session):
-        parity = dataclasses.replace(parity, hidden_states=compare_hidden_states(expected, session))
-    return parity

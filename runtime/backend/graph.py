@@ -185,6 +185,12 @@ class Graph:
         return _CACHE_DTYPES[cache.type]
 
 
+def inference_session(model: bytes) -> Any:
+    """An onnxruntime session on the CPU for a serialized graph that is not a whole decoder."""
+    options = _session_options("cpu", ExecutionOptions("cpu", spinning=False))
+    return ort.InferenceSession(model, options, providers=_EXECUTION_PROVIDERS["cpu"], enable_fallback=0)
+
+
 def _session_options(provider: str, execution: ExecutionOptions) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised as exceptions

@@ -41,10 +41,9 @@ from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles
 from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
-from llm_edge.exporter.validation import parity
-from llm_edge.model.config import LayerConfig, ModelConfig
+from llm_edge.model.config import LayerConfig
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.decoder import Decoder, count_parameters
+from llm_edge.model.decoder import Decoder
 from llm_edge.model.registry import BUILT_IN, find_family
 from llm_edge.model.weights import bind_weights
 from llm_edge.runtime import Bundle, Model, SamplingParams
@@ -521,51 +520,6 @@ def test_weights_are_loaded_one_at_a_time(run: Run, tmp_path: Path, monkeypatch:
     assert run("llm-export folder -o out --no-validate --progress none")[0] == 0
     assert len(set(read)) == len(load_file(tmp_path / "folder" / "model.safetensors"))
     assert max_held == 3  # query, key and value, which form one weight of the bundle
-
-
-def test_memory_of_validation() -> None:
-    match = re.search(r"about ([\d.]+) GB, ([\d.]+) bytes per weight and (\d+) kB per vocabulary entry", PROSE)
-    assert match is not None
-    base, weight, entry = map(float, match.groups())
-    config = ModelConfig(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=2048,
-        layers=(LayerConfig(),) * 24,
-        norm_eps=1e-5,
-        tie_word_embeddings=False,
-    )
-    expected = base * 1e9 + weight * count_parameters(config) + entry * 1e3 * config.vocab_size
-    assert parity.memory_for(config, 24) == pytest.approx(expected, rel=0.1)
-    options = {parameter.name: parameter.default for parameter in cli_options()}
-    limit = re.search(r"limits it in GB \(default: ([\d.]+)\)", PROSE)
-    cut = re.search(r"fit into ([\d.]+) GB or the limit", PROSE)
-    assert limit is not None
-    assert cut is not None
-    assert float(limit[1]) == options["validation_memory"]
-    assert float(cut[1]) == parity._TRUNCATED_GB
-
-
-def cli_options() -> list[Any]:
-    import typer.main
-
-    return typer.main.get_command(cli.app).params
-
-
-def test_a_model_that_does_not_fit_into_memory(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None
-) -> None:
-    monkeypatch.setattr(parity, "_BASE_GB", 1.0)  # a model of gigabytes would take minutes
-    hf_folder(tmp_path / "folder")
-    code, out, _ = run("llm-export folder -o out --precision fp32 --validation-memory 1 --progress none")
-    assert code == 0
-    assert shown("Memory")[0] in out
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["validation"] == {"layers": 1, "of": 2}
 
 
 # ---- security

@@ -18,14 +18,12 @@ from safetensors.torch import load_file, save_file
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.huggingface.checkpoint import read_file, read_folder
 from llm_edge.checkpoint.lora.adapter import open_adapter
-from llm_edge.exporter.export import export
-from llm_edge.exporter.options import ExportOptions
 from llm_edge.exporter.validation import independent
-from llm_edge.exporter.validation.compare import record_reference
 from llm_edge.exporter.validation.independent import IndependentCheck, compare_with_transformers
-from llm_edge.exporter.validation.parity import memory_for
+from llm_edge.exporter.validation.reference import record_reference
+from llm_edge.exporter.validation.windows import split_windows
 from llm_edge.model import weights as weights_module
-from llm_edge.model.decoder import Decoder
+from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import SourceTensor, WeightTable
 from llm_edge.runtime.errors import ParityError
 
@@ -35,13 +33,14 @@ LlmExport = Callable[..., tuple[int, str, str]]
 
 
 def check(checkpoint: Checkpoint, folder: Path, layers: int | None = None) -> IndependentCheck:
-    """Compare a checkpoint, or its first layers, with transformers."""
+    """Compare a checkpoint, or its first layers if only these fit, with transformers."""
     config = checkpoint.config
-    checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(config, layers=config.layers[:layers]))
-    with torch.device("meta"):
-        decoder = Decoder(checkpoint.config).eval()
-    decoder.load_weights(checkpoint.weights)
-    return compare_with_transformers(checkpoint, record_reference(decoder, TEXT, folder / "logits", lambda _: None))
+    windows = split_windows(TEXT, config.max_position_embeddings)
+    recorded = record_reference(config, checkpoint.weights, windows, folder / "logits")
+    if layers is None:
+        return compare_with_transformers(checkpoint, recorded)
+    limit = 4 * count_parameters(dataclasses.replace(config, layers=config.layers[:layers]))
+    return compare_with_transformers(checkpoint, recorded, limit + 1)
 
 
 @pytest.mark.parametrize("kind", FIRST)
@@ -108,10 +107,15 @@ def test_an_export_reports_the_comparison(tiny_checkpoint: Path, tmp_path: Path,
     assert 0 <= found["mean"] < found["max"] < 1e-3
 
 
-def test_only_the_first_layers_are_compared_if_the_model_does_not_fit(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    limit = (memory_for(read_folder(tiny_checkpoint).config, 1) + 1) / 1e9
-    export(str(tiny_checkpoint), ExportOptions(tmp_path / "bundle", precision="fp32", validation_memory=limit))
+def test_only_the_first_layers_are_compared_if_the_model_does_not_fit(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: LlmExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(independent, "_comparable_layers", lambda *_: 1)
+    code, text, _ = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "fp32")
+    assert code == 0
+    assert "The logits of the first 1 of 2 layers agree with those of transformers" in text
     assert manifest(tmp_path / "bundle")["layers"] == 1
+    assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["validation"] == {"layers": 2, "of": 2}
 
 
 def swap_up_and_gate(patch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
-"""Validation within a memory limit, and reproducible bundles."""
+"""Validation of whole models, and reproducible bundles."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ import pytest
 import tiny
 import torch
 
-from llm_edge.checkpoint.huggingface.checkpoint import read_folder
-from llm_edge.exporter import cli as export_cli
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions
+from llm_edge.exporter.quantization.rotate import RotatedWeights
 from llm_edge.exporter.results import Report
-from llm_edge.exporter.validation.parity import memory_for
+from llm_edge.exporter.validation import parity
+from llm_edge.exporter.validation.independent import IndependentCheck
 from llm_edge.model.decoder import Decoder
-from llm_edge.runtime import Model, SamplingParams
 from llm_edge.runtime.errors import ParityError
 
 LAYERS = 3
@@ -31,13 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_checkpoint(tmp_path_factory.mktemp("prove") / "three", num_hidden_layers=LAYERS)
 
 
-def exported(checkpoint: Path, output: Path, memory: float, precisions: str = "int8") -> Report:
-    return export(str(checkpoint), ExportOptions(output, precision=precisions, validation_memory=memory / 1e9))
-
-
-def validated_layers(report: Report) -> int:
-    assert report.validation is not None
-    return report.validation.layers
+def exported(checkpoint: Path, output: Path, precisions: str = "int8") -> Report:
+    return export(str(checkpoint), ExportOptions(output, precision=precisions))
 
 
 def manifest(bundle: Path) -> dict[str, Any]:
@@ -45,63 +39,62 @@ def manifest(bundle: Path) -> dict[str, Any]:
     return read
 
 
-def test_a_model_that_does_not_fit_is_validated_in_part(checkpoint: Path, tmp_path: Path) -> None:
-    config = read_folder(checkpoint).config
-    report = exported(checkpoint, tmp_path / "bundle", memory_for(config, 2) + 1)
+@pytest.fixture
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.shorten_texts(monkeypatch, 700)
+
+
+@pytest.mark.usefixtures("short_text")
+def test_a_quantized_bundle_is_compared_as_a_whole(checkpoint: Path, tmp_path: Path) -> None:
+    report = exported(checkpoint, tmp_path / "bundle")
     assert report.validation is not None
-    assert (report.validation.layers, report.layers) == (2, LAYERS)
-    assert report.validation.required_bytes == memory_for(config, LAYERS)
+    assert report.layers == LAYERS
     found = manifest(tmp_path / "bundle")
-    assert found["validation"] == {"layers": 2, "of": LAYERS}
-    assert found["proof"]["fp32"]["prefill"]["max"] < 1e-4
-    assert {path.name for path in (tmp_path / "bundle").iterdir()}.isdisjoint({"check"})
-    answer = Model.load(tmp_path / "bundle").generate("The quick", SamplingParams(temperature=0, max_tokens=4)).result()
-    assert len(answer.tokens) == 4  # the bundle itself is complete
+    assert found["validation"] == {"layers": LAYERS, "of": LAYERS}
+    assert found["proof"]["fp32"].keys() == {"prefill", "steps", "chunk"}
+    assert max(each["max"] for each in found["proof"]["fp32"].values()) < 1e-4
+    assert found["proof"]["rotated"].keys() == {"prefill"}  # only this was compared
+    assert {path.name for path in (tmp_path / "bundle").iterdir()}.isdisjoint({"check", "logits"})
+    assert {path.name for path in (tmp_path / "bundle" / "onnx").iterdir()} == {
+        "model_quantized.onnx",
+        "model_quantized.onnx_data",
+    }
 
 
-def test_at_least_one_layer_is_validated(checkpoint: Path, tmp_path: Path) -> None:
-    assert validated_layers(exported(checkpoint, tmp_path / "bundle", 1.0)) == 1
+@pytest.mark.usefixtures("short_text")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_an_error_in_any_layer_is_found(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, precision: str
+) -> None:
+    """The reference has another weight than the graph in one layer."""
+    load = Decoder.load_parameters
+    name = f"layers.{layer}.mlp_norm.weight"
+
+    def wrong(decoder: Decoder, weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+        load(decoder, weights, names)
+        if name in names and not isinstance(weights, RotatedWeights):
+            decoder.get_parameter(name).data.mul_(1.05)
+
+    monkeypatch.setattr(Decoder, "load_parameters", wrong)
+    monkeypatch.setattr(parity, "compare_with_transformers", lambda *_: IndependentCheck(reason="not tested here"))
+    with pytest.raises(ParityError, match="Nothing was written"):
+        exported(checkpoint, tmp_path / "bundle", precision)
+    assert list(tmp_path.iterdir()) == []
 
 
-def differing_layer(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
-    """Give the reference another weight than the graph in one layer."""
-    load = Decoder.load_weights
-
-    def wrong(decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> None:
-        load(decoder, weights)
-        if layer < len(decoder.layers):
-            decoder.layers[layer].mlp_norm.weight.data.mul_(1.05)
-
-    monkeypatch.setattr(Decoder, "load_weights", wrong)
-
-
-def test_errors_are_found_in_validated_layers_only(
+@pytest.mark.usefixtures("short_text")
+def test_a_large_unquantized_graph_runs_part_by_part_with_the_same_result(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = memory_for(read_folder(checkpoint).config, 1) + 1
-    differing_layer(monkeypatch, 0)
-    with pytest.raises(ParityError, match="Nothing was written"):
-        exported(checkpoint, tmp_path / "bundle", one)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    differing_layer(monkeypatch, LAYERS - 1)
-    assert validated_layers(exported(checkpoint, tmp_path / "bundle", one)) == 1
-    with pytest.raises(ParityError):
-        exported(checkpoint, tmp_path / "another", 1e12)
-
-
-def test_the_command_reports_which_layers_were_not_validated(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llm_edge.exporter.validation.parity.memory_for", lambda _, layers: layers * 1e9)
-    arguments = [str(checkpoint), "-o", str(tmp_path / "bundle"), "--precision", "int8", "--validation-memory", "2"]
-    monkeypatch.setattr("sys.argv", ["llm-export", *arguments])
-    with pytest.raises(SystemExit) as end:
-        export_cli.main()
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    assert "Compared only the first 2 of 3 layers, with embedding and head." in printed
-    assert "about 3 GB: --validation-memory" in printed
+    whole = exported(checkpoint, tmp_path / "whole", "fp32").validation
+    monkeypatch.setattr(parity, "_WHOLE_BYTES", 0)
+    parts = exported(checkpoint, tmp_path / "parts", "fp32").validation
+    assert whole is not None
+    assert parts is not None
+    assert parts.parities["fp32"].within_bounds
+    assert parts.qualities["fp32"].tokens == whole.qualities["fp32"].tokens
+    assert parts.qualities["fp32"].perplexity == pytest.approx(whole.qualities["fp32"].perplexity, rel=1e-5)
 
 
 def sums(folder: Path) -> dict[str, str]:

@@ -1,0 +1,102 @@
+"""The validation text as windows that each start from an empty context, and the runs of a model over it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llm_edge.model.config import ModelConfig
+from llm_edge.model.decoder import count_parameters
+from llm_edge.runtime.backend.session import MAX_STEP_TOKENS
+
+_MAX_LOGITS_BYTES = 2 << 30  # of the text on disk; models with large vocabularies are scored on less text
+_MAX_STEP_BYTES = 128 << 20  # of the logits of one step
+_MAX_WINDOWS = 128
+_MIN_TOKENS = 5 * MAX_STEP_TOKENS
+_MAX_PRODUCTS = 350_000_000_000  # tokens times weights: small models are scored on more text than `_MIN_TOKENS`
+_CACHED_TOKENS = 256
+_SINGLE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of the validation text, which starts from an empty context, and the kind of text it is."""
+
+    tokens: tuple[int, ...]
+    kind: str = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens of each step of a run from an empty context, and the `offset` of its first position in the logits file."""
+
+    chunks: tuple[tuple[int, ...], ...]
+    offset: int
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens."""
+        return tuple(token for chunk in self.chunks for token in chunk)
+
+    def starts(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield each chunk with its first position in the logits file."""
+        start = self.offset
+        for chunk in self.chunks:
+            yield start, chunk
+            start += len(chunk)
+
+
+Forward = Callable[[Sequence[Run]], Iterator[Tensor]]
+"""Runs a model, and yields the logits [tokens, V] of each chunk of each run in order; the next may overwrite them."""
+
+
+def split_windows(tokens: Sequence[int], context: int, kind: str = "text") -> list[Window]:
+    """Split a text into windows of up to `MAX_STEP_TOKENS`, within a context length; at least one."""
+    length = min(MAX_STEP_TOKENS, context)
+    windows = [Window(tuple(tokens[start : start + length]), kind) for start in range(0, len(tokens), length)]
+    return [window for window in windows if len(window.tokens) > 1] or [Window(tuple(tokens[:1]), kind)]
+
+
+def select_windows(windows: Sequence[Window], config: ModelConfig) -> list[Window]:
+    """Return as many windows as time and disk allow, chosen from each kind in turn, in their order; at least one."""
+    by_kind: dict[str, list[int]] = defaultdict(list)
+    for number, window in enumerate(windows):
+        by_kind[window.kind].append(number)
+    turns = [numbers[turn] for turn in range(len(windows)) for numbers in by_kind.values() if turn < len(numbers)]
+    tokens = max(_MAX_PRODUCTS // count_parameters(config), _MIN_TOKENS)
+    tokens = min(tokens, max(_MAX_LOGITS_BYTES // (4 * config.vocab_size), 2 * MAX_STEP_TOKENS))
+    chosen: list[int] = []
+    for number in turns[:_MAX_WINDOWS]:
+        tokens -= len(windows[number].tokens)
+        if chosen and tokens < 0:
+            break
+        chosen.append(number)
+    return [windows[number] for number in sorted(chosen)]
+
+
+def scoring_runs(windows: Sequence[Window], vocab_size: int) -> tuple[Run, ...]:
+    """Return one run per window, in as few steps as the size of their logits allows."""
+    rows = min(max(_MAX_STEP_BYTES // (4 * vocab_size) // 64 * 64, 64), MAX_STEP_TOKENS)
+    runs, offset = [], 0
+    for window in windows:
+        starts = range(0, len(window.tokens), rows)
+        runs.append(Run(tuple(window.tokens[start : start + rows] for start in starts), offset))
+        offset += len(window.tokens)
+    return tuple(runs)
+
+
+def cached_run(window: Window, config: ModelConfig) -> Run:
+    """Return a run over the begin of a window: a prompt, then single tokens, then the rest in one step.
+
+    Its logits are those of the window at once, unless the angles of cached keys depend on the length: such a run stays
+    within the length up to which they do not.
+    """
+    limits = [rope.long_from for rope in config.ropes if rope.long_from]
+    tokens = window.tokens[: min(_CACHED_TOKENS, *limits) if limits else _CACHED_TOKENS]
+    half = max(len(tokens) // 2, 1)
+    single = tokens[half : half + min(_SINGLE_TOKENS, max(len(tokens) - half - 1, 1))]
+    rest = tokens[half + len(single) :]
+    return Run((tokens[:half], *((token,) for token in single), *((rest,) if rest else ())), 0)
