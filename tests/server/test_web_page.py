@@ -388,6 +388,24 @@ def test_the_system_prompt_belongs_to_the_conversation(web: WebServer, open_page
     until(lambda: page.input_value("#system") == "Talk like a king.")
 
 
+def test_a_page_that_starts_leaves_the_focus_to_the_field_in_use(web: WebServer, open_page: Opener) -> None:
+    """The page asks for the list of chats last, after its fields are there."""
+    page = open_page("about:blank")
+    held: list[Any] = []
+    page.route("**/ui/api/chats?*", lambda route: held.append(route))
+    page.goto(web.url + "/")
+    page.locator("#system").focus()
+    until(lambda: held)
+    for route in held:
+        route.continue_()
+    page.unroute("**/ui/api/chats?*")
+    until(lambda: page.evaluate("document.querySelector('#messages').getAttribute('aria-busy') !== 'true'"))
+    page.wait_for_load_state("networkidle")
+    page.keyboard.type("Talk like a pirate.")
+    assert page.input_value("#system") == "Talk like a pirate."
+    assert page.input_value("#question") == ""
+
+
 def test_token_probabilities_are_recorded_and_shown(web: WebServer, open_page: Opener) -> None:
     web.fake.enqueue("one two three", "one two three")
     page = open_page()

@@ -348,7 +348,7 @@ async function begin() {
   const prefilled = new URLSearchParams(location.search).get("q"); // shown, never sent by itself
   if ($("question").value) drafts[wanted() ?? 0] = $("question").value; // typed before the server answered
   number = undefined;
-  show(wanted(), false, false);
+  show(wanted(), document.activeElement !== document.body, false); // a field may be in use already
   if (prefilled && number === null) setQuestion(prefilled.slice(0, 20_000));
   pollModels(state.ready ? 15_000 : 500);
   if (state.adds_models) startAdding(useAdded);
