@@ -241,7 +241,8 @@ def run(consumer: Consumer, folder: Path, job: Mapping[str, Any]) -> tuple[dict[
 
 def logit_gap(bundle: Bundle, info: PrecisionInfo, prompt: Sequence[int], tokens: Sequence[int], theirs: int) -> float:
     """The difference between the best logit after prompt and tokens and that of another token, in our runtime."""
-    from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
+    from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
+    from llm_edge.runtime.backend.session import Session
 
     session = Session(bundle.file(info.model), bundle.shape, info.share_buffer)
     for start in range(0, len(prompt), MAX_STEP_TOKENS):

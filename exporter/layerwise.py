@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
+from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.progress import ItemProgress
 from llm_edge.exporter.quantization.rotate import RotatedWeights
 from llm_edge.model.config import ModelConfig
@@ -16,7 +18,7 @@ from llm_edge.model.decoder import Decoder
 _EMBEDDING_WEIGHT, _POSITIONS_WEIGHT = f"{EMBEDDING}.weight", "embed_positions.weight"
 
 
-def decoder_without_weights(config: ModelConfig) -> Decoder:
+def _decoder_without_weights(config: ModelConfig) -> Decoder:
     """Return a decoder on the meta device, but for its rotary tables."""
     with torch.device("meta"):
         decoder = Decoder(config, standalone=True).eval()
@@ -25,30 +27,47 @@ def decoder_without_weights(config: ModelConfig) -> Decoder:
 
 
 class LayerwiseDecoder:
-    """The reference decoder with the weights of one layer in memory at a time; the head's after `run`."""
+    """The decoder with the weights of one layer in memory at a time; the head's after `run`.
+
+    Its calls on windows are independent of each other, so that they can be made in threads.
+    """
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         self.config = config
         self._weights = weights
-        self._decoder = decoder_without_weights(config)
+        self._decoder = _decoder_without_weights(config)
 
     @torch.inference_mode()
-    def run(self, windows: Sequence[Sequence[int]], progress: ItemProgress = lambda *_: None) -> list[Tensor]:
-        """Return the output of the last layer [S, hidden] for each window, each from an empty context."""
-        config, decoder, weights = self.config, self._decoder, self._weights
-        masks = [torch.ones(1, len(window), dtype=torch.int64) for window in windows]
-        if config.learned_positions:
-            decoder.load_parameters(weights, [_POSITIONS_WEIGHT])
+    def embed(self, windows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the input of the first layer [1, S, hidden] for each window of a text."""
+        if self.config.learned_positions:
+            self._decoder.load_parameters(self._weights, [_POSITIONS_WEIGHT])
         rows = self._embed(torch.tensor([token for window in windows for token in window]))
         parts = torch.split(rows, [len(window) for window in windows])
-        states = [decoder.embed(part[None], mask) for part, mask in zip(parts, masks, strict=True)]
+        return [self._decoder.embed(part[None], _mask(part[None])) for part in parts]
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Yield one layer after another with its weights, which are freed before the next."""
+        for number, layer in enumerate(self._decoder.layers):
+            names = [f"layers.{number}.{name}" for name, _ in layer.named_parameters()]
+            self._decoder.load_parameters(self._weights, names)
+            yield layer
+            layer.to_empty(device="meta")
+
+    @torch.inference_mode()
+    def run_layer(self, number: int, state: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run a layer over a window [1, S, hidden] from an empty context; see `Decoder.run_layer`."""
+        config = self.config
         empty = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim)
-        for number, layer in enumerate(decoder.layers):
-            progress(number / len(decoder.layers), f"layer {number + 1}")
-            decoder.load_parameters(weights, [f"layers.{number}.{name}" for name, _ in layer.named_parameters()])
-            for index, (state, mask) in enumerate(zip(states, masks, strict=True)):
-                states[index], _ = decoder.run_layer(number, state, (empty, empty), mask)
-            layer.to_empty(device="meta")  # frees its weights
+        return self._decoder.run_layer(number, state, (empty, empty), _mask(state))
+
+    def run(self, windows: Sequence[Sequence[int]], progress: ItemProgress = lambda *_: None) -> list[Tensor]:
+        """Return the output of the last layer [S, hidden] for each window."""
+        states = self.embed(windows)
+        with worker_threads() as threads:
+            for number, _ in enumerate(self.layers()):
+                progress(number / self.config.num_hidden_layers, f"layer {number + 1}")
+                states = [state for state, _ in threads.map(partial(self.run_layer, number), states)]
         self._load_head()
         return [state[0] for state in states]
 
@@ -76,3 +95,8 @@ class LayerwiseDecoder:
         decoder.load_parameters(self._weights, [*names, _EMBEDDING_WEIGHT if tied else f"{HEAD}.weight"])
         if tied:
             decoder.lm_head.weight = decoder.embed_tokens.weight
+
+
+def _mask(state: Tensor) -> Tensor:
+    """Return the attention mask [1, S] of a window [1, S, hidden]."""
+    return torch.ones(1, state.shape[1], dtype=torch.int64)

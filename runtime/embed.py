@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, HiddenStates
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
+from llm_edge.runtime.backend.session import HiddenStates
 from llm_edge.runtime.errors import LogitsError, ParameterError
 
 POOLINGS = ("mean", "last", "none")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, Logits
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
+from llm_edge.runtime.backend.session import Logits
 from llm_edge.runtime.errors import LogitsError, ParameterError
 
 

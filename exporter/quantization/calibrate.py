@@ -110,7 +110,7 @@ def calibrate(
 ) -> dict[str, CalibratedWeights]:
     """Quantize the projections of a rotated model, of shape `config`, for each calibrated recipe, to an empty folder.
 
-    `progress` is called with the completed fraction and the current projection. The result is by recipe name.
+    `progress` is called with the completed fraction and the current layer. The result is by recipe name.
     """
     calibrated = [CalibratedWeights(recipe, folder / recipe.name) for recipe in recipes]
     running: list[Future[None]] = []
@@ -182,12 +182,13 @@ def _relative_error(output: Tensor, expected: Tensor) -> float:
     return errors.mean().item()
 
 
-def _windows(tokens: Sequence[int], config: ModelConfig) -> Tensor:
-    """Return the windows of the calibration text, int64 [count, S]."""
+def _windows(tokens: Sequence[int], config: ModelConfig) -> list[Sequence[int]]:
+    """Return the windows of the calibration text, all of the same length."""
     length = min(WINDOW, config.max_position_embeddings)
     limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_TOKENS), MAX_TOKENS)
     count = max(min(len(tokens), limit) // length, 1)
-    return torch.tensor(tokens[: count * length]).reshape(count, -1)
+    text = tokens[: count * length]
+    return [text[start : start + length] for start in range(0, len(text), length)]
 
 
 def _hessian(x: Tensor, threads: Executor) -> Hessian:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llm_edge.exporter.layerwise import decoder_without_weights
+from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.quantization.rotate import RotatedWeights
 from llm_edge.model.config import ModelConfig
 
@@ -41,40 +41,30 @@ class ObservedLayer:
     cache: CacheRange
 
 
-@torch.inference_mode()
 def observe(
-    config: ModelConfig, weights: RotatedWeights, windows: Tensor, threads: Executor
+    config: ModelConfig, weights: RotatedWeights, windows: Sequence[Sequence[int]], threads: Executor
 ) -> Iterator[ObservedLayer]:
-    """Run windows of a text, int64 [count, S], that each start from an empty context; yield one layer after another.
-
-    Weights are read one layer at a time.
-    """
-    decoder = decoder_without_weights(config)
-    mask = torch.ones(1, windows.shape[1], dtype=torch.int64)
-    if config.learned_positions:
-        decoder.load_parameters(weights, ["embed_positions.weight"])
-    states = [decoder.embed(embeddings[None], mask) for embeddings in weights.embed(windows)]  # each [1, S, hidden]
-    empty = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim)
+    """Run windows of a text that each start from an empty context; yield one layer after another."""
+    decoder = LayerwiseDecoder(config, weights)
+    states = decoder.embed(windows)
     current = _Recorder()
 
     @torch.inference_mode()  # holds for one thread
     def run(number: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         current.inputs = {}
-        state, present = decoder.run_layer(number, state, (empty, empty), mask)
+        state, present = decoder.run_layer(number, state)
         return state, current.inputs, [tensor.abs().amax((0, 2)) for tensor in present]
 
-    for number, layer in enumerate(decoder.layers):
-        decoder.load_parameters(weights, [f"layers.{number}.{name}" for name, _ in layer.named_parameters()])
+    for number, layer in enumerate(decoder.layers()):
         projections = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         for name, module in projections.items():
             module.register_forward_pre_hook(partial(current.record, name))
         results = list(threads.map(partial(run, number), states))
-        values = {name: module.weight.detach() for name, module in projections.items()}
-        layer.to_empty(device="meta")  # frees its weights
         states = [state for state, _, _ in results]
-        inputs = {name: torch.cat([found.pop(name) for _, found, _ in results]) for name in list(results[0][1])}
+        inputs = {name: torch.cat([found.pop(name) for _, found, _ in results]) for name in projections}
         ranges = [torch.stack(each).amax(0) for each in zip(*(found for *_, found in results), strict=True)]
         del results
+        values = {name: module.weight.detach() for name, module in projections.items()}
         yield ObservedLayer(number, values, inputs, CacheRange(*ranges))
 
 

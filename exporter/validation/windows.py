@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 
 _MAX_LOGITS_BYTES = 2 << 30  # of the text on disk; models with large vocabularies are scored on less text
 _MAX_STEP_BYTES = 128 << 20  # of the logits of one step

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from llm_edge.runtime.backend.graph import HIDDEN_STATES, NUM_HIDDEN_STATES, Graph
 from llm_edge.runtime.backend.kv_cache import GrowingCache, KVCache, SharedCache
-from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS as MAX_STEP_TOKENS
-from llm_edge.runtime.backend.limits import PREFILL_CHUNK as PREFILL_CHUNK
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.step_runner import StepRunner
 from llm_edge.runtime.errors import BundleError, ContextLengthError, MachineError, ParameterError, one_line
 from llm_edge.runtime.process import ProcessBound

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, Logits
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
+from llm_edge.runtime.backend.session import Logits
 from llm_edge.runtime.errors import LlmEdgeError, StepTerminatedError, as_llm_edge_error
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
+from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.load_options import LoadOptions

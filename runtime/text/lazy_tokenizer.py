@@ -136,8 +136,4 @@ def table_of(tokenizer: tokenizers.Tokenizer) -> bytes | None:
         "size": tokenizer.get_vocab_size(with_added_tokens=True),
         "options": {name: model[name] for name in _OPTIONS if model.get(name) is not None},
     }
-    return packed(vocabulary, [_pair(merge) for merge in model["merges"]], info)
-
-
-def _pair(merge: Any) -> Sequence[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
+    return packed(vocabulary, model["merges"], info)

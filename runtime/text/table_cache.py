@@ -24,8 +24,8 @@ from llm_edge.runtime.safe_io import MIB, read_bytes, write_atomically
 from llm_edge.runtime.text.lazy_tokenizer import Backend, LazyTokenizer, loads_slowly, table_of
 from llm_edge.runtime.text.tokenizer_files import load_checked
 from llm_edge.runtime.text.vocabulary_table import VocabularyTable
+from llm_edge.runtime.user_cache import VARIABLE, user_cache
 
-VARIABLE = "LLM_EDGE_CACHE"
 _MAX_TABLES = 8
 _MAX_BYTES = 256 * MIB  # of a tokenizer.json
 
@@ -48,15 +48,9 @@ def cached_tokenizer(path: Path, named: Mapping[str, str], vocab_size: int | Non
 
 
 def cache_folder() -> Path | None:
-    """The folder of the tables: `$LLM_EDGE_CACHE`, by default in the user's cache; None if the variable is empty."""
-    given = os.environ.get(VARIABLE)
-    if given is not None:
-        return Path(given) / "tokenizers" if given else None
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no home
-        return None
-    return base / "llm-edge" / "tokenizers"
+    """The folder of the tables in the user's cache; None if there is none, or if `LLM_EDGE_CACHE` is empty."""
+    base = None if os.environ.get(VARIABLE) == "" else user_cache()
+    return None if base is None else base / "tokenizers"
 
 
 def _key(data: bytes, named: Mapping[str, str], vocab_size: int | None) -> str:

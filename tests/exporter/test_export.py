@@ -35,7 +35,7 @@ from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.exporter.validation.compare import MAX_BOUND, MEAN_BOUND
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime import Bundle, Model, SamplingParams
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.errors import CheckpointError, ParityError
 from llm_edge.runtime.text.tokenizer import Tokenizer
 

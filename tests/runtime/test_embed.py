@@ -26,7 +26,8 @@ from llm_edge.exporter.graph.passes.hidden_states import add_hidden_states
 from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.exporter.quantization.rotate import rotates_residual
 from llm_edge.runtime import Engine, FinishReason, Model, SamplingParams
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, PREFILL_CHUNK, Session
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS, PREFILL_CHUNK
+from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.embed import POOLINGS, pooled
 from llm_edge.runtime.errors import BundleError, ContextLengthError, LogitsError, ParameterError

@@ -17,7 +17,7 @@ from sessions import model_over
 from tiny import CHAT_TEMPLATE
 
 from llm_edge.runtime import Bundle, FinishReason, Generation, GenerationChunk, GenerationResult, Model, SamplingParams
-from llm_edge.runtime.backend.session import PREFILL_CHUNK
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
 from llm_edge.runtime.bundle import MANIFEST, manifest_entry
 from llm_edge.runtime.errors import (
     BundleError,

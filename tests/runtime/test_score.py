@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm_edge.runtime import FinishReason, Model, SamplingParams
-from llm_edge.runtime.backend.session import PREFILL_CHUNK
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
 from llm_edge.runtime.errors import ContextLengthError, LogitsError, ParameterError
 from llm_edge.runtime.score import scored
 

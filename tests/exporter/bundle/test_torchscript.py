@@ -36,7 +36,7 @@ from llm_edge.model.config import Activation
 from llm_edge.model.decoder import count_parameters, rotary_tables
 from llm_edge.runtime import Bundle, Model, SamplingParams
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.torchscript_check import check_program
 from llm_edge.runtime.backend.torchscript_session import TorchScriptSession
 from llm_edge.runtime.errors import (

@@ -245,3 +245,16 @@ def test_the_two_texts_share_no_passage() -> None:
         assert len(words) > 2000
         passages.append({tuple(words[start : start + 8]) for start in range(len(words) - 7)})
     assert passages[0].isdisjoint(passages[1])
+
+
+def test_the_number_of_cores_does_not_change_the_result(tmp_path: Path) -> None:
+    found = checkpoint("llama", tmp_path / "source")
+    weights = RotatedWeights(found.config, found.weights)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            rounded(found.config, weights, tmp_path / str(count), CALIBRATED)
+    finally:
+        torch.set_num_threads(threads)
+    assert sums(tmp_path / "1") == sums(tmp_path / "3") != {}

@@ -21,7 +21,8 @@ from torch import Tensor
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf
 from llm_edge.model.decoder import Decoder
 from llm_edge.runtime import Bundle, FinishReason, Model, SamplingParams
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
+from llm_edge.runtime.backend.session import Session
 
 pytestmark = pytest.mark.slow
 

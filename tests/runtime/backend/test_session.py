@@ -22,7 +22,8 @@ from sessions import open_file
 
 from llm_edge.runtime.backend import providers
 from llm_edge.runtime.backend.kv_cache import SharedCache
-from llm_edge.runtime.backend.session import MAX_STEP_TOKENS, Session
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
+from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import Bundle, ModelShape
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, ProviderError
 

@@ -22,7 +22,8 @@ from llm_edge.bench import draft as measured
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions, GraphChoice
 from llm_edge.runtime import Constraint, Engine, FinishReason, GenerationResult, Model, SamplingParams
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, Session
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
+from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import MANIFEST, Bundle, manifest_entry
 from llm_edge.runtime.errors import BundleError, ParameterError
 from llm_edge.runtime.speculative.draft_model import DraftModel, DraftModelProposer, optimal_draft_length

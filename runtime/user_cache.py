@@ -1,0 +1,20 @@
+"""The folder in which downloads and derived files are kept for later runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "LLM_EDGE_CACHE"
+
+
+def user_cache() -> Path | None:
+    """The folder `$LLM_EDGE_CACHE`, by default `llm-edge` in the user's cache; None without a home folder."""
+    if own := os.environ.get(VARIABLE):
+        return Path(own).absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache"  # relative ones are invalid
+    except RuntimeError:
+        return None
+    return base / "llm-edge"
