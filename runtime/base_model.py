@@ -5,17 +5,18 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.loading import LoadedBundle
 from llm_edge.runtime.process import ProcessBound
-from llm_edge.runtime.sampling.params import SamplingParams
-from llm_edge.runtime.scheduling.sequence import TokenSequence
-from llm_edge.runtime.scheduling.sequence_factory import SequenceFactory
-from llm_edge.runtime.speculative.draft_model import DraftModel, proposer_for
-from llm_edge.runtime.text.prompts import Message, PromptFormat, PromptProcessor
-from llm_edge.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # `load` imports these while it waits for onnxruntime
+    from llm_edge.runtime.sampling.params import SamplingParams
+    from llm_edge.runtime.scheduling.sequence import TokenSequence
+    from llm_edge.runtime.speculative.draft_model import DraftModel
+    from llm_edge.runtime.text.prompts import Message
+    from llm_edge.runtime.text.tokenizer import Tokenizer
 
 Handle = TypeVar("Handle")
 """What a call returns: `Generation` or `AsyncGeneration`."""
@@ -35,6 +36,9 @@ class BaseModel(ProcessBound, abc.ABC, Generic[Handle]):
     """
 
     def __init__(self, loaded: LoadedBundle, draft: DraftModel | None, speculative: bool) -> None:
+        from llm_edge.runtime.scheduling.sequence_factory import SequenceFactory
+        from llm_edge.runtime.text.prompts import PromptFormat, PromptProcessor
+
         super().__init__()
         self.bundle: Bundle = loaded.bundle
         self.tokenizer: Tokenizer = loaded.tokenizer
@@ -100,6 +104,8 @@ class BaseModel(ProcessBound, abc.ABC, Generic[Handle]):
 
     def _sequence(self, tokens: list[int], params: SamplingParams, began: float, *, speculative: bool) -> TokenSequence:
         """The decoding state of a generation; raises what `generate` does."""
+        from llm_edge.runtime.speculative.draft_model import proposer_for
+
         self._prompts.check(tokens, self.context_length)
         return self._sequences.create(tokens, params, began, proposer_for(self._draft) if speculative else None)
 

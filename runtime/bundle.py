@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 TEMPLATE_FOLDER = "additional_chat_templates"  # of named templates, as transformers saves them
 ONNX, TORCHSCRIPT = FORMATS = ("onnx", "torchscript")
 _SUFFIXES: Mapping[str, str] = {ONNX: ".onnx", TORCHSCRIPT: ".pt"}
+_BLOCK = 16 * MIB
 _MIN_TAG, _MAX_TAG = 3, 64  # characters; text that may become a tag is held back
 MAX_NEWLINES = 2**31 - 1  # as of the parameter `max_newlines`
 
@@ -232,22 +233,30 @@ class Bundle:
         Raises:
             BundleError: a file was modified.
         """
+        self.check(self.files_of(precision) if precision is not None else self._files)
+
+    def files_of(self, precision: str) -> list[str]:
+        """Names of the files that one precision needs."""
         others: set[str] = set()
-        if precision is not None:
-            for info in self.precisions.values():
-                others.update(_graph_files(info.model, info.format))
-            wanted = self.precisions[precision]
-            others.difference_update(_graph_files(wanted.model, wanted.format))
-        for name, entry in self._files.items():
-            if name in others:
-                continue
+        for info in self.precisions.values():
+            others.update(_graph_files(info.model, info.format))
+        wanted = self.precisions[precision]
+        others.difference_update(_graph_files(wanted.model, wanted.format))
+        return [name for name in self._files if name not in others]
+
+    def size(self, name: str) -> int:
+        """Size of a file in bytes."""
+        return int(self._files[name]["size"])
+
+    def check(self, names: Iterable[str]) -> None:
+        """Check the sha256 of some files; raises BundleError for one that was modified."""
+        for name in names:
             path = inside(self.path, name)
             try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = _sha256(path)
             except OSError as error:
                 raise BundleError(f"{path} cannot be read ({error.strerror}): export the bundle again") from error
-            if digest != entry.get("sha256"):
+            if digest != self._files[name].get("sha256"):
                 raise BundleError(f"{path} does not match its checksum: it was modified, export the bundle again")
 
     def _precision(self, name: str, entry: Any) -> PrecisionInfo:
@@ -319,6 +328,16 @@ def manifest_entry(path: Path) -> dict[str, Any]:
     """A file's entry in the manifest: its size in bytes and its sha256."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sha256(path: Path) -> str:
+    """The sha256 of a file, read in blocks so large that a thread rarely waits for the interpreter's lock."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        block = memoryview(bytearray(min(_BLOCK, path.stat().st_size + 1)))
+        while read := file.readinto(block):
+            digest.update(block[:read])
+    return digest.hexdigest()
 
 
 def _is(kind: Callable[[int], bool], path: Path) -> bool:

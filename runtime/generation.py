@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_edge.runtime.errors import LlmEdgeError, ParameterError
 from llm_edge.runtime.process import ProcessBound
 from llm_edge.runtime.results import GenerationChunk, GenerationResult, collect
-from llm_edge.runtime.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    import asyncio  # takes 15 ms, and only tasks need it
+
+    from llm_edge.runtime.sampling.params import SamplingParams
 
 _ONE_READER = "this generation is being read by another thread or task: read it in one place only"
 
@@ -178,12 +181,13 @@ class _Reader:
 
     def __next__(self) -> GenerationChunk:
         while True:
-            ready = threading.Event()
-            chunk = self._generation._next(self, wake := ready.set)
+            ready = threading.Lock()  # cheaper than an Event; the engine releases it
+            ready.acquire()
+            chunk = self._generation._next(self, wake := ready.release)
             if chunk is not None:
                 return chunk
             try:
-                ready.wait()
+                ready.acquire()
             finally:
                 self._generation._stop_waiting(wake)  # after Ctrl-C
 
@@ -191,6 +195,8 @@ class _Reader:
         return self
 
     async def __anext__(self) -> GenerationChunk:
+        import asyncio
+
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         try:
             if self._started:  # so that other tasks (one may cancel this) get a turn

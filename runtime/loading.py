@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
-from llm_edge.runtime.backend.open import AnySession, open_session
-from llm_edge.runtime.backend.providers import cuda_works
+from llm_edge.runtime.background import Background
 from llm_edge.runtime.bundle import TORCHSCRIPT, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, ParameterError
 from llm_edge.runtime.load_options import LoadOptions
-from llm_edge.runtime.text.tokenizer import Tokenizer
+from llm_edge.runtime.safe_io import MIB
+
+if TYPE_CHECKING:
+    from llm_edge.runtime.backend.open import AnySession
+    from llm_edge.runtime.text.tokenizer import Tokenizer
+
+_LARGE = 32 * MIB  # files whose checksums are computed while they are being loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,9 @@ class LoadedBundle:
 def load(path: str | Path, options: LoadOptions, *, fused: bool = False, interleaved: bool = False) -> LoadedBundle:
     """Load a bundle, without its draft model.
 
+    Checksums of large files, onnxruntime's session and the tokenizer are computed at the same time, and modules are
+    imported when they are needed: checksums need none of them, and the session only onnxruntime.
+
     Args:
         path: the folder.
         options: its `draft` is ignored.
@@ -39,31 +48,64 @@ def load(path: str | Path, options: LoadOptions, *, fused: bool = False, interle
         InputError: a TorchScript bundle where torch is not installed.
         ProviderError: CUDA was requested and does not work here.
     """
-    prefers_half = options.precision is None and options.provider != "cpu" and cuda_works()
-    bundle, precision, tokenizer = _open(path, options, prefers_half)
-    if fused and not precision.share_buffer:
-        raise BundleError(f"{bundle.path}: {precision.name} is not a fused ONNX graph: export with --graph fused")
-    execution = ExecutionOptions(
-        options.provider, options.threads, interleaved=interleaved, step_seconds=options.step_seconds
-    )
-    session = open_session(GraphFile.of(bundle, precision), execution)
+    bundle = Bundle.open(path)
+    prefers_half = _prefers_half(bundle, options)
+    precision = bundle.precision(options.precision, half=prefers_half)
+    if precision.format == TORCHSCRIPT and not options.verify:
+        raise ParameterError(f"{bundle.path}: TorchScript is code and can only be loaded with verify=True")
+    files = bundle.files_of(precision.name) if options.verify else []
+    large = [name for name in files if bundle.size(name) >= _LARGE and precision.format != TORCHSCRIPT]
+    bundle.check(name for name in files if name not in large)
+    with Background(functools.partial(bundle.check, large), "llm-edge-checksums"):
+        if fused and not precision.share_buffer:
+            raise BundleError(f"{bundle.path}: {precision.name} is not a fused ONNX graph: export with --graph fused")
+        # An engine needs the whole tokenizer: loading it later could stop all answers for a second.
+        session, tokenizer = _session_and_tokenizer(bundle, precision, options, interleaved, lazy=not fused)
     if precision.name == "fp16" and prefers_half and session.provider == "cpu":  # CUDA rejected it; slow on CPUs
         return load(path, replace(options, provider="cpu"), fused=fused, interleaved=interleaved)
     return LoadedBundle(bundle, precision, tokenizer, session)
 
 
-def _open(path: str | Path, options: LoadOptions, prefers_half: bool) -> tuple[Bundle, PrecisionInfo, Tokenizer]:
-    bundle = Bundle.open(path)
-    precision = bundle.precision(options.precision, half=prefers_half)
-    if precision.format == TORCHSCRIPT and not options.verify:
-        raise ParameterError(f"{bundle.path}: TorchScript is code and can only be loaded with verify=True")
-    if options.verify:
-        bundle.verify(precision.name)
-    config = bundle.json("tokenizer_config.json")
-    vocab_size = bundle.shape.vocab_size
+def _prefers_half(bundle: Bundle, options: LoadOptions) -> bool:
+    if options.precision is not None or options.provider == "cpu" or "fp16" not in bundle.precisions:
+        return False
+    from llm_edge.runtime.backend.providers import cuda_works
+
+    return cuda_works()
+
+
+def _session_and_tokenizer(
+    bundle: Bundle, precision: PrecisionInfo, options: LoadOptions, interleaved: bool, *, lazy: bool
+) -> tuple[AnySession, Tokenizer]:
+    from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
+    from llm_edge.runtime.backend.open import open_session
+
+    execution = ExecutionOptions(
+        options.provider, options.threads, interleaved=interleaved, step_seconds=options.step_seconds
+    )
+    opening = Background(
+        functools.partial(open_session, GraphFile.of(bundle, precision), execution), "llm-edge-open-session"
+    )
+    with opening:  # onnxruntime holds no lock of the interpreter meanwhile
+        tokenizer = _tokenizer(bundle, cached=lazy)
+        # What generating needs besides; importing it takes as long as a few decode steps.
+        import llm_edge.runtime.scheduling.sequence_factory
+        import llm_edge.runtime.speculative.draft_model  # noqa: F401
+    return opening.result(), tokenizer
+
+
+def _tokenizer(bundle: Bundle, *, cached: bool) -> Tokenizer:
+    from llm_edge.runtime.text.tokenizer import Tokenizer
+
+    config, vocab_size = bundle.json("tokenizer_config.json"), bundle.shape.vocab_size
     tokenizer = Tokenizer.from_files(
-        bundle.file("tokenizer.json"), config, bundle.chat_template(), bundle.named_templates(), vocab_size=vocab_size
+        bundle.file("tokenizer.json"),
+        config,
+        bundle.chat_template(),
+        bundle.named_templates(),
+        vocab_size=vocab_size,
+        cached=cached,
     )
     if tokenizer.vocab_size > vocab_size:
         raise BundleError(f"{bundle.path}: the tokenizer has more tokens than the model: export the bundle again")
-    return bundle, precision, tokenizer
+    return tokenizer

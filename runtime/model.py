@@ -5,21 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llm_edge.runtime.backend.session import PREFILL_CHUNK, HiddenStates, Session
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK
 from llm_edge.runtime.backend.watchdog import check_running_steps
 from llm_edge.runtime.base_model import BaseModel
-from llm_edge.runtime.embed import check_pooling, pooled
 from llm_edge.runtime.errors import BundleError, StepTerminatedError, typed_errors
 from llm_edge.runtime.generation import Generation
 from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
 from llm_edge.runtime.results import FinishReason, GenerationChunk
-from llm_edge.runtime.sampling.params import SamplingParams
-from llm_edge.runtime.scheduling.sequence import TokenSequence, common_prefix
-from llm_edge.runtime.score import Score, scored
-from llm_edge.runtime.speculative.draft_model import DraftModel, load_draft_model
+from llm_edge.runtime.scheduling.prefixes import common_prefix
+
+if TYPE_CHECKING:  # as in `base_model`
+    from llm_edge.runtime.backend.session import HiddenStates
+    from llm_edge.runtime.sampling.params import SamplingParams
+    from llm_edge.runtime.scheduling.sequence import TokenSequence
+    from llm_edge.runtime.score import Score
+    from llm_edge.runtime.speculative.draft_model import DraftModel
 
 
 class Model(BaseModel[Generation]):
@@ -59,6 +62,8 @@ class Model(BaseModel[Generation]):
     def open(cls, path: str | Path, options: LoadOptions) -> Model:
         """Like `load`, but with the options in a `LoadOptions`."""
         loaded = load(path, options, interleaved=options.draft is not None)
+        from llm_edge.runtime.speculative.draft_model import load_draft_model
+
         return cls(loaded, load_draft_model(options, loaded))
 
     @property
@@ -82,6 +87,8 @@ class Model(BaseModel[Generation]):
             ParameterError: it has fewer than two tokens, or ids outside the vocabulary.
             ContextLengthError: it does not fit.
         """
+        from llm_edge.runtime.score import scored
+
         tokens = self._encode_to_compute(text)
         self.clear_cache()
         with self._stepping:
@@ -105,6 +112,9 @@ class Model(BaseModel[Generation]):
             ContextLengthError: it does not fit.
             BundleError: this precision was exported without hidden states.
         """
+        from llm_edge.runtime.backend.session import Session
+        from llm_edge.runtime.embed import check_pooling, pooled
+
         check_pooling(pooling)
         session = self._session
         if self.precision.hidden_size is None or not isinstance(session, Session):

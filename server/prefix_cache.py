@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.errors import InputError, LlmEdgeError
-from llm_edge.runtime.scheduling.sequence import common_prefix
+from llm_edge.runtime.scheduling.prefixes import common_prefix
 from llm_edge.server.request import ChatRequest
 
 _log = logging.getLogger("llm_edge.server")

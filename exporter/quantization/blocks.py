@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_edge.exporter.quantization.gptq import gptq
+from llm_edge.exporter.quantization.gptq import Hessian, gptq
 from llm_edge.runtime.errors import CheckpointError
 
 _CHUNK_ELEMENTS = 1 << 24  # quantized at a time: 64 MiB in float32
+_CACHED_ELEMENTS = 1 << 18  # whose scales are searched at a time: 1 MiB in float32
 _RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # tried as the clipping range of a block
 
 
@@ -74,7 +75,7 @@ class QuantizedBlocks:
         return inputs @ self.dequantized(inputs.shape[1]).T
 
 
-def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor | None = None) -> QuantizedBlocks:
+def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Hessian | None = None) -> QuantizedBlocks:
     """Quantize a weight [N, K] block by block; the last block of a row is padded with zeros.
 
     Without a Hessian, rows are quantized a few at a time, so that memory holds little more than the weight in its own
@@ -83,7 +84,7 @@ def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor | None 
     Args:
         weight: of any floating-point dtype.
         layout: of the blocks.
-        hessian: of the inputs, float32 [K, K], for GPTQ (see `gptq`); None rounds each weight to the nearest level.
+        hessian: of the inputs, for GPTQ (see `gptq`); None rounds each weight to the nearest level.
 
     Raises:
         CheckpointError: the weight or the Hessian holds NaN or infinity.
@@ -101,7 +102,7 @@ def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor | None 
     )
 
 
-def quantize_channels(weight: Tensor, hessian: Tensor) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_channels(weight: Tensor, hessian: Hessian) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Quantize a weight [N, K] to 8 bits with GPTQ and one scale per row: int8 [N, K] and scales, float32 [N].
 
     Raises:
@@ -110,7 +111,7 @@ def quantize_channels(weight: Tensor, hessian: Tensor) -> tuple[npt.NDArray[np.i
     weight, hessian = _check_weight(weight).float(), _check_hessian(hessian)
     width = weight.shape[1]
     layout = BlockLayout(8, width, symmetric=True)
-    scales, zeros = _search_scales(weight[:, None], layout, hessian.diagonal()[None])
+    scales, zeros = _search_scales(weight[:, None], layout, hessian.diagonal[None])
     levels = gptq(weight, hessian, scales, zeros, width, 255)
     signed = (levels - 128).clamp(-127, 127).to(torch.int8)  # the kernels take signed 8-bit weights
     return signed.numpy(), scales[:, 0].numpy()
@@ -122,8 +123,8 @@ def _check_weight(weight: Tensor) -> Tensor:
     return weight
 
 
-def _check_hessian(hessian: Tensor) -> Tensor:
-    if not hessian.isfinite().all():
+def _check_hessian(hessian: Hessian) -> Hessian:
+    if not hessian.matrix.isfinite().all():
         raise CheckpointError(
             "its inputs are NaN or infinity on the calibration text: weights before it are damaged, or they overflow"
         )
@@ -139,12 +140,12 @@ def _to_blocks(weight: Tensor, layout: BlockLayout) -> Tensor:
 
 def _round_to_nearest(weight: Tensor, layout: BlockLayout) -> QuantizedBlocks:
     blocks = _to_blocks(_check_weight(weight).float(), layout)
-    scales, zeros = _scales_for(blocks, layout, 1.0)
+    scales, zeros = _scales_for(_ranges(blocks, layout), layout, 1.0)
     return _pack_blocks(_levels(blocks, scales, zeros, layout), scales, zeros, layout)
 
 
-def _gptq_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor) -> QuantizedBlocks:
-    importance = _to_blocks(hessian.diagonal()[None], layout)[0]
+def _gptq_blocks(weight: Tensor, layout: BlockLayout, hessian: Hessian) -> QuantizedBlocks:
+    importance = _to_blocks(hessian.diagonal[None], layout)[0]
     scales, zeros = _search_scales(_to_blocks(weight, layout), layout, importance)
     levels = gptq(weight, hessian, scales, zeros, layout.size, 2**layout.bits - 1)
     padding = layout.num_blocks(weight.shape[1]) * layout.size - weight.shape[1]
@@ -153,31 +154,46 @@ def _gptq_blocks(weight: Tensor, layout: BlockLayout, hessian: Tensor) -> Quanti
     return _pack_blocks(levels.view(*scales.shape, layout.size), scales, zeros, layout)
 
 
-def _scales_for(blocks: Tensor, layout: BlockLayout, fraction: float) -> tuple[Tensor, Tensor]:
+def _ranges(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest number [N, K / block] that each block has to represent; 0 is in between."""
+    if layout.symmetric:
+        largest = blocks.abs().amax(-1)
+        return -largest, largest
+    return blocks.amin(-1).clamp_(max=0), blocks.amax(-1).clamp_(min=0)
+
+
+def _scales_for(ranges: tuple[Tensor, Tensor], layout: BlockLayout, fraction: float) -> tuple[Tensor, Tensor]:
     """Return scales and zero points [N, K / block] that cover a fraction of the range of each block."""
+    low, high = (bound * fraction for bound in ranges)
     middle, max_level = 2 ** (layout.bits - 1), 2**layout.bits - 1
     if layout.symmetric:
-        scales = blocks.abs().amax(-1) * fraction / (middle - 1)
-        return scales, torch.full_like(scales, middle)
-    low, high = blocks.amin(-1).clamp(max=0) * fraction, blocks.amax(-1).clamp(min=0) * fraction
+        return high / (middle - 1), torch.full_like(high, middle)
     scales = (high - low) / max_level
-    return scales, (-low / scales.where(scales > 0, 1.0)).round().clamp(max=max_level)
+    return scales, (-low / scales.where(scales > 0, 1.0)).round_().clamp_(max=max_level)
 
 
 def _levels(blocks: Tensor, scales: Tensor, zeros: Tensor, layout: BlockLayout) -> Tensor:
     divisors = scales.where(scales > 0, 1.0)  # keeps blocks of zeros at zero
-    return ((blocks / divisors[..., None]).round() + zeros[..., None]).clamp(0, 2**layout.bits - 1)
+    return (blocks / divisors[..., None]).round_().add_(zeros[..., None]).clamp_(0, 2**layout.bits - 1)
 
 
 def _search_scales(blocks: Tensor, layout: BlockLayout, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scales and zero points with the least error, weighted by `importance` [K / block, block]."""
     importance = importance.clamp(min=importance.mean() * 1e-6 + 1e-30)  # no column counts nothing
-    scales, zeros = _scales_for(blocks, layout, 1.0)
+    rows = max(_CACHED_ELEMENTS // importance.numel(), 1)
+    parts = torch.split(blocks, rows)
+    found = [_search_rows(part, layout, importance) for part in parts]
+    return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
+
+
+def _search_rows(blocks: Tensor, layout: BlockLayout, importance: Tensor) -> tuple[Tensor, Tensor]:
+    ranges = _ranges(blocks, layout)
+    scales, zeros = _scales_for(ranges, layout, 1.0)
     best_error = torch.full_like(scales, torch.inf)
     for fraction in _RANGE_FRACTIONS:
-        scale, zero = _scales_for(blocks, layout, fraction)
-        rounded = (_levels(blocks, scale, zero, layout) - zero[..., None]) * scale[..., None]
-        error = ((rounded - blocks).square() * importance).sum(-1)
+        scale, zero = _scales_for(ranges, layout, fraction)
+        rounded = _levels(blocks, scale, zero, layout).sub_(zero[..., None]).mul_(scale[..., None])
+        error = rounded.sub_(blocks).square_().mul_(importance).sum(-1)
         better = error < best_error
         scales, zeros = scale.where(better, scales), zero.where(better, zeros)
         best_error = error.where(better, best_error)

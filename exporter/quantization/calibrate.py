@@ -7,17 +7,20 @@ read one layer at a time and quantized weights are stored on disk: memory holds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm_edge.exporter.layerwise import decoder_without_weights
+from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat
+from llm_edge.exporter.quantization.gptq import Hessian
+from llm_edge.exporter.quantization.observe import CacheRange, observe
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights
 from llm_edge.model.config import ModelConfig
@@ -29,15 +32,8 @@ MAX_TOKENS = 16 * WINDOW
 _MIN_TOKENS = 4 * WINDOW
 _TOKENS_PER_INPUT = 8
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
+_TILE = 512  # rows and columns of a Hessian computed at once
 _UPGRADE = "+"  # suffix of a module path: quantized in the format of an upgrade
-
-
-@dataclass(frozen=True, slots=True)
-class CacheRange:
-    """The largest absolute keys (rotated) and values in the cache of a layer, float32 [K, D]."""
-
-    key: Tensor
-    value: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,23 +113,38 @@ def calibrate(
     `progress` is called with the completed fraction and the current projection. The result is by recipe name.
     """
     calibrated = [CalibratedWeights(recipe, folder / recipe.name) for recipe in recipes]
-    for layer, observed, cache in observe(config, weights, tokens):
-        for stored in calibrated:
-            stored.caches.append(cache)
-        for number, (name, inputs) in enumerate(observed.items()):
-            progress((layer + number / len(observed)) / config.num_hidden_layers, f"layer {layer + 1}: {name}")
-            _quantize_projection(f"layers.{layer}.{name}", weights, inputs, calibrated)
+    running: list[Future[None]] = []
+    with worker_threads() as threads:
+        for layer in observe(config, weights, _windows(tokens, config), threads):
+            for stored in calibrated:
+                stored.caches.append(layer.cache)
+            observed = {name: _summarize(layer.inputs.pop(name), threads) for name in list(layer.inputs)}
+            for task in running:
+                task.result()
+            progress(layer.number / config.num_hidden_layers, f"layer {layer.number + 1}")
+            running = [
+                threads.submit(
+                    _quantize_projection, f"layers.{layer.number}.{name}", layer.weights[name], inputs, calibrated
+                )
+                for name, inputs in sorted(observed.items(), key=lambda item: -item[1].samples.shape[1])
+            ]
+        for task in running:
+            task.result()
     for stored in calibrated:
         stored.apply_upgrades()
     return {stored.recipe.name: stored for stored in calibrated}
 
 
+def _summarize(x: Tensor, threads: Executor) -> ObservedInputs:
+    """Return what rounding needs of the inputs [tokens, K] of a projection."""
+    return ObservedInputs(_hessian(x, threads), x[:: max(len(x) // _SAMPLES, 1)].clone())
+
+
 def _quantize_projection(
-    module: str, weights: RotatedWeights, observed: ObservedInputs, calibrated: Sequence[CalibratedWeights]
+    module: str, weight: Tensor, observed: ObservedInputs, calibrated: Sequence[CalibratedWeights]
 ) -> None:
     """Quantize a projection for each recipe; recipes that agree in its format share the result."""
     role = module.rpartition(".")[2]
-    weight = weights[f"{module}.weight"]
     results: dict[tuple[WeightFormat, WeightFormat | None, float], tuple[StoredFormat, Quantized]] = {}
     for stored in calibrated:
         recipe = stored.recipe
@@ -171,56 +182,25 @@ def _relative_error(output: Tensor, expected: Tensor) -> float:
     return errors.mean().item()
 
 
-@torch.inference_mode()
-def observe(
-    config: ModelConfig, weights: RotatedWeights, tokens: Sequence[int]
-) -> Iterator[tuple[int, dict[str, ObservedInputs], CacheRange]]:
-    """Run a text; yield for each layer its number, the inputs of its projections, and its cache range."""
+def _windows(tokens: Sequence[int], config: ModelConfig) -> Tensor:
+    """Return the windows of the calibration text, int64 [count, S]."""
     length = min(WINDOW, config.max_position_embeddings)
     limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_TOKENS), MAX_TOKENS)
     count = max(min(len(tokens), limit) // length, 1)
-    windows = torch.tensor(tokens[: count * length]).reshape(count, -1)
-    decoder = decoder_without_weights(config)
-    mask = torch.ones(1, windows.shape[1], dtype=torch.int64)
-    if config.learned_positions:
-        decoder.load_parameters(weights, ["embed_positions.weight"])
-    states = [decoder.embed(embeddings[None], mask) for embeddings in weights.embed(windows)]  # each [1, S, hidden]
-    empty = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim)
-    step = max(windows.shape[1] // max(_SAMPLES // count, 1), 1)
-    for number, layer in enumerate(decoder.layers):
-        decoder.load_parameters(weights, [f"layers.{number}.{name}" for name, _ in layer.named_parameters()])
-        hessians: dict[str, Tensor] = {}
-        samples: dict[str, list[Tensor]] = {}
-        ranges: list[Tensor] = []
-        hooks = [
-            module.register_forward_pre_hook(partial(_record, name, hessians, samples, step))
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        for index, state in enumerate(states):
-            states[index], present = decoder.run_layer(number, state, (empty, empty), mask)
-            largest = [tensor.abs().amax((0, 2)) for tensor in present]
-            ranges = largest if not ranges else [torch.maximum(a, b) for a, b in zip(ranges, largest, strict=True)]
-        for hook in hooks:
-            hook.remove()
-        layer.to_empty(device="meta")  # frees its weights
-        positions = windows.numel()
-        observed = {
-            name: ObservedInputs(hessian.div_(positions), torch.cat(samples[name]))
-            for name, hessian in hessians.items()
-        }
-        yield number, observed, CacheRange(*ranges)
+    return torch.tensor(tokens[: count * length]).reshape(count, -1)
 
 
-def _record(
-    name: str,
-    hessians: dict[str, Tensor],
-    samples: dict[str, list[Tensor]],
-    step: int,
-    _: nn.Module,
-    arguments: tuple[Tensor],
-) -> None:
-    """Add the inputs [1, S, K] of a projection to its Hessian, and every `step`-th of them to its samples."""
-    x = arguments[0][0]
-    hessians[name] = hessians[name].addmm_(x.T, x) if name in hessians else x.T @ x
-    samples.setdefault(name, []).append(x[::step].clone())
+def _hessian(x: Tensor, threads: Executor) -> Hessian:
+    """Return the mean outer product of inputs [tokens, K]; tiles below the diagonal are mirrored."""
+    width = x.shape[1]
+    matrix = torch.empty(width, width)
+
+    def compute(tile: tuple[slice, slice]) -> None:
+        rows, columns = tile
+        product = x[:, rows].T @ x[:, columns]
+        matrix[rows, columns] = product.div_(len(x))
+        matrix[columns, rows] = product.T
+
+    slices = [slice(start, start + _TILE) for start in range(0, width, _TILE)]
+    list(threads.map(compute, itertools.combinations_with_replacement(slices, 2)))
+    return Hessian(matrix)

@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 _DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the mean of the diagonal; added to it in turn until the inverse is stable
 _BLOCK = 128  # columns whose errors are applied to all later columns in one matmul
+_SMALL_BLOCK = 16  # columns whose errors are applied to the later columns of a block; they fit into the cache
 
 
-def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, size: int, max_level: int) -> Tensor:
+class Hessian:
+    """The mean outer product of the inputs of a projection, factorized once for all formats.
+
+    Attributes:
+        matrix: float32 [K, K].
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Mean square of each input channel, [K]."""
+        return self.matrix.diagonal()
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The columns by importance, int64 [K]."""
+        return self.diagonal.argsort(descending=True, stable=True)
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """Upper Cholesky factor of the inverse in `order`; columns whose inputs are all zero count as independent.
+
+        If no damping makes the factorization succeed in float32, the identity, which rounds each weight to its nearest
+        level.
+        """
+        hessian = self.matrix[self.order][:, self.order]
+        diagonal = hessian.diagonal()
+        diagonal[diagonal == 0] = 1.0
+        mean = diagonal.mean()
+        for damping in _DAMPING:
+            diagonal += damping * mean
+            lower, failed = torch.linalg.cholesky_ex(hessian)
+            if not failed:
+                upper: Tensor
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not failed and upper.isfinite().all():
+                    return upper
+        return torch.eye(len(hessian))
+
+
+def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: int, max_level: int) -> Tensor:
     """Quantize a weight column by column, the most important columns first.
 
     Args:
         weight: float32 [N, K].
-        hessian: sum or mean of the outer products of the inputs, float32 [K, K].
+        hessian: of the inputs.
         scales: float32 [N, G], one per group of `size` columns; a weight is `scale * (level - zero)`.
         zeros: integers as float32 [N, G].
         size: columns per group.
@@ -23,47 +68,30 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, size: i
     Returns:
         levels as float32 [N, K].
     """
-    width = weight.shape[1]
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order])
+    rows, width = weight.shape
+    order, factor = hessian.order, hessian.inverse_factor
     columns = weight.T[order].contiguous()  # [K, N], so that a column is contiguous
     groups = order // size
     column_scales = scales.T[groups]
     column_scales = column_scales.where(column_scales > 0, 1.0)
     column_zeros = zeros.T[groups]
     levels = torch.empty_like(columns)
+    errors = torch.empty(min(_BLOCK, width), rows)
+    diagonal = factor.diagonal().tolist()
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
-        errors = torch.empty_like(columns[start:end])
-        for index in range(start, end):
-            column, scale, zero = columns[index], column_scales[index], column_zeros[index]
-            level = (column / scale + zero).round_().clamp_(0, max_level)
-            levels[index] = level
-            error = (column - (level - zero) * scale) / factor[index, index]
-            errors[index - start] = error
-            if index + 1 < end:
-                columns[index + 1 : end].addr_(factor[index, index + 1 : end], error, alpha=-1)
-        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        for low in range(start, end, _SMALL_BLOCK):
+            high = min(low + _SMALL_BLOCK, end)
+            block = errors[low - start : high - start]
+            for index in range(low, high):
+                column, scale, zero = columns[index], column_scales[index], column_zeros[index]
+                if index > low:
+                    column = torch.addmv(column, block[: index - low].T, factor[low:index, index], alpha=-1)
+                level = torch.div(column, scale, out=levels[index]).add_(zero).round_().clamp_(0, max_level)
+                rounded = (level - zero).mul_(scale)
+                torch.sub(column, rounded, out=block[index - low]).div_(diagonal[index])
+            columns[high:end].addmm_(factor[low:high, high:end].T, block, alpha=-1)
+        columns[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
     result = torch.empty_like(levels)
     result[order] = levels
     return result.T.contiguous()
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse; columns whose inputs are all zero count as independent.
-
-    If no damping makes the factorization succeed in float32, return the identity, which rounds each weight to its
-    nearest level.
-    """
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    mean = diagonal.mean()
-    for damping in _DAMPING:
-        diagonal += damping * mean
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                return upper
-    return torch.eye(len(hessian))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.exporter.quantization.blocks import quantize_channels
+from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.hadamard import hadamard_matrix
 
 EPSILON = 1e-12  # added to the mean square of a token's inputs
@@ -50,23 +51,23 @@ class QuantizedInt8:
 
 
 def quantize_int8(
-    weight: Tensor, hadamard_block: int, activation_bits: int, hessian: Tensor, samples: Tensor
+    weight: Tensor, hadamard_block: int, activation_bits: int, hessian: Hessian, samples: Tensor
 ) -> QuantizedInt8:
     """Quantize the weight [N, K] of a projection and fix the scale of its inputs; see `Int8Static`.
 
-    `hessian` is that of the inputs, float32 [K, K], `samples` are some of them, float32 [samples, K].
+    `hessian` is that of the inputs, `samples` are some of them, float32 [samples, K].
     """
     smooth = None
     hadamard = _hadamard(weight.shape[1], hadamard_block)
     if hadamard_block:
-        power = hessian.diagonal().clamp(min=0).sqrt()
+        power = hessian.diagonal.clamp(min=0).sqrt()
         smooth = power.clamp(min=power.mean() * 1e-4 + 1e-12) ** _SMOOTHING
         smooth = smooth / smooth.mean()
         weight = weight * smooth
-        hessian = hessian / (smooth[:, None] * smooth)
+        hessian = Hessian(hessian.matrix / (smooth[:, None] * smooth))
     if hadamard is not None:
         weight = _multiply_blocks(weight, hadamard)
-        hessian = _multiply_blocks(_multiply_blocks(hessian, hadamard).T, hadamard)
+        hessian = Hessian(_multiply_blocks(_multiply_blocks(hessian.matrix, hadamard).T, hadamard))
     prepared, _ = _prepare(samples, smooth, hadamard)
     data, scales = quantize_channels(weight, hessian)
     return QuantizedInt8(

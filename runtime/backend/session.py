@@ -10,14 +10,11 @@ import numpy.typing as npt
 
 from llm_edge.runtime.backend.graph import HIDDEN_STATES, NUM_HIDDEN_STATES, Graph
 from llm_edge.runtime.backend.kv_cache import GrowingCache, KVCache, SharedCache
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS as MAX_STEP_TOKENS
+from llm_edge.runtime.backend.limits import PREFILL_CHUNK as PREFILL_CHUNK
 from llm_edge.runtime.backend.step_runner import StepRunner
 from llm_edge.runtime.errors import BundleError, ContextLengthError, MachineError, ParameterError, one_line
 from llm_edge.runtime.process import ProcessBound
-
-MAX_STEP_TOKENS = 512
-"""Maximum number of tokens in a step, so that memory and the time to a cancel stay bounded."""
-PREFILL_CHUNK = 256
-"""Prompt tokens per step: their activations stay in the processor's caches; see bench/RESULTS.md."""
 
 Logits = npt.NDArray[np.float32]
 HiddenStates = npt.NDArray[np.float32]

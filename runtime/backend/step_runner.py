@@ -49,6 +49,7 @@ class StepRunner:
             if terminated is Reason.UNWANTED:
                 raise StepTerminatedError(f"{what} was cancelled")
             # The signal's handler has run by now. It did not raise, so the step is still wanted: run it again.
+        self._graph.step_completed()
 
     def _run(self, binding: Any, what: str) -> Reason | None:
         began = time.perf_counter()

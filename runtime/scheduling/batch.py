@@ -46,6 +46,7 @@ class Batch(ProcessBound):
         self._steps = StepRunner(graph, _PATIENCE)
         self._bindings: dict[tuple[int, int], Any] = {}
         self._keep = np.zeros((), dtype=np.int64)
+        self._logits: Logits = np.empty((0, graph.shape.vocab_size), dtype=np.float32)
         self._one = np.ones((), dtype=np.int64)
         self._ones = np.ones((1, self.limit), dtype=np.int64)
         affordable = _RESERVED_BYTES // (self.token_bytes * slots) if self.device == "cpu" else 0
@@ -76,7 +77,7 @@ class Batch(ProcessBound):
             active: which slots to advance; the others are computed too, but not changed.
 
         Returns:
-            logits [slots, V], valid for the active ones; a new array for every step.
+            logits [slots, V], valid for the active ones. Later steps overwrite this array.
         """
         totals = np.empty(len(tokens), dtype=np.int64)
         for index in range(len(tokens)):
@@ -96,7 +97,7 @@ class Batch(ProcessBound):
         return cast("Logits", logits[:, 0])
 
     def extend(self, slot: int, tokens: Sequence[int], num_logits: int = 1) -> Logits:
-        """Add several tokens to one slot; returns logits [n, V] of the last n, 0 = all; see `Session.step`."""
+        """Add several tokens to one slot; returns logits [n, V] of the last n, 0 = all, as `Session.step`."""
         past, new = self.lengths[slot], len(tokens)
         check_step(new, past, num_logits, self.limit)
         self._grow(past + new)
@@ -135,12 +136,18 @@ class Batch(ProcessBound):
         binding = self._binding(first, slots)
         self._keep[...] = num_logits
         mask = np.ascontiguousarray(mask)
-        logits = np.empty((slots, num_logits or new, self._graph.shape.vocab_size), dtype=np.float32)
+        logits = self._logits_of(slots * (num_logits or new)).reshape(slots, num_logits or new, -1)
         for name, array in (("input_ids", ids), ("attention_mask", mask), ("num_logits_to_keep", self._keep)):
             binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._steps.run(binding, f"a step over {slots} x {new} tokens")
         return logits
+
+    def _logits_of(self, rows: int) -> Logits:
+        """An array [rows, V] for logits; a new one in every step would cost a page fault per 4 KiB."""
+        if rows > len(self._logits):
+            self._logits = np.empty((rows, self._graph.shape.vocab_size), dtype=np.float32)
+        return self._logits[:rows]
 
     def _binding(self, first: int, slots: int) -> Any:
         """A binding of the keys and values of adjacent slots by address."""

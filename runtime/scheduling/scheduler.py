@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_edge.runtime.backend.session import PREFILL_CHUNK, Logits
-from llm_edge.runtime.errors import StepTerminatedError, as_llm_edge_error
+from llm_edge.runtime.errors import LlmEdgeError, StepTerminatedError, as_llm_edge_error
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT, TokenSequence, common_prefix
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, common_prefix
+from llm_edge.runtime.scheduling.sequence import TokenSequence
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
 # A chunk of a prompt, while others decode, should take this many times as long as a decode step, and in proportion
@@ -55,6 +56,7 @@ class Scheduler:
         self._slots = slots
         self._counters = counters
         self._turn = 0
+        self._outgoing: list[tuple[AsyncGeneration, GenerationChunk | LlmEdgeError]] = []  # of the current step
         self._decode_step = 0.0  # average duration of recent steps in seconds
         # Prompt tokens per step while others decode; a GPU takes hardly longer for many than for few.
         self._chunk = 2 * CHUNK_ALIGNMENT if batch.device == "cpu" else PREFILL_CHUNK
@@ -76,6 +78,7 @@ class Scheduler:
         except BaseException as error:  # noqa: BLE001 (see above)
             self._recover_slots()
             self._report(request, error)
+            self._pass_on()
             return True
         self._counters.prompt_tokens += len(tokens)
         self._counters.cached_tokens += length
@@ -83,14 +86,18 @@ class Scheduler:
 
     def step(self) -> None:
         """Advance every active request."""
-        self.cancel(lambda request: request.generation.cancelled)
-        self._prefill()
-        self._decode()
+        try:
+            self.cancel(lambda request: request.generation.cancelled)
+            self._prefill()
+            self._decode()
+        finally:
+            self._pass_on()
 
     def cancel(self, which: Callable[[Request], bool]) -> None:
         """End active requests with `FinishReason.CANCELLED`."""
         for request in [each for each in self.active if which(each)]:
             self._cancel(request)
+        self._pass_on()
 
     def _prefill(self) -> None:
         """Compute a chunk of one prompt: in turn, of the oldest and of the one that is complete soonest."""
@@ -194,7 +201,7 @@ class Scheduler:
         try:
             for last in sequence.advance(logits):
                 if last.timings is None:
-                    request.generation.put(last)
+                    self._outgoing.append((request.generation, last))
         except BaseException as error:  # noqa: BLE001 (see above)
             self._fail(request, error)
             return
@@ -210,7 +217,7 @@ class Scheduler:
             self._counters.draft_tokens += last.timings.draft_tokens
             self._counters.accepted_tokens += last.timings.accepted_tokens
         self._release(request, keep=True)
-        request.generation.put(last)
+        self._outgoing.append((request.generation, last))
 
     def _cancel(self, request: Request) -> None:
         try:
@@ -238,4 +245,14 @@ class Scheduler:
     def _report(self, request: Request, error: BaseException) -> None:
         """Pass an error to the caller as an LlmEdgeError."""
         self._counters.failed += 1
-        request.generation.put(as_llm_edge_error(error))
+        self._outgoing.append((request.generation, as_llm_edge_error(error)))
+
+    def _pass_on(self) -> None:
+        """Pass chunks and errors on to the callers, after the last row of a step.
+
+        A caller that wakes up takes the interpreter's lock whenever numpy releases it, so that the rows after its own
+        would wait for it; onnxruntime releases it for the whole next step.
+        """
+        chunks, self._outgoing = self._outgoing, []
+        for generation, item in chunks:
+            generation.put(item)

@@ -19,15 +19,12 @@ from llm_edge.runtime.sampling.grammar import ConstraintProcessor
 from llm_edge.runtime.sampling.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, aligned_prefix
 from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS, DraftProposer
 from llm_edge.runtime.text.answer_stream import AnswerStream, TextDelta, merge
 
 if TYPE_CHECKING:
     from llm_edge.runtime.backend.session import Logits
-
-CHUNK_ALIGNMENT = 8
-"""Prompts are split at multiples of this many tokens, so that splits do not affect results; see docs/decisions.md."""
-_BLOCK = 64  # tokens that `common_prefix` compares at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,21 +207,6 @@ class TokenSequence:
         stop = self._stream.stop_string
         end = GenerationChunk(last.text, token, reason, timings, last.reasoning, logprob, stop)
         return [*_without_token(before), end]
-
-
-def aligned_prefix(length: int, prompt_length: int) -> int:
-    """How many of `length` cached tokens a prompt can reuse; see `TokenSequence.reuse`."""
-    return max(min(length, prompt_length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of leading tokens that two sequences of the same type share."""
-    length = min(len(one), len(other))
-    for start in range(0, length, _BLOCK):
-        end = min(start + _BLOCK, length)
-        if one[start:end] != other[start:end]:
-            return next(index for index in range(start, end) if one[index] != other[index])
-    return length
 
 
 def _without_token(deltas: Iterable[TextDelta]) -> list[GenerationChunk]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from llm_edge.runtime.scheduling.batch import Batch
-from llm_edge.runtime.scheduling.sequence import common_prefix
+from llm_edge.runtime.scheduling.prefixes import common_prefix
 
 MAX_GAP = 4  # idle slots that a decode step may span rather than run a second step
 _REUSE_IN_PLACE = 0.5  # fraction of a slot's tokens that a prompt must share to take the slot over

@@ -14,7 +14,7 @@ from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import ParameterError
 from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
-from llm_edge.runtime.scheduling.sequence import aligned_prefix, common_prefix
+from llm_edge.runtime.scheduling.prefixes import aligned_prefix, common_prefix
 from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS, DraftProposer, PromptLookup
 
 _LAYER_BYTES = 6 << 20  # cost of a layer besides reading its weights, in bytes read

@@ -23,14 +23,25 @@ class Spellings:
     """Finds where a text spells one of some tokens, or could become part of such a spelling."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
-        tokens = list(tokens)
-        self._pattern = any_of(tokens)
-        self._partial = PartialMatches(tokens)
+        self._tokens = list(tokens)
+        self._first = frozenset(text[0] for text in self._tokens if text)
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return any_of(self._tokens)
+
+    @functools.cached_property
+    def _partial(self) -> PartialMatches:
+        return PartialMatches(self._tokens)
+
+    def occur_in(self, text: str) -> bool:
+        """Whether a text spells one of the tokens."""
+        return not self._first.isdisjoint(text) and self._pattern.search(text) is not None
 
     def places(self, text: str, *, ends: bool = True) -> set[int]:
         """Positions of characters without which no token could be read in the text or, with `ends`, across its ends."""
         places = self._partial.places(text) if ends else set()
-        match = self._pattern.search(text)
+        match = None if self._first.isdisjoint(text) else self._pattern.search(text)
         while match is not None:  # including overlapping matches
             places.add(match.start())
             match = self._pattern.search(text, match.start() + 1)

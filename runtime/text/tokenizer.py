@@ -17,17 +17,23 @@ from typing import Any
 
 import tokenizers
 
-from llm_edge.runtime.errors import BundleError, ContextLengthError, TemplateError, one_line
+from llm_edge.runtime.errors import ContextLengthError, TemplateError
 from llm_edge.runtime.safe_io import MIB, read_text
 from llm_edge.runtime.text import tokenizer_library as library
 from llm_edge.runtime.text.chat_template import ChatTemplate, plain_messages, plain_tools
+from llm_edge.runtime.text.lazy_tokenizer import Backend
 from llm_edge.runtime.text.special_token_mask import SpecialTokenMask, Spellings, any_of
+from llm_edge.runtime.text.table_cache import cached_tokenizer
 from llm_edge.runtime.text.template_budget import plain_data
-from llm_edge.runtime.text.tokenizer_check import check_lengths, check_tokenizer
+from llm_edge.runtime.text.tokenizer_files import (
+    configured_templates,
+    load_checked,
+    load_spec,
+    named_tokens,
+    with_names,
+)
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONTROL = re.compile(r"[<\[|].*\S.*[>\]|]")  # no white space, which some tokenizers have tokens for
-_PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ALWAYS_ENCODED = 16  # characters per token of the context; the longest token is looked for beyond that
 _HELD = 3  # maximum number of tokens held back: a character has at most four bytes
 _BATCH = 64  # tokens decoded at once when searching the vocabulary
@@ -70,7 +76,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: Backend,
         named: Mapping[str, str],
         chat: ChatTemplate | None,
         tool_chat: ChatTemplate | None = None,
@@ -89,8 +95,7 @@ class Tokenizer:
         self._many_spellings = any(token.special and token.normalized for token in added.values()) and bool(
             backend.normalizer
         )
-        self._special_pattern = any_of(self._specials)
-        self._added_pattern = any_of(token.content for token in added.values())
+        self._added = [token.content for token in added.values()]
         secret = secrets.token_hex(12)
         self._renamed = {text: f"<|{secret}{number:08d}|>" for text, number in self._specials.items()}
         sources = "".join(template.source for template in (chat, tool_chat) if template is not None)
@@ -100,8 +105,6 @@ class Tokenizer:
             for text, number in others.items()
             if _CONTROL.fullmatch(text) and text in sources
         }
-        self._special_spellings = Spellings(self._specials)
-        self._control_spellings = Spellings([*self._specials, *self._controls])
 
     @classmethod
     def from_files(
@@ -112,6 +115,7 @@ class Tokenizer:
         named_templates: Mapping[str, str] | None = None,
         *,
         vocab_size: int | None = None,
+        cached: bool = False,
     ) -> Tokenizer:
         """Read tokenizer.json.
 
@@ -121,6 +125,7 @@ class Tokenizer:
             chat_template: source of the chat template; None = the one in `config`, if any.
             named_templates: sources of further templates, by name.
             vocab_size: number of tokens of the model, which limits the size of the file.
+            cached: a large vocabulary may be loaded in parts, from a table in the user's cache; see `cached_tokenizer`.
 
         Without `chat_template` and `named_templates`, the config's own templates are used.
 
@@ -128,6 +133,10 @@ class Tokenizer:
             BundleError: the file, or the config's special tokens, cannot be used.
             TemplateError: the chat template cannot be used.
         """
+        if cached:
+            named = named_tokens(config, tokenizer_json)
+            backend = cached_tokenizer(tokenizer_json, named, vocab_size)
+            return cls.of(backend, named, config, chat_template, named_templates)
         text = read_text(tokenizer_json, 256 * MIB)
         return cls.from_json(text, tokenizer_json, config, chat_template, named_templates, vocab_size=vocab_size)
 
@@ -143,25 +152,40 @@ class Tokenizer:
         vocab_size: int | None = None,
     ) -> Tokenizer:
         """As `from_files`, from the content of a tokenizer.json; `where` names it in messages."""
-        check_tokenizer(text, where, vocab_size)
-        backend = _loaded(text, where)
-        backend.no_truncation()
-        backend.no_padding()
-        named = _named_tokens(config, where)
-        check_lengths(named.values(), lambda reason: BundleError(f"{where}: unusable tokenizer: {reason}"))
-        known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-        for name, token in named.items():
-            if backend.token_to_id(token) is not None:
-                if token not in known:
-                    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
-            elif name in ("bos_token", "eos_token"):
-                raise BundleError(f"{where}: no token {token!r}, which tokenizer_config.json names as {name}")
+        named = named_tokens(config, where)
+        backend = load_checked(text, where, named, vocab_size)
+        return cls.of(backend, named, config, chat_template, named_templates)
+
+    @classmethod
+    def of(
+        cls,
+        backend: Backend,
+        named: Mapping[str, str],
+        config: Mapping[str, Any],
+        chat_template: str | None,
+        named_templates: Mapping[str, str] | None,
+    ) -> Tokenizer:
+        """As `from_files`, from a loaded tokenizer and the special tokens that the config names."""
         templates = dict(named_templates or {})
         if chat_template is not None:
             templates["default"] = chat_template
-        templates = templates or _configured_templates(config)
+        templates = templates or configured_templates(config)
         chats = {name: ChatTemplate(text, named) for name, text in templates.items() if name in ("default", "tool_use")}
         return cls(backend, named, chats.get("default"), chats.get("tool_use"))
+
+    # Some vocabularies have thousands of special tokens, which take long to compile.
+
+    @functools.cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        return any_of(self._added)
+
+    @functools.cached_property
+    def _special_spellings(self) -> Spellings:
+        return Spellings(self._specials)
+
+    @functools.cached_property
+    def _control_spellings(self) -> Spellings:
+        return Spellings([*self._specials, *self._controls]) if self._controls else self._special_spellings
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with this text in the vocabulary."""
@@ -201,7 +225,7 @@ class Tokenizer:
             parse_special: trust the text: spelled special tokens become these tokens. Otherwise they stay text.
             add_special_tokens: add what the model expects around a text, often a bos token.
         """
-        if parse_special or not (self._many_spellings or self._special_pattern.search(text)):
+        if parse_special or not (self._many_spellings or self._special_spellings.occur_in(text)):
             return library.encode(self._backend, text, add_special_tokens)
         return library.encode(self._without_specials, text, add_special_tokens)
 
@@ -291,62 +315,8 @@ class Tokenizer:
         return self._with_names({**self._renamed, **self._controls}) if self._controls else self._without_specials
 
     def _with_names(self, names: Mapping[str, str]) -> tokenizers.Tokenizer:
-        spec = _with_names(json.loads(self._backend.to_str()), names)
-        return _loaded(json.dumps(spec), "tokenizer.json with its special tokens renamed")
-
-
-def _loaded(text: str, name: object) -> tokenizers.Tokenizer:
-    try:
-        if _PREFIXED.search(text):  # the library aborts the process if such merges do not match
-            model = json.loads(text)["model"]
-            prefix, pairs = model["continuing_subword_prefix"], map(_pair, model.get("merges", ()))
-            if not all(second.startswith(prefix) for _, second in pairs):
-                raise ValueError("merges without the model's prefix")
-    except Exception as e:
-        raise BundleError(f"{name}: unusable tokenizer: {one_line(e)[:200]}") from e
-    return library.load(text, name)
-
-
-def _pair(merge: Any) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _named_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    named = {}
-    for name in _NAMED:
-        token = config.get(name)
-        if isinstance(token, Mapping):
-            token = token.get("content")
-        if token is not None and not (isinstance(token, str) and token):
-            raise BundleError(f"{path.with_name('tokenizer_config.json')}: {name} is not the text of a token")
-        if token is not None:
-            named[name] = token
-    return named
-
-
-def _configured_templates(config: Mapping[str, Any]) -> dict[str, str]:
-    template = config.get("chat_template")
-    if isinstance(template, list):  # the former way of storing several
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
-    return {"default": template} if isinstance(template, str) else {}
-
-
-def _with_names(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Rename tokens in the content of a tokenizer.json."""
-    model = spec["model"]
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {names.get(text, text): number for text, number in vocab.items()}
-    else:  # Unigram: [text, score]
-        model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
-    if "merges" in model:  # merges with a renamed token would refer to missing ids
-        model["merges"] = [[a, b] for a, b in map(_pair, model["merges"]) if not {a, b, a + b} & names.keys()]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    return spec
+        spec = with_names(json.loads(self._backend.to_str()), names)
+        return load_spec(json.dumps(spec), "tokenizer.json with its special tokens renamed")
 
 
 class TextStream:

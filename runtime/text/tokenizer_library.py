@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tokenizers
 
 from llm_edge.runtime.errors import BundleError, InputError, is_library_failure, one_line
+from llm_edge.runtime.text.lazy_tokenizer import Backend
 
 
 def load(text: str, name: object) -> tokenizers.Tokenizer:
@@ -21,7 +22,7 @@ def load(text: str, name: object) -> tokenizers.Tokenizer:
         raise BundleError(f"{name}: unusable tokenizer: {one_line(error)[:200]}") from error
 
 
-def encode(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+def encode(tokenizer: Backend, text: str, add_special_tokens: bool = False) -> list[int]:
     """The ids of a text; raises InputError if it cannot be encoded."""
     try:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -37,7 +38,7 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool 
     return ids
 
 
-def decode(tokenizer: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool) -> str:
+def decode(tokenizer: Backend, ids: Sequence[int], skip_special: bool) -> str:
     """The text of ids, without unknown ones; raises BundleError if they cannot be decoded."""
     try:
         text: str = tokenizer.decode(ids, skip_special_tokens=skip_special)

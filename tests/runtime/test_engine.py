@@ -17,8 +17,9 @@ from llm_edge.runtime import FinishReason, GenerationResult, Model, SamplingPara
 from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.errors import BusyError, MachineError, ParameterError
 from llm_edge.runtime.generation import AsyncGeneration
+from llm_edge.runtime.sampling.sampler import Sampler
 from llm_edge.runtime.scheduling.batch import Batch
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT
 
 Load = Callable[..., Engine]
 # The penalty adds variety: a small random model would only repeat the last token of its prompt.
@@ -398,3 +399,22 @@ def test_replies_contain_only_the_callers_own_secret(smollm2_bundle: Path) -> No
     assert all(second.timings.cached_tokens >= 16 for _, second in replies)
     heard = [{other for other in words for result in each if other in result.text} for each in replies]
     assert heard == [{word} for word in words]
+
+
+def test_callers_get_a_steps_chunks_after_all_its_rows(load_engine: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sample, put = Sampler.sample, AsyncGeneration.put
+
+    def recorded_sample(self: Sampler, logits: Any) -> int:
+        events.append("sample")
+        return sample(self, logits)
+
+    def recorded_put(self: AsyncGeneration, item: Any) -> None:
+        events.append("put")
+        put(self, item)
+
+    monkeypatch.setattr(Sampler, "sample", recorded_sample)
+    monkeypatch.setattr(AsyncGeneration, "put", recorded_put)
+    answers = load_engine("fp32", active=4).generate_many("The quick brown fox", replace(GREEDY, seed=1), 4)
+    assert len({answer.result().tokens for answer in answers}) == 1
+    assert "sample sample sample sample put put put put" in " ".join(events)

@@ -681,3 +681,17 @@ def test_a_tokenizer_of_another_model_is_rejected(tiny_bundle: Path, tmp_path: P
     path = changed_copy(tiny_bundle, tmp_path / "own", tokenizer=tokenizer)
     with pytest.raises(BundleError, match="more tokens than the model"):
         Model.load(path, "fp32", provider="cpu", threads=1)
+
+
+def test_weights_whose_checksum_is_computed_during_loading_are_rejected_too(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_edge.runtime.loading._LARGE", 1)
+    assert Model.load(tiny_bundle, "int8").precision.name == "int8"
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    weights = copy / f"{Bundle.open(copy).precision('int8').model}_data"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match="checksum"):
+        Model.load(copy, "int8")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_edge.exporter.graph.editor import Editor, name_of
 from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.calibrate import CacheRange
+from llm_edge.exporter.quantization.observe import CacheRange
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.rope import Rope

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from llm_edge.exporter.graph.emitter import EmitContext, Emitter
+from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.model.block_weights import BlockKind
 
 
@@ -19,11 +20,11 @@ class ObservedInputs:
     """Inputs of a projection on the calibration text.
 
     Attributes:
-        hessian: mean outer product of the inputs, float32 [K, K].
+        hessian: of the inputs.
         samples: a sample of the inputs, float32 [samples, K].
     """
 
-    hessian: Tensor
+    hessian: Hessian
     samples: Tensor
 
 

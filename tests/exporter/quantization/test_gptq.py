@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_edge.exporter.quantization.blocks import quantize_blocks, quantize_channels
 from llm_edge.exporter.quantization.formats.blocks import Blocks
-from llm_edge.exporter.quantization.gptq import gptq
+from llm_edge.exporter.quantization.gptq import Hessian, gptq
 from llm_edge.runtime.errors import CheckpointError
 
 FORMS = [
@@ -33,8 +33,8 @@ def correlated(width: int, rows: int = 600) -> Tensor:
     )
 
 
-def hessian_of(inputs: Tensor) -> Tensor:
-    return inputs.T @ inputs / len(inputs)
+def hessian_of(inputs: Tensor) -> Hessian:
+    return Hessian(inputs.T @ inputs / len(inputs))
 
 
 def error(inputs: Tensor, weight: Tensor, rounded: Tensor) -> float:
@@ -94,7 +94,7 @@ def test_independent_inputs_round_every_weight_to_nearest(width: int) -> None:
     weight = numbers(16, width, seed=4)
     groups = -(-width // 32)
     scales, zeros = 0.2 + 0.1 * numbers(16, groups, seed=5).abs(), torch.full((16, groups), 8.0)
-    found = gptq(weight, torch.eye(width), scales, zeros, 32, 15)
+    found = gptq(weight, Hessian(torch.eye(width)), scales, zeros, 32, 15)
     assert torch.equal(found, levels_of(weight, scales, zeros, 32, 15))
     assert {0.0, 15.0} <= set(found.unique().tolist()) or width == 5  # some are out of range
 
@@ -104,14 +104,14 @@ def test_the_most_important_columns_are_rounded_first() -> None:
     inputs = correlated(160)
     weight, hessian = numbers(12, 160, seed=6), hessian_of(inputs)
     scales, zeros = weight.abs().amax(1, keepdim=True) / 7, torch.full((12, 1), 8.0)
-    found = gptq(weight, hessian.clone(), scales, zeros, 160, 15)
+    found = gptq(weight, hessian, scales, zeros, 160, 15)
     nearest = levels_of(weight, scales, zeros, 160, 15)
-    first = int(hessian.diagonal().argmax())
+    first = int(hessian.diagonal.argmax())
     assert torch.equal(found[:, first], nearest[:, first])
     assert (found != nearest).any(0).sum() > 80  # most others compensate an error
 
     order = torch.randperm(160, generator=torch.Generator().manual_seed(7))
-    mixed = gptq(weight[:, order], hessian[order][:, order], scales, zeros, 160, 15)
+    mixed = gptq(weight[:, order], Hessian(hessian.matrix[order][:, order]), scales, zeros, 160, 15)
     assert (mixed != found[:, order]).float().mean() < 0.01  # another summation order may break ties differently
 
 
@@ -119,7 +119,7 @@ def test_columns_keep_the_scale_of_their_block_when_reordered() -> None:
     """A column uses the scale of the block that contains it, whenever it is rounded."""
     weight = numbers(8, 64, seed=8) * torch.cat([torch.full((32,), 100.0), torch.full((32,), 0.01)])
     form = Blocks(8, 32, symmetric=True)
-    rounded = quantize_blocks(weight, form, torch.logspace(-2, 2, 64).diag()).dequantized(64)
+    rounded = quantize_blocks(weight, form, Hessian(torch.logspace(-2, 2, 64).diag())).dequantized(64)
     assert (rounded - weight)[:, :32].abs().max() < 2.5
     assert (rounded - weight)[:, 32:].abs().max() < 2.5e-4
 
@@ -132,7 +132,7 @@ def test_singular_second_moments_fall_back_to_rounding_to_nearest(scale: float) 
     """A single direction, so small or large that the float32 factorization fails: the export does not."""
     weight = numbers(4, 64, seed=11)
     hessian = torch.full((64, 64), scale)
-    found = quantize_blocks(weight, FORMS[0], hessian).dequantized(64)
+    found = quantize_blocks(weight, FORMS[0], Hessian(hessian)).dequantized(64)
     assert (found - weight).abs().max() < weight.abs().max() / 4
     assert torch.equal(hessian, torch.full((64, 64), scale))
 
@@ -146,7 +146,7 @@ def test_channels_that_are_always_zero_are_handled(form: Blocks) -> None:
     assert rounded.isfinite().all()
     assert (rounded - weight)[:, ::3].abs().max() < 0.3 * weight.abs().max()  # clipped if that helps the others
     assert error(inputs, weight, rounded) < 0.5 * error(inputs, weight, nearest)
-    none_at_all = quantize_blocks(weight, form, torch.zeros(96, 96)).dequantized(96)
+    none_at_all = quantize_blocks(weight, form, Hessian(torch.zeros(96, 96))).dequantized(96)
     assert (none_at_all - weight).square().sum() <= 1.01 * (nearest - weight).square().sum()
 
 
@@ -177,10 +177,10 @@ def test_rows_of_zeros_stay_zero(form: Blocks) -> None:
 
 def test_the_hessian_is_not_modified() -> None:
     hessian = hessian_of(correlated(96))
-    before = hessian.clone()
+    before = hessian.matrix.clone()
     quantize_blocks(numbers(6, 96), FORMS[0], hessian)
     quantize_channels(numbers(6, 96), hessian)
-    assert torch.equal(hessian, before)
+    assert torch.equal(hessian.matrix, before)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -196,7 +196,7 @@ def test_nan_weights_are_an_error(number: float) -> None:
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_nan_inputs_are_an_error(number: float) -> None:
     hessian = hessian_of(correlated(96))
-    hessian[3, 3] = number
+    hessian.matrix[3, 3] = number
     weight = numbers(6, 96)
     for attempt in (lambda: quantize_blocks(weight, FORMS[0], hessian), lambda: quantize_channels(weight, hessian)):
         with pytest.raises(CheckpointError, match=r"inputs are NaN or infinity.*damaged"):

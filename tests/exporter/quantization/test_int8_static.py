@@ -21,6 +21,7 @@ from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions
 from llm_edge.exporter.quantization.formats.base import ObservedInputs
 from llm_edge.exporter.quantization.formats.int8_static import Int8Static
+from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.int8_static import QuantizedInt8
 from llm_edge.exporter.quantization.recipes import RECIPES
 
@@ -41,7 +42,7 @@ def quantized(form: Int8Static, width: int, seed: int = 0) -> tuple[Tensor, Quan
     """A weight [24, width] and its quantization, calibrated on inputs with larger and smaller channels."""
     weight = numbers(ROWS, width, seed=seed)
     inputs = numbers(400, width, seed=seed + 1) * torch.logspace(-1, 0.5, width)
-    return weight, form.calibrate(weight, ObservedInputs(inputs.T @ inputs / len(inputs), inputs))
+    return weight, form.calibrate(weight, ObservedInputs(Hessian(inputs.T @ inputs / len(inputs)), inputs))
 
 
 def graph_of(
@@ -133,7 +134,7 @@ def test_a_very_large_token_does_not_affect_the_others(style: str, form: Int8Sta
 
     inputs = numbers(400, 192, seed=1)
     inputs[7] *= 100
-    seen = form.calibrate(weight, ObservedInputs(inputs.T @ inputs / len(inputs), inputs))
+    seen = form.calibrate(weight, ObservedInputs(Hessian(inputs.T @ inputs / len(inputs)), inputs))
     assert relative(seen.apply(x[0, others]), x[0, others] @ weight.T) < 0.03
 
 

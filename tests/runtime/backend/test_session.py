@@ -376,7 +376,7 @@ sys.meta_path.insert(0, Watch())
 os.environ.pop("ORT_DISABLE_TELEMETRY", None)
 import llm_edge.runtime
 assert "onnxruntime" not in sys.modules
-from llm_edge.runtime import Model
+import llm_edge.runtime.backend.graph
 assert "onnxruntime" in sys.modules
 """
 

@@ -24,7 +24,7 @@ from llm_edge.exporter.options import ExportOptions
 from llm_edge.runtime import GenerationResult, SamplingParams
 from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.errors import InputError, MachineError
-from llm_edge.runtime.scheduling.sequence import CHUNK_ALIGNMENT
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT
 
 SYSTEM = "The quick brown fox jumps over the lazy dog. " * 6
 GREEDY = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=-1, max_tokens=30)

@@ -95,7 +95,7 @@ def test_a_batch_computes_the_same_logits_in_device_memory(session: Session, on_
     for slot, text in enumerate(texts):
         batch.extend(slot, text)
     assert batch.capacity == 128
-    found = [batch.decode(0, [token] * 4, [True] * 4) for token in (5, 6, 7)]
+    found = [batch.decode(0, [token] * 4, [True] * 4).copy() for token in (5, 6, 7)]
     for slot, expected in enumerate(wanted):
         assert same([step[slot] for step in found], expected)
     batch.copy(1, 2, 40)

@@ -1,0 +1,24 @@
+"""Prefixes that sequences share, and where prompts can be split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+CHUNK_ALIGNMENT = 8
+"""Prompts are split at multiples of this many tokens, so that splits do not affect results; see docs/decisions.md."""
+_BLOCK = 64  # tokens that `common_prefix` compares at once
+
+
+def aligned_prefix(length: int, prompt_length: int) -> int:
+    """How many of `length` cached tokens a prompt can reuse; see `TokenSequence.reuse`."""
+    return max(min(length, prompt_length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of leading tokens that two sequences of the same type share."""
+    length = min(len(one), len(other))
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        if one[start:end] != other[start:end]:
+            return next(index for index in range(start, end) if one[index] != other[index])
+    return length
