@@ -102,13 +102,13 @@ def _peers(paths: Sequence[Path], sources: Sequence[Path], only: str | None, opt
     for task in tasks:
         report = {**_measure(task, options), "busy_cpus": busy}
         reports.append(report)
-        _print_table(tables.engine_table(report["engines"]))
+        print_table(tables.engine_table(report["engines"]))
         if report["ratios"]:
             print()
-            _print_table(tables.ratio_table(report["ratios"]))
+            print_table(tables.ratio_table(report["ratios"]))
         print()
     if len(summary := tables.summary_table(reports)) > 1:
-        _print_table(summary)
+        print_table(summary)
     if options.markdown is not None:
         options.markdown.write_text(tables.markdown_of_all(reports), encoding="utf-8")
     print(json.dumps({"models": reports}))
@@ -261,7 +261,8 @@ def _logits(command: Sequence[str], text: Sequence[Sequence[int]], folder: Path,
     return files
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a title row and rows of cells."""
     from rich.console import Console
     from rich.table import Table
 

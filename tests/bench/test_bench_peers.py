@@ -17,7 +17,7 @@ from calling import call
 from sessions import open_file
 
 from llm_edge.bench.driver import COLUMNS, Figures, Worker
-from llm_edge.bench.peers import fidelity, machine, report, run
+from llm_edge.bench.peers import fidelity, long_context, machine, report, run
 from llm_edge.bench.peers.engines import PEERS, choose
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.errors import InputError, MachineError
@@ -220,6 +220,20 @@ def test_several_bundles_are_measured_in_one_run(tiny_bundle: Path, bench_peers:
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])["models"]
     assert [list(each["engines"]) for each in found] == [["ours/int8", "ours/int4"]] * 2
+
+
+def test_long_prompts_are_measured(tiny_bundle: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    quick = ("--only", "ours/int8", "--rounds", 1, "--threads", 1, "--lengths", "700,1,2000000", "--work", tmp_path)
+    code, out, err = call(long_context.main, capfd, "long-context", tiny_bundle, *quick)
+    assert code == 0, err
+    engines = json.loads(out.splitlines()[-1])["engines"]
+    assert engines["ours/int8"].keys() >= {"prefill 700", "prefill 1", "peak 700", "peak 1"}
+    assert "prefill 700" in out
+    assert "2000000" not in out  # no room in the context
+    for wrong in ("x", "2000000", ""):
+        code, out, err = call(long_context.main, capfd, "long-context", tiny_bundle, "--lengths", wrong)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: --lengths: ")
 
 
 def test_tokens_of_our_sequences_are_counted_together(tiny_bundle: Path) -> None:
