@@ -66,7 +66,7 @@ bench-server: setup $(BUNDLE)/manifest.json
 	$(BIN)/python -m llm_edge.bench.server $(BUNDLE) --llama-server --drift 10
 
 bench-peers: setup $(BUNDLE)/manifest.json
-	$(BIN)/python -m llm_edge.bench.peers.run $(BUNDLE) --markdown .peers/results.md
+	$(BIN)/python -m llm_edge.bench.peers.run $(BUNDLE) $(BUNDLES) $(SOURCES:%=--source %) --markdown .peers/results.md
 
 bench-finetune: setup
 	$(BIN)/python -m llm_edge.bench.finetune

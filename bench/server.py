@@ -201,7 +201,7 @@ def _llama_server(options: argparse.Namespace, threads: int) -> Iterator[Server]
 
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    weights = source_of(options.source, Bundle.open(options.bundle)).gguf
+    weights = source_of([options.source] if options.source else [], Bundle.open(options.bundle)).gguf
     programs = built(work, lambda text: print(text, file=sys.stderr, flush=True))
     model = quantized(programs, weights, options.format, work)
     with running(programs, model, threads, max(CLIENTS), _CONTEXT) as (url, process):

@@ -20,9 +20,10 @@ from llm_edge.exporter.graph.passes.int8_cache import check_cache
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
+from llm_edge.exporter.quantization.recipes import Recipe, parse_precisions
 from llm_edge.exporter.results import PrecisionReport, Report
-from llm_edge.exporter.validation.parity import Texts, verify_parity
+from llm_edge.exporter.validation.parity import Texts, verify_parity, windows_of
+from llm_edge.exporter.validation.windows import logits_bytes
 from llm_edge.model.block_weights import BLOCK_TYPES
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
@@ -61,7 +62,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
     with staging(target, options.force) as folder:
         models = folder / writer.name
         models.mkdir()
-        check_disk_space(folder, _required_bytes(checkpoint, recipes, options.validate))
+        check_disk_space(folder, _required_bytes(checkpoint, recipes, texts if options.validate else None))
         formats = writer.write(models, checkpoint, recipes, texts.calibration, progress)
         validation = None
         if options.validate:
@@ -172,14 +173,13 @@ def _texts(checkpoint: Checkpoint) -> Texts:
     return Texts(*texts)
 
 
-def _required_bytes(checkpoint: Checkpoint, recipes: tuple[Recipe, ...], validate: bool) -> int:
-    """Return the approximate disk space for the graphs, including a temporary fp32 graph for validation."""
+def _required_bytes(checkpoint: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts | None) -> int:
+    """Return the approximate disk space for the graphs, and for the logits of a validation on `texts`."""
     parameters = count_parameters(checkpoint.config)
-    has_reference = not validate or any(recipe.lossless for recipe in recipes)
-    written = recipes if has_reference else (*recipes, RECIPES["fp32"])
     temporary = [recipe for recipe in recipes if recipe.calibrated]  # quantized weights, until the graph is written
     weights = checkpoint.weights
-    return sum(int(parameters * _bytes_per_weight(recipe, weights)) for recipe in (*written, *temporary))
+    logits = 0 if texts is None else logits_bytes(windows_of(texts, checkpoint.config), checkpoint.config)
+    return logits + sum(int(parameters * _bytes_per_weight(recipe, weights)) for recipe in (*recipes, *temporary))
 
 
 def _bytes_per_weight(recipe: Recipe, weights: Weights) -> float:

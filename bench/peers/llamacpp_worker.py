@@ -1,7 +1,7 @@
-"""`worker.py` for llama.cpp: `python llamacpp_worker.py FILE.gguf THREADS [no-flash|rows]`, with llama-cpp-python.
+"""`worker.py` for llama.cpp: `python llamacpp_worker.py FILE.gguf THREADS [no-flash|rows] [context=N]`.
 
-Calls the C interface; of the package only its ctypes declarations are imported, so that neither its Python classes nor
-numpy count as llama.cpp's memory and start.
+Calls the C interface of llama-cpp-python; of the package only its ctypes declarations are imported, so that neither its
+Python classes nor numpy count as llama.cpp's memory and start.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ def main() -> None:
     """Load the file and answer."""
     from serving import private_stdout, serve  # type: ignore[import-not-found]
 
-    path, threads = sys.argv[1], int(sys.argv[2])
-    replies = private_stdout()
+    path, threads, replies = sys.argv[1], int(sys.argv[2]), private_stdout()
     lib = declarations()
     quiet = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(quiet, None)
@@ -40,14 +39,15 @@ def main() -> None:
 
     def generate(tokens: list[int], count: int) -> list[float]:
         lib.llama_memory_clear(memory, False)
-        new, times = (ctypes.c_int32 * len(tokens))(*tokens), []
+        pending, times = batches(tokens), []
         while True:
-            decode(lib.llama_batch_get_one(new, len(new)))
+            for new in pending:
+                decode(lib.llama_batch_get_one(new, len(new)))
             token = lib.llama_sampler_sample(greedy, context, -1)
             times.append(perf_counter())
             if len(times) == count or lib.llama_vocab_is_eog(vocab, token):
                 return times
-            new = (ctypes.c_int32 * 1)(token)
+            pending = batches([token])
 
     def logits(tokens: list[int]) -> Any:
         lib.llama_memory_clear(memory, False)
@@ -81,16 +81,23 @@ def main() -> None:
     serve(generate, logits, replies, rows)
 
 
+def batches(tokens: list[int]) -> list[Any]:
+    """The tokens in arrays of at most `BATCH`."""
+    parts = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
+    return [(ctypes.c_int32 * len(part))(*part) for part in parts]
+
+
 def load(lib: Any, path: str, threads: int, mode: list[str]) -> tuple[Any, Any]:
-    """The model and a context; `mode` is empty, `rows` or `no-flash`."""
+    """The model and a context; `mode` holds `rows` or `no-flash`, and `context=N` for a cache of N tokens."""
     model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
     params = lib.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, BATCH
+    lengths = [int(word.partition("=")[2]) for word in mode if word.startswith("context=")]
+    params.n_ctx, params.n_batch, params.n_ubatch = lengths[0] if lengths else CONTEXT, BATCH, BATCH
     params.n_threads = params.n_threads_batch = threads
     params.no_perf = True
-    if mode == ["rows"]:
+    if "rows" in mode:
         params.n_ctx, params.n_seq_max = ROWS * CONTEXT, ROWS
-    if mode == ["no-flash"]:
+    if "no-flash" in mode:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = lib.llama_init_from_model(model, params) if model else None
     if not context:

@@ -26,6 +26,9 @@ PAIRS: Mapping[str, tuple[str, ...]] = {
 SPEED = {key: column for key, column in COLUMNS.items() if key != "python_share"}
 """Columns that all engines have."""
 
+_LOWER_IS_BETTER = ("size_mb", "cold_start_s", "peak_mb")
+_LLAMACPP, _NO_FLASH = "llama.cpp/", "-no-flash"
+
 _TITLES = {
     "size_mb": ("size", "{:,.0f} MB"),
     **SPEED,
@@ -81,6 +84,56 @@ def ratio_table(found: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
         for other, row in others.items()
     ]
     return [["ours / theirs", *(_TITLES[key][0] for key in columns)], *body]
+
+
+def summary_table(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Title and cells of the table of all models next to llama.cpp; see `markdown` for the reports.
+
+    Each ratio is to the better one of llama.cpp's results with and without flash attention.
+    """
+    rows = [["ours / llama.cpp", "size", "prefill 512", "decode @0, @512", "cold start", "peak memory", "mean KL"]]
+    for report in reports:
+        engines = report["engines"]
+        for ours, others in report["ratios"].items():
+            for other in others:
+                if not other.startswith(_LLAMACPP) or other.endswith(_NO_FLASH):
+                    continue
+                variants = [name for name in (other, f"{other}{_NO_FLASH}") if name in others]
+                best = {key: _closest(key, [others[name][key] for name in variants]) for key in others[other]}
+                kl = engines[ours]["kl_mean"], min(engines[name]["kl_mean"] for name in variants)
+                rows.append(
+                    [
+                        f"{report['bundle']} {ours.partition('/')[2]} / {other.removeprefix(_LLAMACPP)}",
+                        _cell("{:.2f}", best["size_mb"]),
+                        _cell("{:.2f}", best["prefill_512"]),
+                        f"{_cell('{:.2f}', best['decode_0'])}, {_cell('{:.2f}', best['decode_512'])}",
+                        f"{_cell('{:.2f}', best['cold_start_s'])} ({_cell('{:.2f} s', engines[ours]['cold_start_s'])})",
+                        f"{_cell('{:.2f}', best['peak_mb'])} ({_cell('{:,.0f} MB', engines[ours]['peak_mb'])})",
+                        f"{kl[0]:.2g} / {kl[1]:.2g}",
+                    ]
+                )
+    return rows
+
+
+def _closest(key: str, found: Sequence[float | None]) -> float | None:
+    """The ratio to the better one of their results."""
+    known = [ratio for ratio in found if ratio is not None]
+    if not known:
+        return None
+    return max(known) if key in _LOWER_IS_BETTER else min(known)
+
+
+def markdown_of_all(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Sections of all models, after the table of all models if there are several; see `markdown`."""
+    summary = summary_table(reports)
+    parts = [markdown(report) for report in reports]
+    if len(reports) > 1 and len(summary) > 1:
+        parts.insert(
+            0,
+            f"Ratios to llama.cpp, with or without flash attention, whichever is better in each column.\n\n"
+            f"{_markdown_table(summary)}\n",
+        )
+    return "\n".join(parts)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def compare(path: Path, work: Path, threads: int, rounds: int, prefix: Sequence[
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     commands: dict[str, tuple[str, ...]] = {}
-    for contender in make(names, bundle, source_of(None, bundle), work, threads, _say):
+    for contender in make(names, bundle, source_of((), bundle), work, threads, _say):
         if contender.name.startswith("ours/"):
             _, _, precision = contender.name.partition("/")
             commands[contender.name] = (sys.executable, "-m", _OURS, str(path), precision, str(threads))

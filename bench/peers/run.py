@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ TOKENS, WINDOW = 2048, 512
 _QUIET = 0.2  # CPUs that other processes may use
 _MAX_CHARACTERS = 64 * TOKENS  # of a text; no tokenizer averages more characters per token
 _EXPORT = "from llm_edge.exporter.cli import main; main()"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2 = "from llm_edge.checkpoint.download.smollm2 import smollm2_gguf; print(smollm2_gguf())"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -34,9 +36,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def peers(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder from llm-export.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders from llm-export.")],
     source: Annotated[
-        Path | None, typer.Option(help="GGUF that the bundle was exported from. Default: SmolLM2's, from the cache.")
+        list[Path] | None,
+        typer.Option(help="GGUF that a bundle was exported from; repeat it. Default: SmolLM2's, from the cache."),
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Comma-separated: ours, llama.cpp, genai, openvino, or engine/precision.")
@@ -49,33 +52,73 @@ def peers(
     work: Annotated[Path, typer.Option(help="Folder for environments and converted models.")] = Path(".peers"),
     markdown: Annotated[Path | None, typer.Option(help="Write a section for bench/RESULTS.md.")] = None,
 ) -> None:
-    """Measure speed, memory, size and KL of llama.cpp, onnxruntime-genai, OpenVINO GenAI and a bundle, interleaved.
+    """Measure speed, memory, size and KL of llama.cpp, onnxruntime-genai, OpenVINO GenAI and bundles, interleaved.
 
-    Prints two tables, and one JSON object as the last line. The first run installs the peers, which takes minutes.
+    Prints two tables per bundle, one of all bundles next to llama.cpp, and one JSON object as the last line. The first
+    run installs the peers, which takes minutes.
     """
-    command = partial(_peers, bundle, source, only, rounds, repeats, threads, without_amx, text, work, markdown)
-    raise typer.Exit(run(command, native_output=True))
+    options = Options(rounds, repeats, threads, without_amx, text or TEXT, work, markdown)
+    raise typer.Exit(run(partial(_peers, bundles, source or [], only, options), native_output=True))
 
 
-def _peers(
-    path: Path,
-    gguf: Path | None,
-    only: str | None,
-    rounds: int,
-    repeats: int,
-    threads: int,
-    without_amx: bool,
-    text: Path | None,
-    work: Path,
-    markdown_file: Path | None,
-) -> None:
-    from llm_edge.bench.cli import machine
-    from llm_edge.bench.driver import MIN_CONTEXT, measure
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How models are measured; see `peers`."""
+
+    rounds: int
+    repeats: int
+    threads: int
+    without_amx: bool
+    text: Path
+    work: Path
+    markdown: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A bundle to measure: names of the contenders, tokens of the text, and its source if it is needed."""
+
+    bundle: Bundle
+    names: list[str]
+    tokens: list[int]
+    source: Source | None
+
+
+def _peers(paths: Sequence[Path], sources: Sequence[Path], only: str | None, options: Options) -> None:
     from llm_edge.bench.peers import report as tables
     from llm_edge.bench.peers import without_amx as amx
-    from llm_edge.bench.peers.engines import choose, make
+    from llm_edge.bench.peers.machine import busy_cpus
+    from llm_edge.runtime.errors import InputError
+
+    if options.without_amx and (reason := amx.problem()) is not None:
+        raise InputError(f"--without-amx: {reason}")
+    tasks = [_task(path, sources, only, options.text) for path in paths]
+    options = replace(options, work=options.work.resolve())
+    options.work.mkdir(parents=True, exist_ok=True)
+    busy = busy_cpus()
+    if busy is not None and busy > _QUIET:
+        _say(f"warning: others keep {busy:.1f} CPUs busy; engines whose threads wait for each other suffer most")
+    reports = []
+    for task in tasks:
+        report = {**_measure(task, options), "busy_cpus": busy}
+        reports.append(report)
+        print_table(tables.engine_table(report["engines"]))
+        if report["ratios"]:
+            print()
+            print_table(tables.ratio_table(report["ratios"]))
+        print()
+    if len(summary := tables.summary_table(reports)) > 1:
+        print_table(summary)
+    if options.markdown is not None:
+        options.markdown.write_text(tables.markdown_of_all(reports), encoding="utf-8")
+    print(json.dumps({"models": reports}))
+
+
+def _task(path: Path, sources: Sequence[Path], only: str | None, text: Path) -> Task:
+    """Check a bundle and find its source, before anything is measured."""
+    from llm_edge.bench.driver import MIN_CONTEXT
+    from llm_edge.bench.peers.engines import choose
     from llm_edge.bench.peers.environments import ENVIRONMENTS
-    from llm_edge.bench.peers.machine import busy_cpus, has_amx
     from llm_edge.runtime.bundle import Bundle
     from llm_edge.runtime.errors import InputError
 
@@ -83,52 +126,45 @@ def _peers(
     names = choose(only, list(bundle.precisions))
     if bundle.shape.max_position_embeddings < MIN_CONTEXT:
         raise InputError(f"{path}: its context of {bundle.shape.max_position_embeddings} is shorter than {MIN_CONTEXT}")
-    if without_amx and (reason := amx.problem()) is not None:
-        raise InputError(f"--without-amx: {reason}")
-    tokens = tokens_of(bundle, text or TEXT)
-    peers_asked = [peer for peer in ENVIRONMENTS if any(name.startswith(f"{peer}/") for name in names)]
-    weights = source_of(gguf, bundle) if peers_asked or "fp32" not in bundle.precisions else None
+    tokens = tokens_of(bundle, text)
+    has_peers = any(name.startswith(f"{peer}/") for name in names for peer in ENVIRONMENTS)
+    source = source_of(sources, bundle) if has_peers or "fp32" not in bundle.precisions else None
     bundle.verify()
-    work = work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    return Task(bundle, names, tokens, source)
 
-    prefix = (sys.executable, "-I", "-S", str(HERE / "without_amx.py")) if without_amx else ()
-    contenders = [contender.with_prefix(prefix) for contender in make(names, bundle, weights, work, threads, _say)]
-    reference = _reference(bundle, weights, work, threads)
+
+def _measure(task: Task, options: Options) -> dict[str, Any]:
+    """Measure the contenders of a bundle; see `report.markdown` for the result."""
+    from llm_edge.bench.cli import machine
+    from llm_edge.bench.driver import measure
+    from llm_edge.bench.peers import report as tables
+    from llm_edge.bench.peers.engines import make
+    from llm_edge.bench.peers.environments import ENVIRONMENTS
+    from llm_edge.bench.peers.machine import has_amx
+
+    bundle, work = task.bundle, options.work
+    prefix = (sys.executable, "-I", "-S", str(HERE / "without_amx.py")) if options.without_amx else ()
+    made = make(task.names, bundle, task.source, work, options.threads, _say)
+    contenders = [contender.with_prefix(prefix) for contender in made]
+    reference = _reference(bundle, task.source, work, options.threads)
     sizes = {contender.name: contender.size for contender in contenders}
-    busy = busy_cpus()
-    if busy is not None and busy > _QUIET:
-        _say(f"warning: others keep {busy:.1f} CPUs busy; engines whose threads wait for each other suffer most")
-    figures = measure({each.name: each.speed for each in contenders}, tokens, rounds, repeats, _say)
-    fidelities = _fidelities(contenders, reference, tokens, bundle.shape.vocab_size, work)
-    report: dict[str, Any] = {
+    speeds = {each.name: each.speed for each in contenders}
+    figures = measure(speeds, task.tokens, options.rounds, options.repeats, _say)
+    fidelities = _fidelities(contenders, reference, task.tokens, bundle.shape.vocab_size, work)
+    peers_asked = [peer for peer in ENVIRONMENTS if any(name.startswith(f"{peer}/") for name in task.names)]
+    return {
         "bundle": bundle.name,
         "machine": machine(),
-        "amx": not without_amx if has_amx() else None,
-        "busy_cpus": busy,
-        "threads": threads,
-        "rounds": rounds,
-        "repeats": repeats,
-        "text": (text or TEXT).name,
-        "positions": min(len(tokens), TOKENS),
+        "amx": not options.without_amx if has_amx() else None,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "repeats": options.repeats,
+        "text": options.text.name,
+        "positions": min(len(task.tokens), TOKENS),
         "versions": {peer: ENVIRONMENTS[peer].version for peer in peers_asked},
         "engines": tables.summarise(sizes, figures, fidelities),
         "ratios": tables.ratios(sizes, figures),
     }
-    _show(report, markdown_file)
-
-
-def _show(report: dict[str, Any], markdown_file: Path | None) -> None:
-    """Print the tables, and the report as one JSON document; write it as Markdown too."""
-    from llm_edge.bench.peers import report as tables
-
-    _print_table(tables.engine_table(report["engines"]))
-    if report["ratios"]:
-        print()
-        _print_table(tables.ratio_table(report["ratios"]))
-    if markdown_file is not None:
-        markdown_file.write_text(tables.markdown(report), encoding="utf-8")
-    print(json.dumps(report))
 
 
 def tokens_of(bundle: Bundle, path: Path) -> list[int]:
@@ -145,25 +181,36 @@ def tokens_of(bundle: Bundle, path: Path) -> list[int]:
     return tokens
 
 
-def source_of(path: Path | None, bundle: Bundle) -> Source:
-    """The GGUF, which must be the one that the bundle was exported from."""
+def source_of(paths: Sequence[Path], bundle: Bundle) -> Source:
+    """The GGUF that a bundle was exported from, among the given ones and SmolLM2's."""
     from llm_edge.bench.peers.engines import Source
-    from llm_edge.runtime.errors import InputError, MachineError
+    from llm_edge.runtime.errors import InputError
 
-    if path is None:
-        done = subprocess.run([sys.executable, "-c", _SMOLLM2], stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            raise MachineError("SmolLM2's GGUF cannot be fetched: run llm-export smollm2 once, or give one by --source")
-        path = Path(done.stdout.strip())
-    if not path.is_file():
-        raise InputError(f"--source: {path} is no file: give the GGUF that the bundle was made of")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"--source: {path} is no file: give the GGUF that the bundle was made of")
     made_of = bundle.manifest.get("source")
     files = made_of.get("files") if isinstance(made_of, dict) else None
-    if not isinstance(files, list) or not any(entry.get("sha256") == digest for entry in files if type(entry) is dict):
-        raise InputError(f"{bundle.path} was not made of {path}: give the GGUF it was made of by --source")
-    return Source(path.resolve(), digest[:12], bundle.path.resolve())
+    entries = [entry for entry in files if type(entry) is dict] if isinstance(files, list) else []
+    hashes = {entry.get("sha256") for entry in entries}
+    is_smollm2 = any(entry.get("name") == _SMOLLM2_FILE for entry in entries)
+    candidates = [*paths, *([_smollm2()] if is_smollm2 or not paths else [])]
+    for path in candidates:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest in hashes:
+            return Source(path.resolve(), digest[:12], bundle.path.resolve())
+    given = ", ".join(map(str, candidates))
+    raise InputError(f"{bundle.path} was not made of {given}: give the GGUF it was made of by --source")
+
+
+def _smollm2() -> Path:
+    from llm_edge.runtime.errors import MachineError
+
+    done = subprocess.run([sys.executable, "-c", _SMOLLM2], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise MachineError("SmolLM2's GGUF cannot be fetched: run llm-export smollm2 once, or give one by --source")
+    return Path(done.stdout.strip())
 
 
 def _reference(bundle: Bundle, source: Source | None, work: Path, threads: int) -> Sequence[str]:
@@ -214,7 +261,8 @@ def _logits(command: Sequence[str], text: Sequence[Sequence[int]], folder: Path,
     return files
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a title row and rows of cells."""
     from rich.console import Console
     from rich.table import Table
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,24 +85,27 @@ class PartwiseGraph:
         weights = {name: tensor.numpy() for name, tensor in _large(part).items()}
         session: Any = None
         for run_values in values:
-            past = {name: self._empty(name) for name in part.inputs if name.startswith(_PAST)}
+            past = {name: self._cache(name, 0) for name in part.inputs if name.startswith(_PAST)}
             for chunk in run_values:
                 feeds = {name: chunk[name] for name in part.inputs if name in chunk} | weights | past
                 session = session or self._session(part, feeds)
                 chunk |= dict(zip(part.outputs, session.run(part.outputs, feeds), strict=True))
-                past = {name: chunk.pop(name.replace(_PAST, _PRESENT)) for name in past}
+                # A part without attention reads only the shape of the cache.
+                shape_only = partial(self._cache, length=chunk["attention_mask"].shape[1])
+                past = {name: chunk.pop(name.replace(_PAST, _PRESENT), None) for name in past}
+                past = {name: shape_only(name) if tensor is None else tensor for name, tensor in past.items()}
                 yield chunk
 
     def _drop_unused(self, values: Values, number: int) -> None:
-        needed = {name for part in self._parts[number + 1 :] for name in part.inputs}
+        needed = {"attention_mask", *(name for part in self._parts[number + 1 :] for name in part.inputs)}
         for name in [name for name in values if name not in needed]:
             del values[name]
 
-    def _empty(self, name: str) -> Any:
-        """Return an empty cache tensor for an input of the graph."""
+    def _cache(self, name: str, length: int) -> Any:
+        """Return a cache of zeros for an input of the graph."""
         dtype = next(value for value in self._model.graph.inputs if value.name == name).dtype
         assert dtype is not None
-        return np.zeros((1, self._shape.num_key_value_heads, 0, self._shape.head_dim), dtype.numpy())
+        return np.zeros((1, self._shape.num_key_value_heads, length, self._shape.head_dim), dtype.numpy())
 
     def _session(self, part: _Part, feeds: Values) -> Any:
         """Load a part whose inputs have the types of `feeds`."""

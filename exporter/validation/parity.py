@@ -37,7 +37,7 @@ from llm_edge.exporter.validation.compare import (
 from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.exporter.validation.independent import IndependentCheck, compare_with_transformers
 from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference, reference_logits
-from llm_edge.exporter.validation.windows import Run, select_windows, split_windows
+from llm_edge.exporter.validation.windows import Run, Window, select_windows, split_windows
 from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.open import AnySession
 from llm_edge.runtime.backend.session import Session
@@ -80,6 +80,11 @@ class Validation:
         return {name: parity for name, parity in self.parities.items() if name not in self.qualities}
 
 
+def windows_of(texts: Texts, config: ModelConfig) -> list[Window]:
+    """Return the windows on which a model is validated."""
+    return select_windows(split_windows(texts.validation, config.max_position_embeddings), config)
+
+
 def verify_parity(
     folder: Path,
     checkpoint: Checkpoint,
@@ -104,7 +109,7 @@ def verify_parity(
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
     config, weights = checkpoint.config, checkpoint.weights
-    windows = select_windows(split_windows(texts.validation, config.max_position_embeddings), config)
+    windows = windows_of(texts, config)
 
     def update(fraction: float, item: str) -> None:
         progress("validating", _REFERENCE_FRACTION * fraction, f"PyTorch: {item}")

@@ -77,6 +77,11 @@ def select_windows(windows: Sequence[Window], config: ModelConfig) -> list[Windo
     return [windows[number] for number in sorted(chosen)]
 
 
+def logits_bytes(windows: Sequence[Window], config: ModelConfig) -> int:
+    """Return the size of the file of logits."""
+    return 4 * config.vocab_size * sum(len(window.tokens) for window in windows)
+
+
 def scoring_runs(windows: Sequence[Window], vocab_size: int) -> tuple[Run, ...]:
     """Return one run per window, in as few steps as the size of their logits allows."""
     rows = min(max(_MAX_STEP_BYTES // (4 * vocab_size) // 64 * 64, 64), MAX_STEP_TOKENS)

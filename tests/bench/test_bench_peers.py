@@ -17,7 +17,7 @@ from calling import call
 from sessions import open_file
 
 from llm_edge.bench.driver import COLUMNS, Figures, Worker
-from llm_edge.bench.peers import fidelity, machine, report, run
+from llm_edge.bench.peers import fidelity, long_context, machine, report, run
 from llm_edge.bench.peers.engines import PEERS, choose
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.errors import InputError, MachineError
@@ -153,6 +153,33 @@ def test_markdown_contains_every_figure() -> None:
     assert table["int8 / llama.cpp/Q8_0"][:2] == ["1.50", "3.00"]
 
 
+def test_the_table_of_all_models_has_llama_cpps_better_result_in_each_column() -> None:
+    sizes = {"ours/int8": 150, "llama.cpp/Q8_0": 100, "llama.cpp/Q8_0-no-flash": 100, "openvino/int8": 300}
+    measured = {name: figures(1.0) for name in sizes}
+    measured["llama.cpp/Q8_0-no-flash"] = figures(2.0)  # twice as fast, and twice the memory and time to start
+    divergences = {"ours/int8": 0.004, "llama.cpp/Q8_0": 0.005, "llama.cpp/Q8_0-no-flash": 0.003, "openvino/int8": 0.1}
+    fidelities = {name: fidelity.Fidelity(2048, value, 0.9) for name, value in divergences.items()}
+    reports = [
+        {
+            "bundle": bundle,
+            "engines": report.summarise(sizes, measured, fidelities),
+            "ratios": report.ratios(sizes, measured),
+        }
+        for bundle in ("smol", "gemma")
+    ]
+    title, *rows = report.summary_table(reports)
+    assert [row[0] for row in rows] == ["smol int8 / Q8_0", "gemma int8 / Q8_0"]
+    cells = dict(zip(title[1:], rows[0][1:], strict=True))
+    assert cells == {
+        "size": "1.50",
+        "prefill 512": "0.50",
+        "decode @0, @512": "0.50, 0.50",
+        "cold start": "1.00 (5.00 s)",
+        "peak memory": "1.00 (6 MB)",
+        "mean KL": "0.004 / 0.003",
+    }
+
+
 # ---- measurements
 
 
@@ -174,7 +201,7 @@ def test_a_bundle_alone_is_measured(tiny_bundle: Path, bench_peers: Peers, tmp_p
     quick = ("--only", "ours/int8", "--rounds", 1, "--repeats", 1, "--threads", 1, "--text", text, "--work", tmp_path)
     code, out, err = bench_peers(tiny_bundle, *quick, "--markdown", block)
     assert code == 0, err
-    found = json.loads(out.splitlines()[-1])
+    (found,) = json.loads(out.splitlines()[-1])["models"]
     assert (found["bundle"], found["text"], found["ratios"], found["versions"]) == ("tiny", "text.txt", {}, {})
     (row,) = found["engines"].values()
     assert 512 <= found["positions"] <= 2048
@@ -183,6 +210,30 @@ def test_a_bundle_alone_is_measured(tiny_bundle: Path, bench_peers: Peers, tmp_p
     assert "ours/int8" in out
     assert "| ours/int8 |" in block.read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block.md", "text.txt"]  # no logits files remain
+
+
+def test_several_bundles_are_measured_in_one_run(tiny_bundle: Path, bench_peers: Peers, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is the capital of France? " * 200, encoding="utf-8")
+    quick = ("--rounds", 1, "--repeats", 1, "--threads", 1, "--text", text, "--work", tmp_path / "work")
+    code, out, err = bench_peers(tiny_bundle, tiny_bundle, "--only", "ours/int8,ours/int4", *quick)
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])["models"]
+    assert [list(each["engines"]) for each in found] == [["ours/int8", "ours/int4"]] * 2
+
+
+def test_long_prompts_are_measured(tiny_bundle: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    quick = ("--only", "ours/int8", "--rounds", 1, "--threads", 1, "--lengths", "700,1,2000000", "--work", tmp_path)
+    code, out, err = call(long_context.main, capfd, "long-context", tiny_bundle, *quick)
+    assert code == 0, err
+    engines = json.loads(out.splitlines()[-1])["engines"]
+    assert engines["ours/int8"].keys() >= {"prefill 700", "prefill 1", "peak 700", "peak 1"}
+    assert "prefill 700" in out
+    assert "2000000" not in out  # no room in the context
+    for wrong in ("x", "2000000", ""):
+        code, out, err = call(long_context.main, capfd, "long-context", tiny_bundle, "--lengths", wrong)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: --lengths: ")
 
 
 def test_tokens_of_our_sequences_are_counted_together(tiny_bundle: Path) -> None:
