@@ -55,7 +55,7 @@ def make_checkpoint(folder: Path, size: str) -> Path:
         nonlocal shard_bytes, count
         count += 1
         name = f"model-{count:05}.safetensors"
-        save_file(shard, target / name)
+        save_file(shard, target / name, {"format": "pt"})
         index.update(dict.fromkeys(shard, name))
         shard.clear()
         shard_bytes = 0
@@ -68,7 +68,7 @@ def make_checkpoint(folder: Path, size: str) -> Path:
     norms = ["model.norm", *(f"model.layers.{i}.{n}_layernorm" for i in range(layers) for n in _NORMS)]
     shard.update({f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms})
     write()
-    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     _write_config(target, size)
     _write_tokenizer(target / "tokenizer.json")
     return target

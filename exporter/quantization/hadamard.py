@@ -38,6 +38,12 @@ class Rotation:
             rotated[start : start + _ROWS] = (self.left.T @ split @ self.right).reshape(rows.shape)
         return rotated.reshape(x.shape)
 
+    def apply_to_columns(self, x: Tensor) -> Tensor:
+        """Return `Q^T x` as float32, x [n, K]: the same for its columns, without transposing x."""
+        rows = x.float() * self.signs[:, None]
+        within = self.right.T @ rows.reshape(len(self.left), len(self.right), -1)
+        return (self.left.T @ within.reshape(len(self.left), -1)).reshape(x.shape)
+
     def matrix(self) -> Tensor:
         """Return Q, [n, n]."""
         return self.apply(torch.eye(len(self.signs)))

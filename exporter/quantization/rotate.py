@@ -70,7 +70,7 @@ class RotatedWeights(Mapping[str, Tensor]):
         if role in ("attention_norm", "mlp_norm", "norm"):
             return torch.ones_like(weight)
         if role in ("output", "down"):  # write to the residual stream
-            return residual.apply(weight.T).T.contiguous() if last == "weight" else residual.apply(weight)
+            return residual.apply_to_columns(weight) if last == "weight" else residual.apply(weight)
         if last == "weight" and role in ("qkv", "gate_up", "up", "lm_head"):  # read from it after a norm
             return residual.apply(weight * self._norm_before(prefix, role))
         return weight

@@ -37,7 +37,7 @@ MAX_BOUND, MEAN_BOUND = 1e-2, 1e-3
 
 Rounding in float32 stays below a hundredth of them; a wrong tensor exceeds them by far.
 """
-MAX_BYTES = 2_500_000_000
+MAX_BYTES = 1_600_000_000
 """Of the weights that transformers holds in memory."""
 _PROMPT_TOKENS = (None, 64, 64)  # of each prompt; None is a whole window of the validation text
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -50,6 +50,13 @@ def test_a_rotation_is_deterministic_and_supports_any_leading_axes_and_type() ->
     assert (halves - turned).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("size", [1, 12, 24, 96])
+def test_columns_are_rotated_like_rows(size: int) -> None:
+    found = rotation(size)
+    columns = torch.randn(size, 7, dtype=torch.float64)
+    torch.testing.assert_close(found.apply_to_columns(columns), found.apply(columns.T).T)
+
+
 def test_many_rows_are_rotated_like_few() -> None:
     x = torch.randn(2500, 12, generator=torch.Generator().manual_seed(2))
     assert torch.equal(rotation(12).apply(x)[2000:], rotation(12).apply(x[2000:]))
