@@ -23,14 +23,10 @@ from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.observe import CacheRange, observe
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights
+from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.errors import CheckpointError
 
-WINDOW = 512
-MAX_TOKENS = 16 * WINDOW
-"""Maximum length of the calibration text; small models use a multiple of the width of their widest projection."""
-_MIN_TOKENS = 4 * WINDOW
-_TOKENS_PER_INPUT = 8
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
 _TILE = 512  # rows and columns of a Hessian computed at once
 _UPGRADE = "+"  # suffix of a module path: quantized in the format of an upgrade
@@ -104,7 +100,7 @@ def calibrate(
     config: ModelConfig,
     weights: RotatedWeights,
     recipes: Sequence[Recipe],
-    tokens: Sequence[int],
+    texts: Texts,
     folder: Path,
     progress: Callable[[float, str], None],
 ) -> dict[str, CalibratedWeights]:
@@ -115,7 +111,7 @@ def calibrate(
     calibrated = [CalibratedWeights(recipe, folder / recipe.name) for recipe in recipes]
     running: list[Future[None]] = []
     with worker_threads() as threads:
-        for layer in observe(config, weights, _windows(tokens, config), threads):
+        for layer in observe(config, weights, [window.tokens for window in texts.calibration], threads):
             for stored in calibrated:
                 stored.caches.append(layer.cache)
             observed = {name: _summarize(layer.inputs.pop(name), threads) for name in list(layer.inputs)}
@@ -180,15 +176,6 @@ def _quantize(
 def _relative_error(output: Tensor, expected: Tensor) -> float:
     errors = (output - expected).square().sum(-1) / expected.square().sum(-1).clamp(min=1e-20)
     return errors.mean().item()
-
-
-def _windows(tokens: Sequence[int], config: ModelConfig) -> list[Sequence[int]]:
-    """Return the windows of the calibration text, all of the same length."""
-    length = min(WINDOW, config.max_position_embeddings)
-    limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_TOKENS), MAX_TOKENS)
-    count = max(min(len(tokens), limit) // length, 1)
-    text = tokens[: count * length]
-    return [text[start : start + length] for start in range(0, len(text), length)]
 
 
 def _hessian(x: Tensor, threads: Executor) -> Hessian:
