@@ -57,7 +57,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         recipes = parse_precisions(_QUANTIZED_DEFAULT)
     _check_source_blocks(source, checkpoint, recipes)
     writer = _choose_writer(source, checkpoint, options, recipes)
-    texts = load_texts(checkpoint)
+    texts = load_texts(checkpoint, sampled=any(recipe.calibrated for recipe in recipes))
     with staging(target, options.force) as folder:
         models = folder / writer.name
         models.mkdir()
