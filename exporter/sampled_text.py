@@ -12,7 +12,7 @@ from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, Past, count_parameters
 
 _MAX_BYTES = 1_600_000_000  # of the float32 weights, which are in memory as a whole
-_GROUP = 12  # sequences generated together by one thread: the same on any number of cores
+_GROUP = 8  # sequences generated together by one thread: the same on any number of cores
 
 
 def can_sample(config: ModelConfig) -> bool:

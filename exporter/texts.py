@@ -15,6 +15,7 @@ import tokenizers
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.sampled_text import can_sample, sample_text
+from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.errors import CheckpointError, InputError
 from llm_edge.runtime.text.chat_template import ChatTemplate
@@ -23,13 +24,14 @@ from llm_edge.runtime.text.tokenizer_files import named_tokens
 _FOLDER = Path(__file__).parent / "data"
 _CALIBRATION_WINDOW = 512  # tokens
 _PROBE_WINDOW = 128
-_MIN_CALIBRATION, MAX_CALIBRATION = 2048, 8192
+_MIN_CALIBRATION, MAX_CALIBRATION, _LARGE_MODEL_CALIBRATION = 2048, 12_288, 8192
 """Tokens; models between these limits use `_TOKENS_PER_INPUT` times the width of their widest projection."""
 _TOKENS_PER_INPUT = 8
+_LARGE_MODEL = 500_000_000  # weights
 
 PROSE, CODE, CHAT, LANGUAGES, SAMPLED = "prose", "code", "chat", "languages", "sampled"
 _Shares = Mapping[str, int]  # tokens by kind
-_CALIBRATION: _Shares = {PROSE: 3072, CODE: 1536, CHAT: 1792, LANGUAGES: 1024, SAMPLED: 768}
+_CALIBRATION: _Shares = {PROSE: 4864, CODE: 3072, CHAT: 2560, LANGUAGES: 1024, SAMPLED: 768}
 _PROBES: _Shares = {PROSE: 384, CODE: 384, CHAT: 384, LANGUAGES: 192, SAMPLED: 192}
 _VALIDATION: _Shares = {PROSE: 1024, CODE: 512, CHAT: 544, LANGUAGES: 384, SAMPLED: 384}
 
@@ -73,7 +75,8 @@ def load_texts(checkpoint: Checkpoint, *, sampled: bool = False) -> Texts:
     """
     config = checkpoint.config
     encoder = _Encoder(checkpoint)
-    limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_CALIBRATION), MAX_CALIBRATION)
+    most = MAX_CALIBRATION if count_parameters(config) <= _LARGE_MODEL else _LARGE_MODEL_CALIBRATION
+    limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_CALIBRATION), most)
     calibration = {kind: tokens * limit // MAX_CALIBRATION for kind, tokens in _CALIBRATION.items()}
     generated = _sample(checkpoint, encoder) if sampled and can_sample(config) else {}
     parts = (
