@@ -370,6 +370,17 @@ def test_progress_advances_within_a_stage_without_a_terminal(
     assert "calibrating 50% (layer 2)" in lines
 
 
+def test_the_report_shows_the_divergence_by_kind_of_text(
+    tiny_checkpoint: Path, tmp_path: Path, llm_export: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, text, _ = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle", "--precision", "fp16")
+    assert code == 0
+    heading, row = text.split("Mean KL by kind of text:\n")[1].splitlines()[:2]
+    found = read(tmp_path / "bundle" / "manifest.json")["precisions"]["fp16"]["quality"]["kl_by_kind"]
+    assert heading.split() == list(found) == ["prose", "code", "chat", "languages"]
+    assert row.split() == ["fp16", *(f"{value:.1e}" for value in found.values())]
+
+
 def test_the_report_matches_the_manifest(
     tiny_checkpoint: Path,
     tmp_path: Path,
