@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import tokenizers
-
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SMOLLM2, SourceOptions, bundle_name, open_checkpoint
@@ -22,8 +20,9 @@ from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import Recipe, parse_precisions
 from llm_edge.exporter.results import PrecisionReport, Report
-from llm_edge.exporter.validation.parity import Texts, verify_parity, windows_of
-from llm_edge.exporter.validation.windows import logits_bytes
+from llm_edge.exporter.texts import Texts, load_texts
+from llm_edge.exporter.validation.parity import verify_parity
+from llm_edge.exporter.validation.windows import logits_bytes, select_windows
 from llm_edge.model.block_weights import BLOCK_TYPES
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
@@ -58,15 +57,15 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         recipes = parse_precisions(_QUANTIZED_DEFAULT)
     _check_source_blocks(source, checkpoint, recipes)
     writer = _choose_writer(source, checkpoint, options, recipes)
-    texts = _texts(checkpoint)
+    texts = load_texts(checkpoint)
     with staging(target, options.force) as folder:
         models = folder / writer.name
         models.mkdir()
         check_disk_space(folder, _required_bytes(checkpoint, recipes, texts if options.validate else None))
-        formats = writer.write(models, checkpoint, recipes, texts.calibration, progress)
+        formats = writer.write(models, checkpoint, recipes, texts, progress)
         validation = None
         if options.validate:
-            validation = verify_parity(models, checkpoint, recipes, writer, texts, progress)
+            validation = verify_parity(models, checkpoint, recipes, writer, texts.validation, progress)
         progress("writing", 0.0, "tokenizer and configs")
         write_side_files(folder, checkpoint, recipes, writer.style)
         report = Report(
@@ -151,34 +150,13 @@ def _choose_writer(
     return OnnxWriter(style, checkpoint.config.hidden_size if options.hidden_states else None)
 
 
-def _texts(checkpoint: Checkpoint) -> Texts:
-    """Tokenize both texts, and check that tokenizer and weights belong together."""
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer.tokenizer_json)
-    except Exception as error:
-        raise CheckpointError(f"tokenizer.json cannot be loaded ({error}): replace it by the model's own") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= checkpoint.config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has a token {largest}, but the model's vocabulary has {checkpoint.config.vocab_size} "
-            "tokens: use the tokenizer that belongs to the weights"
-        )
-    texts = []
-    for name in ("validation.txt", "calibration.txt"):
-        text = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
-        tokens = list(tokenizer.encode(text, add_special_tokens=False).ids)
-        if len(tokens) < 2:
-            raise CheckpointError("tokenizer.json encodes English text to no tokens: replace it by the model's own")
-        texts.append(tokens)
-    return Texts(*texts)
-
-
 def _required_bytes(checkpoint: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts | None) -> int:
     """Return the approximate disk space for the graphs, and for the logits of a validation on `texts`."""
     parameters = count_parameters(checkpoint.config)
     temporary = [recipe for recipe in recipes if recipe.calibrated]  # quantized weights, until the graph is written
     weights = checkpoint.weights
-    logits = 0 if texts is None else logits_bytes(windows_of(texts, checkpoint.config), checkpoint.config)
+    windows = [] if texts is None else select_windows(texts.validation, checkpoint.config)
+    logits = logits_bytes(windows, checkpoint.config)
     return logits + sum(int(parameters * _bytes_per_weight(recipe, weights)) for recipe in (*recipes, *temporary))
 
 

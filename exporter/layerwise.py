@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ _EMBEDDING_WEIGHT, _POSITIONS_WEIGHT = f"{EMBEDDING}.weight", "embed_positions.w
 def _decoder_without_weights(config: ModelConfig) -> Decoder:
     """Return a decoder on the meta device, but for its rotary tables."""
     with torch.device("meta"):
-        decoder = Decoder(config, standalone=True).eval()
+        decoder = Decoder(config, standalone=True).eval().requires_grad_(requires_grad=False)
     decoder.set_rotary_tables()
     return decoder
 
@@ -42,33 +42,34 @@ class LayerwiseDecoder:
         """Return the input of the first layer [1, S, hidden] for each window of a text."""
         if self.config.learned_positions:
             self._decoder.load_parameters(self._weights, [_POSITIONS_WEIGHT])
-        rows = self._embed(torch.tensor([token for window in windows for token in window]))
+        rows = self.embedding_rows(torch.tensor([token for window in windows for token in window]))
         parts = torch.split(rows, [len(window) for window in windows])
         return [self._decoder.embed(part[None], _mask(part[None])) for part in parts]
 
-    def layers(self) -> Iterator[nn.Module]:
-        """Yield one layer after another with its weights, which are freed before the next."""
-        for number, layer in enumerate(self._decoder.layers):
+    def layers(self, numbers: Iterable[int] | None = None) -> Iterator[nn.Module]:
+        """Yield one layer after another, or those of `numbers`, with its weights, which are freed before the next."""
+        for number in range(self.config.num_hidden_layers) if numbers is None else numbers:
+            layer = self._decoder.layers[number]
             names = [f"layers.{number}.{name}" for name, _ in layer.named_parameters()]
             self._decoder.load_parameters(self._weights, names)
             yield layer
             layer.to_empty(device="meta")
 
-    @torch.inference_mode()
     def run_layer(self, number: int, state: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run a layer over a window [1, S, hidden] from an empty context; see `Decoder.run_layer`."""
+        """Run a layer over a window [1, S, hidden] from an empty context; see `Decoder.run_layer`. Differentiable."""
         config = self.config
         empty = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim)
         return self._decoder.run_layer(number, state, (empty, empty), _mask(state))
 
     def run(self, windows: Sequence[Sequence[int]], progress: ItemProgress = lambda *_: None) -> list[Tensor]:
         """Return the output of the last layer [S, hidden] for each window."""
+        run = torch.inference_mode()(self.run_layer)  # in each thread
         states = self.embed(windows)
         with worker_threads() as threads:
             for number, _ in enumerate(self.layers()):
                 progress(number / self.config.num_hidden_layers, f"layer {number + 1}")
-                states = [state for state, _ in threads.map(partial(self.run_layer, number), states)]
-        self._load_head()
+                states = [state for state, _ in threads.map(partial(run, number), states)]
+        self.load_head()
         return [state[0] for state in states]
 
     @torch.inference_mode()
@@ -80,19 +81,36 @@ class LayerwiseDecoder:
     @torch.inference_mode()
     def logits(self, state: Tensor) -> Tensor:
         """Return the logits [S, V] for the output [S, hidden] of the last layer."""
-        logits: Tensor = self._decoder.lm_head(self._decoder.normalize(state))
+        logits: Tensor = self._decoder.lm_head(self.normalize(state))
         return logits
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if isinstance(self._weights, RotatedWeights):
-            return self._weights.embed(tokens)
-        return self._weights[_EMBEDDING_WEIGHT][tokens].float()
+    def normalize(self, state: Tensor) -> Tensor:
+        """Return the input of the head for the output of the last layer, both [..., hidden]. Differentiable."""
+        return self._decoder.normalize(state)
 
-    def _load_head(self) -> None:
-        """Load what follows the layers."""
+    def embedding_rows(self, tokens: Tensor) -> Tensor:
+        """Return rows of the embedding, float32 [tokens, hidden]."""
+        return self._rows(_EMBEDDING_WEIGHT, tokens)
+
+    def head_rows(self, tokens: Tensor) -> Tensor:
+        """Return rows of the head, float32 [tokens, hidden]."""
+        return self._rows(_EMBEDDING_WEIGHT if self.config.tie_word_embeddings else f"{HEAD}.weight", tokens)
+
+    def _rows(self, name: str, tokens: Tensor) -> Tensor:
+        if isinstance(self._weights, RotatedWeights):
+            return self._weights.rows(name, tokens)
+        return self._weights[name][tokens].float()
+
+    def load_norm(self) -> None:
+        """Load what is between the layers and the head, for `normalize`."""
+        names = [name for name, _ in self._decoder.named_parameters() if name.split(".")[0] in ("norm", "head_mix")]
+        self._decoder.load_parameters(self._weights, names)
+
+    def load_head(self) -> None:
+        """Load what follows the layers, for `logits`."""
+        self.load_norm()
         decoder, tied = self._decoder, self.config.tie_word_embeddings
-        names = [name for name, _ in decoder.named_parameters() if name.split(".")[0] in ("norm", "head_mix")]
-        decoder.load_parameters(self._weights, [*names, _EMBEDDING_WEIGHT if tied else f"{HEAD}.weight"])
+        decoder.load_parameters(self._weights, [_EMBEDDING_WEIGHT if tied else f"{HEAD}.weight"])
         if tied:
             decoder.lm_head.weight = decoder.embed_tokens.weight
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from llm_edge.exporter.quantization.calibrate import CalibratedWeights, Formats,
 from llm_edge.exporter.quantization.hadamard import rotation
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
+from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.open import open_graph
@@ -44,9 +45,9 @@ class OnnxWriter:
     name = ONNX
 
     def write(
-        self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], text: Sequence[int], progress: Progress
+        self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts, progress: Progress
     ) -> Formats:
-        """Write the files of each recipe to a folder, one weight at a time; `text` is the tokens for calibration."""
+        """Write the files of each recipe to a folder, one weight at a time; `texts` are for calibration."""
         config, weights = model.config, model.weights
         hidden_states = self.hidden_size is not None
         rotated = rotated_config(config), RotatedWeights(config, weights)
@@ -55,7 +56,7 @@ class OnnxWriter:
             calibrated: dict[str, CalibratedWeights] = {}
             if to_calibrate := [recipe for recipe in recipes if recipe.calibrated]:
                 report = partial(progress, "calibrating")
-                calibrated = calibrate(*rotated, to_calibrate, text, Path(quantized), report)
+                calibrated = calibrate(*rotated, to_calibrate, texts, Path(quantized), report)
             traces: dict[ModelConfig, ir.Model] = {}
             for shape in dict.fromkeys(rotated[0] if recipe.calibrated else config for recipe in recipes):
                 progress("tracing", None, f"{config.num_hidden_layers} layers, {self.style.value} graph")

@@ -16,7 +16,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import Formats
 from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, rotary_tables
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
@@ -112,7 +113,7 @@ class TorchScriptWriter:
         folder: Path,
         model: Checkpoint,
         recipes: tuple[Recipe, ...],
-        text: Sequence[int],  # noqa: ARG002 (nothing is quantized)
+        texts: Texts,  # noqa: ARG002 (nothing is quantized)
         progress: Progress,
     ) -> Formats:
         for recipe in recipes:

@@ -43,13 +43,14 @@ def apply_recipe(
         the formats of all projections and the embedding by module path.
     """
     check_cache(recipe, style)
-    lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED)
+    tied = config.tie_word_embeddings
+    lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED, tied)
     for node in list(model.graph):
         if node.domain == DOMAIN:
             lowering.lower_linear(node)
     for node in list(model.graph):  # after the projections: a tied embedding uses the format of the head
         if node.op_type == "Gather" and name_of(node.inputs[0]) == f"{EMBEDDING}.weight":
-            lowering.lower_embedding(node, tied=config.tie_word_embeddings)
+            lowering.lower_embedding(node)
     del model.opset_imports[DOMAIN]
     _fill_initializers(model, weights)
     if recipe.cache_bits:
@@ -68,7 +69,9 @@ class _Lowering:
         recipe: Recipe,
         calibrated: CalibratedWeights | None,
         fused: bool,
+        tied: bool,
     ) -> None:
+        self._embedding = HEAD if tied else EMBEDDING  # module whose format the embedding has
         self.stored: dict[str, StoredFormat] = {}
         self._weights = weights
         self._recipe = recipe
@@ -79,6 +82,7 @@ class _Lowering:
     def _load(self, name: str, weight_format: WeightFormat) -> Any:
         """Return a quantized weight; see `EmitContext.load`."""
         module = name.removesuffix(".weight")
+        module = self._embedding if module == EMBEDDING else module
         if self._calibrated is not None and module in self._calibrated.formats:
             return self._calibrated.load(module)
         return weight_format.quantize(self._weights, name)
@@ -113,15 +117,15 @@ class _Lowering:
         if split is not None:
             self._context.editor.graph.remove(node, safe=True)
 
-    def lower_embedding(self, node: ir.Node, *, tied: bool) -> None:
+    def lower_embedding(self, node: ir.Node) -> None:
         """Replace `Gather(weight [V, hidden], input_ids)` if the embedding can be stored in the recipe's format."""
         weight, ids = node.inputs
         assert weight is not None
         assert ids is not None
-        weight_format = self._format_for(HEAD, weight).format if tied else self._adapt(self._recipe.embedding, weight)
-        nodes = weight_format.emitter(self._context).gather(weight, ids, f"/{EMBEDDING}")
+        stored = self._format_for(self._embedding, weight)
+        nodes = stored.format.emitter(self._context).gather(weight, ids, f"/{EMBEDDING}")
         if nodes is not None:
-            self.stored[EMBEDDING] = StoredFormat(weight_format)
+            self.stored[EMBEDDING] = stored
             self._context.editor.replace(node, nodes)
 
 

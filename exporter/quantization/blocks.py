@@ -71,8 +71,17 @@ class QuantizedBlocks:
         return blocks.flatten(1)[:, :width]
 
     def apply(self, inputs: Tensor) -> Tensor:
-        """Multiply inputs [rows, K] by the transpose of the quantized weight; float32 [rows, N]."""
-        return inputs @ self.dequantized(inputs.shape[1]).T
+        """Multiply inputs [rows, K], rounded to 8 bits block by block, by the transpose of the weight: [rows, N]."""
+        size = self.data.shape[2] * 8 // self.bits
+        return round_inputs(inputs, size) @ self.dequantized(inputs.shape[1]).T
+
+
+def round_inputs(inputs: Tensor, size: int) -> Tensor:
+    """Return inputs [rows, K] rounded to 8 bits in blocks of a size, as MatMulNBits rounds them."""
+    width = inputs.shape[1]
+    padded = torch.nn.functional.pad(inputs, (0, -width % size)).view(len(inputs), -1, size)
+    scales = padded.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-30)
+    return (padded / scales).round_().mul_(scales).view(len(inputs), -1)[:, :width]
 
 
 def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Hessian | None = None) -> QuantizedBlocks:

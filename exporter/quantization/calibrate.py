@@ -1,39 +1,45 @@
-"""Calibration: runs a text through a model layer by layer, and quantizes each projection for the inputs it gets.
+"""Calibration: quantizes each weight in several formats for the inputs it gets on a text, and chooses among them.
 
-The inputs of every projection are those of the unquantized model, so that one run serves all precisions. Weights are
-read one layer at a time and quantized weights are stored on disk: memory holds one layer, whatever the model's size.
+A forward pass, layer by layer, quantizes all projections; the inputs are those of the unquantized model, so that one
+pass serves all precisions. A backward pass measures what each format changes; see `sensitivity`. Weights are read one
+layer at a time and quantized weights are stored on disk: memory holds one layer, whatever the model's size.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from llm_edge.exporter.layerwise import LayerwiseDecoder
+from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.parallel import worker_threads
+from llm_edge.exporter.quantization.allocation import Option
+from llm_edge.exporter.quantization.blocks import BlockLayout
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat
+from llm_edge.exporter.quantization.goals import Model
 from llm_edge.exporter.quantization.gptq import Hessian
-from llm_edge.exporter.quantization.observe import CacheRange, observe
+from llm_edge.exporter.quantization.head import quantize_rows
+from llm_edge.exporter.quantization.observe import CacheRange, Observer
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights
+from llm_edge.exporter.quantization.sensitivity import Q8_0, SensitivityPass, States
+from llm_edge.exporter.quantization.store import QuantizedStore, Stored
+from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
+from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.errors import CheckpointError
 
-WINDOW = 512
-MAX_TOKENS = 16 * WINDOW
-"""Maximum length of the calibration text; small models use a multiple of the width of their widest projection."""
-_MIN_TOKENS = 4 * WINDOW
-_TOKENS_PER_INPUT = 8
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
 _TILE = 512  # rows and columns of a Hessian computed at once
-_UPGRADE = "+"  # suffix of a module path: quantized in the format of an upgrade
+_QUANTIZE_FRACTION = 0.75  # of the time
+_GRAPH_BYTES = 16_000  # of a layer in the graph, without weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,96 +49,166 @@ class StoredFormat:
     Attributes:
         format: format of the weight.
         error: mean error of a projection's output per token, relative to the output; None if it was not measured.
+        divergence: estimated mean KL divergence by the weight alone, in nats; None if it was not measured.
     """
 
     format: WeightFormat
     error: float | None = None
+    divergence: float | None = None
 
 
 Formats = Mapping[str, Mapping[str, StoredFormat]]
 """By recipe name, the formats of all projections and the embedding by module path; empty for TorchScript."""
 
 
+@dataclass(frozen=True, slots=True)
 class CalibratedWeights:
-    """The quantized projections of one recipe, stored on disk.
+    """The quantized weights of one recipe, stored on disk.
 
     Attributes:
-        recipe: the recipe.
         formats: by module path, for example `layers.0.mlp.down`.
         caches: value ranges of each layer's cache.
+        store: holds the weights.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        folder.mkdir()
-        self.recipe = recipe
-        self._folder = folder
-        self.formats: dict[str, StoredFormat] = {}
-        self.caches: list[CacheRange] = []
-
-    def add(self, module: str, stored: StoredFormat, quantized: Quantized) -> None:
-        """Store a projection."""
-        self.formats[module] = stored
-        values = {field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized)}
-        with self._path(module).open("wb") as file:
-            np.savez(file, allow_pickle=False, **{name: value for name, value in values.items() if value is not None})
-
-    def apply_upgrades(self) -> None:
-        """Use the upgraded formats for a fraction of the projections of a role, those with the largest error."""
-        for role, (_, fraction) in self.recipe.upgrades.items():
-            modules = [name for name in self.formats if name.rpartition(".")[2] == role]
-            modules.sort(key=lambda name: self.formats[name].error or 0.0, reverse=True)
-            for number, module in enumerate(modules):
-                upgraded = self.formats.pop(module + _UPGRADE)
-                if number < round(fraction * len(modules)):
-                    self.formats[module] = upgraded
-                    self._path(module + _UPGRADE).replace(self._path(module))
+    formats: Mapping[str, StoredFormat]
+    caches: Sequence[CacheRange]
+    store: QuantizedStore
 
     def load(self, module: str) -> Quantized:
-        """Load a stored projection."""
-        kind = self.formats[module].format.quantized_type
-        assert kind is not None
-        with np.load(self._path(module)) as arrays:
-            fields = {field.name: arrays.get(field.name) for field in dataclasses.fields(kind)}
-        scalars = {name: value.item() for name, value in fields.items() if value is not None and not value.ndim}
-        return kind(**fields | scalars)
-
-    def _path(self, module: str) -> Path:
-        return self._folder / module
+        """Load a weight; the embedding by the path of the head if that is tied to it."""
+        return self.store.load(module, self.formats[module].format)
 
 
 def calibrate(
     config: ModelConfig,
     weights: RotatedWeights,
     recipes: Sequence[Recipe],
-    tokens: Sequence[int],
+    texts: Texts,
     folder: Path,
     progress: Callable[[float, str], None],
 ) -> dict[str, CalibratedWeights]:
-    """Quantize the projections of a rotated model, of shape `config`, for each calibrated recipe, to an empty folder.
+    """Quantize a rotated model, of shape `config`, for each calibrated recipe, to an empty folder.
 
-    `progress` is called with the completed fraction and the current layer. The result is by recipe name.
+    `progress` is called with the completed fraction and the current item. The result is by recipe name.
     """
-    calibrated = [CalibratedWeights(recipe, folder / recipe.name) for recipe in recipes]
-    running: list[Future[None]] = []
-    with worker_threads() as threads:
-        for layer in observe(config, weights, _windows(tokens, config), threads):
-            for stored in calibrated:
-                stored.caches.append(layer.cache)
-            observed = {name: _summarize(layer.inputs.pop(name), threads) for name in list(layer.inputs)}
+    return _Calibration(config, weights, recipes, folder).run(texts, progress)
+
+
+class _Calibration:
+    def __init__(self, config: ModelConfig, weights: RotatedWeights, recipes: Sequence[Recipe], folder: Path) -> None:
+        self._config = config
+        self._recipes = recipes
+        self._store = QuantizedStore(folder / "weights")
+        self._states = States(folder / "states")
+        self._decoder = LayerwiseDecoder(config, weights)
+        self._errors: dict[Stored, float] = {}
+        self._caches: list[CacheRange] = []
+
+    def run(self, texts: Texts, progress: Callable[[float, str], None]) -> dict[str, CalibratedWeights]:
+        """See `calibrate`."""
+        with worker_threads() as threads:
+            self._quantize(texts, lambda done, item: progress(_QUANTIZE_FRACTION * done, item), threads)
+            probes = [window.tokens for window in texts.probes]
+            sensitivity = SensitivityPass(self._decoder, probes, self._states, self._store, threads)
+            start = _QUANTIZE_FRACTION
+            divergences = sensitivity.measure([Q8_0], lambda done: progress(start + (1 - start) * done, "sensitivity"))
+        return self._choose(divergences)
+
+    def _quantize(self, texts: Texts, progress: Callable[[float, str], None], threads: Executor) -> None:
+        """Quantize all weights in all formats, and store the inputs of all layers on the probes."""
+        decoder, layers = self._decoder, self._config.num_hidden_layers
+        observer = Observer(decoder, [window.tokens for window in texts.calibration], threads)
+        probes = Observer(decoder, [window.tokens for window in texts.probes], threads)
+        running: list[Future[None]] = []
+        for number, layer in enumerate(decoder.layers()):
+            self._states.save(number, probes.states)
+            probes.run(number)
+            found = observer.observe(number, layer)
+            self._caches.append(found.cache)
+            observed = {name: _summarize(found.inputs.pop(name), threads) for name in list(found.inputs)}
             for task in running:
                 task.result()
-            progress(layer.number / config.num_hidden_layers, f"layer {layer.number + 1}")
+            progress(number / layers, f"layer {number + 1}")
             running = [
-                threads.submit(
-                    _quantize_projection, f"layers.{layer.number}.{name}", layer.weights[name], inputs, calibrated
-                )
+                threads.submit(self._quantize_projection, f"layers.{number}.{name}", found.weights[name], inputs)
                 for name, inputs in sorted(observed.items(), key=lambda item: -item[1].samples.shape[1])
             ]
+        self._states.save(layers, probes.states)
         for task in running:
             task.result()
-    for stored in calibrated:
-        stored.apply_upgrades()
-    return {stored.recipe.name: stored for stored in calibrated}
+        progress(1.0, "head")
+        self._quantize_head(observer.states, threads)
+
+    def _quantize_projection(self, module: str, weight: Tensor, observed: ObservedInputs) -> None:
+        expected = observed.samples @ weight.T
+        for weight_format in self._formats(module, weight.shape[1]):
+            try:
+                quantized = weight_format.calibrate(weight, observed)
+            except CheckpointError as error:
+                raise CheckpointError(f"{module}.weight: {error}") from error
+            self._errors[module, weight_format] = _relative_error(quantized.apply(observed.samples), expected)
+            self._store.add(module, weight_format, (len(weight), weight.shape[1]), quantized)
+
+    def _quantize_head(self, states: Sequence[Tensor], threads: Executor) -> None:
+        """Quantize the head, and the embedding unless it is tied to it: 4 bits of the head with GPTQ."""
+        decoder, config = self._decoder, self._config
+        decoder.load_norm()
+        with torch.inference_mode():
+            inputs = torch.cat([decoder.normalize(state)[0] for state in states])
+        hessian, shape = _hessian(inputs, threads), (config.vocab_size, config.hidden_size)
+        for weight_format in self._formats(HEAD, shape[1]):
+            assert isinstance(weight_format, BlockLayout)
+            compensated = hessian if weight_format.bits == 4 else None
+            quantized = quantize_rows(decoder.head_rows, shape[0], weight_format, compensated, threads)
+            self._store.add(HEAD, weight_format, shape, quantized)
+        for weight_format in () if config.tie_word_embeddings else self._formats(EMBEDDING, shape[1]):
+            assert isinstance(weight_format, BlockLayout)
+            quantized = quantize_rows(decoder.embedding_rows, shape[0], weight_format, None, threads)
+            self._store.add(EMBEDDING, weight_format, shape, quantized)
+
+    def _formats(self, module: str, width: int, recipes: Sequence[Recipe] | None = None) -> list[WeightFormat]:
+        """Return the formats of a weight that the recipes choose from."""
+        role = module.rpartition(".")[2]
+        choices = [each.for_width(width) for recipe in recipes or self._recipes for each in recipe.choices[role]]
+        return list(dict.fromkeys(choices))
+
+    def _choose(self, divergences: Mapping[Stored, float]) -> dict[str, CalibratedWeights]:
+        """Choose a mix for each recipe, and delete all other weights."""
+        weights = self._store.shapes
+        model = Model(
+            self._config,
+            other_bytes=_other_bytes(self._config, sum(map(math.prod, weights.values()))),
+            q8_0=sum(divergences[module, Q8_0] for module in weights),
+        )
+        chosen = {}
+        for recipe in self._recipes:
+            assert recipe.goal is not None
+            options = {
+                module: [
+                    Option(
+                        each,
+                        self._store.bytes(module, each),
+                        divergences[module, each],
+                        each.slowness * math.prod(shape),
+                    )
+                    for each in self._formats(module, shape[1], [recipe])
+                ]
+                for module, shape in weights.items()
+            }
+            mix = recipe.goal.choose(options, model)
+            formats = {
+                module: StoredFormat(option.format, self._errors.get((module, option.format)), option.divergence)
+                for module, option in mix.items()
+            }
+            chosen[recipe.name] = CalibratedWeights(formats, self._caches, self._store)
+        self._store.keep({(module, it.format) for each in chosen.values() for module, it in each.formats.items()})
+        return chosen
+
+
+def _other_bytes(config: ModelConfig, quantized: int) -> int:
+    """Return the approximate size of the graph and of all weights but those that are `quantized`."""
+    return 4 * (count_parameters(config) - quantized) + _GRAPH_BYTES * config.num_hidden_layers
 
 
 def _summarize(x: Tensor, threads: Executor) -> ObservedInputs:
@@ -140,55 +216,9 @@ def _summarize(x: Tensor, threads: Executor) -> ObservedInputs:
     return ObservedInputs(_hessian(x, threads), x[:: max(len(x) // _SAMPLES, 1)].clone())
 
 
-def _quantize_projection(
-    module: str, weight: Tensor, observed: ObservedInputs, calibrated: Sequence[CalibratedWeights]
-) -> None:
-    """Quantize a projection for each recipe; recipes that agree in its format share the result."""
-    role = module.rpartition(".")[2]
-    results: dict[tuple[WeightFormat, WeightFormat | None, float], tuple[StoredFormat, Quantized]] = {}
-    for stored in calibrated:
-        recipe = stored.recipe
-        formats = {module: recipe.format_of(module)}
-        if role in recipe.upgrades:
-            formats[module + _UPGRADE] = recipe.upgrades[role][0]
-        for key, weight_format in formats.items():
-            request = (weight_format, recipe.fallback, recipe.max_error)
-            if request not in results:
-                try:
-                    results[request] = _quantize(weight, *request, observed)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{module}.weight: {error}") from error
-            stored.add(key, *results[request])
-
-
-def _quantize(
-    weight: Tensor,
-    weight_format: WeightFormat,
-    fallback: WeightFormat | None,
-    max_error: float,
-    observed: ObservedInputs,
-) -> tuple[StoredFormat, Quantized]:
-    """Quantize a weight in a format, or in the fallback if static activations make its error too large."""
-    weight_format = weight_format.for_width(weight.shape[1])
-    quantized = weight_format.calibrate(weight, observed)
-    error = _relative_error(quantized.apply(observed.samples), observed.samples @ weight.T)
-    if weight_format.static_activations and fallback is not None and not error <= max_error:  # or error is NaN
-        return _quantize(weight, fallback, None, max_error, observed)
-    return StoredFormat(weight_format, error), quantized
-
-
 def _relative_error(output: Tensor, expected: Tensor) -> float:
     errors = (output - expected).square().sum(-1) / expected.square().sum(-1).clamp(min=1e-20)
     return errors.mean().item()
-
-
-def _windows(tokens: Sequence[int], config: ModelConfig) -> list[Sequence[int]]:
-    """Return the windows of the calibration text, all of the same length."""
-    length = min(WINDOW, config.max_position_embeddings)
-    limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_TOKENS), MAX_TOKENS)
-    count = max(min(len(tokens), limit) // length, 1)
-    text = tokens[: count * length]
-    return [text[start : start + length] for start in range(0, len(text), length)]
 
 
 def _hessian(x: Tensor, threads: Executor) -> Hessian:

@@ -5,6 +5,7 @@ The emitters in `graph/emitters/int8_static.py` write the same computation as op
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,18 +43,24 @@ class QuantizedInt8:
     hadamard_block: int
     activation_bits: int
 
+    def with_activation_bits(self, bits: int, samples: Tensor) -> QuantizedInt8:
+        """Return the projection with activations of 8 or 16 bits, in the range of samples [rows, K]."""
+        prepared, _ = _prepare(samples, self._smooth, _hadamard(samples.shape[1], self.hadamard_block))
+        return dataclasses.replace(self, activation_scale=_activation_scale(prepared, bits), activation_bits=bits)
+
+    @property
+    def _smooth(self) -> Tensor | None:
+        return None if self.smooth is None else torch.from_numpy(self.smooth)
+
     def apply(self, inputs: Tensor) -> Tensor:
         """Compute what the graph computes for inputs [rows, K]; float32 [rows, N]."""
-        smooth = None if self.smooth is None else torch.from_numpy(self.smooth)
-        prepared, norms = _prepare(inputs, smooth, _hadamard(inputs.shape[1], self.hadamard_block))
+        prepared, norms = _prepare(inputs, self._smooth, _hadamard(inputs.shape[1], self.hadamard_block))
         weight = torch.from_numpy(self.data).float() * torch.from_numpy(self.scales)[:, None]
         return _round(prepared, self.activation_scale, self.activation_bits) @ weight.T * norms
 
 
-def quantize_int8(
-    weight: Tensor, hadamard_block: int, activation_bits: int, hessian: Hessian, samples: Tensor
-) -> QuantizedInt8:
-    """Quantize the weight [N, K] of a projection and fix the scale of its inputs; see `Int8Static`.
+def quantize_int8(weight: Tensor, hadamard_block: int, hessian: Hessian, samples: Tensor) -> QuantizedInt8:
+    """Quantize the weight [N, K] of a projection and fix the scale of its 8-bit inputs; see `Int8Static`.
 
     `hessian` is that of the inputs, `samples` are some of them, float32 [samples, K].
     """
@@ -73,10 +80,10 @@ def quantize_int8(
     return QuantizedInt8(
         data=data,
         scales=scales,
-        activation_scale=_activation_scale(prepared, activation_bits),
+        activation_scale=_activation_scale(prepared, 8),
         smooth=None if smooth is None else smooth.numpy(),
         hadamard_block=hadamard_block,
-        activation_bits=activation_bits,
+        activation_bits=8,
     )
 
 

@@ -1,7 +1,8 @@
-"""Runs a text through a model layer by layer, and yields the inputs of all projections."""
+"""Runs texts through a model layer by layer, and yields the inputs of all projections."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from llm_edge.exporter.layerwise import LayerwiseDecoder
-from llm_edge.exporter.quantization.rotate import RotatedWeights
-from llm_edge.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,39 +40,69 @@ class ObservedLayer:
     cache: CacheRange
 
 
-def observe(
-    config: ModelConfig, weights: RotatedWeights, windows: Sequence[Sequence[int]], threads: Executor
-) -> Iterator[ObservedLayer]:
-    """Run windows of a text that each start from an empty context; yield one layer after another."""
-    decoder = LayerwiseDecoder(config, weights)
-    states = decoder.embed(windows)
-    current = _Recorder()
+class Observer:
+    """Runs windows of a text that each start from an empty context.
 
-    @torch.inference_mode()  # holds for one thread
-    def run(number: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        current.inputs = {}
-        state, present = decoder.run_layer(number, state)
-        return state, current.inputs, [tensor.abs().amax((0, 2)) for tensor in present]
+    Attributes:
+        states: outputs of the last layer that was run, one per window, each [1, S, hidden].
+    """
 
-    for number, layer in enumerate(decoder.layers()):
-        projections = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        for name, module in projections.items():
-            module.register_forward_pre_hook(partial(current.record, name))
-        results = list(threads.map(partial(run, number), states))
-        states = [state for state, _, _ in results]
+    def __init__(self, decoder: LayerwiseDecoder, windows: Sequence[Sequence[int]], threads: Executor) -> None:
+        self._decoder = decoder
+        self._threads = threads
+        self._current = CallRecorder()
+        self.states = decoder.embed(windows)
+
+    def run(self, number: int) -> None:
+        """Run a layer, whose weights are in memory, over the outputs of the one before."""
+        run = torch.inference_mode()(self._decoder.run_layer)  # in each thread
+        self.states = [state for state, _ in self._threads.map(partial(run, number), self.states)]
+
+    def observe(self, number: int, layer: nn.Module) -> ObservedLayer:
+        """Run a layer like `run`, and return what it computes."""
+        with self._current.recording(layer):
+            results = list(self._threads.map(partial(self._run, number), self.states))
+        self.states = [state for state, _, _ in results]
+        projections = projections_of(layer)
         inputs = {name: torch.cat([found.pop(name) for _, found, _ in results]) for name in projections}
         ranges = [torch.stack(each).amax(0) for each in zip(*(found for *_, found in results), strict=True)]
-        del results
         values = {name: module.weight.detach() for name, module in projections.items()}
-        yield ObservedLayer(number, values, inputs, CacheRange(*ranges))
+        return ObservedLayer(number, values, inputs, CacheRange(*ranges))
+
+    @torch.inference_mode()  # holds for one thread
+    def _run(self, number: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        self._current.calls = {}
+        state, present = self._decoder.run_layer(number, state)
+        inputs = {name: call[0][0] for name, call in self._current.calls.items()}
+        return state, inputs, [tensor.abs().amax((0, 2)) for tensor in present]
 
 
-class _Recorder(threading.local):
-    """Records the inputs of projections, in each thread those of the window that it runs."""
+class CallRecorder(threading.local):
+    """Records the inputs and outputs of projections, in each thread those of its last window.
+
+    Attributes:
+        calls: by path in the layer, input [1, S, K] and output [1, S, N].
+    """
 
     def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
+        self.calls: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def record(self, name: str, _: nn.Module, arguments: tuple[Tensor]) -> None:
-        """Record the inputs [1, S, K] of a projection: called before it."""
-        self.inputs[name] = arguments[0][0]
+    @contextlib.contextmanager
+    def recording(self, layer: nn.Module) -> Iterator[None]:
+        """Record the calls of a layer's projections."""
+        hooks = [
+            module.register_forward_hook(partial(self._record, name)) for name, module in projections_of(layer).items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _record(self, name: str, _: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        self.calls[name] = (arguments[0], output)
+
+
+def projections_of(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Return the projections of a layer by their path in it."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}

@@ -1,4 +1,4 @@
-"""The recipes of all precisions: which weight format each projection and the embedding are stored in.
+"""The recipes of all precisions: the format of each weight, or what decides on it.
 
 To add a precision made of existing formats, add an entry to `RECIPES`.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from llm_edge.exporter.module_names import HEAD, HEAD_MIX
+from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.formats.base import WeightFormat
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.formats.source import Source
+from llm_edge.exporter.quantization.goals import AsFaithfulAsQ8, AsSmallAs, Goal
 from llm_edge.runtime.errors import ParameterError
+
+_FP32 = Dense()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +30,30 @@ class Recipe:
         projections: format of all projections that `overrides` does not list.
         overrides: formats by role, the last part of a module path: `qkv`, `output`, `gate_up`, `up`, `down`, `lm_head`.
         embedding: format of the embedding; a tied embedding uses the format of the head.
-        fallback: format of a projection with static activations whose measured error exceeds `max_error`.
-        max_error: maximum error of a projection, relative to the mean square of its output.
-        calibrated: whether weights are rotated and quantized with GPTQ on a calibration text.
+        choices: by role, formats among which `goal` chooses for each module.
+        goal: which mix of `choices` is best. Weights are then rotated, and quantized with GPTQ on a calibration text.
         cache_bits: 8 for an int8 KV cache with calibrated scales; 0 for a cache in the dtype of the activations.
-        upgrades: by role, a more accurate format and the fraction of the layers that use it, those with the largest
-            error.
     """
 
     name: str
     stem: str
-    projections: WeightFormat
-    overrides: Mapping[str, WeightFormat]
-    embedding: WeightFormat
-    fallback: WeightFormat | None = None
-    max_error: float = 0.0
-    calibrated: bool = False
+    projections: WeightFormat = _FP32
+    overrides: Mapping[str, WeightFormat] = field(default_factory=dict)
+    embedding: WeightFormat = _FP32
+    choices: Mapping[str, tuple[WeightFormat, ...]] = field(default_factory=dict)
+    goal: Goal | None = None
     cache_bits: int = 0
-    upgrades: Mapping[str, tuple[WeightFormat, float]] = field(default_factory=dict)
 
     def format_of(self, module: str) -> WeightFormat:
-        """Return the format of the projection at a module path such as `layers.0.attention.qkv`."""
-        return self.overrides.get(module.rpartition(".")[2], self.projections)
+        """Return the format of the weight at a module path such as `layers.0.attention.qkv`."""
+        return (
+            self.embedding if module == EMBEDDING else self.overrides.get(module.rpartition(".")[2], self.projections)
+        )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether weights are rotated, and quantized on a calibration text."""
+        return self.goal is not None
 
     @property
     def float16(self) -> bool:
@@ -58,78 +63,49 @@ class Recipe:
     @property
     def lossless(self) -> bool:
         """Whether nothing is quantized, so that the graph must agree with the reference."""
-        return all(weight == Dense() for weight in (self.projections, self.embedding, *self.overrides.values()))
+        formats = (self.projections, self.embedding, *self.overrides.values())
+        return not self.calibrated and all(weight == _FP32 for weight in formats)
 
     def __str__(self) -> str:
-        parts = [str(self.projections), *(f"{role}: {weight}" for role, weight in self.overrides.items())]
-        parts += [
-            f"{role} in {fraction:.0%} of the layers: {weight}" for role, (weight, fraction) in self.upgrades.items()
-        ]
-        parts += ["rotated and calibrated"] if self.calibrated else []
-        return "; ".join([*parts, *([f"int{self.cache_bits} cache, one scale per channel"] if self.cache_bits else [])])
+        if self.goal is not None:
+            text = f"{self.goal}; rotated and calibrated"
+        else:
+            overrides = (f"{role}: {weight}" for role, weight in self.overrides.items())
+            text = "; ".join([str(self.projections), *overrides])
+        return f"{text}; int{self.cache_bits} cache, one scale per channel" if self.cache_bits else text
 
 
-_INT8_BLOCKS = Blocks(bits=8, size=64, symmetric=True)
-_INT4_BLOCKS = Blocks(bits=4, size=128, symmetric=False)
 _SMALL_INT8_BLOCKS = Blocks(bits=8, size=32, symmetric=True)
+_INT8_BLOCKS = Blocks(bits=8, size=64, symmetric=True)
+_INT4_BLOCKS = tuple(Blocks(bits=4, size=size, symmetric=False) for size in (128, 64, 32))
 
 
-def _calibrated(
-    name: str,
-    stem: str,
-    projections: WeightFormat,
-    overrides: Mapping[str, WeightFormat],
-    max_error: float = 2e-3,
-    upgrades: Mapping[str, tuple[WeightFormat, float]] | None = None,
-) -> Recipe:
-    return Recipe(
-        name,
-        stem,
-        projections,
-        overrides={**overrides, HEAD: _INT8_BLOCKS, HEAD_MIX: Dense()},
-        embedding=_INT8_BLOCKS,
-        fallback=_SMALL_INT8_BLOCKS,
-        max_error=max_error,
-        calibrated=True,
-        upgrades=upgrades or {},
-    )
+def _int8(*bits: int) -> Mapping[str, tuple[WeightFormat, ...]]:
+    """Return 8-bit formats by role, with static activations of some numbers of bits, or blocks for outliers."""
+    blocks = {"qkv": 0, "output": 1, "gate_up": 0, "up": 0, "down": 64}
+    return {
+        role: (*(Int8Static(hadamard_block=block, activation_bits=each) for each in bits), _INT8_BLOCKS)
+        for role, block in blocks.items()
+    }
 
 
-_INT8 = _calibrated(
-    "int8",
-    "model_quantized",
-    Int8Static(),
-    {
-        "qkv": Int8Static(activation_bits=16),
-        "output": Int8Static(hadamard_block=1),
-        "down": Int8Static(hadamard_block=64),
-    },
-)
+_INT8_CHOICES = {**_int8(8, 16), HEAD: (_INT8_BLOCKS,), EMBEDDING: (_INT8_BLOCKS,)}
+_INT4_CHOICES = {
+    **{role: (*_INT4_BLOCKS, formats[0]) for role, formats in _int8(8).items()},
+    HEAD: (_INT4_BLOCKS[-1], _INT8_BLOCKS),
+    EMBEDDING: (_INT4_BLOCKS[-1], _INT8_BLOCKS),
+}
+_INT8 = Recipe("int8", "model_quantized", choices=_INT8_CHOICES, goal=AsFaithfulAsQ8())
 
 # The first precision of a bundle is the default one, so that special precisions come last.
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("fp32", "model", projections=Dense(), overrides={}, embedding=Dense()),
+        Recipe("fp32", "model"),
         _INT8,
-        _calibrated(
-            "int8-exact",
-            "model_int8",
-            Int8Static(activation_bits=16),
-            {
-                "output": Int8Static(hadamard_block=1, activation_bits=16),
-                "down": Int8Static(hadamard_block=1, activation_bits=16),
-            },
-            max_error=5e-4,
-        ),
-        _calibrated("int4", "model_q4", _INT4_BLOCKS, {"qkv": Int8Static()}),
-        _calibrated(
-            "int4-mixed",
-            "model_q4_mixed",
-            _INT4_BLOCKS,
-            {"qkv": Int8Static()},
-            upgrades={"gate_up": (Int8Static(), 0.4), "down": (Int8Static(hadamard_block=64), 0.5)},
-        ),
+        Recipe("int8-exact", "model_int8", choices=_INT8_CHOICES, goal=AsFaithfulAsQ8(0.4)),
+        Recipe("int4", "model_q4", choices=_INT4_CHOICES, goal=AsSmallAs("Q4_0")),
+        Recipe("int4-mixed", "model_q4_mixed", choices=_INT4_CHOICES, goal=AsSmallAs("Q4_K_M")),
         Recipe(
             "source",
             "model_source",
@@ -138,7 +114,7 @@ RECIPES: Mapping[str, Recipe] = {
             embedding=Source(_SMALL_INT8_BLOCKS),
         ),
         replace(_INT8, name="int8-kv8", stem="model_int8_kv8", cache_bits=8),
-        Recipe("fp16", "model_fp16", projections=Dense(16), overrides={}, embedding=Dense(16)),  # for CUDA
+        Recipe("fp16", "model_fp16", projections=Dense(16), embedding=Dense(16)),  # for CUDA
     )
 }
 

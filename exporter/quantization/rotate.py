@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from llm_edge.exporter.module_names import HEAD_MIX
+from llm_edge.exporter.module_names import HEAD, HEAD_MIX
 from llm_edge.exporter.quantization.hadamard import Rotation, rotation
 from llm_edge.model.config import ModelConfig, Norm
 
@@ -75,10 +75,14 @@ class RotatedWeights(Mapping[str, Tensor]):
             return residual.apply(weight * self._norm_before(prefix, role))
         return weight
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return rows of the embedding, float32 [*tokens.shape, hidden]."""
-        rows = self._weights["embed_tokens.weight"][tokens].float()
-        return rows if self._residual is None else self._residual.apply(rows)
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return rows of the embedding or of the head, float32 [*rows.shape, hidden]."""
+        weight = self._weights[name][rows].float()
+        if self._residual is None:
+            return weight
+        if name == f"{HEAD}.weight":
+            weight = weight * self._norm_before("", HEAD)
+        return self._residual.apply(weight)
 
     def _rotate_values(self, weight: Tensor) -> Tensor:
         """Rotate the values in a packed weight [(H + 2K) * D, hidden] or bias [(H + 2K) * D]."""
@@ -89,7 +93,7 @@ class RotatedWeights(Mapping[str, Tensor]):
         return torch.cat([weight[:start], rotated.reshape(weight[start:].shape)])
 
     def _norm_before(self, prefix: str, role: str) -> Tensor:
-        if role == "lm_head":
+        if role == HEAD:
             return self._weights["norm.weight"].float()
         layer = prefix.rpartition(".")[0].rpartition(".")[0]
         return self._weights[f"{layer}.{'attention_norm' if role == 'qkv' else 'mlp_norm'}.weight"].float()

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint, OriginalModel
+from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.compare import Difference
 from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference
-from llm_edge.exporter.validation.windows import Window
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.errors import ParityError

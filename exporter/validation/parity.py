@@ -23,6 +23,7 @@ from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
+from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.compare import (
     MAX_BOUND,
     MEAN_BOUND,
@@ -37,7 +38,7 @@ from llm_edge.exporter.validation.compare import (
 from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.exporter.validation.independent import IndependentCheck, compare_with_transformers
 from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference, reference_logits
-from llm_edge.exporter.validation.windows import Run, Window, select_windows, split_windows
+from llm_edge.exporter.validation.windows import Run, select_windows
 from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.open import AnySession
 from llm_edge.runtime.backend.session import Session
@@ -50,14 +51,6 @@ UNQUANTIZED = "fp32"
 """Name of the unquantized graph in `Validation.parities`, if it is not in the bundle."""
 _WHOLE_BYTES = 2 << 30  # unquantized graphs of more weights run part by part
 _REFERENCE_FRACTION = 0.4  # of the validation time
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """Tokens of the two texts included in this package, which have no passage in common."""
-
-    validation: list[int]
-    calibration: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +73,12 @@ class Validation:
         return {name: parity for name, parity in self.parities.items() if name not in self.qualities}
 
 
-def windows_of(texts: Texts, config: ModelConfig) -> list[Window]:
-    """Return the windows on which a model is validated."""
-    return select_windows(split_windows(texts.validation, config.max_position_embeddings), config)
-
-
 def verify_parity(
     folder: Path,
     checkpoint: Checkpoint,
     recipes: tuple[Recipe, ...],
     writer: BundleWriter,
-    texts: Texts,
+    text: Sequence[Window],
     progress: Progress,
 ) -> Validation:
     """Compare all precisions of a bundle with the reference.
@@ -102,14 +90,14 @@ def verify_parity(
         checkpoint: what was exported.
         recipes: of the bundle.
         writer: of the bundle.
-        texts: for validation.
+        text: for validation.
         progress: called with the completed fraction.
 
     Raises:
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
     config, weights = checkpoint.config, checkpoint.weights
-    windows = windows_of(texts, config)
+    windows = select_windows(text, config)
 
     def update(fraction: float, item: str) -> None:
         progress("validating", _REFERENCE_FRACTION * fraction, f"PyTorch: {item}")

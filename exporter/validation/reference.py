@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.progress import ItemProgress
-from llm_edge.exporter.validation.windows import Run, Window, cached_run, scoring_runs
+from llm_edge.exporter.texts import Window
+from llm_edge.exporter.validation.windows import Run, cached_run, scoring_runs
 from llm_edge.model.config import ModelConfig
 
 _LAYERS_FRACTION = 0.8  # of the time; the rest is the head

@@ -1,4 +1,4 @@
-"""The validation text as windows that each start from an empty context, and the runs of a model over it."""
+"""The windows of text that a model is validated on, and its runs over them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llm_edge.exporter.texts import Window
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
@@ -19,14 +20,6 @@ _MIN_TOKENS = 5 * MAX_STEP_TOKENS
 _MAX_PRODUCTS = 350_000_000_000  # tokens times weights: small models are scored on more text than `_MIN_TOKENS`
 _CACHED_TOKENS = 256
 _SINGLE_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A part of the validation text, which starts from an empty context, and the kind of text it is."""
-
-    tokens: tuple[int, ...]
-    kind: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +44,6 @@ class Run:
 
 Forward = Callable[[Sequence[Run]], Iterator[Tensor]]
 """Runs a model, and yields the logits [tokens, V] of each chunk of each run in order; the next may overwrite them."""
-
-
-def split_windows(tokens: Sequence[int], context: int, kind: str = "text") -> list[Window]:
-    """Split a text into windows of up to `MAX_STEP_TOKENS`, within a context length; at least one."""
-    length = min(MAX_STEP_TOKENS, context)
-    windows = [Window(tuple(tokens[start : start + length]), kind) for start in range(0, len(tokens), length)]
-    return [window for window in windows if len(window.tokens) > 1] or [Window(tuple(tokens[:1]), kind)]
 
 
 def select_windows(windows: Sequence[Window], config: ModelConfig) -> list[Window]:

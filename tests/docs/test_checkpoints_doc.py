@@ -464,7 +464,7 @@ def test_perplexity_reveals_a_wrong_setting(smollm2_file: Path) -> None:
     right, tokens, more, heads, above, other, base = map(int, match.groups())
     file, checkpoint = GGUFFile(smollm2_file), read_gguf(smollm2_file)
     assert checkpoint.config.num_attention_heads == heads
-    ids = torch.tensor([export_module._texts(checkpoint).validation[:tokens]])
+    ids = torch.tensor([export_module.load_texts(checkpoint).validation[0].tokens[:tokens]])
     load = functools.cache(file.load)
 
     def perplexity(heads: int, theta: float) -> float:

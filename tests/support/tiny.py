@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter import export as export_module
-from llm_edge.exporter.validation.parity import Texts
+from llm_edge.exporter.texts import Texts, Window
 
 TEXT = """The quick brown fox jumps over the lazy dog. 0123456789 What is the capital of France? Paris, of course!
 def main():
@@ -85,10 +85,19 @@ def save_tokenizer(folder: Path) -> None:
 
 def shorten_texts(patch: pytest.MonkeyPatch, tokens: int) -> None:
     """Make exports validate and calibrate on the first tokens of each text: whole texts dominate the time."""
-    whole = export_module._texts
+    whole = export_module.load_texts
+
+    def shorten(windows: list[Window]) -> list[Window]:
+        left, kept = tokens, []
+        for window in windows:
+            kept.append(Window(window.tokens[:left], window.kind))
+            left -= len(kept[-1].tokens)
+            if left < 2:
+                break
+        return kept
 
     def shortened(checkpoint: Checkpoint) -> Texts:
         texts = whole(checkpoint)
-        return Texts(texts.validation[:tokens], texts.calibration[:tokens])
+        return Texts(*(shorten(windows) for windows in (texts.calibration, texts.probes, texts.validation)))
 
-    patch.setattr(export_module, "_texts", shortened)
+    patch.setattr(export_module, "load_texts", shortened)

@@ -22,10 +22,12 @@ class ObservedInputs:
     Attributes:
         hessian: of the inputs.
         samples: a sample of the inputs, float32 [samples, K].
+        shared: results that formats of the same weight have in common, by a key of theirs.
     """
 
     hessian: Hessian
     samples: Tensor
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 class Quantized(Protocol):
@@ -60,6 +62,11 @@ class WeightFormat(ABC):
     @abstractmethod
     def bytes_per_weight(self) -> float:
         """Approximate size of a weight on disk."""
+
+    @property
+    def slowness(self) -> float:
+        """Time of a product with many inputs, relative to 8-bit weights with fixed 8-bit activations."""
+        return 3.0
 
     @property
     @abstractmethod

@@ -48,6 +48,10 @@ class Int8Static(WeightFormat):
         return 1.0
 
     @property
+    def slowness(self) -> float:
+        return self.activation_bits / 8
+
+    @property
     def label(self) -> str:
         return f"int8x{self.activation_bits}{f'/{self.hadamard_block}' if self.hadamard_block else ''}"
 
@@ -57,7 +61,11 @@ class Int8Static(WeightFormat):
         return f"int8 per channel x {self.activation_bits}-bit static activations{normalized}{hadamard}"
 
     def calibrate(self, weight: Tensor, observed: ObservedInputs) -> QuantizedInt8:
-        return quantize_int8(weight, self.hadamard_block, self.activation_bits, observed.hessian, observed.samples)
+        key = (Int8Static, self.hadamard_block)  # the weight does not depend on how activations are quantized
+        if key not in observed.shared:
+            observed.shared[key] = quantize_int8(weight, self.hadamard_block, observed.hessian, observed.samples)
+        quantized: QuantizedInt8 = observed.shared[key]
+        return quantized.with_activation_bits(self.activation_bits, observed.samples)
 
     def emitter(self, context: EmitContext) -> Emitter[Int8Static]:
         return (FusedInt8 if context.fused else PortableInt8)(context, self)

@@ -29,6 +29,7 @@ from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.int8_static import QuantizedInt8
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, parse_precisions
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
+from llm_edge.exporter.texts import Texts, split_windows
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 
@@ -43,6 +44,11 @@ SHAPES = {
 def text(length: int, seed: int) -> list[int]:
     found: list[int] = np.random.default_rng(seed).integers(3, 330, length).tolist()
     return found
+
+
+def texts(length: int) -> Texts:
+    """For calibration, with probes of a fraction of the length."""
+    return Texts(split_windows(text(length, 0), 128), split_windows(text(max(length // 8, 2), 1), 64), [])
 
 
 def checkpoint(name: str, folder: Path) -> Checkpoint:
@@ -61,7 +67,7 @@ def rounded(
     config: ModelConfig, weights: RotatedWeights, folder: Path, recipes: Sequence[Recipe], tokens: int = 1024
 ) -> dict[str, CalibratedWeights]:
     folder.mkdir()
-    return calibrate(rotated_config(config), weights, recipes, text(tokens, 0), folder, lambda *_: None)
+    return calibrate(rotated_config(config), weights, recipes, texts(tokens), folder, lambda *_: None)
 
 
 # ---- recipes on awkward shapes
@@ -97,7 +103,7 @@ def test_calibrated_recipes_support_sizes_that_are_not_powers_of_two(name: str, 
     out = tmp_path / "out"
     out.mkdir()
     writer = OnnxWriter(GraphStyle.FUSED)
-    stored = writer.write(out, found, recipes, text(1536, 0), lambda *_: None)
+    stored = writer.write(out, found, recipes, texts(1536), lambda *_: None)
     assert list(stored) == [recipe.name for recipe in recipes]
     assert all(stored[recipe.name]["layers.0.mlp.down"].error for recipe in CALIBRATED)
     assert {path.name for path in out.iterdir()} == {f"{it.stem}.onnx{end}" for it in recipes for end in ("", "_data")}

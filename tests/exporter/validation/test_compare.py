@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.compare import compare, score
 from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference
-from llm_edge.exporter.validation.windows import Run, Window
+from llm_edge.exporter.validation.windows import Run
 
 KINDS = ("prose", "code", "prose")
 

@@ -10,11 +10,11 @@ import pytest
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.compare import relative_difference, score
 from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.exporter.validation.parity import model_shape
 from llm_edge.exporter.validation.reference import record_reference
-from llm_edge.exporter.validation.windows import Window
 
 TOKENS = [(7 * i + i * i) % 300 + 3 for i in range(120)]
 

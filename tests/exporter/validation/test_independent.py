@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.huggingface.checkpoint import read_file, read_folder
 from llm_edge.checkpoint.lora.adapter import open_adapter
+from llm_edge.exporter.texts import split_windows
 from llm_edge.exporter.validation import independent
 from llm_edge.exporter.validation.independent import IndependentCheck, compare_with_transformers
 from llm_edge.exporter.validation.reference import record_reference
-from llm_edge.exporter.validation.windows import split_windows
 from llm_edge.model import weights as weights_module
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import SourceTensor, WeightTable
@@ -35,7 +35,7 @@ LlmExport = Callable[..., tuple[int, str, str]]
 def check(checkpoint: Checkpoint, folder: Path, layers: int | None = None) -> IndependentCheck:
     """Compare a checkpoint, or its first layers if only these fit, with transformers."""
     config = checkpoint.config
-    windows = split_windows(TEXT, config.max_position_embeddings)
+    windows = split_windows(TEXT, min(config.max_position_embeddings, 512))
     recorded = record_reference(config, checkpoint.weights, windows, folder / "logits")
     if layers is None:
         return compare_with_transformers(checkpoint, recorded)

@@ -8,8 +8,9 @@ import pytest
 import tiny
 
 from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.exporter.texts import Window, split_windows
 from llm_edge.exporter.validation import windows as windows_module
-from llm_edge.exporter.validation.windows import Window, cached_run, scoring_runs, select_windows, split_windows
+from llm_edge.exporter.validation.windows import cached_run, scoring_runs, select_windows
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.rope import LongRopeScaling, Rope
 
@@ -25,15 +26,15 @@ def text(length: int, kind: str = "text") -> Window:
 
 def test_a_text_is_split_at_the_length_of_a_step_or_of_the_context() -> None:
     tokens = list(range(1100))
-    assert [len(window.tokens) for window in split_windows(tokens, 4096)] == [512, 512, 76]
+    assert [len(window.tokens) for window in split_windows(tokens, 512)] == [512, 512, 76]
     assert [len(window.tokens) for window in split_windows(tokens, 100)] == [100] * 11
     joined = [token for window in split_windows(tokens, 100) for token in window.tokens]
     assert joined == tokens
 
 
 def test_a_single_token_at_the_end_is_left_out_because_nothing_follows_it() -> None:
-    assert [len(window.tokens) for window in split_windows(range(513), 4096)] == [512]
-    assert [window.tokens for window in split_windows([7], 4096)] == [(7,)]
+    assert [len(window.tokens) for window in split_windows(range(513), 512)] == [512]
+    assert [window.tokens for window in split_windows([7], 512)] == [(7,)]
 
 
 def test_each_kind_of_text_has_its_share_if_not_all_of_it_is_scored(

@@ -1,0 +1,216 @@
+"""Estimates how much each quantized weight changes what a model predicts.
+
+Near the weights of a model, the KL divergence of a quantized model is half the mean square of `sum(g * e)` over all
+outputs and positions. `e` is the error of an output, and `g` the gradient of the log-likelihood of tokens drawn from
+the model, because the second derivative of the divergence is the Fisher information (Martens, arXiv:1412.1193). One
+backward pass, layer by layer, therefore serves all formats of all weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llm_edge.exporter.layerwise import LayerwiseDecoder
+from llm_edge.exporter.module_names import EMBEDDING, HEAD
+from llm_edge.exporter.quantization.blocks import QuantizedBlocks
+from llm_edge.exporter.quantization.formats.base import Quantized, WeightFormat
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.head import measure_head, rows_of
+from llm_edge.exporter.quantization.observe import CallRecorder, projections_of
+from llm_edge.exporter.quantization.store import QuantizedStore, Stored
+
+Q8_0 = Blocks(bits=8, size=32, symmetric=True)
+"""Weights and activations rounded to the nearest level, as GGUF's type of this name is computed with."""
+
+
+class States:
+    """Inputs of all layers, one per window, stored on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def save(self, layer: int, states: Sequence[Tensor]) -> None:
+        """Store the inputs of a layer, each [1, S, hidden]."""
+        torch.save(list(states), self._folder / str(layer))
+
+    def load(self, layer: int) -> list[Tensor]:
+        """Return the inputs of a layer."""
+        states: list[Tensor] = torch.load(self._folder / str(layer), weights_only=True)
+        return states
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How far the error of a weight moves the log-likelihood of the drawn tokens.
+
+    Attributes:
+        positions: sum of the squares of the changes at each position.
+        windows: sum of the squares of the changes in each window: errors at different positions may cancel each other.
+    """
+
+    positions: float
+    windows: float
+
+
+class SensitivityPass:
+    """The backward pass over short windows of a text.
+
+    Args:
+        decoder: of the unquantized model.
+        windows: tokens of each window.
+        states: inputs of all layers and, after them, the outputs of the last.
+        store: weights in all formats.
+    """
+
+    def __init__(
+        self,
+        decoder: LayerwiseDecoder,
+        windows: Sequence[Sequence[int]],
+        states: States,
+        store: QuantizedStore,
+        threads: Executor,
+    ) -> None:
+        self._decoder = decoder
+        self._windows = windows
+        self._states = states
+        self._store = store
+        self._threads = threads
+        self._recorder = CallRecorder()
+
+    def measure(self, references: Sequence[Blocks], progress: Callable[[float], None]) -> dict[Stored, float]:
+        """Return the mean KL divergence, in nats, of each stored weight, and of all weights in `references`.
+
+        References are rounded to nearest.
+        """
+        layers = self._decoder.config.num_hidden_layers
+        found: dict[Stored, float] = {}
+        upstream = self._measure_head(references, found)
+        changes: dict[Stored, Change] = {}
+        numbers = range(layers - 1, -1, -1)
+        for number, layer in zip(numbers, self._decoder.layers(numbers), strict=True):
+            progress(1 - (number + 1) / layers)
+            with self._recorder.recording(layer):
+                results = list(
+                    self._threads.map(partial(self._differentiate, number), self._states.load(number), upstream)
+                )
+            upstream = [gradient for gradient, _ in results]
+            tasks = [
+                self._threads.submit(
+                    self._score, f"layers.{number}.{name}", module, [calls[name] for _, calls in results], references
+                )
+                for name, module in projections_of(layer).items()
+            ]
+            for task in tasks:
+                changes |= task.result()
+        found |= self._divergences(changes)
+        self._measure_embedding(upstream, references, found)
+        return found
+
+    def _differentiate(
+        self, number: int, state: Tensor, upstream: Tensor
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Return the gradient of a layer's input, and the inputs [S, K] and gradients [S, N] of its projections."""
+        self._recorder.calls = {}
+        state = state.clone().requires_grad_()
+        output, _ = self._decoder.run_layer(number, state)
+        calls = self._recorder.calls
+        gradients = torch.autograd.grad(output, [state, *(result for _, result in calls.values())], upstream)
+        found = {
+            name: (x.detach()[0], gradient[0])
+            for (name, (x, _)), gradient in zip(calls.items(), gradients[1:], strict=True)
+        }
+        return gradients[0], found
+
+    @torch.inference_mode()
+    def _score(
+        self,
+        module: str,
+        linear: nn.Linear,
+        calls: Sequence[tuple[Tensor, Tensor]],
+        references: Sequence[Blocks],
+    ) -> dict[Stored, Change]:
+        """Return the changes by the errors of a projection in each of its formats."""
+        x = torch.cat([each for each, _ in calls])
+        gradients = torch.cat([gradient for _, gradient in calls])
+        lengths = [len(each) for each, _ in calls]
+        expected = (x @ linear.weight.T).mul_(gradients).sum(-1, dtype=torch.float64)
+        found = {}
+
+        def add(weight_format: WeightFormat, quantized: Quantized) -> None:
+            output = quantized.apply(x).mul_(gradients).sum(-1, dtype=torch.float64)
+            change = output - expected
+            sums = torch.stack([part.sum() for part in torch.split(change, lengths)])
+            found[module, weight_format] = Change(change.square().sum().item(), sums.square().sum().item())
+
+        for weight_format in self._store.formats(module):
+            add(weight_format, self._store.load(module, weight_format))
+        for reference in references:
+            add(reference, reference.quantize({module: linear.weight}, module))
+        return found
+
+    def _divergences(self, changes: dict[Stored, Change]) -> dict[Stored, float]:
+        """Return the mean divergences for changes by projections.
+
+        Sums over windows would be right, but those of a few windows are noise. Sums of squares over positions, times
+        how both relate for all projections of a role, are right on average.
+        """
+        positions: dict[str, float] = defaultdict(float)
+        windows: dict[str, float] = defaultdict(float)
+        for (module, _), change in changes.items():
+            role = module.rpartition(".")[2]
+            positions[role] += change.positions
+            windows[role] += change.windows
+        tokens = sum(map(len, self._windows))
+        factors = {role: windows[role] / max(positions[role], 1e-30) for role in positions}
+        self.factors = factors
+        return {
+            stored: factors[stored[0].rpartition(".")[2]] * change.positions / (2 * tokens)
+            for stored, change in changes.items()
+        }
+
+    def _measure_head(self, references: Sequence[Blocks], found: dict[Stored, float]) -> list[Tensor]:
+        """Add the divergences of the head; return the gradients of the last layer's outputs."""
+        decoder = self._decoder
+        decoder.load_norm()
+        states = [state.clone().requires_grad_() for state in self._states.load(decoder.config.num_hidden_layers)]
+        outputs = [decoder.normalize(state) for state in states]
+        candidates = self._load_blocks(HEAD)
+        head = measure_head(decoder, torch.cat(outputs, 1)[0].detach(), candidates, references, self._threads)
+        found.update({(HEAD, each): divergence for each, divergence in head.divergences.items()})
+        upstream = torch.split(head.gradients, [state.shape[1] for state in states])
+        pairs = zip(outputs, states, upstream, strict=True)
+        return [torch.autograd.grad(output, state, gradient[None])[0] for output, state, gradient in pairs]
+
+    @torch.inference_mode()
+    def _measure_embedding(
+        self, upstream: Sequence[Tensor], references: Sequence[Blocks], found: dict[Stored, float]
+    ) -> None:
+        """Add the divergences of the embedding; those of one tied to the head belong to the head."""
+        decoder = self._decoder
+        tokens = torch.tensor([token for window in self._windows for token in window])
+        gradients = torch.cat([gradient[0] for gradient in upstream]) * decoder.config.embedding_scale
+        rows = decoder.embedding_rows(tokens)
+        module = HEAD if decoder.config.tie_word_embeddings else EMBEDDING
+        candidates = {each: rows_of(whole, tokens) for each, whole in self._load_blocks(module).items()}
+        candidates |= {each: each.quantize({EMBEDDING: rows}, EMBEDDING) for each in references}
+        for each, quantized in candidates.items():
+            errors = quantized.dequantized(rows.shape[1]) - rows
+            divergence = (errors * gradients).sum(-1).square().mean().item() / 2
+            found[module, each] = found.get((module, each), 0.0) + divergence
+
+    def _load_blocks(self, module: str) -> dict[Blocks, QuantizedBlocks]:
+        """Return the embedding or the head in all formats, which are blocks."""
+        return {
+            each: cast("QuantizedBlocks", self._store.load(module, each))
+            for each in cast("list[Blocks]", self._store.formats(module))
+        }

@@ -1,0 +1,63 @@
+"""`QuantizedStore`: quantized weights on disk, each in several formats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from llm_edge.exporter.quantization.formats.base import Quantized, WeightFormat
+
+Stored = tuple[str, WeightFormat]
+"""Module path and format."""
+
+
+class QuantizedStore:
+    """Quantized weights by module path, for example `layers.0.mlp.down`, and format, in an empty folder.
+
+    Attributes:
+        shapes: [N, K] of the stored weights by module path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._bytes: dict[Stored, int] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    def add(self, module: str, weight_format: WeightFormat, shape: tuple[int, int], quantized: Quantized) -> None:
+        """Store a weight of a shape [N, K]."""
+        self.shapes[module] = shape
+        values = {field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized)}
+        arrays = {name: value for name, value in values.items() if value is not None}
+        self._bytes[module, weight_format] = sum(np.asarray(value).nbytes for value in arrays.values())
+        with self._path(module, weight_format).open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def load(self, module: str, weight_format: WeightFormat) -> Quantized:
+        """Load a weight."""
+        kind = weight_format.quantized_type
+        assert kind is not None
+        with np.load(self._path(module, weight_format)) as arrays:
+            fields = {field.name: arrays.get(field.name) for field in dataclasses.fields(kind)}
+        scalars = {name: value.item() for name, value in fields.items() if value is not None and not value.ndim}
+        return kind(**fields | scalars)
+
+    def formats(self, module: str) -> list[WeightFormat]:
+        """Return the formats in which a weight is stored."""
+        return [weight_format for name, weight_format in self._bytes if name == module]
+
+    def bytes(self, module: str, weight_format: WeightFormat) -> int:
+        """Return the size of a weight."""
+        return self._bytes[module, weight_format]
+
+    def keep(self, chosen: Collection[Stored]) -> None:
+        """Delete all other weights."""
+        for stored in self._bytes.keys() - set(chosen):
+            del self._bytes[stored]
+            self._path(*stored).unlink()
+
+    def _path(self, module: str, weight_format: WeightFormat) -> Path:
+        return self._folder / f"{module}.{weight_format.label.replace('/', '_')}"
