@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SMOLLM2, SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.bundle.interrupted import check_interrupted, identity_of, kept_journal, remove_interrupted
 from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import write_side_files
@@ -28,13 +30,23 @@ from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 
+LARGE = 1_000_000_000
+"""Parameters of a model whose export can be resumed."""
 _FUSED_HEAD_MULTIPLE = 8  # required by onnxruntime's GroupQueryAttention
 _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT: "fp32"}
 _QUANTIZED_DEFAULT = "source"  # of a GGUF whose projections are all quantized
 
 
-def export(source: str, options: ExportOptions | None = None, progress: Progress = lambda *_: None) -> Report:
+def export(
+    source: str,
+    options: ExportOptions | None = None,
+    progress: Progress = lambda *_: None,
+    *,
+    resumable: bool = False,
+) -> Report:
     """Export a checkpoint, given as `open_checkpoint` takes it.
+
+    `resumable` keeps the completed layers of a large model beside the target if the export is interrupted.
 
     Raises:
         InputError: the source cannot be read, or the output folder cannot be created or replaced.
@@ -50,6 +62,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
     if recovered := recover(target):
         progress("recovering", None, "; ".join(recovered))
     check_target(target, options.force)
+    check_interrupted(target, resume=options.resume, force=options.force)
     _check_file_format(options, recipes)
     progress("reading", None, source)
     checkpoint = open_checkpoint(source, _source_options(options), lambda text: progress("reading", None, text))
@@ -58,11 +71,15 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
     _check_source_blocks(source, checkpoint, recipes)
     writer = _choose_writer(source, checkpoint, options, recipes)
     texts = load_texts(checkpoint)
-    with staging(target, options.force) as folder:
+    with staging(target, options.force) as folder, contextlib.ExitStack() as stack:
         models = folder / writer.name
         models.mkdir()
         check_disk_space(folder, _required_bytes(checkpoint, recipes, texts if options.validate else None))
-        formats = writer.write(models, checkpoint, recipes, texts, progress)
+        journal = None
+        if options.resume or (resumable and _is_large(checkpoint, recipes)):
+            identity = identity_of(checkpoint, recipes, texts)
+            journal = stack.enter_context(kept_journal(target, identity, resume=options.resume, progress=progress))
+        formats = writer.write(models, checkpoint, recipes, texts, progress, journal)
         validation = None
         if options.validate:
             validation = verify_parity(models, checkpoint, recipes, writer, texts.validation, progress)
@@ -86,8 +103,14 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
             notes=checkpoint.notes,
         )
         write_manifest(folder, checkpoint, report, writer, progress)
+    remove_interrupted(target)
     progress("writing", 1.0, str(target))
     return report
+
+
+def _is_large(checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> bool:
+    """Whether a calibration takes so long that its completed layers are kept when it is interrupted."""
+    return count_parameters(checkpoint.config) >= LARGE and any(recipe.calibrated for recipe in recipes)
 
 
 def _check_file_format(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:
