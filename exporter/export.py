@@ -56,13 +56,7 @@ def export(
     options = options or ExportOptions()
     default = _DEFAULT_PRECISIONS[options.file_format]
     recipes = parse_precisions(default if options.precision is None else options.precision)
-    target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
-    if target.name in ("", ".."):
-        target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
-    if recovered := recover(target):
-        progress("recovering", None, "; ".join(recovered))
-    check_target(target, options.force)
-    check_interrupted(target, resume=options.resume, force=options.force)
+    target = _prepare_target(source, options, progress)
     _check_file_format(options, recipes)
     progress("reading", None, source)
     checkpoint = open_checkpoint(source, _source_options(options), lambda text: progress("reading", None, text))
@@ -71,14 +65,12 @@ def export(
     _check_source_blocks(source, checkpoint, recipes)
     writer = _choose_writer(source, checkpoint, options, recipes)
     texts = load_texts(checkpoint)
-    with staging(target, options.force) as folder, contextlib.ExitStack() as stack:
+    resumable = options.resume or (resumable and _is_large(checkpoint, recipes))
+    kept = kept_journal(target, identity_of(checkpoint, recipes, texts), resume=options.resume, progress=progress)
+    with staging(target, options.force) as folder, kept if resumable else contextlib.nullcontext() as journal:
         models = folder / writer.name
         models.mkdir()
         check_disk_space(folder, _required_bytes(checkpoint, recipes, texts if options.validate else None))
-        journal = None
-        if options.resume or (resumable and _is_large(checkpoint, recipes)):
-            identity = identity_of(checkpoint, recipes, texts)
-            journal = stack.enter_context(kept_journal(target, identity, resume=options.resume, progress=progress))
         formats = writer.write(models, checkpoint, recipes, texts, progress, journal)
         validation = None
         if options.validate:
@@ -106,6 +98,18 @@ def export(
     remove_interrupted(target)
     progress("writing", 1.0, str(target))
     return report
+
+
+def _prepare_target(source: str, options: ExportOptions, progress: Progress) -> Path:
+    """Return the folder to write, after tidying up what killed exports left; raise InputError if it cannot be used."""
+    target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
+    if target.name in ("", ".."):
+        target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
+    if recovered := recover(target):
+        progress("recovering", None, "; ".join(recovered))
+    check_target(target, options.force)
+    check_interrupted(target, resume=options.resume, force=options.force)
+    return target
 
 
 def _is_large(checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> bool:
