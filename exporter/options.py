@@ -58,6 +58,18 @@ class ExportOptions:
             "source for a quantized GGUF; fp32 with --format torchscript."
         ),
     ] = None
+    target_size: Annotated[
+        float | None,
+        Option(metavar="MB", help="Add the precision mixed: the most faithful mix of formats of this size."),
+    ] = None
+    target_bpw: Annotated[
+        float | None,
+        Option(metavar="BITS", help="Add the precision mixed: the most faithful mix with this many bits per weight."),
+    ] = None
+    target_kl: Annotated[
+        float | None,
+        Option(metavar="NATS", help="Add the precision mixed: the smallest mix with this mean KL divergence."),
+    ] = None
     graph: Annotated[
         GraphChoice,
         Option(

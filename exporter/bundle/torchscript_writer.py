@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import Formats
+from llm_edge.exporter.quantization.calibrate import StoredPrecision
 from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.texts import Texts
@@ -117,7 +117,7 @@ class TorchScriptWriter:
         texts: Texts,  # noqa: ARG002 (nothing is quantized)
         progress: Progress,
         journal: Journal | None = None,  # noqa: ARG002
-    ) -> Formats:
+    ) -> dict[str, StoredPrecision]:
         for recipe in recipes:
             write_torchscript(folder / self.file_name(recipe), model.config, model.weights, progress)
         return {}

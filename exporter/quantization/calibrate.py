@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.parallel import worker_threads
-from llm_edge.exporter.quantization.allocation import Option
+from llm_edge.exporter.quantization.allocation import Option, frontier
 from llm_edge.exporter.quantization.blocks import BlockLayout
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat
 from llm_edge.exporter.quantization.goals import Model
@@ -57,8 +57,17 @@ class StoredFormat:
     divergence: float | None = None
 
 
-Formats = Mapping[str, Mapping[str, StoredFormat]]
-"""By recipe name, the formats of all projections and the embedding by module path; empty for TorchScript."""
+@dataclass(frozen=True, slots=True)
+class StoredPrecision:
+    """How the weights of a precision are stored.
+
+    Attributes:
+        formats: of all projections and the embedding by module path.
+        frontier: see `CalibratedWeights`; empty for a precision that is not calibrated.
+    """
+
+    formats: Mapping[str, StoredFormat] = field(default_factory=dict)
+    frontier: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +78,13 @@ class CalibratedWeights:
         formats: by module path, for example `layers.0.mlp.down`.
         caches: value ranges of each layer's cache.
         store: holds the weights.
+        frontier: bytes and estimated mean KL divergence, in nats, of the best mixes by size.
     """
 
     formats: Mapping[str, StoredFormat]
     caches: Sequence[CacheRange]
     store: QuantizedStore
+    frontier: Sequence[tuple[int, float]]
 
     def load(self, module: str) -> Quantized:
         """Load a weight; the embedding by the path of the head if that is tied to it."""
@@ -259,7 +270,7 @@ class _Calibration:
                 module: StoredFormat(option.format, self._errors.get((module, option.format)), option.divergence)
                 for module, option in mix.items()
             }
-            chosen[recipe.name] = CalibratedWeights(formats, self._caches, self._store)
+            chosen[recipe.name] = CalibratedWeights(formats, self._caches, self._store, frontier(options))
         self._store.keep({(module, it.format) for each in chosen.values() for module, it in each.formats.items()})
         return chosen
 

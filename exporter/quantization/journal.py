@@ -38,6 +38,11 @@ class Journal:
         if kept:
             self._read()
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*"))
+
     def complete(self, step: str, result: object, files: Iterable[Path] = ()) -> None:
         """Add a step, of which `files` are results too; the result consists of JSON's types."""
         if not self._kept:
