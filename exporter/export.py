@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SMOLLM2, SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.bundle.interrupted import check_interrupted, identity_of, kept_journal, remove_interrupted
 from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import write_side_files
@@ -31,13 +33,19 @@ from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 
+LARGE = 1_000_000_000
+"""Parameters of a model whose export can be resumed."""
 _FUSED_HEAD_MULTIPLE = 8  # required by onnxruntime's GroupQueryAttention
 _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT: "fp32"}
 _QUANTIZED_DEFAULT = "source"  # of a GGUF whose projections are all quantized
 
 
-def export(source: str, options: ExportOptions | None = None, progress: Progress = lambda *_: None) -> Report:
+def export(
+    source: str, options: ExportOptions | None = None, progress: Progress = lambda *_: None, *, resumable: bool = False
+) -> Report:
     """Export a checkpoint, given as `open_checkpoint` takes it.
+
+    `resumable` keeps the completed layers of a large model beside the target if the export is interrupted.
 
     Raises:
         InputError: the source cannot be read, or the output folder cannot be created or replaced.
@@ -46,12 +54,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
     """
     options = options or ExportOptions()
     recipes = _recipes(options, _DEFAULT_PRECISIONS[options.file_format])
-    target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
-    if target.name in ("", ".."):
-        target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
-    if recovered := recover(target):
-        progress("recovering", None, "; ".join(recovered))
-    check_target(target, options.force)
+    target = _prepare_target(source, options, progress)
     _check_file_format(options, recipes)
     progress("reading", None, source)
     checkpoint = open_checkpoint(source, _source_options(options), lambda text: progress("reading", None, text))
@@ -60,11 +63,14 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
     _check_source_blocks(source, checkpoint, recipes)
     writer = _choose_writer(source, checkpoint, options, recipes)
     texts = load_texts(checkpoint)
-    with staging(target, options.force) as folder:
+    resumable = options.resume or (resumable and _is_large(checkpoint, recipes))
+    kept = kept_journal(target, identity_of(checkpoint, recipes, texts), resume=options.resume, progress=progress)
+    with staging(target, options.force) as folder, kept if resumable else contextlib.nullcontext() as journal:
         models = folder / writer.name
         models.mkdir()
-        check_disk_space(folder, _required_bytes(checkpoint, recipes, texts if options.validate else None))
-        stored = writer.write(models, checkpoint, recipes, texts, progress)
+        required = _required_bytes(checkpoint, recipes, texts if options.validate else None)
+        check_disk_space(folder, required - (journal.size if journal is not None else 0))
+        stored = writer.write(models, checkpoint, recipes, texts, progress, journal)
         validation = None
         if options.validate:
             validation = verify_parity(models, checkpoint, recipes, writer, texts.validation, progress)
@@ -88,8 +94,26 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
             notes=checkpoint.notes,
         )
         write_manifest(folder, checkpoint, report, writer, progress)
+    remove_interrupted(target)
     progress("writing", 1.0, str(target))
     return report
+
+
+def _prepare_target(source: str, options: ExportOptions, progress: Progress) -> Path:
+    """Return the folder to write, after tidying up what killed exports left; raise InputError if it cannot be used."""
+    target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
+    if target.name in ("", ".."):
+        target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
+    if recovered := recover(target):
+        progress("recovering", None, "; ".join(recovered))
+    check_target(target, options.force)
+    check_interrupted(target, resume=options.resume, force=options.force)
+    return target
+
+
+def _is_large(checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> bool:
+    """Whether a calibration takes so long that its completed layers are kept when it is interrupted."""
+    return count_parameters(checkpoint.config) >= LARGE and any(recipe.calibrated for recipe in recipes)
 
 
 def _recipes(options: ExportOptions, default: str) -> tuple[Recipe, ...]:

@@ -100,3 +100,6 @@ class ExportOptions:
         bool, Option("--validate/--no-validate", help="Verify parity with PyTorch and measure quality.")
     ] = True
     force: Annotated[bool, Option("--force", help="Replace an existing bundle at the output folder.")] = False
+    resume: Annotated[
+        bool, Option("--resume", help="Continue an interrupted export, given the same source and options.")
+    ] = False

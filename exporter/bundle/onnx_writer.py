@@ -17,6 +17,7 @@ from llm_edge.exporter.graph.trace import GraphStyle, trace
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredPrecision, calibrate
 from llm_edge.exporter.quantization.hadamard import rotation
+from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.exporter.texts import Texts
@@ -44,11 +45,17 @@ class OnnxWriter:
     name = ONNX
 
     def write(
-        self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts, progress: Progress
+        self,
+        folder: Path,
+        model: Checkpoint,
+        recipes: tuple[Recipe, ...],
+        texts: Texts,
+        progress: Progress,
+        journal: Journal | None = None,
     ) -> dict[str, StoredPrecision]:
         """Write the files of each recipe to a folder, one weight at a time; `texts` are for calibration.
 
-        Returns how they are stored, by recipe name.
+        The calibration is that of the journal, or of a temporary one. Returns how they are stored, by recipe name.
         """
         config, weights = model.config, model.weights
         hidden_states = self.hidden_size is not None
@@ -58,7 +65,7 @@ class OnnxWriter:
             calibrated: dict[str, CalibratedWeights] = {}
             if to_calibrate := [recipe for recipe in recipes if recipe.calibrated]:
                 report = partial(progress, "calibrating")
-                calibrated = calibrate(*rotated, to_calibrate, texts, Path(quantized), report)
+                calibrated = calibrate(*rotated, to_calibrate, texts, journal or Journal(Path(quantized)), report)
             traces: dict[ModelConfig, ir.Model] = {}
             for shape in dict.fromkeys(rotated[0] if recipe.calibrated else config for recipe in recipes):
                 progress("tracing", None, f"{config.num_hidden_layers} layers, {self.style.value} graph")

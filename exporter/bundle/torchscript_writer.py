@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredPrecision
+from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
@@ -115,6 +116,7 @@ class TorchScriptWriter:
         recipes: tuple[Recipe, ...],
         texts: Texts,  # noqa: ARG002 (nothing is quantized)
         progress: Progress,
+        journal: Journal | None = None,  # noqa: ARG002
     ) -> dict[str, StoredPrecision]:
         for recipe in recipes:
             write_torchscript(folder / self.file_name(recipe), model.config, model.weights, progress)

@@ -29,6 +29,7 @@ from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.goals import MaxBitsPerWeight
 from llm_edge.exporter.quantization.int8_static import QuantizedInt8
+from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe, mixed, parse_precisions
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
 from llm_edge.exporter.texts import Texts, split_windows
@@ -70,7 +71,7 @@ def rounded(
     config: ModelConfig, weights: RotatedWeights, folder: Path, recipes: Sequence[Recipe], tokens: int = 1024
 ) -> dict[str, CalibratedWeights]:
     folder.mkdir()
-    return calibrate(rotated_config(config), weights, recipes, texts(tokens), folder, lambda *_: None)
+    return calibrate(rotated_config(config), weights, recipes, texts(tokens), Journal(folder), lambda *_: None)
 
 
 # ---- recipes on awkward shapes
