@@ -23,6 +23,7 @@ import numpy as np
 from llm_edge.bench.copying import COPYING, PROSE
 from llm_edge.runtime.command import run
 from llm_edge.runtime.engine import Engine
+from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import GenerationResult
 from llm_edge.runtime.sampling.params import SamplingParams
@@ -68,7 +69,17 @@ def streams(engine: Engine) -> None:
 
 
 def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) -> float:
-    """Tokens/s from the start of the last answer to the end of the first."""
+    """Tokens/s from the start of the last answer to the end of the first, of answers that are long enough for that."""
+    for factor in (1, 2, 4, 8):
+        times = token_times(engine, prompts, factor * count)
+        begin, end = max(when[0] for when in times), min(when[-1] for when in times)
+        if end > begin:
+            return sum(begin < moment <= end for when in times for moment in when) / (end - begin)
+    raise LlmEdgeError(f"{len(prompts)} answers of {factor * count} tokens never ran at the same time")
+
+
+def token_times(engine: Engine, prompts: Sequence[list[int]], count: int) -> list[list[float]]:
+    """When each token of each answer arrived, in seconds."""
     times: list[list[float]] = [[] for _ in prompts]
 
     def read(answer: AsyncGeneration, when: list[float]) -> None:
@@ -80,8 +91,7 @@ def together(engine: Engine, prompts: Sequence[list[int]], count: int = TOKENS) 
         reader.start()
     for reader in readers:
         reader.join()
-    begin, end = max(when[0] for when in times), min(when[-1] for when in times)
-    return sum(begin < moment <= end for when in times for moment in when) / (end - begin)
+    return times
 
 
 def turn(engine: Engine) -> None:

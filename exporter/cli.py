@@ -103,7 +103,7 @@ def _export(
         display.update("reading", None, source)
         with imports_of_extra("llm-export", "export"):
             from llm_edge.exporter.export import export as export_bundle
-        report = export_bundle(source, options, display.update)
+        report = export_bundle(source, options, display.update, resumable=progress is not ProgressKind.JSON)
     seconds = time.monotonic() - started
     if show_bundle is not None:
         show_bundle(report.path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from pathlib import Path
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.checkpoint.meta.config import StateDictOptions
 from llm_edge.checkpoint.source import SMOLLM2, SourceOptions, bundle_name, open_checkpoint
+from llm_edge.exporter.bundle.interrupted import check_interrupted, identity_of, kept_journal, remove_interrupted
 from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
 from llm_edge.exporter.bundle.side_files import write_side_files
@@ -18,7 +21,9 @@ from llm_edge.exporter.graph.passes.int8_cache import check_cache
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.recipes import Recipe, parse_precisions
+from llm_edge.exporter.quantization.calibrate import StoredPrecision
+from llm_edge.exporter.quantization.goals import MaxBitsPerWeight, MaxDivergence, MaxSize
+from llm_edge.exporter.quantization.recipes import Recipe, mixed, parse_precisions
 from llm_edge.exporter.quantization.refine import can_refine
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.texts import Texts, load_texts
@@ -29,13 +34,19 @@ from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 
+LARGE = 1_000_000_000
+"""Parameters of a model whose export can be resumed."""
 _FUSED_HEAD_MULTIPLE = 8  # required by onnxruntime's GroupQueryAttention
 _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT: "fp32"}
 _QUANTIZED_DEFAULT = "source"  # of a GGUF whose projections are all quantized
 
 
-def export(source: str, options: ExportOptions | None = None, progress: Progress = lambda *_: None) -> Report:
+def export(
+    source: str, options: ExportOptions | None = None, progress: Progress = lambda *_: None, *, resumable: bool = False
+) -> Report:
     """Export a checkpoint, given as `open_checkpoint` takes it.
+
+    `resumable` keeps the completed layers of a large model beside the target if the export is interrupted.
 
     Raises:
         InputError: the source cannot be read, or the output folder cannot be created or replaced.
@@ -43,29 +54,26 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
         MachineError: disk or memory is full; nothing was written.
     """
     options = options or ExportOptions()
-    default = _DEFAULT_PRECISIONS[options.file_format]
-    recipes = parse_precisions(default if options.precision is None else options.precision)
-    target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
-    if target.name in ("", ".."):
-        target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
-    if recovered := recover(target):
-        progress("recovering", None, "; ".join(recovered))
-    check_target(target, options.force)
+    recipes = _recipes(options, _DEFAULT_PRECISIONS[options.file_format])
+    target = _prepare_target(source, options, progress)
     _check_file_format(options, recipes)
     progress("reading", None, source)
     checkpoint = open_checkpoint(source, _source_options(options), lambda text: progress("reading", None, text))
-    if options.precision is None and options.file_format is FileFormat.ONNX and _keeps_source(source, checkpoint):
-        recipes = parse_precisions(_QUANTIZED_DEFAULT)
+    if options.file_format is FileFormat.ONNX and _keeps_source(source, checkpoint):
+        recipes = _recipes(options, _QUANTIZED_DEFAULT)
     _check_source_blocks(source, checkpoint, recipes)
     if options.refine and not any(can_refine(recipe) for recipe in recipes):
         raise ParameterError("--refine applies to 4-bit weights: add int4 or int4-mixed to --precision, or omit it")
     writer = _choose_writer(source, checkpoint, options, recipes)
     texts = load_texts(checkpoint, sampled=any(recipe.calibrated for recipe in recipes))
-    with staging(target, options.force) as folder:
+    resumable = options.resume or (resumable and _is_large(checkpoint, recipes))
+    kept = kept_journal(target, identity_of(checkpoint, recipes, texts), resume=options.resume, progress=progress)
+    with staging(target, options.force) as folder, kept if resumable else contextlib.nullcontext() as journal:
         models = folder / writer.name
         models.mkdir()
-        check_disk_space(folder, _required_bytes(checkpoint, recipes, texts if options.validate else None))
-        formats = writer.write(models, checkpoint, recipes, texts, progress)
+        required = _required_bytes(checkpoint, recipes, texts if options.validate else None)
+        check_disk_space(folder, required - (journal.size if journal is not None else 0))
+        stored = writer.write(models, checkpoint, recipes, texts, progress, journal)
         validation = None
         if options.validate:
             validation = verify_parity(models, checkpoint, recipes, writer, texts.validation, progress)
@@ -80,7 +88,7 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
                 PrecisionReport(
                     recipe,
                     size=sum(path.stat().st_size for path in writer.files(models, recipe)),
-                    formats=formats.get(recipe.name, {}),
+                    stored=stored.get(recipe.name, StoredPrecision()),
                 )
                 for recipe in recipes
             ),
@@ -89,8 +97,45 @@ def export(source: str, options: ExportOptions | None = None, progress: Progress
             notes=checkpoint.notes,
         )
         write_manifest(folder, checkpoint, report, writer, progress)
+    remove_interrupted(target)
     progress("writing", 1.0, str(target))
     return report
+
+
+def _prepare_target(source: str, options: ExportOptions, progress: Progress) -> Path:
+    """Return the folder to write, after tidying up what killed exports left; raise InputError if it cannot be used."""
+    target = options.output if options.output is not None else Path("artifacts") / bundle_name(source)
+    if target.name in ("", ".."):
+        target = target.resolve()  # "." and the like: the temporary sibling folder requires a name
+    if recovered := recover(target):
+        progress("recovering", None, "; ".join(recovered))
+    check_target(target, options.force)
+    check_interrupted(target, resume=options.resume, force=options.force)
+    return target
+
+
+def _is_large(checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> bool:
+    """Whether a calibration takes so long that its completed layers are kept when it is interrupted."""
+    return count_parameters(checkpoint.config) >= LARGE and any(recipe.calibrated for recipe in recipes)
+
+
+def _recipes(options: ExportOptions, default: str) -> tuple[Recipe, ...]:
+    """Return the recipes of an export: the named ones, those of a target, or the default."""
+    targets = {
+        "--target-size": None if options.target_size is None else MaxSize(round(options.target_size * 1e6)),
+        "--target-bpw": None if options.target_bpw is None else MaxBitsPerWeight(options.target_bpw),
+        "--target-kl": None if options.target_kl is None else MaxDivergence(options.target_kl),
+    }
+    given = {name: goal for name, goal in targets.items() if goal is not None}
+    if len(given) > 1:
+        raise ParameterError(f"{' and '.join(given)} exclude each other: give one of them")
+    for name, value in zip(targets, (options.target_size, options.target_bpw, options.target_kl), strict=True):
+        if value is not None and not 0 < value < math.inf:
+            raise ParameterError(f"{name} {value:g} is not a positive number")
+    if not given:
+        return parse_precisions(default if options.precision is None else options.precision)
+    named = () if options.precision is None else parse_precisions(options.precision)
+    return (*named, *(mixed(goal) for goal in given.values()))
 
 
 def _check_file_format(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:
@@ -157,15 +202,18 @@ def _choose_writer(
 
 def _required_bytes(checkpoint: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts | None) -> int:
     """Return the approximate disk space for the graphs, and for the logits of a validation on `texts`."""
-    parameters = count_parameters(checkpoint.config)
-    temporary = [recipe for recipe in recipes if recipe.calibrated]  # quantized weights, until the graph is written
-    weights = checkpoint.weights
+    parameters, weights = count_parameters(checkpoint.config), checkpoint.weights
     windows = [] if texts is None else select_windows(texts.validation, checkpoint.config)
-    logits = logits_bytes(windows, checkpoint.config)
-    return logits + sum(int(parameters * _bytes_per_weight(recipe, weights)) for recipe in (*recipes, *temporary))
+    # All formats that recipes choose from are stored until the graphs are written.
+    candidates = {each for recipe in recipes for formats in recipe.choices.values() for each in formats}
+    per_weight = sum(each.bytes_per_weight for each in candidates)
+    per_weight += sum(_bytes_per_weight(recipe, weights) for recipe in recipes)
+    return logits_bytes(windows, checkpoint.config) + int(parameters * per_weight)
 
 
 def _bytes_per_weight(recipe: Recipe, weights: Weights) -> float:
     """Return the approximate mean size of a weight on disk."""
+    if recipe.calibrated:
+        return max(each.bytes_per_weight for formats in recipe.choices.values() for each in formats)
     sizes = [recipe.projections.for_source(weights.block_kind(name)).bytes_per_weight for name in _projections(weights)]
     return sum(sizes) / len(sizes)

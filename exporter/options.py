@@ -58,6 +58,18 @@ class ExportOptions:
             "source for a quantized GGUF; fp32 with --format torchscript."
         ),
     ] = None
+    target_size: Annotated[
+        float | None,
+        Option(metavar="MB", help="Add the precision mixed: the most faithful mix of formats of this size."),
+    ] = None
+    target_bpw: Annotated[
+        float | None,
+        Option(metavar="BITS", help="Add the precision mixed: the most faithful mix with this many bits per weight."),
+    ] = None
+    target_kl: Annotated[
+        float | None,
+        Option(metavar="NATS", help="Add the precision mixed: the smallest mix with this mean KL divergence."),
+    ] = None
     graph: Annotated[
         GraphChoice,
         Option(
@@ -92,3 +104,6 @@ class ExportOptions:
         bool, Option("--validate/--no-validate", help="Verify parity with PyTorch and measure quality.")
     ] = True
     force: Annotated[bool, Option("--force", help="Replace an existing bundle at the output folder.")] = False
+    resume: Annotated[
+        bool, Option("--resume", help="Continue an interrupted export, given the same source and options.")
+    ] = False

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import Source
 from llm_edge.exporter.graph.trace import GraphStyle
-from llm_edge.exporter.quantization.calibrate import StoredFormat
+from llm_edge.exporter.quantization.calibrate import StoredPrecision
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.validation.parity import Validation
 
 
 @dataclass(frozen=True, slots=True)
 class PrecisionReport:
-    """An exported precision: `size` in bytes of model and weights, and the formats of its weights, see `Formats`."""
+    """An exported precision: `size` in bytes of model and weights, and how its weights are `stored`."""
 
     recipe: Recipe
     size: int
-    formats: Mapping[str, StoredFormat]
+    stored: StoredPrecision
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,11 @@ def locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def has_locks() -> bool:
+    """Whether this system can lock folders."""
+    return _fcntl() is not None
+
+
 def _fcntl() -> Any:
     """The module, or None where the system has none."""
     try:

@@ -103,7 +103,10 @@ def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, w
     if writer.name == ONNX:
         entry["runtimes"] = runtimes(recipe)
         default = Dense(16 if recipe.float16 else 32)
-        entry |= _describe_weights(folder / model, precision.size, precision.formats, default)
+        entry |= _describe_weights(folder / model, precision.size, precision.stored.formats, default)
+        if precision.stored.frontier:
+            points = precision.stored.frontier
+            entry["frontier"] = [{"bytes": size, "divergence": _rounded(divergence)} for size, divergence in points]
     return entry
 
 
@@ -128,10 +131,15 @@ def _describe_weights(
             continue
         found = stored.get(module, StoredFormat(default))
         projections[module] = {"format": found.format.to_dict(), "bytes": size}
-        if found.error is not None and math.isfinite(found.error):
-            projections[module]["error"] = float(f"{found.error:.4g}")
+        for key, number in (("error", found.error), ("divergence", found.divergence)):
+            if number is not None and math.isfinite(number):
+                projections[module][key] = _rounded(number)
     other["graph"] = total_size - sum(entry["bytes"] for entry in projections.values()) - sum(other.values())
     return {"projections": projections, "other": other}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _module_of(initializer: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,9 @@ from llm_edge.exporter.graph.lower import apply_recipe
 from llm_edge.exporter.graph.passes.hidden_states import undo_rotation
 from llm_edge.exporter.graph.trace import GraphStyle, trace
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import CalibratedWeights, Formats, StoredFormat, calibrate
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredPrecision, calibrate
 from llm_edge.exporter.quantization.hadamard import rotation
+from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.refine import can_refine, refine
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
@@ -48,18 +48,27 @@ class OnnxWriter:
     name = ONNX
 
     def write(
-        self, folder: Path, model: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts, progress: Progress
-    ) -> Formats:
-        """Write the files of each recipe to a folder, one weight at a time; `texts` are for calibration."""
+        self,
+        folder: Path,
+        model: Checkpoint,
+        recipes: tuple[Recipe, ...],
+        texts: Texts,
+        progress: Progress,
+        journal: Journal | None = None,
+    ) -> dict[str, StoredPrecision]:
+        """Write the files of each recipe to a folder, one weight at a time; `texts` are for calibration.
+
+        The calibration is that of the journal, or of a temporary one. Returns how they are stored, by recipe name.
+        """
         config, weights = model.config, model.weights
         hidden_states = self.hidden_size is not None
         rotated = rotated_config(config), RotatedWeights(config, weights)
-        stored: dict[str, Mapping[str, StoredFormat]] = {}
+        stored: dict[str, StoredPrecision] = {}
         with tempfile.TemporaryDirectory(dir=folder) as quantized:
             calibrated: dict[str, CalibratedWeights] = {}
             if to_calibrate := [recipe for recipe in recipes if recipe.calibrated]:
                 report = partial(progress, "calibrating")
-                calibrated = calibrate(*rotated, to_calibrate, texts, Path(quantized), report)
+                calibrated = calibrate(*rotated, to_calibrate, texts, journal or Journal(Path(quantized)), report)
             for name in [recipe.name for recipe in recipes if self.refined and can_refine(recipe)]:
                 report = partial(progress, "refining")
                 refined = Path(quantized) / f"refined-{name}"
@@ -74,7 +83,9 @@ class OnnxWriter:
                 if hidden_states and recipe.calibrated and rotates_residual(config):
                     undo_rotation(graph, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
                 name = recipe.name
-                stored[name] = apply_recipe(graph, shape, values, recipe, self.style, calibrated.get(name))
+                found = calibrated.get(name)
+                formats = apply_recipe(graph, shape, values, recipe, self.style, found)
+                stored[name] = StoredPrecision(formats, found.frontier if found is not None else ())
 
                 def on_save(_: ir.TensorProtocol, info: Any, number: int = number, name: str = name) -> None:
                     progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), name)

@@ -70,7 +70,7 @@ def recover(target: Path) -> list[str]:
     # Partial folders first: an old one may belong to the process that has locked a partial one.
     for match in sorted(filter(None, map(_HIDDEN.match, names)), key=lambda match: match[2], reverse=True):
         folder, stem = target.with_name(match[0]), match[1]
-        name = target.name if stem == _stem(target.name) else None if _SHORTENED in stem else stem
+        name = target.name if stem == folder_name(target.name) else None if _SHORTENED in stem else stem
         with contextlib.suppress(OSError), locked(folder) as abandoned:
             if not abandoned or not _is_ours(folder):
                 in_use.add(stem)
@@ -96,7 +96,7 @@ def _restore(old: Path, target: Path) -> str:
     return f"restored {target}, which an interrupted export had moved aside"
 
 
-def _stem(name: str) -> str:
+def folder_name(name: str) -> str:
     """The part of a hidden folder's name that stands for the target; names may have up to 255 bytes."""
     encoded = os.fsencode(name)
     if len(encoded) <= _MAX_STEM:
@@ -106,7 +106,7 @@ def _stem(name: str) -> str:
 
 
 def _hidden(target: Path, kind: str) -> Path:
-    return target.with_name(f".{_stem(target.name)}.{kind}-{secrets.token_hex(4)}")
+    return target.with_name(f".{folder_name(target.name)}.{kind}-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from llm_edge.checkpoint.base import Checkpoint
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import Formats
+from llm_edge.exporter.quantization.calibrate import StoredPrecision
+from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
@@ -115,7 +116,8 @@ class TorchScriptWriter:
         recipes: tuple[Recipe, ...],
         texts: Texts,  # noqa: ARG002 (nothing is quantized)
         progress: Progress,
-    ) -> Formats:
+        journal: Journal | None = None,  # noqa: ARG002
+    ) -> dict[str, StoredPrecision]:
         for recipe in recipes:
             write_torchscript(folder / self.file_name(recipe), model.config, model.weights, progress)
         return {}

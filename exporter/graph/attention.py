@@ -50,7 +50,16 @@ _GQA = contrib(
     scale="FLOAT",
     local_window_size="INT",
 )
-_ANGLES = contrib(DOMAIN, "RotaryAngles", inputs=3, outputs=2, rotated_heads="INT", plain_heads="INT")
+_ANGLES = contrib(
+    DOMAIN,
+    "RotaryAngles",
+    inputs=3,
+    outputs=2,
+    query_heads="INT",
+    key_heads="INT",
+    value_heads="INT",
+    query_factor="FLOAT",
+)
 """Cosines and sines of the rotary angles at positions [B, S]; see `passes/rotary_angles.py`."""
 
 
@@ -71,10 +80,12 @@ def fused_attention(*arguments: Any) -> Any:
         column = op.Unsqueeze(last, axis_1)
         first = op.Max(op.Sub(op.Add(column, one), new), zero)
         positions = op.Min(op.Add(first, op.Range(zero, new, one)), column)  # [B, S]
+        # onnxruntime multiplies a single query with unpacked keys only if the factor is 1; see bench/RESULTS.md.
+        factor, scale = (scale, 1.0) if 2 * cos.shape[1] == head_dim else (1.0, scale)
         if key is None:
-            query = _rotate_packed(query, cos, sin, positions, num_heads, num_kv_heads, head_dim)
+            query = _rotate_packed(query, cos, sin, positions, num_heads, num_kv_heads, head_dim, factor)
         else:
-            query, key = _rotate(query, key, cos, sin, positions, num_heads, num_kv_heads, head_dim)
+            query, key = _rotate(query, key, cos, sin, positions, num_heads, num_kv_heads, head_dim, factor)
     attributes = {"num_heads": num_heads, "kv_num_heads": num_kv_heads} | _scale(scale, head_dim)
     if window:
         attributes["local_window_size"] = window
@@ -143,24 +154,48 @@ def _positions(query: Any, mask: Any) -> Any:
 
 
 def _rotate(
-    query: Any, key: Any, cos: Any, sin: Any, positions: Any, num_heads: int, num_kv_heads: int, head_dim: int
+    query: Any,
+    key: Any,
+    cos: Any,
+    sin: Any,
+    positions: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    factor: float = 1.0,
 ) -> Any:
-    cosines, sines = _ANGLES(cos, sin, positions, rotated_heads=1, plain_heads=0)  # [B, S, D / 2]
+    """Rotate queries and keys, and multiply queries by a factor."""
+    kinds = {"query_heads": 0, "key_heads": 1, "value_heads": 0, "query_factor": 1.0}
+    key_angles = _ANGLES(cos, sin, positions, **kinds)  # [B, S, D / 2]
+    if factor == 1:
+        query_angles = key_angles
+    else:
+        kinds |= {"query_heads": 1, "key_heads": 0, "query_factor": factor}
+        query_angles = _ANGLES(cos, sin, positions, **kinds)
     return tuple(
-        op.RotaryEmbedding(x, cosines, sines, num_heads=heads, **_partial(cos, head_dim))
-        for x, heads in ((query, num_heads), (key, num_kv_heads))
+        op.RotaryEmbedding(x, *angles, num_heads=heads, **_partial(cos, head_dim))
+        for x, angles, heads in ((query, query_angles, num_heads), (key, key_angles, num_kv_heads))
     )
 
 
 def _rotate_packed(
-    packed: Any, cos: Any, sin: Any, positions: Any, num_heads: int, num_kv_heads: int, head_dim: int
+    packed: Any,
+    cos: Any,
+    sin: Any,
+    positions: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    factor: float,
 ) -> Any:
-    """Rotate queries and keys in [B, S, (H + 2K) * D]: each head becomes a row, and those of values have an angle of 0.
+    """Rotate queries and keys in [B, S, (H + 2K) * D], and multiply queries by a factor.
 
-    Rotating them in place takes 1 µs per layer and token; taking them apart takes three copies.
+    Each head becomes a row, and those of values have an angle of 0. Rotating them in place takes 1 µs per layer and
+    token; taking them apart takes three copies.
     """
     heads = num_heads + 2 * num_kv_heads
-    cosines, sines = _ANGLES(cos, sin, positions, rotated_heads=num_heads + num_kv_heads, plain_heads=num_kv_heads)
+    kinds = {"query_heads": num_heads, "key_heads": num_kv_heads, "value_heads": num_kv_heads, "query_factor": factor}
+    cosines, sines = _ANGLES(cos, sin, positions, **kinds)
     rows = op.Reshape(packed, op.Constant(value_ints=[0, -1, head_dim]))  # [B, S * (H + 2K), D]
     rotated = op.RotaryEmbedding(rows, cosines, sines, num_heads=1, **_partial(cos, head_dim))
     return op.Reshape(rotated, op.Constant(value_ints=[0, -1, heads * head_dim]))

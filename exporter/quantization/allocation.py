@@ -34,20 +34,41 @@ Mix = dict[str, Option]
 
 def most_faithful(options: Options, max_bytes: float) -> Mix:
     """Return the mix with the least divergence within a size, or the smallest one."""
-    return _allocate(options, lambda option: option.divergence, lambda option: option.bytes, max_bytes)
+    return _allocate(options, _divergence, _bytes, max_bytes)
 
 
 def fastest(options: Options, max_divergence: float) -> Mix:
     """Return the fastest mix within a divergence, or the most faithful one."""
-    return _allocate(options, lambda option: option.seconds, lambda option: option.divergence, max_divergence)
+    return _allocate(options, lambda option: option.seconds, _divergence, max_divergence)
 
 
 def smallest(options: Options, max_divergence: float) -> Mix:
     """Return the smallest mix within a divergence, or the most faithful one."""
-    return _allocate(options, lambda option: option.bytes, lambda option: option.divergence, max_divergence)
+    return _allocate(options, _bytes, _divergence, max_divergence)
+
+
+def frontier(options: Options, points: int = 16) -> list[tuple[int, float]]:
+    """Return bytes and divergence of the most faithful mixes between the smallest and the largest."""
+    sizes = [[option.bytes for option in _hull(each, _divergence, _bytes)] for each in options.values()]
+    low, high = sum(map(min, sizes)), sum(map(max, sizes))
+    mixes = [most_faithful(options, low + (high - low) * point / (points - 1)) for point in range(points)]
+    found = {_total(mix, _bytes): _total(mix, _divergence) for mix in mixes}
+    return [(round(size), divergence) for size, divergence in found.items()]
 
 
 _Measure = Callable[[Option], float]
+
+
+def _bytes(option: Option) -> float:
+    return option.bytes
+
+
+def _divergence(option: Option) -> float:
+    return option.divergence
+
+
+def _total(mix: Mix, measure: _Measure) -> float:
+    return sum(map(measure, mix.values()))
 
 
 def _allocate(options: Options, loss: _Measure, resource: _Measure, limit: float) -> Mix:

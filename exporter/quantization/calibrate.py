@@ -11,8 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,12 +19,13 @@ from torch import Tensor
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.parallel import worker_threads
-from llm_edge.exporter.quantization.allocation import Option
+from llm_edge.exporter.quantization.allocation import Option, frontier
 from llm_edge.exporter.quantization.blocks import BlockLayout
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat
 from llm_edge.exporter.quantization.goals import Model
 from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.head import quantize_rows
+from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.observe import CacheRange, Observer
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights
@@ -57,8 +57,17 @@ class StoredFormat:
     divergence: float | None = None
 
 
-Formats = Mapping[str, Mapping[str, StoredFormat]]
-"""By recipe name, the formats of all projections and the embedding by module path; empty for TorchScript."""
+@dataclass(frozen=True, slots=True)
+class StoredPrecision:
+    """How the weights of a precision are stored.
+
+    Attributes:
+        formats: of all projections and the embedding by module path.
+        frontier: see `CalibratedWeights`; empty for a precision that is not calibrated.
+    """
+
+    formats: Mapping[str, StoredFormat] = field(default_factory=dict)
+    frontier: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +78,13 @@ class CalibratedWeights:
         formats: by module path, for example `layers.0.mlp.down`.
         caches: value ranges of each layer's cache.
         store: holds the weights.
+        frontier: size in bytes and estimated mean KL divergence, in nats, of the best mixes.
     """
 
     formats: Mapping[str, StoredFormat]
     caches: Sequence[CacheRange]
     store: QuantizedStore
+    frontier: Sequence[tuple[int, float]]
 
     def load(self, module: str) -> Quantized:
         """Load a weight; the embedding by the path of the head if that is tied to it."""
@@ -85,22 +96,26 @@ def calibrate(
     weights: RotatedWeights,
     recipes: Sequence[Recipe],
     texts: Texts,
-    folder: Path,
+    journal: Journal,
     progress: Callable[[float, str], None],
 ) -> dict[str, CalibratedWeights]:
-    """Quantize a rotated model, of shape `config`, for each calibrated recipe, to an empty folder.
+    """Quantize a rotated model, of shape `config`, for each calibrated recipe, to the folder of a journal.
 
-    `progress` is called with the completed fraction and the current item. The result is by recipe name.
+    Steps that the journal lists are not repeated. `progress` is called with the completed fraction and the current
+    item. The result is by recipe name.
     """
-    return _Calibration(config, weights, recipes, folder).run(texts, progress)
+    return _Calibration(config, weights, recipes, journal).run(texts, progress)
 
 
 class _Calibration:
-    def __init__(self, config: ModelConfig, weights: RotatedWeights, recipes: Sequence[Recipe], folder: Path) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: RotatedWeights, recipes: Sequence[Recipe], journal: Journal
+    ) -> None:
         self._config = config
         self._recipes = recipes
-        self._store = QuantizedStore(folder / "weights")
-        self._states = States(folder / "states")
+        self._journal = journal
+        self._store = QuantizedStore(journal.folder / "weights")
+        self._states = States(journal.folder / "states")
         self._decoder = LayerwiseDecoder(config, weights)
         self._errors: dict[Stored, float] = {}
         self._caches: list[CacheRange] = []
@@ -110,35 +125,89 @@ class _Calibration:
         with worker_threads() as threads:
             self._quantize(texts, lambda done, item: progress(_QUANTIZE_FRACTION * done, item), threads)
             probes = [window.tokens for window in texts.probes]
-            sensitivity = SensitivityPass(self._decoder, probes, self._states, self._store, threads)
+            sensitivity = SensitivityPass(self._decoder, probes, self._states, self._store, threads, self._journal)
             start = _QUANTIZE_FRACTION
             divergences = sensitivity.measure([Q8_0], lambda done: progress(start + (1 - start) * done, "sensitivity"))
         return self._choose(divergences)
 
     def _quantize(self, texts: Texts, progress: Callable[[float, str], None], threads: Executor) -> None:
         """Quantize all weights in all formats, and store the inputs of all layers on the probes."""
-        decoder, layers = self._decoder, self._config.num_hidden_layers
+        done = 0
+        while self._restore(f"layer {done}"):
+            self._caches.append(CacheRange(*self._journal.load(f"cache-{done}")))
+            done += 1
+        if self._restore(HEAD):
+            return
+        states = self._quantize_layers(done, texts, progress, threads)
+        progress(1.0, "head")
+        self._quantize_head(states, threads)
+        self._complete(HEAD, [HEAD, EMBEDDING])
+
+    def _quantize_layers(
+        self, start: int, texts: Texts, progress: Callable[[float, str], None], threads: Executor
+    ) -> list[Tensor]:
+        """Quantize all layers from one on; returns the outputs of the last layer."""
+        decoder, layers, journal = self._decoder, self._config.num_hidden_layers, self._journal
         observer = Observer(decoder, [window.tokens for window in texts.calibration], threads)
         probes = Observer(decoder, [window.tokens for window in texts.probes], threads)
+        if start:
+            observer.states, probes.states = journal.load(f"outputs-{start - 1}"), self._states.load(start)
         running: list[Future[None]] = []
-        for number, layer in enumerate(decoder.layers()):
+        for number, layer in zip(range(start, layers), decoder.layers(range(start, layers)), strict=True):
             self._states.save(number, probes.states)
             probes.run(number)
             found = observer.observe(number, layer)
             self._caches.append(found.cache)
+            journal.save(f"outputs-{number}", observer.states)
+            journal.save(f"cache-{number}", [found.cache.key, found.cache.value])
             observed = {name: _summarize(found.inputs.pop(name), threads) for name in list(found.inputs)}
-            for task in running:
-                task.result()
+            self._complete_layer(number - 1, running)
             progress(number / layers, f"layer {number + 1}")
             running = [
                 threads.submit(self._quantize_projection, f"layers.{number}.{name}", found.weights[name], inputs)
                 for name, inputs in sorted(observed.items(), key=lambda item: -item[1].samples.shape[1])
             ]
         self._states.save(layers, probes.states)
+        self._complete_layer(layers - 1, running)
+        return observer.states
+
+    def _complete_layer(self, number: int, running: Sequence[Future[None]]) -> None:
+        """Wait until a layer's projections are quantized; the next layer's inputs are stored by then."""
         for task in running:
             task.result()
-        progress(1.0, "head")
-        self._quantize_head(observer.states, threads)
+        if running:
+            prefix = f"layers.{number}."
+            self._complete(f"layer {number}", [name for name in self._store.shapes if name.startswith(prefix)])
+            self._journal.discard(f"outputs-{number - 1}")
+
+    def _complete(self, step: str, modules: Sequence[str]) -> None:
+        """Add quantized weights to the journal."""
+        stored = [(module, each) for module in modules for each in self._store.formats(module)]
+        self._journal.complete(
+            step,
+            [
+                [
+                    module,
+                    each.label,
+                    self._store.shapes[module],
+                    self._store.bytes(module, each),
+                    self._errors.get((module, each)),
+                ]
+                for module, each in stored
+            ],
+            [self._store.path(module, each) for module, each in stored],
+        )
+
+    def _restore(self, step: str) -> bool:
+        """Take over the weights of a step; returns whether it was completed."""
+        if step not in self._journal.steps:
+            return False
+        for module, label, (rows, columns), size, error in self._journal.steps[step]:
+            weight_format = next(each for each in self._formats(module, columns) if each.label == label)
+            self._store.restore(module, weight_format, (rows, columns), size)
+            if error is not None:
+                self._errors[module, weight_format] = error
+        return True
 
     def _quantize_projection(self, module: str, weight: Tensor, observed: ObservedInputs) -> None:
         expected = observed.samples @ weight.T
@@ -175,7 +244,7 @@ class _Calibration:
 
     def _choose(self, divergences: Mapping[Stored, float]) -> dict[str, CalibratedWeights]:
         """Choose a mix for each recipe, and delete all other weights."""
-        weights = self._store.shapes
+        weights = dict(sorted(self._store.shapes.items()))  # threads add them in any order
         model = Model(
             self._config,
             other_bytes=_other_bytes(self._config, sum(map(math.prod, weights.values()))),
@@ -197,11 +266,12 @@ class _Calibration:
                 for module, shape in weights.items()
             }
             mix = recipe.goal.choose(options, model)
+            points = [(size + model.other_bytes, divergence) for size, divergence in frontier(options)]
             formats = {
                 module: StoredFormat(option.format, self._errors.get((module, option.format)), option.divergence)
                 for module, option in mix.items()
             }
-            chosen[recipe.name] = CalibratedWeights(formats, self._caches, self._store)
+            chosen[recipe.name] = CalibratedWeights(formats, self._caches, self._store, points)
         self._store.keep({(module, it.format) for each in chosen.values() for module, it in each.formats.items()})
         return chosen
 

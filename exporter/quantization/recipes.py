@@ -95,6 +95,7 @@ _INT4_CHOICES = {
     HEAD: (_INT4_BLOCKS[-1], _INT8_BLOCKS),
     EMBEDDING: (_INT4_BLOCKS[-1], _INT8_BLOCKS),
 }
+_MIXED_CHOICES = {role: (*_INT4_CHOICES[role], *_INT8_CHOICES[role]) for role in _INT4_CHOICES}
 _INT8 = Recipe("int8", "model_quantized", choices=_INT8_CHOICES, goal=AsFaithfulAsQ8())
 
 # The first precision of a bundle is the default one, so that special precisions come last.
@@ -117,6 +118,11 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("fp16", "model_fp16", projections=Dense(16), embedding=Dense(16)),  # for CUDA
     )
 }
+
+
+def mixed(goal: Goal) -> Recipe:
+    """Return the precision `mixed`, a mix of all formats that a target on the command line decides on."""
+    return Recipe("mixed", "model_mixed", choices=_MIXED_CHOICES, goal=goal)
 
 
 def parse_precisions(text: str) -> tuple[Recipe, ...]:

@@ -9,7 +9,7 @@ backward pass, layer by layer, therefore serves all formats of all weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +25,29 @@ from llm_edge.exporter.quantization.blocks import QuantizedBlocks
 from llm_edge.exporter.quantization.formats.base import Quantized, WeightFormat
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.head import measure_head, rows_of
+from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.observe import CallRecorder, projections_of
 from llm_edge.exporter.quantization.store import QuantizedStore, Stored
 
 Q8_0 = Blocks(bits=8, size=32, symmetric=True)
 """Weights and activations rounded to the nearest level, as GGUF's type of this name is computed with."""
+
+
+_RESULT = "sensitivity"  # name of the last step
+
+
+def _step(number: int) -> str:
+    """Return the name of the step that measures a layer, or the head as the one after the last."""
+    return f"sensitivity {number}"
+
+
+def _gradients(number: int) -> str:
+    """Return the name of the gradients of a layer's inputs."""
+    return f"gradients-{number}"
+
+
+def _to_json(measured: Mapping[Stored, Sequence[float]]) -> list[object]:
+    return [[module, each.label, [*values]] for (module, each), values in measured.items()]
 
 
 class States:
@@ -70,6 +88,7 @@ class SensitivityPass:
         windows: tokens of each window.
         states: inputs of all layers and, after them, the outputs of the last.
         store: weights in all formats.
+        journal: lists the layers that were measured, which are not measured again.
     """
 
     def __init__(
@@ -79,12 +98,14 @@ class SensitivityPass:
         states: States,
         store: QuantizedStore,
         threads: Executor,
+        journal: Journal,
     ) -> None:
         self._decoder = decoder
         self._windows = windows
         self._states = states
         self._store = store
         self._threads = threads
+        self._journal = journal
         self._recorder = CallRecorder()
 
     def measure(self, references: Sequence[Blocks], progress: Callable[[float], None]) -> dict[Stored, float]:
@@ -92,11 +113,38 @@ class SensitivityPass:
 
         References are rounded to nearest.
         """
+        known = self._restore(_RESULT, references)
+        if known is None:
+            upstream, found = self._measure_or_restore_head(references)
+            upstream, changes = self._measure_layers(upstream, references, progress)
+            found |= self._divergences(changes)
+            self._measure_embedding(upstream, references, found)
+            known = {stored: [divergence] for stored, divergence in found.items()}
+            self._journal.complete(_RESULT, _to_json(known))
+        return {stored: divergence for stored, (divergence,) in known.items()}
+
+    def _measure_or_restore_head(self, references: Sequence[Blocks]) -> tuple[list[Tensor], dict[Stored, float]]:
+        """Return the gradients of the last layer's outputs, empty if later ones are stored, and divergences."""
         layers = self._decoder.config.num_hidden_layers
+        head = self._restore(_step(layers), references)
+        if head is not None:
+            return [], {stored: divergence for stored, (divergence,) in head.items()}
         found: dict[Stored, float] = {}
         upstream = self._measure_head(references, found)
+        self._complete(layers, upstream, {stored: [divergence] for stored, divergence in found.items()})
+        return upstream, found
+
+    def _measure_layers(
+        self, upstream: list[Tensor], references: Sequence[Blocks], progress: Callable[[float], None]
+    ) -> tuple[list[Tensor], dict[Stored, Change]]:
+        """Return the gradients of the first layer's inputs, and the changes by all projections."""
+        first = layers = self._decoder.config.num_hidden_layers  # `first` of those that were measured before
         changes: dict[Stored, Change] = {}
-        numbers = range(layers - 1, -1, -1)
+        while (restored := self._restore(_step(first - 1), references)) is not None:
+            changes |= {stored: Change(*sums) for stored, sums in restored.items()}
+            first -= 1
+        upstream = upstream or self._journal.load(_gradients(first))
+        numbers = range(first - 1, -1, -1)
         for number, layer in zip(numbers, self._decoder.layers(numbers), strict=True):
             progress(1 - (number + 1) / layers)
             with self._recorder.recording(layer):
@@ -110,11 +158,27 @@ class SensitivityPass:
                 )
                 for name, module in projections_of(layer).items()
             ]
-            for task in tasks:
-                changes |= task.result()
-        found |= self._divergences(changes)
-        self._measure_embedding(upstream, references, found)
-        return found
+            measured = {stored: change for task in tasks for stored, change in task.result().items()}
+            changes |= measured
+            self._complete(
+                number, upstream, {stored: [each.positions, each.windows] for stored, each in measured.items()}
+            )
+        return upstream, changes
+
+    def _complete(self, number: int, upstream: Sequence[Tensor], measured: Mapping[Stored, list[float]]) -> None:
+        """Add a layer, or the head as the one after the last, to the journal, with the gradients of its inputs."""
+        self._journal.save(_gradients(number), upstream)
+        self._journal.complete(_step(number), _to_json(measured))
+        self._journal.discard(_gradients(number + 1))
+
+    def _restore(self, step: str, references: Sequence[Blocks]) -> dict[Stored, list[float]] | None:
+        """Return what was measured in a step, or None if it was not completed."""
+        if step not in self._journal.steps:
+            return None
+        formats: dict[str, dict[str, WeightFormat]] = {}
+        for module, *_ in self._journal.steps[step]:
+            formats[module] = {each.label: each for each in (*self._store.formats(module), *references)}
+        return {(module, formats[module][label]): values for module, label, values in self._journal.steps[step]}
 
     def _differentiate(
         self, number: int, state: Tensor, upstream: Tensor
@@ -166,10 +230,11 @@ class SensitivityPass:
         """
         positions: dict[str, float] = defaultdict(float)
         windows: dict[str, float] = defaultdict(float)
-        for (module, _), change in changes.items():
-            role = module.rpartition(".")[2]
-            positions[role] += change.positions
-            windows[role] += change.windows
+        for (module, weight_format), change in changes.items():
+            if weight_format == Q8_0:  # so that a precision does not depend on others that are exported with it
+                role = module.rpartition(".")[2]
+                positions[role] += change.positions
+                windows[role] += change.windows
         tokens = sum(map(len, self._windows))
         factors = {role: windows[role] / max(positions[role], 1e-30) for role in positions}
         self.factors = factors

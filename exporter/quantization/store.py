@@ -15,7 +15,7 @@ Stored = tuple[str, WeightFormat]
 
 
 class QuantizedStore:
-    """Quantized weights by module path, for example `layers.0.mlp.down`, and format, in an empty folder.
+    """Quantized weights by module path, for example `layers.0.mlp.down`, and format, in a folder of their own.
 
     Attributes:
         shapes: [N, K] of the stored weights by module path.
@@ -33,14 +33,19 @@ class QuantizedStore:
         values = {field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized)}
         arrays = {name: value for name, value in values.items() if value is not None}
         self._bytes[module, weight_format] = sum(np.asarray(value).nbytes for value in arrays.values())
-        with self._path(module, weight_format).open("wb") as file:
+        with self.path(module, weight_format).open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
+
+    def restore(self, module: str, weight_format: WeightFormat, shape: tuple[int, int], size: int) -> None:
+        """Add a weight of a size in bytes that an earlier process stored in the same folder."""
+        self.shapes[module] = shape
+        self._bytes[module, weight_format] = size
 
     def load(self, module: str, weight_format: WeightFormat) -> Quantized:
         """Load a weight."""
         kind = weight_format.quantized_type
         assert kind is not None
-        with np.load(self._path(module, weight_format)) as arrays:
+        with np.load(self.path(module, weight_format)) as arrays:
             fields = {field.name: arrays.get(field.name) for field in dataclasses.fields(kind)}
         scalars = {name: value.item() for name, value in fields.items() if value is not None and not value.ndim}
         return kind(**fields | scalars)
@@ -57,9 +62,10 @@ class QuantizedStore:
         """Delete all other weights."""
         for stored in self._bytes.keys() - set(chosen):
             del self._bytes[stored]
-            self._path(*stored).unlink()
+            self.path(*stored).unlink(missing_ok=True)  # a resumed export may have deleted it before
 
-    def _path(self, module: str, weight_format: WeightFormat) -> Path:
+    def path(self, module: str, weight_format: WeightFormat) -> Path:
+        """Return the file of a weight."""
         return self._folder / f"{module}.{weight_format.label.replace('/', '_')}"
 
 

@@ -344,7 +344,7 @@ def test_json_progress_is_one_object_per_line(
     assert (last["stage"], last["path"]) == ("done", str(tmp_path / "bundle"))
     order = [line["stage"] for line in lines]
     assert order == sorted(order, key=STAGES.index)
-    assert set(order) == set(STAGES) - {"recovering", "refining"}  # there is nothing to recover or to refine
+    assert set(order) == set(STAGES) - {"recovering", "refining", "interrupted"}
     for stage in set(order):
         shares = [line["share"] for line in lines if line["stage"] == stage]
         known = [share for share in shares if share is not None]
@@ -391,7 +391,7 @@ def test_the_report_matches_the_manifest(
     code, text, errors = llm_export(tiny_checkpoint, "-o", tmp_path / "bundle")
     assert code == 0
     assert [line.split()[0] for line in errors.splitlines()] == [
-        stage for stage in STAGES if stage not in ("recovering", "refining")
+        stage for stage in STAGES if stage not in ("recovering", "refining", "interrupted")
     ]
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     for name, entry in read(tmp_path / "bundle" / "manifest.json")["precisions"].items():

@@ -135,7 +135,7 @@ class PortableBlocks(Emitter[BlockLayout]):
     """Standard operators: blockwise DequantizeLinear (opset 21) before MatMul or after Gather.
 
     onnxruntime fuses the pair DequantizeLinear and MatMul when it loads the graph. That requires a transposed weight,
-    so that an embedding tied to the head is stored twice.
+    so that an embedding tied to the head is stored twice; with a byte per weight, since Gather does not support 4 bits.
     """
 
     def linear(self, x: ir.Value, weight: ir.Value, path: str, num_splits: int = 1) -> list[ir.Node]:
@@ -175,7 +175,7 @@ class PortableBlocks(Emitter[BlockLayout]):
         blocks = layout.num_blocks(width)
         signed = {8: (ir.DataType.INT8, np.int8), 4: (ir.DataType.INT4, ml_dtypes.int4)}
         unsigned = {8: (ir.DataType.UINT8, np.uint8), 4: (ir.DataType.UINT4, ml_dtypes.uint4)}
-        dtype, numpy_type = (signed if layout.symmetric else unsigned)[layout.bits]
+        dtype, numpy_type = (signed if layout.symmetric else unsigned)[layout.bits if transposed else 8]
 
         def arrange(array: Array) -> Array:
             array = array[index * rows : (index + 1) * rows]

@@ -46,7 +46,14 @@ def config_with(rope: Rope) -> ModelConfig:
     )
 
 
-def compute(rope: Rope, positions: npt.NDArray[np.int64], rotated: int, plain: int) -> list[npt.NDArray[np.float32]]:
+def compute(
+    rope: Rope,
+    positions: npt.NDArray[np.int64],
+    query_heads: int = 0,
+    key_heads: int = 1,
+    value_heads: int = 0,
+    query_factor: float = 1.0,
+) -> list[npt.NDArray[np.float32]]:
     """Run a graph that holds nothing but the angles of `positions` [B, S]."""
     given = ir.Value(name="positions", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["B", "S"]))
     tables = [
@@ -56,7 +63,12 @@ def compute(rope: Rope, positions: npt.NDArray[np.int64], rotated: int, plain: i
     node = ir.node(
         "RotaryAngles",
         [*tables, given],
-        {"rotated_heads": rotated, "plain_heads": plain},
+        {
+            "query_heads": query_heads,
+            "key_heads": key_heads,
+            "value_heads": value_heads,
+            "query_factor": query_factor,
+        },
         domain=DOMAIN,
         num_outputs=2,
         name="/angles",
@@ -80,28 +92,37 @@ def table_rows(rope: Rope, positions: npt.NDArray[np.int64]) -> list[npt.NDArray
 @pytest.mark.parametrize("positions", [[[0, 1, 2], [60, 61, 62]], [[100, 101]], [[FAR - 2], [7]]])
 def test_angles_are_those_of_the_tables(name: str, positions: list[list[int]]) -> None:
     rope, at = ROPES[name], np.array(positions)
-    for found, wanted in zip(compute(rope, at, 1, 0), table_rows(rope, at), strict=True):
+    for found, wanted in zip(compute(rope, at), table_rows(rope, at), strict=True):
         assert found.shape == wanted.shape
         assert np.abs(found - wanted).max() <= 2.5e-7
 
 
 def test_values_in_a_packed_projection_are_not_rotated() -> None:
     rope, at = ROPES["yarn, with an amplitude"], np.array([[5, 6], [2, 3]])
-    for found, wanted, unrotated in zip(compute(rope, at, 3, 2), table_rows(rope, at), (1, 0), strict=True):
+    for found, wanted, unrotated in zip(compute(rope, at, 1, 2, 2), table_rows(rope, at), (1, 0), strict=True):
         heads = found.reshape(2, 2, 5, -1)
         assert np.abs(heads[:, :, :3] - wanted[:, :, None]).max() <= 2.5e-7
         assert (heads[:, :, 3:] == unrotated).all()
+
+
+def test_only_queries_are_multiplied_by_the_factor_of_attention() -> None:
+    rope, at = ROPES["yarn, with an amplitude"], np.array([[5, 6]])
+    packed = compute(rope, at, 2, 1, 1, query_factor=0.5)
+    alone = compute(rope, at, 1, 0, query_factor=0.5)
+    for found, query, wanted in zip(packed, alone, table_rows(rope, at), strict=True):
+        heads = found.reshape(1, 2, 4, -1)
+        assert np.abs(heads[:, :, :2] - 0.5 * wanted[:, :, None]).max() <= 2.5e-7
+        assert np.abs(heads[:, :, 2] - wanted).max() <= 2.5e-7
+        assert np.abs(query - 0.5 * wanted).max() <= 2.5e-7
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_the_angles_of_a_token_do_not_depend_on_the_tokens_beside_it(name: str) -> None:
     """Otherwise an answer would depend on how its prompt was split."""
     positions = np.arange(65, 85)[None]
-    together = compute(ROPES[name], positions, 1, 0)
+    together = compute(ROPES[name], positions)
     for index in range(positions.size):
-        for alone, all_of_them in zip(
-            compute(ROPES[name], positions[:, index : index + 1], 1, 0), together, strict=True
-        ):
+        for alone, all_of_them in zip(compute(ROPES[name], positions[:, index : index + 1]), together, strict=True):
             assert (alone[0, 0] == all_of_them[0, index]).all()
 
 
