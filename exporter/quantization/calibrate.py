@@ -39,6 +39,7 @@ from llm_edge.runtime.errors import CheckpointError
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
 _TILE = 512  # rows and columns of a Hessian computed at once
 _QUANTIZE_FRACTION = 0.75  # of the time
+_MAX_DIVERGENCE = 1e6
 _GRAPH_BYTES = 16_000  # of a layer in the graph, without weights
 
 
@@ -244,6 +245,10 @@ class _Calibration:
 
     def _choose(self, divergences: Mapping[Stored, float]) -> dict[str, CalibratedWeights]:
         """Choose a mix for each recipe, and delete all other weights."""
+        divergences = {
+            stored: value if value <= _MAX_DIVERGENCE else _MAX_DIVERGENCE  # also for NaN
+            for stored, value in divergences.items()
+        }
         weights = dict(sorted(self._store.shapes.items()))  # threads add them in any order
         model = Model(
             self._config,
