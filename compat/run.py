@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / ".compat"
-TEXT = HERE.parent / "exporter" / "data" / "validation.txt"
+TEXT = HERE.parent / "exporter" / "data" / "validation" / "prose.txt"
 LONG_PROMPT = 300
 TIME_LIMIT = 900  # seconds for one consumer and precision
 

@@ -207,8 +207,14 @@ def _print_report(report: Report, seconds: float) -> None:
     console.print(table)
     if validation := report.validation:
         print("KL, top-1 and perplexity against PyTorch fp32 on the bundled validation text.")
-        if by_kind := _divergence_by_kind(validation):
-            print(by_kind)
+        if rows := _divergence_by_kind(validation):
+            print("Mean KL by kind of text:")
+            by_kind = Table(box=None, pad_edge=False, header_style="bold")
+            for name in rows[0]:
+                by_kind.add_column(name, justify="right" if name else "left", no_wrap=True)
+            for row in rows[1:]:
+                by_kind.add_row(*row)
+            console.print(by_kind)
         print(_independent_check(validation, report.layers))
     else:
         print("Not validated (--no-validate): the difference from PyTorch is unknown.")
@@ -248,14 +254,15 @@ def _independent_check(validation: Validation, layers: int) -> str:
     )
 
 
-def _divergence_by_kind(validation: Validation) -> str:
-    """Return a line with the mean KL of each precision by kind of text; empty if there is a single kind."""
-    lines = [
-        f"{name}: {', '.join(f'{kind} {value:.1e}' for kind, value in quality.kl_by_kind.items())}"
+def _divergence_by_kind(validation: Validation) -> list[list[str]]:
+    """Return a heading and a row per precision with its mean KL by kind of text; empty if there is a single kind."""
+    rows = [
+        [name, *(f"{value:.1e}" for value in quality.kl_by_kind.values())]
         for name, quality in validation.qualities.items()
         if quality.kl_by_kind
     ]
-    return "\n".join(["Mean KL by kind of text:", *lines]) if lines else ""
+    kinds = list(dict.fromkeys(kind for quality in validation.qualities.values() for kind in quality.kl_by_kind))
+    return [["", *kinds], *rows] if rows else []
 
 
 def _measurements(name: str, validation: Validation | None) -> list[str]:

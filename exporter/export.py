@@ -24,6 +24,7 @@ from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredPrecision
 from llm_edge.exporter.quantization.goals import MaxBitsPerWeight, MaxDivergence, MaxSize
 from llm_edge.exporter.quantization.recipes import Recipe, mixed, parse_precisions
+from llm_edge.exporter.quantization.refine import can_refine
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.texts import Texts, load_texts
 from llm_edge.exporter.validation.parity import verify_parity
@@ -61,8 +62,10 @@ def export(
     if options.file_format is FileFormat.ONNX and _keeps_source(source, checkpoint):
         recipes = _recipes(options, _QUANTIZED_DEFAULT)
     _check_source_blocks(source, checkpoint, recipes)
+    if options.refine and not any(can_refine(recipe) for recipe in recipes):
+        raise ParameterError("--refine applies to 4-bit weights: add int4 or int4-mixed to --precision, or omit it")
     writer = _choose_writer(source, checkpoint, options, recipes)
-    texts = load_texts(checkpoint)
+    texts = load_texts(checkpoint, sampled=any(recipe.calibrated for recipe in recipes))
     resumable = options.resume or (resumable and _is_large(checkpoint, recipes))
     kept = kept_journal(target, identity_of(checkpoint, recipes, texts), resume=options.resume, progress=progress)
     with staging(target, options.force) as folder, kept if resumable else contextlib.nullcontext() as journal:
@@ -142,6 +145,8 @@ def _check_file_format(options: ExportOptions, recipes: tuple[Recipe, ...]) -> N
             raise ParameterError("--graph applies to ONNX only: omit it with --format torchscript")
         if options.hidden_states:
             raise ParameterError("--hidden-states applies to ONNX only: omit it with --format torchscript")
+        if options.refine:
+            raise ParameterError("--refine applies to ONNX only: omit it with --format torchscript")
         TorchScriptWriter(recipes)
 
 
@@ -192,7 +197,7 @@ def _choose_writer(
     style = GraphStyle.FUSED if fused else GraphStyle.PORTABLE
     for recipe in recipes:
         check_cache(recipe, style)
-    return OnnxWriter(style, checkpoint.config.hidden_size if options.hidden_states else None)
+    return OnnxWriter(style, checkpoint.config.hidden_size if options.hidden_states else None, options.refine)
 
 
 def _required_bytes(checkpoint: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts | None) -> int:

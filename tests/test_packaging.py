@@ -128,7 +128,7 @@ def test_the_source_distribution_can_be_built_and_read(dist: Path, tree: Path) -
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    texts = ("exporter/data/calibration.txt", "exporter/data/validation.txt")
+    texts = ("exporter/data/calibration/prose.txt", "exporter/data/validation/chat.json")
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", *texts, "runtime/py.typed"):
         assert name in names
     sources = {str(path.relative_to(tree)) for folder in FOLDERS for path in (tree / folder).rglob("*.py")}

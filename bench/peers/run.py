@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llm_edge.runtime.bundle import Bundle
 
 HERE = Path(__file__).resolve().parent
-TEXT = HERE.parents[1] / "exporter" / "data" / "validation.txt"
+TEXT = HERE.parents[1] / "exporter" / "data" / "validation" / "prose.txt"
 TOKENS, WINDOW = 2048, 512
 _QUIET = 0.2  # CPUs that other processes may use
 _MAX_CHARACTERS = 64 * TOKENS  # of a text; no tokenizer averages more characters per token

@@ -19,6 +19,7 @@ from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredPr
 from llm_edge.exporter.quantization.hadamard import rotation
 from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
+from llm_edge.exporter.quantization.refine import can_refine, refine
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
@@ -37,11 +38,13 @@ class OnnxWriter:
     Attributes:
         style: style of the graphs; None for TorchScript.
         hidden_size: width of the hidden states to add to the outputs; None adds none.
+        refined: train 4-bit weights after rounding.
         name: of the format in the manifest, and of the folder in the bundle.
     """
 
     style: GraphStyle
     hidden_size: int | None = None
+    refined: bool = False
     name = ONNX
 
     def write(
@@ -66,6 +69,10 @@ class OnnxWriter:
             if to_calibrate := [recipe for recipe in recipes if recipe.calibrated]:
                 report = partial(progress, "calibrating")
                 calibrated = calibrate(*rotated, to_calibrate, texts, journal or Journal(Path(quantized)), report)
+            for name in [recipe.name for recipe in recipes if self.refined and can_refine(recipe)]:
+                report = partial(progress, "refining")
+                refined = Path(quantized) / f"refined-{name}"
+                calibrated[name] = refine(*rotated, calibrated[name], texts, refined, report)
             traces: dict[ModelConfig, ir.Model] = {}
             for shape in dict.fromkeys(rotated[0] if recipe.calibrated else config for recipe in recipes):
                 progress("tracing", None, f"{config.num_hidden_layers} layers, {self.style.value} graph")

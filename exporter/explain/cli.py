@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from llm_edge.runtime.safe_io import read_json
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _MIN_WIDTH = 100  # columns of the tables
 _MIN_MEGABYTES = 100_000  # sizes are shown in MB if the largest projection has at least this many bytes
+_FRONTIER_POINTS = 8  # in the table
 _ERROR_LEGEND = """\
 error: mean over calibration tokens of |y' - y|² / |y|², where y is a projection's output in fp32
        and y' its output with the stored weight, for the same input."""
@@ -124,6 +126,13 @@ def _print_precision(explanation: PrecisionExplanation) -> None:
     print()
     console.print(sizes)
     print()
+    if explanation.frontier:
+        frontier = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=False)
+        points = explanation.frontier[:: max(math.ceil(len(explanation.frontier) / _FRONTIER_POINTS), 1)]
+        frontier.add_row(f"best mixes, {unit_name}", *(_three_digits(size / unit) for size, _ in points))
+        frontier.add_row("estimated KL", *(_short_exponent(divergence) for _, divergence in points))
+        console.print(frontier)
+        print()
 
 
 def _print_legend(explanations: Sequence[PrecisionExplanation]) -> None:

@@ -106,6 +106,9 @@ def _draw_sizes(explanations: Sequence[PrecisionExplanation], axes: Axes) -> Non
     axes.set_ylim(low / 1.5, high)
     widest = 1.3 * max(explanation.size for explanation in explanations) / 1e6
     axes.set_xlim(0, widest)
+    for explanation in explanations:
+        points = [(size / 1e6, divergence) for size, divergence in explanation.frontier if divergence > 0]
+        axes.plot(*zip(*points, strict=True), color="#999999", linewidth=1, linestyle="--") if points else None
     above = -math.inf
     for explanation, divergence in sorted(known, key=lambda item: item[1]):
         size, exact = explanation.size / 1e6, divergence <= _EXACT

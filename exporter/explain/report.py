@@ -45,6 +45,7 @@ class PrecisionExplanation:
         other: bytes of `norms`, `tables` (rotary tables, Hadamard matrices and the like), and `graph`: operators,
             small constants, and gaps between tensors.
         divergence: mean KL divergence from PyTorch fp32 in nats; None if it was not measured.
+        frontier: size in bytes and estimated divergence of the best mixes of its formats, by size.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PrecisionExplanation:
     outside: Mapping[str, StoredWeight]
     other: Mapping[str, int]
     divergence: float | None
+    frontier: Sequence[tuple[int, float]] = ()
 
     @property
     def roles(self) -> list[str]:
@@ -108,10 +110,18 @@ def _explain_precision(bundle: Bundle, name: str) -> PrecisionExplanation:
     if divergence is not None and not _is_number(divergence):
         raise BundleError(f"{where}.quality.kl_mean is {divergence!r}, not a number: export the bundle again")
     size = bundle.precisions[name].size
-    explanation = PrecisionExplanation(name, size, layers, outside, other_sizes, divergence)
+    frontier = _read_frontier(entry.get("frontier", []), f"{where}.frontier")
+    explanation = PrecisionExplanation(name, size, layers, outside, other_sizes, divergence, frontier)
     if len(explanation.roles) > _MAX_SHOWN:
         raise BundleError(f"{where}.projections: more than {_MAX_SHOWN} roles of projections: export the bundle again")
     return explanation
+
+
+def _read_frontier(given: Any, where: str) -> list[tuple[int, float]]:
+    points: list[Any] = given if isinstance(given, list) and len(given) <= _MAX_SHOWN else [None]
+    if not all(isinstance(point, dict) and _is_number(point.get("divergence")) for point in points):
+        raise BundleError(f"{where} is not a list of sizes and divergences: export the bundle again")
+    return [(_read_size(point.get("bytes"), f"{where}.bytes"), point["divergence"]) for point in points]
 
 
 def _read_weight(given: Any, where: str) -> StoredWeight:

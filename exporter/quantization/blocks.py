@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,13 @@ class QuantizedBlocks:
         zeros = torch.from_numpy(self.zeros().astype(np.float32))
         blocks = (levels - zeros[..., None]) * torch.from_numpy(self.scales)[..., None]
         return blocks.flatten(1)[:, :width]
+
+    def with_levels(self, levels: Tensor) -> QuantizedBlocks:
+        """Return the same blocks with other integers [N, K], given as floating-point numbers."""
+        zeros = torch.from_numpy(self.zeros()).float()
+        padding = self.levels().shape[1] - levels.shape[1]
+        padded = torch.cat([levels, zeros[:, -1:].expand(-1, padding)], 1)
+        return replace(self, data=_pack(padded.view(*self.scales.shape, -1).byte(), self.bits))
 
     def apply(self, inputs: Tensor) -> Tensor:
         """Multiply inputs [rows, K], rounded to 8 bits block by block, by the transpose of the weight: [rows, N]."""

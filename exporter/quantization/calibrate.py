@@ -78,7 +78,7 @@ class CalibratedWeights:
         formats: by module path, for example `layers.0.mlp.down`.
         caches: value ranges of each layer's cache.
         store: holds the weights.
-        frontier: bytes and estimated mean KL divergence, in nats, of the best mixes by size.
+        frontier: size in bytes and estimated mean KL divergence, in nats, of the best mixes.
     """
 
     formats: Mapping[str, StoredFormat]
@@ -266,11 +266,12 @@ class _Calibration:
                 for module, shape in weights.items()
             }
             mix = recipe.goal.choose(options, model)
+            points = [(size + model.other_bytes, divergence) for size, divergence in frontier(options)]
             formats = {
                 module: StoredFormat(option.format, self._errors.get((module, option.format)), option.divergence)
                 for module, option in mix.items()
             }
-            chosen[recipe.name] = CalibratedWeights(formats, self._caches, self._store, frontier(options))
+            chosen[recipe.name] = CalibratedWeights(formats, self._caches, self._store, points)
         self._store.keep({(module, it.format) for each in chosen.values() for module, it in each.formats.items()})
         return chosen
 

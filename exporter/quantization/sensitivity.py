@@ -230,10 +230,11 @@ class SensitivityPass:
         """
         positions: dict[str, float] = defaultdict(float)
         windows: dict[str, float] = defaultdict(float)
-        for (module, _), change in changes.items():
-            role = module.rpartition(".")[2]
-            positions[role] += change.positions
-            windows[role] += change.windows
+        for (module, weight_format), change in changes.items():
+            if weight_format == Q8_0:  # so that a precision does not depend on others that are exported with it
+                role = module.rpartition(".")[2]
+                positions[role] += change.positions
+                windows[role] += change.windows
         tokens = sum(map(len, self._windows))
         factors = {role: windows[role] / max(positions[role], 1e-30) for role in positions}
         self.factors = factors

@@ -67,3 +67,16 @@ class QuantizedStore:
     def path(self, module: str, weight_format: WeightFormat) -> Path:
         """Return the file of a weight."""
         return self._folder / f"{module}.{weight_format.label.replace('/', '_')}"
+
+
+class OverlayStore(QuantizedStore):
+    """Weights that replace some of those of another store."""
+
+    def __init__(self, folder: Path, base: QuantizedStore) -> None:
+        super().__init__(folder)
+        self._base = base
+
+    def load(self, module: str, weight_format: WeightFormat) -> Quantized:
+        """Load a weight."""
+        own = (module, weight_format) in self._bytes
+        return super().load(module, weight_format) if own else self._base.load(module, weight_format)

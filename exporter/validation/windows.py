@@ -17,7 +17,7 @@ _MAX_LOGITS_BYTES = 2 << 30  # of the text on disk; models with large vocabulari
 _MAX_STEP_BYTES = 128 << 20  # of the logits of one step
 _MAX_WINDOWS = 128
 _MIN_TOKENS = 5 * MAX_STEP_TOKENS
-_MAX_PRODUCTS = 350_000_000_000  # tokens times weights: small models are scored on more text than `_MIN_TOKENS`
+_MAX_PRODUCTS = 400_000_000_000  # tokens times weights: small models are scored on more text than `_MIN_TOKENS`
 _CACHED_TOKENS = 256
 _SINGLE_TOKENS = 16
 

@@ -96,8 +96,8 @@ def shorten_texts(patch: pytest.MonkeyPatch, tokens: int) -> None:
                 break
         return kept
 
-    def shortened(checkpoint: Checkpoint) -> Texts:
-        texts = whole(checkpoint)
+    def shortened(checkpoint: Checkpoint, *, sampled: bool = False) -> Texts:
+        texts = whole(checkpoint, sampled=sampled)
         return Texts(*(shorten(windows) for windows in (texts.calibration, texts.probes, texts.validation)))
 
     patch.setattr(export_module, "load_texts", shortened)

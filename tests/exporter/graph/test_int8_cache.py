@@ -172,7 +172,7 @@ def test_keys_at_positions_beyond_calibration_are_in_range(tmp_path: Path, monke
     """At distant positions the rotary embedding mixes the halves of a key; nothing else changes in the first layer."""
     tiny.shorten_texts(monkeypatch, SHORT)
     bundle = exported(families.save(families.model("llama"), tmp_path / "source"), tmp_path / "bundle")
-    text = (DATA / "calibration.txt").read_text(encoding="utf-8")
+    text = (DATA / "calibration" / "prose.txt").read_text(encoding="utf-8")
     calibrated = tiny.tokenizer().encode(text, add_special_tokens=False).ids[:SHORT]
     ids = np.array([calibrated * 5])
     assert ids.shape[1] <= bundle.shape.max_position_embeddings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +250,14 @@ def test_bytes_per_weight_predicts_the_file_size(tiny_bundle: Path, tiny_checkpo
     config = read_folder(tiny_checkpoint).config
     head = config.vocab_size * config.hidden_size
     made = RECIPES[recipe]
-    predicted = (count_parameters(config) - head) * made.projections.bytes_per_weight + head * made.format_of(
-        HEAD
-    ).bytes_per_weight
+    choices = made.choices or {HEAD: (made.projections,)}
     size = sum(path.stat().st_size for path in (tiny_bundle / "onnx").glob(f"{made.stem}.onnx*"))
-    assert predicted <= size <= 1.25 * predicted + 45_000  # the graph itself
+
+    def predicted(choose: Callable[[Iterable[float]], float]) -> float:
+        sizes = {role: choose(each.bytes_per_weight for each in formats) for role, formats in choices.items()}
+        return (count_parameters(config) - head) * choose(sizes.values()) + head * sizes[HEAD]
+
+    assert predicted(min) <= size <= 1.25 * predicted(max) + 45_000  # the graph itself
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
@@ -311,13 +315,11 @@ def test_recipes_match_their_names() -> None:
     assert stems | {"fp32": "model", "int8": "model_quantized", "int4": "model_q4"} == stems
     assert len(set(stems.values())) == len(stems)
     assert {name for name, recipe in RECIPES.items() if recipe.lossless} == {"fp32"}
-    int4 = RECIPES["int4"]
-    assert isinstance(int4.projections, Blocks)
-    assert int4.projections.bits == 4
-    head = int4.format_of(HEAD)
-    assert isinstance(head, Blocks)
-    assert head.bits == 8
-    assert int4.format_of("layers.0.mlp.down") == int4.projections
+    for name, smallest in (("int8", 1.0), ("int4", 0.5)):
+        for formats in RECIPES[name].choices.values():
+            assert smallest <= min(each.bytes_per_weight for each in formats) < smallest + 0.2
+    assert str(RECIPES["int4"]) == "the most faithful mix at the size of Q4_0; rotated and calibrated"
+    assert str(RECIPES["int8"]) == "the fastest mix with the divergence of Q8_0; rotated and calibrated"
 
 
 @pytest.mark.parametrize("place", ["projections", "overrides", "embedding"])

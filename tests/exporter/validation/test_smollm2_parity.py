@@ -26,7 +26,7 @@ from llm_edge.runtime.backend.session import Session
 
 pytestmark = pytest.mark.slow
 
-TEXT = DATA / "validation.txt"
+TEXT = DATA / "validation" / "prose.txt"
 LENGTHS = (1, 2, 17, 512, 2000)
 NEW_TOKENS = 128
 QUESTIONS = (

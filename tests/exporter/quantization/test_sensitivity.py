@@ -1,0 +1,66 @@
+"""The estimated divergences, against the divergence of models in which a weight is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_edge.checkpoint.huggingface.checkpoint import read_folder
+from llm_edge.exporter.layerwise import LayerwiseDecoder
+from llm_edge.exporter.parallel import worker_threads
+from llm_edge.exporter.quantization.blocks import quantize_blocks
+from llm_edge.exporter.quantization.formats.blocks import Blocks
+from llm_edge.exporter.quantization.journal import Journal
+from llm_edge.exporter.quantization.observe import Observer
+from llm_edge.exporter.quantization.sensitivity import Q8_0, SensitivityPass, States
+from llm_edge.exporter.quantization.store import QuantizedStore
+from llm_edge.model.config import ModelConfig
+
+INT4 = Blocks(4, 32, symmetric=False)
+MODULES = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
+
+
+@torch.inference_mode()
+def log_probabilities(config: ModelConfig, weights: Mapping[str, Tensor], windows: list[list[int]]) -> Tensor:
+    decoder = LayerwiseDecoder(config, weights)
+    return torch.cat([F.log_softmax(decoder.logits(state), -1) for state in decoder.run(windows)])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_estimates_agree_with_models_in_which_a_weight_is_quantized(tied: bool, tmp_path: Path) -> None:
+    checkpoint = read_folder(tiny.save_checkpoint(tmp_path / "model", tie_word_embeddings=tied))
+    config = checkpoint.config
+    weights = {name: 1.5 * checkpoint.weights[name].float() for name in checkpoint.weights}
+    rng = torch.Generator().manual_seed(4)
+    windows = [torch.randint(331, (64,), generator=rng).tolist() for _ in range(16)]
+    store = QuantizedStore(tmp_path / "weights")
+    outside = ["lm_head"] if tied else ["lm_head", "embed_tokens"]
+    modules = [f"layers.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in MODULES] + outside
+    for module in modules:
+        name = "embed_tokens.weight" if tied and module == "lm_head" else f"{module}.weight"
+        weight = weights[name]
+        store.add(module, INT4, (weight.shape[0], weight.shape[1]), quantize_blocks(weight, INT4))
+    decoder, states = LayerwiseDecoder(config, weights), States(tmp_path / "states")
+    with worker_threads() as threads:
+        observer = Observer(decoder, windows, threads)
+        for number, _ in enumerate(decoder.layers()):
+            states.save(number, observer.states)
+            observer.run(number)
+        states.save(config.num_hidden_layers, observer.states)
+        journal = Journal(tmp_path / "journal")
+        estimated = SensitivityPass(decoder, windows, states, store, threads, journal).measure([Q8_0], lambda _: None)
+
+    expected = log_probabilities(config, weights, windows)
+    for module in (f"layers.1.{MODULES[2]}", f"layers.0.{MODULES[3]}", f"layers.1.{MODULES[1]}", *outside):
+        name = "embed_tokens.weight" if tied and module == "lm_head" else f"{module}.weight"
+        replaced = weights | {name: quantize_blocks(weights[name], INT4).dequantized(weights[name].shape[1])}
+        found = log_probabilities(config, replaced, windows)
+        measured = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+        assert estimated[module, INT4] == pytest.approx(measured, rel=0.6), module
+        assert 0 < estimated[module, Q8_0] < estimated[module, INT4] / 20
