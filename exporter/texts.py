@@ -32,7 +32,7 @@ _LARGE_MODEL = 500_000_000  # weights
 PROSE, CODE, CHAT, LANGUAGES, SAMPLED = "prose", "code", "chat", "languages", "sampled"
 _Shares = Mapping[str, int]  # tokens by kind
 _CALIBRATION: _Shares = {PROSE: 6144, CODE: 4096, CHAT: 2304, LANGUAGES: 1024, SAMPLED: 768}
-_PROBES: _Shares = {PROSE: 384, CODE: 384, CHAT: 384, LANGUAGES: 192, SAMPLED: 192}
+_PROBES: _Shares = {PROSE: 256, CODE: 256, CHAT: 256, LANGUAGES: 128, SAMPLED: 128}
 _VALIDATION: _Shares = {PROSE: 1024, CODE: 512, CHAT: 544, LANGUAGES: 384, SAMPLED: 384}
 
 _SAMPLED_TOKENS = 64  # generated after each prompt
