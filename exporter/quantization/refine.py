@@ -30,7 +30,8 @@ from llm_edge.exporter.texts import Texts, Window
 from llm_edge.model.config import ModelConfig
 
 _TRAINED_BITS = 4
-_LEARNING_RATE = 3e-3  # levels per step, falling to 0
+_LEARNING_RATE = 6e-3  # levels per step, falling to 0
+_MARGIN = 0.4  # of a weight from its integer: how far at most it starts towards the next one
 _BETAS, _EPSILON = (0.9, 0.95), 1e-20
 _WINDOW = 128  # tokens
 _WINDOWS_PER_STEP = 2  # each in a thread of its own: the number of cores does not change the result
@@ -148,7 +149,7 @@ class _Latent:
         self._max_level = float(2**blocks.bits - 1)
         levels = integers[:, :width].float()
         exact = weight.detach() / self._scales.where(self._scales > 0, 1.0) + self._zeros
-        self._values = exact.clamp(levels - 0.49, levels + 0.49)  # rounds to the same levels
+        self._values = exact.clamp(levels - _MARGIN, levels + _MARGIN)  # rounds to the same levels
         self._means, self._squares = torch.zeros(2, *weight.shape)
 
     def levels(self) -> Tensor:
