@@ -22,7 +22,7 @@ from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredPrecision
-from llm_edge.exporter.quantization.goals import MaxBitsPerWeight, MaxDivergence, MaxSize
+from llm_edge.exporter.quantization.goals import MaxBitsPerWeight, MaxDivergence, MaxSize, SizeGoal
 from llm_edge.exporter.quantization.recipes import Recipe, mixed, parse_precisions
 from llm_edge.exporter.quantization.refine import can_refine
 from llm_edge.exporter.results import PrecisionReport, Report
@@ -30,6 +30,7 @@ from llm_edge.exporter.texts import Texts, load_texts
 from llm_edge.exporter.validation.parity import verify_parity
 from llm_edge.exporter.validation.windows import logits_bytes, select_windows
 from llm_edge.model.block_weights import BLOCK_TYPES
+from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
 from llm_edge.runtime.errors import CheckpointError, ParameterError
@@ -62,6 +63,7 @@ def export(
     if options.file_format is FileFormat.ONNX and _keeps_source(source, checkpoint):
         recipes = _recipes(options, _QUANTIZED_DEFAULT)
     _check_source_blocks(source, checkpoint, recipes)
+    _check_targets(recipes, checkpoint.config)
     if options.refine and not any(can_refine(recipe) for recipe in recipes):
         raise ParameterError("--refine applies to 4-bit weights: add int4 or int4-mixed to --precision, or omit it")
     writer = _choose_writer(source, checkpoint, options, recipes)
@@ -136,6 +138,14 @@ def _recipes(options: ExportOptions, default: str) -> tuple[Recipe, ...]:
         return parse_precisions(default if options.precision is None else options.precision)
     named = () if options.precision is None else parse_precisions(options.precision)
     return (*named, *(mixed(goal) for goal in given.values()))
+
+
+def _check_targets(recipes: tuple[Recipe, ...], config: ModelConfig) -> None:
+    """Raise ParameterError for a size that is too small for any formats, before they are measured."""
+    for recipe in recipes:
+        if isinstance(recipe.goal, SizeGoal):
+            least = min(each.bytes_per_weight for formats in recipe.choices.values() for each in formats)
+            recipe.goal.check(config, least * count_parameters(config))
 
 
 def _check_file_format(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:

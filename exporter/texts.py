@@ -24,15 +24,15 @@ from llm_edge.runtime.text.tokenizer_files import named_tokens
 _FOLDER = Path(__file__).parent / "data"
 _CALIBRATION_WINDOW = 512  # tokens
 _PROBE_WINDOW = 128
-_MIN_CALIBRATION, MAX_CALIBRATION, _LARGE_MODEL_CALIBRATION = 2048, 12_288, 8192
+_MIN_CALIBRATION, MAX_CALIBRATION, _LARGE_MODEL_CALIBRATION = 2048, 14_336, 8192
 """Tokens; models between these limits use `_TOKENS_PER_INPUT` times the width of their widest projection."""
-_TOKENS_PER_INPUT = 8
+_TOKENS_PER_INPUT = 10
 _LARGE_MODEL = 500_000_000  # weights
 
 PROSE, CODE, CHAT, LANGUAGES, SAMPLED = "prose", "code", "chat", "languages", "sampled"
 _Shares = Mapping[str, int]  # tokens by kind
-_CALIBRATION: _Shares = {PROSE: 4864, CODE: 3072, CHAT: 2560, LANGUAGES: 1024, SAMPLED: 768}
-_PROBES: _Shares = {PROSE: 384, CODE: 384, CHAT: 384, LANGUAGES: 192, SAMPLED: 192}
+_CALIBRATION: _Shares = {PROSE: 6144, CODE: 4096, CHAT: 2304, LANGUAGES: 1024, SAMPLED: 768}
+_PROBES: _Shares = {PROSE: 256, CODE: 256, CHAT: 256, LANGUAGES: 128, SAMPLED: 128}
 _VALIDATION: _Shares = {PROSE: 1024, CODE: 512, CHAT: 544, LANGUAGES: 384, SAMPLED: 384}
 
 _SAMPLED_TOKENS = 64  # generated after each prompt

@@ -37,8 +37,11 @@ from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.errors import CheckpointError
 
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
+_ERROR_STEP = 4  # every fourth sample measures errors
+_GOOD_ERROR = 1e-4
 _TILE = 512  # rows and columns of a Hessian computed at once
 _QUANTIZE_FRACTION = 0.75  # of the time
+_MAX_DIVERGENCE = 1e6
 _GRAPH_BYTES = 16_000  # of a layer in the graph, without weights
 
 
@@ -210,13 +213,19 @@ class _Calibration:
         return True
 
     def _quantize_projection(self, module: str, weight: Tensor, observed: ObservedInputs) -> None:
-        expected = observed.samples @ weight.T
+        samples = observed.samples[::_ERROR_STEP]
+        expected = samples @ weight.T
+        least = math.inf  # error of formats with static activations
         for weight_format in self._formats(module, weight.shape[1]):
+            if least < _GOOD_ERROR and isinstance(weight_format, BlockLayout) and weight_format.bits == 8:
+                continue  # 8-bit blocks are slower, and better only for inputs with outliers
             try:
                 quantized = weight_format.calibrate(weight, observed)
-            except CheckpointError as error:
-                raise CheckpointError(f"{module}.weight: {error}") from error
-            self._errors[module, weight_format] = _relative_error(quantized.apply(observed.samples), expected)
+            except CheckpointError as problem:
+                raise CheckpointError(f"{module}.weight: {problem}") from problem
+            error = _relative_error(quantized.apply(samples), expected)
+            least = min(least, error) if weight_format.static_activations else least
+            self._errors[module, weight_format] = error
             self._store.add(module, weight_format, (len(weight), weight.shape[1]), quantized)
 
     def _quantize_head(self, states: Sequence[Tensor], threads: Executor) -> None:
@@ -244,12 +253,17 @@ class _Calibration:
 
     def _choose(self, divergences: Mapping[Stored, float]) -> dict[str, CalibratedWeights]:
         """Choose a mix for each recipe, and delete all other weights."""
+        divergences = {
+            stored: value if value <= _MAX_DIVERGENCE else _MAX_DIVERGENCE  # also for NaN
+            for stored, value in divergences.items()
+        }
         weights = dict(sorted(self._store.shapes.items()))  # threads add them in any order
         model = Model(
             self._config,
             other_bytes=_other_bytes(self._config, sum(map(math.prod, weights.values()))),
             q8_0=sum(divergences[module, Q8_0] for module in weights),
         )
+        stored = {module: self._store.formats(module) for module in weights}
         chosen = {}
         for recipe in self._recipes:
             assert recipe.goal is not None
@@ -262,6 +276,7 @@ class _Calibration:
                         each.slowness * math.prod(shape),
                     )
                     for each in self._formats(module, shape[1], [recipe])
+                    if each in stored[module]
                 ]
                 for module, shape in weights.items()
             }

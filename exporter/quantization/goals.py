@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llm_edge.exporter.quantization.allocation import Mix, Options, fastest, most_faithful, smallest
 from llm_edge.exporter.quantization.gguf_sizes import gguf_bytes
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
+from llm_edge.runtime.errors import ParameterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +33,82 @@ class Goal(ABC):
 
     @abstractmethod
     def choose(self, options: Options, model: Model) -> Mix:
-        """Return the best mix."""
+        """Return the best mix.
+
+        Raises:
+            ParameterError: no mix reaches what the user asked for.
+        """
+
+
+class SizeGoal(Goal):
+    """The most faithful mix within a size.
+
+    Attributes:
+        option: of the command line that asks for the size; empty if the smallest mix will do.
+    """
+
+    option: ClassVar[str] = ""
+
+    @abstractmethod
+    def max_bytes(self, config: ModelConfig) -> float:
+        """Return the size of all files."""
+
+    def choose(self, options: Options, model: Model) -> Mix:
+        mix = most_faithful(options, self.max_bytes(model.config) - model.other_bytes)
+        self.check(model.config, model.other_bytes + sum(option.bytes for option in mix.values()))
+        return mix
+
+    def check(self, config: ModelConfig, smallest: float) -> None:
+        """Raise ParameterError if the smallest mix is larger than what the user asked for."""
+        if self.option and smallest > self.max_bytes(config):
+            bits = 8 * smallest / count_parameters(config)
+            raise ParameterError(
+                f"{self.option} is too small: the smallest mix of formats takes {smallest / 1e6:,.0f} MB, "
+                f"{bits:.2f} bits per weight"
+            )
 
 
 @dataclass(frozen=True, slots=True)
-class AsSmallAs(Goal):
+class AsSmallAs(SizeGoal):
     """The most faithful mix that is not larger than a GGUF file of a type, `Q4_0` or `Q4_K_M`."""
 
     file_type: str
 
-    def choose(self, options: Options, model: Model) -> Mix:
-        return most_faithful(options, gguf_bytes(model.config, self.file_type) - model.other_bytes)
+    def max_bytes(self, config: ModelConfig) -> float:
+        return gguf_bytes(config, self.file_type)
 
     def __str__(self) -> str:
         return f"the most faithful mix at the size of {self.file_type}"
+
+
+@dataclass(frozen=True, slots=True)
+class MaxSize(SizeGoal):
+    """The most faithful mix of at most this many bytes."""
+
+    bytes: int
+
+    option: ClassVar[str] = "--target-size"
+
+    def max_bytes(self, config: ModelConfig) -> float:  # noqa: ARG002 (it does not depend on the model)
+        return self.bytes
+
+    def __str__(self) -> str:
+        return f"the most faithful mix of {self.bytes / 1e6:g} MB"
+
+
+@dataclass(frozen=True, slots=True)
+class MaxBitsPerWeight(SizeGoal):
+    """The most faithful mix of at most this many bits per weight on average."""
+
+    bits: float
+
+    option: ClassVar[str] = "--target-bpw"
+
+    def max_bytes(self, config: ModelConfig) -> float:
+        return self.bits / 8 * count_parameters(config)
+
+    def __str__(self) -> str:
+        return f"the most faithful mix of {self.bits:g} bits per weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,39 +126,17 @@ class AsFaithfulAsQ8(Goal):
 
 
 @dataclass(frozen=True, slots=True)
-class MaxSize(Goal):
-    """The most faithful mix of at most this many bytes."""
-
-    bytes: int
-
-    def choose(self, options: Options, model: Model) -> Mix:
-        return most_faithful(options, self.bytes - model.other_bytes)
-
-    def __str__(self) -> str:
-        return f"the most faithful mix of {self.bytes / 1e6:.0f} MB"
-
-
-@dataclass(frozen=True, slots=True)
-class MaxBitsPerWeight(Goal):
-    """The most faithful mix of at most this many bits per weight on average."""
-
-    bits: float
-
-    def choose(self, options: Options, model: Model) -> Mix:
-        return most_faithful(options, self.bits / 8 * count_parameters(model.config) - model.other_bytes)
-
-    def __str__(self) -> str:
-        return f"the most faithful mix of {self.bits:g} bits per weight"
-
-
-@dataclass(frozen=True, slots=True)
 class MaxDivergence(Goal):
     """The smallest mix with at most this mean KL divergence, in nats."""
 
     divergence: float
 
     def choose(self, options: Options, model: Model) -> Mix:  # noqa: ARG002 (the divergence does not depend on it)
-        return smallest(options, self.divergence)
+        mix = smallest(options, self.divergence)
+        found = sum(option.divergence for option in mix.values())
+        if found > self.divergence:
+            raise ParameterError(f"--target-kl is too small: the most faithful mix of formats has {found:.2g}")
+        return mix
 
     def __str__(self) -> str:
         return f"the smallest mix with a mean KL divergence of {self.divergence:g}"

@@ -47,7 +47,7 @@ def test_texts_have_bounded_lengths(checkpoint: Checkpoint) -> None:
     limits = ((texts.calibration, 512, MAX_CALIBRATION), (texts.probes, 128, 1600), (texts.validation, 512, 3000))
     for windows, length, total in limits:
         assert all(1 < len(window.tokens) <= length for window in windows)
-        assert total / 6 <= sum(len(window.tokens) for window in windows) <= 1.1 * total
+        assert total / 8 <= sum(len(window.tokens) for window in windows) <= 1.1 * total
 
 
 def test_windows_fit_a_short_context(checkpoint: Checkpoint) -> None:
@@ -94,7 +94,7 @@ def test_generated_text_is_the_same_every_time(checkpoint: Checkpoint) -> None:
     first, second = (load_texts(checkpoint, sampled=True) for _ in range(2))
     assert first == second
     generated = [window.tokens for window in first.calibration if window.kind == "sampled"]
-    assert len(set(generated)) == len(generated) > 2
+    assert len(set(generated)) == len(generated) >= 2
 
 
 def test_no_two_parts_share_a_passage() -> None:
