@@ -59,12 +59,16 @@ class States:
 
     def save(self, layer: int, states: Sequence[Tensor]) -> None:
         """Store the inputs of a layer, each [1, S, hidden]."""
-        torch.save(list(states), self._folder / str(layer))
+        torch.save(list(states), self.path(layer))
 
     def load(self, layer: int) -> list[Tensor]:
         """Return the inputs of a layer."""
-        states: list[Tensor] = torch.load(self._folder / str(layer), weights_only=True)
+        states: list[Tensor] = torch.load(self.path(layer), weights_only=True)
         return states
+
+    def path(self, layer: int) -> Path:
+        """Return the file of the inputs of a layer."""
+        return self._folder / str(layer)
 
 
 @dataclass(frozen=True, slots=True)
