@@ -164,8 +164,8 @@ class _Latent:
         gradient = gradient * self._scales
         self._means.lerp_(gradient, 1 - _BETAS[0])
         self._squares.lerp_(gradient.square_(), 1 - _BETAS[1])
-        spread = (self._squares / (1 - _BETAS[1] ** number)).add_(_EPSILON).sqrt_()
-        self._values.addcdiv_(self._means, spread, value=-rate / (1 - _BETAS[0] ** number))
+        denominator = (self._squares / (1 - _BETAS[1] ** number)).add_(_EPSILON).sqrt_()
+        self._values.addcdiv_(self._means, denominator, value=-rate / (1 - _BETAS[0] ** number))
         self._values.clamp_(-0.49, self._max_level + 0.49)
 
 
