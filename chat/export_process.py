@@ -34,7 +34,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")
 OPTIONS: Mapping[str, str] = {
     _flag(field.name)[2:]: get_args(_HINTS[field.name])[1].help.removeprefix("For a bare state dict: ")
     for field in fields(ExportOptions)
-    if field.default is None and field.name != "precision"
+    if field.default is None and field.name != "precision" and not field.name.startswith("target_")
 }
 """Options that a source may require, with a description; the error of `llm-export` names them."""
 

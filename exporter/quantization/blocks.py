@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,6 +79,12 @@ class QuantizedBlocks:
         padded = torch.cat([levels, zeros[:, -1:].expand(-1, padding)], 1)
         return replace(self, data=_pack(padded.view(*self.scales.shape, -1).byte(), self.bits))
 
+    def rows(self, numbers: Tensor) -> QuantizedBlocks:
+        """Return rows of the weight by number, int64."""
+        index = numbers.numpy()
+        zero_points = None if self.zero_points is None else self.zero_points[index]
+        return replace(self, data=self.data[index], scales=self.scales[index], zero_points=zero_points)
+
     def apply(self, inputs: Tensor) -> Tensor:
         """Multiply inputs [rows, K], rounded to 8 bits block by block, by the transpose of the weight: [rows, N]."""
         size = self.data.shape[2] * 8 // self.bits
@@ -109,13 +116,17 @@ def quantize_blocks(weight: Tensor, layout: BlockLayout, hessian: Hessian | None
     if hessian is not None:
         return _gptq_blocks(_check_weight(weight).float(), layout, _check_hessian(hessian))
     rows = max(_CHUNK_ELEMENTS // max(weight.shape[1], 1), 1)
-    chunks = [_round_to_nearest(weight[start : start + rows], layout) for start in range(0, len(weight), rows)]
-    zero_points = [chunk.zero_points for chunk in chunks if chunk.zero_points is not None]
+    return concatenate([_round_to_nearest(part, layout) for part in torch.split(weight, rows)])
+
+
+def concatenate(parts: Sequence[QuantizedBlocks]) -> QuantizedBlocks:
+    """Return a weight from its rows, in parts of the same layout."""
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
     return QuantizedBlocks(
-        data=np.concatenate([chunk.data for chunk in chunks]),
-        scales=np.concatenate([chunk.scales for chunk in chunks]),
+        data=np.concatenate([part.data for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
         zero_points=np.concatenate(zero_points) if zero_points else None,
-        bits=layout.bits,
+        bits=parts[0].bits,
     )
 
 

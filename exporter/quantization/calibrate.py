@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ class _Calibration:
         states = self._quantize_layers(done, texts, progress, threads)
         progress(1.0, "head")
         self._quantize_head(states, threads)
-        self._complete(HEAD, [HEAD, EMBEDDING])
+        self._complete(HEAD, [HEAD, EMBEDDING], [])
 
     def _quantize_layers(
         self, start: int, texts: Texts, progress: Callable[[float, str], None], threads: Executor
@@ -180,11 +181,12 @@ class _Calibration:
             task.result()
         if running:
             prefix = f"layers.{number}."
-            self._complete(f"layer {number}", [name for name in self._store.shapes if name.startswith(prefix)])
+            modules = [name for name in self._store.shapes if name.startswith(prefix)]
+            self._complete(f"layer {number}", modules, [self._states.path(number + 1)])
             self._journal.discard(f"outputs-{number - 1}")
 
-    def _complete(self, step: str, modules: Sequence[str]) -> None:
-        """Add quantized weights to the journal."""
+    def _complete(self, step: str, modules: Sequence[str], files: Sequence[Path]) -> None:
+        """Add quantized weights, and other files, to the journal."""
         stored = [(module, each) for module in modules for each in self._store.formats(module)]
         self._journal.complete(
             step,
@@ -198,7 +200,7 @@ class _Calibration:
                 ]
                 for module, each in stored
             ],
-            [self._store.path(module, each) for module, each in stored],
+            [*files, *(self._store.path(module, each) for module, each in stored)],
         )
 
     def _restore(self, step: str) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llm_edge.exporter.layerwise import LayerwiseDecoder
-from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, quantize_blocks
+from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, concatenate, quantize_blocks
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.gptq import Hessian
 
@@ -39,22 +37,7 @@ def quantize_rows(
 ) -> QuantizedBlocks:
     """Quantize `count` rows of a weight, which `rows` reads by number, with GPTQ if there is a Hessian."""
     parts = list(threads.map(lambda part: quantize_blocks(rows(part), layout, hessian), _parts(count)))
-    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
-    return QuantizedBlocks(
-        data=np.concatenate([part.data for part in parts]),
-        scales=np.concatenate([part.scales for part in parts]),
-        zero_points=np.concatenate(zero_points) if zero_points else None,
-        bits=layout.bits,
-    )
-
-
-def rows_of(quantized: QuantizedBlocks, rows: Tensor) -> QuantizedBlocks:
-    """Return rows of a weight by number."""
-    numbers = rows.numpy()
-    zero_points = None if quantized.zero_points is None else quantized.zero_points[numbers]
-    return dataclasses.replace(
-        quantized, data=quantized.data[numbers], scales=quantized.scales[numbers], zero_points=zero_points
-    )
+    return concatenate(parts)
 
 
 def measure_head(
@@ -120,7 +103,7 @@ def _measure_part(
     expected = (inputs @ weight.T).sub_(log_totals[:, None])
     probabilities = expected.exp()
     stats: dict[Blocks | None, tuple[Tensor, Tensor]] = {None: (_dot(probabilities, expected), log_totals)}
-    quantized = {each: rows_of(whole, part) for each, whole in candidates.items()}
+    quantized = {each: whole.rows(part) for each, whole in candidates.items()}
     quantized |= {each: quantize_blocks(weight, each) for each in references}
     for each, rows in quantized.items():
         logits = rows.apply(inputs)

@@ -24,7 +24,7 @@ from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks
 from llm_edge.exporter.quantization.formats.base import Quantized, WeightFormat
 from llm_edge.exporter.quantization.formats.blocks import Blocks
-from llm_edge.exporter.quantization.head import measure_head, rows_of
+from llm_edge.exporter.quantization.head import measure_head
 from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.observe import CallRecorder, projections_of
 from llm_edge.exporter.quantization.store import QuantizedStore, Stored
@@ -59,12 +59,16 @@ class States:
 
     def save(self, layer: int, states: Sequence[Tensor]) -> None:
         """Store the inputs of a layer, each [1, S, hidden]."""
-        torch.save(list(states), self._folder / str(layer))
+        torch.save(list(states), self.path(layer))
 
     def load(self, layer: int) -> list[Tensor]:
         """Return the inputs of a layer."""
-        states: list[Tensor] = torch.load(self._folder / str(layer), weights_only=True)
+        states: list[Tensor] = torch.load(self.path(layer), weights_only=True)
         return states
+
+    def path(self, layer: int) -> Path:
+        """Return the file of the inputs of a layer."""
+        return self._folder / str(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +270,7 @@ class SensitivityPass:
         gradients = torch.cat([gradient[0] for gradient in upstream]) * decoder.config.embedding_scale
         rows = decoder.embedding_rows(tokens)
         module = HEAD if decoder.config.tie_word_embeddings else EMBEDDING
-        candidates = {each: rows_of(whole, tokens) for each, whole in self._load_blocks(module).items()}
+        candidates = {each: whole.rows(tokens) for each, whole in self._load_blocks(module).items()}
         candidates |= {each: each.quantize({EMBEDDING: rows}, EMBEDDING) for each in references}
         for each, quantized in candidates.items():
             errors = quantized.dequantized(rows.shape[1]) - rows

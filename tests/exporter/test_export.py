@@ -367,7 +367,7 @@ def test_progress_advances_within_a_stage_without_a_terminal(
     assert code == 0
     lines = [line for line in errors.splitlines() if line.startswith("calibrating")]
     assert lines[0] == "calibrating (layer 1)"
-    assert "calibrating 50% (layer 2)" in lines
+    assert "calibrating 38% (layer 2)" in lines
 
 
 def test_the_report_shows_the_divergence_by_kind_of_text(

@@ -17,7 +17,7 @@ from llm_edge.exporter.quantization import head as head_module
 from llm_edge.exporter.quantization.blocks import quantize_blocks
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.gptq import Hessian
-from llm_edge.exporter.quantization.head import measure_head, quantize_rows, rows_of
+from llm_edge.exporter.quantization.head import measure_head, quantize_rows
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
 
 LAYOUT = Blocks(4, 32, symmetric=False)
@@ -37,7 +37,7 @@ def test_rows_in_parts_are_quantized_like_a_whole_weight(compensated: bool) -> N
         found = quantize_rows(lambda rows: weight[rows], 331, LAYOUT, hessian, threads)
     whole = quantize_blocks(weight, LAYOUT, hessian)
     assert found.dequantized(64).sub(whole.dequantized(64)).abs().max() < 1e-6
-    picked = rows_of(found, torch.tensor([330, 0, 330]))
+    picked = found.rows(torch.tensor([330, 0, 330]))
     assert torch.equal(picked.dequantized(64), found.dequantized(64)[[330, 0, 330]])
 
 
