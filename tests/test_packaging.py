@@ -24,7 +24,7 @@ COMMANDS = sorted(PROJECT["scripts"])
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/py.typed"))
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "gguf", "safetensors")
 
-DATA = {"py.typed", ".tcss", ".html", ".css", ".js", ".svg", ".txt"}
+DATA = {"py.typed", ".tcss", ".html", ".css", ".js", ".svg", ".txt", ".json"}
 
 
 def run(*words: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path, tree: Path) 
     assert {name for name in found - wanted if not name.endswith(".md")} == set()
     for folder in FOLDERS:
         assert f"llm_edge/{folder}/py.typed" in found
-    assert {f"llm_edge/exporter/data/{name}.txt" for name in ("calibration", "validation")} <= found
+    assert {f"llm_edge/exporter/data/{name}/prose.txt" for name in ("calibration", "probes", "validation")} <= found
     assert "llm_edge/__init__.py" not in found  # a namespace package
     others = {name for name in contents(wheel) - found if not name.startswith("info/")}
     assert others == set()  # no tests, no docs, no top-level `runtime` that would collide with other distributions

@@ -11,9 +11,10 @@ from typing import Any
 import onnx_ir as ir
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.exporter.graph.lower import apply_recipe
+from llm_edge.exporter.graph.lower import apply_recipe, remove_linear
 from llm_edge.exporter.graph.passes.hidden_states import undo_rotation
 from llm_edge.exporter.graph.trace import GraphStyle, trace
+from llm_edge.exporter.module_names import HEAD_MIX
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredPrecision, calibrate
 from llm_edge.exporter.quantization.hadamard import rotation
@@ -22,7 +23,6 @@ from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.refine import can_refine, refine
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.exporter.texts import Texts
-from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.open import open_graph
 from llm_edge.runtime.backend.session import Session
@@ -73,13 +73,14 @@ class OnnxWriter:
                 report = partial(progress, "refining")
                 refined = Path(quantized) / f"refined-{name}"
                 calibrated[name] = refine(*rotated, calibrated[name], texts, refined, report)
-            traces: dict[ModelConfig, ir.Model] = {}
-            for shape in dict.fromkeys(rotated[0] if recipe.calibrated else config for recipe in recipes):
-                progress("tracing", None, f"{config.num_hidden_layers} layers, {self.style.value} graph")
-                traces[shape] = trace(shape, self.style, hidden_states=hidden_states)
+            progress("tracing", None, f"{config.num_hidden_layers} layers, {self.style.value} graph")
+            shape = rotated[0] if calibrated else config
+            traced = trace(shape, self.style, hidden_states=hidden_states)
             for number, recipe in enumerate(recipes):
                 shape, values = rotated if recipe.calibrated else (config, weights)
-                graph = traces[shape].clone()
+                graph = traced.clone()
+                if not shape.head_mix:
+                    remove_linear(graph, HEAD_MIX)
                 if hidden_states and recipe.calibrated and rotates_residual(config):
                     undo_rotation(graph, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
                 name = recipe.name

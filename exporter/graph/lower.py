@@ -61,6 +61,18 @@ def apply_recipe(
     return lowering.stored
 
 
+def remove_linear(model: ir.Model, module: str) -> None:
+    """Remove a projection, if there is one at a module path, from a traced graph: its inputs become its outputs."""
+    for node in model.graph:
+        if node.domain == DOMAIN and _module_of(node) == module:
+            x, weight = node.inputs
+            assert x is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+            model.graph.remove(node, safe=True)
+            del model.graph.initializers[name_of(weight)]
+            return
+
+
 class _Lowering:
     def __init__(
         self,
@@ -103,9 +115,8 @@ class _Lowering:
         x, weight = node.inputs
         assert x is not None
         assert weight is not None
-        assert node.name is not None
-        path = node.name.removesuffix("/Linear")
-        module = path.strip("/").replace("/", ".")
+        module = _module_of(node)
+        path = f"/{module.replace('.', '/')}"
         stored = self._format_for(module, weight)
         self.stored[module] = stored
         emitter = stored.format.emitter(self._context)
@@ -127,6 +138,12 @@ class _Lowering:
         if nodes is not None:
             self.stored[EMBEDDING] = stored
             self._context.editor.replace(node, nodes)
+
+
+def _module_of(node: ir.Node) -> str:
+    """Return the module path of a projection, whose node is named after it."""
+    assert node.name is not None
+    return node.name.removesuffix("/Linear").strip("/").replace("/", ".")
 
 
 def _following_split(node: ir.Node) -> ir.Node | None:

@@ -10,12 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_edge.exporter.quantization.gptq import Hessian, gptq, refit_scales
+from llm_edge.exporter.quantization.gptq import Hessian, gptq
 from llm_edge.runtime.errors import CheckpointError
 
 _CHUNK_ELEMENTS = 1 << 24  # quantized at a time: 64 MiB in float32
 _CACHED_ELEMENTS = 1 << 18  # whose scales are searched at a time: 1 MiB in float32
-_REFITTED_BITS = 4  # scales of 8-bit blocks are exact enough
 _RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # tried as the clipping range of a block
 
 
@@ -176,9 +175,6 @@ def _gptq_blocks(weight: Tensor, layout: BlockLayout, hessian: Hessian) -> Quant
     importance = _to_blocks(hessian.diagonal[None], layout)[0]
     scales, zeros = _search_scales(_to_blocks(weight, layout), layout, importance)
     levels = gptq(weight, hessian, scales, zeros, layout.size, 2**layout.bits - 1)
-    if layout.bits == _REFITTED_BITS:
-        offsets = levels - zeros.repeat_interleave(layout.size, 1)[:, : weight.shape[1]]
-        scales = refit_scales(weight, hessian, offsets, scales, layout.size)
     padding = layout.num_blocks(weight.shape[1]) * layout.size - weight.shape[1]
     if padding:
         levels = torch.cat([levels, zeros[:, -1:].expand(-1, padding)], 1)

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 _DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the mean of the diagonal; added to it in turn until the inverse is stable
-_SCALE_DAMPING = 1e-3  # times the diagonal of the normal equations
-_SOLVED_ELEMENTS = 1 << 24  # of the normal equations of a few rows: 64 MiB in float32
 _BLOCK = 128  # columns whose errors are applied to all later columns in one matmul
 _SMALL_BLOCK = 16  # columns whose errors are applied to the later columns of a block; they fit into the cache
 
@@ -97,35 +95,3 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
     result = torch.empty_like(levels)
     result[order] = levels
     return result.T.contiguous()
-
-
-def refit_scales(weight: Tensor, hessian: Hessian, offsets: Tensor, scales: Tensor, size: int) -> Tensor:
-    """Return the scales with the least error of the output for given integers, by least squares.
-
-    Args:
-        weight: float32 [N, K].
-        hessian: of the inputs.
-        offsets: levels minus zero points, as float32 [N, K].
-        scales: float32 [N, G], one per group of `size` columns; those that would change by half or more are kept.
-        size: columns per group.
-    """
-    matrix = hessian.matrix
-    width, groups = weight.shape[1], scales.shape[1]
-    padding = groups * size - width
-    rows = max(_SOLVED_ELEMENTS // groups**2, 1)
-    found = []
-    for part, offset, old in zip(*(torch.split(each, rows) for each in (weight, offsets, scales)), strict=True):
-
-        def sums(x: Tensor, offset: Tensor = offset) -> Tensor:
-            """Return the dot products of rows with the offsets by group, [N, G]."""
-            return torch.nn.functional.pad(x * offset, (0, padding)).view(len(x), groups, size).sum(-1)
-
-        starts = range(0, width, size)
-        products = [sums(offset[:, start : start + size] @ matrix[start : start + size]) for start in starts]
-        normal = torch.stack(products, 1)  # [N, G, G]
-        damping = _SCALE_DAMPING * normal.diagonal(dim1=1, dim2=2) + 1e-30
-        normal += torch.diag_embed(damping)
-        solved, _ = torch.linalg.solve_ex(normal, (sums(part @ matrix) + damping * old)[..., None])
-        new = solved[..., 0]
-        found.append(new.where((new - old).abs() < 0.5 * old, old))  # also where it is NaN
-    return torch.cat(found)

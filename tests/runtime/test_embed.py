@@ -146,7 +146,7 @@ def test_hidden_states_match_transformers(name: str, style: str, case: Callable[
             if precision == "fp32":
                 assert np.abs(got - reference).max() < 1e-4
             else:
-                assert cosine(got, reference).mean() > {"int8": 0.99, "int4": 0.96, "fp16": 0.99999}[precision]
+                assert cosine(got, reference).mean() > {"int8": 0.99, "int4": 0.94, "fp16": 0.99999}[precision]
         lengths = np.linalg.norm(states["none"], axis=-1) / np.linalg.norm(wanted, axis=-1)
         assert abs(lengths.mean() - 1) < 0.02
 

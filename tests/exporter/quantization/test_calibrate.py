@@ -35,7 +35,7 @@ from llm_edge.exporter.texts import Texts, split_windows
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 
-GOALS = [MaxBitsPerWeight(bits) for bits in (5, 6, 7, 9)]
+GOALS = [MaxBitsPerWeight(bits) for bits in (8, 9, 10, 12)]
 CALIBRATED = parse_precisions("int8,int8-exact,int4,int4-mixed")
 SHAPES = {
     "505M family": {"dim": 96, "ffn_dim": 384, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 350},

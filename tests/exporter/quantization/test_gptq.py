@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_edge.exporter.quantization.blocks import quantize_blocks, quantize_channels
 from llm_edge.exporter.quantization.formats.blocks import Blocks
-from llm_edge.exporter.quantization.gptq import Hessian, gptq, refit_scales
+from llm_edge.exporter.quantization.gptq import Hessian, gptq
 from llm_edge.runtime.errors import CheckpointError
 
 FORMS = [
@@ -53,28 +53,6 @@ def test_output_errors_are_much_smaller_for_correlated_inputs(form: Blocks, widt
     assert error(inputs, weight, ours) < 0.4 * error(inputs, weight, nearest)
     fresh = correlated(width, rows=2000)[600:]  # inputs not used for rounding
     assert error(fresh, weight, ours) < 0.4 * error(fresh, weight, nearest)
-
-
-@pytest.mark.parametrize("width", [96, 40])
-def test_refitted_scales_lower_the_error_for_the_same_integers(width: int) -> None:
-    size, groups, inputs = 16, -(-width // 16), correlated(width)
-    offsets = numbers(6, width, seed=1).mul(4).round()
-    best = numbers(6, groups, seed=2).abs() + 0.5
-
-    def rounded(scales: Tensor) -> Tensor:
-        return offsets * scales.repeat_interleave(size, 1)[:, :width]
-
-    weight, wrong = rounded(best), 1.2 * best
-    found = refit_scales(weight, hessian_of(inputs), offsets, wrong, size)
-    assert error(inputs, weight, rounded(found)) < 1e-3 * error(inputs, weight, rounded(wrong))
-
-
-def test_scales_that_no_equation_determines_are_kept() -> None:
-    offsets = torch.cat([torch.zeros(3, 16), torch.ones(3, 16)], 1)
-    scales = torch.tensor([[0.0, 1.0]]).expand(3, 2)
-    found = refit_scales(offsets * 1.1, hessian_of(numbers(50, 32)), offsets, scales, 16)
-    assert torch.equal(found[:, 0], scales[:, 0])
-    assert refit_scales(offsets, Hessian(torch.zeros(32, 32)), offsets, scales, 16).isfinite().all()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
