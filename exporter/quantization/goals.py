@@ -113,16 +113,18 @@ class MaxBitsPerWeight(SizeGoal):
 
 @dataclass(frozen=True, slots=True)
 class AsFaithfulAsQ8(Goal):
-    """The fastest mix whose divergence is at most a fraction of Q8_0's."""
+    """The fastest mix whose divergence is at most a fraction of Q8_0's.
 
-    fraction: float = 1.0
+    The default leaves a margin for texts on which 8-bit activations with fixed scales lose more than on average.
+    """
+
+    fraction: float = 0.8
 
     def choose(self, options: Options, model: Model) -> Mix:
         return fastest(options, self.fraction * model.q8_0)
 
     def __str__(self) -> str:
-        part = "" if self.fraction == 1 else f"{self.fraction:g} times "
-        return f"the fastest mix with {part}the divergence of Q8_0"
+        return f"the fastest mix with {self.fraction:g} times the divergence of Q8_0"
 
 
 @dataclass(frozen=True, slots=True)
