@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -42,7 +42,7 @@ class LayerwiseDecoder:
         """Return the input of the first layer [1, S, hidden] for each window of a text."""
         if self.config.learned_positions:
             self._decoder.load_parameters(self._weights, [_POSITIONS_WEIGHT])
-        rows = self.embedding_rows(torch.tensor([token for window in windows for token in window]))
+        rows = self.embedding_rows()(torch.tensor([token for window in windows for token in window]))
         parts = torch.split(rows, [len(window) for window in windows])
         return [self._decoder.embed(part[None], _mask(part[None])) for part in parts]
 
@@ -88,18 +88,19 @@ class LayerwiseDecoder:
         """Return the input of the head for the output of the last layer, both [..., hidden]. Differentiable."""
         return self._decoder.normalize(state)
 
-    def embedding_rows(self, tokens: Tensor) -> Tensor:
-        """Return rows of the embedding, float32 [tokens, hidden]."""
-        return self._rows(_EMBEDDING_WEIGHT, tokens)
+    def embedding_rows(self) -> Callable[[Tensor], Tensor]:
+        """Load the embedding; return a function that returns rows by number, float32 [tokens, hidden]."""
+        return self._rows(_EMBEDDING_WEIGHT)
 
-    def head_rows(self, tokens: Tensor) -> Tensor:
-        """Return rows of the head, float32 [tokens, hidden]."""
-        return self._rows(_EMBEDDING_WEIGHT if self.config.tie_word_embeddings else f"{HEAD}.weight", tokens)
+    def head_rows(self) -> Callable[[Tensor], Tensor]:
+        """Load the head like the embedding."""
+        return self._rows(_EMBEDDING_WEIGHT if self.config.tie_word_embeddings else f"{HEAD}.weight")
 
-    def _rows(self, name: str, tokens: Tensor) -> Tensor:
+    def _rows(self, name: str) -> Callable[[Tensor], Tensor]:
         if isinstance(self._weights, RotatedWeights):
-            return self._weights.rows(name, tokens)
-        return self._weights[name][tokens].float()
+            return self._weights.rows(name)
+        weight = self._weights[name]
+        return lambda rows: weight[rows].float()
 
     def load_norm(self) -> None:
         """Load what is between the layers and the head, for `normalize`."""

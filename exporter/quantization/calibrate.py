@@ -237,14 +237,17 @@ class _Calibration:
         with torch.inference_mode():
             inputs = torch.cat([decoder.normalize(state)[0] for state in states])
         hessian, shape = _hessian(inputs, threads), (config.vocab_size, config.hidden_size)
+        rows = decoder.head_rows()
         for weight_format in self._formats(HEAD, shape[1]):
             assert isinstance(weight_format, BlockLayout)
             compensated = hessian if weight_format.bits == 4 else None
-            quantized = quantize_rows(decoder.head_rows, shape[0], weight_format, compensated, threads)
+            quantized = quantize_rows(rows, shape[0], weight_format, compensated, threads)
             self._store.add(HEAD, weight_format, shape, quantized)
+        if not config.tie_word_embeddings:
+            rows = decoder.embedding_rows()
         for weight_format in () if config.tie_word_embeddings else self._formats(EMBEDDING, shape[1]):
             assert isinstance(weight_format, BlockLayout)
-            quantized = quantize_rows(decoder.embedding_rows, shape[0], weight_format, None, threads)
+            quantized = quantize_rows(rows, shape[0], weight_format, None, threads)
             self._store.add(EMBEDDING, weight_format, shape, quantized)
 
     def _formats(self, module: str, width: int, recipes: Sequence[Recipe] | None = None) -> list[WeightFormat]:

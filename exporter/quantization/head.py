@@ -17,6 +17,8 @@ from llm_edge.exporter.quantization.gptq import Hessian
 
 _ROWS = 1 << 13  # in float32 at once
 _SEED = 17
+_Rows = Callable[[Tensor], Tensor]
+"""Returns rows of a weight by number, float32 [rows, K]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class MeasuredHead:
 
 
 def quantize_rows(
-    rows: Callable[[Tensor], Tensor], count: int, layout: BlockLayout, hessian: Hessian | None, threads: Executor
+    rows: _Rows, count: int, layout: BlockLayout, hessian: Hessian | None, threads: Executor
 ) -> QuantizedBlocks:
     """Quantize `count` rows of a weight, which `rows` reads by number, with GPTQ if there is a Hessian."""
     parts = list(threads.map(lambda part: quantize_blocks(rows(part), layout, hessian), _parts(count)))
@@ -51,13 +53,13 @@ def measure_head(
 
     `references` are formats to which the head is rounded here, to nearest.
     """
-    parts = _parts(decoder.config.vocab_size)
-    drawn = list(threads.map(partial(_draw, decoder, inputs), parts))
+    parts, head = _parts(decoder.config.vocab_size), decoder.head_rows()
+    drawn = list(threads.map(partial(_draw, head, inputs), parts))
     log_totals = torch.stack([each for each, *_ in drawn]).logsumexp(0)
     best = torch.stack([score for _, score, _ in drawn]).argmax(0)
     tokens = torch.stack([token for *_, token in drawn]).gather(0, best[None])[0]
-    measured = list(threads.map(partial(_measure_part, decoder, inputs, log_totals, candidates, references), parts))
-    gradients = decoder.head_rows(tokens)
+    measured = list(threads.map(partial(_measure_part, head, inputs, log_totals, candidates, references), parts))
+    gradients = head(tokens)
     for gradient, _ in measured:
         gradients -= gradient
     entropy = sum(stats[None][0] for _, stats in measured)
@@ -74,12 +76,12 @@ def _parts(count: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _draw(decoder: LayerwiseDecoder, inputs: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(head: _Rows, inputs: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logarithm of the sum over a part of the vocabulary, and its best token with its score.
 
     The token with the best score, a logit with noise of a Gumbel distribution, is a token drawn from the distribution.
     """
-    logits = inputs @ decoder.head_rows(part).T
+    logits = inputs @ head(part).T
     generator = torch.Generator().manual_seed(_SEED + int(part[0]))
     noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
     score, token = (logits + noise).max(-1)
@@ -88,7 +90,7 @@ def _draw(decoder: LayerwiseDecoder, inputs: Tensor, part: Tensor) -> tuple[Tens
 
 @torch.inference_mode()
 def _measure_part(
-    decoder: LayerwiseDecoder,
+    head: _Rows,
     inputs: Tensor,
     log_totals: Tensor,
     candidates: Mapping[Blocks, QuantizedBlocks],
@@ -99,7 +101,7 @@ def _measure_part(
 
     They are the mean of the logits and the logarithm of their total; for None, the mean of the log-probabilities.
     """
-    weight = decoder.head_rows(part)
+    weight = head(part)
     expected = (inputs @ weight.T).sub_(log_totals[:, None])
     probabilities = expected.exp()
     stats: dict[Blocks | None, tuple[Tensor, Tensor]] = {None: (_dot(probabilities, expected), log_totals)}

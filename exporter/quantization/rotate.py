@@ -8,7 +8,7 @@ arXiv:2401.15024).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -75,14 +75,18 @@ class RotatedWeights(Mapping[str, Tensor]):
             return residual.apply(weight * self._norm_before(prefix, role))
         return weight
 
-    def rows(self, name: str, rows: Tensor) -> Tensor:
-        """Return rows of the embedding or of the head, float32 [*rows.shape, hidden]."""
-        weight = self._weights[name][rows].float()
-        if self._residual is None:
-            return weight
-        if name == f"{HEAD}.weight":
-            weight = weight * self._norm_before("", HEAD)
-        return self._residual.apply(weight)
+    def rows(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Load the embedding or the head; return a function that returns rows by number, float32 [..., hidden]."""
+        whole, residual = self._weights[name], self._residual
+        norm = self._norm_before("", HEAD) if name == f"{HEAD}.weight" and residual is not None else None
+
+        def rotated(numbers: Tensor) -> Tensor:
+            rows = whole[numbers].float()
+            if norm is not None:
+                rows = rows * norm
+            return rows if residual is None else residual.apply(rows)
+
+        return rotated
 
     def _rotate_values(self, weight: Tensor) -> Tensor:
         """Rotate the values in a packed weight [(H + 2K) * D, hidden] or bias [(H + 2K) * D]."""

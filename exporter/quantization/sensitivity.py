@@ -268,7 +268,7 @@ class SensitivityPass:
         decoder = self._decoder
         tokens = torch.tensor([token for window in self._windows for token in window])
         gradients = torch.cat([gradient[0] for gradient in upstream]) * decoder.config.embedding_scale
-        rows = decoder.embedding_rows(tokens)
+        rows = decoder.embedding_rows()(tokens)
         module = HEAD if decoder.config.tie_word_embeddings else EMBEDDING
         candidates = {each: whole.rows(tokens) for each, whole in self._load_blocks(module).items()}
         candidates |= {each: each.quantize({EMBEDDING: rows}, EMBEDDING) for each in references}

@@ -47,7 +47,7 @@ def test_the_divergence_of_a_head_is_that_of_all_logits(tied: bool, tmp_path: Pa
     weights = RotatedWeights(checkpoint.config, checkpoint.weights)
     decoder = LayerwiseDecoder(rotated_config(checkpoint.config), weights)
     inputs = 3 * torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
-    rows = decoder.head_rows(torch.arange(331))
+    rows = decoder.head_rows()(torch.arange(331))
     candidate = quantize_blocks(rows, LAYOUT)
     reference = Blocks(8, 32, symmetric=True)
     with worker_threads() as threads:
@@ -68,7 +68,7 @@ def test_tokens_are_drawn_from_the_distribution_of_the_model(tmp_path: Path) -> 
     decoder = LayerwiseDecoder(checkpoint.config, checkpoint.weights)
     one = torch.randn(1, 64, generator=torch.Generator().manual_seed(3))
     inputs = (one * 60).expand(4000, 64)
-    rows = decoder.head_rows(torch.arange(331))
+    rows = decoder.head_rows()(torch.arange(331))
     probabilities = F.softmax(inputs[0] @ rows.T, -1)
     with worker_threads() as threads:
         found = measure_head(decoder, inputs, {}, [], threads)

@@ -178,8 +178,8 @@ def test_rotation_shrinks_outliers(tmp_path: Path) -> None:
 
     tokens = torch.arange(3, 300)[None]  # 2 is padding, whose row is zero
     assert peak(weights["embed_tokens.weight"][tokens]) > 7
-    assert peak(turned.rows("embed_tokens.weight", tokens)) < 3
-    assert torch.equal(turned.rows("embed_tokens.weight", tokens), turned["embed_tokens.weight"][tokens])
+    assert peak(turned.rows("embed_tokens.weight")(tokens)) < 3
+    assert torch.equal(turned.rows("embed_tokens.weight")(tokens), turned["embed_tokens.weight"][tokens])
     folded = weights["layers.0.attention.qkv.weight"] * weights["layers.0.attention_norm.weight"]
     assert peak(folded) > 6
     assert peak(turned["layers.0.attention.qkv.weight"]) < 4
