@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from llm_edge.checkpoint.base import Checkpoint
@@ -22,7 +23,7 @@ from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredPrecision
-from llm_edge.exporter.quantization.goals import MaxBitsPerWeight, MaxDivergence, MaxSize, SizeGoal
+from llm_edge.exporter.quantization.goals import Goal, MaxBitsPerWeight, MaxDivergence, MaxSize, SizeGoal
 from llm_edge.exporter.quantization.recipes import Recipe, mixed, parse_precisions
 from llm_edge.exporter.quantization.refine import can_refine
 from llm_edge.exporter.results import PrecisionReport, Report
@@ -123,21 +124,20 @@ def _is_large(checkpoint: Checkpoint, recipes: tuple[Recipe, ...]) -> bool:
 
 def _recipes(options: ExportOptions, default: str) -> tuple[Recipe, ...]:
     """Return the recipes of an export: the named ones, those of a target, or the default."""
-    targets = {
-        "--target-size": None if options.target_size is None else MaxSize(round(options.target_size * 1e6)),
-        "--target-bpw": None if options.target_bpw is None else MaxBitsPerWeight(options.target_bpw),
-        "--target-kl": None if options.target_kl is None else MaxDivergence(options.target_kl),
+    goals: dict[str, tuple[float | None, Callable[[float], Goal]]] = {
+        "--target-size": (options.target_size, lambda megabytes: MaxSize(round(megabytes * 1e6))),
+        "--target-bpw": (options.target_bpw, MaxBitsPerWeight),
+        "--target-kl": (options.target_kl, MaxDivergence),
     }
-    given = {name: goal for name, goal in targets.items() if goal is not None}
+    given = {name: (value, goal) for name, (value, goal) in goals.items() if value is not None}
     if len(given) > 1:
         raise ParameterError(f"{' and '.join(given)} exclude each other: give one of them")
-    for name, value in zip(targets, (options.target_size, options.target_bpw, options.target_kl), strict=True):
-        if value is not None and not 0 < value < math.inf:
+    for name, (value, goal) in given.items():
+        if not 0 < value < math.inf:
             raise ParameterError(f"{name} {value:g} is not a positive number")
-    if not given:
-        return parse_precisions(default if options.precision is None else options.precision)
-    named = () if options.precision is None else parse_precisions(options.precision)
-    return (*named, *(mixed(goal) for goal in given.values()))
+        named = () if options.precision is None else parse_precisions(options.precision)
+        return (*named, mixed(goal(value)))
+    return parse_precisions(default if options.precision is None else options.precision)
 
 
 def _check_targets(recipes: tuple[Recipe, ...], config: ModelConfig) -> None:

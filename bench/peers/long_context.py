@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_edge.bench.driver import DECODE_TOKENS, Worker, median
-from llm_edge.bench.peers.run import HERE, TEXT, print_table, source_of, tokens_of
+from llm_edge.bench.peers.run import HERE, TEXT, print_table, say, source_of, tokens_of
 from llm_edge.runtime.command import run
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _long_context(
     weights = source_of([gguf] if gguf else [], bundle) if any(not name.startswith("ours/") for name in names) else None
     (work := work.resolve()).mkdir(parents=True, exist_ok=True)
     prefix = (sys.executable, "-I", "-S", str(HERE / "without_amx.py")) if without_amx else ()
-    contenders = [each.with_prefix(prefix) for each in make(names, bundle, weights, work, threads, _say)]
+    contenders = [each.with_prefix(prefix) for each in make(names, bundle, weights, work, threads, say)]
     samples = _measure(contenders, tokens, wanted, rounds)
     medians = {name: {key: median(values) for key, values in found.items()} for name, found in samples.items()}
     print_table(_table(medians, wanted))
@@ -109,7 +109,7 @@ def _measure(
                 workers[each.name] = Worker(_command(each, lengths[-1] + _SPARE))
             for length in lengths:
                 for name, worker in workers.items():
-                    _say(f"round {number + 1} of {rounds}: {name} after {length:,} tokens")
+                    say(f"round {number + 1} of {rounds}: {name} after {length:,} tokens")
                     _sample(worker, tokens[:length], samples[name])
         finally:
             for worker in workers.values():
@@ -147,10 +147,6 @@ def _table(medians: Mapping[str, Mapping[str, float | None]], lengths: Sequence[
         cells = [(form, found.get(key)) for key, _, form in columns]
         rows.append([name, *("" if value is None else form.format(value) for form, value in cells)])
     return rows
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from llm_edge.bench.driver import Worker
 from llm_edge.bench.engine import TOKENS, WIDTHS
 from llm_edge.bench.peers import without_amx as amx
 from llm_edge.bench.peers.engines import choose, make
-from llm_edge.bench.peers.run import TEXT, source_of, tokens_of
+from llm_edge.bench.peers.run import TEXT, say, source_of, tokens_of
 from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.command import run
 from llm_edge.runtime.errors import InputError
@@ -36,7 +36,7 @@ def compare(path: Path, work: Path, threads: int, rounds: int, prefix: Sequence[
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     commands: dict[str, tuple[str, ...]] = {}
-    for contender in make(names, bundle, source_of((), bundle), work, threads, _say):
+    for contender in make(names, bundle, source_of((), bundle), work, threads, say):
         if contender.name.startswith("ours/"):
             _, _, precision = contender.name.partition("/")
             commands[contender.name] = (sys.executable, "-m", _OURS, str(path), precision, str(threads))
@@ -46,7 +46,7 @@ def compare(path: Path, work: Path, threads: int, rounds: int, prefix: Sequence[
     workers = {name: Worker([*prefix, *command]) for name, command in commands.items()}
     try:
         for number in range(rounds + 1):  # the first one warms up
-            _say(f"round {number} of {rounds}")
+            say(f"round {number} of {rounds}")
             for width in WIDTHS:
                 rows = [text[(number + row) * 7 :][:PROMPT] for row in range(width)]
                 for name, worker in workers.items():
@@ -61,10 +61,6 @@ def compare(path: Path, work: Path, threads: int, rounds: int, prefix: Sequence[
     for ours, theirs in pairs:
         both = [zip(rates[ours, width], rates[theirs, width], strict=True) for width in WIDTHS]
         print(f"{ours} / {theirs}:", *(f"{statistics.median(one / other for one, other in each):.2f}" for each in both))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

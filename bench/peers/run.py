@@ -97,7 +97,7 @@ def _peers(paths: Sequence[Path], sources: Sequence[Path], only: str | None, opt
     options.work.mkdir(parents=True, exist_ok=True)
     busy = busy_cpus()
     if busy is not None and busy > _QUIET:
-        _say(f"warning: others keep {busy:.1f} CPUs busy; engines whose threads wait for each other suffer most")
+        say(f"warning: others keep {busy:.1f} CPUs busy; engines whose threads wait for each other suffer most")
     reports = []
     for task in tasks:
         report = {**_measure(task, options), "busy_cpus": busy}
@@ -144,12 +144,12 @@ def _measure(task: Task, options: Options) -> dict[str, Any]:
 
     bundle, work = task.bundle, options.work
     prefix = (sys.executable, "-I", "-S", str(HERE / "without_amx.py")) if options.without_amx else ()
-    made = make(task.names, bundle, task.source, work, options.threads, _say)
+    made = make(task.names, bundle, task.source, work, options.threads, say)
     contenders = [contender.with_prefix(prefix) for contender in made]
     reference = _reference(bundle, task.source, work, options.threads)
     sizes = {contender.name: contender.size for contender in contenders}
     speeds = {each.name: each.speed for each in contenders}
-    figures = measure(speeds, task.tokens, options.rounds, options.repeats, _say)
+    figures = measure(speeds, task.tokens, options.rounds, options.repeats, say)
     fidelities = _fidelities(contenders, reference, task.tokens, bundle.shape.vocab_size, work)
     peers_asked = [peer for peer in ENVIRONMENTS if any(name.startswith(f"{peer}/") for name in task.names)]
     return {
@@ -223,7 +223,7 @@ def _reference(bundle: Bundle, source: Source | None, work: Path, threads: int) 
         assert source is not None
         path = work / "fp32" / source.key
         if not path.exists():
-            _say("exporting fp32 to compare with")
+            say("exporting fp32 to compare with")
             path.parent.mkdir(exist_ok=True)
             command = [sys.executable, "-c", _EXPORT, str(source.gguf), "--precision", "fp32", "-o", str(path)]
             call(command, path.parent / "export.log", "llm-export")
@@ -241,7 +241,7 @@ def _fidelities(
     with tempfile.TemporaryDirectory(prefix="logits-", dir=work) as folder:
         expected = _logits(reference, text, Path(folder), "fp32")
         for contender in contenders:
-            _say(f"comparing {contender.name} with fp32")
+            say(f"comparing {contender.name} with fp32")
             files = _logits(contender.logits, text, Path(folder), "other")
             found[contender.name] = compare(expected, files, vocab_size)
     return found
@@ -275,7 +275,8 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a message on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

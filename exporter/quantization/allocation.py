@@ -17,13 +17,13 @@ class Option:
         format: the format.
         bytes: size on disk.
         divergence: share of the mean KL divergence from the unquantized model, in nats.
-        seconds: of a prefill, relative to 8-bit weights and activations; see `WeightFormat.slowness`.
+        cost: time of a prefill; see `WeightFormat.prefill_cost`.
     """
 
     format: WeightFormat
     bytes: int
     divergence: float
-    seconds: float
+    cost: float
 
 
 Options = Mapping[str, Sequence[Option]]
@@ -39,7 +39,7 @@ def most_faithful(options: Options, max_bytes: float) -> Mix:
 
 def fastest(options: Options, max_divergence: float) -> Mix:
     """Return the fastest mix within a divergence, or the most faithful one."""
-    return _allocate(options, lambda option: option.seconds, _divergence, max_divergence)
+    return _allocate(options, lambda option: option.cost, _divergence, max_divergence)
 
 
 def smallest(options: Options, max_divergence: float) -> Mix:

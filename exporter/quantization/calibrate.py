@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,14 +22,14 @@ from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.quantization.allocation import Option, frontier
 from llm_edge.exporter.quantization.blocks import BlockLayout
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat
-from llm_edge.exporter.quantization.goals import Model
+from llm_edge.exporter.quantization.goals import MeasuredModel
 from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.head import quantize_rows
 from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.observe import CacheRange, Observer
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights
-from llm_edge.exporter.quantization.sensitivity import Q8_0, SensitivityPass, States
+from llm_edge.exporter.quantization.sensitivity import Q8_0, SensitivityPass, probe_inputs
 from llm_edge.exporter.quantization.store import QuantizedStore, Stored
 from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
@@ -39,10 +38,10 @@ from llm_edge.runtime.errors import CheckpointError
 
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
 _ERROR_STEP = 4  # every fourth sample measures errors
-_GOOD_ERROR = 1e-4
+_GOOD_ERROR = 1e-4  # of static activations, at which 8-bit blocks are not tried
 _TILE = 512  # rows and columns of a Hessian computed at once
 _QUANTIZE_FRACTION = 0.75  # of the time
-_MAX_DIVERGENCE = 1e6
+_MAX_DIVERGENCE = 1e6  # stands for infinity and NaN, which cannot be added
 _GRAPH_BYTES = 16_000  # of a layer in the graph, without weights
 
 
@@ -119,7 +118,6 @@ class _Calibration:
         self._recipes = recipes
         self._journal = journal
         self._store = QuantizedStore(journal.folder / "weights")
-        self._states = States(journal.folder / "states")
         self._decoder = LayerwiseDecoder(config, weights)
         self._errors: dict[Stored, float] = {}
         self._caches: list[CacheRange] = []
@@ -129,9 +127,9 @@ class _Calibration:
         with worker_threads() as threads:
             self._quantize(texts, lambda done, item: progress(_QUANTIZE_FRACTION * done, item), threads)
             probes = [window.tokens for window in texts.probes]
-            sensitivity = SensitivityPass(self._decoder, probes, self._states, self._store, threads, self._journal)
+            sensitivity = SensitivityPass(self._decoder, probes, self._store, threads, self._journal)
             start = _QUANTIZE_FRACTION
-            divergences = sensitivity.measure([Q8_0], lambda done: progress(start + (1 - start) * done, "sensitivity"))
+            divergences = sensitivity.measure(lambda done: progress(start + (1 - start) * done, "sensitivity"))
         return self._choose(divergences)
 
     def _quantize(self, texts: Texts, progress: Callable[[float, str], None], threads: Executor) -> None:
@@ -145,7 +143,7 @@ class _Calibration:
         states = self._quantize_layers(done, texts, progress, threads)
         progress(1.0, "head")
         self._quantize_head(states, threads)
-        self._complete(HEAD, [HEAD, EMBEDDING], [])
+        self._complete(HEAD, [HEAD, EMBEDDING])
 
     def _quantize_layers(
         self, start: int, texts: Texts, progress: Callable[[float, str], None], threads: Executor
@@ -155,10 +153,10 @@ class _Calibration:
         observer = Observer(decoder, [window.tokens for window in texts.calibration], threads)
         probes = Observer(decoder, [window.tokens for window in texts.probes], threads)
         if start:
-            observer.states, probes.states = journal.load(f"outputs-{start - 1}"), self._states.load(start)
+            observer.states, probes.states = journal.load(f"outputs-{start - 1}"), journal.load(probe_inputs(start))
         running: list[Future[None]] = []
         for number, layer in zip(range(start, layers), decoder.layers(range(start, layers)), strict=True):
-            self._states.save(number, probes.states)
+            journal.save(probe_inputs(number), probes.states, always=True)
             probes.run(number)
             found = observer.observe(number, layer)
             self._caches.append(found.cache)
@@ -171,7 +169,7 @@ class _Calibration:
                 threads.submit(self._quantize_projection, f"layers.{number}.{name}", found.weights[name], inputs)
                 for name, inputs in sorted(observed.items(), key=lambda item: -item[1].samples.shape[1])
             ]
-        self._states.save(layers, probes.states)
+        journal.save(probe_inputs(layers), probes.states, always=True)
         self._complete_layer(layers - 1, running)
         return observer.states
 
@@ -182,11 +180,11 @@ class _Calibration:
         if running:
             prefix = f"layers.{number}."
             modules = [name for name in self._store.shapes if name.startswith(prefix)]
-            self._complete(f"layer {number}", modules, [self._states.path(number + 1)])
+            self._complete(f"layer {number}", modules)
             self._journal.discard(f"outputs-{number - 1}")
 
-    def _complete(self, step: str, modules: Sequence[str], files: Sequence[Path]) -> None:
-        """Add quantized weights, and other files, to the journal."""
+    def _complete(self, step: str, modules: Sequence[str]) -> None:
+        """Add quantized weights to the journal."""
         stored = [(module, each) for module in modules for each in self._store.formats(module)]
         self._journal.complete(
             step,
@@ -200,7 +198,7 @@ class _Calibration:
                 ]
                 for module, each in stored
             ],
-            [*files, *(self._store.path(module, each) for module, each in stored)],
+            [self._store.path(module, each) for module, each in stored],
         )
 
     def _restore(self, step: str) -> bool:
@@ -236,19 +234,21 @@ class _Calibration:
         decoder.load_norm()
         with torch.inference_mode():
             inputs = torch.cat([decoder.normalize(state)[0] for state in states])
-        hessian, shape = _hessian(inputs, threads), (config.vocab_size, config.hidden_size)
-        rows = decoder.head_rows()
-        for weight_format in self._formats(HEAD, shape[1]):
-            assert isinstance(weight_format, BlockLayout)
-            compensated = hessian if weight_format.bits == 4 else None
-            quantized = quantize_rows(rows, shape[0], weight_format, compensated, threads)
-            self._store.add(HEAD, weight_format, shape, quantized)
+        self._quantize_rows(HEAD, decoder.head_rows(), _hessian(inputs, threads), threads)
         if not config.tie_word_embeddings:
-            rows = decoder.embedding_rows()
-        for weight_format in () if config.tie_word_embeddings else self._formats(EMBEDDING, shape[1]):
+            self._quantize_rows(EMBEDDING, decoder.embedding_rows(), None, threads)
+
+    def _quantize_rows(
+        self, module: str, rows: Callable[[Tensor], Tensor], hessian: Hessian | None, threads: Executor
+    ) -> None:
+        """Quantize the embedding or the head, whose rows are read by number."""
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        for weight_format in self._formats(module, shape[1]):
             assert isinstance(weight_format, BlockLayout)
-            quantized = quantize_rows(rows, shape[0], weight_format, None, threads)
-            self._store.add(EMBEDDING, weight_format, shape, quantized)
+            compensated = hessian if weight_format.bits == 4 else None  # 8 bits are accurate enough
+            self._store.add(
+                module, weight_format, shape, quantize_rows(rows, shape[0], weight_format, compensated, threads)
+            )
 
     def _formats(self, module: str, width: int, recipes: Sequence[Recipe] | None = None) -> list[WeightFormat]:
         """Return the formats of a weight that the recipes choose from."""
@@ -259,11 +259,10 @@ class _Calibration:
     def _choose(self, divergences: Mapping[Stored, float]) -> dict[str, CalibratedWeights]:
         """Choose a mix for each recipe, and delete all other weights."""
         divergences = {
-            stored: value if value <= _MAX_DIVERGENCE else _MAX_DIVERGENCE  # also for NaN
-            for stored, value in divergences.items()
+            stored: value if value <= _MAX_DIVERGENCE else _MAX_DIVERGENCE for stored, value in divergences.items()
         }
         weights = dict(sorted(self._store.shapes.items()))  # threads add them in any order
-        model = Model(
+        model = MeasuredModel(
             self._config,
             other_bytes=_other_bytes(self._config, sum(map(math.prod, weights.values()))),
             q8_0=sum(divergences[module, Q8_0] for module in weights),
@@ -278,7 +277,7 @@ class _Calibration:
                         each,
                         self._store.bytes(module, each),
                         divergences[module, each],
-                        each.slowness * math.prod(shape),
+                        each.prefill_cost * math.prod(shape),
                     )
                     for each in self._formats(module, shape[1], [recipe])
                     if each in stored[module]

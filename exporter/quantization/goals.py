@@ -14,7 +14,7 @@ from llm_edge.runtime.errors import ParameterError
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class MeasuredModel:
     """What goals need to know of a model.
 
     Attributes:
@@ -32,7 +32,7 @@ class Goal(ABC):
     """Chooses a mix of formats. Subclasses are frozen dataclasses."""
 
     @abstractmethod
-    def choose(self, options: Options, model: Model) -> Mix:
+    def choose(self, options: Options, model: MeasuredModel) -> Mix:
         """Return the best mix.
 
         Raises:
@@ -53,7 +53,7 @@ class SizeGoal(Goal):
     def max_bytes(self, config: ModelConfig) -> float:
         """Return the size of all files."""
 
-    def choose(self, options: Options, model: Model) -> Mix:
+    def choose(self, options: Options, model: MeasuredModel) -> Mix:
         mix = most_faithful(options, self.max_bytes(model.config) - model.other_bytes)
         self.check(model.config, model.other_bytes + sum(option.bytes for option in mix.values()))
         return mix
@@ -120,7 +120,7 @@ class AsFaithfulAsQ8(Goal):
 
     fraction: float = 0.8
 
-    def choose(self, options: Options, model: Model) -> Mix:
+    def choose(self, options: Options, model: MeasuredModel) -> Mix:
         return fastest(options, self.fraction * model.q8_0)
 
     def __str__(self) -> str:
@@ -133,7 +133,7 @@ class MaxDivergence(Goal):
 
     divergence: float
 
-    def choose(self, options: Options, model: Model) -> Mix:  # noqa: ARG002 (the divergence does not depend on it)
+    def choose(self, options: Options, model: MeasuredModel) -> Mix:  # noqa: ARG002 (the divergence does not depend on it)
         mix = smallest(options, self.divergence)
         found = sum(option.divergence for option in mix.values())
         if found > self.divergence:

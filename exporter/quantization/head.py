@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -46,25 +46,25 @@ def measure_head(
     decoder: LayerwiseDecoder,
     inputs: Tensor,
     candidates: Mapping[Blocks, QuantizedBlocks],
-    references: Sequence[Blocks],
+    reference: Blocks,
     threads: Executor,
 ) -> MeasuredHead:
     """Draw a token for each input [S, hidden], and measure the head in several formats.
 
-    `references` are formats to which the head is rounded here, to nearest.
+    `reference` is a format to which the head is rounded here, to nearest.
     """
     parts, head = _parts(decoder.config.vocab_size), decoder.head_rows()
     drawn = list(threads.map(partial(_draw, head, inputs), parts))
     log_totals = torch.stack([each for each, *_ in drawn]).logsumexp(0)
     best = torch.stack([score for _, score, _ in drawn]).argmax(0)
     tokens = torch.stack([token for *_, token in drawn]).gather(0, best[None])[0]
-    measured = list(threads.map(partial(_measure_part, head, inputs, log_totals, candidates, references), parts))
+    measured = list(threads.map(partial(_measure_part, head, inputs, log_totals, candidates, reference), parts))
     gradients = head(tokens)
     for gradient, _ in measured:
         gradients -= gradient
     entropy = sum(stats[None][0] for _, stats in measured)
     divergences = {}
-    for each in (*candidates, *references):
+    for each in (*candidates, reference):
         expected = sum(stats[each][0] for _, stats in measured)
         totals = torch.stack([stats[each][1] for _, stats in measured]).logsumexp(0)
         divergences[each] = (entropy - expected + totals).mean().item()
@@ -94,7 +94,7 @@ def _measure_part(
     inputs: Tensor,
     log_totals: Tensor,
     candidates: Mapping[Blocks, QuantizedBlocks],
-    references: Sequence[Blocks],
+    reference: Blocks,
     part: Tensor,
 ) -> tuple[Tensor, dict[Blocks | None, tuple[Tensor, Tensor]]]:
     """Return, for a part of the vocabulary, the mean row of the head, and for each format two sums per input.
@@ -106,7 +106,7 @@ def _measure_part(
     probabilities = expected.exp()
     stats: dict[Blocks | None, tuple[Tensor, Tensor]] = {None: (_dot(probabilities, expected), log_totals)}
     quantized = {each: whole.rows(part) for each, whole in candidates.items()}
-    quantized |= {each: quantize_blocks(weight, each) for each in references}
+    quantized[reference] = quantize_blocks(weight, reference)
     for each, rows in quantized.items():
         logits = rows.apply(inputs)
         stats[each] = (_dot(probabilities, logits), logits.logsumexp(-1))

@@ -56,13 +56,14 @@ class Journal:
             journal.flush()
             os.fsync(journal.fileno())
 
-    def save(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Write tensors for the next step."""
-        if self._kept:
+    def save(self, name: str, tensors: Sequence[Tensor], *, always: bool = False) -> None:
+        """Write tensors for a resumed calibration, or `always`: this one loads them too."""
+        if self._kept or always:
             with (self.folder / name).open("wb") as file:
                 torch.save(list(tensors), file)
-                file.flush()
-                os.fsync(file.fileno())
+                if self._kept:
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def load(self, name: str) -> list[Tensor]:
         """Return tensors that were saved."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -31,9 +30,12 @@ from llm_edge.exporter.quantization.store import QuantizedStore, Stored
 
 Q8_0 = Blocks(bits=8, size=32, symmetric=True)
 """Weights and activations rounded to the nearest level, as GGUF's type of this name is computed with."""
-
-
 _RESULT = "sensitivity"  # name of the last step
+
+
+def probe_inputs(layer: int) -> str:
+    """Return the name, in the journal, of the inputs of a layer on the probes."""
+    return f"inputs-{layer}"
 
 
 def _step(number: int) -> str:
@@ -48,27 +50,6 @@ def _gradients(number: int) -> str:
 
 def _to_json(measured: Mapping[Stored, Sequence[float]]) -> list[object]:
     return [[module, each.label, [*values]] for (module, each), values in measured.items()]
-
-
-class States:
-    """Inputs of all layers, one per window, stored on disk."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-
-    def save(self, layer: int, states: Sequence[Tensor]) -> None:
-        """Store the inputs of a layer, each [1, S, hidden]."""
-        torch.save(list(states), self.path(layer))
-
-    def load(self, layer: int) -> list[Tensor]:
-        """Return the inputs of a layer."""
-        states: list[Tensor] = torch.load(self.path(layer), weights_only=True)
-        return states
-
-    def path(self, layer: int) -> Path:
-        """Return the file of the inputs of a layer."""
-        return self._folder / str(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,61 +71,57 @@ class SensitivityPass:
     Args:
         decoder: of the unquantized model.
         windows: tokens of each window.
-        states: inputs of all layers and, after them, the outputs of the last.
         store: weights in all formats.
-        journal: lists the layers that were measured, which are not measured again.
+        threads: of one core each.
+        journal: holds the inputs of all layers (see `probe_inputs`) and, after them, the outputs of the last; lists the
+            layers that were measured, which are not measured again.
     """
 
     def __init__(
         self,
         decoder: LayerwiseDecoder,
         windows: Sequence[Sequence[int]],
-        states: States,
         store: QuantizedStore,
         threads: Executor,
         journal: Journal,
     ) -> None:
         self._decoder = decoder
         self._windows = windows
-        self._states = states
         self._store = store
         self._threads = threads
         self._journal = journal
         self._recorder = CallRecorder()
 
-    def measure(self, references: Sequence[Blocks], progress: Callable[[float], None]) -> dict[Stored, float]:
-        """Return the mean KL divergence, in nats, of each stored weight, and of all weights in `references`.
-
-        References are rounded to nearest.
-        """
-        known = self._restore(_RESULT, references)
+    def measure(self, progress: Callable[[float], None]) -> dict[Stored, float]:
+        """Return the mean KL divergence, in nats, of each stored weight, and of all weights in Q8_0."""
+        known = self._restore(_RESULT)
         if known is None:
-            upstream, found = self._measure_or_restore_head(references)
-            upstream, changes = self._measure_layers(upstream, references, progress)
+            upstream, found = self._measure_or_restore_head()
+            upstream, changes = self._measure_layers(upstream, progress)
             found |= self._divergences(changes)
-            self._measure_embedding(upstream, references, found)
+            self._measure_embedding(upstream, found)
             known = {stored: [divergence] for stored, divergence in found.items()}
             self._journal.complete(_RESULT, _to_json(known))
         return {stored: divergence for stored, (divergence,) in known.items()}
 
-    def _measure_or_restore_head(self, references: Sequence[Blocks]) -> tuple[list[Tensor], dict[Stored, float]]:
+    def _measure_or_restore_head(self) -> tuple[list[Tensor], dict[Stored, float]]:
         """Return the gradients of the last layer's outputs, empty if later ones are stored, and divergences."""
         layers = self._decoder.config.num_hidden_layers
-        head = self._restore(_step(layers), references)
+        head = self._restore(_step(layers))
         if head is not None:
             return [], {stored: divergence for stored, (divergence,) in head.items()}
         found: dict[Stored, float] = {}
-        upstream = self._measure_head(references, found)
+        upstream = self._measure_head(found)
         self._complete(layers, upstream, {stored: [divergence] for stored, divergence in found.items()})
         return upstream, found
 
     def _measure_layers(
-        self, upstream: list[Tensor], references: Sequence[Blocks], progress: Callable[[float], None]
+        self, upstream: list[Tensor], progress: Callable[[float], None]
     ) -> tuple[list[Tensor], dict[Stored, Change]]:
         """Return the gradients of the first layer's inputs, and the changes by all projections."""
         first = layers = self._decoder.config.num_hidden_layers  # `first` of those that were measured before
         changes: dict[Stored, Change] = {}
-        while (restored := self._restore(_step(first - 1), references)) is not None:
+        while (restored := self._restore(_step(first - 1))) is not None:
             changes |= {stored: Change(*sums) for stored, sums in restored.items()}
             first -= 1
         upstream = upstream or self._journal.load(_gradients(first))
@@ -152,13 +129,11 @@ class SensitivityPass:
         for number, layer in zip(numbers, self._decoder.layers(numbers), strict=True):
             progress(1 - (number + 1) / layers)
             with self._recorder.recording(layer):
-                results = list(
-                    self._threads.map(partial(self._differentiate, number), self._states.load(number), upstream)
-                )
+                results = list(self._threads.map(partial(self._differentiate, number), self._inputs(number), upstream))
             upstream = [gradient for gradient, _ in results]
             tasks = [
                 self._threads.submit(
-                    self._score, f"layers.{number}.{name}", module, [calls[name] for _, calls in results], references
+                    self._score, f"layers.{number}.{name}", module, [calls[name] for _, calls in results]
                 )
                 for name, module in projections_of(layer).items()
             ]
@@ -175,13 +150,13 @@ class SensitivityPass:
         self._journal.complete(_step(number), _to_json(measured))
         self._journal.discard(_gradients(number + 1))
 
-    def _restore(self, step: str, references: Sequence[Blocks]) -> dict[Stored, list[float]] | None:
+    def _restore(self, step: str) -> dict[Stored, list[float]] | None:
         """Return what was measured in a step, or None if it was not completed."""
         if step not in self._journal.steps:
             return None
         formats: dict[str, dict[str, WeightFormat]] = {}
         for module, *_ in self._journal.steps[step]:
-            formats[module] = {each.label: each for each in (*self._store.formats(module), *references)}
+            formats[module] = {each.label: each for each in (*self._store.formats(module), Q8_0)}
         return {(module, formats[module][label]): values for module, label, values in self._journal.steps[step]}
 
     def _differentiate(
@@ -205,7 +180,6 @@ class SensitivityPass:
         module: str,
         linear: nn.Linear,
         calls: Sequence[tuple[Tensor, Tensor]],
-        references: Sequence[Blocks],
     ) -> dict[Stored, Change]:
         """Return the changes by the errors of a projection in each of its formats."""
         x = torch.cat([each for each, _ in calls])
@@ -222,8 +196,7 @@ class SensitivityPass:
 
         for weight_format in self._store.formats(module):
             add(weight_format, self._store.load(module, weight_format))
-        for reference in references:
-            add(reference, reference.quantize({module: linear.weight}, module))
+        add(Q8_0, Q8_0.quantize({module: linear.weight}, module))
         return found
 
     def _divergences(self, changes: dict[Stored, Change]) -> dict[Stored, float]:
@@ -241,29 +214,26 @@ class SensitivityPass:
                 windows[role] += change.windows
         tokens = sum(map(len, self._windows))
         factors = {role: windows[role] / max(positions[role], 1e-30) for role in positions}
-        self.factors = factors
         return {
             stored: factors[stored[0].rpartition(".")[2]] * change.positions / (2 * tokens)
             for stored, change in changes.items()
         }
 
-    def _measure_head(self, references: Sequence[Blocks], found: dict[Stored, float]) -> list[Tensor]:
+    def _measure_head(self, found: dict[Stored, float]) -> list[Tensor]:
         """Add the divergences of the head; return the gradients of the last layer's outputs."""
         decoder = self._decoder
         decoder.load_norm()
-        states = [state.clone().requires_grad_() for state in self._states.load(decoder.config.num_hidden_layers)]
+        states = [state.clone().requires_grad_() for state in self._inputs(decoder.config.num_hidden_layers)]
         outputs = [decoder.normalize(state) for state in states]
         candidates = self._load_blocks(HEAD)
-        head = measure_head(decoder, torch.cat(outputs, 1)[0].detach(), candidates, references, self._threads)
+        head = measure_head(decoder, torch.cat(outputs, 1)[0].detach(), candidates, Q8_0, self._threads)
         found.update({(HEAD, each): divergence for each, divergence in head.divergences.items()})
         upstream = torch.split(head.gradients, [state.shape[1] for state in states])
         pairs = zip(outputs, states, upstream, strict=True)
         return [torch.autograd.grad(output, state, gradient[None])[0] for output, state, gradient in pairs]
 
     @torch.inference_mode()
-    def _measure_embedding(
-        self, upstream: Sequence[Tensor], references: Sequence[Blocks], found: dict[Stored, float]
-    ) -> None:
+    def _measure_embedding(self, upstream: Sequence[Tensor], found: dict[Stored, float]) -> None:
         """Add the divergences of the embedding; those of one tied to the head belong to the head."""
         decoder = self._decoder
         tokens = torch.tensor([token for window in self._windows for token in window])
@@ -271,11 +241,14 @@ class SensitivityPass:
         rows = decoder.embedding_rows()(tokens)
         module = HEAD if decoder.config.tie_word_embeddings else EMBEDDING
         candidates = {each: whole.rows(tokens) for each, whole in self._load_blocks(module).items()}
-        candidates |= {each: each.quantize({EMBEDDING: rows}, EMBEDDING) for each in references}
+        candidates[Q8_0] = Q8_0.quantize({EMBEDDING: rows}, EMBEDDING)
         for each, quantized in candidates.items():
             errors = quantized.dequantized(rows.shape[1]) - rows
             divergence = (errors * gradients).sum(-1).square().mean().item() / 2
             found[module, each] = found.get((module, each), 0.0) + divergence
+
+    def _inputs(self, layer: int) -> list[Tensor]:
+        return self._journal.load(probe_inputs(layer))
 
     def _load_blocks(self, module: str) -> dict[Blocks, QuantizedBlocks]:
         """Return the embedding or the head in all formats, which are blocks."""

@@ -76,6 +76,8 @@ def test_a_divergence_is_reached_in_the_smallest_size(checkpoint: Path, tmp_path
         (("--target-size", 1, "--target-kl", 0.1), "--target-size and --target-kl exclude each other"),
         (("--target-bpw", 0), "--target-bpw 0 is not a positive number"),
         (("--target-kl", "nan"), "--target-kl nan is not a positive number"),
+        (("--target-size", "nan"), "--target-size nan is not a positive number"),
+        (("--target-size", "inf"), "--target-size inf is not a positive number"),
         (("--target-size", 0.01), "--target-size is too small: the smallest mix of formats takes"),
         (("--target-bpw", 2), "--target-bpw is too small: the smallest mix of formats takes"),
         (("--target-bpw", 4.6), "--target-bpw is too small: the smallest mix of formats takes"),

@@ -64,7 +64,7 @@ class WeightFormat(ABC):
         """Approximate size of a weight on disk."""
 
     @property
-    def slowness(self) -> float:
+    def prefill_cost(self) -> float:
         """Time of a product with many inputs, relative to 8-bit weights with fixed 8-bit activations."""
         return 3.0
 

@@ -48,7 +48,7 @@ class Int8Static(WeightFormat):
         return 1.0
 
     @property
-    def slowness(self) -> float:
+    def prefill_cost(self) -> float:
         return self.activation_bits / 8
 
     @property

@@ -51,7 +51,7 @@ def test_the_divergence_of_a_head_is_that_of_all_logits(tied: bool, tmp_path: Pa
     candidate = quantize_blocks(rows, LAYOUT)
     reference = Blocks(8, 32, symmetric=True)
     with worker_threads() as threads:
-        found = measure_head(decoder, inputs, {LAYOUT: candidate}, [reference], threads)
+        found = measure_head(decoder, inputs, {LAYOUT: candidate}, reference, threads)
     expected = F.log_softmax(inputs @ rows.T, -1)
     for layout, quantized in ((LAYOUT, candidate), (reference, quantize_blocks(rows, reference))):
         logits = F.log_softmax(quantized.apply(inputs), -1)
@@ -71,7 +71,7 @@ def test_tokens_are_drawn_from_the_distribution_of_the_model(tmp_path: Path) -> 
     rows = decoder.head_rows()(torch.arange(331))
     probabilities = F.softmax(inputs[0] @ rows.T, -1)
     with worker_threads() as threads:
-        found = measure_head(decoder, inputs, {}, [], threads)
+        found = measure_head(decoder, inputs, {}, LAYOUT, threads)
     drawn = torch.cdist(found.gradients + probabilities @ rows, rows).argmin(-1)
     frequencies = np.bincount(drawn.numpy(), minlength=331) / 4000
     assert np.abs(frequencies - probabilities.numpy()).max() < 0.03

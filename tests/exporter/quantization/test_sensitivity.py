@@ -18,7 +18,7 @@ from llm_edge.exporter.quantization.blocks import quantize_blocks
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.observe import Observer
-from llm_edge.exporter.quantization.sensitivity import Q8_0, SensitivityPass, States
+from llm_edge.exporter.quantization.sensitivity import Q8_0, SensitivityPass, probe_inputs
 from llm_edge.exporter.quantization.store import QuantizedStore
 from llm_edge.model.config import ModelConfig
 
@@ -46,15 +46,14 @@ def test_estimates_agree_with_models_in_which_a_weight_is_quantized(tied: bool, 
         name = "embed_tokens.weight" if tied and module == "lm_head" else f"{module}.weight"
         weight = weights[name]
         store.add(module, INT4, (weight.shape[0], weight.shape[1]), quantize_blocks(weight, INT4))
-    decoder, states = LayerwiseDecoder(config, weights), States(tmp_path / "states")
+    decoder, journal = LayerwiseDecoder(config, weights), Journal(tmp_path)
     with worker_threads() as threads:
         observer = Observer(decoder, windows, threads)
         for number, _ in enumerate(decoder.layers()):
-            states.save(number, observer.states)
+            journal.save(probe_inputs(number), observer.states, always=True)
             observer.run(number)
-        states.save(config.num_hidden_layers, observer.states)
-        journal = Journal(tmp_path / "journal")
-        estimated = SensitivityPass(decoder, windows, states, store, threads, journal).measure([Q8_0], lambda _: None)
+        journal.save(probe_inputs(config.num_hidden_layers), observer.states, always=True)
+        estimated = SensitivityPass(decoder, windows, store, threads, journal).measure(lambda _: None)
 
     expected = log_probabilities(config, weights, windows)
     for module in (f"layers.1.{MODULES[2]}", f"layers.0.{MODULES[3]}", f"layers.1.{MODULES[1]}", *outside):
