@@ -302,7 +302,8 @@ def _other_bytes(config: ModelConfig, quantized: int) -> int:
 
 def _summarize(x: Tensor, threads: Executor) -> ObservedInputs:
     """Return what rounding needs of the inputs [tokens, K] of a projection."""
-    return ObservedInputs(_hessian(x, threads), x[:: max(len(x) // _SAMPLES, 1)].clone())
+    samples = x[:: max(len(x) // _SAMPLES, 1)]
+    return ObservedInputs(_hessian(x, threads), samples.to(torch.float32, copy=True))
 
 
 def _relative_error(output: Tensor, expected: Tensor) -> float:
@@ -317,7 +318,7 @@ def _hessian(x: Tensor, threads: Executor) -> Hessian:
 
     def compute(tile: tuple[slice, slice]) -> None:
         rows, columns = tile
-        product = x[:, rows].T @ x[:, columns]
+        product = (x[:, rows].T @ x[:, columns]).float()
         matrix[rows, columns] = product.div_(len(x))
         matrix[columns, rows] = product.T
 

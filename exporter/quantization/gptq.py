@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,29 +70,34 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
         levels as float32 [N, K].
     """
     rows, width = weight.shape
-    order, factor = hessian.order, hessian.inverse_factor
-    columns = weight.T[order].contiguous()  # [K, N], so that a column is contiguous
-    groups = order // size
-    column_scales = scales.T[groups]
-    column_scales = column_scales.where(column_scales > 0, 1.0)
-    column_zeros = zeros.T[groups]
-    levels = torch.empty_like(columns)
+    factor = hessian.inverse_factor
+    columns = weight.T.contiguous().index_select(0, hessian.order)  # [K, N], so that a column is contiguous
+    scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
+    scales = scales.where(scales > 0, 1.0)
+    levels = torch.empty(width, rows)  # relative to the zeros
     errors = torch.empty(min(_BLOCK, width), rows)
-    diagonal = factor.diagonal().tolist()
+    # Calls of NumPy cost less than those of torch, above all in several threads.
+    views = (columns, levels, errors, scales, -zeros, max_level - zeros, factor.T.contiguous())
+    all_columns, all_levels, all_errors, all_scales, least, most, weights = (view.numpy() for view in views)
+    product = np.empty(rows, np.float32)
+    order, diagonal = hessian.order.tolist(), factor.diagonal().tolist()
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
         for low in range(start, end, _SMALL_BLOCK):
             high = min(low + _SMALL_BLOCK, end)
-            block = errors[low - start : high - start]
             for index in range(low, high):
-                column, scale, zero = columns[index], column_scales[index], column_zeros[index]
+                column, level, error = all_columns[index], all_levels[order[index]], all_errors[index - start]
+                group = order[index] // size
                 if index > low:
-                    column = torch.addmv(column, block[: index - low].T, factor[low:index, index], alpha=-1)
-                level = torch.div(column, scale, out=levels[index]).add_(zero).round_().clamp_(0, max_level)
-                rounded = (level - zero).mul_(scale)
-                torch.sub(column, rounded, out=block[index - low]).div_(diagonal[index])
-            columns[high:end].addmm_(factor[low:high, high:end].T, block, alpha=-1)
+                    np.dot(weights[index, low:index], all_errors[low - start : index - start], out=product)
+                    column -= product
+                np.divide(column, all_scales[group], out=level)
+                np.rint(level, out=level)
+                np.maximum(level, least[group], out=level)
+                np.minimum(level, most[group], out=level)
+                np.multiply(level, all_scales[group], out=product)
+                np.subtract(column, product, out=error)
+                error /= diagonal[index]
+            columns[high:end].addmm_(factor[low:high, high:end].T, errors[low - start : high - start], alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
-    result = torch.empty_like(levels)
-    result[order] = levels
-    return result.T.contiguous()
+    return levels.add_(zeros[torch.arange(width) // size]).T.contiguous()

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llm_edge.exporter.bfloat16 import fast_matmuls, matmul_dtype
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 
 
@@ -30,7 +31,7 @@ class ObservedLayer:
     Attributes:
         number: index of the layer.
         weights: of its projections by their path in the layer, each float32 [N, K].
-        inputs: of its projections, each float32 [tokens, K].
+        inputs: of its projections, each [tokens, K] in `matmul_dtype`.
         cache: ranges of its cache.
     """
 
@@ -55,13 +56,12 @@ class Observer:
 
     def run(self, number: int) -> None:
         """Run a layer, whose weights are in memory, over the outputs of the one before."""
-        run = torch.inference_mode()(self._decoder.run_layer)  # in each thread
-        self.states = [state for state, _ in self._threads.map(partial(run, number), self.states)]
+        self.states = list(self._threads.map(partial(self._run_window, number), self.states))
 
     def observe(self, number: int, layer: nn.Module) -> ObservedLayer:
         """Run a layer like `run`, and return what it computes."""
         with self._current.recording(layer):
-            results = list(self._threads.map(partial(self._run, number), self.states))
+            results = list(self._threads.map(partial(self._observe_window, number), self.states))
         self.states = [state for state, _, _ in results]
         projections = projections_of(layer)
         inputs = {name: torch.cat([found.pop(name) for _, found, _ in results]) for name in projections}
@@ -69,12 +69,20 @@ class Observer:
         values = {name: module.weight.detach() for name, module in projections.items()}
         return ObservedLayer(number, values, inputs, CacheRange(*ranges))
 
-    @torch.inference_mode()  # holds for one thread
-    def _run(self, number: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    @torch.inference_mode()  # holds for one thread, as `fast_matmuls` does
+    def _run_window(self, number: int, state: Tensor) -> Tensor:
+        with fast_matmuls():
+            state, _ = self._decoder.run_layer(number, state)
+        return state
+
+    @torch.inference_mode()
+    def _observe_window(self, number: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         self._current.calls = {}
-        state, present = self._decoder.run_layer(number, state)
-        inputs = {name: call[0][0] for name, call in self._current.calls.items()}
-        return state, inputs, [tensor.abs().amax((0, 2)) for tensor in present]
+        with fast_matmuls():
+            state, present = self._decoder.run_layer(number, state)
+        dtype = matmul_dtype()
+        inputs = {name: call[0][0].to(dtype) for name, call in self._current.calls.items()}
+        return state, inputs, [tensor.abs().amax((0, 2)).float() for tensor in present]
 
 
 class CallRecorder(threading.local):

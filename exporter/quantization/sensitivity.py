@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from llm_edge.exporter.bfloat16 import fast_matmuls
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks
@@ -165,11 +166,12 @@ class SensitivityPass:
         """Return the gradient of a layer's input, and the inputs [S, K] and gradients [S, N] of its projections."""
         self._recorder.calls = {}
         state = state.clone().requires_grad_()
-        output, _ = self._decoder.run_layer(number, state)
+        with fast_matmuls():
+            output, _ = self._decoder.run_layer(number, state)
         calls = self._recorder.calls
         gradients = torch.autograd.grad(output, [state, *(result for _, result in calls.values())], upstream)
         found = {
-            name: (x.detach()[0], gradient[0])
+            name: (x.detach()[0].float(), gradient[0].float())
             for (name, (x, _)), gradient in zip(calls.items(), gradients[1:], strict=True)
         }
         return gradients[0], found
