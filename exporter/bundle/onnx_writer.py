@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,18 @@ from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.exporter.quantization.refine import can_refine, refine
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config, rotates_residual
 from llm_edge.exporter.texts import Texts
+from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.open import open_graph
 from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.bundle import ONNX, ModelShape
 
 _INLINE_LIMIT = 1024  # bytes; larger tensors are stored in the data file
+
+
+@lru_cache(maxsize=1)  # tracing takes as long as many layers have nodes
+def _traced(config: ModelConfig, style: GraphStyle, hidden_states: bool) -> ir.Model:  # noqa: FBT001 (cached by it)
+    return trace(config, style, hidden_states=hidden_states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +80,9 @@ class OnnxWriter:
                 refined = Path(quantized) / f"refined-{name}"
                 calibrated[name] = refine(*rotated, calibrated[name], texts, refined, report)
             progress("tracing", None, f"{config.num_hidden_layers} layers, {self.style.value} graph")
-            shape = rotated[0] if calibrated else config
-            traced = trace(shape, self.style, hidden_states=hidden_states)
             for number, recipe in enumerate(recipes):
                 shape, values = rotated if recipe.calibrated else (config, weights)
-                graph = traced.clone()
-                if not shape.head_mix:
-                    remove_linear(graph, HEAD_MIX)
+                graph = self._trace(config, head_mix=shape.head_mix)
                 if hidden_states and recipe.calibrated and rotates_residual(config):
                     undo_rotation(graph, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
                 name = recipe.name
@@ -102,8 +104,15 @@ class OnnxWriter:
 
     def unquantized(self, model: Checkpoint) -> ir.Model:
         """Return the graph of fp32, whose weights are read when they are used."""
-        graph = trace(model.config, self.style, hidden_states=self.hidden_size is not None)
+        graph = self._trace(model.config)
         apply_recipe(graph, model.config, model.weights, RECIPES["fp32"], self.style)
+        return graph
+
+    def _trace(self, config: ModelConfig, *, head_mix: bool = False) -> ir.Model:
+        """Return the graph of the model, which may be changed, or of the rotated one if that has a `head_mix`."""
+        graph = _traced(rotated_config(config), self.style, self.hidden_size is not None).clone()
+        if not head_mix:
+            remove_linear(graph, HEAD_MIX)
         return graph
 
     def file_name(self, recipe: Recipe) -> str:

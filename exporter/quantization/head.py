@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, 
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.gptq import Hessian
 
-_ROWS = 1 << 13  # in float32 at once
+_ROWS = 2048  # in float32 at once
 _SEED = 17
 _Rows = Callable[[Tensor], Tensor]
 """Returns rows of a weight by number, float32 [rows, K]."""
@@ -27,11 +28,11 @@ class MeasuredHead:
 
     Attributes:
         gradients: of the log-likelihood of one drawn token per input with respect to the inputs, float32 [S, hidden].
-        divergences: mean KL divergence, in nats, of each format.
+        divergences: KL divergence, in nats, of each format on each input, float64 [S].
     """
 
     gradients: Tensor
-    divergences: Mapping[Blocks, float]
+    divergences: Mapping[Blocks, Tensor]
 
 
 def quantize_rows(
@@ -54,64 +55,71 @@ def measure_head(
     `reference` is a format to which the head is rounded here, to nearest.
     """
     parts, head = _parts(decoder.config.vocab_size), decoder.head_rows()
-    drawn = list(threads.map(partial(_draw, head, inputs), parts))
-    log_totals = torch.stack([each for each, *_ in drawn]).logsumexp(0)
-    best = torch.stack([score for _, score, _ in drawn]).argmax(0)
-    tokens = torch.stack([token for *_, token in drawn]).gather(0, best[None])[0]
-    measured = list(threads.map(partial(_measure_part, head, inputs, log_totals, candidates, reference), parts))
-    gradients = head(tokens)
-    for gradient, _ in measured:
-        gradients -= gradient
-    entropy = sum(stats[None][0] for _, stats in measured)
-    divergences = {}
-    for each in (*candidates, reference):
-        expected = sum(stats[each][0] for _, stats in measured)
-        totals = torch.stack([stats[each][1] for _, stats in measured]).logsumexp(0)
-        divergences[each] = (entropy - expected + totals).mean().item()
-    return MeasuredHead(gradients, divergences)
+    log_sums = torch.stack(list(threads.map(partial(_log_sum, head, inputs), parts)))
+    log_total, ends = log_sums.logsumexp(0), log_sums.double().softmax(0).cumsum(0)
+    uniform = torch.rand(len(inputs), dtype=torch.float64, generator=torch.Generator().manual_seed(_SEED))
+    measure = partial(_measure_part, head, inputs, log_total, candidates, reference)
+    parts_left = uniform - torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
+    tokens, mean = torch.zeros(len(inputs), dtype=torch.int64), torch.zeros_like(inputs)
+    linear, exponential = (defaultdict[Blocks, Tensor](lambda: torch.zeros_like(uniform)) for _ in range(2))
+    for part in threads.map(measure, parts, parts_left):  # added up at once: memory holds few parts
+        tokens += part.skipped
+        mean += part.mean
+        for each in part.linear:
+            linear[each] += part.linear[each]
+            exponential[each] += part.exponential[each]
+    gradients = head(tokens.clamp(max=decoder.config.vocab_size - 1)) - mean
+    # KL(p || q) = sum(p d) + log(sum(p exp(-d))) if logits differ by d: nothing large cancels out.
+    return MeasuredHead(gradients, {each: linear[each] + exponential[each].log() for each in linear})
 
 
 def _parts(count: int) -> list[Tensor]:
     return list(torch.split(torch.arange(count), _ROWS))
 
 
-@torch.inference_mode()
-def _draw(head: _Rows, inputs: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logarithm of the sum over a part of the vocabulary, and its best token with its score.
+@torch.inference_mode()  # holds for one thread
+def _log_sum(head: _Rows, inputs: Tensor, part: Tensor) -> Tensor:
+    """Return the logarithm of the sum of a part of the vocabulary, [S]."""
+    return (inputs @ head(part).T).logsumexp(-1)
 
-    The token with the best score, a logit with noise of a Gumbel distribution, is a token drawn from the distribution.
+
+@dataclass(frozen=True, slots=True)
+class _MeasuredPart:
+    """Sums over a part of the vocabulary, for the probabilities `p` and differences `d` of the logits.
+
+    Attributes:
+        skipped: number of tokens before the drawn one, [S].
+        mean: sum of `p` times the rows of the head, [S, hidden].
+        linear: sum of `p d`, float64 [S], by format.
+        exponential: sum of `p exp(-d)`, float64 [S], by format.
     """
-    logits = inputs @ head(part).T
-    generator = torch.Generator().manual_seed(_SEED + int(part[0]))
-    noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-    score, token = (logits + noise).max(-1)
-    return logits.logsumexp(-1), score, token + part[0]
+
+    skipped: Tensor
+    mean: Tensor
+    linear: Mapping[Blocks, Tensor]
+    exponential: Mapping[Blocks, Tensor]
 
 
 @torch.inference_mode()
 def _measure_part(
     head: _Rows,
     inputs: Tensor,
-    log_totals: Tensor,
+    log_total: Tensor,
     candidates: Mapping[Blocks, QuantizedBlocks],
     reference: Blocks,
     part: Tensor,
-) -> tuple[Tensor, dict[Blocks | None, tuple[Tensor, Tensor]]]:
-    """Return, for a part of the vocabulary, the mean row of the head, and for each format two sums per input.
-
-    They are the mean of the logits and the logarithm of their total; for None, the mean of the log-probabilities.
-    """
+    left: Tensor,
+) -> _MeasuredPart:
+    """Measure a part of the vocabulary; the drawn token is the first at which the summed `p` exceed `left` [S]."""
     weight = head(part)
-    expected = (inputs @ weight.T).sub_(log_totals[:, None])
-    probabilities = expected.exp()
-    stats: dict[Blocks | None, tuple[Tensor, Tensor]] = {None: (_dot(probabilities, expected), log_totals)}
+    logits = inputs @ weight.T
+    probabilities = (logits - log_total[:, None]).exp_()
+    skipped = (probabilities.cumsum(-1) <= left[:, None]).sum(-1)
     quantized = {each: whole.rows(part) for each, whole in candidates.items()}
     quantized[reference] = quantize_blocks(weight, reference)
+    linear, exponential = {}, {}
     for each, rows in quantized.items():
-        logits = rows.apply(inputs)
-        stats[each] = (_dot(probabilities, logits), logits.logsumexp(-1))
-    return probabilities @ weight, stats
-
-
-def _dot(probabilities: Tensor, values: Tensor) -> Tensor:
-    return (probabilities * values).sum(-1, dtype=torch.float64)
+        differences = logits - rows.apply(inputs)
+        linear[each] = (probabilities * differences).sum(-1).double()
+        exponential[each] = differences.neg_().exp_().mul_(probabilities).sum(-1).double()
+    return _MeasuredPart(skipped, probabilities @ weight, linear, exponential)

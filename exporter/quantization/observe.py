@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llm_edge.exporter.bfloat16 import fast_matmuls, matmul_dtype
+from llm_edge.exporter.bfloat16 import fast_projections, matmul_dtype
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 
 
@@ -69,20 +69,20 @@ class Observer:
         values = {name: module.weight.detach() for name, module in projections.items()}
         return ObservedLayer(number, values, inputs, CacheRange(*ranges))
 
-    @torch.inference_mode()  # holds for one thread, as `fast_matmuls` does
+    @torch.inference_mode()  # holds for one thread, as `fast_projections` does
     def _run_window(self, number: int, state: Tensor) -> Tensor:
-        with fast_matmuls():
+        with fast_projections():
             state, _ = self._decoder.run_layer(number, state)
         return state
 
     @torch.inference_mode()
     def _observe_window(self, number: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         self._current.calls = {}
-        with fast_matmuls():
+        with fast_projections():
             state, present = self._decoder.run_layer(number, state)
         dtype = matmul_dtype()
         inputs = {name: call[0][0].to(dtype) for name, call in self._current.calls.items()}
-        return state, inputs, [tensor.abs().amax((0, 2)).float() for tensor in present]
+        return state, inputs, [tensor.abs().amax((0, 2)) for tensor in present]
 
 
 class CallRecorder(threading.local):

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llm_edge.exporter.bfloat16 import fast_matmuls
+from llm_edge.exporter.bfloat16 import fast_projections
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks
@@ -166,12 +166,12 @@ class SensitivityPass:
         """Return the gradient of a layer's input, and the inputs [S, K] and gradients [S, N] of its projections."""
         self._recorder.calls = {}
         state = state.clone().requires_grad_()
-        with fast_matmuls():
+        with fast_projections():
             output, _ = self._decoder.run_layer(number, state)
         calls = self._recorder.calls
         gradients = torch.autograd.grad(output, [state, *(result for _, result in calls.values())], upstream)
         found = {
-            name: (x.detach()[0].float(), gradient[0].float())
+            name: (x.detach()[0], gradient[0])
             for (name, (x, _)), gradient in zip(calls.items(), gradients[1:], strict=True)
         }
         return gradients[0], found
@@ -229,7 +229,7 @@ class SensitivityPass:
         outputs = [decoder.normalize(state) for state in states]
         candidates = self._load_blocks(HEAD)
         head = measure_head(decoder, torch.cat(outputs, 1)[0].detach(), candidates, Q8_0, self._threads)
-        found.update({(HEAD, each): divergence for each, divergence in head.divergences.items()})
+        found.update({(HEAD, each): divergence.mean().item() for each, divergence in head.divergences.items()})
         upstream = torch.split(head.gradients, [state.shape[1] for state in states])
         pairs = zip(outputs, states, upstream, strict=True)
         return [torch.autograd.grad(output, state, gradient[None])[0] for output, state, gradient in pairs]
