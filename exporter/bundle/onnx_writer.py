@@ -32,8 +32,8 @@ from llm_edge.runtime.bundle import ONNX, ModelShape
 _INLINE_LIMIT = 1024  # bytes; larger tensors are stored in the data file
 
 
-@lru_cache(maxsize=1)  # tracing takes as long as many layers have nodes
-def _traced(config: ModelConfig, style: GraphStyle, hidden_states: bool) -> ir.Model:  # noqa: FBT001 (cached by it)
+@lru_cache(maxsize=1)  # a proof may need the graph again
+def _traced(config: ModelConfig, style: GraphStyle, hidden_states: bool) -> ir.Model:
     return trace(config, style, hidden_states=hidden_states)
 
 

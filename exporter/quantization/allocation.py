@@ -17,12 +17,15 @@ class Option:
         format: the format.
         bytes: size on disk.
         divergence: share of the mean KL divergence from the unquantized model, in nats.
+        q8_shares: the same by kind of text, relative to the divergence of all weights in Q8_0: a mix whose shares add
+            up to less than 1 loses less than Q8_0 on that kind of text.
         cost: time of a prefill; see `WeightFormat.prefill_cost`.
     """
 
     format: WeightFormat
     bytes: int
     divergence: float
+    q8_shares: tuple[float, ...]
     cost: float
 
 
@@ -32,14 +35,73 @@ Mix = dict[str, Option]
 """A choice by module path."""
 
 
+_LARGE = 0.05  # of a model: the formats of a larger weight are no small steps, so that all of them are tried
+_LARGE_WEIGHTS = 2  # at most: the embedding and the head
+_SPEED_FRACTION = 0.05  # of the divergence that is given up for speed
+
+
 def most_faithful(options: Options, max_bytes: float) -> Mix:
+    """Return the mix with the least divergence within a size, or the smallest one.
+
+    It may have a little more if that makes it faster without making it larger.
+    """
+    return _make_faster(_best_within(options, max_bytes), options)
+
+
+def _best_within(options: Options, max_bytes: float) -> Mix:
     """Return the mix with the least divergence within a size, or the smallest one."""
-    return _allocate(options, _divergence, _bytes, max_bytes)
+    least = {module: min(option.bytes for option in each) for module, each in options.items()}
+    largest = sorted(least, key=lambda module: -least[module])[:_LARGE_WEIGHTS]
+    large = [module for module in largest if least[module] > _LARGE * sum(least.values())]
+    mixes = []
+    for chosen in itertools.product(*(options[module] for module in large)):
+        fixed = {module: [option] for module, option in zip(large, chosen, strict=True)}
+        mixes.append(_allocate({**options, **fixed}, _divergence, _bytes, max_bytes))
+    return min(mixes, key=lambda mix: (max(_total(mix, _bytes), max_bytes), _total(mix, _divergence)))
 
 
-def fastest(options: Options, max_divergence: float) -> Mix:
-    """Return the fastest mix within a divergence, or the most faithful one."""
-    return _allocate(options, lambda option: option.cost, _divergence, max_divergence)
+def _make_faster(mix: Mix, options: Options) -> Mix:
+    """Replace formats by faster ones that are not larger, as long as the divergence rises by a small fraction."""
+    left = _SPEED_FRACTION * _total(mix, _divergence)
+    steps = [
+        (option.divergence - mix[module].divergence, module, option)
+        for module, each in options.items()
+        for option in each
+        if option.cost < mix[module].cost and option.bytes <= mix[module].bytes
+    ]
+    faster, spent = dict(mix), dict.fromkeys(mix, 0.0)
+    for more, module, option in sorted(steps, key=lambda step: step[0]):
+        if more - spent[module] <= left and option.cost < faster[module].cost:
+            left -= more - spent[module]
+            faster[module], spent[module] = option, more
+    return faster
+
+
+def fastest(options: Options, max_q8_share: float) -> Mix:
+    """Return the fastest mix within a share of Q8_0's divergence on each kind of text, or the most faithful one.
+
+    The fastest mix of all is made slower step by step, each the one that gains most per time on the kind of text that
+    is worst at the moment.
+    """
+    mix = {
+        module: min(each, key=lambda option: (option.cost, sum(option.q8_shares))) for module, each in options.items()
+    }
+    while True:
+        totals = [sum(shares) for shares in zip(*(option.q8_shares for option in mix.values()), strict=True)]
+        worst = max(range(len(totals)), key=totals.__getitem__)
+        steps = []
+        for module, each in options.items():
+            now = mix[module]
+            for option in each:
+                gained, lost = now.q8_shares[worst] - option.q8_shares[worst], option.cost - now.cost
+                if gained > 0 and lost > 0:
+                    steps.append((gained / lost, module, option))
+        if totals[worst] <= max_q8_share:
+            return mix
+        if not steps:
+            return {module: min(each, key=lambda option: sum(option.q8_shares)) for module, each in options.items()}
+        _, module, option = max(steps, key=lambda step: step[0])
+        mix[module] = option
 
 
 def smallest(options: Options, max_divergence: float) -> Mix:
@@ -51,7 +113,7 @@ def frontier(options: Options, points: int = 16) -> list[tuple[int, float]]:
     """Return bytes and divergence of the most faithful mixes between the smallest and the largest."""
     sizes = [[option.bytes for option in _hull(each, _divergence, _bytes)] for each in options.values()]
     low, high = sum(map(min, sizes)), sum(map(max, sizes))
-    mixes = [most_faithful(options, low + (high - low) * point / (points - 1)) for point in range(points)]
+    mixes = [_best_within(options, low + (high - low) * point / (points - 1)) for point in range(points)]
     found = {_total(mix, _bytes): _total(mix, _divergence) for mix in mixes}
     return [(round(size), divergence) for size, divergence in found.items()]
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from llm_edge.exporter.quantization.goals import MeasuredModel
 from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.head import quantize_rows
 from llm_edge.exporter.quantization.journal import Journal
+from llm_edge.exporter.quantization.kinds import Means
 from llm_edge.exporter.quantization.observe import CacheRange, Observer
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.rotate import RotatedWeights
@@ -41,7 +44,6 @@ _ERROR_STEP = 4  # every fourth sample measures errors
 _GOOD_ERROR = 1e-4  # of static activations, at which 8-bit blocks are not tried
 _TILE = 512  # rows and columns of a Hessian computed at once
 _QUANTIZE_FRACTION = 0.75  # of the time
-_MAX_DIVERGENCE = 1e6  # stands for infinity and NaN, which cannot be added
 _GRAPH_BYTES = 16_000  # of a layer in the graph, without weights
 
 
@@ -126,8 +128,7 @@ class _Calibration:
         """See `calibrate`."""
         with worker_threads() as threads:
             self._quantize(texts, lambda done, item: progress(_QUANTIZE_FRACTION * done, item), threads)
-            probes = [window.tokens for window in texts.probes]
-            sensitivity = SensitivityPass(self._decoder, probes, self._store, threads, self._journal)
+            sensitivity = SensitivityPass(self._decoder, texts.probes, self._store, threads, self._journal)
             start = _QUANTIZE_FRACTION
             divergences = sensitivity.measure(lambda done: progress(start + (1 - start) * done, "sensitivity"))
         return self._choose(divergences)
@@ -256,17 +257,14 @@ class _Calibration:
         choices = [each.for_width(width) for recipe in recipes or self._recipes for each in recipe.choices[role]]
         return list(dict.fromkeys(choices))
 
-    def _choose(self, divergences: Mapping[Stored, float]) -> dict[str, CalibratedWeights]:
+    def _choose(self, divergences: Mapping[Stored, Means]) -> dict[str, CalibratedWeights]:
         """Choose a mix for each recipe, and delete all other weights."""
-        divergences = {
-            stored: value if value <= _MAX_DIVERGENCE else _MAX_DIVERGENCE for stored, value in divergences.items()
-        }
         weights = dict(sorted(self._store.shapes.items()))  # threads add them in any order
         model = MeasuredModel(
             self._config,
             other_bytes=_other_bytes(self._config, sum(map(math.prod, weights.values()))),
-            q8_0=sum(divergences[module, Q8_0] for module in weights),
         )
+        q8_0 = reduce(operator.add, (divergences[module, Q8_0] for module in weights))
         stored = {module: self._store.formats(module) for module in weights}
         chosen = {}
         for recipe in self._recipes:
@@ -276,7 +274,8 @@ class _Calibration:
                     Option(
                         each,
                         self._store.bytes(module, each),
-                        divergences[module, each],
+                        divergences[module, each].whole,
+                        divergences[module, each].relative_to(q8_0),
                         each.prefill_cost * math.prod(shape),
                     )
                     for each in self._formats(module, shape[1], [recipe])

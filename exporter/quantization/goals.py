@@ -20,12 +20,10 @@ class MeasuredModel:
     Attributes:
         config: its shape.
         other_bytes: of the graph and of all weights that are not quantized.
-        q8_0: mean KL divergence of all weights and activations rounded to Q8_0, in nats.
     """
 
     config: ModelConfig
     other_bytes: int
-    q8_0: float
 
 
 class Goal(ABC):
@@ -120,8 +118,8 @@ class AsFaithfulAsQ8(Goal):
 
     fraction: float = 0.8
 
-    def choose(self, options: Options, model: MeasuredModel) -> Mix:
-        return fastest(options, self.fraction * model.q8_0)
+    def choose(self, options: Options, model: MeasuredModel) -> Mix:  # noqa: ARG002 (shares do not depend on it)
+        return fastest(options, self.fraction)
 
     def __str__(self) -> str:
         return f"the fastest mix with {self.fraction:g} times the divergence of Q8_0"

@@ -78,6 +78,9 @@ class Recipe:
 _SMALL_INT8_BLOCKS = Blocks(bits=8, size=32, symmetric=True)
 _INT8_BLOCKS = Blocks(bits=8, size=64, symmetric=True)
 _INT4_BLOCKS = tuple(Blocks(bits=4, size=size, symmetric=False) for size in (128, 64, 32))
+_INT4_ROWS = (*(Blocks(bits=4, size=size, symmetric=False) for size in (32, 16)), _INT8_BLOCKS)
+_INT8_ROWS = (_INT8_BLOCKS, _SMALL_INT8_BLOCKS)
+"""Of the embedding and the head."""
 
 
 def _int8(*bits: int) -> Mapping[str, tuple[WeightFormat, ...]]:
@@ -89,11 +92,11 @@ def _int8(*bits: int) -> Mapping[str, tuple[WeightFormat, ...]]:
     }
 
 
-_INT8_CHOICES = {**_int8(8, 16), HEAD: (_INT8_BLOCKS,), EMBEDDING: (_INT8_BLOCKS,)}
+_INT8_CHOICES = {**_int8(8, 16), HEAD: _INT8_ROWS, EMBEDDING: _INT8_ROWS}
 _INT4_CHOICES = {
-    **{role: (*_INT4_BLOCKS, formats[0]) for role, formats in _int8(8).items()},
-    HEAD: (_INT4_BLOCKS[-1], _INT8_BLOCKS),
-    EMBEDDING: (_INT4_BLOCKS[-1], _INT8_BLOCKS),
+    **{role: (*_INT4_BLOCKS, *formats[:-1]) for role, formats in _int8(8, 16).items()},
+    HEAD: _INT4_ROWS,
+    EMBEDDING: _INT4_ROWS,
 }
 _MIXED_CHOICES = {role: (*_INT4_CHOICES[role], *_INT8_CHOICES[role]) for role in _INT4_CHOICES}
 _INT8 = Recipe("int8", "model_quantized", choices=_INT8_CHOICES, goal=AsFaithfulAsQ8())

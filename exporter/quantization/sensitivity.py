@@ -26,8 +26,10 @@ from llm_edge.exporter.quantization.formats.base import Quantized, WeightFormat
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.head import measure_head
 from llm_edge.exporter.quantization.journal import Journal
+from llm_edge.exporter.quantization.kinds import Means, Positions
 from llm_edge.exporter.quantization.observe import CallRecorder, projections_of
 from llm_edge.exporter.quantization.store import QuantizedStore, Stored
+from llm_edge.exporter.texts import Window
 
 Q8_0 = Blocks(bits=8, size=32, symmetric=True)
 """Weights and activations rounded to the nearest level, as GGUF's type of this name is computed with."""
@@ -49,8 +51,8 @@ def _gradients(number: int) -> str:
     return f"gradients-{number}"
 
 
-def _to_json(measured: Mapping[Stored, Sequence[float]]) -> list[object]:
-    return [[module, each.label, [*values]] for (module, each), values in measured.items()]
+def _to_json(measured: Mapping[Stored, Means | Change]) -> list[object]:
+    return [[module, each.label, found.to_list()] for (module, each), found in measured.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,21 @@ class Change:
     """How far the error of a weight moves the log-likelihood of the drawn tokens.
 
     Attributes:
-        positions: sum of the squares of the changes at each position.
+        squares: means of the squares of the changes at each position.
         windows: sum of the squares of the changes in each window: errors at different positions may cancel each other.
     """
 
-    positions: float
+    squares: Means
     windows: float
+
+    def to_list(self) -> list[float]:
+        """Return the numbers as they are stored in the journal."""
+        return [self.windows, *self.squares.to_list()]
+
+    @staticmethod
+    def from_list(values: Sequence[float]) -> Change:
+        """Reverse `to_list`."""
+        return Change(Means.from_list(values[1:]), values[0])
 
 
 class SensitivityPass:
@@ -71,7 +82,7 @@ class SensitivityPass:
 
     Args:
         decoder: of the unquantized model.
-        windows: tokens of each window.
+        windows: of several kinds of text.
         store: weights in all formats.
         threads: of one core each.
         journal: holds the inputs of all layers (see `probe_inputs`) and, after them, the outputs of the last; lists the
@@ -81,19 +92,20 @@ class SensitivityPass:
     def __init__(
         self,
         decoder: LayerwiseDecoder,
-        windows: Sequence[Sequence[int]],
+        windows: Sequence[Window],
         store: QuantizedStore,
         threads: Executor,
         journal: Journal,
     ) -> None:
         self._decoder = decoder
         self._windows = windows
+        self._positions = Positions(windows)
         self._store = store
         self._threads = threads
         self._journal = journal
         self._recorder = CallRecorder()
 
-    def measure(self, progress: Callable[[float], None]) -> dict[Stored, float]:
+    def measure(self, progress: Callable[[float], None]) -> dict[Stored, Means]:
         """Return the mean KL divergence, in nats, of each stored weight, and of all weights in Q8_0."""
         known = self._restore(_RESULT)
         if known is None:
@@ -101,19 +113,19 @@ class SensitivityPass:
             upstream, changes = self._measure_layers(upstream, progress)
             found |= self._divergences(changes)
             self._measure_embedding(upstream, found)
-            known = {stored: [divergence] for stored, divergence in found.items()}
-            self._journal.complete(_RESULT, _to_json(known))
-        return {stored: divergence for stored, (divergence,) in known.items()}
+            self._journal.complete(_RESULT, _to_json(found))
+            return found
+        return {stored: Means.from_list(values) for stored, values in known.items()}
 
-    def _measure_or_restore_head(self) -> tuple[list[Tensor], dict[Stored, float]]:
+    def _measure_or_restore_head(self) -> tuple[list[Tensor], dict[Stored, Means]]:
         """Return the gradients of the last layer's outputs, empty if later ones are stored, and divergences."""
         layers = self._decoder.config.num_hidden_layers
         head = self._restore(_step(layers))
         if head is not None:
-            return [], {stored: divergence for stored, (divergence,) in head.items()}
-        found: dict[Stored, float] = {}
+            return [], {stored: Means.from_list(values) for stored, values in head.items()}
+        found: dict[Stored, Means] = {}
         upstream = self._measure_head(found)
-        self._complete(layers, upstream, {stored: [divergence] for stored, divergence in found.items()})
+        self._complete(layers, upstream, found)
         return upstream, found
 
     def _measure_layers(
@@ -123,7 +135,7 @@ class SensitivityPass:
         first = layers = self._decoder.config.num_hidden_layers  # `first` of those that were measured before
         changes: dict[Stored, Change] = {}
         while (restored := self._restore(_step(first - 1))) is not None:
-            changes |= {stored: Change(*sums) for stored, sums in restored.items()}
+            changes |= {stored: Change.from_list(values) for stored, values in restored.items()}
             first -= 1
         upstream = upstream or self._journal.load(_gradients(first))
         numbers = range(first - 1, -1, -1)
@@ -140,12 +152,10 @@ class SensitivityPass:
             ]
             measured = {stored: change for task in tasks for stored, change in task.result().items()}
             changes |= measured
-            self._complete(
-                number, upstream, {stored: [each.positions, each.windows] for stored, each in measured.items()}
-            )
+            self._complete(number, upstream, measured)
         return upstream, changes
 
-    def _complete(self, number: int, upstream: Sequence[Tensor], measured: Mapping[Stored, list[float]]) -> None:
+    def _complete(self, number: int, upstream: Sequence[Tensor], measured: Mapping[Stored, Means | Change]) -> None:
         """Add a layer, or the head as the one after the last, to the journal, with the gradients of its inputs."""
         self._journal.save(_gradients(number), upstream)
         self._journal.complete(_step(number), _to_json(measured))
@@ -194,34 +204,35 @@ class SensitivityPass:
             output = quantized.apply(x).mul_(gradients).sum(-1, dtype=torch.float64)
             change = output - expected
             sums = torch.stack([part.sum() for part in torch.split(change, lengths)])
-            found[module, weight_format] = Change(change.square().sum().item(), sums.square().sum().item())
+            squares = self._positions.means(change.square())
+            found[module, weight_format] = Change(squares, sums.square().sum().item())
 
         for weight_format in self._store.formats(module):
             add(weight_format, self._store.load(module, weight_format))
         add(Q8_0, Q8_0.quantize({module: linear.weight}, module))
         return found
 
-    def _divergences(self, changes: dict[Stored, Change]) -> dict[Stored, float]:
+    def _divergences(self, changes: dict[Stored, Change]) -> dict[Stored, Means]:
         """Return the mean divergences for changes by projections.
 
         Sums over windows would be right, but those of a few windows are noise. Sums of squares over positions, times
         how both relate for all projections of a role, are right on average.
         """
+        tokens = sum(len(window.tokens) for window in self._windows)
         positions: dict[str, float] = defaultdict(float)
         windows: dict[str, float] = defaultdict(float)
         for (module, weight_format), change in changes.items():
             if weight_format == Q8_0:  # so that a precision does not depend on others that are exported with it
                 role = module.rpartition(".")[2]
-                positions[role] += change.positions
+                positions[role] += change.squares.whole * tokens
                 windows[role] += change.windows
-        tokens = sum(map(len, self._windows))
         factors = {role: windows[role] / max(positions[role], 1e-30) for role in positions}
         return {
-            stored: factors[stored[0].rpartition(".")[2]] * change.positions / (2 * tokens)
+            stored: change.squares.scaled(factors[stored[0].rpartition(".")[2]] / 2)
             for stored, change in changes.items()
         }
 
-    def _measure_head(self, found: dict[Stored, float]) -> list[Tensor]:
+    def _measure_head(self, found: dict[Stored, Means]) -> list[Tensor]:
         """Add the divergences of the head; return the gradients of the last layer's outputs."""
         decoder = self._decoder
         decoder.load_norm()
@@ -229,16 +240,16 @@ class SensitivityPass:
         outputs = [decoder.normalize(state) for state in states]
         candidates = self._load_blocks(HEAD)
         head = measure_head(decoder, torch.cat(outputs, 1)[0].detach(), candidates, Q8_0, self._threads)
-        found.update({(HEAD, each): divergence.mean().item() for each, divergence in head.divergences.items()})
+        found.update({(HEAD, each): self._positions.means(values) for each, values in head.divergences.items()})
         upstream = torch.split(head.gradients, [state.shape[1] for state in states])
         pairs = zip(outputs, states, upstream, strict=True)
         return [torch.autograd.grad(output, state, gradient[None])[0] for output, state, gradient in pairs]
 
     @torch.inference_mode()
-    def _measure_embedding(self, upstream: Sequence[Tensor], found: dict[Stored, float]) -> None:
+    def _measure_embedding(self, upstream: Sequence[Tensor], found: dict[Stored, Means]) -> None:
         """Add the divergences of the embedding; those of one tied to the head belong to the head."""
         decoder = self._decoder
-        tokens = torch.tensor([token for window in self._windows for token in window])
+        tokens = torch.tensor([token for window in self._windows for token in window.tokens])
         gradients = torch.cat([gradient[0] for gradient in upstream]) * decoder.config.embedding_scale
         rows = decoder.embedding_rows()(tokens)
         module = HEAD if decoder.config.tie_word_embeddings else EMBEDDING
@@ -246,8 +257,9 @@ class SensitivityPass:
         candidates[Q8_0] = Q8_0.quantize({EMBEDDING: rows}, EMBEDDING)
         for each, quantized in candidates.items():
             errors = quantized.dequantized(rows.shape[1]) - rows
-            divergence = (errors * gradients).sum(-1).square().mean().item() / 2
-            found[module, each] = found.get((module, each), 0.0) + divergence
+            divergence = self._positions.means((errors * gradients).sum(-1).square() / 2)
+            known = found.get((module, each))
+            found[module, each] = divergence if known is None else known + divergence
 
     def _inputs(self, layer: int) -> list[Tensor]:
         return self._journal.load(probe_inputs(layer))

@@ -37,6 +37,10 @@ class Blocks(BlockLayout, WeightFormat):
         return self.bits / 8 + 4 / self.size
 
     @property
+    def prefill_cost(self) -> float:
+        return 3.0 + 1.0 / self.size  # smaller blocks have more scales to apply
+
+    @property
     def label(self) -> str:
         return f"int{self.bits}-{self.size}{'' if self.symmetric else 'z'}"
 

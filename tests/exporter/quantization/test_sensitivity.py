@@ -20,6 +20,7 @@ from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.observe import Observer
 from llm_edge.exporter.quantization.sensitivity import Q8_0, SensitivityPass, probe_inputs
 from llm_edge.exporter.quantization.store import QuantizedStore
+from llm_edge.exporter.texts import Window
 from llm_edge.model.config import ModelConfig
 
 INT4 = Blocks(4, 32, symmetric=False)
@@ -39,6 +40,7 @@ def test_estimates_agree_with_models_in_which_a_weight_is_quantized(tied: bool, 
     weights = {name: 1.5 * checkpoint.weights[name].float() for name in checkpoint.weights}
     rng = torch.Generator().manual_seed(4)
     windows = [torch.randint(331, (64,), generator=rng).tolist() for _ in range(16)]
+    texts = [Window(tuple(window), "code" if number < 8 else "chat") for number, window in enumerate(windows)]
     store = QuantizedStore(tmp_path / "weights")
     outside = ["lm_head"] if tied else ["lm_head", "embed_tokens"]
     modules = [f"layers.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in MODULES] + outside
@@ -53,7 +55,7 @@ def test_estimates_agree_with_models_in_which_a_weight_is_quantized(tied: bool, 
             journal.save(probe_inputs(number), observer.states, always=True)
             observer.run(number)
         journal.save(probe_inputs(config.num_hidden_layers), observer.states, always=True)
-        estimated = SensitivityPass(decoder, windows, store, threads, journal).measure(lambda _: None)
+        estimated = SensitivityPass(decoder, texts, store, threads, journal).measure(lambda _: None)
 
     expected = log_probabilities(config, weights, windows)
     for module in (f"layers.1.{MODULES[2]}", f"layers.0.{MODULES[3]}", f"layers.1.{MODULES[1]}", *outside):
@@ -61,5 +63,6 @@ def test_estimates_agree_with_models_in_which_a_weight_is_quantized(tied: bool, 
         replaced = weights | {name: quantize_blocks(weights[name], INT4).dequantized(weights[name].shape[1])}
         found = log_probabilities(config, replaced, windows)
         measured = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
-        assert estimated[module, INT4] == pytest.approx(measured, rel=0.6), module
-        assert 0 < estimated[module, Q8_0] < estimated[module, INT4] / 20
+        assert estimated[module, INT4].whole == pytest.approx(measured, rel=0.6), module
+        assert 0 < estimated[module, Q8_0].whole < estimated[module, INT4].whole / 20
+        assert sum(estimated[module, INT4].kinds) / 2 == pytest.approx(estimated[module, INT4].whole)
