@@ -1,7 +1,7 @@
 """Measures peak memory and time of exports: `python -m llm_edge.bench.export_memory FOLDER [SIZE …]`.
 
-Creates random sharded bfloat16 checkpoints with the shapes of LLaMA (a 7B takes 14 GB of disk, its bundle 5 GB),
-exports each to int4 in a separate process, and prints one line per size. Existing checkpoints are reused.
+Creates random sharded bfloat16 checkpoints with the shapes of LLaMA, and of Qwen2.5 at 1.5B (a 7B takes 14 GB of disk,
+its export 16 GB), exports each in a separate process, and prints one line per size. Existing checkpoints are reused.
 """
 
 from __future__ import annotations
@@ -11,14 +11,30 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a model, and the precisions to export."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int = 32_000
+    tied: bool = False
+    precisions: str = "int4"
+
+
 SIZES = {
-    "1b": (2048, 8192, 16, 32, 8),  # hidden, intermediate, layers, heads, key/value heads
-    "3b": (3072, 8192, 28, 24, 8),
-    "7b": (4096, 11008, 32, 32, 32),
+    "1b": Size(2048, 8192, 16, 32, 8),
+    "1.5b": Size(1536, 8960, 28, 12, 2, vocab=151_936, tied=True, precisions="int8,int4"),
+    "3b": Size(3072, 8192, 28, 24, 8),
+    "7b": Size(4096, 11008, 32, 32, 32),
 }
-_VOCAB = 32_000
 _SHARD_BYTES = 2 << 30
 
 
@@ -27,19 +43,22 @@ def make_checkpoint(folder: Path, size: str) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    hidden, inner, layers, heads, kv_heads = SIZES[size]
+    shape = SIZES[size]
+    hidden, inner, layers, heads = shape.hidden, shape.inner, shape.layers, shape.heads
     target = folder / size
     if (target / "model.safetensors.index.json").exists():
         return target
     target.mkdir(parents=True, exist_ok=True)
     head_dim = hidden // heads
-    shapes = {"model.embed_tokens.weight": (_VOCAB, hidden), "lm_head.weight": (_VOCAB, hidden)}
+    shapes = {"model.embed_tokens.weight": (shape.vocab, hidden)}
+    if not shape.tied:
+        shapes["lm_head.weight"] = (shape.vocab, hidden)
     for number in range(layers):
         prefix = f"model.layers.{number}."
         for name, rows, width in (
             ("self_attn.q_proj", heads * head_dim, hidden),
-            ("self_attn.k_proj", kv_heads * head_dim, hidden),
-            ("self_attn.v_proj", kv_heads * head_dim, hidden),
+            ("self_attn.k_proj", shape.kv_heads * head_dim, hidden),
+            ("self_attn.v_proj", shape.kv_heads * head_dim, hidden),
             ("self_attn.o_proj", hidden, heads * head_dim),
             ("mlp.gate_proj", inner, hidden),
             ("mlp.up_proj", inner, hidden),
@@ -60,8 +79,8 @@ def make_checkpoint(folder: Path, size: str) -> Path:
         shard.clear()
         shard_bytes = 0
 
-    for name, shape in shapes.items():
-        shard[name] = torch.randn(shape, generator=generator, dtype=torch.bfloat16) * shape[1] ** -0.5
+    for name, (rows, width) in shapes.items():
+        shard[name] = torch.randn(rows, width, generator=generator, dtype=torch.bfloat16) * width**-0.5
         shard_bytes += shard[name].nbytes
         if shard_bytes >= _SHARD_BYTES:
             write()
@@ -75,19 +94,19 @@ def make_checkpoint(folder: Path, size: str) -> Path:
 
 
 def _write_config(folder: Path, size: str) -> None:
-    hidden, inner, layers, heads, kv_heads = SIZES[size]
+    shape = SIZES[size]
     config = {
         "model_type": "llama",
-        "vocab_size": _VOCAB,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape.tied,
     }
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -106,10 +125,10 @@ def _write_tokenizer(path: Path) -> None:
 _NORMS = ("input", "post_attention")
 
 
-def measure(checkpoint: Path, output: Path) -> tuple[float, float, str]:
-    """Export a checkpoint to int4; return peak memory in bytes, seconds, and the printed report."""
+def measure(checkpoint: Path, output: Path, precisions: str) -> tuple[float, float, str]:
+    """Export a checkpoint; return peak memory in bytes, seconds, and the printed report."""
     program = "from llm_edge.exporter.cli import main; main()"
-    arguments = [str(checkpoint), "-o", str(output), "--precision", "int4", "--force"]
+    arguments = [str(checkpoint), "-o", str(output), "--precision", precisions, "--force"]
     started = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -126,7 +145,7 @@ def main() -> None:
     folder, *sizes = sys.argv[1:]
     for size in sizes or SIZES:
         checkpoint = make_checkpoint(Path(folder), size)
-        peak, seconds, printed = measure(checkpoint, Path(folder) / f"{size}-bundle")
+        peak, seconds, printed = measure(checkpoint, Path(folder) / f"{size}-bundle", SIZES[size].precisions)
         print(printed, flush=True)
         print(f"{size}: peak memory {peak / 1e9:.2f} GB, {seconds:.0f} s", flush=True)
 

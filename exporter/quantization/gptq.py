@@ -1,4 +1,7 @@
-"""GPTQ (Frantar et al., arXiv:2210.17323): quantization in which later columns compensate for earlier errors."""
+"""GPTQ (Frantar et al., arXiv:2210.17323): quantization in which later columns compensate for earlier errors.
+
+In the form of LDLQ (Chee et al., arXiv:2307.13304), which is equivalent and does not need the inverse of the Hessian.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the mean of the diagonal; added to it in turn until the inverse is stable
-_BLOCK = 128  # columns whose errors are applied to all later columns in one matmul
-_SMALL_BLOCK = 16  # columns whose errors are applied to the later columns of a block; they fit into the cache
+_DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the mean of the diagonal; added to it until the factorization succeeds
+_BLOCK = 128  # columns that one matmul moves for the errors of all columns before them
+_SMALL_BLOCK = 16  # columns that one matmul moves for the errors in the same block; they fit into the cache
 
 
 class Hessian:
@@ -34,13 +37,15 @@ class Hessian:
         return self.diagonal.argsort(descending=True, stable=True)
 
     @cached_property
-    def inverse_factor(self) -> Tensor:
-        """Upper Cholesky factor of the inverse in `order`; columns whose inputs are all zero count as independent.
+    def feedback(self) -> Tensor:
+        """How far a column moves for the errors of earlier ones in `order`: strictly lower triangular [K, K].
 
-        If no damping makes the factorization succeed in float32, the identity, which rounds each weight to its nearest
-        level.
+        The matrix is `(1 + feedback)^T D (1 + feedback)` with a diagonal `D`. Columns whose inputs are all zero count
+        as independent. If no damping makes the factorization succeed in float32, zero, which rounds each weight to its
+        nearest level.
         """
-        hessian = self.matrix[self.order][:, self.order]
+        backwards = self.order.flip(0)
+        hessian = self.matrix[backwards][:, backwards]
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1.0
         mean = diagonal.mean()
@@ -48,11 +53,10 @@ class Hessian:
             diagonal += damping * mean
             lower, failed = torch.linalg.cholesky_ex(hessian)
             if not failed:
-                upper: Tensor
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and upper.isfinite().all():
-                    return upper
-        return torch.eye(len(hessian))
+                lower /= lower.diagonal().clone()
+                if lower.isfinite().all():
+                    return lower.fill_diagonal_(0).T.flip(0, 1).contiguous()
+        return torch.zeros_like(hessian)
 
 
 def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: int, max_level: int) -> Tensor:
@@ -70,34 +74,31 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
         levels as float32 [N, K].
     """
     rows, width = weight.shape
-    factor = hessian.inverse_factor
-    columns = weight.T.contiguous().index_select(0, hessian.order)  # [K, N], so that a column is contiguous
+    feedback = hessian.feedback
+    errors = weight.T.contiguous().index_select(0, hessian.order)  # [K, N]; weights that are not quantized yet
     scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
     scales = scales.where(scales > 0, 1.0)
     levels = torch.empty(width, rows)  # relative to the zeros
-    errors = torch.empty(min(_BLOCK, width), rows)
     # Calls of NumPy cost less than those of torch, above all in several threads.
-    views = (columns, levels, errors, scales, -zeros, max_level - zeros, factor.T.contiguous())
-    all_columns, all_levels, all_errors, all_scales, least, most, weights = (view.numpy() for view in views)
-    product = np.empty(rows, np.float32)
-    order, diagonal = hessian.order.tolist(), factor.diagonal().tolist()
+    all_errors, all_levels, all_scales = errors.numpy(), levels.numpy(), scales.numpy()
+    least, most, factors = (-zeros).numpy(), (max_level - zeros).numpy(), feedback.numpy()
+    moved = np.empty(rows, np.float32)
+    order = hessian.order.tolist()
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
+        targets = torch.addmm(errors[start:end], feedback[start:end, :start], errors[:start])
         for low in range(start, end, _SMALL_BLOCK):
             high = min(low + _SMALL_BLOCK, end)
+            targets[low - start : high - start].addmm_(feedback[low:high, start:low], errors[start:low])
             for index in range(low, high):
-                column, level, error = all_columns[index], all_levels[order[index]], all_errors[index - start]
-                group = order[index] // size
+                target, level, group = targets[index - start].numpy(), all_levels[order[index]], order[index] // size
                 if index > low:
-                    np.dot(weights[index, low:index], all_errors[low - start : index - start], out=product)
-                    column -= product
-                np.divide(column, all_scales[group], out=level)
+                    np.dot(factors[index, low:index], all_errors[low:index], out=moved)
+                    target += moved
+                np.divide(target, all_scales[group], out=level)
                 np.rint(level, out=level)
                 np.maximum(level, least[group], out=level)
                 np.minimum(level, most[group], out=level)
-                np.multiply(level, all_scales[group], out=product)
-                np.subtract(column, product, out=error)
-                error /= diagonal[index]
-            columns[high:end].addmm_(factor[low:high, high:end].T, errors[low - start : high - start], alpha=-1)
-        columns[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
+                np.multiply(level, all_scales[group], out=moved)
+                all_errors[index] -= moved
     return levels.add_(zeros[torch.arange(width) // size]).T.contiguous()
