@@ -1,9 +1,10 @@
-"""Projections in bfloat16, for calibration: the inputs of layers need not be exact there."""
+"""Matmuls in bfloat16, for calibration: inputs of layers, Hessians and errors need not be exact there."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,10 +15,17 @@ from torch.overrides import TorchFunctionMode
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2")
 
 
+@cache
 def matmul_dtype() -> torch.dtype:
     """Return bfloat16 if the processor multiplies it, which takes half the time of float32; otherwise float32."""
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if any(capabilities.get(name) for name in _INSTRUCTIONS) else torch.float32
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply two matrices in `matmul_dtype`; float32."""
+    dtype = matmul_dtype()
+    return (a.to(dtype) @ b.to(dtype)).float()
 
 
 def fast_projections() -> contextlib.AbstractContextManager[object]:

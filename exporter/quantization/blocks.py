@@ -84,10 +84,10 @@ class QuantizedBlocks:
         zero_points = None if self.zero_points is None else self.zero_points[index]
         return replace(self, data=self.data[index], scales=self.scales[index], zero_points=zero_points)
 
-    def apply(self, inputs: Tensor) -> Tensor:
-        """Multiply inputs [rows, K], rounded to 8 bits block by block, by the transpose of the weight: [rows, N]."""
+    def factors(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs [rows, K] rounded to 8 bits block by block, and the quantized weight."""
         size = self.data.shape[2] * 8 // self.bits
-        return round_inputs(inputs, size) @ self.dequantized(inputs.shape[1]).T
+        return round_inputs(inputs, size), self.dequantized(inputs.shape[1])
 
 
 def round_inputs(inputs: Tensor, size: int) -> Tensor:
@@ -129,17 +129,22 @@ def concatenate(parts: Sequence[QuantizedBlocks]) -> QuantizedBlocks:
     )
 
 
-def quantize_channels(weight: Tensor, hessian: Hessian) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_channels(
+    weight: Tensor, hessians: Sequence[Hessian]
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Quantize a weight [N, K] to 8 bits with GPTQ and one scale per row: int8 [N, K] and scales, float32 [N].
 
+    `hessians` are those of its columns, in parts.
+
     Raises:
-        CheckpointError: the weight or the Hessian holds NaN or infinity.
+        CheckpointError: the weight or a Hessian holds NaN or infinity.
     """
-    weight, hessian = _check_weight(weight).float(), _check_hessian(hessian)
+    weight, hessians = _check_weight(weight).float(), [_check_hessian(hessian) for hessian in hessians]
     width = weight.shape[1]
     layout = BlockLayout(8, width, symmetric=True)
-    scales, zeros = _search_scales(weight[:, None], layout, hessian.diagonal[None])
-    levels = gptq(weight, hessian, scales, zeros, width, 255)
+    scales, zeros = _search_scales(weight[:, None], layout, torch.cat([each.diagonal for each in hessians])[None])
+    parts = torch.split(weight, [len(hessian.matrix) for hessian in hessians], 1)
+    levels = torch.cat([gptq(*pair, scales, zeros, width, 255) for pair in zip(parts, hessians, strict=True)], 1)
     signed = (levels - 128).clamp(-127, 127).to(torch.int8)  # the kernels take signed 8-bit weights
     return signed.numpy(), scales[:, 0].numpy()
 

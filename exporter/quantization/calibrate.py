@@ -23,7 +23,7 @@ from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.quantization.allocation import Option, frontier
 from llm_edge.exporter.quantization.blocks import BlockLayout
-from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat
+from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat, apply
 from llm_edge.exporter.quantization.goals import MeasuredModel
 from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.head import quantize_rows
@@ -224,7 +224,7 @@ class _Calibration:
                 quantized = weight_format.calibrate(weight, observed)
             except CheckpointError as problem:
                 raise CheckpointError(f"{module}.weight: {problem}") from problem
-            error = _relative_error(quantized.apply(samples), expected)
+            error = _relative_error(apply(quantized, samples), expected)
             least = min(least, error) if weight_format.static_activations else least
             self._errors[module, weight_format] = error
             self._store.add(module, weight_format, (len(weight), weight.shape[1]), quantized)

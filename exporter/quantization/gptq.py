@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_edge.exporter.bfloat16 import multiply
+
 _DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the mean of the diagonal; added to it until the factorization succeeds
 _BLOCK = 128  # columns that one matmul moves for the errors of all columns before them
 _SMALL_BLOCK = 16  # columns that one matmul moves for the errors in the same block; they fit into the cache
@@ -25,6 +27,11 @@ class Hessian:
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
+
+    def parts(self, size: int) -> list[Hessian]:
+        """Return the blocks on the diagonal, of up to `size` columns: errors in one do not move columns of another."""
+        starts = range(0, len(self.matrix), size)
+        return [Hessian(self.matrix[start : start + size, start : start + size]) for start in starts]
 
     @property
     def diagonal(self) -> Tensor:
@@ -55,7 +62,9 @@ class Hessian:
             if not failed:
                 lower /= lower.diagonal().clone()
                 if lower.isfinite().all():
-                    return lower.fill_diagonal_(0).T.flip(0, 1).contiguous()
+                    lower.fill_diagonal_(0)
+                    found: Tensor = lower.T.flip(0, 1).contiguous()
+                    return found
         return torch.zeros_like(hessian)
 
 
@@ -86,7 +95,7 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
     order = hessian.order.tolist()
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
-        targets = torch.addmm(errors[start:end], feedback[start:end, :start], errors[:start])
+        targets = errors[start:end] + multiply(feedback[start:end, :start], errors[:start])
         for low in range(start, end, _SMALL_BLOCK):
             high = min(low + _SMALL_BLOCK, end)
             targets[low - start : high - start].addmm_(feedback[low:high, start:low], errors[start:low])

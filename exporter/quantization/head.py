@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, concatenate, quantize_blocks
+from llm_edge.exporter.quantization.formats.base import apply
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.gptq import Hessian
 
@@ -119,7 +120,7 @@ def _measure_part(
     quantized[reference] = quantize_blocks(weight, reference)
     linear, exponential = {}, {}
     for each, rows in quantized.items():
-        differences = logits - rows.apply(inputs)
+        differences = logits - apply(rows, inputs)
         linear[each] = (probabilities * differences).sum(-1).double()
         exponential[each] = differences.neg_().exp_().mul_(probabilities).sum(-1).double()
     return _MeasuredPart(skipped, probabilities @ weight, linear, exponential)

@@ -20,6 +20,7 @@ from llm_edge.exporter.quantization.hadamard import hadamard_matrix
 EPSILON = 1e-12  # added to the mean square of a token's inputs
 _SMOOTHING = 0.5  # power of a channel's root mean square that moves from activations into weights
 _CLIP_FRACTIONS = tuple(2 ** (-step / 8) for step in range(17))  # of the largest activation, tried as clipping range
+_MAX_COLUMNS = 2048  # with a Hessian of their own, which is quickly factorized; a multiple of all Hadamard blocks
 _HEADROOM = 2.0  # of 16-bit activations, relative to the largest activation of the calibration text
 
 
@@ -52,11 +53,17 @@ class QuantizedInt8:
     def _smooth(self) -> Tensor | None:
         return None if self.smooth is None else torch.from_numpy(self.smooth)
 
-    def apply(self, inputs: Tensor) -> Tensor:
-        """Compute what the graph computes for inputs [rows, K]; float32 [rows, N]."""
-        prepared, norms = _prepare(inputs, self._smooth, _hadamard(inputs.shape[1], self.hadamard_block))
+    def factors(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs [rows, K] and weight [N, K] with the rounding of the graph, in the basis of the model."""
+        hadamard = _hadamard(inputs.shape[1], self.hadamard_block)
+        prepared, norms = _prepare(inputs, self._smooth, hadamard)
+        rounded = _round(prepared, self.activation_scale, self.activation_bits)
         weight = torch.from_numpy(self.data).float() * torch.from_numpy(self.scales)[:, None]
-        return _round(prepared, self.activation_scale, self.activation_bits) @ weight.T * norms
+        if hadamard is not None:
+            rounded, weight = (_multiply_blocks(each, hadamard.T) for each in (rounded, weight))
+        if self._smooth is not None:
+            rounded, weight = rounded * norms * self._smooth, weight / self._smooth
+        return rounded, weight
 
 
 def quantize_int8(weight: Tensor, hadamard_block: int, hessian: Hessian, samples: Tensor) -> QuantizedInt8:
@@ -72,11 +79,15 @@ def quantize_int8(weight: Tensor, hadamard_block: int, hessian: Hessian, samples
         smooth = smooth / smooth.mean()
         weight = weight * smooth
         hessian = Hessian(hessian.matrix / (smooth[:, None] * smooth))
+    hessians = [hessian]
     if hadamard is not None:
         weight = _multiply_blocks(weight, hadamard)
-        hessian = Hessian(_multiply_blocks(_multiply_blocks(hessian.matrix, hadamard).T, hadamard))
+        hessians = [
+            Hessian(_multiply_blocks(_multiply_blocks(part.matrix, hadamard).T, hadamard))
+            for part in hessian.parts(_MAX_COLUMNS)
+        ]
     prepared, _ = _prepare(samples, smooth, hadamard)
-    data, scales = quantize_channels(weight, hessian)
+    data, scales = quantize_channels(weight, hessians)
     return QuantizedInt8(
         data=data,
         scales=scales,

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llm_edge.exporter.bfloat16 import fast_projections
+from llm_edge.exporter.bfloat16 import fast_projections, multiply
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.blocks import QuantizedBlocks
@@ -197,12 +197,14 @@ class SensitivityPass:
         x = torch.cat([each for each, _ in calls])
         gradients = torch.cat([gradient for _, gradient in calls])
         lengths = [len(each) for each, _ in calls]
-        expected = (x @ linear.weight.T).mul_(gradients).sum(-1, dtype=torch.float64)
+        pulled = multiply(gradients, linear.weight)
         found = {}
 
         def add(weight_format: WeightFormat, quantized: Quantized) -> None:
-            output = quantized.apply(x).mul_(gradients).sum(-1, dtype=torch.float64)
-            change = output - expected
+            # The change of `gradients * (x @ weight.T)`, of which only errors are rounded to bfloat16.
+            rounded, weight = quantized.factors(x)
+            change = rounded * multiply(gradients, weight.sub_(linear.weight)) + (rounded - x) * pulled
+            change = change.sum(-1, dtype=torch.float64)
             sums = torch.stack([part.sum() for part in torch.split(change, lengths)])
             squares = self._positions.means(change.square())
             found[module, weight_format] = Change(squares, sums.square().sum().item())

@@ -35,8 +35,14 @@ class Quantized(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
-    def apply(self, inputs: Tensor) -> Tensor:
-        """Multiply inputs [rows, K] as the graph does; float32 [rows, N]."""
+    def factors(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs [rows, K] and weight [N, K] as they are rounded; both float32."""
+
+
+def apply(quantized: Quantized, inputs: Tensor) -> Tensor:
+    """Multiply inputs [rows, K] as the graph does; float32 [rows, N]."""
+    rounded, weight = quantized.factors(inputs)
+    return rounded @ weight.T
 
 
 class WeightFormat(ABC):

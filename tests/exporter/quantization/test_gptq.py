@@ -67,7 +67,7 @@ def test_gptq_is_never_worse_than_rounding_to_nearest(form: Blocks) -> None:
 
 def test_gptq_improves_8_bit_channels() -> None:
     inputs, weight = correlated(96), numbers(24, 96, seed=3) * torch.logspace(-3, 3, 24)[:, None]
-    data, scales = quantize_channels(weight, hessian_of(inputs))
+    data, scales = quantize_channels(weight, [hessian_of(inputs)])
     assert (data.dtype, data.shape, scales.dtype, scales.shape) == ("int8", (24, 96), "float32", (24,))
     assert data.min() >= -127
     steps = weight.abs().amax(1) / 127
@@ -170,7 +170,7 @@ def test_rows_of_zeros_stay_zero(form: Blocks) -> None:
     rounded = quantize_blocks(weight, form, hessian_of(correlated(40))).dequantized(40)
     assert torch.equal(rounded[[0, 4]], torch.zeros(2, 40))
     assert (rounded[1] != 0).any()
-    data, scales = quantize_channels(weight, hessian_of(correlated(40)))
+    data, scales = quantize_channels(weight, [hessian_of(correlated(40))])
     assert not data[[0, 4]].any()
     assert (scales >= 0).all()
 
@@ -179,7 +179,7 @@ def test_the_hessian_is_not_modified() -> None:
     hessian = hessian_of(correlated(96))
     before = hessian.matrix.clone()
     quantize_blocks(numbers(6, 96), FORMS[0], hessian)
-    quantize_channels(numbers(6, 96), hessian)
+    quantize_channels(numbers(6, 96), [hessian])
     assert torch.equal(hessian.matrix, before)
 
 
@@ -188,7 +188,7 @@ def test_nan_weights_are_an_error(number: float) -> None:
     weight = numbers(6, 96)
     weight[2, 5] = number
     hessian = hessian_of(correlated(96))
-    for attempt in (lambda: quantize_blocks(weight, FORMS[0], hessian), lambda: quantize_channels(weight, hessian)):
+    for attempt in (lambda: quantize_blocks(weight, FORMS[0], hessian), lambda: quantize_channels(weight, [hessian])):
         with pytest.raises(CheckpointError, match=r"NaN.*damaged"):
             attempt()
 
@@ -198,6 +198,6 @@ def test_nan_inputs_are_an_error(number: float) -> None:
     hessian = hessian_of(correlated(96))
     hessian.matrix[3, 3] = number
     weight = numbers(6, 96)
-    for attempt in (lambda: quantize_blocks(weight, FORMS[0], hessian), lambda: quantize_channels(weight, hessian)):
+    for attempt in (lambda: quantize_blocks(weight, FORMS[0], hessian), lambda: quantize_channels(weight, [hessian])):
         with pytest.raises(CheckpointError, match=r"inputs are NaN or infinity.*damaged"):
             attempt()

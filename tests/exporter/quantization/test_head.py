@@ -15,6 +15,7 @@ from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.quantization import head as head_module
 from llm_edge.exporter.quantization.blocks import quantize_blocks
+from llm_edge.exporter.quantization.formats.base import apply
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.head import measure_head, quantize_rows
@@ -54,7 +55,7 @@ def test_the_divergence_of_a_head_is_that_of_all_logits(tied: bool, tmp_path: Pa
         found = measure_head(decoder, inputs, {LAYOUT: candidate}, reference, threads)
     expected = F.log_softmax(inputs @ rows.T, -1)
     for layout, quantized in ((LAYOUT, candidate), (reference, quantize_blocks(rows, reference))):
-        logits = F.log_softmax(quantized.apply(inputs), -1)
+        logits = F.log_softmax(apply(quantized, inputs), -1)
         divergence = F.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
         assert found.divergences[layout].mean().item() == pytest.approx(divergence, rel=1e-3, abs=1e-6)  # in float32
     # The gradient is a row of the head less the mean row, so that it tells which token was drawn.

@@ -19,7 +19,7 @@ from llm_edge.exporter.graph.editor import Editor
 from llm_edge.exporter.graph.emitter import EmitContext
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions
-from llm_edge.exporter.quantization.formats.base import ObservedInputs
+from llm_edge.exporter.quantization.formats.base import ObservedInputs, apply
 from llm_edge.exporter.quantization.formats.int8_static import Int8Static
 from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.int8_static import QuantizedInt8
@@ -91,7 +91,7 @@ def test_the_graph_computes_what_calibration_assumed(style: str, form: Int8Stati
     weight, made = quantized(form, width)
     x = (numbers(2, 9, width, seed=5) * torch.logspace(-1, 0.5, width)).contiguous()
     x[1, 3] *= 30  # outside the calibrated range
-    wanted = made.apply(x.flatten(0, 1)).view(2, 9, ROWS)
+    wanted = apply(made, x.flatten(0, 1)).view(2, 9, ROWS)
     found = run_graph(graph_of(made, form, style, parts), x)
     if (
         style == "portable" and form.activation_bits == 16
@@ -104,17 +104,17 @@ def test_the_graph_computes_what_calibration_assumed(style: str, form: Int8Stati
         assert relative(found, wanted) < 2e-4  # another summation order may round an activation differently
     ordinary = torch.cat([x[0], x[1, :3]])
     exact = ordinary @ weight.T
-    assert relative(made.apply(ordinary), exact) < (0.03 if form.activation_bits == 8 else 0.01)
+    assert relative(apply(made, ordinary), exact) < (0.03 if form.activation_bits == 8 else 0.01)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_more_bits_reduce_the_error(form: Int8Static) -> None:
     weight, made = quantized(form, 192)
     x = numbers(60, 192, seed=5) * torch.logspace(-1, 0.5, 192)
-    error = relative(made.apply(x), x @ weight.T)
+    error = relative(apply(made, x), x @ weight.T)
     assert error > 1e-4
     if form.activation_bits == 16:
-        assert error < 0.7 * relative(quantized(Int8Static(form.hadamard_block), 192)[1].apply(x), x @ weight.T)
+        assert error < 0.7 * relative(apply(quantized(Int8Static(form.hadamard_block), 192)[1], x), x @ weight.T)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.hadamard_block], ids=str)
@@ -135,7 +135,7 @@ def test_a_very_large_token_does_not_affect_the_others(style: str, form: Int8Sta
     inputs = numbers(400, 192, seed=1)
     inputs[7] *= 100
     seen = form.calibrate(weight, ObservedInputs(Hessian(inputs.T @ inputs / len(inputs)), inputs))
-    assert relative(seen.apply(x[0, others]), x[0, others] @ weight.T) < 0.03
+    assert relative(apply(seen, x[0, others]), x[0, others] @ weight.T) < 0.03
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if not form.hadamard_block], ids=str)
@@ -163,7 +163,7 @@ def test_a_token_of_zeros_stays_zero(style: str, form: Int8Static) -> None:
 def test_16_bits_cover_larger_activations_than_calibration() -> None:
     weight, made = quantized(Int8Static(activation_bits=16), 192)
     x = numbers(20, 192, seed=8) * torch.logspace(-1, 0.5, 192) * 1.5
-    assert relative(made.apply(x), x @ weight.T) < 0.01
+    assert relative(apply(made, x), x @ weight.T) < 0.01
 
 
 # ---- whole graphs
