@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,6 @@ from llm_edge.runtime.bundle import ONNX, ModelShape
 _INLINE_LIMIT = 1024  # bytes; larger tensors are stored in the data file
 
 
-@lru_cache(maxsize=1)  # a proof may need the graph again
-def _traced(config: ModelConfig, style: GraphStyle, hidden_states: bool) -> ir.Model:
-    return trace(config, style, hidden_states=hidden_states)
-
-
 @dataclass(frozen=True, slots=True)
 class OnnxWriter:
     """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision.
@@ -52,6 +47,7 @@ class OnnxWriter:
     hidden_size: int | None = None
     refined: bool = False
     name = ONNX
+    _traced: dict[ModelConfig, ir.Model] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def write(
         self,
@@ -110,7 +106,10 @@ class OnnxWriter:
 
     def _trace(self, config: ModelConfig, *, head_mix: bool = False) -> ir.Model:
         """Return the graph of the model, which may be changed, or of the rotated one if that has a `head_mix`."""
-        graph = _traced(rotated_config(config), self.style, self.hidden_size is not None).clone()
+        shape = rotated_config(config)
+        if shape not in self._traced:
+            self._traced[shape] = trace(shape, self.style, hidden_states=self.hidden_size is not None)
+        graph = self._traced[shape].clone()
         if not head_mix:
             remove_linear(graph, HEAD_MIX)
         return graph

@@ -34,7 +34,7 @@ ROLES = {"attention.qkv": (256, 64), "attention.output": (64, 128), "mlp.gate_up
 PROJECTIONS = {f"layers.{layer}.{name}" for layer in range(2) for name in ROLES}
 PRECISIONS = "fp32,int8,int8-exact,int4"
 FP32 = Dense().to_dict()
-INT8_BLOCKS = Blocks(8, 64, symmetric=True).to_dict()
+INT8_BLOCKS = Blocks(8, 32, symmetric=True).to_dict()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_sizes_follow_from_formats_and_shapes(exported: tuple[Path, Path, str]) 
                 )  # scales of the activations and of the channels
                 assert 4 <= rest <= 8 + 4 * width
     assert projections["fp32"]["embed_tokens"]["bytes"] == 4 * 331 * 64
-    assert projections["int8"]["embed_tokens"].items() >= {"format": INT8_BLOCKS, "bytes": 331 * (64 + 4)}.items()
+    assert projections["int8"]["embed_tokens"].items() >= {"format": INT8_BLOCKS, "bytes": 331 * (64 + 8)}.items()
 
 
 def test_errors_grow_with_fewer_bits(exported: tuple[Path, Path, str]) -> None:
@@ -177,7 +177,7 @@ def test_other_graphs_are_explained_too(
         if name == "int8":
             assert projections["embed_tokens"]["format"] == projections["lm_head"]["format"] == INT8_BLOCKS
             for module in ("embed_tokens", "lm_head"):
-                assert projections[module]["bytes"] == 331 * (64 + 4)
+                assert projections[module]["bytes"] == 331 * (64 + 8)
         if name == "int4":
             assert any(it["format"]["label"].startswith("int4-") for it in projections.values())
         weights = sum(stored(tmp_path / "made", entry).values())
