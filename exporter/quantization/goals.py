@@ -116,7 +116,7 @@ class AsFaithfulAsQ8(Goal):
     The default leaves a margin for texts on which 8-bit activations with fixed scales lose more than on average.
     """
 
-    fraction: float = 0.8
+    fraction: float = 0.9
 
     def choose(self, options: Options, model: MeasuredModel) -> Mix:  # noqa: ARG002 (shares do not depend on it)
         return fastest(options, self.fraction)

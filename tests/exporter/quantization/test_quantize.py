@@ -319,7 +319,7 @@ def test_recipes_match_their_names() -> None:
         for formats in RECIPES[name].choices.values():
             assert smallest <= min(each.bytes_per_weight for each in formats) < smallest + 0.2
     assert str(RECIPES["int4"]) == "the most faithful mix at the size of Q4_0; rotated and calibrated"
-    assert str(RECIPES["int8"]) == "the fastest mix with 0.8 times the divergence of Q8_0; rotated and calibrated"
+    assert str(RECIPES["int8"]) == "the fastest mix with 0.9 times the divergence of Q8_0; rotated and calibrated"
 
 
 @pytest.mark.parametrize("place", ["projections", "overrides", "embedding"])
