@@ -1,7 +1,7 @@
 """Measures peak memory and time of exports: `python -m llm_edge.bench.export_memory FOLDER [SIZE …]`.
 
-Creates random sharded bfloat16 checkpoints with the shapes of LLaMA, and of Qwen2.5 at 1.5B (a 7B takes 14 GB of disk,
-its export 16 GB), exports each in a separate process, and prints one line per size. Existing checkpoints are reused.
+Creates random sharded bfloat16 checkpoints with the shapes of LLaMA, and of Qwen2.5 at 1.5B (a 7B takes 14 GB of
+disk), exports each in a separate process, and prints one line per size. Existing checkpoints are reused.
 """
 
 from __future__ import annotations

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 from llm_edge.exporter.quantization.formats.base import WeightFormat
 
+_LARGE = 0.05  # of a model: the formats of a larger weight are no small steps, so that all of them are tried
+_LARGE_WEIGHTS = 2  # at most: the embedding and the head
+_SPEED_FRACTION = 0.05  # of the divergence that is given up for speed
+_SAME_SIZE = 0.99  # of the size of another format
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -33,12 +38,6 @@ Options = Mapping[str, Sequence[Option]]
 """By module path."""
 Mix = dict[str, Option]
 """A choice by module path."""
-
-
-_LARGE = 0.05  # of a model: the formats of a larger weight are no small steps, so that all of them are tried
-_LARGE_WEIGHTS = 2  # at most: the embedding and the head
-_SPEED_FRACTION = 0.05  # of the divergence that is given up for speed
-_SAME_SIZE = 0.99
 
 
 def most_faithful(options: Options, max_bytes: float) -> Mix:
@@ -90,6 +89,8 @@ def fastest(options: Options, max_q8_share: float) -> Mix:
     while True:
         totals = [sum(shares) for shares in zip(*(option.q8_shares for option in mix.values()), strict=True)]
         worst = max(range(len(totals)), key=totals.__getitem__)
+        if totals[worst] <= max_q8_share:
+            return mix
         steps = []
         for module, each in options.items():
             now = mix[module]
@@ -97,8 +98,6 @@ def fastest(options: Options, max_q8_share: float) -> Mix:
                 gained, lost = now.q8_shares[worst] - option.q8_shares[worst], option.cost - now.cost
                 if gained > 0 and lost > 0:
                     steps.append((gained / lost, module, option))
-        if totals[worst] <= max_q8_share:
-            return mix
         if not steps:
             return {module: min(each, key=lambda option: sum(option.q8_shares)) for module, each in options.items()}
         _, module, option = max(steps, key=lambda step: step[0])

@@ -18,6 +18,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from llm_edge.exporter.bfloat16 import multiply
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.parallel import worker_threads
@@ -317,7 +318,7 @@ def _hessian(x: Tensor, threads: Executor) -> Hessian:
 
     def compute(tile: tuple[slice, slice]) -> None:
         rows, columns = tile
-        product = (x[:, rows].T @ x[:, columns]).float()
+        product = multiply(x[:, rows].T, x[:, columns])
         matrix[rows, columns] = product.div_(len(x))
         matrix[columns, rows] = product.T
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_edge.exporter.texts import Window
 
-_LARGEST = 1e6  # stands for infinity and NaN, which cannot be added
+_LARGEST = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,11 @@ class Means:
         return tuple(mean / max(base, 1e-30) for mean, base in zip(self.kinds, other.kinds, strict=True))
 
 
+def finite(values: Tensor) -> Tensor:
+    """Return numbers in float64, with large ones instead of NaN and infinity, so that they can be added."""
+    return values.double().nan_to_num(_LARGEST).clamp(-_LARGEST, _LARGEST)
+
+
 class Positions:
     """The positions of windows, by kind of text."""
 
@@ -56,6 +61,6 @@ class Positions:
 
     def means(self, values: Tensor) -> Means:
         """Return the means of a number [S] at all positions."""
-        values = values.double().nan_to_num(_LARGEST, _LARGEST, -_LARGEST).clamp(-_LARGEST, _LARGEST)
+        values = finite(values)
         sums = torch.bincount(self._kinds, weights=values)
         return Means((sums.sum() / len(values)).item(), tuple((sums / self._counts).tolist()))

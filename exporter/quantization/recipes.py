@@ -94,6 +94,7 @@ def _int8(*bits: int) -> Mapping[str, tuple[WeightFormat, ...]]:
 
 _INT8_CHOICES = {**_int8(8, 16), HEAD: _INT8_ROWS, EMBEDDING: _INT8_ROWS}
 _INT4_CHOICES = {
+    # Without the 8-bit blocks, which are last.
     **{role: (*_INT4_BLOCKS, *formats[:-1]) for role, formats in _int8(8, 16).items()},
     HEAD: _INT4_ROWS,
     EMBEDDING: _INT4_ROWS,

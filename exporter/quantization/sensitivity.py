@@ -26,7 +26,7 @@ from llm_edge.exporter.quantization.formats.base import Quantized, WeightFormat
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.head import measure_head
 from llm_edge.exporter.quantization.journal import Journal
-from llm_edge.exporter.quantization.kinds import Means, Positions
+from llm_edge.exporter.quantization.kinds import Means, Positions, finite
 from llm_edge.exporter.quantization.observe import CallRecorder, projections_of
 from llm_edge.exporter.quantization.store import QuantizedStore, Stored
 from llm_edge.exporter.texts import Window
@@ -197,17 +197,17 @@ class SensitivityPass:
         x = torch.cat([each for each, _ in calls])
         gradients = torch.cat([gradient for _, gradient in calls])
         lengths = [len(each) for each, _ in calls]
-        pulled = multiply(gradients, linear.weight)
+        input_gradients = multiply(gradients, linear.weight)
         found = {}
 
         def add(weight_format: WeightFormat, quantized: Quantized) -> None:
             # The change of `gradients * (x @ weight.T)`, of which only errors are rounded to bfloat16.
             rounded, weight = quantized.factors(x)
-            change = rounded * multiply(gradients, weight.sub_(linear.weight)) + (rounded - x) * pulled
+            change = rounded * multiply(gradients, weight.sub_(linear.weight)) + (rounded - x) * input_gradients
             change = change.sum(-1, dtype=torch.float64)
             sums = torch.stack([part.sum() for part in torch.split(change, lengths)])
             squares = self._positions.means(change.square())
-            found[module, weight_format] = Change(squares, sums.square().sum().item())
+            found[module, weight_format] = Change(squares, finite(sums.square()).sum().item())
 
         for weight_format in self._store.formats(module):
             add(weight_format, self._store.load(module, weight_format))
