@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_edge.exporter.quantization.gptq import Hessian, gptq
+from llm_edge.exporter.quantization.gptq import gptq
+from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.runtime.errors import CheckpointError
 
 _CHUNK_ELEMENTS = 1 << 24  # quantized at a time: 64 MiB in float32

@@ -7,7 +7,6 @@ layer at a time and quantized weights are stored on disk: memory holds one layer
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from llm_edge.exporter.bfloat16 import multiply
 from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.parallel import worker_threads
@@ -26,8 +24,8 @@ from llm_edge.exporter.quantization.allocation import Option, frontier
 from llm_edge.exporter.quantization.blocks import BlockLayout
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat, apply
 from llm_edge.exporter.quantization.goals import MeasuredModel
-from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.head import quantize_rows
+from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.exporter.quantization.journal import Journal
 from llm_edge.exporter.quantization.kinds import Means
 from llm_edge.exporter.quantization.observe import CacheRange, Observer
@@ -43,7 +41,6 @@ from llm_edge.runtime.errors import CheckpointError
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
 _ERROR_STEP = 4  # every fourth sample measures errors
 _GOOD_ERROR = 1e-4  # of static activations, at which 8-bit blocks are not tried
-_TILE = 512  # rows and columns of a Hessian computed at once
 _QUANTIZE_FRACTION = 0.75  # of the time
 _GRAPH_BYTES = 16_000  # of a layer in the graph, without weights
 
@@ -236,7 +233,7 @@ class _Calibration:
         decoder.load_norm()
         with torch.inference_mode():
             inputs = torch.cat([decoder.normalize(state)[0] for state in states])
-        self._quantize_rows(HEAD, decoder.head_rows(), _hessian(inputs, threads), threads)
+        self._quantize_rows(HEAD, decoder.head_rows(), Hessian.of(inputs, threads), threads)
         if not config.tie_word_embeddings:
             self._quantize_rows(EMBEDDING, decoder.embedding_rows(), None, threads)
 
@@ -303,25 +300,9 @@ def _other_bytes(config: ModelConfig, quantized: int) -> int:
 def _summarize(x: Tensor, threads: Executor) -> ObservedInputs:
     """Return what rounding needs of the inputs [tokens, K] of a projection."""
     samples = x[:: max(len(x) // _SAMPLES, 1)]
-    return ObservedInputs(_hessian(x, threads), samples.to(torch.float32, copy=True))
+    return ObservedInputs(Hessian.of(x, threads), samples.to(torch.float32, copy=True))
 
 
 def _relative_error(output: Tensor, expected: Tensor) -> float:
     errors = (output - expected).square().sum(-1) / expected.square().sum(-1).clamp(min=1e-20)
     return errors.mean().item()
-
-
-def _hessian(x: Tensor, threads: Executor) -> Hessian:
-    """Return the mean outer product of inputs [tokens, K]; tiles below the diagonal are mirrored."""
-    width = x.shape[1]
-    matrix = torch.empty(width, width)
-
-    def compute(tile: tuple[slice, slice]) -> None:
-        rows, columns = tile
-        product = multiply(x[:, rows].T, x[:, columns])
-        matrix[rows, columns] = product.div_(len(x))
-        matrix[columns, rows] = product.T
-
-    slices = [slice(start, start + _TILE) for start in range(0, width, _TILE)]
-    list(threads.map(compute, itertools.combinations_with_replacement(slices, 2)))
-    return Hessian(matrix)

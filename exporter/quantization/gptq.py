@@ -1,71 +1,19 @@
-"""GPTQ (Frantar et al., arXiv:2210.17323): quantization in which later columns compensate for earlier errors.
+"""GPTQ (Frantar et al., arXiv:2210.17323): quantization in which columns compensate for errors of others.
 
 In the form of LDLQ (Chee et al., arXiv:2307.13304), which is equivalent and does not need the inverse of the Hessian.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from llm_edge.exporter.bfloat16 import multiply
+from llm_edge.exporter.quantization.hessian import Hessian
 
-_DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the mean of the diagonal; added to it until the factorization succeeds
-_BLOCK = 128  # columns that one matmul moves for the errors of all columns before them
+_BLOCK = 128  # columns that one matmul moves for the errors of all columns after them
 _SMALL_BLOCK = 16  # columns that one matmul moves for the errors in the same block; they fit into the cache
-
-
-class Hessian:
-    """The mean outer product of the inputs of a projection, factorized once for all formats.
-
-    Attributes:
-        matrix: float32 [K, K].
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-
-    def parts(self, size: int) -> list[Hessian]:
-        """Return the blocks on the diagonal, of up to `size` columns: errors in one do not move columns of another."""
-        starts = range(0, len(self.matrix), size)
-        return [Hessian(self.matrix[start : start + size, start : start + size]) for start in starts]
-
-    @property
-    def diagonal(self) -> Tensor:
-        """Mean square of each input channel, [K]."""
-        return self.matrix.diagonal()
-
-    @cached_property
-    def order(self) -> Tensor:
-        """The columns by importance, int64 [K]."""
-        return self.diagonal.argsort(descending=True, stable=True)
-
-    @cached_property
-    def feedback(self) -> Tensor:
-        """How far a column moves for the errors of earlier ones in `order`: strictly lower triangular [K, K].
-
-        The matrix is `(1 + feedback)^T D (1 + feedback)` with a diagonal `D`. Columns whose inputs are all zero count
-        as independent. If no damping makes the factorization succeed in float32, zero, which rounds each weight to its
-        nearest level.
-        """
-        backwards = self.order.flip(0)
-        hessian = self.matrix[backwards][:, backwards]
-        diagonal = hessian.diagonal()
-        diagonal[diagonal == 0] = 1.0
-        mean = diagonal.mean()
-        for damping in _DAMPING:
-            diagonal += damping * mean
-            lower, failed = torch.linalg.cholesky_ex(hessian)
-            if not failed:
-                lower /= lower.diagonal().clone()
-                if lower.isfinite().all():
-                    lower.fill_diagonal_(0)
-                    found: Tensor = lower.T.flip(0, 1).contiguous()
-                    return found
-        return torch.zeros_like(hessian)
 
 
 def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: int, max_level: int) -> Tensor:
@@ -93,17 +41,16 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
     least, most, factors = (-zeros).numpy(), (max_level - zeros).numpy(), feedback.numpy()
     moved = np.empty(rows, np.float32)
     order = hessian.order.tolist()
-    for start in range(0, width, _BLOCK):
-        end = min(start + _BLOCK, width)
-        targets = errors[start:end] + multiply(feedback[start:end, :start], errors[:start])
-        for low in range(start, end, _SMALL_BLOCK):
-            high = min(low + _SMALL_BLOCK, end)
-            targets[low - start : high - start].addmm_(feedback[low:high, start:low], errors[start:low])
-            for index in range(low, high):
+    for end in range(width, 0, -_BLOCK):
+        start = max(end - _BLOCK, 0)
+        targets = errors[start:end] + multiply(feedback[start:end, end:], errors[end:])
+        for high in range(end, start, -_SMALL_BLOCK):
+            low = max(high - _SMALL_BLOCK, start)
+            targets[low - start : high - start].addmm_(feedback[low:high, high:end], errors[high:end])
+            for index in reversed(range(low, high)):
                 target, level, group = targets[index - start].numpy(), all_levels[order[index]], order[index] // size
-                if index > low:
-                    np.dot(factors[index, low:index], all_errors[low:index], out=moved)
-                    target += moved
+                np.dot(factors[index, index + 1 : high], all_errors[index + 1 : high], out=moved)
+                target += moved
                 np.divide(target, all_scales[group], out=level)
                 np.rint(level, out=level)
                 np.maximum(level, least[group], out=level)

@@ -15,7 +15,7 @@ from llm_edge.exporter.layerwise import LayerwiseDecoder
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, concatenate, quantize_blocks
 from llm_edge.exporter.quantization.formats.base import apply
 from llm_edge.exporter.quantization.formats.blocks import Blocks
-from llm_edge.exporter.quantization.gptq import Hessian
+from llm_edge.exporter.quantization.hessian import Hessian
 
 _ROWS = 2048  # in float32 at once
 _SEED = 17

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llm_edge.exporter.quantization.blocks import quantize_channels
-from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.hadamard import hadamard_matrix
+from llm_edge.exporter.quantization.hessian import Hessian
 
 EPSILON = 1e-12  # added to the mean square of a token's inputs
 _SMOOTHING = 0.5  # power of a channel's root mean square that moves from activations into weights
@@ -73,19 +73,19 @@ def quantize_int8(weight: Tensor, hadamard_block: int, hessian: Hessian, samples
     """
     smooth = None
     hadamard = _hadamard(weight.shape[1], hadamard_block)
+    hessians = [hessian] if hadamard is None else hessian.parts(_MAX_COLUMNS)
     if hadamard_block:
         power = hessian.diagonal.clamp(min=0).sqrt()
         smooth = power.clamp(min=power.mean() * 1e-4 + 1e-12) ** _SMOOTHING
         smooth = smooth / smooth.mean()
         weight = weight * smooth
-        hessian = Hessian(hessian.matrix / (smooth[:, None] * smooth))
-    hessians = [hessian]
+        divisors = smooth.split(len(hessians[0].matrix))
+        hessians = [
+            Hessian(part.matrix / (each[:, None] * each)) for part, each in zip(hessians, divisors, strict=True)
+        ]
     if hadamard is not None:
         weight = _multiply_blocks(weight, hadamard)
-        hessians = [
-            Hessian(_multiply_blocks(_multiply_blocks(part.matrix, hadamard).T, hadamard))
-            for part in hessian.parts(_MAX_COLUMNS)
-        ]
+        hessians = [Hessian(_multiply_blocks(_multiply_blocks(part.matrix, hadamard).T, hadamard)) for part in hessians]
     prepared, _ = _prepare(samples, smooth, hadamard)
     data, scales = quantize_channels(weight, hessians)
     return QuantizedInt8(

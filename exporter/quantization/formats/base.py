@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from llm_edge.exporter.graph.emitter import EmitContext, Emitter
-from llm_edge.exporter.quantization.gptq import Hessian
+from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.model.block_weights import BlockKind
 
 

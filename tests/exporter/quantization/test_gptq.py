@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.quantization.blocks import quantize_blocks, quantize_channels
 from llm_edge.exporter.quantization.formats.blocks import Blocks
-from llm_edge.exporter.quantization.gptq import Hessian, gptq
+from llm_edge.exporter.quantization.gptq import gptq
+from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.runtime.errors import CheckpointError
 
 FORMS = [
@@ -122,6 +124,35 @@ def test_columns_keep_the_scale_of_their_block_when_reordered() -> None:
     rounded = quantize_blocks(weight, form, Hessian(torch.logspace(-2, 2, 64).diag())).dequantized(64)
     assert (rounded - weight)[:, :32].abs().max() < 2.5
     assert (rounded - weight)[:, 32:].abs().max() < 2.5e-4
+
+
+# ---- the Hessian
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [96, 600])
+def test_hessians_are_mean_outer_products(dtype: torch.dtype, width: int) -> None:
+    inputs = correlated(width).to(dtype)
+    with worker_threads() as threads:
+        found = Hessian.of(inputs, threads).matrix
+    expected = (inputs.double().T @ inputs.double() / len(inputs)).float()
+    assert torch.equal(found, found.T)
+    size = expected.diagonal().sqrt()
+    assert ((found - expected).abs() / (size[:, None] * size)).max() < 6e-3
+
+
+@pytest.mark.parametrize(("shared", "outliers"), [(0.0, 1.0), (100.0, 1.0), (0.0, 1000.0), (100.0, 1000.0)])
+def test_hessians_stay_positive_definite(shared: float, outliers: float) -> None:
+    """With much that all tokens have in common, and with a few huge tokens, they are factorized as if exact."""
+    inputs = numbers(2000, 300) + shared * numbers(1, 300, seed=1)
+    inputs[::500] = outliers * numbers(4, 300, seed=2)
+    inputs = inputs.bfloat16()
+    with worker_threads() as threads:
+        found = Hessian.of(inputs, threads)
+    exact = Hessian((inputs.double().T @ inputs.double() / len(inputs)).float())
+    numbers_of_both = found.matrix.double(), exact.matrix.double()
+    smallest = [torch.linalg.eigvalsh(matrix).min() for matrix in numbers_of_both]
+    assert smallest[0] > 0.9 * smallest[1]
 
 
 # ---- unusual weights and inputs

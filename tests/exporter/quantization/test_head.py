@@ -17,8 +17,8 @@ from llm_edge.exporter.quantization import head as head_module
 from llm_edge.exporter.quantization.blocks import quantize_blocks
 from llm_edge.exporter.quantization.formats.base import apply
 from llm_edge.exporter.quantization.formats.blocks import Blocks
-from llm_edge.exporter.quantization.gptq import Hessian
 from llm_edge.exporter.quantization.head import measure_head, quantize_rows
+from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.exporter.quantization.rotate import RotatedWeights, rotated_config
 
 LAYOUT = Blocks(4, 32, symmetric=False)

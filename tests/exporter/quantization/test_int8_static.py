@@ -21,7 +21,7 @@ from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions
 from llm_edge.exporter.quantization.formats.base import ObservedInputs, apply
 from llm_edge.exporter.quantization.formats.int8_static import Int8Static
-from llm_edge.exporter.quantization.gptq import Hessian
+from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.exporter.quantization.int8_static import QuantizedInt8
 from llm_edge.exporter.quantization.recipes import RECIPES
 
