@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_edge.exporter.bfloat16 import multiply
+from llm_edge.exporter.bfloat16 import matmul_dtype
 from llm_edge.exporter.quantization.hessian import Hessian
 
 _BLOCK = 128  # columns that one matmul moves for the errors of all columns after them
@@ -35,6 +35,7 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
     errors = weight.T.contiguous().index_select(0, hessian.order)  # [K, N]; weights that are not quantized yet
     scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
     scales = scales.where(scales > 0, 1.0)
+    found = torch.empty(width, rows, dtype=matmul_dtype())  # errors of the blocks that are quantized
     levels = torch.empty(width, rows)  # relative to the zeros
     # Calls of NumPy cost less than those of torch, above all in several threads.
     all_errors, all_levels, all_scales = errors.numpy(), levels.numpy(), scales.numpy()
@@ -43,7 +44,7 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
     order = hessian.order.tolist()
     for end in range(width, 0, -_BLOCK):
         start = max(end - _BLOCK, 0)
-        targets = errors[start:end] + multiply(feedback[start:end, end:], errors[end:])
+        targets = errors[start:end] + feedback[start:end, end:].to(found.dtype) @ found[end:]
         for high in range(end, start, -_SMALL_BLOCK):
             low = max(high - _SMALL_BLOCK, start)
             targets[low - start : high - start].addmm_(feedback[low:high, high:end], errors[high:end])
@@ -57,4 +58,5 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
                 np.minimum(level, most[group], out=level)
                 np.multiply(level, all_scales[group], out=moved)
                 all_errors[index] -= moved
+        found[start:end] = errors[start:end]
     return levels.add_(zeros[torch.arange(width) // size]).T.contiguous()

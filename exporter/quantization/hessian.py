@@ -86,7 +86,7 @@ class Hessian:
     def _ordered(self) -> Tensor:
         """Return a copy of the matrix with rows and columns in `order`."""
         ordered = torch.empty_like(self.matrix)
-        for rows, numbers in zip(ordered.split(_TILE), self.order.split(_TILE), strict=True):
+        for rows, numbers in zip(torch.split(ordered, _TILE), torch.split(self.order, _TILE), strict=True):
             rows.copy_(self.matrix[numbers][:, self.order])
         return ordered
 
@@ -100,8 +100,8 @@ def _addends(inputs: Tensor) -> list[Tensor]:
     if matmul_dtype() is not torch.bfloat16:
         return [inputs.float()]
     mean = inputs.mean(0, dtype=torch.float32)
-    squares = torch.cat([(part - mean).square().sum(1) for part in inputs.split(_TOKENS)])
+    squares = torch.cat([(part - mean).square().sum(1) for part in torch.split(inputs, _TOKENS)])
     order = squares.argsort(descending=True, stable=True)
     outliers, others = order[:_OUTLIERS], order[_OUTLIERS:].sort().values
     exact = torch.cat([inputs[outliers] - mean, mean[None] * len(inputs) ** 0.5])
-    return [exact, *((inputs[part] - mean).bfloat16() for part in others.split(_TOKENS))]
+    return [exact, *((inputs[part] - mean).bfloat16() for part in torch.split(others, _TOKENS))]

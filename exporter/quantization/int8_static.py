@@ -79,7 +79,7 @@ def quantize_int8(weight: Tensor, hadamard_block: int, hessian: Hessian, samples
         smooth = power.clamp(min=power.mean() * 1e-4 + 1e-12) ** _SMOOTHING
         smooth = smooth / smooth.mean()
         weight = weight * smooth
-        divisors = smooth.split(len(hessians[0].matrix))
+        divisors = torch.split(smooth, len(hessians[0].matrix))
         hessians = [
             Hessian(part.matrix / (each[:, None] * each)) for part, each in zip(hessians, divisors, strict=True)
         ]
