@@ -83,19 +83,17 @@ _INT8_ROWS = (_INT8_BLOCKS, _SMALL_INT8_BLOCKS)
 """Of the embedding and the head."""
 
 
-def _int8(*bits: int) -> Mapping[str, tuple[WeightFormat, ...]]:
-    """Return 8-bit formats by role, with static activations of some numbers of bits, or blocks for outliers."""
-    blocks = {"qkv": 0, "output": 1, "gate_up": 0, "up": 0, "down": 64}
-    return {
-        role: (*(Int8Static(hadamard_block=block, activation_bits=each) for each in bits), _INT8_BLOCKS)
-        for role, block in blocks.items()
-    }
-
-
-_INT8_CHOICES = {**_int8(8, 16), HEAD: _INT8_ROWS, EMBEDDING: _INT8_ROWS}
+_STATIC: Mapping[str, tuple[WeightFormat, ...]] = {
+    role: tuple(Int8Static(hadamard_block=block, activation_bits=bits) for bits in (8, 16))
+    for role, block in {"qkv": 0, "output": 1, "gate_up": 0, "up": 0, "down": 64}.items()
+}
+_INT8_CHOICES = {
+    **{role: (*formats, _INT8_BLOCKS) for role, formats in _STATIC.items()},  # blocks for inputs with outliers
+    HEAD: _INT8_ROWS,
+    EMBEDDING: _INT8_ROWS,
+}
 _INT4_CHOICES = {
-    # Without the 8-bit blocks, which are last.
-    **{role: (*_INT4_BLOCKS, *formats[:-1]) for role, formats in _int8(8, 16).items()},
+    **{role: (*_INT4_BLOCKS, *formats) for role, formats in _STATIC.items()},
     HEAD: _INT4_ROWS,
     EMBEDDING: _INT4_ROWS,
 }
