@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_edge.exporter.memory import return_freed_blocks
 from llm_edge.exporter.options import ExportOptions, FileFormat
 from llm_edge.runtime.command import given_on_command_line, print_version, run, with_options
 from llm_edge.runtime.errors import InputError, ParameterError
@@ -280,4 +281,5 @@ def _measurements(name: str, validation: Validation | None) -> list[str]:
 
 def main() -> None:
     """Run `llm-export`."""
+    return_freed_blocks()
     app()

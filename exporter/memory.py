@@ -1,0 +1,18 @@
+"""How this process returns memory to the system."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+_MMAP_THRESHOLD = -3  # parameter M_MMAP_THRESHOLD of mallopt(3)
+_BLOCK = 8 << 20  # bytes
+
+
+def return_freed_blocks() -> None:
+    """Let glibc return blocks of 8 MiB and more to the system when they are freed; other libraries do by themselves.
+
+    It would keep those of up to 32 MiB in the heap of the thread that freed them: a third of the memory of an export.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _BLOCK)
