@@ -83,15 +83,20 @@ def _session_and_tokenizer(
     execution = ExecutionOptions(
         options.provider, options.threads, interleaved=interleaved, step_seconds=options.step_seconds
     )
-    opening = Background(
-        functools.partial(open_session, GraphFile.of(bundle, precision), execution), "llm-edge-open-session"
-    )
-    with opening:  # onnxruntime holds no lock of the interpreter meanwhile
-        tokenizer = _tokenizer(bundle, cached=lazy)
-        # What generating needs besides; importing it takes as long as a few decode steps.
-        import llm_edge.runtime.scheduling.sequence_factory
-        import llm_edge.runtime.speculative.draft_model  # noqa: F401
-    return opening.result(), tokenizer
+    # The session is opened on this thread, which runs steps too: memory that opening frees is used by them.
+    loading = Background(functools.partial(_load_tokenizer, bundle, cached=lazy), "llm-edge-load-tokenizer")
+    with loading:  # onnxruntime holds no lock of the interpreter meanwhile
+        session = open_session(GraphFile.of(bundle, precision), execution)
+    return session, loading.result()
+
+
+def _load_tokenizer(bundle: Bundle, *, cached: bool) -> Tokenizer:
+    """Load the tokenizer, and import what generating needs besides, which takes as long as a few decode steps."""
+    tokenizer = _tokenizer(bundle, cached=cached)
+    import llm_edge.runtime.scheduling.sequence_factory
+    import llm_edge.runtime.speculative.draft_model  # noqa: F401
+
+    return tokenizer
 
 
 def _tokenizer(bundle: Bundle, *, cached: bool) -> Tokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 import onnxruntime as ort
 
 from llm_edge.runtime.backend import memory_hints
+from llm_edge.runtime.backend.graph_check import ExternalTensor
+from llm_edge.runtime.backend.weights import MappedWeights
 from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, MachineError, native_reason
 
@@ -27,7 +29,7 @@ _CACHE_DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int8)": np.dtype(np.int8),  # the graph holds the scales
 }
-
+_MANY_TOKENS = 64
 # They find nothing in fused graphs, but take 20 ms to search SmolLM2's; ConstantFolding would copy a shared embedding.
 _USELESS_OPTIMIZERS = [
     *("BiasGeluFusion", "ConstantFolding", "ConstantSharing", "ConvMulFusion", "EmbedLayerNormFusion"),
@@ -75,6 +77,12 @@ class ExecutionOptions:
 class Graph:
     """An ONNX graph loaded on `cpu` or `cuda`.
 
+    Args:
+        file: what to load.
+        provider: `cpu` or `cuda`.
+        execution: how to execute it.
+        tensors: its weights, as `check_graph` returns them.
+
     Attributes:
         file: what was loaded.
         provider: `cpu` or `cuda`.
@@ -90,17 +98,24 @@ class Graph:
         MachineError: not enough memory.
     """
 
-    def __init__(self, file: GraphFile, provider: str, execution: ExecutionOptions) -> None:
+    def __init__(
+        self, file: GraphFile, provider: str, execution: ExecutionOptions, tensors: Sequence[ExternalTensor]
+    ) -> None:
         self.file = file
         self.shape = file.shape
         self.provider = provider
         self.step_seconds = execution.step_seconds
+        options = _session_options(provider, execution)
+        data = file.path.with_name(f"{file.path.name}_data")
+        self._weights = MappedWeights(data, tensors if provider == "cpu" else [])  # a GPU has copies
+        for name, value in self._weights.values.items():
+            options.add_initializer(name, value)
         try:
-            with memory_hints.releasing(file.path.with_name(f"{file.path.name}_data")):
+            with self._weights.releasing():
                 # onnxruntime's own provider fallback prints to stdout.
                 self.inference = ort.InferenceSession(
                     file.path,
-                    _session_options(provider, execution),
+                    options,
                     providers=_EXECUTION_PROVIDERS[provider],
                     enable_fallback=0,
                     disabled_optimizers=_USELESS_OPTIMIZERS if file.share_buffer else [],
@@ -127,6 +142,11 @@ class Graph:
         if self._collapses_pages:
             self._collapses_pages = False
             threading.Thread(target=memory_hints.collapse_pages, name="llm-edge-huge-pages", daemon=True).start()
+
+    def release_weights(self, tokens: int) -> None:
+        """Release mapped weights after a step over many tokens, which read many rows of the embedding."""
+        if tokens >= _MANY_TOKENS:
+            self._weights.release()
 
     def cache_zeros(self, shape: tuple[int, ...]) -> Any:
         """An OrtValue of zeros of the cache's type, where the graph reads the cache."""

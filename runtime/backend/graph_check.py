@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm_edge.runtime.errors import BundleError
@@ -64,8 +65,33 @@ class _RejectedError(Exception):
     """The reason why a file is rejected."""
 
 
-def check_graph(path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class ExternalTensor:
+    """An initializer whose values are in the file of weights.
+
+    Attributes:
+        name, dims: as in the graph.
+        kind: TensorProto.DataType.
+        offset, size: where it is, in bytes.
+    """
+
+    name: str
+    kind: int
+    dims: tuple[int, ...]
+    offset: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+
+def check_graph(path: Path) -> list[ExternalTensor]:
     """Check that an ONNX file contains only a graph as the exporter writes it, with its weights in `<path>_data`.
+
+    Returns:
+        its weights.
 
     Raises:
         BundleError: it is not such a file.
@@ -76,18 +102,21 @@ def check_graph(path: Path) -> None:
         size = external.stat().st_size
     except OSError:
         size = 0
+    weights = _Weights(external.name, size)
     try:
-        _check_model(data, _Weights(external.name, size))
+        _check_model(data, weights)
     except (_RejectedError, IndexError, ValueError) as error:  # IndexError: an integer is cut off
         why = str(error) if isinstance(error, _RejectedError) else "it is damaged"
         raise BundleError(f"{path}: not a graph that llm-export writes: {why}: export the bundle again") from error
+    return weights.tensors
 
 
 class _Weights:
-    """The file with the weights of a graph: its name, and its size in bytes."""
+    """The file with the weights of a graph: its name, its size in bytes, and the initializers found in it so far."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name, self.size = name.encode("utf-8", "surrogateescape"), size
+        self.tensors: list[ExternalTensor] = []
 
 
 def _check_model(data: bytes, weights: _Weights) -> None:
@@ -114,7 +143,11 @@ def _check_main_graph(data: bytes, start: int, end: int, weights: _Weights) -> N
         if number == 1:
             nodes.append((a, b))
         elif number == 5:
-            constants.add(_check_tensor(data, a, b, weights))
+            name, tensor = _check_tensor(data, a, b, weights)
+            if name in constants:
+                raise _RejectedError("two tensors have the same name")
+            constants.add(name)
+            weights.tensors += [tensor] if tensor is not None else []
         elif number == 11:
             inputs.add(b"".join(data[c:d] for field, _, c, d in _fields(data, a, b) if field == 1))
     if len(nodes) > _MAX_NODES:
@@ -243,8 +276,8 @@ def _check_attribute(data: bytes, weights: _Weights) -> None:
             raise _RejectedError(f"an attribute has type {start}, such as a subgraph")
 
 
-def _check_tensor(data: bytes, start: int, end: int, weights: _Weights) -> bytes:
-    """Check that a tensor's values are in the graph or in the file of weights; returns its name."""
+def _check_tensor(data: bytes, start: int, end: int, weights: _Weights) -> tuple[bytes, ExternalTensor | None]:
+    """Check that a tensor's values are in the graph or in the file of weights; returns its name and the latter."""
     dims: list[int] = []
     kind, name, inline, located = 0, b"", 0, False
     external: dict[bytes, bytes] = {}
@@ -270,17 +303,17 @@ def _check_tensor(data: bytes, start: int, end: int, weights: _Weights) -> bytes
     if not located and not external:
         if elements > min(_MAX_INLINE, 8 * inline):
             raise _RejectedError("a tensor has fewer values than its shape")
-    elif inline or external.keys() - {b"offset", b"length"} != {b"location"} or external[b"location"] != weights.name:
+        return name, None
+    if inline or external.keys() - {b"offset", b"length"} != {b"location"} or external[b"location"] != weights.name:
         location = external.get(b"location", b"").decode(errors="replace")
         raise _RejectedError(
             f"weights are in {short_repr(location)} instead of {weights.name.decode(errors='replace')}"
         )
-    else:
-        size = -(-elements * _BITS[kind] // 8)
-        offset, length = _decimal(external.get(b"offset", b"0")), _decimal(external.get(b"length", b"%d" % size))
-        if length != size or offset + length > weights.size:
-            raise _RejectedError("weights are outside of their file, or of another size than their shape")
-    return name
+    size = -(-elements * _BITS[kind] // 8)
+    offset, length = _decimal(external.get(b"offset", b"0")), _decimal(external.get(b"length", b"%d" % size))
+    if length != size or offset + length > weights.size:
+        raise _RejectedError("weights are outside of their file, or of another size than their shape")
+    return name, ExternalTensor(name.decode(), kind, tuple(dims), offset, size)
 
 
 def _decimal(text: bytes) -> int:

@@ -29,10 +29,10 @@ def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
     check_threads(execution.threads)
     check_step_seconds(execution.step_seconds)
     provider = resolve_provider(execution.provider)
-    check_graph(file.path)
+    tensors = check_graph(file.path)
     if provider == "cuda":
         try:
-            graph = Graph(file, "cuda", execution)
+            graph = Graph(file, "cuda", execution, tensors)
             matmuls = graph.matmuls_on_cpu()
             if execution.provider == "cuda" or matmuls <= _MAX_CPU_MATMULS * file.shape.num_hidden_layers:
                 Session(graph).step([0])  # a kernel may exist and still reject this graph's configuration
@@ -42,7 +42,7 @@ def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
                 raise ProviderError(
                     f"provider cuda: {file.path} does not run there ({error}); use provider='cpu' or 'auto'"
                 ) from error
-    return Graph(file, "cpu", execution)
+    return Graph(file, "cpu", execution, tensors)
 
 
 def open_session(file: GraphFile, execution: ExecutionOptions) -> AnySession:

@@ -157,6 +157,7 @@ class Session(ProcessBound):
         except Exception as error:
             raise MachineError(f"the cache of {past + new} tokens failed ({one_line(error)})") from error
         self._steps.run(self._binding, f"a step over {new} tokens after {past}")
+        self.graph.release_weights(new)
         self._cache.advance(self._binding)
         self.length = past + new
 

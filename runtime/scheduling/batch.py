@@ -141,6 +141,7 @@ class Batch(ProcessBound):
             binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._steps.run(binding, f"a step over {slots} x {new} tokens")
+        self._graph.release_weights(slots * new)
         return logits
 
     def _logits_of(self, rows: int) -> Logits:

@@ -172,6 +172,24 @@ def test_constants_that_grow_while_loading_are_rejected(graph: Path, op_type: st
     assert "constant inputs only" in refusal(edited(graph, change))
 
 
+def test_two_weights_with_the_same_name_are_rejected(graph: Path) -> None:
+    def change(model: ModelProto) -> None:
+        first = next(each for each in model.graph.initializer if each.external_data)
+        model.graph.initializer.append(first)
+
+    assert "same name" in refusal(edited(graph, change))
+
+
+def test_weights_are_listed_with_their_place_in_the_file(graph: Path) -> None:
+    tensors = {each.name: each for each in check_graph(graph)}
+    weights = [each for each in onnx.load(graph, load_external_data=False).graph.initializer if each.external_data]
+    assert tensors.keys() == {weight.name for weight in weights}
+    for weight in weights:
+        tensor, entries = tensors[weight.name], {entry.key: entry.value for entry in weight.external_data}
+        assert (tensor.kind, tensor.dims) == (weight.data_type, tuple(weight.dims))
+        assert (str(tensor.offset), str(tensor.size)) == (entries["offset"], entries["length"])
+
+
 def test_nodes_that_are_not_sorted_are_rejected(graph: Path) -> None:
     def change(model: ModelProto) -> None:
         first = model.graph.node.pop(0)
