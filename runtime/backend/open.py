@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 from llm_edge.runtime.backend.graph import ExecutionOptions, Graph, GraphFile
-from llm_edge.runtime.backend.graph_check import check_graph
+from llm_edge.runtime.backend.graph_check import ExternalTensor, check_graph
 from llm_edge.runtime.backend.providers import check_threads, resolve_provider
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.backend.torchscript_session import TorchScriptSession
 from llm_edge.runtime.backend.watchdog import check_step_seconds
 from llm_edge.runtime.bundle import TORCHSCRIPT
 from llm_edge.runtime.errors import BundleError, MachineError, ProviderError
 
-AnySession: TypeAlias = Session | TorchScriptSession
+if TYPE_CHECKING:
+    from llm_edge.runtime.backend.torchscript_session import TorchScriptSession
+
+AnySession: TypeAlias = Union[Session, "TorchScriptSession"]
 _MAX_CPU_MATMULS = 1
 """Matmuls per layer that CUDA may leave to the CPU; with more of them `auto` runs the whole graph on the CPU."""
 
 
-def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
+def open_graph(file: GraphFile, execution: ExecutionOptions, tensors: Sequence[ExternalTensor] | None = None) -> Graph:
     """Load an ONNX graph.
+
+    Args:
+        file: what to load.
+        execution: how to execute it.
+        tensors: what `check_graph` returned for this file; None = check it.
 
     Raises:
         BundleError: it is not a graph that the exporter writes, does not load or contradicts the manifest.
@@ -29,7 +37,8 @@ def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
     check_threads(execution.threads)
     check_step_seconds(execution.step_seconds)
     provider = resolve_provider(execution.provider)
-    tensors = check_graph(file.path)
+    if tensors is None:
+        tensors = check_graph(file.path)
     if provider == "cuda":
         try:
             graph = Graph(file, "cuda", execution, tensors)
@@ -45,8 +54,12 @@ def open_graph(file: GraphFile, execution: ExecutionOptions) -> Graph:
     return Graph(file, "cpu", execution, tensors)
 
 
-def open_session(file: GraphFile, execution: ExecutionOptions) -> AnySession:
+def open_session(
+    file: GraphFile, execution: ExecutionOptions, tensors: Sequence[ExternalTensor] | None = None
+) -> AnySession:
     """Load a model file of any format for one conversation; raises what `open_graph` and `TorchScriptSession` raise."""
     if file.format == TORCHSCRIPT:
+        from llm_edge.runtime.backend.torchscript_session import TorchScriptSession
+
         return TorchScriptSession(file, execution)
-    return Session(open_graph(file, execution))
+    return Session(open_graph(file, execution, tensors))
