@@ -5,7 +5,6 @@ The exporter writes bundles with `FORMAT_VERSION` and `manifest_entry`; everythi
 
 from __future__ import annotations
 
-import hashlib
 import reprlib
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_edge.runtime.errors import BundleError
+from llm_edge.runtime.file_checksums import cached_sha256, file_sha256
 from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 
 FORMAT_VERSION = 1
@@ -21,7 +21,6 @@ MANIFEST = "manifest.json"
 TEMPLATE_FOLDER = "additional_chat_templates"  # of named templates, as transformers saves them
 ONNX, TORCHSCRIPT = FORMATS = ("onnx", "torchscript")
 _SUFFIXES: Mapping[str, str] = {ONNX: ".onnx", TORCHSCRIPT: ".pt"}
-_BLOCK = 16 * MIB
 _MIN_TAG, _MAX_TAG = 3, 64  # characters; text that may become a tag is held back
 MAX_NEWLINES = 2**31 - 1  # as of the parameter `max_newlines`
 
@@ -248,12 +247,18 @@ class Bundle:
         """Size of a file in bytes."""
         return int(self._files[name]["size"])
 
-    def check(self, names: Iterable[str]) -> None:
-        """Check the sha256 of some files; raises BundleError for one that was modified."""
+    def check(self, names: Iterable[str], *, cached: bool = False) -> None:
+        """Check the sha256 of some files; raises BundleError for one that was modified.
+
+        Args:
+            names: of the files.
+            cached: use the checksum that an earlier process computed if the file has not changed since.
+        """
+        checksum = cached_sha256 if cached else file_sha256
         for name in names:
             path = inside(self.path, name)
             try:
-                digest = _sha256(path)
+                digest = checksum(path)
             except OSError as error:
                 raise BundleError(f"{path} cannot be read ({error.strerror}): export the bundle again") from error
             if digest != self._files[name].get("sha256"):
@@ -326,18 +331,7 @@ def _graph_files(model: str, kind: str) -> Iterable[str]:
 
 def manifest_entry(path: Path) -> dict[str, Any]:
     """A file's entry in the manifest: its size in bytes and its sha256."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sha256(path: Path) -> str:
-    """The sha256 of a file, read in blocks so large that a thread rarely waits for the interpreter's lock."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        block = memoryview(bytearray(min(_BLOCK, path.stat().st_size + 1)))
-        while read := file.readinto(block):
-            digest.update(block[:read])
-    return digest.hexdigest()
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _is(kind: Callable[[int], bool], path: Path) -> bool:

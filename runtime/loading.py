@@ -56,7 +56,7 @@ def load(path: str | Path, options: LoadOptions, *, fused: bool = False, interle
     files = bundle.files_of(precision.name) if options.verify else []
     large = [name for name in files if bundle.size(name) >= _LARGE and precision.format != TORCHSCRIPT]
     bundle.check(name for name in files if name not in large)
-    with Background(functools.partial(bundle.check, large), "llm-edge-checksums"):
+    with Background(functools.partial(bundle.check, large, cached=True), "llm-edge-checksums"):
         if fused and not precision.share_buffer:
             raise BundleError(f"{bundle.path}: {precision.name} is not a fused ONNX graph: export with --graph fused")
         # An engine needs the whole tokenizer: loading it later could stop all answers for a second.
@@ -78,15 +78,19 @@ def _session_and_tokenizer(
     bundle: Bundle, precision: PrecisionInfo, options: LoadOptions, interleaved: bool, *, lazy: bool
 ) -> tuple[AnySession, Tokenizer]:
     from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
+    from llm_edge.runtime.backend.graph_check import check_graph
     from llm_edge.runtime.backend.open import open_session
 
     execution = ExecutionOptions(
         options.provider, options.threads, interleaved=interleaved, step_seconds=options.step_seconds
     )
+    file = GraphFile.of(bundle, precision)
+    # Before the other thread starts, because checking a graph needs the interpreter's lock.
+    tensors = None if file.format == TORCHSCRIPT else check_graph(file.path)
     # The session is opened on this thread, which runs steps too: memory that opening frees is used by them.
     loading = Background(functools.partial(_load_tokenizer, bundle, cached=lazy), "llm-edge-load-tokenizer")
-    with loading:  # onnxruntime holds no lock of the interpreter meanwhile
-        session = open_session(GraphFile.of(bundle, precision), execution)
+    with loading:  # onnxruntime does not hold the interpreter's lock meanwhile
+        session = open_session(file, execution, tensors)
     return session, loading.result()
 
 

@@ -18,3 +18,9 @@ def user_cache() -> Path | None:
     except RuntimeError:
         return None
     return base / "llm-edge"
+
+
+def derived_files(name: str) -> Path | None:
+    """A folder in the cache for files that only save time; None without a cache, or if `LLM_EDGE_CACHE` is empty."""
+    base = None if os.environ.get(VARIABLE) == "" else user_cache()
+    return None if base is None else base / name

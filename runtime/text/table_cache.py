@@ -24,7 +24,7 @@ from llm_edge.runtime.safe_io import MIB, read_bytes, write_atomically
 from llm_edge.runtime.text.lazy_tokenizer import Backend, LazyTokenizer, loads_slowly, table_of
 from llm_edge.runtime.text.tokenizer_files import load_checked
 from llm_edge.runtime.text.vocabulary_table import VocabularyTable
-from llm_edge.runtime.user_cache import VARIABLE, user_cache
+from llm_edge.runtime.user_cache import derived_files
 
 _MAX_TABLES = 8
 _MAX_BYTES = 256 * MIB  # of a tokenizer.json
@@ -48,9 +48,8 @@ def cached_tokenizer(path: Path, named: Mapping[str, str], vocab_size: int | Non
 
 
 def cache_folder() -> Path | None:
-    """The folder of the tables in the user's cache; None if there is none, or if `LLM_EDGE_CACHE` is empty."""
-    base = None if os.environ.get(VARIABLE) == "" else user_cache()
-    return None if base is None else base / "tokenizers"
+    """The folder of the tables in the user's cache; see `derived_files`."""
+    return derived_files("tokenizers")
 
 
 def _key(data: bytes, named: Mapping[str, str], vocab_size: int | None) -> str:
