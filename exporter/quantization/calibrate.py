@@ -161,8 +161,8 @@ class _Calibration:
             self._caches.append(found.cache)
             journal.save(f"outputs-{number}", observer.states)
             journal.save(f"cache-{number}", [found.cache.key, found.cache.value])
+            self._complete_layer(number - 1, running)  # before this layer's Hessians take memory
             observed = {name: _summarize(found.inputs.pop(name), threads) for name in list(found.inputs)}
-            self._complete_layer(number - 1, running)
             progress(number / layers, f"layer {number + 1}")
             running = [
                 threads.submit(self._quantize_projection, f"layers.{number}.{name}", found.weights[name], inputs)
