@@ -39,6 +39,7 @@ Rounding in float32 stays below a hundredth of them; a wrong tensor exceeds them
 """
 MAX_BYTES = 1_600_000_000
 """Of the weights that transformers holds in memory."""
+_ROWS = 64  # of logits compared at once
 _PROMPT_TOKENS = (None, 64, 64)  # of each prompt; None is a whole window of the validation text
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
@@ -224,15 +225,17 @@ def _compare(model: Any, expected: ReferenceLogits) -> tuple[Difference, int]:
     for run, limit in zip(expected.windows, _PROMPT_TOKENS, strict=False):
         ids = torch.tensor([run.tokens[:limit]])
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()  # [T, V]
-        reference = expected.logits(run.offset, len(logits))
-        if logits.shape != reference.shape:
-            raise _NotComparedError(f"its vocabulary has {logits.shape[-1]} tokens instead of {reference.shape[-1]}")
-        if not reference.isfinite().all():
-            raise _NotComparedError("logits are NaN or infinity")
-        difference = (logits - reference).abs()
-        largest = max(largest, difference.max().item()) if not difference.isnan().any() else float("nan")
-        total += difference.mean(-1).sum().item()
-        squares += reference.var(-1, correction=0).sum().item()
+        if logits.shape[-1] != expected.vocab_size:
+            raise _NotComparedError(f"its vocabulary has {logits.shape[-1]} tokens instead of {expected.vocab_size}")
+        for start in range(0, len(logits), _ROWS):
+            part = logits[start : start + _ROWS]
+            reference = expected.logits(run.offset + start, len(part))
+            if not reference.isfinite().all():
+                raise _NotComparedError("logits are NaN or infinity")
+            difference = (part - reference).abs()
+            largest = max(largest, difference.max().item()) if not difference.isnan().any() else float("nan")
+            total += difference.mean(-1).sum().item()
+            squares += reference.var(-1, correction=0).sum().item()
         tokens += len(logits)
     scale = max((squares / tokens) ** 0.5, 1e-30)
     return Difference(largest / scale, total / tokens / scale), tokens
