@@ -104,6 +104,8 @@ def gated_gradient(packed: Tensor, kind: Activation, outer: Tensor) -> Tensor:
         aten.silu_backward.grad_input(active, gate, grad_input=gate_result)
     elif kind is Activation.RELU:
         aten.threshold_backward.grad_input(active, gate, 0, grad_input=gate_result)
+    elif kind is Activation.RELU2:
+        torch.mul(active, F.relu(gate).mul_(2), out=gate_result)
     else:
         aten.gelu_backward.grad_input(active, gate, approximate=_APPROXIMATION[kind], grad_input=gate_result)
     return result
@@ -114,6 +116,8 @@ def _activate(x: Tensor, kind: Activation) -> Tensor:
         return F.silu(x)
     if kind is Activation.RELU:
         return F.relu(x)
+    if kind is Activation.RELU2:
+        return F.relu(x).square_()
     return F.gelu(x, approximate=_APPROXIMATION[kind])
 
 

@@ -43,12 +43,13 @@ class QKNorm(Enum):
 
 
 class Activation(Enum):
-    """Activation of the MLP; GELU_TANH is GELU's tanh approximation (arXiv:1606.08415)."""
+    """Activation of the MLP; GELU_TANH is GELU's tanh approximation (arXiv:1606.08415), RELU2 the square of ReLU."""
 
     SILU = "silu"
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"
     RELU = "relu"
+    RELU2 = "relu2"
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU: F.gelu,
     Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
     Activation.RELU: F.relu,
+    Activation.RELU2: lambda x: F.relu(x).square(),
 }
 
 

@@ -10,6 +10,8 @@ from llm_edge.model.family import Family
 from llm_edge.runtime.errors import CheckpointError
 
 BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defines `FAMILY`
+    "arcee": "arcee",
+    "gemma": "gemma",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
     "gpt_neo": "gpt_neo",
@@ -18,10 +20,13 @@ BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defi
     "llama": "llama",
     "mistral": "mistral",
     "olmo2": "olmo2",
+    "olmo3": "olmo3",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "seed_oss": "seed_oss",
     "smollm3": "smollm3",
+    "starcoder2": "starcoder2",
 }
 ENTRY_POINT_GROUP = "llm_edge.families"
 

@@ -16,15 +16,18 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
+    "relu2": Activation.RELU2,
 }
 
 LLAMA_OUTER: Mapping[str, Sources] = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
+    "norm.bias": "model.norm.bias",
     "lm_head.weight": "lm_head.weight",
 }
 LLAMA_LAYER: Mapping[str, Sources] = {
     "attention_norm.weight": "input_layernorm.weight",
+    "attention_norm.bias": "input_layernorm.bias",
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     "attention.query_norm.weight": "self_attn.q_norm.weight",
@@ -32,8 +35,11 @@ LLAMA_LAYER: Mapping[str, Sources] = {
     "attention.output.weight": "self_attn.o_proj.weight",
     "attention.output.bias": "self_attn.o_proj.bias",
     "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp_norm.bias": "post_attention_layernorm.bias",
     "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.gate_up.bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.up.bias": "mlp.up_proj.bias",
     "mlp.down.weight": "mlp.down_proj.weight",
     "mlp.down.bias": "mlp.down_proj.bias",
 }
@@ -129,6 +135,29 @@ def layer_windows(raw: ConfigReader, default: int | None) -> list[int | None]:
     return [window if is_sliding[name] else None for name in types]
 
 
+def alternating_windows(
+    raw: ConfigReader, default: int | None, interval: int, interval_key: str | None = None
+) -> list[int | None]:
+    """Return the window of each layer by `layer_types`; without it, every `interval`-th layer has full attention.
+
+    `default` is the family's window, and `interval_key` the key that overrides `interval`.
+    """
+    count, window = raw.layer_count("num_hidden_layers"), raw.nullable_integer("sliding_window", default)
+    if "layer_types" in raw:
+        return layer_windows(raw, default)
+    if window is not None and interval_key is not None:
+        interval = raw.integer(interval_key, interval)
+        if interval < 1:
+            raw.fail(f"{interval_key} is {interval}; it must be at least 1")
+    return [window if (number + 1) % interval else None for number in range(count)]
+
+
+def gemma_embedding_scale(raw: ConfigReader) -> float:
+    """Return Gemma's factor of the embedding, the square root of the hidden size."""
+    scale: float = float(max(raw.integer("hidden_size"), 0)) ** 0.5
+    return scale
+
+
 def multiply_by(factor: float) -> Convert | None:
     """Return a conversion that multiplies a weight, in float32 because half precision would round the product."""
     return None if factor == 1 else lambda weight: weight.float() * factor
@@ -137,3 +166,8 @@ def multiply_by(factor: float) -> Convert | None:
 def multiplied(name: str, factor: float) -> SourceTensor:
     """Return a tensor whose weight is multiplied by a factor."""
     return SourceTensor(name, multiply_by(factor), multiply_by(1 / factor))
+
+
+def plus_one(name: str) -> SourceTensor:
+    """Return the tensor of a norm whose weights are stored minus one."""
+    return SourceTensor(name, lambda weight: weight.float() + 1, lambda weight: weight.float() - 1)

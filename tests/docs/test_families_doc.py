@@ -242,7 +242,7 @@ def test_unsupported_settings_are_rejected(
 def test_the_family_is_unknown_unless_installed(folder: Path, llm_export: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = llm_export(folder, "--progress", "none")
     assert code == 2
-    assert re.search(r"model_type 'opt' is not supported; supported: gemma3_text, gpt2, .*llama", err)
+    assert re.search(r"model_type 'opt' is not supported; supported: arcee, .*llama", err)
 
 
 # ---- invalid packages

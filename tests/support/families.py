@@ -126,6 +126,27 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "olmo2": ("olmo2", _SPLIT),
+    "olmo3": (
+        "olmo3",
+        {
+            **_SPLIT,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "seed_oss": ("seed_oss", {**_LLAMA, "attention_out_bias": True}),
+    "arcee": ("arcee", {**_LLAMA, "mlp_bias": True}),
+    "gemma": ("gemma", {**_LLAMA, "num_key_value_heads": 1}),
+    "starcoder2": ("starcoder2", {**_SPLIT, "sliding_window": 16}),
     "granite": (
         "granite",
         {
