@@ -28,7 +28,7 @@ _MAX_ANGLES = 1 << 27  # of all rotary tables together: 1 GiB of cosines and sin
 
 
 class Norm(Enum):
-    """Normalization. RMS is RMSNorm (arXiv:1910.07467), LAYER is LayerNorm with bias (arXiv:1607.06450)."""
+    """Normalization. RMS is RMSNorm (arXiv:1910.07467), LAYER is LayerNorm (arXiv:1607.06450)."""
 
     RMS = "rms"
     LAYER = "layer"
@@ -84,9 +84,12 @@ class ModelConfig:
         norm_eps: epsilon of all norms.
         tie_word_embeddings: whether the output head shares the embedding's weight.
         norm: type of all norms except those of queries and keys, which are RMSNorm.
+        norm_weight: whether a LayerNorm has weights; without them it has no bias either.
+        norm_bias: whether a LayerNorm with weights has a bias.
         pre_norm: whether the input of each block is normalized.
         post_norm: whether the output of each block is normalized.
         parallel_blocks: whether attention and MLP both read the layer's input and their outputs are summed.
+        shared_norm: whether parallel blocks read the output of one norm, that of attention.
         learned_positions: whether learned position embeddings are added to the token embeddings.
         qk_norm: RMSNorm of queries and keys, applied before the rotation.
         qkv_bias: whether the query, key and value projections have biases.
@@ -113,9 +116,12 @@ class ModelConfig:
     norm_eps: float
     tie_word_embeddings: bool
     norm: Norm = Norm.RMS
+    norm_weight: bool = True
+    norm_bias: bool = True
     pre_norm: bool = True
     post_norm: bool = False
     parallel_blocks: bool = False
+    shared_norm: bool = False
     learned_positions: bool = False
     qk_norm: QKNorm = QKNorm.NONE
     qkv_bias: bool = False
@@ -138,6 +144,8 @@ class ModelConfig:
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads}): correct the config"
             )
+        if self.shared_norm and not (self.parallel_blocks and self.pre_norm):
+            raise CheckpointError("blocks share a norm, but are not parallel with norms before them")
         for rope in self.ropes:
             if rope.dim % 2 or not 2 <= rope.dim <= self.head_dim:
                 raise CheckpointError(

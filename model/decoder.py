@@ -41,8 +41,11 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    kind = nn.RMSNorm if config.norm is Norm.RMS else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.norm_eps)
+    if config.norm is Norm.RMS:
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(
+        config.hidden_size, config.norm_eps, elementwise_affine=config.norm_weight, bias=config.norm_bias
+    )
 
 
 class Attention(nn.Module):
@@ -135,10 +138,11 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig, *, standalone: bool = False) -> None:
         super().__init__()
         self.parallel = config.parallel_blocks
+        self.shared_norm = config.shared_norm
         self.attention_norm = _norm(config) if config.pre_norm else nn.Identity()
         self.attention = Attention(config, layer, standalone=standalone)
         self.attention_post_norm = _norm(config) if config.post_norm else nn.Identity()
-        self.mlp_norm = _norm(config) if config.pre_norm else nn.Identity()
+        self.mlp_norm = _norm(config) if config.pre_norm and not config.shared_norm else nn.Identity()
         self.mlp = FeedForward(config)
         self.mlp_post_norm = _norm(config) if config.post_norm else nn.Identity()
 
@@ -146,17 +150,19 @@ class Layer(nn.Module):
         self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Map x [B, S, hidden] to the same shape, and return the layer's present keys and values."""
-        attended, present = self.attention(self.attention_norm(x), past, mask, cos, sin)
-        return self._after_attention(x, attended), present
+        normalized = self.attention_norm(x)
+        attended, present = self.attention(normalized, past, mask, cos, sin)
+        return self._after_attention(x, normalized, attended), present
 
     def forward_packed(self, x: Tensor, documents: Documents, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Map x [S, hidden], a row of documents, to the same shape; see `Decoder.forward_packed`."""
-        attended = self.attention.forward_packed(self.attention_norm(x), documents, cos, sin)
-        return self._after_attention(x, attended)
+        normalized = self.attention_norm(x)
+        attended = self.attention.forward_packed(normalized, documents, cos, sin)
+        return self._after_attention(x, normalized, attended)
 
-    def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+    def _after_attention(self, x: Tensor, normalized: Tensor, attended: Tensor) -> Tensor:
         after = x + self.attention_post_norm(attended)
-        inner = self.mlp(self.mlp_norm(x if self.parallel else after))
+        inner = self.mlp(normalized if self.shared_norm else self.mlp_norm(x if self.parallel else after))
         output: Tensor = after + self.mlp_post_norm(inner)
         return output
 

@@ -11,14 +11,22 @@ from llm_edge.runtime.errors import CheckpointError
 
 BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defines `FAMILY`
     "arcee": "arcee",
+    "cohere": "cohere",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
     "gemma": "gemma",
     "gemma3_text": "gemma3",
+    "glm": "glm",
+    "glm4": "glm4",
     "gpt2": "gpt2",
     "gpt_neo": "gpt_neo",
     "gpt_neox": "gpt_neox",
     "granite": "granite",
+    "helium": "helium",
     "llama": "llama",
     "mistral": "mistral",
+    "nemotron": "nemotron",
+    "olmo": "olmo",
     "olmo2": "olmo2",
     "olmo3": "olmo3",
     "phi3": "phi3",
@@ -26,6 +34,7 @@ BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defi
     "qwen3": "qwen3",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
+    "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
 ENTRY_POINT_GROUP = "llm_edge.families"

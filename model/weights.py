@@ -249,22 +249,31 @@ def resolve_tied_head(
     return dataclasses.replace(config, tie_word_embeddings=False), table, note
 
 
-def half_split(head_dim: int) -> Convert:
-    """Return a conversion of query or key weights [heads * D, …] from interleaved to half-split rotary order."""
+def half_split(head_dim: int, rotated: int | None = None) -> Convert:
+    """Return a conversion of query or key weights [heads * D, …] from interleaved to half-split rotary order.
+
+    `rotated` is the number of leading dimensions of a head that are rotated; None for all.
+    """
+    dim = head_dim if rotated is None else rotated
 
     def convert(weight: Tensor) -> Tensor:
-        pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
-        return pairs.transpose(1, 2).reshape(weight.shape)
+        heads = weight.reshape(-1, head_dim, *weight.shape[1:])
+        pairs = heads[:, :dim].reshape(-1, dim // 2, 2, *weight.shape[1:])
+        halves = pairs.transpose(1, 2).reshape(len(heads), dim, *weight.shape[1:])
+        return torch.cat([halves, heads[:, dim:]], dim=1).reshape(weight.shape)
 
     return convert
 
 
-def interleave(head_dim: int) -> Convert:
+def interleave(head_dim: int, rotated: int | None = None) -> Convert:
     """Return the inverse of `half_split`."""
+    dim = head_dim if rotated is None else rotated
 
     def convert(weight: Tensor) -> Tensor:
-        halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
-        return halves.transpose(1, 2).reshape(weight.shape)
+        heads = weight.reshape(-1, head_dim, *weight.shape[1:])
+        halves = heads[:, :dim].reshape(-1, 2, dim // 2, *weight.shape[1:])
+        pairs = halves.transpose(1, 2).reshape(len(heads), dim, *weight.shape[1:])
+        return torch.cat([pairs, heads[:, dim:]], dim=1).reshape(weight.shape)
 
     return convert
 

@@ -27,6 +27,7 @@ from llm_edge.exporter.graph.attention import DOMAIN, contrib, fused_attention, 
 from llm_edge.exporter.graph.passes.hidden_states import add_hidden_states
 from llm_edge.exporter.graph.passes.last_logits import keep_last_logits
 from llm_edge.exporter.graph.passes.names import name_by_module
+from llm_edge.exporter.graph.passes.norm_scales import share_unit_scales
 from llm_edge.exporter.graph.passes.rotary_angles import compute_rotary_angles
 from llm_edge.exporter.graph.passes.skip_norms import fuse_skip_norms
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
@@ -93,6 +94,7 @@ def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False
         model.graph.initializers[f"{HEAD}.weight"].name = f"{EMBEDDING}.weight"
     name_by_module(model)
     _share_lengths(model.graph)
+    share_unit_scales(model, config.hidden_size)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     compute_rotary_angles(model, config)

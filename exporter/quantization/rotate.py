@@ -100,4 +100,5 @@ class RotatedWeights(Mapping[str, Tensor]):
         if role == HEAD:
             return self._weights["norm.weight"].float()
         layer = prefix.rpartition(".")[0].rpartition(".")[0]
-        return self._weights[f"{layer}.{'attention_norm' if role == 'qkv' else 'mlp_norm'}.weight"].float()
+        norm = "attention_norm" if role == "qkv" or self._config.shared_norm else "mlp_norm"
+        return self._weights[f"{layer}.{norm}.weight"].float()

@@ -7,7 +7,8 @@ from typing import Any
 
 from llm_edge.model.config import Activation, LayerConfig, Norm
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable
+from llm_edge.model.rope import Rope
+from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable, half_split, interleave
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": Activation.SILU,
@@ -166,6 +167,19 @@ def multiply_by(factor: float) -> Convert | None:
 def multiplied(name: str, factor: float) -> SourceTensor:
     """Return a tensor whose weight is multiplied by a factor."""
     return SourceTensor(name, multiply_by(factor), multiply_by(1 / factor))
+
+
+def interleaved_qkv(head_dim: int, rope: Rope | None, *, biases: bool = False) -> Mapping[str, Sources]:
+    """Return the entries of a LLaMA-like weight table for queries and keys with interleaved rotary positions."""
+    dim = head_dim if rope is None else rope.dim
+    entries: dict[str, Sources] = {}
+    for kind in ("weight", "bias") if biases else ("weight",):
+        query, key = (
+            SourceTensor(f"self_attn.{name}_proj.{kind}", half_split(head_dim, dim), interleave(head_dim, dim))
+            for name in "qk"
+        )
+        entries[f"attention.qkv.{kind}"] = (query, key, f"self_attn.v_proj.{kind}")
+    return entries
 
 
 def plus_one(name: str) -> SourceTensor:

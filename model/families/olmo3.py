@@ -19,7 +19,8 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
     if "rope_parameters" in raw:
         local_rope = read_rope(raw, fields["head_dim"], theta=_THETA, layer_type="sliding_attention")
     else:
-        local_rope = Rope(full_rope.theta, full_rope.dim)
+        raw.require("rope_theta", _THETA)  # transformers uses any other base in the layers without windows only
+        local_rope = Rope(_THETA, full_rope.dim)
     windows = alternating_windows(raw, 4096, interval=4)
     layers = tuple(LayerConfig(full_rope if window is None else local_rope, window) for window in windows)
     return ModelConfig(**fields, layers=layers)

@@ -445,7 +445,9 @@ def cohere_config(raw: ConfigReader) -> ModelConfig:
         norm=Norm.LAYER,
         norm_eps=raw.number("layer_norm_eps", 1e-5),
         tie_word_embeddings=raw.flag("tie_word_embeddings", True),
+        norm_bias=False,
         parallel_blocks=True,
+        shared_norm=True,
     )
 
 
@@ -455,14 +457,9 @@ def cohere_weights(config: ModelConfig, raw: ConfigReader) -> WeightTable:
     return llama_weights(
         outer={
             "norm.weight": SourceTensor("model.norm.weight", multiply_by(raw.positive("logit_scale"))),
-            "norm.bias": SourceTensor("model.norm.weight", torch.zeros_like),
         },
         layer={
-            "attention_norm.weight": "input_layernorm.weight",
-            "attention_norm.bias": SourceTensor("input_layernorm.weight", torch.zeros_like),
             "attention.qkv.weight": (SourceTensor(query, convert), SourceTensor(key, convert), value),
-            "mlp_norm.weight": "input_layernorm.weight",
-            "mlp_norm.bias": SourceTensor("input_layernorm.weight", torch.zeros_like),
         },
     )
 

@@ -216,6 +216,16 @@ def without(config: ModelConfig, **changes: Any) -> ModelConfig:
         ("gemma3_text", {"window": None}),
         ("gemma3_text", {"attention_scale": None}),
         ("gemma3_text", {"embedding_scale": 1.0}),
+        ("olmo3", {"window": None}),
+        ("olmo3", {"rope": "unscaled"}),
+        ("gemma", {"embedding_scale": 1.0}),
+        ("starcoder2", {"window": None}),
+        ("stablelm with parallel blocks", {"rope": None}),
+        ("exaone4", {"window": None}),
+        ("exaone4", {"rope": "everywhere"}),
+        ("exaone4 without windows", {"rope": None}),
+        ("cohere2", {"window": None}),
+        ("cohere2", {"rope": "everywhere"}),
         ("gpt_neo", {"window": None}),
         ("gpt_neo", {"attention_scale": None}),
         ("granite", {"attention_scale": None}),
@@ -256,6 +266,12 @@ def test_a_checkpoint_without_a_head_is_read(name: str, case: Callable[[str], Ca
         ("gemma3_text", {}),
         ("gemma3_text", {"sliding_window_pattern": 2, "rope_theta": 5e5, "rope_local_base_freq": 2e4}),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("olmo3", {}),
+        ("olmo3", {"sliding_window": 8, "rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("gemma", {}),
+        ("starcoder2", {}),
+        ("exaone4", {}),
+        ("cohere2", {"sliding_window_pattern": 3}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 3}),
         ("smollm3", {}),
@@ -277,6 +293,8 @@ def test_missing_config_keys_get_their_defaults(kind: str, config: dict[str, Any
     window = getattr(theirs, "sliding_window", None)
     assert [layer.window for layer in ours.layers] == [window if "sliding" in entry else None for entry in sliding]
     rotated = getattr(theirs, "no_rope_layers", [1] * 8)
+    if kind in ("exaone4", "cohere2"):
+        rotated = ["sliding" in entry for entry in sliding]
     assert [layer.rope is not None for layer in ours.layers] == [bool(entry) for entry in rotated]
     for layer, entry in zip(ours.layers, sliding, strict=True):
         rope = theirs.rope_parameters.get(entry, theirs.rope_parameters)
@@ -344,6 +362,11 @@ def test_an_empty_window_is_rejected() -> None:
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
         ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ("exaone4", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("exaone4", {"layer_types": None, "sliding_window_pattern": "LLLG"}, "is 'LLLG', not an integer"),
+        ("seed_oss", {"head_dim": None}, "head_dim is missing"),
+        ("cohere", {"logit_scale": 0}, "logit_scale is 0"),
+        ("olmo", {"clip_qkv": 8.0}, "clip_qkv is set"),
         ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
         ("granite", {"embedding_multiplier": float("inf")}, "embedding_scale is inf"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is set"),

@@ -147,6 +147,41 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "arcee": ("arcee", {**_LLAMA, "mlp_bias": True}),
     "gemma": ("gemma", {**_LLAMA, "num_key_value_heads": 1}),
     "starcoder2": ("starcoder2", {**_SPLIT, "sliding_window": 16}),
+    "stablelm": ("stablelm", {**_SPLIT, "use_qkv_bias": True}),
+    "stablelm with parallel blocks": (
+        "stablelm",
+        {**_SPLIT, "use_parallel_residual": True, **_rope("default", partial_rotary_factor=0.5)},
+    ),
+    "olmo": ("olmo", _SPLIT),
+    "nemotron": ("nemotron", {**_LLAMA, "mlp_bias": True}),
+    "helium": ("helium", {**_SPLIT, "head_dim": 16, "mlp_bias": True, "attention_bias": True}),
+    "glm": ("glm", _LLAMA),
+    "glm4": ("glm4", {**_LLAMA, "head_dim": 24, "attention_bias": False}),
+    "exaone4": (
+        "exaone4",
+        {
+            **_LLAMA,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "sliding_window_pattern": "LG",
+        },
+    ),
+    "exaone4 without windows": (
+        "exaone4",
+        {**_SPLIT, "layer_types": ["full_attention"] * 2, "sliding_window": None, "tie_word_embeddings": True},
+    ),
+    "cohere": ("cohere", {**_SPLIT, "logit_scale": 2.0}),
+    "cohere2": (
+        "cohere2",
+        {
+            **_SPLIT,
+            "num_attention_heads": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "logit_scale": 2.0,
+            "attention_bias": True,
+        },
+    ),
     "granite": (
         "granite",
         {

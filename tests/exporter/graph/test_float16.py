@@ -33,6 +33,8 @@ CASES = (
     ("phi3, longrope on a part of each head", GraphChoice.FUSED),
     ("gemma3_text", GraphChoice.FUSED),  # scaled embeddings, sliding windows
     ("gpt2", GraphChoice.PORTABLE),  # LayerNorm, learned positions
+    ("olmo", GraphChoice.FUSED),  # LayerNorm without weights
+    ("nemotron", GraphChoice.FUSED),  # squared ReLU
 )
 BOUND = 8e-3  # relative to the size of the logits; measured: up to 2.7e-3
 

@@ -83,7 +83,7 @@ def checkpoint(name: str, folder: Path) -> Checkpoint:
     with torch.no_grad():
         for weight_name, weight in made.named_parameters():
             if weight_name.endswith("weight") and weight.ndim == 1:
-                shift = 1.0 if name.startswith("gemma") else 0.0  # Gemma's weights are 1 + w
+                shift = 1.0 if name.startswith(("gemma", "nemotron")) else 0.0  # whose weights are 1 + w
                 weight.copy_(4 ** (2 * torch.rand(weight.shape, generator=generator) - 1) - shift)
     return read_folder(families.save(made, folder))
 
