@@ -53,6 +53,19 @@ class Activation(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """Queries are multiplied by 1 + rate * ln(1 + floor(position / length)), as in Llama 4 and Ministral 3.
+
+    Attributes:
+        rate: how fast the factor grows.
+        length: number of positions at the start with a factor of 1.
+    """
+
+    rate: float
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerConfig:
     """Settings that may differ between layers.
 
@@ -98,6 +111,7 @@ class ModelConfig:
         gated_mlp: down(activation(gate(x)) * up(x)) if true, else down(activation(up(x))).
         activation: activation of the MLP.
         attention_scale: factor of query · key; None is 1 / sqrt(D).
+        query_growth: factor of the queries that depends on their position, or None.
         embedding_scale: factor of the embedding; not applied to a tied head.
         hidden_scale: factor from the output of the last norm to the model's hidden states, for families that fold
             a factor of the logits into that norm.
@@ -130,6 +144,7 @@ class ModelConfig:
     gated_mlp: bool = True
     activation: Activation = Activation.SILU
     attention_scale: float | None = None
+    query_growth: QueryGrowth | None = None
     embedding_scale: float = 1.0
     hidden_scale: float = 1.0
     head_mix: bool = False

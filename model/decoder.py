@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Map x [B, S, hidden] to the same shape, and return the layer's present keys and values."""
-        query, key, value = self._normalize(self.qkv(x))
+        query, key, value = self._scale(*self._normalize(self.qkv(x)), lambda: positions_of(mask, x.shape[1]))
         config, rope = self.config, self.layer.rope
         inputs = AttentionInputs(
             query, key, value, *past, mask, cos, sin,
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def forward_packed(self, x: Tensor, documents: Documents, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Map x [S, hidden], a row of documents, to the same shape; see `Decoder.forward_packed`."""
         config = self.config
-        query, key, value = self._normalize(self.qkv(x))
+        query, key, value = self._scale(*self._normalize(self.qkv(x)), lambda: documents.positions(x.device))
         packed = query if key is None or value is None else torch.cat([query, key, value], dim=-1)
         inputs = PackedInputs(
             packed, documents, cos, sin,
@@ -105,6 +105,20 @@ class Attention(nn.Module):
             query = self.query_norm(query.reshape(heads)).flatten(-2)
             key = self.key_norm(key.reshape(heads)).flatten(-2)
         return query, key, packed[..., end:]
+
+    def _scale(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, positions: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Multiply queries by the factor of their positions; takes and returns what `_normalize` returns."""
+        config, growth = self.config, self.config.query_growth
+        if growth is None:
+            return query, key, value
+        if key is None:
+            start, end = config.query_size, config.query_size + config.key_value_size
+            query, key, value = query[..., :start], query[..., start:end], query[..., end:]
+        blocks = (positions() // growth.length).to(query.dtype)
+        factors = 1 + growth.rate * torch.log(1 + blocks)
+        return query * factors[..., None], key, value
 
 
 class FeedForward(nn.Module):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_edge.model.config import Activation, LayerConfig, Norm
+from torch import Tensor
+
+from llm_edge.model.config import Activation, LayerConfig, ModelConfig, Norm
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.rope import Rope
 from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable, half_split, interleave
@@ -180,6 +182,20 @@ def interleaved_qkv(head_dim: int, rope: Rope | None, *, biases: bool = False) -
         )
         entries[f"attention.qkv.{kind}"] = (query, key, f"self_attn.v_proj.{kind}")
     return entries
+
+
+def packed_per_head(name: str, config: ModelConfig) -> SourceTensor:
+    """Return a tensor that holds query, key and value of one head after another, reordered to all of each."""
+
+    def unpack_heads(weight: Tensor) -> Tensor:
+        heads = weight.view(config.num_attention_heads, 3, config.head_dim, *weight.shape[1:])
+        return heads.transpose(0, 1).reshape(weight.shape)
+
+    def pack_heads(weight: Tensor) -> Tensor:
+        heads = weight.reshape(3, config.num_attention_heads, config.head_dim, *weight.shape[1:])
+        return heads.transpose(0, 1).reshape(weight.shape)
+
+    return SourceTensor(name, unpack_heads, pack_heads)
 
 
 def plus_one(name: str) -> SourceTensor:

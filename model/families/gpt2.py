@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from llm_edge.model.config import LayerConfig, ModelConfig
@@ -11,12 +13,14 @@ from llm_edge.model.family import Family
 from llm_edge.model.weights import SourceTensor, WeightTable
 
 
-def _read_config(raw: ConfigReader) -> ModelConfig:
+def read_gpt2_config(raw: ConfigReader, **overrides: Any) -> ModelConfig:
+    """Read a GPT-2 config, with overrides of `ModelConfig` arguments."""
     raw.reject("scale_attn_by_inverse_layer_idx", "add_cross_attention")
     heads = raw.integer(raw.resolve_alias("n_head", "num_attention_heads"), 12)
     hidden = raw.integer(raw.resolve_alias("n_embd", "hidden_size"), 768)
+    fields = gpt_fields(raw, heads, hidden, raw.integer("n_inner", 4 * hidden), "layer_norm_epsilon")
     return ModelConfig(
-        **gpt_fields(raw, heads, hidden, raw.integer("n_inner", 4 * hidden), "layer_norm_epsilon"),
+        **{**fields, **overrides},
         max_position_embeddings=raw.integer(raw.resolve_alias("n_positions", "max_position_embeddings"), 1024),
         layers=(LayerConfig(),) * raw.layer_count(raw.resolve_alias("n_layer", "num_hidden_layers"), 12),
         tie_word_embeddings=raw.flag("tie_word_embeddings", True),
@@ -45,4 +49,4 @@ _WEIGHTS = WeightTable(
     layer_prefix="transformer.h.{}.",
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
 )
-FAMILY = Family(_read_config, lambda *_: _WEIGHTS, "transformer.", r".*\.(c_attn|c_proj|c_fc)\.weight")
+FAMILY = Family(read_gpt2_config, lambda *_: _WEIGHTS, "transformer.", r".*\.(c_attn|c_proj|c_fc)\.weight")

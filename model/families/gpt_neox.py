@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.families.common import ACTIVATIONS, gpt_fields, identical_layers
+from llm_edge.model.families.common import ACTIVATIONS, gpt_fields, identical_layers, packed_per_head
 from llm_edge.model.family import Family
 from llm_edge.model.rope_reader import read_rope
-from llm_edge.model.weights import SourceTensor, WeightTable
+from llm_edge.model.weights import WeightTable
 
 
 def _read_config(raw: ConfigReader) -> ModelConfig:
@@ -29,16 +27,6 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
 
 
 def _weight_table(config: ModelConfig, _: ConfigReader) -> WeightTable:
-    def unpack_heads(weight: Tensor) -> Tensor:
-        """Reorder from (query, key, value) per head to all queries, all keys, all values."""
-        heads = weight.view(config.num_attention_heads, 3, config.head_dim, *weight.shape[1:])
-        return heads.transpose(0, 1).reshape(weight.shape)
-
-    def pack_heads(weight: Tensor) -> Tensor:
-        """Reorder back to (query, key, value) per head."""
-        heads = weight.reshape(3, config.num_attention_heads, config.head_dim, *weight.shape[1:])
-        return heads.transpose(0, 1).reshape(weight.shape)
-
     return WeightTable(
         outer={
             "embed_tokens.weight": "gpt_neox.embed_in.weight",
@@ -49,8 +37,8 @@ def _weight_table(config: ModelConfig, _: ConfigReader) -> WeightTable:
         layer={
             "attention_norm.weight": "input_layernorm.weight",
             "attention_norm.bias": "input_layernorm.bias",
-            "attention.qkv.weight": SourceTensor("attention.query_key_value.weight", unpack_heads, pack_heads),
-            "attention.qkv.bias": SourceTensor("attention.query_key_value.bias", unpack_heads, pack_heads),
+            "attention.qkv.weight": packed_per_head("attention.query_key_value.weight", config),
+            "attention.qkv.bias": packed_per_head("attention.query_key_value.bias", config),
             "attention.output.weight": "attention.dense.weight",
             "attention.output.bias": "attention.dense.bias",
             "mlp_norm.weight": "post_attention_layernorm.weight",

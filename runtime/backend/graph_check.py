@@ -28,7 +28,7 @@ def _words(text: str) -> list[str]:
 _STANDARD = _words(
     """
     Add And Attention Cast CastLike Clip Concat Constant Cos CumSum DequantizeLinear Div Equal Erf Exp Gather Gelu
-    Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Not Or Pow
+    Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow
     QuantizeLinear RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape RotaryEmbedding
     Shape Sigmoid SimplifiedLayerNormalization Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose
     Unsqueeze Where"""

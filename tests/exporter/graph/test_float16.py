@@ -33,6 +33,7 @@ CASES = (
     ("phi3, longrope on a part of each head", GraphChoice.FUSED),
     ("gemma3_text", GraphChoice.FUSED),  # scaled embeddings, sliding windows
     ("gpt2", GraphChoice.PORTABLE),  # LayerNorm, learned positions
+    ("ministral3", GraphChoice.FUSED),  # queries that grow
     ("olmo", GraphChoice.FUSED),  # LayerNorm without weights
     ("nemotron", GraphChoice.FUSED),  # squared ReLU
 )

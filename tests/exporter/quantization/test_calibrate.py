@@ -41,6 +41,7 @@ SHAPES = {
     "505M family": {"dim": 96, "ffn_dim": 384, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 350},
     "qwen3": {"hidden_size": 144, "intermediate_size": 400, "num_attention_heads": 6, "head_dim": 24},
     "arcee": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
+    "ministral3": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
     "cohere2": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
     "olmo": {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 6},
     "gemma3_text": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
