@@ -15,6 +15,7 @@ from llm_edge.checkpoint.huggingface.generation import read_generation
 from llm_edge.checkpoint.huggingface.stray_tensors import find_stray_tensors
 from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
+from llm_edge.checkpoint.huggingface.wrappers import text_config
 from llm_edge.checkpoint.lora.adapter import Adapter
 from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
 from llm_edge.model.config import ModelConfig
@@ -65,11 +66,12 @@ def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: 
 def _read(
     config_path: Path, found: WeightPaths | None, tokenizer: Path, name: str, adapter: Adapter | None
 ) -> Checkpoint:
-    content = read_json(config_path, MIB, error=CheckpointError)
-    raw = ConfigReader(content, str(config_path))
+    whole = read_json(config_path, MIB, error=CheckpointError)
+    content, config_where, wrapper_notes = text_config(whole, str(config_path))
+    raw = ConfigReader(content, config_where)
     family, config = _read_config(raw)
-    whole_folder = found is None
-    found = found or find_weight_files(config_path.parent, content.get("transformers_weights"))
+    loadable = found is None and not wrapper_notes
+    found = found or find_weight_files(config_path.parent, whole.get("transformers_weights"))
     files = WeightFiles(found)
     where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
     table = family.weight_table(config, raw)
@@ -103,13 +105,14 @@ def _read(
         source,
         original=OriginalModel(
             content,
-            folder=config_path.parent if whole_folder else None,
-            names=tuple(shapes),
+            folder=config_path.parent if loadable else None,
+            names=tuple(name for name in shapes if name not in stray.names) if wrapper_notes else tuple(shapes),
             load=load_base,
             adapter=adapter.folder if adapter is not None else None,
         ),
         notes=(
             *_duplicate_keys(config_path),
+            *wrapper_notes,
             *found.notes,
             *prefix_notes,
             *([f"config.json: {tied_note}"] if tied_note else []),
