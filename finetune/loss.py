@@ -21,22 +21,24 @@ def batch_loss(decoder: Decoder, batch: Batch, run: RunLayer | None = None) -> T
     Only the positions that predict a target reach the output head. `run` is that of `Decoder.forward_packed`.
     """
     hidden = decoder.forward_packed(batch.ids, batch.documents, run)
-    return cross_entropy(decoder.normalize(hidden[batch.rows]), decoder.lm_head.weight, batch.targets)
+    inputs, softcap = decoder.normalize(hidden[batch.rows]), decoder.config.logit_softcap
+    return cross_entropy(inputs, decoder.lm_head.weight, batch.targets, softcap)
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Return the sum of the cross-entropies of `hidden @ head.T`, a float64 scalar.
 
     Args:
         hidden: inputs of the output head, [N, hidden].
         head: weight of the output head, [V, hidden].
         targets: int64 [N].
+        softcap: bound of the logits, see `ModelConfig.logit_softcap`.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, needs_gradient)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, needs_gradient, softcap)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -44,7 +46,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradients in the forward pass, chunk by chunk, and only scales them in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, needs_gradient: bool, softcap: float | None
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         trains_hidden = needs_gradient and ctx.needs_input_grad[0]
         trains_head = needs_gradient and ctx.needs_input_grad[1]
@@ -54,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK // head.shape[0])
         for start in range(0, len(targets), rows):
             inputs, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            scores = F.linear(inputs, weight).float()  # [rows, V]
+            scores, slope = _cap(F.linear(inputs, weight).float(), softcap)  # [rows, V]
             scores -= scores.amax(-1, keepdim=True)
             total -= scores.gather(1, wanted).sum(dtype=torch.float64)
             sums = scores.exp_().sum(-1, keepdim=True)
@@ -63,6 +67,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             scores /= sums
             scores.scatter_add_(1, wanted, scores.new_full((1, 1), -1.0).expand_as(wanted))  # softmax - one hot
+            if slope is not None:
+                scores *= slope
             scores = scores.to(hidden.dtype)
             if hidden_gradient is not None:
                 torch.mm(scores, weight, out=hidden_gradient[start : start + rows])
@@ -72,9 +78,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, head = (None if own is None else own.mul_(gradients[0].to(own.dtype)) for own in ctx.gradients)
-        return hidden, head, None, None
+        return hidden, head, None, None, None
+
+
+def _cap(scores: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Return the bounded scores, computed in place, and their derivatives."""
+    if softcap is None:
+        return scores, None
+    bounded = scores.div_(softcap).tanh_()
+    slope = 1 - bounded.square()
+    return bounded.mul_(softcap), slope
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -33,6 +33,7 @@ class AttentionInputs(NamedTuple):
         scale: factor of query · key.
         window: number of tokens a position attends to, including itself; 0 for all tokens before it.
         long_from: sequences with more positions than this use the second half of the tables; 0 if there is none.
+        softcap: bound c of the scores, which become c * tanh(score / c); 0 for no bound.
     """
 
     query: Tensor
@@ -48,6 +49,7 @@ class AttentionInputs(NamedTuple):
     scale: float
     window: int
     long_from: int
+    softcap: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class PackedInputs(NamedTuple):
         num_kv_heads: K.
         scale: factor of query · key.
         window: see `AttentionInputs`.
+        softcap: see `AttentionInputs`.
     """
 
     packed: Tensor
@@ -98,6 +101,7 @@ class PackedInputs(NamedTuple):
     num_kv_heads: int
     scale: float
     window: int
+    softcap: float
 
 
 def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,9 +131,12 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.window:
         visible = visible & (slots > new_slots - inputs.window)
     visible = visible | (slots == new_slots)  # padding attends to itself, so that its softmax is finite
-    attended = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, scale=inputs.scale, enable_gqa=True
-    )  # [B, H, S, D]
+    if inputs.softcap:
+        attended = _capped_attention(query, key, value, visible, inputs.scale, inputs.softcap)
+    else:
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=inputs.scale, enable_gqa=True
+        )  # [B, H, S, D]
     return attended.transpose(1, 2).reshape(batch, length, num_heads * head_dim), key, value
 
 
@@ -139,7 +146,7 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
     Returns:
         attended values [S, H * D].
     """
-    packed, documents, cos, sin, num_heads, num_kv_heads, scale, window = inputs
+    packed, documents, cos, sin, num_heads, num_kv_heads, scale, window, softcap = inputs
     length = packed.shape[0]
     heads = packed.reshape(1, length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)  # [1, heads, S, D]
     if cos is None or sin is None:
@@ -149,6 +156,13 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
         query, key = torch.split(_rotate(rotated, cos[None], sin[None]), [num_heads, num_kv_heads], dim=1)
     # One call per document: a mask over the whole row would cost the square of its length.
     lengths = list(documents.lengths)
+    parts = list(zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True))
+    if softcap:
+        capped = [
+            _capped_attention(query, key, value, _causal_mask(query, window), scale, softcap)
+            for query, key, value in parts
+        ]
+        return torch.cat(capped, dim=2).transpose(1, 2).reshape(length, -1)
     attended = [
         F.scaled_dot_product_attention(
             query,
@@ -159,18 +173,33 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
             scale=scale,
             enable_gqa=num_kv_heads != num_heads,
         )
-        for query, key, value in zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
+        for query, key, value in parts
     ]
     return torch.cat(attended, dim=2).transpose(1, 2).reshape(length, -1)
 
 
 def _window_mask(query: Tensor, window: int) -> Tensor | None:
     """Return which positions see which, bool [L, L], or None if a window does not restrict a document of L tokens."""
+    return _causal_mask(query, window) if 0 < window < query.shape[2] else None
+
+
+def _causal_mask(query: Tensor, window: int) -> Tensor:
+    """Return which positions of a document see which, bool [L, L]; a window of 0 does not restrict them."""
     length = query.shape[2]
-    if not 0 < window < length:
-        return None
-    seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    return seen.tril() & seen.triu(1 - window)
+    seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    return seen.triu(1 - window) if 0 < window < length else seen
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Return attended values [B, H, S, D] with bounded scores; `visible` is bool [..., S, T]."""
+    batch, num_kv_heads, _, head_dim = key.shape
+    grouped = query.reshape(batch, num_kv_heads, -1, query.shape[2], head_dim)  # [B, K, H / K, S, D]
+    key, value = key.unsqueeze(2), value.unsqueeze(2)
+    scores = torch.tanh((grouped * scale) @ key.transpose(3, 4) / softcap) * softcap  # [B, K, H / K, S, T]
+    attended = scores.masked_fill(~visible.unsqueeze(-3), -torch.inf).softmax(-1) @ value
+    return attended.reshape(query.shape)
 
 
 def positions_of(attention_mask: Tensor, length: int) -> Tensor:

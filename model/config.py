@@ -23,6 +23,8 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "attention_scale": (1e-6, 1e6),
     "embedding_scale": (1e-6, 1e6),
     "hidden_scale": (1e-6, 1e6),
+    "attention_softcap": (1e-3, 1e4),
+    "logit_softcap": (1e-3, 1e4),
 }
 _MAX_ANGLES = 1 << 27  # of all rotary tables together: 1 GiB of cosines and sines
 
@@ -111,6 +113,8 @@ class ModelConfig:
         gated_mlp: down(activation(gate(x)) * up(x)) if true, else down(activation(up(x))).
         activation: activation of the MLP.
         attention_scale: factor of query · key; None is 1 / sqrt(D).
+        attention_softcap: bound c of attention scores, which become c * tanh(score / c); None for no bound.
+        logit_softcap: bound of the logits, likewise.
         query_growth: factor of the queries that depends on their position, or None.
         embedding_scale: factor of the embedding; not applied to a tied head.
         hidden_scale: factor from the output of the last norm to the model's hidden states, for families that fold
@@ -144,6 +148,8 @@ class ModelConfig:
     gated_mlp: bool = True
     activation: Activation = Activation.SILU
     attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     query_growth: QueryGrowth | None = None
     embedding_scale: float = 1.0
     hidden_scale: float = 1.0

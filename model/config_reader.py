@@ -87,6 +87,13 @@ class ConfigReader:
             self.fail(f"{key} is {value}, not a positive number")
         return value
 
+    def nullable_positive(self, key: str, default: float) -> float | None:
+        """Return a positive finite number, None if the value is null, or the default if the key is missing."""
+        if key in self._raw and key not in self:
+            self.used[key] = None
+            return None
+        return self.positive(key, default)
+
     def nullable_integer(self, key: str, default: int | None) -> int | None:
         """Return an integer, None if the value is null, or the default if the key is missing."""
         return self.integer(key) if key in self else None if key in self._raw else default

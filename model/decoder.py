@@ -75,6 +75,7 @@ class Attention(nn.Module):
             query, key, value, *past, mask, cos, sin,
             config.num_attention_heads, config.num_key_value_heads, config.scale, self.window,
             long_from=rope.long_from if rope is not None else 0,
+            softcap=config.attention_softcap or 0.0,
         )  # fmt: skip
         attended, *present = attention(inputs) if self.standalone else cached_attention(*inputs)
         return self.output(attended), (present[0], present[1])
@@ -87,6 +88,7 @@ class Attention(nn.Module):
         inputs = PackedInputs(
             packed, documents, cos, sin,
             config.num_attention_heads, config.num_key_value_heads, config.scale, self.window,
+            softcap=config.attention_softcap or 0.0,
         )  # fmt: skip
         output: Tensor = self.output(packed_attention(inputs))
         return output
@@ -181,6 +183,18 @@ class Layer(nn.Module):
         return output
 
 
+class CappedHead(nn.Linear):
+    """Output head with bounded logits, see `ModelConfig.logit_softcap`."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, softcap: float) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.softcap = softcap
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., hidden] to logits [..., V]."""
+        return torch.tanh(super().forward(x) / self.softcap) * self.softcap
+
+
 class Decoder(nn.Module):
     """The whole model. Its parameter names are the names of the ONNX initializers.
 
@@ -202,7 +216,10 @@ class Decoder(nn.Module):
         self.norm = _norm(config)
         if config.head_mix:
             self.head_mix = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.logit_softcap is None:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self.lm_head = CappedHead(config.hidden_size, config.vocab_size, config.logit_softcap)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.set_rotary_tables()

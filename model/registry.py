@@ -15,6 +15,7 @@ BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defi
     "cohere2": "cohere2",
     "exaone4": "exaone4",
     "gemma": "gemma",
+    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "glm": "glm",
     "glm4": "glm4",

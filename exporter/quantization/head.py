@@ -56,10 +56,11 @@ def measure_head(
     `reference` is a format to which the head is rounded here, to nearest.
     """
     parts, head = _parts(decoder.config.vocab_size), decoder.head_rows()
-    log_sums = torch.stack(list(threads.map(partial(_log_sum, head, inputs), parts)))
+    cap = Softcap(decoder.config.logit_softcap)
+    log_sums = torch.stack(list(threads.map(partial(_log_sum, head, inputs, cap), parts)))
     log_total, ends = log_sums.logsumexp(0), log_sums.double().softmax(0).cumsum(0)
     uniform = torch.rand(len(inputs), dtype=torch.float64, generator=torch.Generator().manual_seed(_SEED))
-    measure = partial(_measure_part, head, inputs, log_total, candidates, reference)
+    measure = partial(_measure_part, head, inputs, cap, log_total, candidates, reference)
     parts_left = uniform - torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
     tokens, mean = torch.zeros(len(inputs), dtype=torch.int64), torch.zeros_like(inputs)
     linear, exponential = (defaultdict[Blocks, Tensor](lambda: torch.zeros_like(uniform)) for _ in range(2))
@@ -69,9 +70,25 @@ def measure_head(
         for each in part.linear:
             linear[each] += part.linear[each]
             exponential[each] += part.exponential[each]
-    gradients = head(tokens.clamp(max=decoder.config.vocab_size - 1)) - mean
+    drawn = head(tokens.clamp(max=decoder.config.vocab_size - 1))
+    gradients = cap.scaled(drawn, cap((inputs * drawn).sum(-1, keepdim=True))) - mean
     # KL(p || q) = sum(p d) + log(sum(p exp(-d))) if logits differ by d: nothing large cancels out.
     return MeasuredHead(gradients, {each: linear[each] + exponential[each].log() for each in linear})
+
+
+@dataclass(frozen=True, slots=True)
+class Softcap:
+    """The bound of the logits, see `ModelConfig.logit_softcap`; a bound of None changes nothing."""
+
+    bound: float | None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the bounded logits."""
+        return logits if self.bound is None else (logits / self.bound).tanh_().mul_(self.bound)
+
+    def scaled(self, gradients: Tensor, capped: Tensor) -> Tensor:
+        """Return gradients times the derivative of bounded logits, given these."""
+        return gradients if self.bound is None else gradients * (1 - (capped / self.bound).square_())
 
 
 def _parts(count: int) -> list[Tensor]:
@@ -79,9 +96,9 @@ def _parts(count: int) -> list[Tensor]:
 
 
 @torch.inference_mode()  # holds for one thread
-def _log_sum(head: _Rows, inputs: Tensor, part: Tensor) -> Tensor:
+def _log_sum(head: _Rows, inputs: Tensor, cap: Softcap, part: Tensor) -> Tensor:
     """Return the logarithm of the sum of a part of the vocabulary, [S]."""
-    return (inputs @ head(part).T).logsumexp(-1)
+    return cap(inputs @ head(part).T).logsumexp(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +107,7 @@ class _MeasuredPart:
 
     Attributes:
         skipped: number of tokens before the drawn one, [S].
-        mean: sum of `p` times the rows of the head, [S, hidden].
+        mean: sum of the gradients of the logits, weighted by `p`, [S, hidden].
         linear: sum of `p d`, float64 [S], by format.
         exponential: sum of `p exp(-d)`, float64 [S], by format.
     """
@@ -105,6 +122,7 @@ class _MeasuredPart:
 def _measure_part(
     head: _Rows,
     inputs: Tensor,
+    cap: Softcap,
     log_total: Tensor,
     candidates: Mapping[Blocks, QuantizedBlocks],
     reference: Blocks,
@@ -113,14 +131,14 @@ def _measure_part(
 ) -> _MeasuredPart:
     """Measure a part of the vocabulary; the drawn token is the first at which the summed `p` exceed `left` [S]."""
     weight = head(part)
-    logits = inputs @ weight.T
+    logits = cap(inputs @ weight.T)
     probabilities = (logits - log_total[:, None]).exp_()
     skipped = (probabilities.cumsum(-1) <= left[:, None]).sum(-1)
     quantized = {each: whole.rows(part) for each, whole in candidates.items()}
     quantized[reference] = quantize_blocks(weight, reference)
     linear, exponential = {}, {}
     for each, rows in quantized.items():
-        differences = logits - apply(rows, inputs)
+        differences = logits - cap(apply(rows, inputs))
         linear[each] = (probabilities * differences).sum(-1).double()
         exponential[each] = differences.neg_().exp_().mul_(probabilities).sum(-1).double()
-    return _MeasuredPart(skipped, probabilities @ weight, linear, exponential)
+    return _MeasuredPart(skipped, cap.scaled(probabilities, logits) @ weight, linear, exponential)

@@ -20,11 +20,11 @@ _METHODS = {"forward", "empty_past"}
 _FUNCTIONS = {"annotate", "int", "range", "getattr"}
 _PRIMITIVES = {"NumToTensor", "device"}
 _OPERATORS = {
-    *("__and__", "__derive_index", "__or__", "__range_length"),
-    *("add", "append", "arange", "cat", "clamp", "cumsum", "embedding", "eq", "flatten", "floor_divide", "ge", "gelu"),
-    *("gt", "index", "index_select", "layer_norm", "le", "len", "linear", "log", "max", "mul", "neg", "new_zeros"),
-    *("relu", "reshape", "rms_norm", "scaled_dot_product_attention", "silu", "size", "slice", "split_with_sizes"),
-    *("square", "sub", "to", "transpose", "unsqueeze"),
+    *("__and__", "__derive_index", "__or__", "__range_length", "add", "append", "arange", "bitwise_not", "cat"),
+    *("clamp", "cumsum", "div", "embedding", "eq", "flatten", "floor_divide", "ge", "gelu", "gt", "index"),
+    *("index_select", "layer_norm", "le", "len", "linear", "log", "masked_fill", "matmul", "max", "mul", "neg"),
+    *("new_zeros", "relu", "reshape", "rms_norm", "scaled_dot_product_attention", "silu", "size", "slice", "softmax"),
+    *("split_with_sizes", "square", "sub", "tanh", "to", "transpose", "unsqueeze"),
 }
 _NODES = (
     *(ast.Module, ast.ClassDef, ast.FunctionDef, ast.arguments, ast.arg),

@@ -126,6 +126,22 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             **_rope("longrope", partial_rotary_factor=0.75, short_factor=_SHORT[:6], long_factor=_LONG[:6]),
         },
     ),
+    "gemma2": (
+        "gemma2",
+        {
+            **_LLAMA,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 48,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma2 without softcapping": (
+        "gemma2",
+        {**_LLAMA, "num_key_value_heads": 1, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
     "gemma3_text": (
         "gemma3_text",
         {

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llm_edge.exporter.graph.editor import Array, Editor
-from llm_edge.exporter.graph.passes.last_logits import last_positions
+from llm_edge.exporter.graph.passes.last_logits import head_nodes, last_positions
 from llm_edge.exporter.quantization.hadamard import Rotation
 
 OUTPUT_NAME = "hidden_states"
@@ -26,7 +26,7 @@ def add_hidden_states(model: ir.Model, scale: float) -> None:
         time, callers who need only one of the two outputs request a single position of the other.
     """
     graph, editor = model.graph, Editor(model)
-    norm = _input_producer(graph.outputs[0].producer())
+    norm = _input_producer(head_nodes(graph.outputs[0])[-1])
     if norm is not None and norm.op_type == "Linear":
         norm = _input_producer(norm)
     if norm is None or norm.inputs[0] is None:

@@ -20,7 +20,8 @@ def keep_last_logits(model: ir.Model) -> None:
         (ONNX IR version 4 and later) rather than a required input.
     """
     graph = model.graph
-    head = graph.outputs[0].producer()
+    computed = head_nodes(graph.outputs[0])
+    head = computed[-1] if computed else None
     norm = head.inputs[0].producer() if head is not None and head.inputs[0] is not None else None
     if norm is None or norm.inputs[0] is None:
         raise ValueError("the graph does not end in norm and output head")
@@ -28,9 +29,21 @@ def keep_last_logits(model: ir.Model) -> None:
     graph.insert_before(norm, nodes)
     norm.replace_input_with(0, last)
     kept = ir.SymbolicDim("num_logits")
-    for value in (norm.outputs[0], head.outputs[0]) if head is not None else ():
+    for value in (norm.outputs[0], *(node.outputs[0] for node in computed)):
         if value.shape is not None:
             value.shape = ir.Shape([value.shape[0], kept, value.shape[2]])
+
+
+def head_nodes(logits: ir.Value) -> list[ir.Node]:
+    """Return the nodes that compute the logits, from the last to the projection of the output head."""
+    found = []
+    node = logits.producer()
+    while node is not None:
+        found.append(node)
+        if node.op_type == "Linear" or node.inputs[0] is None:
+            break
+        node = node.inputs[0].producer()
+    return found
 
 
 def last_positions(editor: Editor, value: ir.Value, input_name: str) -> tuple[list[ir.Node], ir.Value]:

@@ -33,6 +33,8 @@ CASES = (
     ("phi3, longrope on a part of each head", GraphChoice.FUSED),
     ("gemma3_text", GraphChoice.FUSED),  # scaled embeddings, sliding windows
     ("gpt2", GraphChoice.PORTABLE),  # LayerNorm, learned positions
+    ("gemma2", GraphChoice.FUSED),  # softcapping
+    ("gemma2", GraphChoice.PORTABLE),
     ("ministral3", GraphChoice.FUSED),  # queries that grow
     ("olmo", GraphChoice.FUSED),  # LayerNorm without weights
     ("nemotron", GraphChoice.FUSED),  # squared ReLU

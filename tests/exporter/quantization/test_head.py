@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,28 @@ def test_the_divergence_of_a_head_is_that_of_all_logits(tied: bool, tmp_path: Pa
     means = expected.exp() @ rows
     distances = torch.cdist(found.gradients + means, rows)
     assert distances.amin(-1).max() < 1e-3
+
+
+def test_bounded_logits_are_measured(tmp_path: Path) -> None:
+    checkpoint = read_folder(tiny.save_checkpoint(tmp_path))
+    config = dataclasses.replace(checkpoint.config, logit_softcap=2.0)
+    decoder = LayerwiseDecoder(config, checkpoint.weights)
+    inputs = (3 * torch.randn(40, 64, generator=torch.Generator().manual_seed(2))).requires_grad_()
+    rows = decoder.head_rows()(torch.arange(331))
+    candidate = quantize_blocks(rows, LAYOUT)
+    with worker_threads() as threads:
+        found = measure_head(decoder, inputs.detach(), {LAYOUT: candidate}, Blocks(8, 32, symmetric=True), threads)
+    expected = F.log_softmax(2 * torch.tanh(inputs @ rows.T / 2), -1)
+    logits = F.log_softmax(2 * torch.tanh(apply(candidate, inputs.detach()) / 2), -1)
+    divergence = F.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
+    assert found.divergences[LAYOUT].mean().item() == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+    # Each gradient is that of the log-likelihood of one token.
+    gradients = torch.stack(
+        [torch.autograd.grad(expected[:, token].sum(), inputs, retain_graph=True)[0] for token in range(331)], 1
+    )
+    distances = (gradients - found.gradients[:, None]).norm(dim=-1)
+    assert distances.amin(-1).max() < 1e-3
+    assert distances.amax(-1).min() > 0.1
 
 
 def test_tokens_are_drawn_from_the_distribution_of_the_model(tmp_path: Path) -> None:
