@@ -15,7 +15,7 @@ from llm_edge.exporter.quantization.rotate import RotatedWeights
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
 
-_EMBEDDING_WEIGHT, _POSITIONS_WEIGHT = f"{EMBEDDING}.weight", "embed_positions.weight"
+_EMBEDDING_WEIGHT, _POSITIONS_WEIGHT, _HEAD_BIAS = f"{EMBEDDING}.weight", "embed_positions.weight", f"{HEAD}.bias"
 
 
 def _decoder_without_weights(config: ModelConfig) -> Decoder:
@@ -96,6 +96,11 @@ class LayerwiseDecoder:
         """Load the head like the embedding."""
         return self._rows(_EMBEDDING_WEIGHT if self.config.tie_word_embeddings else f"{HEAD}.weight")
 
+    def head_bias(self) -> Tensor:
+        """Return the bias of the head, float32 [V]; zeros if it has none."""
+        config = self.config
+        return self._weights[_HEAD_BIAS].float() if config.head_bias else torch.zeros(config.vocab_size)
+
     def _rows(self, name: str) -> Callable[[Tensor], Tensor]:
         if isinstance(self._weights, RotatedWeights):
             return self._weights.rows(name)
@@ -111,7 +116,8 @@ class LayerwiseDecoder:
         """Load what follows the layers, for `logits`."""
         self.load_norm()
         decoder, tied = self._decoder, self.config.tie_word_embeddings
-        decoder.load_parameters(self._weights, [_EMBEDDING_WEIGHT if tied else f"{HEAD}.weight"])
+        biases = [_HEAD_BIAS] if self.config.head_bias else []
+        decoder.load_parameters(self._weights, [_EMBEDDING_WEIGHT if tied else f"{HEAD}.weight", *biases])
         if tied:
             decoder.lm_head.weight = decoder.embed_tokens.weight
 

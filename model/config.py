@@ -110,6 +110,7 @@ class ModelConfig:
         qkv_bias: whether the query, key and value projections have biases.
         output_bias: whether the output projection of attention has a bias.
         mlp_bias: whether the projections of the MLP have biases.
+        head_bias: whether the output head has a bias.
         gated_mlp: down(activation(gate(x)) * up(x)) if true, else down(activation(up(x))).
         activation: activation of the MLP.
         attention_scale: factor of query · key; None is 1 / sqrt(D).
@@ -145,6 +146,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     gated_mlp: bool = True
     activation: Activation = Activation.SILU
     attention_scale: float | None = None
@@ -165,6 +167,8 @@ class ModelConfig:
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads}): correct the config"
             )
+        if self.head_bias and self.logit_softcap is not None:
+            raise CheckpointError("a bias of the output head and bounded logits are not supported together")
         if self.shared_norm and not (self.parallel_blocks and self.pre_norm):
             raise CheckpointError("blocks share a norm, but are not parallel with norms before them")
         for rope in self.ropes:

@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         if config.head_mix:
             self.head_mix = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         if config.logit_softcap is None:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         else:
             self.lm_head = CappedHead(config.hidden_size, config.vocab_size, config.logit_softcap)
         if config.tie_word_embeddings:

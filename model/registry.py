@@ -32,6 +32,7 @@ BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defi
     "olmo": "olmo",
     "olmo2": "olmo2",
     "olmo3": "olmo3",
+    "phi": "phi",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",

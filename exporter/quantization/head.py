@@ -56,11 +56,11 @@ def measure_head(
     `reference` is a format to which the head is rounded here, to nearest.
     """
     parts, head = _parts(decoder.config.vocab_size), decoder.head_rows()
-    cap = Softcap(decoder.config.logit_softcap)
-    log_sums = torch.stack(list(threads.map(partial(_log_sum, head, inputs, cap), parts)))
+    outputs = Outputs(decoder.head_bias(), decoder.config.logit_softcap)
+    log_sums = torch.stack(list(threads.map(partial(_log_sum, head, inputs, outputs), parts)))
     log_total, ends = log_sums.logsumexp(0), log_sums.double().softmax(0).cumsum(0)
     uniform = torch.rand(len(inputs), dtype=torch.float64, generator=torch.Generator().manual_seed(_SEED))
-    measure = partial(_measure_part, head, inputs, cap, log_total, candidates, reference)
+    measure = partial(_measure_part, head, inputs, outputs, log_total, candidates, reference)
     parts_left = uniform - torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
     tokens, mean = torch.zeros(len(inputs), dtype=torch.int64), torch.zeros_like(inputs)
     linear, exponential = (defaultdict[Blocks, Tensor](lambda: torch.zeros_like(uniform)) for _ in range(2))
@@ -70,25 +70,34 @@ def measure_head(
         for each in part.linear:
             linear[each] += part.linear[each]
             exponential[each] += part.exponential[each]
-    drawn = head(tokens.clamp(max=decoder.config.vocab_size - 1))
-    gradients = cap.scaled(drawn, cap((inputs * drawn).sum(-1, keepdim=True))) - mean
+    tokens.clamp_(max=decoder.config.vocab_size - 1)
+    drawn = head(tokens)
+    logits = outputs.logits((inputs * drawn).sum(-1), tokens)[:, None]
+    gradients = outputs.scaled(drawn, logits) - mean
     # KL(p || q) = sum(p d) + log(sum(p exp(-d))) if logits differ by d: nothing large cancels out.
     return MeasuredHead(gradients, {each: linear[each] + exponential[each].log() for each in linear})
 
 
 @dataclass(frozen=True, slots=True)
-class Softcap:
-    """The bound of the logits, see `ModelConfig.logit_softcap`; a bound of None changes nothing."""
+class Outputs:
+    """What the head does with its products.
 
-    bound: float | None
+    Attributes:
+        bias: float32 [V].
+        softcap: see `ModelConfig.logit_softcap`.
+    """
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return the bounded logits."""
-        return logits if self.bound is None else (logits / self.bound).tanh_().mul_(self.bound)
+    bias: Tensor
+    softcap: float | None
 
-    def scaled(self, gradients: Tensor, capped: Tensor) -> Tensor:
-        """Return gradients times the derivative of bounded logits, given these."""
-        return gradients if self.bound is None else gradients * (1 - (capped / self.bound).square_())
+    def logits(self, products: Tensor, tokens: Tensor) -> Tensor:
+        """Return the logits of tokens for the products with their rows, [..., tokens]."""
+        logits = products + self.bias[tokens]
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def scaled(self, gradients: Tensor, logits: Tensor) -> Tensor:
+        """Return gradients of products, given those of the logits."""
+        return gradients if self.softcap is None else gradients * (1 - (logits / self.softcap).square_())
 
 
 def _parts(count: int) -> list[Tensor]:
@@ -96,9 +105,9 @@ def _parts(count: int) -> list[Tensor]:
 
 
 @torch.inference_mode()  # holds for one thread
-def _log_sum(head: _Rows, inputs: Tensor, cap: Softcap, part: Tensor) -> Tensor:
+def _log_sum(head: _Rows, inputs: Tensor, outputs: Outputs, part: Tensor) -> Tensor:
     """Return the logarithm of the sum of a part of the vocabulary, [S]."""
-    return cap(inputs @ head(part).T).logsumexp(-1)
+    return outputs.logits(inputs @ head(part).T, part).logsumexp(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,7 @@ class _MeasuredPart:
 def _measure_part(
     head: _Rows,
     inputs: Tensor,
-    cap: Softcap,
+    outputs: Outputs,
     log_total: Tensor,
     candidates: Mapping[Blocks, QuantizedBlocks],
     reference: Blocks,
@@ -131,14 +140,14 @@ def _measure_part(
 ) -> _MeasuredPart:
     """Measure a part of the vocabulary; the drawn token is the first at which the summed `p` exceed `left` [S]."""
     weight = head(part)
-    logits = cap(inputs @ weight.T)
+    logits = outputs.logits(inputs @ weight.T, part)
     probabilities = (logits - log_total[:, None]).exp_()
     skipped = (probabilities.cumsum(-1) <= left[:, None]).sum(-1)
     quantized = {each: whole.rows(part) for each, whole in candidates.items()}
     quantized[reference] = quantize_blocks(weight, reference)
     linear, exponential = {}, {}
     for each, rows in quantized.items():
-        differences = logits - cap(apply(rows, inputs))
+        differences = logits - outputs.logits(apply(rows, inputs), part)
         linear[each] = (probabilities * differences).sum(-1).double()
         exponential[each] = differences.neg_().exp_().mul_(probabilities).sum(-1).double()
-    return _MeasuredPart(skipped, cap.scaled(probabilities, logits) @ weight, linear, exponential)
+    return _MeasuredPart(skipped, outputs.scaled(probabilities, logits) @ weight, linear, exponential)

@@ -27,6 +27,7 @@ LLAMA_OUTER: Mapping[str, Sources] = {
     "norm.weight": "model.norm.weight",
     "norm.bias": "model.norm.bias",
     "lm_head.weight": "lm_head.weight",
+    "lm_head.bias": "lm_head.bias",
 }
 LLAMA_LAYER: Mapping[str, Sources] = {
     "attention_norm.weight": "input_layernorm.weight",

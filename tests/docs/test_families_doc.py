@@ -416,7 +416,7 @@ def test_every_weight_is_in_the_document() -> None:
         "layers": (LayerConfig(),),
         "norm_eps": 1e-5,
     }
-    switches = ("post_norm", "learned_positions", "qkv_bias", "output_bias", "mlp_bias")
+    switches = ("post_norm", "learned_positions", "qkv_bias", "output_bias", "mlp_bias", "head_bias")
     all_on = {**shape, **dict.fromkeys(switches, True), "norm": Norm.LAYER, "qk_norm": QKNorm.HEAD}
     found = {
         name.removeprefix("layers.0.")

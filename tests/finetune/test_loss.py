@@ -87,23 +87,26 @@ def test_05_gradients_do_not_depend_on_the_rows_of_a_step(tmp_path: Path) -> Non
             assert (gradient - other).norm() <= 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.5])
 @pytest.mark.parametrize("chunk", [1, 7 * 50, 1 << 20])
 def test_chunked_cross_entropy_is_that_of_torch(
-    chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    chunk: int, softcap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm_edge.finetune.loss.CHUNK", chunk)
     torch.manual_seed(0)
     hidden, head = torch.randn(33, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (33,))
-    logits = hidden @ head.T
+    bias = torch.randn(50, requires_grad=True) if biased else None
+    logits = F.linear(hidden, head, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    expected = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum") * 3, (hidden, head))
-    found = cross_entropy(hidden, head, targets, softcap) * 3
-    for ours, theirs in zip(torch.autograd.grad(found, (hidden, head)), expected, strict=True):
+    given = (hidden, head) if bias is None else (hidden, head, bias)
+    expected = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum") * 3, given)
+    found = cross_entropy(hidden, head, targets, softcap, bias) * 3
+    for ours, theirs in zip(torch.autograd.grad(found, given), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        assert cross_entropy(hidden, head, targets, softcap).item() * 3 == pytest.approx(found.item(), rel=1e-12)
+        assert cross_entropy(hidden, head, targets, softcap, bias).item() * 3 == pytest.approx(found.item(), rel=1e-12)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -238,6 +238,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
+    "phi": ("phi", {**_SPLIT, "num_attention_heads": 2}),
     "gpt_bigcode": (
         "gpt_bigcode",
         {

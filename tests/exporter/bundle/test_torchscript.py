@@ -55,7 +55,7 @@ LENGTH = sum(CHUNKS)
 SHORT = 41  # tokens of the second row of a batch
 PHI3 = "phi3, longrope on a part of each head"
 NAMES = ("llama with biases, tied", "mistral", "qwen3", "smollm3", PHI3, "gemma3_text", "gpt2", "gpt_neo", "gpt_neox")
-NAMES += ("llama, longrope", "olmo2", "granite", "cohere2", "olmo", "ministral3", "gemma2")
+NAMES += ("llama, longrope", "olmo2", "granite", "cohere2", "olmo", "ministral3", "gemma2", "phi")
 MODEL = "torchscript/model.pt"
 
 # Uses the file in a process that cannot import llm_edge.

@@ -43,6 +43,7 @@ SHAPES = {
     "arcee": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
     "ministral3": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
     "gemma2": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
+    "phi": {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 3, "num_key_value_heads": 1},
     "cohere2": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},
     "olmo": {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 6},
     "gemma3_text": {"hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 5, "num_key_value_heads": 1},

@@ -65,17 +65,23 @@ def test_the_divergence_of_a_head_is_that_of_all_logits(tied: bool, tmp_path: Pa
     assert distances.amin(-1).max() < 1e-3
 
 
-def test_bounded_logits_are_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("softcap", [2.0, None], ids=["softcap", "bias"])
+def test_bounded_and_biased_logits_are_measured(softcap: float | None, tmp_path: Path) -> None:
     checkpoint = read_folder(tiny.save_checkpoint(tmp_path))
-    config = dataclasses.replace(checkpoint.config, logit_softcap=2.0)
-    decoder = LayerwiseDecoder(config, checkpoint.weights)
+    bias = torch.randn(331, generator=torch.Generator().manual_seed(4)) * (softcap is None)
+    config = dataclasses.replace(checkpoint.config, logit_softcap=softcap, head_bias=softcap is None)
+    decoder = LayerwiseDecoder(config, {**checkpoint.weights, "lm_head.bias": bias})
+
+    def log_probabilities(products: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(products + bias if softcap is None else softcap * torch.tanh(products / softcap), -1)
+
     inputs = (3 * torch.randn(40, 64, generator=torch.Generator().manual_seed(2))).requires_grad_()
     rows = decoder.head_rows()(torch.arange(331))
     candidate = quantize_blocks(rows, LAYOUT)
     with worker_threads() as threads:
         found = measure_head(decoder, inputs.detach(), {LAYOUT: candidate}, Blocks(8, 32, symmetric=True), threads)
-    expected = F.log_softmax(2 * torch.tanh(inputs @ rows.T / 2), -1)
-    logits = F.log_softmax(2 * torch.tanh(apply(candidate, inputs.detach()) / 2), -1)
+    expected = log_probabilities(inputs @ rows.T)
+    logits = log_probabilities(apply(candidate, inputs.detach()))
     divergence = F.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
     assert found.divergences[LAYOUT].mean().item() == pytest.approx(divergence, rel=1e-3, abs=1e-6)
     # Each gradient is that of the log-likelihood of one token.
