@@ -63,7 +63,7 @@ def test_13_the_first_logits_are_bit_equal_to_those_of_the_base(tmp_path: Path) 
     assert torch.equal(logits(adapted(checkpoint, trained=False)), logits(decoder_of(checkpoint)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "granite"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "olmo", "phi", "cohere2", "gemma2"])
 def test_13_merging_keeps_the_logits(name: str, tmp_path: Path) -> None:
     folder, checkpoint = saved(name, tmp_path / "base")
     decoder = adapted(checkpoint)
@@ -73,7 +73,10 @@ def test_13_merging_keeps_the_logits(name: str, tmp_path: Path) -> None:
     assert close(logits(merged), logits(decoder))
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "granite", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "phi3", "gpt2", "gpt_neox", "granite", "gemma3_text", "glm", "helium", "cohere2", "phi", "gpt_bigcode"],
+)
 def test_14_peft_opens_the_adapter_with_the_same_logits(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -111,7 +114,7 @@ def test_14_the_adapter_of_a_model_with_metas_row_order_fits_its_hugging_face_fo
     assert close(transformers_logits(PeftModel.from_pretrained(model, tmp_path / "adapter")), logits(decoder))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma2"])
 def test_gradients_of_the_adapter_are_those_of_peft(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
