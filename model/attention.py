@@ -34,6 +34,8 @@ class AttentionInputs(NamedTuple):
         window: number of tokens a position attends to, including itself; 0 for all tokens before it.
         long_from: sequences with more positions than this use the second half of the tables; 0 if there is none.
         softcap: bound c of the scores, which become c * tanh(score / c); 0 for no bound.
+        growth_rate: of queries by their position, see `QueryGrowth`.
+        growth_length: likewise; 0 for no growth.
     """
 
     query: Tensor
@@ -50,6 +52,8 @@ class AttentionInputs(NamedTuple):
     window: int
     long_from: int
     softcap: float
+    growth_rate: float
+    growth_length: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class PackedInputs(NamedTuple):
         scale: factor of query · key.
         window: see `AttentionInputs`.
         softcap: see `AttentionInputs`.
+        growth_rate: see `AttentionInputs`.
+        growth_length: see `AttentionInputs`.
     """
 
     packed: Tensor
@@ -102,6 +108,8 @@ class PackedInputs(NamedTuple):
     scale: float
     window: int
     softcap: float
+    growth_rate: float
+    growth_length: int
 
 
 def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +130,8 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         if inputs.long_from:
             positions = positions + (positions.max() >= inputs.long_from).long() * (cos.shape[0] // 2)
         query, key = (_rotate(x, cos[positions], sin[positions]) for x in (query, key))
+    if inputs.growth_length:
+        query = query * _growth(positions_of(attention_mask, length), inputs)[:, None, :, None]
     key = torch.cat([past_key, key], dim=2)  # [B, K, T, D]
     value = torch.cat([past_value, value], dim=2)
 
@@ -146,7 +156,7 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
     Returns:
         attended values [S, H * D].
     """
-    packed, documents, cos, sin, num_heads, num_kv_heads, scale, window, softcap = inputs
+    packed, documents, cos, sin, num_heads, num_kv_heads, scale, window, softcap, *_ = inputs
     length = packed.shape[0]
     heads = packed.reshape(1, length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)  # [1, heads, S, D]
     if cos is None or sin is None:
@@ -154,6 +164,8 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
     else:
         rotated, value = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], dim=1)
         query, key = torch.split(_rotate(rotated, cos[None], sin[None]), [num_heads, num_kv_heads], dim=1)
+    if inputs.growth_length:
+        query = query * _growth(documents.positions(query.device), inputs)[:, None]
     # One call per document: a mask over the whole row would cost the square of its length.
     lengths = list(documents.lengths)
     parts = list(zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True))
@@ -176,6 +188,11 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
         for query, key, value in parts
     ]
     return torch.cat(attended, dim=2).transpose(1, 2).reshape(length, -1)
+
+
+def _growth(positions: Tensor, inputs: AttentionInputs | PackedInputs) -> Tensor:
+    """Return the factors of queries at these positions."""
+    return 1 + inputs.growth_rate * torch.log(1 + (positions // inputs.growth_length).to(inputs[0].dtype))
 
 
 def _window_mask(query: Tensor, window: int) -> Tensor | None:

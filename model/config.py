@@ -169,6 +169,8 @@ class ModelConfig:
             )
         if self.head_bias and self.logit_softcap is not None:
             raise CheckpointError("a bias of the output head and bounded logits are not supported together")
+        if self.query_growth is not None and any(layer.rope is None for layer in self.layers):
+            raise CheckpointError("queries that grow with their position require rotary positions in every layer")
         if self.shared_norm and not (self.parallel_blocks and self.pre_norm):
             raise CheckpointError("blocks share a norm, but are not parallel with norms before them")
         for rope in self.ropes:

@@ -22,7 +22,7 @@ from llm_edge.model.attention import (
     packed_attention,
     positions_of,
 )
-from llm_edge.model.config import Activation, LayerConfig, ModelConfig, Norm, QKNorm
+from llm_edge.model.config import Activation, LayerConfig, ModelConfig, Norm, QKNorm, QueryGrowth
 from llm_edge.model.rope import Rope
 
 Past = list[tuple[Tensor, Tensor]]
@@ -31,6 +31,7 @@ Past = list[tuple[Tensor, Tensor]]
 RunLayer = Callable[..., Tensor]
 """Calls a function with the arguments that follow it."""
 
+_NO_GROWTH = QueryGrowth(0.0, 0)
 _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
     Activation.GELU: F.gelu,
@@ -69,26 +70,26 @@ class Attention(nn.Module):
         self, x: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Map x [B, S, hidden] to the same shape, and return the layer's present keys and values."""
-        query, key, value = self._scale(*self._normalize(self.qkv(x)), lambda: positions_of(mask, x.shape[1]))
-        config, rope = self.config, self.layer.rope
+        query, key, value = self._normalize(self.qkv(x))
+        config, rope, growth = self.config, self.layer.rope, self.config.query_growth or _NO_GROWTH
         inputs = AttentionInputs(
             query, key, value, *past, mask, cos, sin,
             config.num_attention_heads, config.num_key_value_heads, config.scale, self.window,
             long_from=rope.long_from if rope is not None else 0,
-            softcap=config.attention_softcap or 0.0,
+            softcap=config.attention_softcap or 0.0, growth_rate=growth.rate, growth_length=growth.length,
         )  # fmt: skip
         attended, *present = attention(inputs) if self.standalone else cached_attention(*inputs)
         return self.output(attended), (present[0], present[1])
 
     def forward_packed(self, x: Tensor, documents: Documents, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Map x [S, hidden], a row of documents, to the same shape; see `Decoder.forward_packed`."""
-        config = self.config
-        query, key, value = self._scale(*self._normalize(self.qkv(x)), lambda: documents.positions(x.device))
+        config, growth = self.config, self.config.query_growth or _NO_GROWTH
+        query, key, value = self._normalize(self.qkv(x))
         packed = query if key is None or value is None else torch.cat([query, key, value], dim=-1)
         inputs = PackedInputs(
             packed, documents, cos, sin,
             config.num_attention_heads, config.num_key_value_heads, config.scale, self.window,
-            softcap=config.attention_softcap or 0.0,
+            softcap=config.attention_softcap or 0.0, growth_rate=growth.rate, growth_length=growth.length,
         )  # fmt: skip
         output: Tensor = self.output(packed_attention(inputs))
         return output
@@ -107,20 +108,6 @@ class Attention(nn.Module):
             query = self.query_norm(query.reshape(heads)).flatten(-2)
             key = self.key_norm(key.reshape(heads)).flatten(-2)
         return query, key, packed[..., end:]
-
-    def _scale(
-        self, query: Tensor, key: Tensor | None, value: Tensor | None, positions: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Multiply queries by the factor of their positions; takes and returns what `_normalize` returns."""
-        config, growth = self.config, self.config.query_growth
-        if growth is None:
-            return query, key, value
-        if key is None:
-            start, end = config.query_size, config.query_size + config.key_value_size
-            query, key, value = query[..., :start], query[..., start:end], query[..., end:]
-        blocks = (positions() // growth.length).to(query.dtype)
-        factors = 1 + growth.rate * torch.log(1 + blocks)
-        return query * factors[..., None], key, value
 
 
 class FeedForward(nn.Module):

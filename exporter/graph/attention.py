@@ -69,9 +69,8 @@ def fused_attention(*arguments: Any) -> Any:
 
     The operator could rotate itself, but only from tables of all positions of the context.
     """
-    query, key, value, past_key, past_value, mask, cos, sin, num_heads, num_kv_heads, scale, window, _, softcap = (
-        AttentionInputs(*arguments)
-    )
+    inputs = AttentionInputs(*arguments)
+    query, key, value, past_key, past_value, mask, cos, sin, num_heads, num_kv_heads, scale, window, *_ = inputs
     head_dim = past_key.shape[3]
     axis_1, zero, one = op.Constant(value_ints=[1]), op.Constant(value_int=0), op.Constant(value_int=1)
     last = op.Sub(op.ReduceSum(mask, axis_1, keepdims=0), one)  # position of the last token, [B]
@@ -81,6 +80,7 @@ def fused_attention(*arguments: Any) -> Any:
         column = op.Unsqueeze(last, axis_1)
         first = op.Max(op.Sub(op.Add(column, one), new), zero)
         positions = op.Min(op.Add(first, op.Range(zero, new, one)), column)  # [B, S]
+        query, key, value = _grow(inputs, positions, head_dim)
         # onnxruntime multiplies a single query with unpacked keys only if the factor is 1; see bench/RESULTS.md.
         factor, scale = (scale, 1.0) if 2 * cos.shape[1] == head_dim else (1.0, scale)
         if key is None:
@@ -90,16 +90,15 @@ def fused_attention(*arguments: Any) -> Any:
     attributes = {"num_heads": num_heads, "kv_num_heads": num_kv_heads} | _scale(scale, head_dim)
     if window:
         attributes["local_window_size"] = window
-    if softcap:
-        attributes["softcap"] = softcap
+    if inputs.softcap:
+        attributes["softcap"] = inputs.softcap
     return _GQA(query, key, value, past_key, past_value, op.Cast(last, to=ir.DataType.INT32), total, **attributes)
 
 
 def portable_attention(*arguments: Any) -> Any:
     """Translate to Attention and RotaryEmbedding of opset 23, with an explicit causal mask."""
-    query, key, value, past_key, past_value, mask, cos, sin, num_heads, num_kv_heads, scale, window, _, softcap = (
-        AttentionInputs(*arguments)
-    )
+    inputs = AttentionInputs(*arguments)
+    query, key, value, past_key, past_value, mask, cos, sin, num_heads, num_kv_heads, scale, window, *_ = inputs
     head_dim = past_key.shape[3]
     axis_0, axis_1, axes_12 = (op.Constant(value_ints=axes) for axes in ([0], [1], [1, 2]))
     slots, new_slots = _slots(query, mask)
@@ -112,10 +111,13 @@ def portable_attention(*arguments: Any) -> Any:
 
     query, key, value = _unpack(query, key, value, num_heads, num_kv_heads, head_dim)
     if cos is not None:
+        if inputs.growth_length:
+            unpacked = inputs._replace(query=query, key=key, value=value)
+            query, *_ = _grow(unpacked, _positions(query, mask), head_dim)
         query, key = _rotate(query, key, cos, sin, _positions(query, mask), num_heads, num_kv_heads, head_dim)
-    if softcap:
+    if inputs.softcap:
         heads = num_heads, num_kv_heads, head_dim
-        return _capped_attention(query, key, value, visible, past_key, past_value, heads, scale, softcap)
+        return _capped_attention(query, key, value, visible, past_key, past_value, heads, scale, inputs.softcap)
     attributes = {"q_num_heads": num_heads, "kv_num_heads": num_kv_heads, **_scale(scale, head_dim)}
     attended, present_key, present_value, _ = op.Attention(
         query, key, value, visible, past_key, past_value, **attributes
@@ -149,6 +151,18 @@ def _capped_attention(
     weights = op.Softmax(op.Where(op.Unsqueeze(visible, axis), capped, _number(-60_000.0)), axis=-1)
     attended = op.Transpose(op.MatMul(weights, op.Unsqueeze(value, axis)), perm=[0, 3, 1, 2, 4])
     return op.Reshape(attended, op.Constant(value_ints=[0, 0, num_heads * head_dim])), key, value
+
+
+def _grow(inputs: AttentionInputs, positions: Any, head_dim: int) -> Any:
+    """Return queries, keys and values; separate, with queries times the factors of their positions, if these grow."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if not inputs.growth_length:
+        return query, key, value
+    query, key, value = _unpack(query, key, value, inputs.num_heads, inputs.num_kv_heads, head_dim)
+    blocks = op.Cast(op.Div(positions, op.Constant(value_int=inputs.growth_length)), to=ir.DataType.FLOAT)  # integers
+    one = _number(1.0)
+    factors = op.Add(op.Mul(op.Log(op.Add(blocks, one)), _number(inputs.growth_rate)), one)
+    return op.Mul(query, op.Unsqueeze(factors, op.Constant(value_ints=[2]))), key, value
 
 
 def _number(value: float) -> Any:

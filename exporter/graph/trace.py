@@ -83,7 +83,6 @@ def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False
                     fused_attention if style is GraphStyle.FUSED else portable_attention
                 ),
                 torch.ops.aten.linear.default: _linear,
-                torch.ops.aten.floor_divide.default: _divide,
                 torch.ops.aten.split_with_sizes.default: _split,
             },
             input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in caches)],
@@ -144,10 +143,6 @@ _LINEAR = contrib(DOMAIN, "Linear", inputs=2, outputs=1)
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     product = _LINEAR(x, weight)
     return product if bias is None else op.Add(product, bias)
-
-
-def _divide(x: Any, divisor: int) -> Any:
-    return op.Div(x, op.Constant(value_int=divisor))  # of positions, which are not negative
 
 
 def _split(x: Any, split_sizes: list[int], dim: int = 0) -> Any:
