@@ -346,7 +346,7 @@ def test_a_config_cannot_trigger_imports(
     monkeypatch.chdir(source)
     code, _, err = llm_export(".", "-o", tmp_path / "out", "--progress", "none")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"model_type {model_type!r} is not supported; supported: another, gemma3_text" in err
+    assert f"model_type {model_type!r} is not supported; supported: another, arcee" in err
     assert not (tmp_path / "witness").exists()
     assert isinstance(find_family("another"), Family)  # the module is importable, so the check is meaningful
     assert (tmp_path / "witness").exists()
