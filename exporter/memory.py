@@ -12,7 +12,7 @@ _BLOCK = 24 << 20  # bytes
 def return_freed_blocks() -> None:
     """Let glibc return blocks of 24 MiB and more to the system when they are freed; other libraries do by themselves.
 
-    It would keep those of up to 32 MiB in the heap of the thread that freed them: a third of the memory of an export.
+    It would keep those of up to 32 MiB in the heap of the thread that freed them: a tenth of the memory of an export.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _BLOCK)

@@ -89,14 +89,20 @@ class ConfigReader:
 
     def nullable_positive(self, key: str, default: float) -> float | None:
         """Return a positive finite number, None if the value is null, or the default if the key is missing."""
-        if key in self._raw and key not in self:
-            self.used[key] = None
-            return None
-        return self.positive(key, default)
+        return None if self._is_null(key) else self.positive(key, default)
 
     def nullable_integer(self, key: str, default: int | None) -> int | None:
         """Return an integer, None if the value is null, or the default if the key is missing."""
-        return self.integer(key) if key in self else None if key in self._raw else default
+        if self._is_null(key) or (default is None and key not in self):
+            return None
+        return self.integer(key, default)
+
+    def _is_null(self, key: str) -> bool:
+        """Return whether a value is null, which counts as read: transformers may replace a missing key by a number."""
+        null = key in self._raw and key not in self
+        if null:
+            self.used[key] = None
+        return null
 
     def layer_count(self, key: str, default: int | None = None) -> int:
         """Return a number of layers, limited because lists of this length are allocated."""

@@ -68,9 +68,10 @@ def _read(
 ) -> Checkpoint:
     whole = read_json(config_path, MIB, error=CheckpointError)
     content, config_where, wrapper_notes = text_config(whole, str(config_path))
+    is_wrapper = content is not whole
     raw = ConfigReader(content, config_where)
     family, config = _read_config(raw)
-    loadable = found is None and not wrapper_notes
+    loadable = found is None and not is_wrapper
     found = found or find_weight_files(config_path.parent, whole.get("transformers_weights"))
     files = WeightFiles(found)
     where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
@@ -106,7 +107,7 @@ def _read(
         original=OriginalModel(
             content,
             folder=config_path.parent if loadable else None,
-            names=tuple(name for name in shapes if name not in stray.names) if wrapper_notes else tuple(shapes),
+            names=tuple(name for name in shapes if name not in stray.names) if is_wrapper else tuple(shapes),
             load=load_base,
             adapter=adapter.folder if adapter is not None else None,
         ),

@@ -115,42 +115,13 @@ def portable_attention(*arguments: Any) -> Any:
             unpacked = inputs._replace(query=query, key=key, value=value)
             query, *_ = _grow(unpacked, _positions(query, mask), head_dim)
         query, key = _rotate(query, key, cos, sin, _positions(query, mask), num_heads, num_kv_heads, head_dim)
-    if inputs.softcap:
-        heads = num_heads, num_kv_heads, head_dim
-        return _capped_attention(query, key, value, visible, past_key, past_value, heads, scale, inputs.softcap)
     attributes = {"q_num_heads": num_heads, "kv_num_heads": num_kv_heads, **_scale(scale, head_dim)}
+    if inputs.softcap:
+        attributes["softcap"] = inputs.softcap
     attended, present_key, present_value, _ = op.Attention(
         query, key, value, visible, past_key, past_value, **attributes
     )
     return attended, present_key, present_value
-
-
-def _capped_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    visible: Any,
-    past_key: Any,
-    past_value: Any,
-    heads: tuple[int, int, int],
-    scale: float,
-    softcap: float,
-) -> Any:
-    """Return what Attention returns with bounded scores: its attribute `softcap` would bound those of the mask too."""
-    num_heads, num_kv_heads, head_dim = heads
-    split = op.Constant(value_ints=[0, 0, num_kv_heads, head_dim])
-    key, value = (
-        op.Concat(past, op.Transpose(op.Reshape(x, split), perm=[0, 2, 1, 3]), axis=2)
-        for past, x in ((past_key, key), (past_value, value))
-    )  # [B, K, T, D]
-    groups = op.Constant(value_ints=[0, 0, num_kv_heads, num_heads // num_kv_heads, head_dim])
-    query = op.Transpose(op.Reshape(query, groups), perm=[0, 2, 3, 1, 4])  # [B, K, H / K, S, D]
-    axis = op.Constant(value_ints=[2])
-    scores = op.MatMul(query, op.Transpose(op.Unsqueeze(key, axis), perm=[0, 1, 2, 4, 3]))  # [B, K, H / K, S, T]
-    capped = op.Mul(op.Tanh(op.Mul(scores, _number(scale / softcap))), _number(softcap))
-    weights = op.Softmax(op.Where(op.Unsqueeze(visible, axis), capped, _number(-60_000.0)), axis=-1)
-    attended = op.Transpose(op.MatMul(weights, op.Unsqueeze(value, axis)), perm=[0, 3, 1, 2, 4])
-    return op.Reshape(attended, op.Constant(value_ints=[0, 0, num_heads * head_dim])), key, value
 
 
 def _grow(inputs: AttentionInputs, positions: Any, head_dim: int) -> Any:

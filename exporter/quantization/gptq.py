@@ -35,7 +35,7 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
     errors = weight.T.contiguous().index_select(0, hessian.order)  # [K, N]; weights that are not quantized yet
     scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
     scales = scales.where(scales > 0, 1.0)
-    found = torch.empty(width, rows, dtype=matmul_dtype())  # errors of the blocks that are quantized
+    rounded_errors = torch.empty(width, rows, dtype=matmul_dtype())  # of the blocks that are quantized
     levels = torch.empty(width, rows)  # relative to the zeros
     # Calls of NumPy cost less than those of torch, above all in several threads.
     all_errors, all_levels, all_scales = errors.numpy(), levels.numpy(), scales.numpy()
@@ -44,7 +44,7 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
     order = hessian.order.tolist()
     for end in range(width, 0, -_BLOCK):
         start = max(end - _BLOCK, 0)
-        targets = errors[start:end] + feedback[start:end, end:].to(found.dtype) @ found[end:]
+        targets = errors[start:end] + feedback[start:end, end:].to(rounded_errors.dtype) @ rounded_errors[end:]
         for high in range(end, start, -_SMALL_BLOCK):
             low = max(high - _SMALL_BLOCK, start)
             targets[low - start : high - start].addmm_(feedback[low:high, high:end], errors[high:end])
@@ -58,5 +58,5 @@ def gptq(weight: Tensor, hessian: Hessian, scales: Tensor, zeros: Tensor, size: 
                 np.minimum(level, most[group], out=level)
                 np.multiply(level, all_scales[group], out=moved)
                 all_errors[index] -= moved
-        found[start:end] = errors[start:end]
+        rounded_errors[start:end] = errors[start:end]
     return levels.add_(zeros[torch.arange(width) // size]).T.contiguous()

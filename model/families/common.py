@@ -47,6 +47,10 @@ LLAMA_LAYER: Mapping[str, Sources] = {
     "mlp.down.weight": "mlp.down_proj.weight",
     "mlp.down.bias": "mlp.down_proj.bias",
 }
+NORMS: Mapping[str, str] = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+}
 GPT2_OUTER: Mapping[str, Sources] = {
     "embed_tokens.weight": "transformer.wte.weight",
     "embed_positions.weight": "transformer.wpe.weight",
@@ -76,6 +80,21 @@ def llama_weights(
         "model.layers.{}.",
         ignored=r".*\.rotary_emb\.inv_freq",
     )
+
+
+def weights_with_norms_minus_one(norms: Mapping[str, str] = NORMS) -> WeightTable:
+    """Return the weight table of LLaMA-like models whose norm weights are stored minus one.
+
+    `norms` are the stored names of the weights of a layer's norms.
+    """
+    return llama_weights(
+        outer={"norm.weight": _plus_one("model.norm.weight")},
+        layer={name: _plus_one(stored) for name, stored in norms.items()},
+    )
+
+
+def _plus_one(name: str) -> SourceTensor:
+    return SourceTensor(name, lambda weight: weight.float() + 1, lambda weight: weight.float() - 1)
 
 
 def llama_fields(raw: ConfigReader, **overrides: Any) -> dict[str, Any]:
@@ -156,12 +175,6 @@ def alternating_windows(
     return [window if (number + 1) % interval else None for number in range(count)]
 
 
-def gemma_embedding_scale(raw: ConfigReader) -> float:
-    """Return Gemma's factor of the embedding, the square root of the hidden size."""
-    scale: float = float(max(raw.integer("hidden_size"), 0)) ** 0.5
-    return scale
-
-
 def multiply_by(factor: float) -> Convert | None:
     """Return a conversion that multiplies a weight, in float32 because half precision would round the product."""
     return None if factor == 1 else lambda weight: weight.float() * factor
@@ -197,8 +210,3 @@ def packed_per_head(name: str, config: ModelConfig) -> SourceTensor:
         return heads.transpose(0, 1).reshape(weight.shape)
 
     return SourceTensor(name, unpack_heads, pack_heads)
-
-
-def plus_one(name: str) -> SourceTensor:
-    """Return the tensor of a norm whose weights are stored minus one."""
-    return SourceTensor(name, lambda weight: weight.float() + 1, lambda weight: weight.float() - 1)

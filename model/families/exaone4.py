@@ -22,8 +22,6 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
     rope = read_rope(raw, fields["head_dim"])
     windows = alternating_windows(raw, 4096, interval=4, interval_key="sliding_window_pattern")
     hybrid = raw.nullable_integer("sliding_window", 4096) is not None
-    if not hybrid:
-        raw.used["sliding_window"] = None  # transformers' default is a window
     layers = tuple(LayerConfig(None if hybrid and window is None else rope, window) for window in windows)
     return ModelConfig(**fields, layers=layers)
 

@@ -4,47 +4,33 @@ from __future__ import annotations
 
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.families.common import (
-    ACTIVATIONS,
-    alternating_windows,
-    attention_biases,
-    gemma_embedding_scale,
-    llama_fields,
-    llama_weights,
-    plus_one,
-)
+from llm_edge.model.families.common import alternating_windows, weights_with_norms_minus_one
+from llm_edge.model.families.gemma import gemma_fields
 from llm_edge.model.family import Family
 from llm_edge.model.rope_reader import read_rope
 
+NORMS = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention_post_norm.weight": "post_attention_layernorm.weight",
+    "mlp_norm.weight": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm.weight": "post_feedforward_layernorm.weight",
+}
+"""The stored names of the weights of a layer's norms."""
+
 
 def _read_config(raw: ConfigReader) -> ModelConfig:
-    raw.reject("use_bidirectional_attention")
-    fields = llama_fields(
+    fields = gemma_fields(
         raw,
-        head_dim=raw.integer("head_dim", 256),
-        num_key_value_heads=raw.integer("num_key_value_heads", 4),
-        max_position_embeddings=raw.integer("max_position_embeddings", 8192),
-        tie_word_embeddings=raw.flag("tie_word_embeddings", True),
-        activation=raw.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        kv_heads=4,
+        context=8192,
         post_norm=True,
-        **attention_biases(raw),
         attention_scale=raw.positive("query_pre_attn_scalar", 256.0) ** -0.5,
         attention_softcap=raw.nullable_positive("attn_logit_softcapping", 50.0),
         logit_softcap=raw.nullable_positive("final_logit_softcapping", 30.0),
-        embedding_scale=gemma_embedding_scale(raw),
     )
     rope = read_rope(raw, fields["head_dim"])
     windows = alternating_windows(raw, 4096, interval=2)
     return ModelConfig(**fields, layers=tuple(LayerConfig(rope, window) for window in windows))
 
 
-_WEIGHTS = llama_weights(
-    outer={"norm.weight": plus_one("model.norm.weight")},
-    layer={
-        "attention_norm.weight": plus_one("input_layernorm.weight"),
-        "attention_post_norm.weight": plus_one("post_attention_layernorm.weight"),
-        "mlp_norm.weight": plus_one("pre_feedforward_layernorm.weight"),
-        "mlp_post_norm.weight": plus_one("post_feedforward_layernorm.weight"),
-    },
-)
-FAMILY = Family(_read_config, lambda *_: _WEIGHTS)
+FAMILY = Family(_read_config, lambda *_: weights_with_norms_minus_one(NORMS))

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 from llm_edge.model.config import LayerConfig, ModelConfig, QKNorm
 from llm_edge.model.config_reader import ConfigReader
-from llm_edge.model.families.common import (
-    ACTIVATIONS,
-    alternating_windows,
-    attention_biases,
-    gemma_embedding_scale,
-    llama_fields,
-    llama_weights,
-    plus_one,
-)
+from llm_edge.model.families.common import alternating_windows, weights_with_norms_minus_one
+from llm_edge.model.families.gemma import gemma_fields
+from llm_edge.model.families.gemma2 import NORMS
 from llm_edge.model.family import Family
 from llm_edge.model.rope import Rope
 from llm_edge.model.rope_reader import read_rope
 
+_QUERY_AND_KEY_NORMS = {
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+}
+
 
 def _read_config(raw: ConfigReader) -> ModelConfig:
-    raw.reject("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
-    scalar = raw.positive("query_pre_attn_scalar", 256.0)
-    fields = llama_fields(
+    raw.reject("final_logit_softcapping", "attn_logit_softcapping")
+    fields = gemma_fields(
         raw,
-        head_dim=raw.integer("head_dim", 256),
-        num_key_value_heads=raw.integer("num_key_value_heads", 4),
-        max_position_embeddings=raw.integer("max_position_embeddings", 131_072),
-        tie_word_embeddings=raw.flag("tie_word_embeddings", True),
-        activation=raw.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        kv_heads=4,
+        context=131_072,
         post_norm=True,
         qk_norm=QKNorm.HEAD,
-        **attention_biases(raw),
-        attention_scale=scalar**-0.5,
-        embedding_scale=gemma_embedding_scale(raw),
+        attention_scale=raw.positive("query_pre_attn_scalar", 256.0) ** -0.5,
     )
     head_dim, local_key = fields["head_dim"], "rope_local_base_freq"
     global_rope = read_rope(raw, head_dim, theta=1_000_000.0, layer_type="full_attention")
@@ -45,15 +38,4 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
     return ModelConfig(**fields, layers=layers)
 
 
-_WEIGHTS = llama_weights(
-    outer={"norm.weight": plus_one("model.norm.weight")},
-    layer={
-        "attention_norm.weight": plus_one("input_layernorm.weight"),
-        "attention.query_norm.weight": plus_one("self_attn.q_norm.weight"),
-        "attention.key_norm.weight": plus_one("self_attn.k_norm.weight"),
-        "attention_post_norm.weight": plus_one("post_attention_layernorm.weight"),
-        "mlp_norm.weight": plus_one("pre_feedforward_layernorm.weight"),
-        "mlp_post_norm.weight": plus_one("post_feedforward_layernorm.weight"),
-    },
-)
-FAMILY = Family(_read_config, lambda *_: _WEIGHTS)
+FAMILY = Family(_read_config, lambda *_: weights_with_norms_minus_one({**NORMS, **_QUERY_AND_KEY_NORMS}))

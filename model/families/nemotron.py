@@ -9,19 +9,10 @@ from llm_edge.model.families.common import (
     attention_biases,
     identical_layers,
     llama_fields,
-    llama_weights,
-    plus_one,
+    weights_with_norms_minus_one,
 )
 from llm_edge.model.family import Family
 from llm_edge.model.rope_reader import read_rope
-
-_WEIGHTS = llama_weights(
-    outer={"norm.weight": plus_one("model.norm.weight")},
-    layer={
-        "attention_norm.weight": plus_one("input_layernorm.weight"),
-        "mlp_norm.weight": plus_one("post_attention_layernorm.weight"),
-    },
-)
 
 
 def _read_config(raw: ConfigReader) -> ModelConfig:
@@ -39,4 +30,4 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
     return ModelConfig(**fields, layers=identical_layers(raw, LayerConfig(rope)))
 
 
-FAMILY = Family(_read_config, lambda *_: _WEIGHTS)
+FAMILY = Family(_read_config, lambda *_: weights_with_norms_minus_one())

@@ -29,7 +29,8 @@ _CACHE_DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int8)": np.dtype(np.int8),  # the graph holds the scales
 }
-_MANY_TOKENS = 64
+_MANY_TOKENS = 64  # in a step, after which mapped weights are released
+
 # They find nothing in fused graphs, but take 20 ms to search SmolLM2's; ConstantFolding would copy a shared embedding.
 _USELESS_OPTIMIZERS = [
     *("BiasGeluFusion", "ConstantFolding", "ConstantSharing", "ConvMulFusion", "EmbedLayerNormFusion"),

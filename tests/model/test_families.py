@@ -155,6 +155,21 @@ def test_a_window_longer_than_the_context_is_ignored(window: int, case: Callable
     assert np.abs(session.step(ids[0].tolist(), num_logits=0) - wanted.numpy()).max() < BOUND
 
 
+def test_no_window_is_still_no_window_for_readers_of_the_bundle(case: Callable[[str], Case], tmp_path: Path) -> None:
+    """Where transformers would use a window if the key were missing."""
+    from transformers import MistralConfig
+
+    source = case("mistral").folder
+    for file in source.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text()) | {"sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = read_folder(tmp_path)
+    assert all(layer.window is None for layer in read.config.layers)
+    assert MistralConfig(**read.hf_config).sliding_window is None
+
+
 def test_every_family_has_a_case() -> None:
     assert {kind for kind, _ in families.CASES.values()} == BUILT_IN.keys()
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -397,6 +398,17 @@ def test_a_right_padded_batch_matches_its_sequences_alone(runner: Runner) -> Non
 def test_a_left_padded_batch_matches_its_sequences_alone(runner: Runner) -> None:
     """Portable graphs only: GroupQueryAttention supports padding on the right only."""
     check_padded_batch(runner, "left")
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", ["gemma2", "ministral3"])
+def test_softcapping_and_growing_queries_are_right_in_a_padded_batch(name: str, style: str, tmp_path: Path) -> None:
+    checkpoint = families.save(families.model(name), tmp_path / "model")
+    options = ExportOptions(tmp_path / "bundle", precision="fp32", graph=GraphChoice(style), validate=False)
+    export(str(checkpoint), options)
+    runner = Runner(checkpoint, tmp_path / "bundle" / "onnx" / "model.onnx")
+    # Windows of portable graphs count slots, so that padding must not lie within a sequence.
+    check_padded_batch(runner, "right" if style == "fused" else "left")
 
 
 def check_padded_batch(runner: Runner, side: str) -> None:
