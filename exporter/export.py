@@ -18,6 +18,7 @@ from llm_edge.exporter.bundle.side_files import write_side_files
 from llm_edge.exporter.bundle.staging import check_disk_space, check_target, recover, staging
 from llm_edge.exporter.bundle.torchscript_writer import TorchScriptWriter
 from llm_edge.exporter.bundle.writer import BundleWriter
+from llm_edge.exporter.graph.attention import FUSED_HEAD_MULTIPLE, can_fuse
 from llm_edge.exporter.graph.passes.int8_cache import check_cache
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
@@ -38,7 +39,6 @@ from llm_edge.runtime.errors import CheckpointError, ParameterError
 
 LARGE = 1_000_000_000
 """Parameters of a model whose export can be resumed."""
-_FUSED_HEAD_MULTIPLE = 8  # required by onnxruntime's GroupQueryAttention
 _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT: "fp32"}
 _QUANTIZED_DEFAULT = "source"  # of a GGUF whose projections are all quantized
 
@@ -197,13 +197,13 @@ def _choose_writer(
     if options.file_format is FileFormat.TORCHSCRIPT:
         return TorchScriptWriter(recipes)
     head_dim = checkpoint.config.head_dim
-    can_fuse = head_dim % _FUSED_HEAD_MULTIPLE == 0
-    if options.graph is GraphChoice.FUSED and not can_fuse:
+    fusable = can_fuse(head_dim, head_dim)
+    if options.graph is GraphChoice.FUSED and not fusable:
         raise CheckpointError(
-            f"{source}: the head size is {head_dim}, but fused graphs require a multiple of {_FUSED_HEAD_MULTIPLE}: "
+            f"{source}: the head size is {head_dim}, but fused graphs require a multiple of {FUSED_HEAD_MULTIPLE}: "
             "use --graph portable"
         )
-    fused = can_fuse and options.graph is not GraphChoice.PORTABLE
+    fused = fusable and options.graph is not GraphChoice.PORTABLE
     style = GraphStyle.FUSED if fused else GraphStyle.PORTABLE
     for recipe in recipes:
         check_cache(recipe, style)

@@ -54,11 +54,11 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/py.typed"))
 
 
 def modules(package: str) -> list[str]:
-    """Full names of all modules of a package, except those for other engines, which are not installed."""
+    """Full names of all modules of a package, except those for other engines and those that need transformers."""
     found = []
     for path in sorted((ROOT / package).rglob("*.py")):
         name = ".".join(("llm_edge", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
-        if not name.endswith("genai_worker"):
+        if not name.endswith("genai_worker") and not name.startswith("llm_edge.exporter.general"):
             found.append(name)
     return found
 
