@@ -23,7 +23,15 @@ from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.exporter.validation.parity import model_shape
-from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, ReasoningTags, manifest_entry
+from llm_edge.runtime.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    ONNX,
+    ModelShape,
+    ReasoningTags,
+    key_value_caches,
+    manifest_entry,
+)
 from llm_edge.runtime.errors import TemplateError
 from llm_edge.runtime.text.chat_template import ChatTemplate
 from llm_edge.runtime.text.tool_format_finder import tool_format_of
@@ -54,7 +62,7 @@ def write_manifest(
         {
             "format_version": FORMAT_VERSION,
             "name": checkpoint.source.name,
-            "model": {**asdict(model_shape(checkpoint.config)), "parameters": report.parameters},
+            "model": {**describe_shape(model_shape(checkpoint.config)), "parameters": report.parameters},
             "graph": writer.name if report.style is None else report.style.value,
             **chat,
             **_tool_calls(checkpoint),
@@ -74,6 +82,17 @@ def write_manifest(
             "files": files,
         },
     )
+
+
+def describe_shape(shape: ModelShape) -> dict[str, Any]:
+    """Return the dimensions of a model as stored in the manifest; see docs/bundle.md."""
+    described = asdict(shape)
+    del described["caches"]
+    heads, _, width = shape.caches[0].sized(0) if shape.caches[0].grows else (0, 0, 0)
+    if shape.caches == key_value_caches(shape.num_hidden_layers, heads, width):
+        context = described.pop("max_position_embeddings")
+        return described | {"num_key_value_heads": heads, "head_dim": width, "max_position_embeddings": context}
+    return described | {"caches": [asdict(tensor) for tensor in shape.caches]}
 
 
 def _tool_calls(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -105,7 +105,8 @@ class PartwiseGraph:
         """Return a cache of zeros for an input of the graph."""
         dtype = next(value for value in self._model.graph.inputs if value.name == name).dtype
         assert dtype is not None
-        return np.zeros((1, self._shape.num_key_value_heads, length, self._shape.head_dim), dtype.numpy())
+        tensor = next(tensor for tensor in self._shape.caches if name == f"{_PAST}{tensor.name}")
+        return np.zeros((1, *tensor.sized(length)), dtype.numpy())
 
     def _session(self, part: _Part, feeds: Values) -> Any:
         """Load a part whose inputs have the types of `feeds`."""

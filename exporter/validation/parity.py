@@ -42,7 +42,7 @@ from llm_edge.exporter.validation.windows import Run, select_windows
 from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.open import AnySession
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import ModelShape
+from llm_edge.runtime.bundle import ModelShape, key_value_caches
 from llm_edge.runtime.errors import ParityError
 
 ROTATED = "rotated"
@@ -180,7 +180,8 @@ def _compare_hidden_states(expected: ReferenceLogits, model: AnySession | Partwi
 
 def model_shape(config: ModelConfig) -> ModelShape:
     """Return the shape of a model as the runtime needs it."""
-    return ModelShape(**{key: getattr(config, key) for key in ModelShape.__slots__})
+    caches = key_value_caches(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    return ModelShape(config.vocab_size, config.num_hidden_layers, config.max_position_embeddings, caches)
 
 
 def check_parity(name: str, parity: Parity, *, exact: bool) -> None:
