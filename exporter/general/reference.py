@@ -45,7 +45,7 @@ def record_general_reference(
     groups = list(_groups(windows, 0 if whole else _GROUP_TOKENS))
     top, done = [], 0
     with path.open("wb") as file, quiet_transformers(), torch.inference_mode():
-        model = _load(checkpoint) if whole else _loaded_by_layer(checkpoint)
+        model = load_reference(checkpoint) if whole else _loaded_by_layer(checkpoint)
         for group in groups:
             progress(done / len(windows), f"window {done + 1}")
             done += len(group)
@@ -82,8 +82,8 @@ def _groups(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
     yield group
 
 
-def _load(checkpoint: GeneralCheckpoint) -> Any:
-    """Return the model as transformers loads it."""
+def load_reference(checkpoint: GeneralCheckpoint) -> Any:
+    """Return the model as transformers loads it, in float32."""
     original = checkpoint.original
     assert original is not None
     config = checkpoint.config.config
