@@ -57,20 +57,22 @@ def test_a_bundle_is_validated_against_transformers_and_answers(qwen3_moe: Path,
     assert report.validation.qualities["fp32"].top1 == 1
     model = Model.load(tmp_path / "bundle", threads=1)
     tokens = [5, 9, 17, 4]
-    generation = model.generate(tokens, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+    generation = model.generate(tokens, SamplingParams(temperature=0, max_tokens=12))
+    found = [chunk.token for chunk in generation if chunk.token is not None]
+    assert len(found) == 12  # no end token among them
     sequence = torch.tensor([tokens])
     with torch.inference_mode():
         reference = make_model("qwen3_moe")
         for _ in range(12):
             sequence = torch.cat([sequence, reference(input_ids=sequence).logits[:, -1:].argmax(-1)], dim=1)
-    assert [chunk.token for chunk in generation if chunk.token is not None] == sequence[0, len(tokens) :].tolist()
+    assert found == sequence[0, len(tokens) :].tolist()
 
 
 def test_a_reference_that_is_loaded_layer_by_layer_computes_the_same(qwen3_moe: Path, tmp_path: Path) -> None:
     checkpoint = read_general_folder(qwen3_moe)
     windows = [Window(tuple(range(3, 3 + length))) for length in (40, 40, 40, 7)]
     whole, parts = (
-        record_general_reference(checkpoint, windows, tmp_path / str(limit), lambda *_: None, max_bytes=limit)
+        record_general_reference(checkpoint, windows, tmp_path / str(limit), lambda *_: None, max_bytes=limit)[0]
         for limit in (1 << 40, 0)
     )
     assert torch.allclose(whole.logits(0, 127), parts.logits(0, 127), atol=1e-5)
@@ -85,6 +87,15 @@ def test_weights_are_read_one_at_a_time_and_experts_are_stacked(qwen3_moe: Path)
     assert set(weights) == set(expected)
     for name in weights:
         assert torch.equal(weights[name], expected[name]), name
+
+
+def test_a_window_longer_than_the_text_is_proven_on_a_longer_text(tmp_path: Path) -> None:
+    folder = save("phimoe", tmp_path / "model", sliding_window=600)
+    report = export(str(folder), ExportOptions(output=tmp_path / "bundle"))
+    assert report.validation is not None
+    beyond = report.validation.parities["fp32"].beyond_windows
+    assert beyond is not None
+    assert beyond.max < BOUND
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
