@@ -17,6 +17,7 @@ from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.huggingface.wrappers import text_config
 from llm_edge.checkpoint.lora.adapter import Adapter
+from llm_edge.checkpoint.quantized.dequantized import DequantizedFiles, check_method, find_quantization, open_quantized
 from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.config_reader import ConfigReader
@@ -26,6 +27,7 @@ from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 
+_QUANTIZATION = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.8
 _ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
 
 
@@ -69,12 +71,13 @@ def _read(
     whole = read_json(config_path, MIB, error=CheckpointError)
     content, config_where, wrapper_notes = text_config(whole, str(config_path))
     is_wrapper = content is not whole
+    content, quantization = _split_quantization(content, config_where)
     raw = ConfigReader(content, config_where)
     family, config = _read_config(raw)
     loadable = found is None and not is_wrapper
     found = found or find_weight_files(config_path.parent, whole.get("transformers_weights"))
-    files = WeightFiles(found)
-    where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
+    files = _open_files(found, quantization, config_path.parent)
+    where = files.where
     table = family.weight_table(config, raw)
     stored, prefix_notes = _stored_names(files, family, table, where)
     shapes = {full_name: files.tensors[stored_name].shape for full_name, stored_name in stored.items()}
@@ -106,7 +109,7 @@ def _read(
         source,
         original=OriginalModel(
             content,
-            folder=config_path.parent if loadable else None,
+            folder=config_path.parent if loadable and isinstance(files, WeightFiles) else None,
             names=tuple(name for name in shapes if name not in stray.names) if is_wrapper else tuple(shapes),
             load=load_base,
             adapter=adapter.folder if adapter is not None else None,
@@ -115,6 +118,7 @@ def _read(
             *_duplicate_keys(config_path),
             *wrapper_notes,
             *found.notes,
+            *(files.notes if isinstance(files, DequantizedFiles) else ()),
             *prefix_notes,
             *([f"config.json: {tied_note}"] if tied_note else []),
             *stray.notes,
@@ -141,12 +145,6 @@ def _merge(
 def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
     """Return the family of a config and the config in its form."""
     raw.require("is_causal", True)
-    quantization = raw.section("quantization_config")
-    if quantization is not None:
-        method = short_repr(quantization.value("quant_method"))
-        raw.fail(
-            f"quantization_config: weights quantized by {method} are not supported: give the model before quantization"
-        )
     family = find_family(raw.text("model_type"), raw.where)
     try:
         return family, family.read_config(raw)
@@ -155,8 +153,23 @@ def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
         raise CheckpointError(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error
 
 
+def _split_quantization(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ConfigReader | None]:
+    """Return a config without what describes quantized weights, and that; the model is read without them."""
+    key = next((key for key in _QUANTIZATION if content.get(key) is not None), None)
+    section = None if key is None else ConfigReader(content, where).section(key)
+    if section is not None:
+        check_method(section)
+    return {key: value for key, value in content.items() if key not in _QUANTIZATION}, section
+
+
+def _open_files(found: WeightPaths, quantization: ConfigReader | None, folder: Path) -> WeightFiles | DequantizedFiles:
+    files = WeightFiles(found)
+    quantization = quantization or find_quantization(files, folder)
+    return files if quantization is None else open_quantized(files, quantization)
+
+
 def _stored_names(
-    files: WeightFiles, family: Family, table: WeightTable, where: str
+    files: WeightFiles | DequantizedFiles, family: Family, table: WeightTable, where: str
 ) -> tuple[dict[str, str], list[str]]:
     """Return the stored names by the names of the weight table, and a note if the model is within another module."""
     inner = table.sources(_ANCHOR)[0].name.removeprefix(family.base_prefix)
