@@ -18,7 +18,7 @@ from llm_edge.checkpoint.gguf import sentencepiece
 from llm_edge.checkpoint.gguf.end_tokens import find_end_tokens, token_id
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS, UNSUPPORTED, PreTokenizer
-from llm_edge.checkpoint.gguf.sentencepiece import CONTROL, UNKNOWN, USER_DEFINED
+from llm_edge.checkpoint.text.sentencepiece_bpe import CONTROL, UNKNOWN, USER_DEFINED
 
 
 def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:

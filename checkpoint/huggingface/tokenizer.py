@@ -11,6 +11,7 @@ import tokenizers
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.huggingface.tokenizer_conversion import convert_tokenizer
+from llm_edge.checkpoint.text.converted import ConvertedTokenizer
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 from llm_edge.runtime.text.tokenizer_check import check_tokenizer
@@ -38,9 +39,14 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
         CheckpointError: a file is missing or damaged.
     """
     path = folder / "tokenizer.json"
-    tokenizer_json = read_text(path, 256 * MIB, error=CheckpointError) if path.exists() else convert_tokenizer(folder)
-    check_tokenizer(tokenizer_json, path, error=CheckpointError)
     raw = _optional_json(folder / "tokenizer_config.json")
+    if path.exists():
+        converted = ConvertedTokenizer(read_text(path, 256 * MIB, error=CheckpointError))
+    else:
+        converted = convert_tokenizer(folder, raw)
+    tokenizer_json = converted.tokenizer_json
+    check_tokenizer(tokenizer_json, path, error=CheckpointError)
+    raw = {**converted.config, **raw}
     if "added_tokens_decoder" not in raw:
         raw = {**raw, **_optional_json(folder / "special_tokens_map.json")}
     tokenizer_json, unknown = _with_added_tokens(tokenizer_json, raw, folder)
@@ -49,7 +55,7 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 requires a mapping under this name
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    eos = generation.get("eos_token_id")
+    eos = generation.get("eos_token_id", list(converted.eos_token_ids) or None)
     return TokenizerAssets(
         tokenizer_json=tokenizer_json,
         tokenizer_config=config,
