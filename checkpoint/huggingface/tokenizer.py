@@ -28,8 +28,10 @@ _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _USED_TEMPLATES = ("default", "tool_use")
 
 
-def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAssets:
-    """Read the tokenizer of a folder as transformers does.
+def read_tokenizer(
+    folder: Path, generation: Mapping[str, Any], converted: ConvertedTokenizer | None = None
+) -> TokenizerAssets:
+    """Read the tokenizer of a folder as transformers does; `converted` is what `convert_tokenizer` returned for it.
 
     `special_tokens_map.json` and `added_tokens.json` count if `tokenizer_config.json` has no `added_tokens_decoder`.
     Template files replace the templates in `tokenizer_config.json`. A vocabulary of another kind than `tokenizer.json`
@@ -40,10 +42,9 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
     """
     path = folder / "tokenizer.json"
     raw = _optional_json(folder / "tokenizer_config.json")
-    if path.exists():
+    if converted is None and path.exists():
         converted = ConvertedTokenizer(read_text(path, 256 * MIB, error=CheckpointError))
-    else:
-        converted = convert_tokenizer(folder, raw)
+    converted = converted or convert_tokenizer(folder, raw)
     tokenizer_json = converted.tokenizer_json
     check_tokenizer(tokenizer_json, path, error=CheckpointError)
     raw = {**converted.config, **raw}

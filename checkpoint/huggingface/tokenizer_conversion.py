@@ -20,9 +20,10 @@ _SENTENCEPIECE, _TEKKEN = "tokenizer.model", "tekken.json"
 _VOCABULARIES = ((_TEKKEN,), (_SENTENCEPIECE,), ("spiece.model",), ("vocab.json", "merges.txt"))
 
 
-def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder has a vocabulary that `convert_tokenizer` may read."""
-    return _find(folder) is not None
+def find_vocabulary(folder: Path) -> Path | None:
+    """Return the first file of the vocabulary in a folder that `convert_tokenizer` reads, or None."""
+    names = _find(folder)
+    return None if names is None else folder / names[0]
 
 
 def convert_tokenizer(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
