@@ -19,6 +19,7 @@ from llm_edge.checkpoint.huggingface.wrappers import text_config
 from llm_edge.checkpoint.lora.adapter import Adapter
 from llm_edge.checkpoint.quantized.dequantized import DequantizedFiles, check_method, find_quantization, open_quantized
 from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
+from llm_edge.model.block_weights import BlockKind, SourceBlocks
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.family import Family
@@ -91,7 +92,8 @@ def _read(
     for full_name, stored_name in stored.items():
         if full_name not in stray.names and not re.fullmatch(table.ignored, full_name):
             files.check_type(stored_name)
-    weights = bind_weights(config, table, shapes, load, where, unused=stray.names)
+    reader = _StoredBlocks(files, stored) if isinstance(files, DequantizedFiles) and adapter is None else None
+    weights = bind_weights(config, table, shapes, load, where, reader, stray.names)
     generation, ignored = read_generation(config_path.parent, content)
     raw.value("architectures")
     source = Source(
@@ -160,6 +162,20 @@ def _split_quantization(content: Mapping[str, Any], where: str) -> tuple[Mapping
     if section is not None:
         check_method(section)
     return {key: value for key, value in content.items() if key not in _QUANTIZATION}, section
+
+
+class _StoredBlocks:
+    """`BlockReader` of a quantized checkpoint by the names of the weight table."""
+
+    def __init__(self, files: DequantizedFiles, stored: Mapping[str, str]) -> None:
+        self._files = files
+        self._stored = stored
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        return self._files.block_kind(self._stored[name])
+
+    def blocks(self, name: str) -> SourceBlocks:
+        return self._files.blocks(self._stored[name])
 
 
 def _open_files(found: WeightPaths, quantization: ConfigReader | None, folder: Path) -> WeightFiles | DequantizedFiles:

@@ -88,18 +88,18 @@ class GroupedWeight(ABC):
         if groups.index is not None or size < _MIN_BLOCK or groups.width % groups.size:
             return None
         zeros = self.zeros()
-        offsets = zeros is not None and bool((zeros != 1 << self.bits - 1).any())
-        return BlockKind(4 if self.bits <= 4 else 8, size, offsets)
+        varied = zeros is not None and bool((zeros != 1 << self.bits - 1).any())
+        return BlockKind(4 if self.bits <= 4 else 8, size, offsets=False, zeros=varied)
 
     def blocks(self) -> SourceBlocks:
         """Return the weight in the layout of `block_kind`."""
         kind = self.block_kind()
         assert kind is not None
-        scales, zeros = self.scales().float(), self.zeros()
-        repeats, middle = self.groups.size // kind.size, 1 << self.bits - 1
-        offsets = None
-        if kind.offsets:
-            assert zeros is not None
-            offsets = ((middle - zeros.float()) * scales).repeat_interleave(repeats, dim=1)
-        levels = self.levels() + ((1 << kind.bits - 1) - middle)
-        return SourceBlocks(levels.contiguous(), scales.repeat_interleave(repeats, dim=1), offsets)
+        repeats, shift = self.groups.size // kind.size, (1 << kind.bits - 1) - (1 << self.bits - 1)
+        zeros = self.zeros() if kind.zeros else None
+        return SourceBlocks(
+            (self.levels() + shift).contiguous(),
+            self.scales().float().repeat_interleave(repeats, dim=1),
+            None,
+            None if zeros is None else (zeros + shift).repeat_interleave(repeats, dim=1),
+        )

@@ -25,12 +25,17 @@ from llm_edge.runtime.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
-_ORDER = {width: torch.randperm(width, generator=torch.Generator().manual_seed(width)) for width in (64, 128)}
 _PACKED = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True}}},
 }
+
+
+def _order(width: int) -> Tensor:
+    return torch.randperm(width, generator=torch.Generator().manual_seed(width))
+
+
 Case = tuple[Mapping[str, Any], Callable[[Tensor], quantized.Written], str]
 CASES: dict[str, Case] = {
     "gptq": (_GPTQ, quantized.gptq, "GPTQ 4 bits"),
@@ -44,7 +49,7 @@ CASES: dict[str, Case] = {
     "gptq of 3 bits": ({**_GPTQ, "bits": 3}, lambda w: quantized.gptq(w, 3), "GPTQ 3 bits"),
     "gptq with act-order": (
         {**_GPTQ, "desc_act": True},
-        lambda w: quantized.gptq(w, order=_ORDER[w.shape[1]]),
+        lambda w: quantized.gptq(w, order=_order(w.shape[1])),
         "GPTQ 4 bits",
     ),
     "gptq with one group per row": (
@@ -187,7 +192,7 @@ def test_llm_int8_is_read(folder: Path) -> None:
 
 def test_packed_integers_in_groups_by_an_index_are_read(folder: Path) -> None:
     def write(weight: Tensor) -> quantized.Written:
-        levels, zeros, scales, group_of = quantized.grid(weight, 4, 32, symmetric=True, order=_ORDER[weight.shape[1]])
+        levels, zeros, scales, group_of = quantized.grid(weight, 4, 32, symmetric=True, order=_order(weight.shape[1]))
         parts = {
             "weight_packed": quantized.pack(levels.T, 4).T,
             "weight_scale": scales,
