@@ -46,6 +46,8 @@ def read_compressed_tensors(config: ConfigReader, files: WeightFiles) -> Iterato
             yield _packed(stored, bits) if info.dtype is torch.int32 else _float4(stored)
         elif name.endswith(".weight") and info.dtype is torch.int8:
             yield _integers(StoredWeight(files, name), block)
+        elif name.endswith(".weight") and f"{name}_scale" in files.tensors and info.dtype in FLOATS:
+            StoredWeight(files, name).fail("", "has a scale but is not quantized: save the model compressed")
 
 
 def _check(config: ConfigReader) -> None:
@@ -55,9 +57,6 @@ def _check(config: ConfigReader) -> None:
         name = each.text("format", "dense")
         if name not in _FORMATS:
             each.fail(f"format {name!r} is not supported; supported: {', '.join(map(repr, _FORMATS))}")
-    status = config.text("quantization_status", "compressed")
-    if status != "compressed":
-        config.fail(f"quantization_status is {status!r}; only 'compressed' is supported: save the model compressed")
     sparsity = config.section("sparsity_config")
     if sparsity is not None and sparsity.text("format", "dense") != "dense":
         sparsity.fail("sparse weights are not supported: give the model before compression")

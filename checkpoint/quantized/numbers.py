@@ -78,15 +78,18 @@ def scale_tiles(numbers: Tensor, scales: Tensor, tile: tuple[int, int], zeros: T
     grid = -(-rows // tile[0]), -(-width // tile[1])
     scales = scales.float().reshape(grid)
     zeros = None if zeros is None else zeros.float().reshape(grid)
-    columns = torch.arange(width) // tile[1]
     result = torch.empty(rows, width)
-    step = max(_CHUNK // max(width, 1), 1)
+    step, count = max(_CHUNK // max(width, 1), 1), width // tile[1]
     for start in range(0, rows, step):
-        part = numbers[start : start + step].float()
+        part = result[start : start + step].copy_(numbers[start : start + step])
         of_rows = torch.arange(start, start + len(part)) // tile[0]
-        if zeros is not None:
-            part -= zeros[of_rows][:, columns]
-        result[start : start + step] = part.mul_(scales[of_rows][:, columns])
+        whole, rest = part[:, : count * tile[1]].view(len(part), count, tile[1]), part[:, None, count * tile[1] :]
+        for columns, tiles in ((whole, slice(count)), (rest, slice(count, count + 1))):
+            if columns.shape[2] == 0:  # the last tile is not cut off
+                continue
+            if zeros is not None:
+                columns -= zeros[of_rows, tiles, None]
+            columns *= scales[of_rows, tiles, None]
     return result
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import quantized
 import tiny
 import torch
 from quantized import quantize_folder
 from safetensors.torch import load_file, save_file
+from test_wrappers import model as wrapper_model
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
@@ -156,6 +158,28 @@ def test_weights_are_read_when_they_are_requested(folder: Path, monkeypatch: pyt
 def test_activation_scales_are_left_out_with_a_note(folder: Path) -> None:
     quantize_folder(folder, CASES["fp8 with one scale"][0], quantized.fp8_tensor)
     assert "14 scales of activations left out: activations are not quantized" in read(folder).notes
+
+
+def test_the_text_part_of_a_quantized_wrapper_is_read(tmp_path: Path) -> None:
+    """As Ministral 3: FP8 with one scale, whose config is that of the whole model."""
+    theirs = wrapper_model("mistral3 with ministral3")
+    config = {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "modules_to_not_convert": ["model.vision_tower", "lm_head"],
+        "weight_block_size": None,
+    }
+    folder = families.save(theirs, tmp_path)
+    expected = quantize_folder(
+        folder, config, quantized.fp8_tensor, select=lambda name: "language_model" in name and "_proj.weight" in name
+    )
+    checkpoint = read(folder)
+    assert checkpoint.hf_config["model_type"] == "ministral3"
+    prefix = next(name for name in expected if name.endswith("layers.0.mlp.up_proj.weight")).split("layers.")[0]
+    for number in range(2):
+        name = f"layers.{number}.mlp.down"
+        stored = expected[f"{prefix}{name}_proj.weight"]
+        torch.testing.assert_close(checkpoint.weights[f"{name}.weight"], stored, rtol=1e-6, atol=1e-7)
 
 
 def test_a_quantized_head_and_weights_that_are_not_converted_are_read(tmp_path: Path) -> None:
@@ -368,7 +392,6 @@ def refused(folder: Path, *words: str) -> None:
     ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' is not supported"),
     ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size is not a list of two positive"),
     ({**_PACKED, "format": "marlin-24"}, "format 'marlin-24' is not supported"),
-    ({**_PACKED, "quantization_status": "frozen"}, "only 'compressed' is supported"),
     ({**_PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights are not supported"),
     ({**_PACKED, "transform_config": {"config_groups": {"u": {}}}}, "transformed weights are not supported"),
     ({**_PACKED, "config_groups": {"group_0": 3}}, "config_groups: group_0 is not an object"),
@@ -408,6 +431,15 @@ def test_a_group_that_does_not_exist_is_rejected(folder: Path) -> None:
 def test_a_weight_of_another_shape_than_the_model_is_rejected(folder: Path) -> None:
     quantize_folder(folder, _GPTQ, lambda weight: quantized.gptq(weight[:, :32]))
     refused(folder, "self_attn.q_proj.weight", "has shape (128, 32)", "the config requires")
+
+
+def test_weights_with_scales_that_are_not_compressed_are_rejected(folder: Path) -> None:
+    config = {**CASES["compressed-tensors, float-quantized"][0], "quantization_status": "frozen"}
+    expected = quantize_folder(folder, config, quantized.fp8_rows)
+    same(read(folder), expected)  # compressed, whatever the status says
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].half()}))
+    refused(folder, f"tensor {name} has a scale but is not quantized: save the model compressed")
 
 
 def test_a_weight_in_both_forms_is_rejected(folder: Path) -> None:
