@@ -92,8 +92,8 @@ def _read(
     for full_name, stored_name in stored.items():
         if full_name not in stray.names and not re.fullmatch(table.ignored, full_name):
             files.check_type(stored_name)
-    reader = _StoredBlocks(files, stored) if isinstance(files, DequantizedFiles) and adapter is None else None
-    weights = bind_weights(config, table, shapes, load, where, reader, stray.names)
+    blocks = None if adapter is not None or isinstance(files, WeightFiles) else _StoredBlocks(files, stored)
+    weights = bind_weights(config, table, shapes, load, where, blocks, stray.names)
     generation, ignored = read_generation(config_path.parent, content)
     raw.value("architectures")
     source = Source(
@@ -119,8 +119,7 @@ def _read(
         notes=(
             *_duplicate_keys(config_path),
             *wrapper_notes,
-            *found.notes,
-            *(files.notes if isinstance(files, DequantizedFiles) else ()),
+            *files.notes,
             *prefix_notes,
             *([f"config.json: {tied_note}"] if tied_note else []),
             *stray.notes,

@@ -14,6 +14,7 @@ from llm_edge.checkpoint.text.converted import ConvertedTokenizer
 from llm_edge.checkpoint.text.sentencepiece_model import read_sentencepiece
 from llm_edge.checkpoint.text.tekken import read_tekken
 from llm_edge.checkpoint.text.tiktoken_file import is_tiktoken, read_tiktoken
+from llm_edge.checkpoint.text.vocab_merges import read_vocab_and_merges
 from llm_edge.runtime.errors import CheckpointError
 
 _SENTENCEPIECE, _TEKKEN = "tokenizer.model", "tekken.json"
@@ -29,7 +30,8 @@ def find_vocabulary(folder: Path) -> Path | None:
 def convert_tokenizer(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
     """Convert the vocabulary of a folder to a tokenizer.json. No code of the folder is executed.
 
-    tekken.json, tiktoken's files and most SentencePiece models are read here; transformers converts the others.
+    tekken.json, tiktoken's files, most SentencePiece models and the files of GPT-2's and Qwen2's tokenizers are read
+    here; transformers converts the others.
 
     Args:
         folder: contains the vocabulary.
@@ -50,6 +52,8 @@ def convert_tokenizer(folder: Path, config: Mapping[str, Any]) -> ConvertedToken
     if is_tiktoken(first):
         return read_tiktoken(first, config)
     if first.name == _SENTENCEPIECE and (found := read_sentencepiece(first, config)) is not None:
+        return found
+    if len(names) == 2 and (found := read_vocab_and_merges(first, folder / names[1], config)) is not None:
         return found
     return ConvertedTokenizer(_convert_with_transformers(folder, " and ".join(names)))
 

@@ -48,6 +48,7 @@ class WeightFiles:
         tensors: shape and type of every tensor.
         format: name of the file format.
         where: path of the file, or of the folder of the shards, for messages.
+        notes: files that were left aside, one sentence each.
 
     Raises:
         CheckpointError: a file is missing or damaged, or two shards have different tensors of one name.
@@ -57,6 +58,7 @@ class WeightFiles:
         self._files: dict[str, TensorFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
+        self.notes = found.notes
         self.format = "safetensors" if found.paths[0].suffix == ".safetensors" else "PyTorch"
         shard_of = _weight_map(found.index) if found.index is not None else {}
         for path in found.paths:

@@ -8,7 +8,7 @@ with the defaults of `tokenizers.ByteLevelBPETokenizer`: GPT-2's pre-tokenizer a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,9 +17,10 @@ from tokenizers import pre_tokenizers
 
 from llm_edge.checkpoint.huggingface.tokenizer_conversion import convert_tokenizer, find_vocabulary
 from llm_edge.checkpoint.text.converted import ConvertedTokenizer
+from llm_edge.checkpoint.text.vocab_merges import read_merges
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json, read_text
+from llm_edge.runtime.safe_io import MIB, read_json
 
 _JSON, _VOCAB, _MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _MAX_BYTES = 64 * MIB
@@ -161,27 +162,12 @@ def read_vocabulary(files: TokenizerFiles, converted: ConvertedTokenizer | None 
         "pre_tokenizer": byte_level,
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": content, "merges": list(_merges(files.merges, content))},
+        "model": {"type": "BPE", "vocab": content, "merges": list(read_merges(files.merges, content))},
     }
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     if not alphabet & content.keys():
         raise CheckpointError(f"{files.main}: not the vocabulary of a byte-level BPE: give a {_JSON} with --tokenizer")
     return Vocabulary(spec, str(files.main))
-
-
-def _merges(path: Path, vocabulary: Mapping[str, int]) -> Iterator[list[str]]:
-    """Yield the pairs of tokens in a merges file; lines that start with `#version` are skipped, as in `tokenizers`."""
-    lines = read_text(path, _MAX_BYTES, error=CheckpointError).split("\n")
-    for number, line in enumerate(lines, 1):
-        line = line.removesuffix("\r")
-        if not line or line.startswith("#version"):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-            raise CheckpointError(
-                f"{path}: line {number} does not join two tokens of the vocabulary into a third: {line[:80]!a}"
-            )
-        yield pair
 
 
 def _from_flag(path: Path) -> TokenizerFiles:

@@ -67,7 +67,8 @@ class DequantizedFiles:
             [each.kind for each in self._weights.values()] + [kind for kind in files.types.split(", ") if kind]
         )
         count = len(activations)
-        self.notes = (f"{count} scales of activations left out: activations are not quantized",) if count else ()
+        note = f"{count} scales of activations left out: activations are not quantized"
+        self.notes = (*files.notes, *([note] if count else []))
 
     def check_type(self, name: str) -> None:
         """Reject a tensor that does not hold floats."""

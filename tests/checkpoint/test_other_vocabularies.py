@@ -309,7 +309,9 @@ def test_damaged_sentencepiece_models_are_rejected_in_one_line(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "Qwen2Tokenizer"])
-def test_vocab_and_merges_encode_as_transformers(tokenizer_class: str, tmp_path: Path) -> None:
+def test_vocab_and_merges_encode_as_transformers(
+    tokenizer_class: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers
 
     folder = tiny.save_checkpoint(tmp_path / "model", vocab_size=340)
@@ -321,6 +323,7 @@ def test_vocab_and_merges_encode_as_transformers(tokenizer_class: str, tmp_path:
     content = json.loads((folder / "tokenizer_config.json").read_text())
     write(folder / "tokenizer_config.json", {**content, "tokenizer_class": tokenizer_class})
     theirs = getattr(transformers, tokenizer_class).from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     assets = read_folder(folder).tokenizer
     for text in mixed(7):
         assert encode(assets, text) == theirs.encode(text, add_special_tokens=False), text
