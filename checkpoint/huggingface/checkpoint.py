@@ -17,7 +17,7 @@ from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.huggingface.wrappers import text_config
 from llm_edge.checkpoint.lora.adapter import Adapter
-from llm_edge.checkpoint.quantized.dequantized import DequantizedFiles, check_method, find_quantization, open_quantized
+from llm_edge.checkpoint.quantized.dequantized import DequantizedFiles, open_weights, split_quantization
 from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
 from llm_edge.model.block_weights import BlockKind, SourceBlocks
 from llm_edge.model.config import ModelConfig
@@ -28,7 +28,6 @@ from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 
-_QUANTIZATION = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.8
 _ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
 
 
@@ -72,12 +71,12 @@ def _read(
     whole = read_json(config_path, MIB, error=CheckpointError)
     content, config_where, wrapper_notes = text_config(whole, str(config_path))
     is_wrapper = content is not whole
-    content, quantization = _split_quantization(content, config_where)
+    content, quantization = split_quantization(content, config_where)
     raw = ConfigReader(content, config_where)
     family, config = _read_config(raw)
     loadable = found is None and not is_wrapper
     found = found or find_weight_files(config_path.parent, whole.get("transformers_weights"))
-    files = _open_files(found, quantization, config_path.parent)
+    files = open_weights(found, quantization, config_path.parent)
     where = files.where
     table = family.weight_table(config, raw)
     stored, prefix_notes = _stored_names(files, family, table, where)
@@ -154,15 +153,6 @@ def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
         raise CheckpointError(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error
 
 
-def _split_quantization(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ConfigReader | None]:
-    """Return a config without what describes quantized weights, and that; the model is read without them."""
-    key = next((key for key in _QUANTIZATION if content.get(key) is not None), None)
-    section = None if key is None else ConfigReader(content, where).section(key)
-    if section is not None:
-        check_method(section)
-    return {key: value for key, value in content.items() if key not in _QUANTIZATION}, section
-
-
 class _StoredBlocks:
     """`BlockReader` of a quantized checkpoint by the names of the weight table."""
 
@@ -175,12 +165,6 @@ class _StoredBlocks:
 
     def blocks(self, name: str) -> SourceBlocks:
         return self._files.blocks(self._stored[name])
-
-
-def _open_files(found: WeightPaths, quantization: ConfigReader | None, folder: Path) -> WeightFiles | DequantizedFiles:
-    files = WeightFiles(found)
-    quantization = quantization or find_quantization(files, folder)
-    return files if quantization is None else open_quantized(files, quantization)
 
 
 def _stored_names(

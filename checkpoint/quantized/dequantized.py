@@ -1,4 +1,4 @@
-"""`open_quantized`: the tensors of a quantized Hugging Face checkpoint, under the names of the unquantized model.
+"""`open_weights`: the tensors of a quantized Hugging Face checkpoint, under the names of the unquantized model.
 
 To add a format, write a function like those in `METHODS` and add its entry. It describes each quantized weight from the
 shapes of the stored tensors, whose numbers are read when the weight is requested.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llm_edge.checkpoint.base import by_frequency
-from llm_edge.checkpoint.huggingface.weight_files import WeightFiles
+from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths
 from llm_edge.checkpoint.quantized.bitsandbytes import read_bitsandbytes
 from llm_edge.checkpoint.quantized.compressed_tensors import read_compressed_tensors
 from llm_edge.checkpoint.quantized.fp4 import read_mxfp4
@@ -37,6 +38,7 @@ METHODS: Mapping[str, Callable[[ConfigReader, WeightFiles], Iterable[QuantizedWe
 }
 """By `quant_method` of a config's `quantization_config`, the function that finds the quantized weights."""
 
+_CONFIG_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before 0.8
 # Scales of activations, which are not rounded here.
 _ACTIVATIONS = re.compile(r".*[._](input_scale|input_zero_point|input_global_scale|output_scale|activation_scale)")
 
@@ -90,6 +92,35 @@ class DequantizedFiles:
         load = self._weights[name].load_blocks
         assert load is not None
         return load()
+
+
+def split_quantization(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ConfigReader | None]:
+    """Return the content of a config.json without what describes quantized weights, and that if there is any.
+
+    Raises:
+        CheckpointError: the method is not supported.
+    """
+    key = next((key for key in _CONFIG_KEYS if content.get(key) is not None), None)
+    section = None if key is None else ConfigReader(content, where).section(key)
+    if section is not None:
+        check_method(section)
+    return {key: value for key, value in content.items() if key not in _CONFIG_KEYS}, section
+
+
+def open_weights(found: WeightPaths, quantization: ConfigReader | None, folder: Path) -> WeightFiles | DequantizedFiles:
+    """Open the weights of a folder under the names of the unquantized model.
+
+    Args:
+        found: the files.
+        quantization: what `split_quantization` returned.
+        folder: contains config.json.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not match the method.
+    """
+    files = WeightFiles(found)
+    quantization = quantization or find_quantization(files, folder)
+    return files if quantization is None else open_quantized(files, quantization)
 
 
 def find_quantization(files: WeightFiles, folder: Path) -> ConfigReader | None:
