@@ -1,17 +1,19 @@
 """Attention over a KV cache in plain PyTorch, and the operator `llm_edge::cached_attention`, which traces keep whole.
 
-Shapes: B batch, S new tokens, P past tokens, T = P + S, H query heads, K key/value heads, D head size.
+Shapes: B batch, S new tokens, P past tokens, T = P + S, H query heads, K key/value heads, D head size, E size of a
+value head, which differs from D only in the general route.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from llm_edge.model.operator import define_operator
 
 
 class AttentionInputs(NamedTuple):
@@ -20,10 +22,11 @@ class AttentionInputs(NamedTuple):
     Attributes:
         query: queries of the new tokens, [B, S, H * D]; if `key` and `value` are None, keys and values are packed
             after them, [B, S, (H + 2K) * D].
-        key: keys of the new tokens, [B, S, K * D].
-        value: values of the new tokens, [B, S, K * D].
-        past_key: rotated keys of the past tokens, [B, K, P, D].
-        past_value: values of the past tokens, [B, K, P, D].
+        key: keys of the new tokens, [B, S, K * D]; of all T tokens if there is no `past_key`.
+        value: values of the new tokens, [B, S, K * E]; of all T tokens if there is no `past_value`.
+        past_key: rotated keys of the past tokens, [B, K, P, D]; None if the caller caches something else, from which it
+            computes the keys and values of all tokens.
+        past_value: values of the past tokens, [B, K, P, E], or None.
         attention_mask: 1 for tokens, 0 for padding, over past and new slots, int64 [B, T].
         cos: cosines of the rotary angles, [max positions, rotated part of D / 2], see `Rope.tables`; None disables
             rotation.
@@ -36,13 +39,14 @@ class AttentionInputs(NamedTuple):
         softcap: bound c of the scores, which become c * tanh(score / c); 0 for no bound.
         growth_rate: of queries by their position, see `QueryGrowth`.
         growth_length: likewise; 0 for no growth.
+        sinks: logit of each head that takes part in the softmax without a value, [H], or None.
     """
 
     query: Tensor
     key: Tensor | None
     value: Tensor | None
-    past_key: Tensor
-    past_value: Tensor
+    past_key: Tensor | None
+    past_value: Tensor | None
     attention_mask: Tensor
     cos: Tensor | None
     sin: Tensor | None
@@ -54,6 +58,7 @@ class AttentionInputs(NamedTuple):
     softcap: float
     growth_rate: float
     growth_length: int
+    sinks: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,17 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Compute rotary causal attention over a cache.
 
     Returns:
-        attended values [B, S, H * D], present keys and present values [B, K, T, D].
+        attended values [B, S, H * E], present keys [B, K, T, D] and values [B, K, T, E]; without past, [B, K, 0, …].
     """
     query, key, value, past_key, past_value, attention_mask, cos, sin, num_heads, num_kv_heads, *_ = inputs
     batch, length, width = query.shape
-    head_dim = past_key.shape[3]
     if key is None or value is None:
-        sizes = [num_heads * head_dim, num_kv_heads * head_dim, width - (num_heads + num_kv_heads) * head_dim]
-        query, key, value = torch.split(query, sizes, dim=-1)
-    query, key, value = (x.reshape(batch, length, -1, head_dim).transpose(1, 2) for x in (query, key, value))
+        head_dim = width // (num_heads + 2 * num_kv_heads)
+        query, key, value = torch.split(query, [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)], dim=-1)
+    query, key, value = (
+        x.reshape(batch, x.shape[1], heads, -1).transpose(1, 2)
+        for x, heads in ((query, num_heads), (key, num_kv_heads), (value, num_kv_heads))
+    )
     if cos is not None and sin is not None:
         positions = positions_of(attention_mask, length)
         if inputs.long_from:
@@ -132,22 +139,25 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         query, key = (_rotate(x, cos[positions], sin[positions]) for x in (query, key))
     if inputs.growth_length:
         query = query * _growth(positions_of(attention_mask, length), inputs)[:, None, :, None]
-    key = torch.cat([past_key, key], dim=2)  # [B, K, T, D]
-    value = torch.cat([past_value, value], dim=2)
+    present = key[:, :, :0].clone(), value[:, :, :0].clone()
+    if past_key is not None and past_value is not None:
+        key = torch.cat([past_key, key], dim=2)  # [B, K, T, D]
+        value = torch.cat([past_value, value], dim=2)
+        present = key, value
 
     slots = torch.arange(attention_mask.shape[1], device=query.device)
-    new_slots = slots[past_key.shape[2] :, None]  # [S, 1]
+    new_slots = slots[attention_mask.shape[1] - length :, None]  # [S, 1]
     visible = (slots <= new_slots) & attention_mask[:, None, None, :].bool()  # [B, 1, S, T]
     if inputs.window:
         visible = visible & (slots > new_slots - inputs.window)
     visible = visible | (slots == new_slots)  # padding attends to itself, so that its softmax is finite
-    if inputs.softcap:
-        attended = _capped_attention(query, key, value, visible, inputs.scale, inputs.softcap)
+    if inputs.softcap or inputs.sinks is not None:
+        attended = _explicit_attention(query, key, value, visible, inputs.scale, inputs.softcap, inputs.sinks)
     else:
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=inputs.scale, enable_gqa=True
         )  # [B, H, S, D]
-    return attended.transpose(1, 2).reshape(batch, length, num_heads * head_dim), key, value
+    return attended.transpose(1, 2).flatten(2), *present
 
 
 def packed_attention(inputs: PackedInputs) -> Tensor:
@@ -171,7 +181,7 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
     parts = list(zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True))
     if softcap:
         capped = [
-            _capped_attention(query, key, value, _causal_mask(query, window), scale, softcap)
+            _explicit_attention(query, key, value, _causal_mask(query, window), scale, softcap)
             for query, key, value in parts
         ]
         return torch.cat(capped, dim=2).transpose(1, 2).reshape(length, -1)
@@ -207,16 +217,29 @@ def _causal_mask(query: Tensor, window: int) -> Tensor:
     return seen.triu(1 - window) if 0 < window < length else seen
 
 
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Return attended values [B, H, S, D] with bounded scores; `visible` is bool [..., S, T]."""
+    """Return attended values [B, H, S, E] with bounded scores or sinks; `visible` is bool [..., S, T]."""
     batch, num_kv_heads, _, head_dim = key.shape
     grouped = query.reshape(batch, num_kv_heads, -1, query.shape[2], head_dim)  # [B, K, H / K, S, D]
     key, value = key.unsqueeze(2), value.unsqueeze(2)
-    scores = torch.tanh((grouped * scale) @ key.transpose(3, 4) / softcap) * softcap  # [B, K, H / K, S, T]
-    attended = scores.masked_fill(~visible.unsqueeze(-3), -torch.inf).softmax(-1) @ value
-    return attended.reshape(query.shape)
+    scores = (grouped * scale) @ key.transpose(3, 4)  # [B, K, H / K, S, T]
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible.unsqueeze(-3), -torch.inf)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        column = sinks.reshape(1, num_kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    return (weights @ value).flatten(1, 2)
 
 
 def positions_of(attention_mask: Tensor, length: int) -> Tensor:
@@ -234,10 +257,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Check the shape of the mask and compute `attention`."""
-    inputs = AttentionInputs(*arguments)
-    expected = (inputs.query.shape[0], inputs.past_key.shape[2] + inputs.query.shape[1])
+    new = (inputs.query if inputs.key is None else inputs.key).shape[1]
+    past = 0 if inputs.past_key is None else inputs.past_key.shape[2]
+    expected = (inputs.query.shape[0], past + new)
     if inputs.attention_mask.shape != expected:
         raise ValueError(
             f"attention_mask has the shape {tuple(inputs.attention_mask.shape)}, past and new tokens require {expected}"
@@ -245,26 +269,51 @@ def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attention(inputs)
 
 
-# The operator's schema is derived from a signature: its parameters are the fields of AttentionInputs.
-_operator.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
-        for name, annotation in get_type_hints(AttentionInputs).items()
-    ],
-    return_annotation=tuple[Tensor, Tensor, Tensor],
-)
-cached_attention = torch.library.custom_op("llm_edge::cached_attention", _operator, mutates_args=())
-
-
-@cached_attention.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return tensors of the right shapes, for tracing."""
-    inputs = AttentionInputs(*arguments)
-    batch, length, _ = inputs.query.shape
-    head_dim = inputs.past_key.shape[-1]
-    present = (batch, inputs.num_kv_heads, inputs.attention_mask.shape[1], head_dim)
+    (batch, length, width), heads, kv_heads = inputs.query.shape, inputs.num_heads, inputs.num_kv_heads
+    if inputs.key is None or inputs.value is None:
+        key_size = value_size = width // (heads + 2 * kv_heads)
+    else:
+        key_size, value_size = inputs.key.shape[2] // kv_heads, inputs.value.shape[2] // kv_heads
+    total = 0 if inputs.past_key is None else inputs.attention_mask.shape[1]
     return (
-        inputs.query.new_empty(batch, length, inputs.num_heads * head_dim),
-        inputs.past_key.new_empty(present),
-        inputs.past_value.new_empty(present),
+        inputs.query.new_empty(batch, length, heads * value_size),
+        inputs.query.new_empty(batch, kv_heads, total, key_size),
+        inputs.query.new_empty(batch, kv_heads, total, value_size),
     )
+
+
+cached_attention = define_operator("cached_attention", AttentionInputs, 3, _checked, _fake)
+
+
+class CacheInputs(NamedTuple):
+    """Arguments of `append_to_cache`.
+
+    Attributes:
+        past: what a layer caches of the past tokens, [B, K, P, D].
+        new: of the new tokens, [B, K, S, D].
+        attention_mask: see `AttentionInputs`.
+    """
+
+    past: Tensor
+    new: Tensor
+    attention_mask: Tensor
+
+
+def _append(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+    """Return the cache after the new tokens twice, [B, K, T, D]: to keep and to read.
+
+    They differ in a graph whose past and present share a buffer with room for more tokens.
+    """
+    whole = torch.cat([inputs.past, inputs.new], dim=2)
+    return whole, whole.clone()  # an operator's outputs must not be the same tensor
+
+
+def _fake_append(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+    batch, heads, _, size = inputs.new.shape
+    shape = (batch, heads, inputs.attention_mask.shape[1], size)
+    return inputs.new.new_empty(shape), inputs.new.new_empty(shape)
+
+
+append_to_cache = define_operator("append_to_cache", CacheInputs, 2, _append, _fake_append)

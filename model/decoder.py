@@ -76,7 +76,7 @@ class Attention(nn.Module):
             query, key, value, *past, mask, cos, sin,
             config.num_attention_heads, config.num_key_value_heads, config.scale, self.window,
             long_from=rope.long_from if rope is not None else 0,
-            softcap=config.attention_softcap or 0.0, growth_rate=growth.rate, growth_length=growth.length,
+            softcap=config.attention_softcap or 0.0, growth_rate=growth.rate, growth_length=growth.length, sinks=None,
         )  # fmt: skip
         attended, *present = attention(inputs) if self.standalone else cached_attention(*inputs)
         return self.output(attended), (present[0], present[1])

@@ -5,6 +5,7 @@ The exporter writes bundles with `FORMAT_VERSION` and `manifest_entry`; everythi
 
 from __future__ import annotations
 
+import re
 import reprlib
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.file_checksums import cached_sha256, file_sha256
+from llm_edge.runtime.model_shape import CacheTensor, ModelShape, key_value_caches
 from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 
 FORMAT_VERSION = 1
@@ -33,27 +35,10 @@ _MAX_DIMENSIONS: Mapping[str, int] = {
     "max_position_embeddings": 16_777_216,
 }
 _MAX_HIDDEN = 65_536
+_MAX_CACHES, _MAX_CACHE_SIDE, _MAX_CACHE_AXES = 8_192, 1_048_576, 4
+_CACHE_NAME = re.compile(r"[0-9]{1,4}(\.[a-z]{1,32}|\.[0-9]{1,2}){1,2}")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The dimensions of a model that callers of its graph need.
-
-    Attributes:
-        vocab_size: V, width of the logits.
-        num_hidden_layers: number of key/value pairs of cache tensors.
-        num_key_value_heads: K in the cache's shape [B, K, tokens, D].
-        head_dim: D in the cache's shape.
-        max_position_embeddings: maximum number of tokens in the context.
-    """
-
-    vocab_size: int
-    num_hidden_layers: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +127,7 @@ class Bundle:
         self.manifest = manifest
         self.name = _field(manifest, "name", str)
         shape = _field(manifest, "model", dict)
-        self.shape = ModelShape(**{key: _count(shape, key, high=_MAX_DIMENSIONS[key]) for key in ModelShape.__slots__})
+        self.shape = self._shape(shape)
         self._files = _field(manifest, "files", dict)
         entries = _field(manifest, "precisions", dict)
         if not entries:
@@ -263,6 +248,32 @@ class Bundle:
                 raise BundleError(f"{path} cannot be read ({error.strerror}): export the bundle again") from error
             if digest != self._files[name].get("sha256"):
                 raise BundleError(f"{path} does not match its checksum: it was modified, export the bundle again")
+
+    def _shape(self, entry: Mapping[str, Any]) -> ModelShape:
+        def count(key: str) -> int:
+            return _count(entry, key, high=_MAX_DIMENSIONS[key])
+
+        vocab_size, layers, context = map(count, ("vocab_size", "num_hidden_layers", "max_position_embeddings"))
+        if "caches" not in entry:
+            caches = key_value_caches(layers, count("num_key_value_heads"), count("head_dim"))
+        else:
+            given = _field(entry, "caches", list)
+            if not 0 < len(given) <= _MAX_CACHES:
+                raise self._refused(f"model.caches has {len(given)} entries")
+            caches = tuple(map(self._cache, given))
+            if len({cache.name for cache in caches}) < len(caches):
+                raise self._refused("model.caches has the same name twice")
+        return ModelShape(vocab_size, layers, context, caches)
+
+    def _cache(self, entry: Any) -> CacheTensor:
+        name, shape, grows = _field(entry, "name", str), _field(entry, "shape", list), _field(entry, "grows", bool)
+        numbers = [size for size in shape if isinstance(size, int) and not isinstance(size, bool)]
+        valid = len(numbers) == len(shape) and all(0 < size <= _MAX_CACHE_SIDE for size in numbers)
+        if not valid or not 0 < len(shape) <= _MAX_CACHE_AXES or (grows and len(shape) != 2):
+            raise self._refused(f"model.caches: {reprlib.repr(name)} has the shape {reprlib.repr(shape)}")
+        if not _CACHE_NAME.fullmatch(name):
+            raise self._refused(f"model.caches: {reprlib.repr(name)} is not the name of a cache")
+        return CacheTensor(name, tuple(numbers), grows)
 
     def _precision(self, name: str, entry: Any) -> PrecisionInfo:
         if not isinstance(entry, dict):

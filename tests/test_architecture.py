@@ -28,7 +28,17 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "exporter": {
         "model": None,
         "checkpoint": None,
-        "runtime": {"backend", "bundle", "command", "errors", "file_lock", "installation", "safe_io", "text"},
+        "runtime": {
+            "backend",
+            "bundle",
+            "command",
+            "errors",
+            "file_lock",
+            "installation",
+            "model_shape",
+            "safe_io",
+            "text",
+        },
     },
     "finetune": {"model": None, "checkpoint": None, "runtime": None},
     # The chat runs llm-export as a process, with these options.
@@ -54,11 +64,11 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/py.typed"))
 
 
 def modules(package: str) -> list[str]:
-    """Full names of all modules of a package, except those for other engines, which are not installed."""
+    """Full names of all modules of a package, except those for other engines and those that need transformers."""
     found = []
     for path in sorted((ROOT / package).rglob("*.py")):
         name = ".".join(("llm_edge", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
-        if not name.endswith("genai_worker"):
+        if not name.endswith("genai_worker") and not name.startswith("llm_edge.exporter.general"):
             found.append(name)
     return found
 

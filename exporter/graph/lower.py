@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_edge.exporter.graph.attention import DOMAIN
 from llm_edge.exporter.graph.editor import Array, Editor, lazy_tensor, name_of, shape_of
 from llm_edge.exporter.graph.emitter import EmitContext
+from llm_edge.exporter.graph.experts import EXPERTS, lower_experts
 from llm_edge.exporter.graph.passes.float16 import to_float16
 from llm_edge.exporter.graph.passes.int8_cache import check_cache, quantize_cache
 from llm_edge.exporter.graph.trace import GraphStyle
@@ -28,25 +29,34 @@ from llm_edge.model.weights import Weights
 
 def apply_recipe(
     model: ir.Model,
-    config: ModelConfig,
     weights: Mapping[str, Tensor],
     recipe: Recipe,
     style: GraphStyle,
     calibrated: CalibratedWeights | None = None,
+    *,
+    tied: bool,
+    config: ModelConfig | None = None,
 ) -> dict[str, StoredFormat]:
     """Lower a traced graph (see `graph.trace`) to the graph of a precision, in place.
 
-    `config` and `weights` are those of the traced model, rotated if the recipe is calibrated; projections that
-    `calibrated` does not hold are quantized without calibration.
+    Args:
+        model: the graph.
+        weights: of the traced model, rotated if the recipe is calibrated.
+        recipe: of the precision.
+        style: of the graph.
+        calibrated: projections that it does not hold are quantized without calibration.
+        tied: whether the output head has the weight of the embedding.
+        config: of our own decoder, for a quantized cache.
 
     Returns:
         the formats of all projections and the embedding by module path.
     """
     check_cache(recipe, style)
-    tied = config.tie_word_embeddings
     lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED, tied)
     for node in list(model.graph):
-        if node.domain == DOMAIN:
+        if node.domain == DOMAIN and node.op_type == EXPERTS:
+            lower_experts(lowering.editor, node, weights)
+        elif node.domain == DOMAIN:
             lowering.lower_linear(node)
     for node in list(model.graph):  # after the projections: a tied embedding uses the format of the head
         if node.op_type == "Gather" and name_of(node.inputs[0]) == f"{EMBEDDING}.weight":
@@ -55,6 +65,7 @@ def apply_recipe(
     _fill_initializers(model, weights)
     if recipe.cache_bits:
         assert calibrated is not None
+        assert config is not None
         quantize_cache(model, config, calibrated.caches)
     if recipe.float16:
         to_float16(model)
@@ -89,6 +100,7 @@ class _Lowering:
         self._recipe = recipe
         self._calibrated = calibrated
         # The tensors of a weight are written one after another, so that a cache of one weight is enough.
+        self.editor = editor
         self._context = EmitContext(editor, fused, weights, functools.lru_cache(maxsize=1)(self._load))
 
     def _load(self, name: str, weight_format: WeightFormat) -> Any:
@@ -124,9 +136,9 @@ class _Lowering:
         split = _following_split(node) if emitter.can_split else None
         last, num_splits = (node, 1) if split is None else (split, len(split.outputs))
         nodes = emitter.linear(x, weight, path, num_splits)
-        self._context.editor.replace(last, nodes, [result.outputs[0] for result in nodes[-num_splits:]])
+        self.editor.replace(last, nodes, [result.outputs[0] for result in nodes[-num_splits:]])
         if split is not None:
-            self._context.editor.graph.remove(node, safe=True)
+            self.editor.graph.remove(node, safe=True)
 
     def lower_embedding(self, node: ir.Node) -> None:
         """Replace `Gather(weight [V, hidden], input_ids)` if the embedding can be stored in the recipe's format."""
@@ -137,7 +149,7 @@ class _Lowering:
         nodes = stored.format.emitter(self._context).gather(weight, ids, f"/{EMBEDDING}")
         if nodes is not None:
             self.stored[EMBEDDING] = stored
-            self._context.editor.replace(node, nodes)
+            self.editor.replace(node, nodes)
 
 
 def _module_of(node: ir.Node) -> str:

@@ -57,7 +57,7 @@ def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False
     scalar with default 0: all positions). Outputs: logits, present.N.key|value and, if requested, hidden_states; see
     `add_hidden_states`.
     """
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         decoder = Decoder(config).eval()
         batch, length, past_length = 2, 3, 5
         past = decoder.empty_past(batch, past_length)
@@ -82,8 +82,8 @@ def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False
                 torch.ops.llm_edge.cached_attention.default: (
                     fused_attention if style is GraphStyle.FUSED else portable_attention
                 ),
-                torch.ops.aten.linear.default: _linear,
-                torch.ops.aten.split_with_sizes.default: _split,
+                torch.ops.aten.linear.default: linear,
+                torch.ops.aten.split_with_sizes.default: split,
             },
             input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in caches)],
             output_names=["logits", *(f"present.{name}" for name in caches)],
@@ -104,7 +104,7 @@ def trace(config: ModelConfig, style: GraphStyle, *, hidden_states: bool = False
     if style is GraphStyle.FUSED:
         fuse_skip_norms(model)
     common_passes.ClearMetadataAndDocStringPass()(model)
-    _clear_value_metadata(model.graph)
+    clear_value_metadata(model.graph)
     return model
 
 
@@ -115,7 +115,7 @@ def _share_lengths(graph: ir.Graph) -> None:
             node.replace_input_with(0, graph.inputs[0])
 
 
-def _clear_value_metadata(graph: ir.Graph) -> None:
+def clear_value_metadata(graph: ir.Graph) -> None:
     """Remove the exporter's metadata from all values; onnx-ir's pass only clears graphs and nodes."""
     computed = (value for node in graph for value in node.outputs)
     for value in itertools.chain(graph.inputs, graph.initializers.values(), computed):
@@ -124,7 +124,7 @@ def _clear_value_metadata(graph: ir.Graph) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter's progress output and its warnings about axis names and custom translations."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
@@ -140,11 +140,13 @@ def _quiet() -> Iterator[None]:
 _LINEAR = contrib(DOMAIN, "Linear", inputs=2, outputs=1)
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Translate a projection to an abstract node."""
     product = _LINEAR(x, weight)
     return product if bias is None else op.Add(product, bias)
 
 
-def _split(x: Any, split_sizes: list[int], dim: int = 0) -> Any:
+def split(x: Any, split_sizes: list[int], dim: int = 0) -> Any:
+    """Translate an even split."""
     assert len(set(split_sizes)) == 1  # the exporter does not support uneven splits
     return op.Split(x, axis=dim, num_outputs=len(split_sizes))

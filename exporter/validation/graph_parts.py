@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_edge.exporter.graph.editor import name_of
 from llm_edge.exporter.validation.windows import Run
 from llm_edge.runtime.backend.graph import HIDDEN_STATES, inference_session
-from llm_edge.runtime.bundle import ModelShape
+from llm_edge.runtime.model_shape import ModelShape
 
 _PART_BYTES = 512 << 20  # of weights; a single larger one is a part of its own
 _INLINE_BYTES = 1024  # operators require some small inputs, such as shapes, to be constants
@@ -105,7 +105,8 @@ class PartwiseGraph:
         """Return a cache of zeros for an input of the graph."""
         dtype = next(value for value in self._model.graph.inputs if value.name == name).dtype
         assert dtype is not None
-        return np.zeros((1, self._shape.num_key_value_heads, length, self._shape.head_dim), dtype.numpy())
+        tensor = next(tensor for tensor in self._shape.caches if name == f"{_PAST}{tensor.name}")
+        return np.zeros((1, *tensor.sized(length)), dtype.numpy())
 
     def _session(self, part: _Part, feeds: Values) -> Any:
         """Load a part whose inputs have the types of `feeds`."""

@@ -40,10 +40,11 @@ from llm_edge.exporter.validation.independent import IndependentCheck, compare_w
 from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference, reference_logits
 from llm_edge.exporter.validation.windows import Run, select_windows
 from llm_edge.model.config import ModelConfig
+from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.backend.open import AnySession
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import ParityError
+from llm_edge.runtime.model_shape import ModelShape, key_value_caches
 
 ROTATED = "rotated"
 """Name of the rotated model in `Validation.parities`."""
@@ -97,7 +98,7 @@ def verify_parity(
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
     config, weights = checkpoint.config, checkpoint.weights
-    windows = select_windows(text, config)
+    windows = select_windows(text, config.vocab_size, count_parameters(config))
 
     def update(fraction: float, item: str) -> None:
         progress("validating", _REFERENCE_FRACTION * fraction, f"PyTorch: {item}")
@@ -123,7 +124,7 @@ def verify_parity(
         if isinstance(model, PartwiseGraph):
             parity, quality = score(expected, partial(model, progress=update_recipe))
         else:
-            parity, quality = score(expected, partial(_run_session, model), update_recipe)
+            parity, quality = score(expected, partial(run_session, model), update_recipe)
         if writer.hidden_size is not None:
             parity = dataclasses.replace(parity, hidden_states=_compare_hidden_states(expected, model))
         check_parity(recipe.name, parity, exact=recipe.lossless)
@@ -159,7 +160,7 @@ def _open(folder: Path, config: ModelConfig, recipe: Recipe, writer: BundleWrite
     return writer.open(folder, model_shape(config), recipe)
 
 
-def _run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
+def run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
     """Run a loaded model; see `Forward`."""
     for run in runs:
         session.clear_cache()
@@ -180,7 +181,8 @@ def _compare_hidden_states(expected: ReferenceLogits, model: AnySession | Partwi
 
 def model_shape(config: ModelConfig) -> ModelShape:
     """Return the shape of a model as the runtime needs it."""
-    return ModelShape(**{key: getattr(config, key) for key in ModelShape.__slots__})
+    caches = key_value_caches(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    return ModelShape(config.vocab_size, config.num_hidden_layers, config.max_position_embeddings, caches)
 
 
 def check_parity(name: str, parity: Parity, *, exact: bool) -> None:

@@ -14,8 +14,9 @@ import onnxruntime as ort
 from llm_edge.runtime.backend import memory_hints
 from llm_edge.runtime.backend.graph_check import ExternalTensor
 from llm_edge.runtime.backend.weights import MappedWeights
-from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
+from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, MachineError, native_reason
+from llm_edge.runtime.model_shape import ModelShape
 
 HIDDEN_STATES = "hidden_states"
 NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
@@ -127,7 +128,7 @@ class Graph:
             raise BundleError(
                 f"{file.path}: onnxruntime cannot load it ({native_reason(error)}): export the bundle again"
             ) from error
-        self.cache_names = [f"{i}.{part}" for i in range(self.shape.num_hidden_layers) for part in ("key", "value")]
+        self.cache_names = [tensor.name for tensor in self.shape.caches]
         self.has_hidden_states = any(node.name == HIDDEN_STATES for node in self.inference.get_outputs())
         self.cache_dtype = self._check_signature()
         self.cache_device = self._device_of(f"past_key_values.{self.cache_names[0]}")
@@ -185,7 +186,7 @@ class Graph:
         hidden = outputs.pop(HIDDEN_STATES, None)
         if (
             not optional >= {"num_logits_to_keep", *([NUM_HIDDEN_STATES] if hidden is not None else [])}
-            or inputs.keys() != expected
+            or not expected - {"attention_mask"} <= inputs.keys() <= expected
             or outputs.keys() != {"logits", *(f"present.{name}" for name in self.cache_names)}
         ):
             raise BundleError(f"{path}: the graph's inputs and outputs are not those of a decoder with a KV cache")
@@ -198,12 +199,16 @@ class Graph:
                 f"{path}: the graph has no hidden states of width {width}, which contradicts the manifest: "
                 "export the bundle again"
             )
-        cache = inputs[f"past_key_values.{self.cache_names[0]}"]
-        if cache.type not in _CACHE_DTYPES:
-            raise BundleError(f"{path}: a cache of type {cache.type} is not supported")
-        if [cache.shape[1], cache.shape[3]] != [shape.num_key_value_heads, shape.head_dim]:
-            raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, which contradicts the manifest")
-        return _CACHE_DTYPES[cache.type]
+        types = set()
+        for tensor in shape.caches:
+            cache = inputs[f"past_key_values.{tensor.name}"]
+            types.add(cache.type)
+            sizes = [cache.shape[1], cache.shape[3]] if tensor.grows else cache.shape[1:]
+            if len(cache.shape) != len(tensor.sized(1)) + 1 or sizes != list(tensor.shape):
+                raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, which contradicts the manifest")
+        if len(types) > 1 or not types <= _CACHE_DTYPES.keys():
+            raise BundleError(f"{path}: a cache of type {' and '.join(sorted(types))} is not supported")
+        return _CACHE_DTYPES[types.pop()]
 
 
 def inference_session(model: bytes) -> Any:

@@ -52,12 +52,11 @@ class SharedCache:
 
     def _grow(self, binding: Any, used: int, needed: int) -> None:
         """Bind larger buffers, one at a time, so that only one exists twice."""
-        shape = self._graph.shape
         capacity = max(needed, min(max(2 * self.capacity, _INITIAL_CAPACITY), self._graph.limit))
         old, self._values = self._values, []
         self.capacity = 0  # if memory runs out half-way, the next step starts over
-        for index, name in enumerate(self._names):
-            buffer = _zeros((1, shape.num_key_value_heads, capacity, shape.head_dim), self._graph.cache_dtype)
+        for index, (name, tensor) in enumerate(zip(self._names, self._graph.shape.caches, strict=True)):
+            buffer = _zeros((1, *tensor.sized(capacity)), self._graph.cache_dtype)
             if old:
                 buffer[:, :, :used] = old[index].numpy()[:, :, :used]
                 old[index] = None
@@ -74,12 +73,12 @@ class GrowingCache:
     def __init__(self, graph: Graph) -> None:
         self._names = graph.cache_names
         self._device = graph.cache_device
-        self._empty = graph.cache_zeros((1, graph.shape.num_key_value_heads, 0, graph.shape.head_dim))
+        self._empty = [graph.cache_zeros((1, *tensor.sized(0))) for tensor in graph.shape.caches]
         self._values: list[Any] = []
 
     def bind(self, binding: Any, past: int, new: int) -> None:  # noqa: ARG002
         for index, name in enumerate(self._names):
-            binding.bind_ortvalue_input(f"past_key_values.{name}", self._values[index] if past else self._empty)
+            binding.bind_ortvalue_input(f"past_key_values.{name}", (self._values if past else self._empty)[index])
             binding.bind_output(f"present.{name}", self._device, 0)
 
     def advance(self, binding: Any) -> None:

@@ -61,7 +61,8 @@ class TorchScriptSession(ProcessBound):
             if _is_memory(error):
                 raise MachineError(f"{path}: not enough memory to load it") from error
             raise BundleError(f"{path}: torch cannot load it ({one_line(error)}): export the bundle again") from error
-        empty = torch.zeros(1, shape.num_key_value_heads, 0, shape.head_dim, device=self.provider)
+        heads, _, width = shape.caches[0].sized(0)  # of all layers
+        empty = torch.zeros(1, heads, 0, width, device=self.provider)
         self._empty = [(empty, empty) for _ in range(shape.num_hidden_layers)]
         self._past = self._empty
         self._check(path)
@@ -123,7 +124,7 @@ class TorchScriptSession(ProcessBound):
                 raise MachineError(f"{path}: not enough memory to run it") from error
             raise BundleError(f"{path}: {problem} ({one_line(error)})") from error
         shape = self.shape
-        if logits.shape != (1, shape.vocab_size) or found != {(1, shape.num_key_value_heads, 1, shape.head_dim)}:
+        if logits.shape != (1, shape.vocab_size) or found != {(1, *tensor.sized(1)) for tensor in shape.caches}:
             raise BundleError(f"{path}: {problem}")
 
     def _resolve_provider(self, provider: str) -> str:

@@ -55,7 +55,7 @@ class Batch(ProcessBound):
     @property
     def capacity(self) -> int:
         """Number of tokens that a slot can hold without growing."""
-        return self._memory.shape[2]
+        return self._memory.capacity
 
     @property
     def run_seconds(self) -> float:
@@ -65,8 +65,7 @@ class Batch(ProcessBound):
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values per token."""
-        shape = self._graph.shape
-        return len(self._graph.cache_names) * shape.num_key_value_heads * shape.head_dim * self.dtype.itemsize
+        return self._graph.shape.token_numbers * self.dtype.itemsize
 
     def decode(self, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Logits:
         """Add one token to each active slot of an adjacent range.
@@ -160,11 +159,11 @@ class Batch(ProcessBound):
         binding = self._graph.inference.io_binding()
         if self._graph.has_hidden_states:  # computed in every step
             binding.bind_input(NUM_HIDDEN_STATES, "cpu", 0, np.int64, [], self._one.ctypes.data)
-        shape = (slots, *self._memory.shape[1:])
-        for name, address in zip(self._graph.cache_names, self._memory.addresses(first), strict=True):
+        for tensor, address in zip(self._graph.shape.caches, self._memory.addresses(first), strict=True):
+            shape = (slots, *tensor.sized(self.capacity))
             buffer = (self._memory.device, 0, self.dtype.type, shape, address)
-            binding.bind_input(f"past_key_values.{name}", *buffer)
-            binding.bind_output(f"present.{name}", *buffer)
+            binding.bind_input(f"past_key_values.{tensor.name}", *buffer)
+            binding.bind_output(f"present.{tensor.name}", *buffer)
         self._bindings[first, slots] = binding
         return binding
 
@@ -181,5 +180,4 @@ class Batch(ProcessBound):
         self._memory = larger
 
     def _reserve(self, capacity: int) -> SlotMemory:
-        shape = (self.slots, self._graph.shape.num_key_value_heads, capacity, self._graph.shape.head_dim)
-        return (HostSlots if self.device == "cpu" else DeviceSlots)(self._graph, shape)
+        return (HostSlots if self.device == "cpu" else DeviceSlots)(self._graph, self.slots, capacity)

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_edge.runtime.bundle import Bundle, ModelShape, PrecisionInfo
+from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.errors import InputError, MachineError
+from llm_edge.runtime.model_shape import ModelShape
 from llm_edge.runtime.safe_io import write_atomically
 
 Array = npt.NDArray[Any]
@@ -50,11 +51,11 @@ def load(path: Path, identity_: str, model: ModelShape, dtype: np.dtype[Any]) ->
     Raises:
         InputError: the file is missing, damaged, or of another graph.
     """
-    count, heads, width = 2 * model.num_hidden_layers, model.num_key_value_heads, model.head_dim
-    limit = model.max_position_embeddings
-    limit_bytes = max(heads * limit * width * dtype.itemsize, limit * 8) + _HEADER_BYTES
+    limit, caches = model.max_position_embeddings, model.caches
+    largest = max(math.prod(tensor.sized(limit)) for tensor in caches)
+    limit_bytes = max(largest * dtype.itemsize, limit * 8) + _HEADER_BYTES
     try:
-        with _Bounded(path, count) as file, zipfile.ZipFile(file) as archive:
+        with _Bounded(path, len(caches)) as file, zipfile.ZipFile(file) as archive:
             file.limit = limit_bytes
             if str(_array(archive, "identity", (), np.dtype("<U64"))) != identity_:
                 raise InputError(f"{path}: computed by another bundle or precision: create it again with this one")
@@ -63,8 +64,8 @@ def load(path: Path, identity_: str, model: ModelShape, dtype: np.dtype[Any]) ->
             if not 0 < length <= limit:
                 raise ValueError("tokens")
             tokens: list[int] = _array(archive, "tokens", (length,), ids).tolist()
-            shape = (heads, len(tokens), width)
-            return tokens, [_array(archive, str(index), shape, dtype) for index in range(count)]
+            shapes = [tensor.sized(length) for tensor in caches]
+            return tokens, [_array(archive, str(index), shape, dtype) for index, shape in enumerate(shapes)]
     except InputError:
         raise
     except OSError as error:

@@ -1,7 +1,7 @@
 """`SlotMemory`: the keys and values of slots, on the host or on a GPU.
 
-A tensor is [slots, K, capacity, D] for K key/value heads of size D, and contiguous: adjacent slots are a part of it
-by address.
+A tensor is [slots, K, capacity, D] for K key/value heads of size D, which may differ between tensors, and contiguous:
+adjacent slots are a part of it by address.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from llm_edge.runtime.errors import MachineError
 _MAP_NORESERVE = 0x4000  # mmap(2) on Linux; Python's mmap has it from 3.13 on
 
 Array = npt.NDArray[Any]
-Shape = tuple[int, int, int, int]
 
 
 class HostSlots:
@@ -29,19 +28,22 @@ class HostSlots:
 
     Attributes:
         device: `cpu` or `cuda`, as onnxruntime calls it.
-        shape: of each tensor.
+        capacity: number of tokens that a slot can hold.
     """
 
     device = "cpu"
 
-    def __init__(self, graph: Graph, shape: Shape) -> None:
-        self.shape = shape
-        size = math.prod(shape) * graph.cache_dtype.itemsize
+    def __init__(self, graph: Graph, slots: int, capacity: int) -> None:
+        self.capacity = capacity
+        shapes = [(slots, *tensor.sized(capacity)) for tensor in graph.shape.caches]
         try:
-            self._maps = [_reserve_addresses(size) for _ in graph.cache_names]
+            self._maps = [_reserve_addresses(math.prod(shape) * graph.cache_dtype.itemsize) for shape in shapes]
         except OSError as error:
-            raise _out_of_memory(shape) from error
-        self._buffers = [np.frombuffer(each, dtype=graph.cache_dtype).reshape(shape) for each in self._maps]
+            raise _out_of_memory(slots, capacity) from error
+        self._buffers = [
+            np.frombuffer(each, dtype=graph.cache_dtype).reshape(shape)
+            for each, shape in zip(self._maps, shapes, strict=True)
+        ]
 
     def addresses(self, slot: int) -> list[int]:
         """The address of a slot in each tensor."""
@@ -87,18 +89,19 @@ class DeviceSlots:
     bound as an output of the graph.
     """
 
-    def __init__(self, graph: Graph, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, graph: Graph, slots: int, capacity: int) -> None:
+        self.capacity = capacity
         self.device = graph.cache_device
+        self._shapes = [tensor.sized(capacity) for tensor in graph.shape.caches]
         self._graph, self._dtype = graph, graph.cache_dtype
         try:  # zeros: positions after a slot's tokens are multiplied by zero, so they must be finite
-            self._values = [graph.cache_zeros(shape) for _ in graph.cache_names]
+            self._values = [graph.cache_zeros((slots, *shape)) for shape in self._shapes]
         except Exception as error:
-            raise _out_of_memory(shape) from error
+            raise _out_of_memory(slots, capacity) from error
 
     def addresses(self, slot: int) -> list[int]:
-        start = slot * math.prod(self.shape[1:]) * self._dtype.itemsize
-        return [value.data_ptr() + start for value in self._values]
+        sizes = [math.prod(shape) * self._dtype.itemsize for shape in self._shapes]
+        return [value.data_ptr() + slot * size for value, size in zip(self._values, sizes, strict=True)]
 
     def copy(self, source: int, target: int, length: int) -> None:  # noqa: ARG002 (a slot is contiguous)
         """Copy the whole slot on the device."""
@@ -109,8 +112,8 @@ class DeviceSlots:
         return [value.numpy()[0, :, :length].copy() for value in self._slot(slot)]
 
     def write(self, slot: int, values: Sequence[Array]) -> None:
-        whole = np.zeros((1, *self.shape[1:]), self._dtype)
-        for target, value in zip(self._slot(slot), values, strict=True):
+        for target, value, shape in zip(self._slot(slot), values, self._shapes, strict=True):
+            whole = np.zeros((1, *shape), self._dtype)
             whole[0, :, : value.shape[1]] = value
             target.update_inplace(whole)
 
@@ -125,17 +128,16 @@ class DeviceSlots:
     def _slot(self, slot: int) -> list[Any]:
         """A slot of each tensor as a value [1, K, capacity, D]."""
         binding = self._graph.inference.io_binding()
-        for name, address in zip(self._graph.cache_names, self.addresses(slot), strict=True):
-            shape = (1, *self.shape[1:])
-            binding.bind_output(f"present.{name}", self.device, 0, self._dtype.type, shape, address)
+        for name, address, shape in zip(self._graph.cache_names, self.addresses(slot), self._shapes, strict=True):
+            binding.bind_output(f"present.{name}", self.device, 0, self._dtype.type, (1, *shape), address)
         return list(binding.get_outputs())
 
 
 SlotMemory: TypeAlias = HostSlots | DeviceSlots
 
 
-def _out_of_memory(shape: Shape) -> MachineError:
-    return MachineError(f"not enough memory for {shape[0]} sequences of {shape[2]} tokens: reduce active or kept")
+def _out_of_memory(slots: int, capacity: int) -> MachineError:
+    return MachineError(f"not enough memory for {slots} sequences of {capacity} tokens: reduce active or kept")
 
 
 def _reserve_addresses(size: int) -> mmap.mmap:

@@ -14,6 +14,7 @@ import pytest
 from llm_edge.runtime import Bundle, Guards, Model, ReasoningTokens
 from llm_edge.runtime.bundle import MANIFEST, manifest_entry
 from llm_edge.runtime.errors import BundleError, InputError
+from llm_edge.runtime.model_shape import key_value_caches
 
 FILES = (
     "chat_template.jinja",
@@ -89,8 +90,9 @@ def test_a_valid_bundle_opens_and_describes_itself(tiny_bundle: Path) -> None:
     bundle.verify()
     assert set(bundle.manifest["files"]) == set(FILES)  # so that the tests below damage every file
     assert bundle.name == "tiny"
-    assert (bundle.shape.vocab_size, bundle.shape.num_hidden_layers, bundle.shape.head_dim) == (331, 2, 32)
-    assert (bundle.shape.num_key_value_heads, bundle.shape.max_position_embeddings) == (2, 1024)
+    shape = bundle.shape
+    assert (shape.vocab_size, shape.num_hidden_layers, shape.max_position_embeddings) == (331, 2, 1024)
+    assert shape.caches == key_value_caches(layers=2, heads=2, head_dim=32)
     assert list(bundle.precisions) == ["fp32", "int8", "int4"]
     for name, info in bundle.precisions.items():
         graph = tiny_bundle / info.model

@@ -24,12 +24,16 @@ from llm_edge.runtime.backend import providers
 from llm_edge.runtime.backend.kv_cache import SharedCache
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import Bundle, ModelShape
+from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, ProviderError
+from llm_edge.runtime.model_shape import ModelShape, key_value_caches
 
 CLOSE = 1e-4
 SHAPE = ModelShape(
-    vocab_size=11, num_hidden_layers=1, num_key_value_heads=2, head_dim=4, max_position_embeddings=64
+    vocab_size=11,
+    num_hidden_layers=1,
+    max_position_embeddings=64,
+    caches=key_value_caches(layers=1, heads=2, head_dim=4),
 )  # of the graphs created in this file
 
 
@@ -393,7 +397,7 @@ def graph(path: Path, *, rename: dict[str, str] | None = None, **changed: tuple[
     `rename` renames some of them; `changed` gives them (by names with underscores) another type and shape.
     """
     integers, floats = TensorProto.INT64, TensorProto.FLOAT
-    cache = [1, SHAPE.num_key_value_heads, "tokens", SHAPE.head_dim]
+    cache = [1, 2, "tokens", 4]
     inputs: dict[str, tuple[int, list[Any]]] = {
         "input_ids": (integers, [1, "new"]),
         "attention_mask": (integers, [1, "all"]),

@@ -1,0 +1,1 @@
+"""Any decoder of transformers as a module with an explicit cache, for architectures outside `model.families`."""
