@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_edge.exporter.families import print_families
 from llm_edge.exporter.memory import return_freed_blocks
 from llm_edge.exporter.options import ExportOptions, FileFormat
 from llm_edge.runtime.command import given_on_command_line, print_version, run, with_options
@@ -58,6 +59,12 @@ def export(
     progress: Annotated[
         ProgressKind, typer.Option(help="json: print one JSON object per line to stdout.")
     ] = ProgressKind.AUTO,
+    show_families: Annotated[  # noqa: ARG001 (its callback acts)
+        bool,
+        typer.Option(
+            "--families", callback=print_families, is_eager=True, help="List the accepted architectures and exit."
+        ),
+    ] = False,
     show_version: Annotated[  # noqa: ARG001 (its callback acts)
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,

@@ -110,12 +110,19 @@ def _export_through_transformers(
     error: UnknownFamilyError, target: Path, options: ExportOptions, progress: Progress
 ) -> Report:
     """Export a model that is none of ours, if transformers is installed and knows it."""
-    if error.folder is None or importlib.util.find_spec("transformers") is None:
+    if error.folder is None:
         raise error
+    if importlib.util.find_spec("transformers") is None:
+        raise UnknownFamilyError(
+            f"{error}; install transformers to export others through it: pip install 'llm-edge[general]'"
+        ) from error
     from llm_edge.exporter.general.export import export_general
 
     recipes = _recipes(options, _GENERAL_DEFAULT)
-    return export_general(error.folder, target, options, recipes, progress)
+    try:
+        return export_general(error.folder, target, options, recipes, progress)
+    except UnknownFamilyError:
+        raise error from None
 
 
 def _prepare_target(source: str, options: ExportOptions, progress: Progress) -> Path:

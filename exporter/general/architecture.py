@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_edge.exporter.general.decoder import GeneralDecoder, general_decoder
 from llm_edge.exporter.general.functions import UnsupportedModelError
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
 from llm_edge.runtime.model_shape import ModelShape
 from llm_edge.runtime.safe_io import short_repr
 
@@ -91,12 +91,13 @@ def architecture_of(content: Mapping[str, Any], where: str) -> Architecture:
     """Return the architecture that a config.json describes.
 
     Raises:
-        CheckpointError: transformers has no causal language model of this type, or rejects the config.
+        UnknownFamilyError: transformers has no causal language model of this type.
+        CheckpointError: it rejects the config.
     """
     kind = content.get("model_type")
     known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not isinstance(kind, str) or kind not in known or kind not in transformers.CONFIG_MAPPING:
-        raise CheckpointError(
+        raise UnknownFamilyError(
             f"{where}: transformers {transformers.__version__} has no causal language model of "
             f"model_type {short_repr(kind)}"
         )

@@ -131,6 +131,17 @@ def test_options_that_do_not_apply_are_refused(qwen3_moe: Path, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_code_of_the_folder_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save("qwen3_moe", tmp_path / "model")
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'witness')!r}, 'w').close()", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.chdir(folder)
+    export(".", ExportOptions(output=tmp_path / "bundle"))
+    assert not (tmp_path / "witness").exists()
+
+
 @pytest.mark.parametrize("kind", ["vit", "no_such_model", "../etc"])
 def test_other_architectures_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")

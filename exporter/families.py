@@ -1,0 +1,41 @@
+"""The architectures that `llm-export` accepts, and how it exports them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import textwrap
+from enum import Enum
+
+GENERAL = ()
+"""`model_type` of those whose graphs `make sweep` found equal to transformers' own models."""
+
+
+class Route(Enum):
+    """How an architecture is exported; the value describes it."""
+
+    OWN = "own decoder: every precision, TorchScript, fine-tuning"
+    TEXT = "own decoder, the text model alone"
+    GENERAL = "through transformers: fp32"
+
+
+def families() -> dict[str, Route]:
+    """Return the route of every `model_type`, sorted; those that packages register included."""
+    from llm_edge.checkpoint.huggingface.wrappers import WRAPPERS
+    from llm_edge.model.registry import BUILT_IN, ENTRY_POINT_GROUP
+
+    registered = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
+    found = dict.fromkeys(GENERAL, Route.GENERAL) | dict.fromkeys(WRAPPERS, Route.TEXT)
+    return dict(sorted((found | dict.fromkeys((*registered, *BUILT_IN), Route.OWN)).items()))
+
+
+def print_families(wanted: bool) -> None:
+    """Print the architectures and exit: the callback of `--families`."""
+    if not wanted:
+        return
+    routes = families()
+    for route in Route:
+        names = [name for name, each in routes.items() if each is route]
+        print(f"{route.value} ({len(names)})")
+        print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "), end="\n\n")
+    print("Other causal language models of transformers are tried, and refused unless they are equal to it.")
+    raise SystemExit(0)
