@@ -54,7 +54,7 @@ stress-server: setup
 
 docs: setup
 	$(BIN)/python docs/sampling.py > docs/sampling.md
-	$(BIN)/python docs/families.py
+	$(BIN)/python docs/families_page.py
 
 pictures: setup $(BUNDLE)/manifest.json
 	$(BIN)/python docs/screenshots.py $(BUNDLE) docs/pictures

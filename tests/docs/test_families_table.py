@@ -14,7 +14,7 @@ from llm_edge.model.registry import BUILT_IN
 
 @pytest.fixture(scope="module")
 def page_writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("families_page", ROOT / "docs" / "families.py")
+    spec = importlib.util.spec_from_file_location("families_page", ROOT / "docs" / "families_page.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Writes the table of architectures into docs/families.md: `python docs/families.py`."""
+"""Writes the table of architectures into docs/families.md: `python docs/families_page.py`."""
 
 from __future__ import annotations
 
