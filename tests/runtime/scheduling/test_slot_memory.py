@@ -20,7 +20,7 @@ from llm_edge.runtime.scheduling import batch as batch_module
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.slot_memory import DeviceSlots, HostSlots, SlotMemory
 
-SHAPE = (3, 2, 16, 32)  # of the tiny model's cache, with three slots of 16 tokens
+SLOTS = 3
 LENGTHS = (3, 70, 17, 40)
 
 
@@ -31,8 +31,8 @@ def session(tiny_bundle: Path) -> Session:
     return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
 
 
-def make_memory(kind: str, session: Session, shape: tuple[int, int, int, int] = SHAPE) -> SlotMemory:
-    return HostSlots(session.graph, shape) if kind == "host" else DeviceSlots(session.graph, shape)
+def make_memory(kind: str, session: Session, capacity: int = 16) -> SlotMemory:
+    return (HostSlots if kind == "host" else DeviceSlots)(session.graph, SLOTS, capacity)
 
 
 def values(length: int, seed: int) -> list[Any]:
@@ -53,7 +53,7 @@ def test_values_can_be_written_read_copied_and_taken_over(session: Session, kind
     memory.copy(2, 0, 4)
     assert same(memory.read(0, 4), [each[:, :4] for each in values(7, 2)])
     assert same(memory.read(1, 6), values(6, 1))
-    larger = make_memory(kind, session, (3, 2, 40, 32))
+    larger = make_memory(kind, session, 40)
     larger.take_over(memory, [4, 6, 0])
     assert same(larger.read(0, 4), [each[:, :4] for each in values(7, 2)])
     assert same(larger.read(1, 6), values(6, 1))
@@ -99,7 +99,7 @@ def test_a_batch_computes_the_same_logits_in_device_memory(session: Session, on_
     for slot, expected in enumerate(wanted):
         assert same([step[slot] for step in found], expected)
     batch.copy(1, 2, 40)
-    batch.write(3, batch.read(1, 40))
+    batch.write(3, batch.read(1, 40), 40)
     one, other = batch.decode(2, [9, 9], [True, True])
     np.testing.assert_array_equal(one, other)
 
