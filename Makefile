@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
 .PHONY: setup demo test lint types check stress stress-server docs pictures bench bench-server bench-peers bench-finetune compat \
-	fuzz kill kill-finetune schemathesis clean
+	fuzz kill kill-finetune schemathesis sweep clean
 
 setup: $(STAMP)
 
@@ -89,6 +89,10 @@ kill-finetune: setup
 # Sends 5,000 requests made from the OpenAPI document of llm-serve: make schemathesis [SEED=n]
 schemathesis: setup
 	$(BIN)/python tests/schemathesis/run.py $(SEED)
+
+# Exports a tiny model of every causal language model in transformers and compares it: make sweep [KINDS="lfm2 bamba"]
+sweep: setup
+	$(BIN)/python tests/sweep/run.py $(KINDS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.weights import Weights
@@ -86,12 +87,17 @@ class OriginalModel:
     adapter: Path | None = None
 
 
+ConfigT = TypeVar("ConfigT", default=ModelConfig)
+"""Architecture and sizes of a model: a `ModelConfig`, or what another route of the export has instead."""
+WeightsT = TypeVar("WeightsT", bound=Mapping[str, Tensor], default=Weights)
+
+
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(Generic[ConfigT, WeightsT]):
     """A model with everything an export needs.
 
     Attributes:
-        config: architecture and sizes.
+        config: architecture and sizes; at least `vocab_size` and `max_position_embeddings`.
         hf_config: the equivalent Hugging Face `config.json`, including `model_type`, for other readers of the bundle.
         weights: weights, read lazily.
         tokenizer: tokenizer files.
@@ -104,9 +110,9 @@ class Checkpoint:
         original: for an independent reader; None if the source is not a Hugging Face checkpoint.
     """
 
-    config: ModelConfig
+    config: ConfigT
     hf_config: Mapping[str, Any]
-    weights: Weights
+    weights: WeightsT
     tokenizer: TokenizerAssets
     generation: Mapping[str, Any]
     source: Source
@@ -114,6 +120,9 @@ class Checkpoint:
     guards: Guards | None = None
     notes: tuple[str, ...] = ()
     original: OriginalModel | None = None
+
+
+AnyCheckpoint = Checkpoint[Any, Any]
 
 
 def hash_file(path: Path) -> SourceFile:

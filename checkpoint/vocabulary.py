@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llm_edge.checkpoint.base import Checkpoint, TokenizerAssets
+from llm_edge.checkpoint.base import Checkpoint, ConfigT, TokenizerAssets, WeightsT
 from llm_edge.runtime.errors import CheckpointError
 
 _MIN_LIMIT, _LIMIT_FRACTION = 64, 0.01  # of the vocabulary; a larger difference is another model's tokenizer
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def fit_to_embedding(checkpoint: Checkpoint) -> Checkpoint:
+def fit_to_embedding(checkpoint: Checkpoint[ConfigT, WeightsT]) -> Checkpoint[ConfigT, WeightsT]:
     """Return the checkpoint without tokens and token ids beyond its embedding, and with a note about them.
 
     transformers loads such a model and fails when one of the tokens occurs in a text. Without them, the text of such
@@ -24,7 +24,8 @@ def fit_to_embedding(checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: so many tokens are beyond the embedding that the tokenizer is of another model, or one of them
             is added to every text.
     """
-    size, assets, notes = checkpoint.config.vocab_size, checkpoint.tokenizer, []
+    size: int = checkpoint.config.vocab_size  # type: ignore[attr-defined]
+    assets, notes = checkpoint.tokenizer, []
     try:
         content = json.loads(assets.tokenizer_json)
         removed = _remove_tokens(content, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,23 +24,23 @@ from llm_edge.exporter.graph.passes.int8_cache import check_cache
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import StoredPrecision
 from llm_edge.exporter.quantization.goals import Goal, MaxBitsPerWeight, MaxDivergence, MaxSize, SizeGoal
 from llm_edge.exporter.quantization.recipes import Recipe, mixed, parse_precisions
 from llm_edge.exporter.quantization.refine import can_refine
-from llm_edge.exporter.results import PrecisionReport, Report
+from llm_edge.exporter.results import Report, precision_reports
 from llm_edge.exporter.texts import Texts, load_texts
-from llm_edge.exporter.validation.parity import verify_parity
+from llm_edge.exporter.validation.parity import model_shape, verify_parity
 from llm_edge.exporter.validation.windows import logits_bytes, select_windows
 from llm_edge.model.block_weights import BLOCK_TYPES
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
-from llm_edge.runtime.errors import CheckpointError, ParameterError
+from llm_edge.runtime.errors import CheckpointError, ParameterError, UnknownFamilyError
 
 LARGE = 1_000_000_000
 """Parameters of a model whose export can be resumed."""
 _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT: "fp32"}
+_GENERAL_DEFAULT = "fp32"  # of models that are exported through transformers
 _QUANTIZED_DEFAULT = "source"  # of a GGUF whose projections are all quantized
 
 
@@ -59,8 +60,10 @@ def export(
     recipes = _recipes(options, _DEFAULT_PRECISIONS[options.file_format])
     target = _prepare_target(source, options, progress)
     _check_file_format(options, recipes)
-    progress("reading", None, source)
-    checkpoint = open_checkpoint(source, _source_options(options), lambda text: progress("reading", None, text))
+    try:
+        checkpoint = _open(source, options, progress)
+    except UnknownFamilyError as error:
+        return _export_through_transformers(error, target, options, progress)
     if options.file_format is FileFormat.ONNX and _keeps_source(source, checkpoint):
         recipes = _recipes(options, _QUANTIZED_DEFAULT)
     _check_source_blocks(source, checkpoint, recipes)
@@ -87,22 +90,32 @@ def export(
             source=checkpoint.source,
             parameters=count_parameters(checkpoint.config),
             style=writer.style,
-            precisions=tuple(
-                PrecisionReport(
-                    recipe,
-                    size=sum(path.stat().st_size for path in writer.files(models, recipe)),
-                    stored=stored.get(recipe.name, StoredPrecision()),
-                )
-                for recipe in recipes
-            ),
+            precisions=precision_reports(models, writer, recipes, stored),
             layers=checkpoint.config.num_hidden_layers,
             validation=validation,
             notes=checkpoint.notes,
         )
-        write_manifest(folder, checkpoint, report, writer, progress)
+        write_manifest(folder, checkpoint, model_shape(checkpoint.config), report, writer, progress)
     remove_interrupted(target)
     progress("writing", 1.0, str(target))
     return report
+
+
+def _open(source: str, options: ExportOptions, progress: Progress) -> Checkpoint:
+    progress("reading", None, source)
+    return open_checkpoint(source, _source_options(options), lambda text: progress("reading", None, text))
+
+
+def _export_through_transformers(
+    error: UnknownFamilyError, target: Path, options: ExportOptions, progress: Progress
+) -> Report:
+    """Export a model that is none of ours, if transformers is installed and knows it."""
+    if error.folder is None or importlib.util.find_spec("transformers") is None:
+        raise error
+    from llm_edge.exporter.general.export import export_general
+
+    recipes = _recipes(options, _GENERAL_DEFAULT)
+    return export_general(error.folder, target, options, recipes, progress)
 
 
 def _prepare_target(source: str, options: ExportOptions, progress: Progress) -> Path:
@@ -213,12 +226,13 @@ def _choose_writer(
 def _required_bytes(checkpoint: Checkpoint, recipes: tuple[Recipe, ...], texts: Texts | None) -> int:
     """Return the approximate disk space for the graphs, and for the logits of a validation on `texts`."""
     parameters, weights = count_parameters(checkpoint.config), checkpoint.weights
-    windows = [] if texts is None else select_windows(texts.validation, checkpoint.config)
+    vocab_size = checkpoint.config.vocab_size
+    windows = [] if texts is None else select_windows(texts.validation, vocab_size, parameters)
     # All formats that recipes choose from are stored until the graphs are written.
     candidates = {each for recipe in recipes for formats in recipe.choices.values() for each in formats}
     per_weight = sum(each.bytes_per_weight for each in candidates)
     per_weight += sum(_bytes_per_weight(recipe, weights) for recipe in recipes)
-    return logits_bytes(windows, checkpoint.config) + int(parameters * per_weight)
+    return logits_bytes(windows, vocab_size) + int(parameters * per_weight)
 
 
 def _bytes_per_weight(recipe: Recipe, weights: Weights) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import Source
+from llm_edge.exporter.bundle.writer import AnyWriter
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.calibrate import StoredPrecision
 from llm_edge.exporter.quantization.recipes import Recipe
@@ -21,6 +23,20 @@ class PrecisionReport:
     recipe: Recipe
     size: int
     stored: StoredPrecision
+
+
+def precision_reports(
+    folder: Path, writer: AnyWriter, recipes: Sequence[Recipe], stored: Mapping[str, StoredPrecision]
+) -> tuple[PrecisionReport, ...]:
+    """Return the precisions that a writer has written to a folder."""
+    return tuple(
+        PrecisionReport(
+            recipe,
+            size=sum(path.stat().st_size for path in writer.files(folder, recipe)),
+            stored=stored.get(recipe.name, StoredPrecision()),
+        )
+        for recipe in recipes
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.checkpoint.base import AnyCheckpoint, Checkpoint
 from llm_edge.exporter.sampled_text import can_sample, sample_text
 from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
@@ -93,6 +93,12 @@ def load_texts(checkpoint: Checkpoint, *, sampled: bool = False) -> Texts:
     )
 
 
+def load_validation(checkpoint: AnyCheckpoint) -> list[Window]:
+    """Tokenize the validation text alone; see `load_texts`."""
+    length = min(MAX_STEP_TOKENS, checkpoint.config.max_position_embeddings)
+    return _windows(_Encoder(checkpoint), "validation", _VALIDATION, [], length)
+
+
 def split_windows(
     tokens: Sequence[int], length: int, kind: str = "text", beginning: Sequence[int] = ()
 ) -> list[Window]:
@@ -156,7 +162,7 @@ class _Encoder:
         beginning: tokens that start each text.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: AnyCheckpoint) -> None:
         self._tokenizer = _load_tokenizer(checkpoint)
         self.beginning = self._find_beginning()
         assets = checkpoint.tokenizer
@@ -196,7 +202,7 @@ class _Encoder:
         return ids[: starts[0]] if starts else []
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
+def _load_tokenizer(checkpoint: AnyCheckpoint) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer.tokenizer_json)
     except Exception as error:

@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping
 
 from llm_edge.model.family import Family
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
 
 BUILT_IN: Mapping[str, str] = {  # model_type -> module in `families/` that defines `FAMILY`
     "arcee": "arcee",
@@ -61,7 +61,7 @@ def find_family(model_type: str, where: str = "config.json") -> Family:
     found = {entry.value: entry for entry in entry_points if entry.name == model_type}
     if not found:
         known = ", ".join(sorted({*BUILT_IN, *entry_points.names}))
-        raise CheckpointError(f"{where}: model_type {model_type[:80]!r} is not supported; supported: {known}")
+        raise UnknownFamilyError(f"{where}: model_type {model_type[:80]!r} is not supported; supported: {known}")
     if len(found) > 1:
         names = " and ".join(sorted(found))
         raise CheckpointError(f"{where}: family {model_type!r} is registered by {names}: uninstall all but one of them")

@@ -5,7 +5,6 @@ The exporter writes bundles with `FORMAT_VERSION` and `manifest_entry`; everythi
 
 from __future__ import annotations
 
-import math
 import re
 import reprlib
 import stat
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from llm_edge.runtime.errors import BundleError
 from llm_edge.runtime.file_checksums import cached_sha256, file_sha256
+from llm_edge.runtime.model_shape import CacheTensor, ModelShape, key_value_caches
 from llm_edge.runtime.safe_io import MIB, inside, read_json, read_text
 
 FORMAT_VERSION = 1
@@ -40,63 +40,6 @@ _MAX_CACHE_NUMBERS = 1 << 31  # in a tensor, per token or in a state
 _CACHE_NAME = re.compile(r"[0-9]{1,4}(\.[a-z]{1,32}|\.[0-9]{1,2}){1,2}")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class CacheTensor:
-    """A tensor that a model keeps for a sequence: past_key_values.<name> before a step and present.<name> after it.
-
-    Attributes:
-        name: such as `0.key`, `3.convolution.0` or `3.state.0`; the first part is the layer.
-        shape: [K, D] of keys or values [B, K, tokens, D], which grow; of a state, whose size is fixed, without B.
-        grows: whether it has an entry per token.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    grows: bool
-
-    def sized(self, tokens: int) -> tuple[int, ...]:
-        """The shape for one sequence with room for `tokens`."""
-        return (self.shape[0], tokens, self.shape[1]) if self.grows else self.shape
-
-
-def key_value_caches(layers: int, heads: int, head_dim: int) -> tuple[CacheTensor, ...]:
-    """The cache of a model whose layers all keep keys and values of one shape."""
-    names = (f"{layer}.{part}" for layer in range(layers) for part in ("key", "value"))
-    return tuple(CacheTensor(name, (heads, head_dim), grows=True) for name in names)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The dimensions of a model that callers of its graph need.
-
-    Attributes:
-        vocab_size: V, width of the logits.
-        num_hidden_layers: number of layers.
-        max_position_embeddings: maximum number of tokens in the context.
-        caches: what the model keeps for a sequence, in the order of the graph's inputs.
-    """
-
-    vocab_size: int
-    num_hidden_layers: int
-    max_position_embeddings: int
-    caches: tuple[CacheTensor, ...]
-
-    @property
-    def has_states(self) -> bool:
-        """Whether the cache has states, which cannot be cut to fewer tokens."""
-        return not all(tensor.grows for tensor in self.caches)
-
-    @property
-    def token_numbers(self) -> int:
-        """Number of keys and values per token."""
-        return sum(math.prod(tensor.shape) for tensor in self.caches if tensor.grows)
-
-    @property
-    def state_numbers(self) -> int:
-        """Size of the states of a sequence."""
-        return sum(math.prod(tensor.shape) for tensor in self.caches if not tensor.grows)
 
 
 @dataclass(frozen=True, slots=True)

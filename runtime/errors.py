@@ -3,6 +3,7 @@
     LlmEdgeError                    exit 1    base class, never raised itself
     ├── InputError                  exit 2    unusable input; the message names it and the remedy
     │   ├── CheckpointError                   a checkpoint, its config or its tokenizer
+    │   │   └── UnknownFamilyError            an architecture that is none of ours
     │   ├── BundleError                       a bundle folder: missing, damaged, of another format version
     │   ├── TemplateError                     a chat template, or a conversation it rejects
     │   ├── ParameterError                    a sampling or loading parameter out of range
@@ -24,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class LlmEdgeError(Exception):
@@ -40,6 +42,16 @@ class InputError(LlmEdgeError):
 
 class CheckpointError(InputError):
     """A checkpoint, its config or its tokenizer is missing, damaged or unknown."""
+
+
+class UnknownFamilyError(CheckpointError):
+    """A model's architecture is none of ours.
+
+    Attributes:
+        folder: the Hugging Face folder of the model; None for other sources.
+    """
+
+    folder: Path | None = None
 
 
 class BundleError(InputError):

@@ -28,7 +28,17 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
     "exporter": {
         "model": None,
         "checkpoint": None,
-        "runtime": {"backend", "bundle", "command", "errors", "file_lock", "installation", "safe_io", "text"},
+        "runtime": {
+            "backend",
+            "bundle",
+            "command",
+            "errors",
+            "file_lock",
+            "installation",
+            "model_shape",
+            "safe_io",
+            "text",
+        },
     },
     "finetune": {"model": None, "checkpoint": None, "runtime": None},
     # The chat runs llm-export as a process, with these options.

@@ -23,7 +23,7 @@ from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.family import Family
 from llm_edge.model.registry import find_family
 from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 
 _ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
@@ -35,7 +35,11 @@ def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or the architecture is not supported.
     """
-    return _read(folder / "config.json", None, folder, folder.resolve().name, adapter)
+    try:
+        return _read(folder / "config.json", None, folder, folder.resolve().name, adapter)
+    except UnknownFamilyError as error:
+        error.folder = folder
+        raise
 
 
 def read_file(path: Path, config: Path | None, tokenizer: Path | None, adapter: Adapter | None = None) -> Checkpoint:
@@ -112,7 +116,7 @@ def _read(
             adapter=adapter.folder if adapter is not None else None,
         ),
         notes=(
-            *_duplicate_keys(config_path),
+            *duplicate_keys(config_path),
             *wrapper_notes,
             *found.notes,
             *prefix_notes,
@@ -152,7 +156,7 @@ def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
         return family, family.read_config(raw)
     except CheckpointError as error:  # `ModelConfig` does not name the file
         message = str(error)
-        raise CheckpointError(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error
+        raise type(error)(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error
 
 
 def _stored_names(
@@ -170,7 +174,7 @@ def _stored_names(
     return stored, [f"the model is read from the module {prefix.removesuffix(family.base_prefix).removesuffix('.')}"]
 
 
-def _duplicate_keys(path: Path) -> list[str]:
+def duplicate_keys(path: Path) -> list[str]:
     """Return a note about the keys that a JSON file gives twice; the last value counts, as in transformers."""
     twice: set[str] = set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
 from llm_edge.runtime.safe_io import short_repr
 
 WRAPPERS: Mapping[str, bool] = {  # model_type -> whether the head is tied if the config does not say so
@@ -48,7 +48,7 @@ def text_config(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, An
     given = {key: value for key, value in text.items() if value is not None or key not in _OUTER_KEYS}
     model_type = given.get("model_type")
     if not isinstance(model_type, str) or model_type not in _TEXT_TYPES:
-        raise CheckpointError(
+        raise UnknownFamilyError(
             f"{where}: text_config: model_type {short_repr(model_type)} is not supported within {kind}; "
             f"supported: {', '.join(sorted(_TEXT_TYPES))}"
         )

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_edge.checkpoint.base import Checkpoint, TokenizerAssets
+from llm_edge.checkpoint.base import AnyCheckpoint, TokenizerAssets
 from llm_edge.runtime.bundle import TEMPLATE_FOLDER
 
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def hf_config(checkpoint: AnyCheckpoint) -> dict[str, Any]:
     """Return `config.json` for transformers; unknown token ids are null, so that no default applies."""
     return {
         **checkpoint.hf_config,

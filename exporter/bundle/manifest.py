@@ -12,27 +12,19 @@ from typing import Any
 
 import onnx_ir as ir
 
-from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.checkpoint.base import AnyCheckpoint
 from llm_edge.checkpoint.huggingface.writer import write_json
 from llm_edge.exporter.bundle.side_files import runtimes
-from llm_edge.exporter.bundle.writer import BundleWriter
+from llm_edge.exporter.bundle.writer import AnyWriter
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredFormat
 from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.results import PrecisionReport, Report
-from llm_edge.exporter.validation.parity import model_shape
-from llm_edge.runtime.bundle import (
-    FORMAT_VERSION,
-    MANIFEST,
-    ONNX,
-    ModelShape,
-    ReasoningTags,
-    key_value_caches,
-    manifest_entry,
-)
+from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, ReasoningTags, manifest_entry
 from llm_edge.runtime.errors import TemplateError
+from llm_edge.runtime.model_shape import ModelShape, key_value_caches
 from llm_edge.runtime.text.chat_template import ChatTemplate
 from llm_edge.runtime.text.tool_format_finder import tool_format_of
 
@@ -41,7 +33,12 @@ _TOOLS = ("llm-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
 def write_manifest(
-    folder: Path, checkpoint: Checkpoint, report: Report, writer: BundleWriter, progress: Progress
+    folder: Path,
+    checkpoint: AnyCheckpoint,
+    shape: ModelShape,
+    report: Report,
+    writer: AnyWriter,
+    progress: Progress,
 ) -> None:
     """Write the manifest, after all other files. It has no times and no paths, so that exports are reproducible."""
     files = {}
@@ -62,7 +59,7 @@ def write_manifest(
         {
             "format_version": FORMAT_VERSION,
             "name": checkpoint.source.name,
-            "model": {**describe_shape(model_shape(checkpoint.config)), "parameters": report.parameters},
+            "model": {**describe_shape(shape), "parameters": report.parameters},
             "graph": writer.name if report.style is None else report.style.value,
             **chat,
             **_tool_calls(checkpoint),
@@ -95,7 +92,7 @@ def describe_shape(shape: ModelShape) -> dict[str, Any]:
     return described | {"caches": [asdict(tensor) for tensor in shape.caches]}
 
 
-def _tool_calls(checkpoint: Checkpoint) -> dict[str, Any]:
+def _tool_calls(checkpoint: AnyCheckpoint) -> dict[str, Any]:
     """How the chat template writes calls of tools; empty if it writes none."""
     tokenizer = checkpoint.tokenizer
     template = tokenizer.named_templates.get("tool_use", tokenizer.chat_template)
@@ -109,7 +106,7 @@ def _tool_calls(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"tool_calls": found.to_json()} if found is not None else {}
 
 
-def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, writer: BundleWriter) -> dict[str, Any]:
+def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, writer: AnyWriter) -> dict[str, Any]:
     recipe = precision.recipe
     model = f"{writer.name}/{writer.file_name(recipe)}"
     entry: dict[str, Any] = {} if writer.name == ONNX else {"format": writer.name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,15 @@ from llm_edge.model.config import ModelConfig
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.open import open_graph
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import ONNX, ModelShape
+from llm_edge.runtime.bundle import ONNX
+from llm_edge.runtime.model_shape import ModelShape
 
 _INLINE_LIMIT = 1024  # bytes; larger tensors are stored in the data file
+
+
+def save_graph(graph: ir.Model, path: Path, on_save: Callable[[ir.TensorProtocol, Any], None]) -> None:
+    """Write a graph and, beside it, its weights; `on_save` is called before each of them."""
+    ir.save(graph, path, external_data=f"{path.name}_data", size_threshold_bytes=_INLINE_LIMIT, callback=on_save)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +90,21 @@ class OnnxWriter:
                     undo_rotation(graph, rotation(config.hidden_size), lambda: weights["norm.weight"].float().numpy())
                 name = recipe.name
                 found = calibrated.get(name)
-                formats = apply_recipe(graph, shape, values, recipe, self.style, found)
+                formats = apply_recipe(
+                    graph, values, recipe, self.style, found, tied=shape.tie_word_embeddings, config=shape
+                )
                 stored[name] = StoredPrecision(formats, found.frontier if found is not None else ())
 
                 def on_save(_: ir.TensorProtocol, info: Any, number: int = number, name: str = name) -> None:
                     progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), name)
 
-                ir.save(
-                    graph,
-                    folder / self.file_name(recipe),
-                    external_data=f"{recipe.stem}.onnx_data",
-                    size_threshold_bytes=_INLINE_LIMIT,
-                    callback=on_save,
-                )
+                save_graph(graph, folder / self.file_name(recipe), on_save)
         return stored
 
     def unquantized(self, model: Checkpoint) -> ir.Model:
         """Return the graph of fp32, whose weights are read when they are used."""
         graph = self._trace(model.config)
-        apply_recipe(graph, model.config, model.weights, RECIPES["fp32"], self.style)
+        apply_recipe(graph, model.weights, RECIPES["fp32"], self.style, tied=model.config.tie_word_embeddings)
         return graph
 
     def _trace(self, config: ModelConfig, *, head_mix: bool = False) -> ir.Model:

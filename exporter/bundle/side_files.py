@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm_edge.checkpoint.base import Checkpoint
+from llm_edge.checkpoint.base import AnyCheckpoint, Checkpoint
 from llm_edge.checkpoint.huggingface.writer import hf_config, write_json, write_tokenizer
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import Recipe
@@ -37,8 +37,14 @@ def write_side_files(
         write_json(
             folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), style is GraphStyle.FUSED)
         )
-    write_tokenizer(folder, checkpoint.tokenizer, model_input_names=["input_ids", "attention_mask"])
+    write_general_side_files(folder, checkpoint)
     write_json(folder / "config.json", config)
+
+
+def write_general_side_files(folder: Path, checkpoint: AnyCheckpoint) -> None:
+    """Write all files of a bundle that other runtimes are not known to run, except models and manifest."""
+    write_tokenizer(folder, checkpoint.tokenizer, model_input_names=["input_ids", "attention_mask"])
+    write_json(folder / "config.json", hf_config(checkpoint))
     write_json(folder / "generation_config.json", checkpoint.generation)
 
 

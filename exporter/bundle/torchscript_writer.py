@@ -33,8 +33,9 @@ from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder, rotary_tables
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.open import AnySession, open_session
-from llm_edge.runtime.bundle import TORCHSCRIPT, ModelShape
+from llm_edge.runtime.bundle import TORCHSCRIPT
 from llm_edge.runtime.errors import ParameterError
+from llm_edge.runtime.model_shape import ModelShape
 
 _BATCH, _NEW, _PAST = 2, 3, 5  # sizes of the traced inputs, all different and none of them 1
 _ROOT = "model"  # folder inside the archive

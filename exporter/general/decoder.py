@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -21,29 +20,7 @@ from llm_edge.exporter.general.functions import (
     replaced,
 )
 from llm_edge.model.attention import positions_of
-
-
-@dataclass(frozen=True, slots=True)
-class CacheTensor:
-    """A tensor that a layer keeps between steps.
-
-    Attributes:
-        name: such as `0.key`, `3.convolution.0` or `3.state.0`.
-        shape: of one sequence without its tokens: [K, D] of keys and values, which have one entry per token on the
-            second axis, or the whole shape of a state.
-        grows: whether it has an entry per token.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    grows: bool
-
-    def empty(self, batch: int, length: int, like: Tensor) -> Tensor:
-        """Return zeros for `length` past tokens, or an empty state."""
-        if not self.grows:
-            return like.new_zeros(batch, *self.shape)
-        heads, size = self.shape
-        return like.new_zeros(batch, heads, length, size)
+from llm_edge.runtime.model_shape import CacheTensor
 
 
 class AttentionMode(Enum):
@@ -128,7 +105,7 @@ class GeneralDecoder(nn.Module):
     def empty_past(self, batch_size: int = 1, length: int = 0) -> list[list[Tensor]]:
         """Return a cache of `length` zero tokens and empty states."""
         like = next(self.model.parameters())
-        return [[tensor.empty(batch_size, length, like) for tensor in layer] for layer in self.caches]
+        return [[like.new_zeros(batch_size, *tensor.sized(length)) for tensor in layer] for layer in self.caches]
 
 
 def general_decoder(model: Any) -> GeneralDecoder:

@@ -8,13 +8,14 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 
-from llm_edge.exporter.general.decoder import CacheTensor, GeneralDecoder
+from llm_edge.exporter.general.decoder import GeneralDecoder
 from llm_edge.exporter.graph import attention, recurrence
 from llm_edge.exporter.graph.experts import experts
 from llm_edge.exporter.graph.passes.last_logits import keep_last_logits
 from llm_edge.exporter.graph.passes.names import name_by_module
 from llm_edge.exporter.graph.trace import OPSET, clear_value_metadata, linear, quiet
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
+from llm_edge.runtime.model_shape import CacheTensor
 
 _SCATTER_OPSET = 24  # the first with TensorScatter
 

@@ -29,22 +29,29 @@ from llm_edge.model.weights import Weights
 
 def apply_recipe(
     model: ir.Model,
-    config: ModelConfig,
     weights: Mapping[str, Tensor],
     recipe: Recipe,
     style: GraphStyle,
     calibrated: CalibratedWeights | None = None,
+    *,
+    tied: bool,
+    config: ModelConfig | None = None,
 ) -> dict[str, StoredFormat]:
     """Lower a traced graph (see `graph.trace`) to the graph of a precision, in place.
 
-    `config` and `weights` are those of the traced model, rotated if the recipe is calibrated; projections that
-    `calibrated` does not hold are quantized without calibration.
+    Args:
+        model: the graph.
+        weights: of the traced model, rotated if the recipe is calibrated.
+        recipe: of the precision.
+        style: of the graph.
+        calibrated: projections that it does not hold are quantized without calibration.
+        tied: whether the output head has the weight of the embedding.
+        config: of our own decoder, for a quantized cache.
 
     Returns:
         the formats of all projections and the embedding by module path.
     """
     check_cache(recipe, style)
-    tied = config.tie_word_embeddings
     lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED, tied)
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == EXPERTS:
@@ -58,6 +65,7 @@ def apply_recipe(
     _fill_initializers(model, weights)
     if recipe.cache_bits:
         assert calibrated is not None
+        assert config is not None
         quantize_cache(model, config, calibrated.caches)
     if recipe.float16:
         to_float16(model)

@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_edge.exporter.graph.editor import name_of
 from llm_edge.exporter.validation.windows import Run
 from llm_edge.runtime.backend.graph import HIDDEN_STATES, inference_session
-from llm_edge.runtime.bundle import ModelShape
+from llm_edge.runtime.model_shape import ModelShape
 
 _PART_BYTES = 512 << 20  # of weights; a single larger one is a part of its own
 _INLINE_BYTES = 1024  # operators require some small inputs, such as shapes, to be constants

@@ -40,10 +40,11 @@ from llm_edge.exporter.validation.independent import IndependentCheck, compare_w
 from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference, reference_logits
 from llm_edge.exporter.validation.windows import Run, select_windows
 from llm_edge.model.config import ModelConfig
+from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.backend.open import AnySession
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import ModelShape, key_value_caches
 from llm_edge.runtime.errors import ParityError
+from llm_edge.runtime.model_shape import ModelShape, key_value_caches
 
 ROTATED = "rotated"
 """Name of the rotated model in `Validation.parities`."""
@@ -97,7 +98,7 @@ def verify_parity(
         ParityError: an fp32 model exceeds the bounds, or logits are NaN or infinity.
     """
     config, weights = checkpoint.config, checkpoint.weights
-    windows = select_windows(text, config)
+    windows = select_windows(text, config.vocab_size, count_parameters(config))
 
     def update(fraction: float, item: str) -> None:
         progress("validating", _REFERENCE_FRACTION * fraction, f"PyTorch: {item}")
@@ -123,7 +124,7 @@ def verify_parity(
         if isinstance(model, PartwiseGraph):
             parity, quality = score(expected, partial(model, progress=update_recipe))
         else:
-            parity, quality = score(expected, partial(_run_session, model), update_recipe)
+            parity, quality = score(expected, partial(run_session, model), update_recipe)
         if writer.hidden_size is not None:
             parity = dataclasses.replace(parity, hidden_states=_compare_hidden_states(expected, model))
         check_parity(recipe.name, parity, exact=recipe.lossless)
@@ -159,7 +160,7 @@ def _open(folder: Path, config: ModelConfig, recipe: Recipe, writer: BundleWrite
     return writer.open(folder, model_shape(config), recipe)
 
 
-def _run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
+def run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
     """Run a loaded model; see `Forward`."""
     for run in runs:
         session.clear_cache()

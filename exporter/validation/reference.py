@@ -85,7 +85,7 @@ def record_reference(
         config.vocab_size,
         runs,
         tuple(window.kind for window in windows),
-        cached_run(windows[0], config),
+        cached_run(windows[0], [rope.long_from for rope in config.ropes if rope.long_from]),
         torch.tensor(targets),
         torch.cat(top),
         reference.hidden_states(states[0]),

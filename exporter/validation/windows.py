@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llm_edge.exporter.texts import Window
-from llm_edge.model.config import ModelConfig
-from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 
 _MAX_LOGITS_BYTES = 2 << 30  # of the text on disk; models with large vocabularies are scored on less text
@@ -46,14 +44,14 @@ Forward = Callable[[Sequence[Run]], Iterator[Tensor]]
 """Runs a model, and yields the logits [tokens, V] of each chunk of each run in order; the next may overwrite them."""
 
 
-def select_windows(windows: Sequence[Window], config: ModelConfig) -> list[Window]:
+def select_windows(windows: Sequence[Window], vocab_size: int, parameters: int) -> list[Window]:
     """Return as many windows as time and disk allow, chosen from each kind in turn, in their order; at least one."""
     by_kind: dict[str, list[int]] = defaultdict(list)
     for number, window in enumerate(windows):
         by_kind[window.kind].append(number)
     turns = [numbers[turn] for turn in range(len(windows)) for numbers in by_kind.values() if turn < len(numbers)]
-    tokens = max(_MAX_PRODUCTS // count_parameters(config), _MIN_TOKENS)
-    tokens = min(tokens, max(_MAX_LOGITS_BYTES // (4 * config.vocab_size), 2 * MAX_STEP_TOKENS))
+    tokens = max(_MAX_PRODUCTS // parameters, _MIN_TOKENS)
+    tokens = min(tokens, max(_MAX_LOGITS_BYTES // (4 * vocab_size), 2 * MAX_STEP_TOKENS))
     chosen: list[int] = []
     for number in turns[:_MAX_WINDOWS]:
         tokens -= len(windows[number].tokens)
@@ -63,9 +61,9 @@ def select_windows(windows: Sequence[Window], config: ModelConfig) -> list[Windo
     return [windows[number] for number in sorted(chosen)]
 
 
-def logits_bytes(windows: Sequence[Window], config: ModelConfig) -> int:
+def logits_bytes(windows: Sequence[Window], vocab_size: int) -> int:
     """Return the size of the file of logits."""
-    return 4 * config.vocab_size * sum(len(window.tokens) for window in windows)
+    return 4 * vocab_size * sum(len(window.tokens) for window in windows)
 
 
 def scoring_runs(windows: Sequence[Window], vocab_size: int) -> tuple[Run, ...]:
@@ -79,13 +77,12 @@ def scoring_runs(windows: Sequence[Window], vocab_size: int) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def cached_run(window: Window, config: ModelConfig) -> Run:
+def cached_run(window: Window, limits: Sequence[int] = ()) -> Run:
     """Return a run over the begin of a window: a prompt, then single tokens, then the rest in one step.
 
     Its logits are those of the window at once, unless the angles of cached keys depend on the length: such a run stays
-    within the length up to which they do not.
+    within the `limits` up to which they do not.
     """
-    limits = [rope.long_from for rope in config.ropes if rope.long_from]
     tokens = window.tokens[: min(_CACHED_TOKENS, *limits) if limits else _CACHED_TOKENS]
     half = max(len(tokens) // 2, 1)
     single = tokens[half : half + min(_SINGLE_TOKENS, max(len(tokens) - half - 1, 1))]

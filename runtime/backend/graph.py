@@ -14,8 +14,9 @@ import onnxruntime as ort
 from llm_edge.runtime.backend import memory_hints
 from llm_edge.runtime.backend.graph_check import ExternalTensor
 from llm_edge.runtime.backend.weights import MappedWeights
-from llm_edge.runtime.bundle import ONNX, Bundle, ModelShape, PrecisionInfo
+from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, MachineError, native_reason
+from llm_edge.runtime.model_shape import ModelShape
 
 ATTENTION_MASK = "attention_mask"
 HIDDEN_STATES = "hidden_states"

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_edge.runtime.bundle import Bundle, ModelShape, PrecisionInfo
+from llm_edge.runtime.bundle import Bundle, PrecisionInfo
 from llm_edge.runtime.errors import InputError, MachineError
+from llm_edge.runtime.model_shape import ModelShape
 from llm_edge.runtime.safe_io import write_atomically
 
 Array = npt.NDArray[Any]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from llm_edge.runtime import Bundle, Guards, Model, ReasoningTokens
-from llm_edge.runtime.bundle import MANIFEST, key_value_caches, manifest_entry
+from llm_edge.runtime.bundle import MANIFEST, manifest_entry
 from llm_edge.runtime.errors import BundleError, InputError
+from llm_edge.runtime.model_shape import key_value_caches
 
 FILES = (
     "chat_template.jinja",

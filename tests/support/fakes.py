@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_edge.runtime.bundle import ModelShape
 from llm_edge.runtime.errors import LlmEdgeError
 from llm_edge.runtime.generation import Generation
+from llm_edge.runtime.model_shape import ModelShape
 from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.text.prompts import Message

@@ -8,9 +8,10 @@ from typing import Any
 from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
 from llm_edge.runtime.backend.open import open_graph
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import Bundle, ModelShape
+from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.loading import LoadedBundle
 from llm_edge.runtime.model import Model
+from llm_edge.runtime.model_shape import ModelShape
 
 
 def open_file(

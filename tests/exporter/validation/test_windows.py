@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import tiny
 
@@ -12,7 +10,7 @@ from llm_edge.exporter.texts import Window, split_windows
 from llm_edge.exporter.validation import windows as windows_module
 from llm_edge.exporter.validation.windows import cached_run, scoring_runs, select_windows
 from llm_edge.model.config import ModelConfig
-from llm_edge.model.rope import LongRopeScaling, Rope
+from llm_edge.model.decoder import count_parameters
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +40,12 @@ def test_each_kind_of_text_has_its_share_if_not_all_of_it_is_scored(
 ) -> None:
     monkeypatch.setattr(windows_module, "_MAX_PRODUCTS", 0)
     given = [*[text(512, "prose")] * 8, *[text(512, "code")] * 3, text(100, "chat")]
-    chosen = select_windows(given, config)
+    chosen = select_windows(given, config.vocab_size, count_parameters(config))
     assert [window.kind for window in chosen] == ["prose", "prose", "code", "code", "chat"]
 
 
-def test_two_windows_are_scored_however_large_the_vocabulary_is(config: ModelConfig) -> None:
-    large = dataclasses.replace(config, vocab_size=4_000_000)
-    assert select_windows([text(512)] * 3, large) == [text(512)] * 2
+def test_two_windows_are_scored_however_large_the_vocabulary_is() -> None:
+    assert select_windows([text(512)] * 3, vocab_size=4_000_000, parameters=1_000_000) == [text(512)] * 2
 
 
 def test_windows_are_processed_in_steps_with_logits_of_limited_size() -> None:
@@ -63,20 +60,11 @@ def test_windows_are_processed_in_steps_with_logits_of_limited_size() -> None:
     ("length", "chunks"),
     [(512, [128, *[1] * 16, 112]), (40, [20, *[1] * 16, 4]), (4, [2, 1, 1]), (3, [1, 1, 1]), (2, [1, 1]), (1, [1])],
 )
-def test_the_cached_run_has_a_prompt_single_tokens_and_the_rest(
-    config: ModelConfig, length: int, chunks: list[int]
-) -> None:
-    run = cached_run(text(length), config)
+def test_the_cached_run_has_a_prompt_single_tokens_and_the_rest(length: int, chunks: list[int]) -> None:
+    run = cached_run(text(length))
     assert [len(chunk) for chunk in run.chunks] == chunks
     assert run.tokens == tuple(range(min(length, 256)))
 
 
-def test_the_cached_run_stays_within_the_length_at_which_rotary_angles_change(config: ModelConfig) -> None:
-    rope = config.layers[0].rope
-    assert isinstance(rope, Rope)
-    scaling = LongRopeScaling(
-        short=(1.0,) * (rope.dim // 2), long=(2.0,) * (rope.dim // 2), amplitude=1.0, original_length=24
-    )
-    layer = dataclasses.replace(config.layers[0], rope=dataclasses.replace(rope, scaling=scaling))
-    run = cached_run(text(512), dataclasses.replace(config, layers=(layer, *config.layers[1:])))
-    assert len(run.tokens) == 24
+def test_the_cached_run_stays_within_the_length_at_which_rotary_angles_change() -> None:
+    assert len(cached_run(text(512), limits=[24, 100]).tokens) == 24

@@ -69,7 +69,9 @@ def subgraph_in(op_type: str, attribute: str) -> Callable[[ModelProto], object]:
     return added(helper.make_node(op_type, ["input_ids"], ["more"], **{attribute: endless()}))
 
 
-@pytest.mark.parametrize("op_type", ["Loop", "Scan", "If", "SequenceMap", "NonZero", "Tile", "Expand", "RandomUniform"])
+@pytest.mark.parametrize(
+    "op_type", ["Loop", "Scan", "If", "SequenceMap", "NonZero", "Resize", "OneHot", "RandomUniform"]
+)
 def test_other_operators_are_rejected(graph: Path, op_type: str) -> None:
     assert ("", op_type) not in OPERATORS
     assert repr(op_type) in refusal(edited(graph, added(helper.make_node(op_type, ["input_ids"], ["more"]))))
@@ -263,6 +265,71 @@ def test_ranges_that_do_not_count_tokens_are_rejected(graph: Path, value: int, p
         check_graph(changed)
     else:
         assert "Range" in refusal(changed)
+
+
+def repeat(model: ModelProto, op_type: str, shape: str, times: int = 1) -> None:
+    """Add nodes that repeat the tokens, one after another."""
+    value = "input_ids"
+    for number in range(times):
+        inputs = [shape] if op_type == "ConstantOfShape" else [value, shape]
+        model.graph.node.append(helper.make_node(op_type, inputs, [f"repeated{number}"]))
+        value = f"repeated{number}"
+
+
+def repeated_by(op_type: str, form: str, numbers: list[int]) -> Callable[[ModelProto], object]:
+    def change(model: ModelProto) -> None:
+        if form == "node":
+            model.graph.node.append(helper.make_node("Constant", [], ["shape"], value_ints=numbers))
+        else:
+            model.graph.initializer.append(helper.make_tensor("shape", TensorProto.INT64, [len(numbers)], numbers))
+        repeat(model, op_type, "shape")
+
+    return change
+
+
+@pytest.mark.parametrize("form", ["node", "initializer"])
+@pytest.mark.parametrize("op_type", ["Expand", "Tile", "Pad"])
+def test_values_can_be_repeated_as_often_as_a_model_needs(graph: Path, op_type: str, form: str) -> None:
+    check_graph(edited(graph, repeated_by(op_type, form, [-1, 128])))
+
+
+@pytest.mark.parametrize("numbers", [[1 << 30, 1 << 30], [-(1 << 40), 1]])
+@pytest.mark.parametrize("form", ["node", "initializer"])
+@pytest.mark.parametrize("op_type", ["Expand", "Tile", "ConstantOfShape", "Pad"])
+def test_values_that_are_repeated_more_often_are_rejected(
+    graph: Path, op_type: str, form: str, numbers: list[int]
+) -> None:
+    assert repr(op_type) in refusal(edited(graph, repeated_by(op_type, form, numbers)))
+
+
+def test_repetitions_one_after_another_are_rejected(graph: Path) -> None:
+    def change(model: ModelProto) -> None:
+        model.graph.node.append(helper.make_node("Constant", [], ["shape"], value_ints=[1, 256]))
+        repeat(model, "Tile", "shape", times=4)
+
+    assert "'Tile' repeats" in refusal(edited(graph, change))
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Add", "ReduceMax"])
+def test_shapes_that_are_computed_from_values_are_rejected(graph: Path, op_type: str) -> None:
+    def change(model: ModelProto) -> None:
+        add = model.graph.node.append
+        add(helper.make_node("Shape", ["input_ids"], ["sizes"]))
+        add(helper.make_node(op_type, ["sizes"] * (1 if op_type == "ReduceMax" else 2), ["shape"]))
+        repeat(model, "Expand", "shape")
+
+    assert "computed shape" in refusal(edited(graph, change))
+
+
+def test_shapes_of_values_with_a_constant_are_accepted(graph: Path) -> None:
+    def change(model: ModelProto) -> None:
+        add = model.graph.node.append
+        add(helper.make_node("Shape", ["input_ids"], ["rows"], start=0, end=1))
+        add(helper.make_node("Constant", [], ["experts"], value_ints=[128]))
+        add(helper.make_node("Concat", ["rows", "experts"], ["shape"], axis=0))
+        repeat(model, "Expand", "shape")
+
+    check_graph(edited(graph, change))
 
 
 @pytest.mark.parametrize("op_type", ["Mul", "Add", "Cast"])

@@ -24,8 +24,9 @@ from llm_edge.runtime.backend import providers
 from llm_edge.runtime.backend.kv_cache import SharedCache
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import Bundle, ModelShape, key_value_caches
+from llm_edge.runtime.bundle import Bundle
 from llm_edge.runtime.errors import BundleError, ContextLengthError, ParameterError, ProviderError
+from llm_edge.runtime.model_shape import ModelShape, key_value_caches
 
 CLOSE = 1e-4
 SHAPE = ModelShape(

@@ -20,7 +20,7 @@ from llm_edge.runtime.scheduling import batch as batch_module
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.slot_memory import DeviceSlots, HostSlots, SlotMemory
 
-SLOTS = 3
+SLOTS, CAPACITY = 3, 16
 LENGTHS = (3, 70, 17, 40)
 
 
@@ -31,7 +31,7 @@ def session(tiny_bundle: Path) -> Session:
     return open_file(bundle.file(info.model), bundle.shape, info.share_buffer, "cpu", 2)
 
 
-def make_memory(kind: str, session: Session, capacity: int = 16) -> SlotMemory:
+def make_memory(kind: str, session: Session, capacity: int = CAPACITY) -> SlotMemory:
     return (HostSlots if kind == "host" else DeviceSlots)(session.graph, SLOTS, capacity)
 
 

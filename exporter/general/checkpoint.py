@@ -1,0 +1,82 @@
+"""Opens a Hugging Face folder whose architecture only transformers knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from llm_edge.checkpoint.base import Checkpoint, OriginalModel, Source, hash_file
+from llm_edge.checkpoint.huggingface.checkpoint import duplicate_keys
+from llm_edge.checkpoint.huggingface.generation import read_generation
+from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
+from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, find_weight_files
+from llm_edge.exporter.general.architecture import Architecture, architecture_of
+from llm_edge.exporter.general.weights import GeneralWeights
+from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.safe_io import MIB, read_json
+
+GeneralCheckpoint: TypeAlias = Checkpoint[Architecture, GeneralWeights]
+
+_TEXT_PREFIX = re.compile(r"(model\.)?language_model\.(model\.)?")
+"""Of the text model's tensors in a model that also reads images or sound."""
+_HEADS = ("lm_head.", "model.lm_head.", "language_model.lm_head.")
+
+
+def read_general_folder(folder: Path) -> GeneralCheckpoint:
+    """Read a Hugging Face folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or transformers does not know the architecture.
+    """
+    path = folder / "config.json"
+    whole = read_json(path, MIB, error=CheckpointError)
+    content, notes = _text_config(whole)
+    architecture = architecture_of(content, str(path))
+    found = find_weight_files(folder, whole.get("transformers_weights"))
+    files = WeightFiles(found)
+    where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
+    names = _text_names(files.tensors) if content is not whole else {name: name for name in files.tensors}
+
+    def load(name: str) -> torch.Tensor:
+        return files.load(names[name])
+
+    shapes = {name: tuple(files.tensors[stored].shape) for name, stored in names.items()}
+    weights = GeneralWeights(architecture.decoder.model, shapes, load, where)
+    generation, ignored = read_generation(folder, content)
+    return Checkpoint(
+        architecture,
+        dict(content),
+        weights,
+        read_tokenizer(folder, generation),
+        generation,
+        Source(folder.resolve().name, files.format, tuple(map(hash_file, found.paths)), files.types),
+        notes=(*duplicate_keys(path), *notes, *found.notes, *ignored),
+        original=OriginalModel(content, folder if content is whole else None, tuple(names), load),
+    )
+
+
+def _text_config(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return the config of the text model and a note, if there is one within the config."""
+    text = content.get("text_config")
+    if not isinstance(text, Mapping) or not isinstance(text.get("model_type"), str):
+        return content, ()
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    given = {key: content[key] for key in outer if content.get(key) is not None}
+    note = f"only the text model of {content.get('model_type')} is exported: images and sound are left out"
+    return {**text, **given}, (note,)
+
+
+def _text_names(stored: Mapping[str, Any]) -> dict[str, str]:
+    """Return the stored names of the text model's tensors by the names that they have in a model of text alone."""
+    found = {}
+    for name in stored:
+        match = _TEXT_PREFIX.match(name)
+        if name.startswith(_HEADS):
+            found["lm_head." + name.rpartition("lm_head.")[2]] = name
+        elif match is not None:
+            found["model." + name[match.end() :]] = name
+    return found or {name: name for name in stored}

@@ -1,0 +1,124 @@
+"""`export_general`: converts a checkpoint whose architecture only transformers knows to a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from llm_edge.checkpoint.reasoning import find_reasoning
+from llm_edge.checkpoint.vocabulary import fit_to_embedding
+from llm_edge.exporter.bundle.manifest import write_manifest
+from llm_edge.exporter.bundle.side_files import write_general_side_files
+from llm_edge.exporter.bundle.staging import check_disk_space, staging
+from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
+from llm_edge.exporter.general.reference import record_general_reference
+from llm_edge.exporter.general.writer import GeneralWriter
+from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
+from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.exporter.results import Report, precision_reports
+from llm_edge.exporter.texts import Window, load_validation
+from llm_edge.exporter.validation.compare import score
+from llm_edge.exporter.validation.independent import IndependentCheck
+from llm_edge.exporter.validation.parity import Validation, check_parity, run_session
+from llm_edge.exporter.validation.windows import logits_bytes, select_windows
+from llm_edge.runtime.errors import ParameterError
+
+_REFERENCE_FRACTION = 0.5  # of the validation time
+
+
+def export_general(
+    source: Path, target: Path, options: ExportOptions, recipes: tuple[Recipe, ...], progress: Progress
+) -> Report:
+    """Export a Hugging Face folder; see `exporter.export.export`.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, or it does something that has no form here.
+        ParameterError: an option does not apply to such models.
+    """
+    _check(options, recipes)
+    checkpoint = fit_to_embedding(read_general_folder(source))
+    checkpoint = _with_reasoning(checkpoint)
+    architecture, writer = checkpoint.config, GeneralWriter()
+    windows = select_windows(load_validation(checkpoint), architecture.vocab_size, architecture.parameters)
+    with staging(target, options.force) as folder:
+        models = folder / writer.name
+        models.mkdir()
+        check_disk_space(
+            folder, 4 * len(recipes) * architecture.parameters + logits_bytes(windows, architecture.vocab_size)
+        )
+        stored = writer.write(models, checkpoint, recipes, progress)
+        validation = _validate(models, checkpoint, recipes, writer, windows, progress)
+        progress("writing", 0.0, "tokenizer and configs")
+        write_general_side_files(folder, checkpoint)
+        report = Report(
+            path=target,
+            source=checkpoint.source,
+            parameters=architecture.parameters,
+            style=writer.style,
+            precisions=precision_reports(models, writer, recipes, stored),
+            layers=len(architecture.decoder.caches),
+            validation=validation,
+            notes=checkpoint.notes,
+        )
+        write_manifest(folder, checkpoint, architecture.shape, report, writer, progress)
+    progress("writing", 1.0, str(target))
+    return report
+
+
+def _check(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:
+    """Raise ParameterError for options that do not apply."""
+    refused = {
+        "--format torchscript": options.file_format is FileFormat.TORCHSCRIPT,
+        "--graph portable": options.graph is GraphChoice.PORTABLE,
+        "--hidden-states": options.hidden_states,
+        "--refine": options.refine,
+        "--adapter": options.adapter is not None,
+        "--no-validate": not options.validate,
+        "--max-seq-len": options.max_seq_len is not None,
+    }
+    for name, given in refused.items():
+        if given:
+            raise ParameterError(f"{name} does not apply to models that are exported through transformers: omit it")
+    for recipe in recipes:
+        if recipe.calibrated or recipe.cache_bits or recipe.float16 or recipe.projections.needs_source_blocks:
+            raise ParameterError(
+                f"--precision {recipe.name} is not available for models that are exported through transformers: "
+                "use fp32"
+            )
+
+
+def _with_reasoning(checkpoint: GeneralCheckpoint) -> GeneralCheckpoint:
+    reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json, checkpoint.tokenizer.chat_template)
+    return dataclasses.replace(checkpoint, reasoning=reasoning, notes=(*checkpoint.notes, *checkpoint.tokenizer.notes))
+
+
+def _validate(
+    folder: Path,
+    checkpoint: GeneralCheckpoint,
+    recipes: tuple[Recipe, ...],
+    writer: GeneralWriter,
+    windows: list[Window],
+    progress: Progress,
+) -> Validation:
+    """Compare all precisions with transformers' own model."""
+
+    def update(fraction: float, item: str) -> None:
+        progress("validating", _REFERENCE_FRACTION * fraction, f"transformers: {item}")
+
+    expected = record_general_reference(checkpoint, windows, folder.parent / "logits", update)
+    parities, qualities = {}, {}
+    for number, recipe in enumerate(recipes):
+
+        def update_recipe(fraction: float, number: int = number, name: str = recipe.name) -> None:
+            done = (number + fraction) / len(recipes)
+            progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
+
+        session = writer.open(folder, checkpoint.config.shape, recipe)
+        parity, quality = score(expected, partial(run_session, session), update_recipe)
+        check_parity(recipe.name, parity, exact=recipe.lossless)
+        parities[recipe.name], qualities[recipe.name] = parity, quality
+        del session
+    expected.path.unlink()
+    return Validation(parities, qualities, IndependentCheck(reason="the reference is transformers' own model"))

@@ -1,0 +1,93 @@
+"""Writes the precisions of a general decoder as ONNX graphs; see `exporter.bundle.onnx_writer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from llm_edge.exporter.bundle.onnx_writer import save_graph
+from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
+from llm_edge.exporter.general.fold import fold
+from llm_edge.exporter.general.trace import trace_general
+from llm_edge.exporter.graph.lower import apply_recipe
+from llm_edge.exporter.graph.trace import GraphStyle
+from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.quantization.calibrate import StoredPrecision
+from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
+from llm_edge.runtime.backend.open import open_graph
+from llm_edge.runtime.backend.session import Session
+from llm_edge.runtime.bundle import ONNX
+from llm_edge.runtime.model_shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralWriter:
+    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision."""
+
+    style: GraphStyle = GraphStyle.FUSED
+    hidden_size: int | None = field(default=None, init=False)
+    name = ONNX
+
+    def write(
+        self, folder: Path, model: GeneralCheckpoint, recipes: tuple[Recipe, ...], progress: Progress
+    ) -> dict[str, StoredPrecision]:
+        """Write the files of each recipe to a folder, one weight at a time; return how they are stored."""
+        architecture = model.config
+        progress("tracing", None, f"{len(architecture.decoder.caches)} layers")
+        with architecture.fake_mode:
+            traced = trace_general(architecture.decoder)
+        weights = PublicWeights(model)
+        stored = {}
+        for number, recipe in enumerate(recipes):
+            graph = traced.clone()
+            formats = apply_recipe(graph, weights, recipe, self.style, tied=architecture.tie_word_embeddings)
+            fold(graph)
+            stored[recipe.name] = StoredPrecision(formats)
+
+            def on_save(_: ir.TensorProtocol, info: Any, number: int = number, name: str = recipe.name) -> None:
+                progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), name)
+
+            save_graph(graph, folder / self.file_name(recipe), on_save)
+        return stored
+
+    def file_name(self, recipe: Recipe) -> str:
+        """Return the name of the file to load."""
+        return f"{recipe.stem}.onnx"
+
+    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
+        """Return all files written for a recipe."""
+        return sorted(folder.glob(f"{recipe.stem}.onnx*"))
+
+    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
+        """Load the files of a recipe on the CPU."""
+        file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=True)
+        return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))
+
+
+class PublicWeights(Mapping[str, Tensor]):
+    """The weights and buffers of a model by the names that its graph has for them, read one at a time."""
+
+    def __init__(self, model: GeneralCheckpoint) -> None:
+        public = model.config.decoder.public_name
+        self._weights = model.weights
+        self._names = {public(f"model.{name}"): name for name in model.weights}
+        self._buffers = {name: buffer for name, buffer in model.config.buffers().items() if name not in self._names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name] if name in self._buffers else self._weights[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:  # the inherited method would read the weight
+        return name in self._names or name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self._buffers
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._buffers)

@@ -1,0 +1,130 @@
+"""Tiny models of every causal language model that transformers knows, in shapes in which mistakes show."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+LAYERS = 4
+_VOCABULARY = 331
+_SIZES: Mapping[str, Any] = {
+    "vocab_size": _VOCABULARY,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "lru_width"), 64),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "mamba_d_ssm"), 128),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "global_head_dim", "index_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"), 1024),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "mamba_n_heads", "mamba_num_heads", "time_step_rank"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "mamba_n_groups"), 1),
+    **dict.fromkeys(("n_groups", "linear_num_key_heads", "mamba_expand", "index_n_heads"), 2),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "chunk_size", "mamba_chunk_size", "window_size"), 16),
+    "qk_head_dim": 24,
+    "linear_num_value_heads": 4,
+    "index_topk": 512,
+    "vocab_size_per_layer_input": _VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""Values of the fields that a config has."""
+
+_WINDOWS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+_LINEAR = ["linear_attention", "full_attention"] * (LAYERS // 2)
+_ALL_HEADS = {"num_key_value_heads": 4}
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    **{kind: {"layer_types": _WINDOWS} for kind in ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3")},
+    **{
+        kind: {"layer_types": _LINEAR}
+        for kind in ("minimax", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+    },
+    **{
+        kind: {"num_key_value_heads": 4}
+        for kind in (
+            *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
+            *("kimi_linear", "longcat_flash", "minicpm3", "youtu"),
+        )
+    },
+    **{kind: {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)} for kind in ("lfm2", "lfm2_moe")},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "falcon": {"new_decoder_architecture": True},
+    "gemma3n_text": {
+        "layer_types": _WINDOWS,
+        "intermediate_size": [128] * LAYERS,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    },
+    "gemma4_text": {"layer_types": _WINDOWS, "num_kv_shared_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "shared_intermediate_size": 64},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "llama4_text": {"attention_chunk_size": 16, "intermediate_size_mlp": 128, "no_rope_layers": [1, 1, 1, 0]},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
+    "phi3": {"sliding_window": None},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "stablelm": {"use_qkv_bias": True},
+}
+"""Changes for single architectures, so that each kind of layer occurs."""
+
+
+def make_config(kind: str) -> Any:
+    """A config of a `model_type`, with every size that it has a field for."""
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[kind]
+    fields = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
+    for each in config_class.__mro__:
+        fields |= set(vars(each).get("__annotations__", {}))
+    given = {name: value for name, value in _SIZES.items() if name in fields} | dict(CHANGES.get(kind, {}))
+    aliases = [name for name, target in config_class.attribute_map.items() if name in given and target in given]
+    given = {name: value for name, value in given.items() if name not in aliases}
+    # Some configs derive a field, or reject it together with another one.
+    rejected: Exception | None = None
+    for dropped in ([], ["head_dim"], ["sliding_window"], ["num_layers"], ["rotary_dim"], ["num_hidden_layers"]):
+        try:
+            return config_class(**{name: value for name, value in given.items() if name not in dropped})
+        except Exception as error:  # noqa: BLE001 (whatever validates configs)
+            rejected = rejected or error
+    assert rejected is not None
+    raise rejected
+
+
+def make_model(kind: str, seed: int = 0) -> Any:
+    """A model with non-uniform attention and routing: with the usual tiny weights they would be plain averages."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = make_config(kind)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if not weight.is_floating_point():
+                continue
+            if weight.ndim == 1:
+                weight.add_(torch.randn_like(weight) * 0.1)
+            elif any(part in name for part in ("embed", "wte", "wpe")):
+                weight.mul_(5)
+            elif weight.std() < 0.05:
+                weight.mul_(8)
+    return model
+
+
+def save(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Write a model as a Hugging Face folder with the tiny tokenizer."""
+    make_model(kind, seed).save_pretrained(folder)
+    tiny.save_tokenizer(folder)
+    return folder
