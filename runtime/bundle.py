@@ -5,6 +5,7 @@ The exporter writes bundles with `FORMAT_VERSION` and `manifest_entry`; everythi
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 import stat

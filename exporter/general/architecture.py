@@ -100,7 +100,9 @@ def architecture_of(content: Mapping[str, Any], where: str) -> Architecture:
         )
     try:
         with quiet_transformers():
-            config = transformers.CONFIG_MAPPING[kind].from_dict(dict(content))
+            config_class = transformers.CONFIG_MAPPING[kind]
+            # transformers writes an infinity as an object, and reads it back in `from_pretrained` only.
+            config = config_class.from_dict(config_class._decode_special_floats(dict(content)))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{where}: transformers rejects it ({reason})") from error
