@@ -189,18 +189,20 @@ class StateHistory:
 
     def at(self, length: int) -> States:
         """The states at a length that is available."""
+        if not length:
+            return self._memory.zeros
         if length == self.length:
             return self.current
         if self._previous is not None and self._previous[0] == length:
             return self._previous[1]
-        return self.snapshots[length] if length else self._memory.zeros
+        return self.snapshots[length]
 
     def rewind(self, length: int) -> int:
         """Return to the states of `length` tokens, or of the most that are available; returns of how many."""
         length = self.available(length)
-        if length == self.length:
-            return length
         found, dropped = self.at(length), self.current
+        if found is dropped:
+            return length
         self.snapshots = {kept: states for kept, states in self.snapshots.items() if kept <= length}
         self._previous = None
         if not (dropped.shared or dropped.row):
