@@ -41,7 +41,7 @@ class SharedCache:
                 binding.bind_ortvalue_output(f"present.{tensor.name}", value)
         self._bound = True
         if self._states is not None and self._history is not None:
-            self._states.bind(binding, self._history.current.addresses, self._history.target().addresses)
+            self._states.bind(binding, self._history.current, self._history.target())
 
     def advance(self, binding: Any, length: int) -> None:  # noqa: ARG002
         """Keep what the step computed; `length` tokens are cached now. Keys and values were written in place."""

@@ -39,12 +39,12 @@ class StateSlots:
     def bind_one(self, binding: Any, slot: int) -> None:
         """Bind the states of one slot."""
         history = self._histories[slot]
-        self._memory.bind(binding, history.current.addresses, history.target().addresses)
+        self._memory.bind(binding, history.current, history.target())
 
     def bind_side(self, binding: Any, first: int, slots: int, side: int) -> None:
         """Bind the states of adjacent slots for a step that `choose_side` prepared."""
-        past, present = (self._sides[each].states[first].addresses for each in (side, 1 - side))
-        self._memory.bind(binding, past, present, slots)
+        past, present = self._sides[side].states[first], self._sides[1 - side].states[first]
+        self._memory.bind_rows(binding, past, present, slots)
 
     def choose_side(self, first: int, active: Sequence[bool]) -> int:
         """Prepare a step over adjacent slots; returns the side that it reads: where most active slots are."""

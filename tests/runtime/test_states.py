@@ -412,6 +412,18 @@ def test_a_model_with_states_cannot_draft(state_bundle: Path) -> None:
         Model.load(state_bundle, threads=1, draft=state_bundle)
 
 
+def test_another_model_can_draft_for_one_with_states(
+    model: Model, state_bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_model, "_step_cost", lambda bundle, _: 1 if bundle.path == tiny_bundle else 100)
+    drafted = Model.load(state_bundle, threads=1, draft=tiny_bundle, draft_precision="fp32")
+    copying = SamplingParams(temperature=0, max_tokens=40)
+    for prompt in PROMPTS[:4]:
+        result = drafted.generate(prompt, copying).result()
+        assert result.tokens == alone(model, prompt, copying).tokens
+        assert result.timings.draft_tokens > 0
+
+
 def test_steps_over_the_slots_of_a_batch_are_not_repeated(load: Callable[..., Engine]) -> None:
     """States are copied between buffers when sequences begin and end, not in every step."""
     engine, copies = load(), []
