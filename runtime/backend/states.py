@@ -124,7 +124,7 @@ class StateMemory:
             starts = [0]
             for size in self.sizes:
                 starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-            pages = mapped_zeros((starts[-1],), np.dtype(np.uint8))
+            pages = mapped_zeros((starts[-1],), np.dtype(np.uint8), private=True)
             parts = [pages[start : start + size] for start, size in zip(starts, self.sizes, strict=False)]
         except Exception as error:
             raise MachineError("not enough memory for the states of a sequence") from error
@@ -265,6 +265,11 @@ def _on_host(graph: Graph) -> bool:
     return graph.cache_device == "cpu"
 
 
-def mapped_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Zeros in separately mapped pages, which take memory only once written to and return it when freed."""
-    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).reshape(shape)
+def mapped_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], *, private: bool = False) -> Array:
+    """Zeros in separately mapped pages, which take memory only once written to and return it when freed.
+
+    Reading takes memory too, unless they are `private`; those may be huge pages, which suit data that fills them.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if private and hasattr(mmap, "MAP_PRIVATE") else {}
+    return np.frombuffer(mmap.mmap(-1, size, **flags), dtype=dtype).reshape(shape)

@@ -177,12 +177,12 @@ def test_scores_and_clearing_start_from_empty_states(model: Model) -> None:
 
 
 def test_the_context_can_be_filled(model: Model) -> None:
-    order = random.Random(1)
+    order, params = random.Random(1), replace(GREEDY, max_tokens=100, banned_tokens=(2,))
     prompt = [order.randrange(3, 300) for _ in range(1024 - 12)]
-    wanted = alone(model, prompt, replace(GREEDY, max_tokens=100))
+    wanted = alone(model, prompt, params)
     assert (len(wanted.tokens), wanted.finish_reason) == (12, FinishReason.LENGTH)
     model.generate(prompt[:-1], GREEDY).result()
-    assert model.generate(prompt, replace(GREEDY, max_tokens=100)).result().tokens == wanted.tokens
+    assert model.generate(prompt, params).result().tokens == wanted.tokens
 
 
 # Many callers

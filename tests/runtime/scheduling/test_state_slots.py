@@ -237,7 +237,7 @@ def test_released_slots_return_the_memory_of_their_states(session: Session) -> N
 def test_running_out_of_memory_is_a_machine_error(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(session.graph, 2)
 
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise OSError("no memory")
 
     monkeypatch.setattr(states_module, "mapped_zeros", fail)
