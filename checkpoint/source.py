@@ -19,6 +19,7 @@ from llm_edge.checkpoint.huggingface.checkpoint import read_file, read_folder
 from llm_edge.checkpoint.lora.adapter import Adapter, open_adapter
 from llm_edge.checkpoint.meta.checkpoint import has_meta_names, read_state_dict
 from llm_edge.checkpoint.meta.config import StateDictOptions
+from llm_edge.checkpoint.meta.shards import SHARD
 from llm_edge.checkpoint.reasoning import find_reasoning
 from llm_edge.checkpoint.tensors.tensor_file import open_tensor_file
 from llm_edge.checkpoint.vocabulary import fit_to_embedding
@@ -27,6 +28,7 @@ from llm_edge.runtime.errors import CheckpointError, ParameterError
 SMOLLM2 = "smollm2"
 _SMOLLM2_BUNDLE = "smollm2-135m"
 _SMOLLM2_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}  # from the model card; the GGUF has none
+_STANDARD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TENSOR_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 Progress = Callable[[str], None]
@@ -134,10 +136,12 @@ def _read_folder(source: str, options: SourceOptions, progress: Progress) -> Che
         )
     found = [path for path in sorted(folder.iterdir()) if path.suffix in _TENSOR_SUFFIXES and path.is_file()]
     bare = len(found) == 1 and found[0].suffix != ".safetensors" and found[0].name != "pytorch_model.bin"
-    if has_config and not (folder / "params.json").exists() and not bare:
+    # Mistral's folders have the model in both formats, and Meta's params.json beside Hugging Face's config.json.
+    hugging_face = not (folder / "params.json").exists() or any((folder / name).exists() for name in _STANDARD_WEIGHTS)
+    if has_config and hugging_face and not bare:
         _reject_state_dict_options(source, options)
         return read_folder(folder, _open_adapter(options, progress))
-    if len(found) == 1:
+    if len(found) == 1 or (found and all(SHARD.fullmatch(path.name) for path in found)):
         return _read_tensor_file(str(found[0]), options, progress)
     if found:
         raise CheckpointError(f"{folder} has no config.json and {len(found)} state dicts: name the file to export")

@@ -234,7 +234,7 @@ def _requantization_note(report: Report) -> str | None:
     quantized = [name for name in types if name not in ("F64", "F32", "F16", "BF16")]
     recipes = [precision.recipe for precision in report.precisions]
     lossy = [recipe.name for recipe in recipes if not (recipe.lossless or recipe.float16 or recipe.name == "source")]
-    if report.source.format != "GGUF" or not quantized or not lossy:
+    if not quantized or not lossy:
         return None
     from llm_edge.model.block_weights import BLOCK_TYPES  # loads torch
 

@@ -200,7 +200,8 @@ def _check_source_blocks(source: str, checkpoint: Checkpoint, recipes: tuple[Rec
         if recipe.projections.needs_source_blocks and not has_blocks:
             raise CheckpointError(
                 f"{source} stores weights as {checkpoint.source.weight_types}; --precision {recipe.name} requires a "
-                f"GGUF with quantized weights ({', '.join(BLOCK_TYPES)}): choose int8 or int4"
+                f"GGUF with quantized weights ({', '.join(BLOCK_TYPES)}), or GPTQ, AWQ or packed integers in groups of "
+                "16 or more: choose int8 or int4"
             )
 
 

@@ -76,7 +76,8 @@ class WeightTable:
 class Weights(Mapping[str, Tensor]):
     """Lazy mapping from the decoder's weight names to tensors; each lookup reads from disk.
 
-    Tensors keep the dtype of the checkpoint; quantized ones are dequantized to float32.
+    Tensors keep the dtype of the checkpoint; quantized ones are dequantized to float32. Of the tensors in `movable`,
+    the weight table only reorders rows, so that their blocks can be kept.
     """
 
     def __init__(
@@ -84,10 +85,12 @@ class Weights(Mapping[str, Tensor]):
         sources: Mapping[str, tuple[SourceTensor, ...]],
         load: Callable[[str], Tensor],
         block_reader: BlockReader | None = None,
+        movable: Collection[str] = (),
     ) -> None:
         self._sources = sources
         self._load = load
         self._block_reader = block_reader
+        self._movable = movable
 
     def __getitem__(self, name: str) -> Tensor:
         loaded = []
@@ -107,6 +110,8 @@ class Weights(Mapping[str, Tensor]):
     def block_kind(self, name: str) -> BlockKind | None:
         """Return the block layout that holds a weight, or None unless all its source tensors are stored in blocks."""
         if self._block_reader is None:
+            return None
+        if any(source.name not in self._movable for source in self._sources[name]):
             return None
         kinds = [self._block_reader.block_kind(source.name) for source in self._sources[name]]
         found = [kind for kind in kinds if kind is not None]
@@ -147,8 +152,7 @@ def bind_weights(
     """Apply a weight table to a checkpoint, checking every name and shape before any tensor is read.
 
     `shapes` are those of all tensors of the checkpoint by name, `load` reads one of them, and `where` is the path for
-    messages. With a `block_reader`, for checkpoints that store blocks, the table's conversions must only reorder rows.
-    The tensors in `unused` may be left unused.
+    messages. The `block_reader` is for checkpoints that store blocks. The tensors in `unused` may be left unused.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or is not used by this model.
@@ -168,7 +172,11 @@ def bind_weights(
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         name = ascii(unexpected[0])[1:-1][:200]
         raise CheckpointError(f"{where}: unexpected tensor {name}{more}: this variant of the model is not supported")
-    return Weights(sources, load, block_reader)
+    movable = set()
+    if block_reader is not None:
+        every = [source for of_weight in sources.values() for source in of_weight]
+        movable = {source.name for source in every if _only_moves_rows(source, shapes[source.name])}
+    return Weights(sources, load, block_reader, movable)
 
 
 def source_rows(config: ModelConfig, name: str, count: int) -> tuple[int, ...] | None:
@@ -307,3 +315,19 @@ def _converted_shape(source: SourceTensor, shape: Shape) -> Shape:
         return tuple(source.convert(torch.empty(shape, device="meta")).shape)
     except (RuntimeError, ValueError, IndexError):
         return ()
+
+
+def _only_moves_rows(source: SourceTensor, shape: Shape) -> bool:
+    """Whether a conversion of a matrix selects and reorders its rows, tried on a matrix of the row numbers."""
+    if source.convert is None:
+        return True
+    if len(shape) != 2:
+        return False
+    numbers = torch.arange(shape[0], dtype=torch.float32)[:, None]
+    try:
+        moved = source.convert(numbers)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    if moved.dim() != 2 or moved.shape[1] != 1 or not torch.isin(moved, numbers).all():
+        return False
+    return len({*moved.flatten().tolist()}) == len(moved)

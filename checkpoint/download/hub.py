@@ -31,12 +31,14 @@ _ID = re.compile(
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip", ".git")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-_CONFIGS = ("config.json", "generation_config.json")
+_CONFIGS = ("config.json", "generation_config.json", "quantize_config.json")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
 )  # fmt: skip
 _TEMPLATES = re.compile(r"additional_chat_templates/[A-Za-z0-9_][\w.-]{0,63}\.jinja", re.ASCII)
-_VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json")  # without tokenizer.json
+_VOCABULARY = (  # without tokenizer.json
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json", "qwen.tiktoken", "tiktoken.model"
+)  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one found, whole or else in shards with an index
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")

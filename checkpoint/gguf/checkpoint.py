@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from llm_edge.checkpoint.base import Checkpoint, Source, by_frequency, hash_file
+from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES
 from llm_edge.checkpoint.gguf.config import EMBEDDING, HEAD, hf_config
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.sampling import recommended_sampling
@@ -14,15 +18,18 @@ from llm_edge.checkpoint.gguf.split import base_name
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.model.config import LayerConfig, ModelConfig
 from llm_edge.model.config_reader import ConfigReader
+from llm_edge.model.families.common import multiplied
 from llm_edge.model.registry import find_family
 from llm_edge.model.rope import FrequencyDivisors
-from llm_edge.model.weights import Sources, SourceTensor, WeightTable, bind_weights, half_split
+from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable, bind_weights, half_split
 
 _ROPE_FREQS = "rope_freqs.weight"
 _OUTER: Mapping[str, Sources] = {
     "embed_tokens.weight": EMBEDDING,
     "norm.weight": "output_norm.weight",
+    "norm.bias": "output_norm.bias",
     "lm_head.weight": HEAD,
+    "lm_head.bias": "output.bias",
 }
 
 
@@ -36,9 +43,12 @@ def read_gguf(path: Path) -> Checkpoint:
     raw = ConfigReader(hf_config(file), str(path))
     config = find_family(raw.text("model_type"), str(path)).read_config(raw)
     architecture = file.meta_str("general.architecture")
-    if architecture == "llama":
+    if ARCHITECTURES[architecture].rope_freqs:
         config = _with_rope_freqs(config, file)
-    table = weight_table(config, architecture)
+    table = weight_table(config, architecture, packed="blk.0.attn_qkv.weight" in file.tensors)
+    if config.hidden_scale != 1:  # Cohere: the last norm includes the factor of the logits
+        norm = multiplied("output_norm.weight", 1 / config.hidden_scale)
+        table = dataclasses.replace(table, outer={**table.outer, "norm.weight": norm})
     if config.tie_word_embeddings and HEAD in file.tensors:
         table = _with_smaller_of_equals(table, file)
     weights = bind_weights(
@@ -90,7 +100,7 @@ def _with_rope_freqs(config: ModelConfig, file: GGUFFile) -> ModelConfig:
         if layer.rope is None:
             return layer
         if layer.rope.scaling is not None:
-            file.fail(f"{_ROPE_FREQS} and llama.rope.scaling both scale the rotary positions, which is not supported")
+            file.fail(f"{_ROPE_FREQS} and rope.scaling both scale the rotary positions, which is not supported")
         return dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, scaling=scaling))
 
     return dataclasses.replace(config, layers=tuple(map(scaled, config.layers)))
@@ -102,35 +112,51 @@ def _with_smaller_of_equals(table: WeightTable, file: GGUFFile) -> WeightTable:
     return dataclasses.replace(table, outer={**table.outer, "embed_tokens.weight": smaller})
 
 
-def weight_table(config: ModelConfig, architecture: str) -> WeightTable:
-    """Return the weight table of the format.
+def weight_table(config: ModelConfig, architecture: str, *, packed: bool = False) -> WeightTable:
+    """Return the weight table of the format; with `packed`, queries, keys and values are one tensor.
 
-    The norms of gemma3 already include the added 1, and only llama's queries and keys are interleaved.
+    Norms already include the 1 that Gemma and Nemotron add.
     """
-    convert = half_split(config.head_dim) if architecture == "llama" else None
+    known = ARCHITECTURES[architecture]
+    rotated = next((layer.rope.dim for layer in config.layers if layer.rope is not None), config.head_dim)
+    convert = half_split(config.head_dim, rotated) if known.interleaved else None
     layer: dict[str, Sources] = {
         "attention_norm.weight": "attn_norm.weight",
-        "attention.qkv.weight": (
-            SourceTensor("attn_q.weight", convert),
-            SourceTensor("attn_k.weight", convert),
-            "attn_v.weight",
-        ),
-        "attention.qkv.bias": (
-            SourceTensor("attn_q.bias", convert),
-            SourceTensor("attn_k.bias", convert),
-            "attn_v.bias",
-        ),
+        "attention_norm.bias": "attn_norm.bias",
+        "attention.qkv.weight": _qkv(config, convert, "weight", packed=packed),
+        "attention.qkv.bias": _qkv(config, convert, "bias", packed=packed),
         "attention.query_norm.weight": "attn_q_norm.weight",
         "attention.key_norm.weight": "attn_k_norm.weight",
         "attention.output.weight": "attn_output.weight",
         "attention.output.bias": "attn_output.bias",
         "attention_post_norm.weight": "post_attention_norm.weight",
         "mlp_norm.weight": "ffn_norm.weight",
+        "mlp_norm.bias": "ffn_norm.bias",
         "mlp.gate_up.weight": ("ffn_gate.weight", "ffn_up.weight"),
         "mlp.gate_up.bias": ("ffn_gate.bias", "ffn_up.bias"),
+        "mlp.up.weight": "ffn_up.weight",
+        "mlp.up.bias": "ffn_up.bias",
         "mlp.down.weight": "ffn_down.weight",
         "mlp.down.bias": "ffn_down.bias",
         "mlp_post_norm.weight": "post_ffw_norm.weight",
     }
-    ignored = r"rope_freqs\.weight" if architecture == "llama" else "(?!)"
-    return WeightTable(_OUTER, layer, "blk.{}.", ignored)
+    ignored = r"rope_freqs\.weight" if known.rope_freqs else "(?!)"
+    return WeightTable(_OUTER, {**layer, **known.layer}, "blk.{}.", ignored)
+
+
+def _qkv(config: ModelConfig, convert: Convert | None, kind: str, *, packed: bool) -> Sources:
+    if not packed:
+        return (
+            SourceTensor(f"attn_q.{kind}", convert),
+            SourceTensor(f"attn_k.{kind}", convert),
+            f"attn_v.{kind}",
+        )
+    if convert is None:
+        return f"attn_qkv.{kind}"
+    reorder, keys = convert, config.key_value_size
+
+    def convert_packed(weight: Tensor) -> Tensor:
+        queries, key_rows, values = torch.split(weight, [config.query_size, keys, keys])
+        return torch.cat([reorder(queries), reorder(key_rows), values])
+
+    return SourceTensor(f"attn_qkv.{kind}", convert_packed)

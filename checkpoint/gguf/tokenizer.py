@@ -1,8 +1,8 @@
 """Reads the tokenizer of a GGUF file and converts it to the files of a Hugging Face tokenizer.
 
 For byte-level BPE, GGUF stores the vocabulary, the merges and the type of every token, but only the *name* of the
-pre-tokenizer (`tokenizer.ggml.pre`), see `pre_tokenizers.py`. SentencePiece vocabularies are converted in
-`sentencepiece.py`.
+pre-tokenizer (`tokenizer.ggml.pre`), see `checkpoint/text/pre_tokenizers.py`. SentencePiece vocabularies are converted
+in `sentencepiece.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.gguf import sentencepiece
 from llm_edge.checkpoint.gguf.end_tokens import find_end_tokens, token_id
 from llm_edge.checkpoint.gguf.file import GGUFFile
-from llm_edge.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS, UNSUPPORTED, PreTokenizer
-from llm_edge.checkpoint.gguf.sentencepiece import CONTROL, UNKNOWN, USER_DEFINED
+from llm_edge.checkpoint.text.pre_tokenizers import PRE_TOKENIZERS, UNSUPPORTED, PreTokenizer
+from llm_edge.checkpoint.text.sentencepiece_bpe import CONTROL, UNKNOWN, USER_DEFINED
 
 
 def read_tokenizer(gguf: GGUFFile) -> TokenizerAssets:

@@ -17,7 +17,9 @@ from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, WeightPaths, find_weight_files
 from llm_edge.checkpoint.huggingface.wrappers import text_config
 from llm_edge.checkpoint.lora.adapter import Adapter
+from llm_edge.checkpoint.quantized.dequantized import DequantizedFiles, open_weights, split_quantization
 from llm_edge.checkpoint.tensors.wrapper_names import find_prefix
+from llm_edge.model.block_weights import BlockKind, SourceBlocks
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.family import Family
@@ -73,12 +75,13 @@ def _read(
     whole = read_json(config_path, MIB, error=CheckpointError)
     content, config_where, wrapper_notes = text_config(whole, str(config_path))
     is_wrapper = content is not whole
+    content, quantization = split_quantization(content, config_where)
     raw = ConfigReader(content, config_where)
     family, config = _read_config(raw)
     loadable = found is None and not is_wrapper
     found = found or find_weight_files(config_path.parent, whole.get("transformers_weights"))
-    files = WeightFiles(found)
-    where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
+    files = open_weights(found, quantization, config_path.parent)
+    where = files.where
     table = family.weight_table(config, raw)
     stored, prefix_notes = _stored_names(files, family, table, where)
     shapes = {full_name: files.tensors[stored_name].shape for full_name, stored_name in stored.items()}
@@ -92,7 +95,8 @@ def _read(
     for full_name, stored_name in stored.items():
         if full_name not in stray.names and not re.fullmatch(table.ignored, full_name):
             files.check_type(stored_name)
-    weights = bind_weights(config, table, shapes, load, where, unused=stray.names)
+    blocks = None if adapter is not None or isinstance(files, WeightFiles) else _StoredBlocks(files, stored)
+    weights = bind_weights(config, table, shapes, load, where, blocks, stray.names)
     generation, ignored = read_generation(config_path.parent, content)
     raw.value("architectures")
     source = Source(
@@ -110,7 +114,7 @@ def _read(
         source,
         original=OriginalModel(
             content,
-            folder=config_path.parent if loadable else None,
+            folder=config_path.parent if loadable and isinstance(files, WeightFiles) else None,
             names=tuple(name for name in shapes if name not in stray.names) if is_wrapper else tuple(shapes),
             load=load_base,
             adapter=adapter.folder if adapter is not None else None,
@@ -118,7 +122,7 @@ def _read(
         notes=(
             *duplicate_keys(config_path),
             *wrapper_notes,
-            *found.notes,
+            *files.notes,
             *prefix_notes,
             *([f"config.json: {tied_note}"] if tied_note else []),
             *stray.notes,
@@ -145,12 +149,6 @@ def _merge(
 def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
     """Return the family of a config and the config in its form."""
     raw.require("is_causal", True)
-    quantization = raw.section("quantization_config")
-    if quantization is not None:
-        method = short_repr(quantization.value("quant_method"))
-        raw.fail(
-            f"quantization_config: weights quantized by {method} are not supported: give the model before quantization"
-        )
     family = find_family(raw.text("model_type"), raw.where)
     try:
         return family, family.read_config(raw)
@@ -159,8 +157,22 @@ def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
         raise type(error)(message if message.startswith(raw.where) else f"{raw.where}: {message}") from error
 
 
+class _StoredBlocks:
+    """`BlockReader` of a quantized checkpoint by the names of the weight table."""
+
+    def __init__(self, files: DequantizedFiles, stored: Mapping[str, str]) -> None:
+        self._files = files
+        self._stored = stored
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        return self._files.block_kind(self._stored[name])
+
+    def blocks(self, name: str) -> SourceBlocks:
+        return self._files.blocks(self._stored[name])
+
+
 def _stored_names(
-    files: WeightFiles, family: Family, table: WeightTable, where: str
+    files: WeightFiles | DequantizedFiles, family: Family, table: WeightTable, where: str
 ) -> tuple[dict[str, str], list[str]]:
     """Return the stored names by the names of the weight table, and a note if the model is within another module."""
     inner = table.sources(_ANCHOR)[0].name.removeprefix(family.base_prefix)

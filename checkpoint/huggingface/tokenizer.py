@@ -11,6 +11,7 @@ import tokenizers
 
 from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.huggingface.tokenizer_conversion import convert_tokenizer
+from llm_edge.checkpoint.text.converted import ConvertedTokenizer
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 from llm_edge.runtime.text.tokenizer_check import check_tokenizer
@@ -27,8 +28,10 @@ _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _USED_TEMPLATES = ("default", "tool_use")
 
 
-def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAssets:
-    """Read the tokenizer of a folder as transformers does.
+def read_tokenizer(
+    folder: Path, generation: Mapping[str, Any], converted: ConvertedTokenizer | None = None
+) -> TokenizerAssets:
+    """Read the tokenizer of a folder as transformers does; `converted` is what `convert_tokenizer` returned for it.
 
     `special_tokens_map.json` and `added_tokens.json` count if `tokenizer_config.json` has no `added_tokens_decoder`.
     Template files replace the templates in `tokenizer_config.json`. A vocabulary of another kind than `tokenizer.json`
@@ -38,9 +41,13 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
         CheckpointError: a file is missing or damaged.
     """
     path = folder / "tokenizer.json"
-    tokenizer_json = read_text(path, 256 * MIB, error=CheckpointError) if path.exists() else convert_tokenizer(folder)
-    check_tokenizer(tokenizer_json, path, error=CheckpointError)
     raw = _optional_json(folder / "tokenizer_config.json")
+    if converted is None and path.exists():
+        converted = ConvertedTokenizer(read_text(path, 256 * MIB, error=CheckpointError))
+    converted = converted or convert_tokenizer(folder, raw)
+    tokenizer_json = converted.tokenizer_json
+    check_tokenizer(tokenizer_json, path, error=CheckpointError)
+    raw = {**converted.config, **raw}
     if "added_tokens_decoder" not in raw:
         raw = {**raw, **_optional_json(folder / "special_tokens_map.json")}
     tokenizer_json, unknown = _with_added_tokens(tokenizer_json, raw, folder)
@@ -49,7 +56,7 @@ def read_tokenizer(folder: Path, generation: Mapping[str, Any]) -> TokenizerAsse
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 requires a mapping under this name
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    eos = generation.get("eos_token_id")
+    eos = generation.get("eos_token_id", list(converted.eos_token_ids) or None)
     return TokenizerAssets(
         tokenizer_json=tokenizer_json,
         tokenizer_config=config,

@@ -1,4 +1,4 @@
-"""Converts vocabularies that are not a tokenizer.json with transformers, if it is installed."""
+"""Converts vocabularies that are not a tokenizer.json: our own readers for some kinds, transformers for the others."""
 
 from __future__ import annotations
 
@@ -6,26 +6,66 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from llm_edge.checkpoint.text.converted import ConvertedTokenizer
+from llm_edge.checkpoint.text.sentencepiece_model import read_sentencepiece
+from llm_edge.checkpoint.text.tekken import read_tekken
+from llm_edge.checkpoint.text.tiktoken_file import is_tiktoken, read_tiktoken
+from llm_edge.checkpoint.text.vocab_merges import read_vocab_and_merges
 from llm_edge.runtime.errors import CheckpointError
 
-_VOCABULARIES = (("tokenizer.model",), ("spiece.model",), ("vocab.json", "merges.txt"), ("tekken.json",))
+_SENTENCEPIECE, _TEKKEN = "tokenizer.model", "tekken.json"
+_VOCABULARIES = ((_TEKKEN,), (_SENTENCEPIECE,), ("spiece.model",), ("vocab.json", "merges.txt"))
 
 
-def convert_tokenizer(folder: Path) -> str:
-    """Return the content of a tokenizer.json for the vocabulary of a folder. No code of the folder is executed.
+def find_vocabulary(folder: Path) -> Path | None:
+    """Return the first file of the vocabulary in a folder that `convert_tokenizer` reads, or None."""
+    names = _find(folder)
+    return None if names is None else folder / names[0]
+
+
+def convert_tokenizer(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
+    """Convert the vocabulary of a folder to a tokenizer.json. No code of the folder is executed.
+
+    tekken.json, tiktoken's files, most SentencePiece models and the files of GPT-2's and Qwen2's tokenizers are read
+    here; transformers converts the others.
+
+    Args:
+        folder: contains the vocabulary.
+        config: content of tokenizer_config.json; empty if there is none.
 
     Raises:
-        CheckpointError: there is no vocabulary, or transformers is missing or cannot convert it.
+        CheckpointError: there is no vocabulary, it is damaged, or transformers is missing or cannot convert it.
     """
-    found = next((names for names in _VOCABULARIES if all((folder / name).is_file() for name in names)), None)
-    if found is None:
+    names = _find(folder)
+    if names is None:
         raise CheckpointError(
             f"{folder} has no tokenizer.json: save one with transformers "
             "(AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         )
-    names = " and ".join(found)
+    first = folder / names[0]
+    if first.name == _TEKKEN:
+        return read_tekken(first)
+    if is_tiktoken(first):
+        return read_tiktoken(first, config)
+    if first.name == _SENTENCEPIECE and (found := read_sentencepiece(first, config)) is not None:
+        return found
+    if len(names) == 2 and (found := read_vocab_and_merges(first, folder / names[1], config)) is not None:
+        return found
+    return ConvertedTokenizer(_convert_with_transformers(folder, " and ".join(names)))
+
+
+def _find(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of the files of a vocabulary."""
+    ranks = tuple((path.name,) for path in sorted(folder.glob("*.tiktoken")) + sorted(folder.glob("tiktoken.model")))
+    known = (*_VOCABULARIES, *ranks)
+    return next((names for names in known if all((folder / name).is_file() for name in names)), None)
+
+
+def _convert_with_transformers(folder: Path, names: str) -> str:
     try:
         import transformers
     except ImportError as error:

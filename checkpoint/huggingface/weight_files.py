@@ -44,6 +44,12 @@ class WeightFiles:
     A tensor may be stored in several shards. If the copies differ, they must not be ambiguous: an index names the copy
     that counts, whereas transformers reads the shards in order and keeps the last one.
 
+    Attributes:
+        tensors: shape and type of every tensor.
+        format: name of the file format.
+        where: path of the file, or of the folder of the shards, for messages.
+        notes: files that were left aside, one sentence each.
+
     Raises:
         CheckpointError: a file is missing or damaged, or two shards have different tensors of one name.
     """
@@ -51,6 +57,8 @@ class WeightFiles:
     def __init__(self, found: WeightPaths) -> None:
         self._files: dict[str, TensorFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self.where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
+        self.notes = found.notes
         self.format = "safetensors" if found.paths[0].suffix == ".safetensors" else "PyTorch"
         shard_of = _weight_map(found.index) if found.index is not None else {}
         for path in found.paths:
@@ -78,6 +86,10 @@ class WeightFiles:
     def load(self, name: str) -> torch.Tensor:
         """Read a tensor from disk."""
         return self._files[name].load(name)
+
+    def load_stored(self, name: str) -> torch.Tensor:
+        """Read a tensor from disk in any type of the file, such as float8, which not all operators support."""
+        return self._files[name].load_stored(name)
 
 
 def find_weight_files(folder: Path, named_by_config: object = None) -> WeightPaths:

@@ -16,6 +16,7 @@ import torch
 
 from llm_edge.checkpoint.base import Checkpoint, Source, by_frequency, hash_file
 from llm_edge.checkpoint.meta.config import Setting, Settings, StateDictOptions
+from llm_edge.checkpoint.meta.shards import ModelParallelShards, ModelTensors, find_shards
 from llm_edge.checkpoint.meta.text_assets import read_text_assets
 from llm_edge.checkpoint.tensors.tensor_data import TYPE_NAMES
 from llm_edge.checkpoint.tensors.tensor_file import TensorFile, open_tensor_file
@@ -40,19 +41,20 @@ _OUTER: Mapping[str, Sources] = {
 # Buffers that the decoder computes itself: rotary angles, masks, caches.
 _IGNORED = r"(.*\.)?(rope\.freqs|freqs_cis|freqs_cos|freqs_sin|inv_freq|causal_mask|mask|cache_k|cache_v)"
 _LAYER = re.compile(r"layers\.(\d{1,6})\.")
-_SHARD = re.compile(r"consolidated\.\d+\.(pth|pt|safetensors)")
 
 
 def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
-    """Read a state dict with its config and tokenizer.
+    """Read a state dict, or all shards of one given any of them, with its config and tokenizer.
 
     Raises:
         CheckpointError: a file is missing or damaged, the config contradicts the tensors, or the number of heads or
             the rotary base is not specified.
     """
-    _reject_shards(path)
+    paths = find_shards(path)
     settings = Settings.of(options, path)
-    file, notes = _open_model(path, settings)
+    opened = [_open_model(each, settings) for each in paths]
+    file: ModelTensors = opened[0][0] if len(paths) == 1 else ModelParallelShards([shard for shard, _ in opened])
+    notes = opened[0][1]
     raw = _llama_config(file, settings)
     reader = ConfigReader(raw, str(path))
     for key in ("architectures", "model_type"):
@@ -67,9 +69,9 @@ def read_state_dict(path: Path, options: StateDictOptions) -> Checkpoint:
     )
     text = read_text_assets(path, settings, options.max_seq_len or config.max_position_embeddings)
     source = Source(
-        name=path.resolve().parent.name if _SHARD.fullmatch(path.name) else path.stem,
+        name=path.resolve().parent.name if path.name.startswith("consolidated.") else path.stem,
         format="safetensors" if path.suffix == ".safetensors" else "PyTorch",
-        files=(hash_file(path),),
+        files=tuple(map(hash_file, paths)),
         weight_types=by_frequency(TYPE_NAMES[info.dtype] for info in file.tensors.values() if info.dtype in TYPE_NAMES),
     )
     return Checkpoint(
@@ -134,21 +136,7 @@ def _weight_table(head_dim: int) -> WeightTable:
     return WeightTable(_OUTER, layer, "layers.{}.", _IGNORED)
 
 
-def _reject_shards(path: Path) -> None:
-    if not _SHARD.fullmatch(path.name):
-        return
-    try:
-        shards = [other.name for other in path.parent.iterdir() if _SHARD.fullmatch(other.name)]
-    except OSError as error:
-        raise CheckpointError(f"{path.parent}: cannot be read ({error.strerror})") from error
-    if len(shards) > 1:
-        raise CheckpointError(
-            f"{path}: one of {len(shards)} shards (model parallel), which are not supported: give the model's Hugging "
-            "Face folder"
-        )
-
-
-def _llama_config(file: TensorFile, settings: Settings) -> dict[str, Any]:
+def _llama_config(file: ModelTensors, settings: Settings) -> dict[str, Any]:
     """Build a Hugging Face llama config from the tensors and, where they do not determine it, the settings."""
     where = str(file.path)
     vocab_size, dim = _matrix(file, _EMBEDDING)
@@ -209,7 +197,7 @@ def _llama_config(file: TensorFile, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _matrix(file: TensorFile, name: str) -> tuple[int, int]:
+def _matrix(file: ModelTensors, name: str) -> tuple[int, int]:
     info = file.tensors.get(name)
     if info is None:
         raise CheckpointError(f"{file.path}: tensor {name} is missing: not a complete state dict with Meta's names")
@@ -231,7 +219,7 @@ def _bounded(setting: Setting[Any] | None, low: float, high: float, default: Any
     return setting.value
 
 
-def _tied(file: TensorFile, settings: Settings) -> bool:
+def _tied(file: ModelTensors, settings: Settings) -> bool:
     """Whether the head shares the embedding's weight: it is missing, or stored as an equal tensor."""
     setting = settings.tied()
     if _HEAD not in file.tensors:

@@ -19,6 +19,7 @@ from llm_edge.checkpoint.meta.chat import (
 )
 from llm_edge.checkpoint.meta.config import Settings
 from llm_edge.checkpoint.meta.tokenizer import Vocabulary, find_tokenizer, read_vocabulary
+from llm_edge.checkpoint.text.converted import ConvertedTokenizer
 from llm_edge.runtime.bundle import Guards, ReasoningTokens
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.safe_io import read_json
@@ -45,7 +46,8 @@ def read_text_assets(checkpoint: Path, settings: Settings, context: int) -> Text
         CheckpointError: the tokenizer is missing or damaged, or lacks the config's control tokens.
     """
     files = find_tokenizer(checkpoint, settings.tokenizer, settings.path, settings.paths)
-    vocabulary = read_vocabulary(files)
+    converted = files.convert()
+    vocabulary = read_vocabulary(files, converted)
     tokens = None
     if settings.tokens is not None or files.merges is not None:
         tokens = read_control_tokens(settings.content.get("tokens"), f"{settings.path}: tokens", vocabulary)
@@ -56,8 +58,17 @@ def read_text_assets(checkpoint: Path, settings: Settings, context: int) -> Text
     if files.merges is not None:
         return TextAssets(_assets(vocabulary, context, None), generation, None, None)
     folder_generation, notes = _folder_generation(files.main.parent, settings.content, vocabulary)
-    generation = {**folder_generation, **generation}
-    return TextAssets(read_tokenizer(files.main.parent, generation), generation, None, None, notes)
+    generation = {**_ids(converted, vocabulary), **folder_generation, **generation}
+    return TextAssets(read_tokenizer(files.main.parent, generation, converted), generation, None, None, notes)
+
+
+def _ids(converted: ConvertedTokenizer | None, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the token ids of a generation config that a converted vocabulary determines."""
+    if converted is None:
+        return {}
+    ends, bos = list(converted.eos_token_ids), vocabulary.id(str(converted.config.get("bos_token")))
+    found = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None, "bos_token_id": bos}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _assets(vocabulary: Vocabulary, context: int, tokens: ControlTokens | None) -> TokenizerAssets:

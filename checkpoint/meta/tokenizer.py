@@ -1,38 +1,49 @@
 """Finds the tokenizer of a state dict and converts it to a `tokenizer.json`.
 
 Supported are a `tokenizer.json`, or the two files of a byte-level BPE, `…vocab.json` and `…merges.txt`, which are read
-with the defaults of `tokenizers.ByteLevelBPETokenizer`: GPT-2's pre-tokenizer and no prefix space.
+with the defaults of `tokenizers.ByteLevelBPETokenizer`: GPT-2's pre-tokenizer and no prefix space; or a vocabulary that
+`convert_tokenizer` reads, such as Meta's `tokenizer.model`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenizers import pre_tokenizers
 
+from llm_edge.checkpoint.huggingface.tokenizer_conversion import convert_tokenizer, find_vocabulary
+from llm_edge.checkpoint.text.converted import ConvertedTokenizer
+from llm_edge.checkpoint.text.vocab_merges import read_merges
 from llm_edge.model.config_reader import ConfigReader
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json, read_text
+from llm_edge.runtime.safe_io import MIB, read_json
 
-_JSON, _VOCAB, _MERGES, _SENTENCEPIECE = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
+_JSON, _VOCAB, _MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _MAX_BYTES = 64 * MIB
 _MAX_TOKENS = 4_000_000
 _PATHS = ("tokenizer_dir", "vocab_file", "merges_file")
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-_UNSUPPORTED = "a SentencePiece or tiktoken model, which is not supported"
-_SUPPORTED = f"a {_JSON}, or …{_VOCAB} with its …{_MERGES}"
+_SUPPORTED = f"a {_JSON}, a tokenizer.model or tekken.json, or …{_VOCAB} with its …{_MERGES}"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """Files of a tokenizer."""
 
-    main: Path  # `tokenizer.json`, or the vocabulary of a byte-level BPE
+    main: Path  # `tokenizer.json`, the vocabulary of a byte-level BPE, or one to convert
     merges: Path | None  # the merges of a byte-level BPE
+
+    def convert(self) -> ConvertedTokenizer | None:
+        """Convert a vocabulary of another kind than the first two; None if it is of these."""
+        if self.merges is not None or (self.main.suffix == ".json" and self.main.name != "tekken.json"):
+            return None
+        path = self.main.parent / "tokenizer_config.json"
+        config = read_json(path, error=CheckpointError) if _is_file(path) else {}
+        return convert_tokenizer(self.main.parent, config)
 
 
 class Vocabulary:
@@ -117,17 +128,18 @@ def find_tokenizer(
     names = [f"{key}: {paths.text(key)}" for key in _PATHS if paths is not None and key in paths]
     missing = f"; {paths.where} names {', '.join(names)}, which do not exist" if paths is not None and names else ""
     raise CheckpointError(
-        f"{checkpoint}: no tokenizer in its folder{_unsupported_note(beside)}{missing}: "
-        f"give --tokenizer with the folder of {_SUPPORTED}"
+        f"{checkpoint}: no tokenizer in its folder{missing}: give --tokenizer with the folder of {_SUPPORTED}"
     )
 
 
-def read_vocabulary(files: TokenizerFiles) -> Vocabulary:
-    """Read the files of a tokenizer.
+def read_vocabulary(files: TokenizerFiles, converted: ConvertedTokenizer | None = None) -> Vocabulary:
+    """Read the files of a tokenizer; `converted` is the result of their `convert`.
 
     Raises:
         CheckpointError: a file is damaged, or the files do not match.
     """
+    if converted is not None:
+        return Vocabulary(json.loads(converted.tokenizer_json), str(files.main))
     content = read_json(files.main, _MAX_BYTES, error=CheckpointError)
     if files.merges is None:
         return Vocabulary(content, str(files.main))
@@ -150,7 +162,7 @@ def read_vocabulary(files: TokenizerFiles) -> Vocabulary:
         "pre_tokenizer": byte_level,
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": content, "merges": list(_merges(files.merges, content))},
+        "model": {"type": "BPE", "vocab": content, "merges": list(read_merges(files.merges, content))},
     }
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     if not alphabet & content.keys():
@@ -158,26 +170,11 @@ def read_vocabulary(files: TokenizerFiles) -> Vocabulary:
     return Vocabulary(spec, str(files.main))
 
 
-def _merges(path: Path, vocabulary: Mapping[str, int]) -> Iterator[list[str]]:
-    """Yield the pairs of tokens in a merges file; lines that start with `#version` are skipped, as in `tokenizers`."""
-    lines = read_text(path, _MAX_BYTES, error=CheckpointError).split("\n")
-    for number, line in enumerate(lines, 1):
-        line = line.removesuffix("\r")
-        if not line or line.startswith("#version"):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-            raise CheckpointError(
-                f"{path}: line {number} does not join two tokens of the vocabulary into a third: {line[:80]!a}"
-            )
-        yield pair
-
-
 def _from_flag(path: Path) -> TokenizerFiles:
     if _is_dir(path):
         found = _in_folder(path)
         if found is None:
-            raise CheckpointError(f"--tokenizer: {path} has no tokenizer{_unsupported_note([path])}: give {_SUPPORTED}")
+            raise CheckpointError(f"--tokenizer: {path} has no tokenizer: give {_SUPPORTED}")
         return found
     if not _is_file(path):
         raise CheckpointError(f"--tokenizer: {path}: no such file or folder")
@@ -187,14 +184,13 @@ def _from_flag(path: Path) -> TokenizerFiles:
         if not _is_file(pair[1]):
             raise CheckpointError(f"--tokenizer: {path} requires {pair[1].name} beside it, which is missing")
         return TokenizerFiles(*(pair if suffix == _VOCAB else pair[::-1]))
-    if path.name != _JSON:
-        why = _UNSUPPORTED if path.suffix == ".model" else "not a supported tokenizer"
-        raise CheckpointError(f"--tokenizer: {path}: {why}: give {_SUPPORTED}")
+    if path.name != _JSON and path != find_vocabulary(path.parent):
+        raise CheckpointError(f"--tokenizer: {path}: not a supported tokenizer: give {_SUPPORTED}")
     return TokenizerFiles(path, None)
 
 
 def _in_folder(folder: Path) -> TokenizerFiles | None:
-    """Return the tokenizer in a folder, preferring tokenizer.json, or None."""
+    """Return the tokenizer in a folder, preferring tokenizer.json and vocabularies with merges, or None."""
     if _is_file(folder / _JSON):
         return TokenizerFiles(folder / _JSON, None)
     if not _is_dir(folder):
@@ -210,7 +206,10 @@ def _in_folder(folder: Path) -> TokenizerFiles | None:
     if len(pairs) > 1:
         names = ", ".join(pair.main.name for pair in pairs[:3])
         raise CheckpointError(f"{folder} has {len(pairs)} tokenizers ({names}): select one with --tokenizer FILE")
-    return pairs[0] if pairs else None
+    if pairs:
+        return pairs[0]
+    found = find_vocabulary(folder)
+    return None if found is None else TokenizerFiles(found, None)
 
 
 def _from_config(paths: ConfigReader, roots: Iterable[Path]) -> TokenizerFiles | None:
@@ -231,11 +230,6 @@ def _from_config(paths: ConfigReader, roots: Iterable[Path]) -> TokenizerFiles |
 def _parents(path: Path | None, levels: int) -> list[Path]:
     """Return the folder of a file and the folders above it."""
     return [] if path is None else list(path.absolute().parents[:levels])
-
-
-def _unsupported_note(folders: Iterable[Path]) -> str:
-    found = next((folder / _SENTENCEPIECE for folder in folders if _is_file(folder / _SENTENCEPIECE)), None)
-    return f" but {found}, {_UNSUPPORTED}" if found is not None else ""
 
 
 def _is_file(path: Path) -> bool:

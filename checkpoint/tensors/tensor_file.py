@@ -60,15 +60,17 @@ class TensorFile:
             CheckpointError: the tensor does not exist, is damaged, or has an unsupported type (float8, complex).
             MachineError: there is not enough memory.
         """
-        stored = self._stored_names.get(name)
-        if stored is None:
-            raise CheckpointError(f"{self.path}: has no tensor {short_repr(name)}")
-        location = self._locations[stored]
-        if location.info.dtype not in LOADABLE:
+        dtype = self._location(name).info.dtype
+        if dtype not in LOADABLE:
             raise CheckpointError(
-                f"{self.path}: tensor {name} is of type {str(location.info.dtype).removeprefix('torch.')}, which is "
+                f"{self.path}: tensor {name} is of type {str(dtype).removeprefix('torch.')}, which is "
                 "not supported: save it as float32, float16 or bfloat16"
             )
+        return self.load_stored(name)
+
+    def load_stored(self, name: str) -> torch.Tensor:
+        """Read a tensor of any type, contiguous and in that type; errors are those of `load`."""
+        location = self._location(name)
         with TensorReader(self.path) as file:
             if location.offset + location.info.nbytes > file.size:
                 file.fail(f"was truncated after it was opened: tensor {name} is missing")
@@ -76,6 +78,12 @@ class TensorFile:
                 file.verify(location.checksum, f"tensor {name}")
                 self._verified.add(location.checksum)
             return file.tensor(location)
+
+    def _location(self, name: str) -> TensorLocation:
+        stored = self._stored_names.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.path}: has no tensor {short_repr(name)}")
+        return self._locations[stored]
 
 
 def open_tensor_file(path: Path) -> TensorFile:

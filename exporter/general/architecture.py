@@ -74,8 +74,10 @@ class Architecture:
         try:
             with quiet_transformers(), self.fake_mode:
                 return general_decoder(_create(self.config))
-        except UnsupportedModelError as error:
-            raise CheckpointError(f"model_type {self.config.model_type} is not supported: {error}") from error
+        except Exception as error:
+            known = isinstance(error, UnsupportedModelError)
+            reason = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise CheckpointError(f"model_type {self.config.model_type} is not supported: {reason}") from error
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers of the model, such as rotary frequencies, by their public names."""
@@ -101,8 +103,8 @@ def architecture_of(content: Mapping[str, Any], where: str) -> Architecture:
     try:
         with quiet_transformers():
             config_class = transformers.CONFIG_MAPPING[kind]
-            # transformers writes an infinity as an object, and reads it back in `from_pretrained` only.
-            config = config_class.from_dict(config_class._decode_special_floats(dict(content)))
+            decode: Any = config_class._decode_special_floats
+            config = config_class.from_dict(decode(dict(content)))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{where}: transformers rejects it ({reason})") from error

@@ -14,6 +14,7 @@ from llm_edge.checkpoint.huggingface.checkpoint import duplicate_keys
 from llm_edge.checkpoint.huggingface.generation import read_generation
 from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, find_weight_files
+from llm_edge.checkpoint.quantized.dequantized import open_weights, split_quantization
 from llm_edge.exporter.general.architecture import Architecture, architecture_of
 from llm_edge.exporter.general.weights import GeneralWeights
 from llm_edge.runtime.errors import CheckpointError
@@ -35,17 +36,18 @@ def read_general_folder(folder: Path) -> GeneralCheckpoint:
     path = folder / "config.json"
     whole = read_json(path, MIB, error=CheckpointError)
     content, notes = _text_config(whole)
+    is_whole = content is whole
+    content, quantization = split_quantization(content, str(path))
     architecture = architecture_of(content, str(path))
     found = find_weight_files(folder, whole.get("transformers_weights"))
-    files = WeightFiles(found)
-    where = str(found.paths[0] if len(found.paths) == 1 else found.paths[0].parent)
-    names = _text_names(files.tensors) if content is not whole else {name: name for name in files.tensors}
+    files = open_weights(found, quantization, folder)
+    names = {name: name for name in files.tensors} if is_whole else _text_names(files.tensors)
 
     def load(name: str) -> torch.Tensor:
         return files.load(names[name])
 
     shapes = {name: tuple(files.tensors[stored].shape) for name, stored in names.items()}
-    weights = GeneralWeights(architecture.decoder.model, shapes, load, where)
+    weights = GeneralWeights(architecture.decoder.model, shapes, load, files.where)
     generation, ignored = read_generation(folder, content)
     return Checkpoint(
         architecture,
@@ -54,8 +56,10 @@ def read_general_folder(folder: Path) -> GeneralCheckpoint:
         read_tokenizer(folder, generation),
         generation,
         Source(folder.resolve().name, files.format, tuple(map(hash_file, found.paths)), files.types),
-        notes=(*duplicate_keys(path), *notes, *found.notes, *ignored),
-        original=OriginalModel(content, folder if content is whole else None, tuple(names), load),
+        notes=(*duplicate_keys(path), *notes, *files.notes, *ignored),
+        original=OriginalModel(
+            content, folder if is_whole and isinstance(files, WeightFiles) else None, tuple(names), load
+        ),
     )
 
 
@@ -64,7 +68,7 @@ def _text_config(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[s
     text = content.get("text_config")
     if not isinstance(text, Mapping) or not isinstance(text.get("model_type"), str):
         return content, ()
-    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings")
     given = {key: content[key] for key in outer if content.get(key) is not None}
     note = f"only the text model of {content.get('model_type')} is exported: images and sound are left out"
     return {**text, **given}, (note,)

@@ -116,6 +116,7 @@ def general_decoder(model: Any) -> GeneralDecoder:
     Raises:
         UnsupportedModelError: there is none.
     """
+    reason = UnsupportedModelError("its attention does not read the cache")
     for mode in AttentionMode:
         decoder = GeneralDecoder(model, mode).eval()
         device = next(model.parameters()).device
@@ -126,6 +127,12 @@ def general_decoder(model: Any) -> GeneralDecoder:
                 _, present = decoder(tokens, tokens, past)
         except KeysChangedError:
             continue
+        except Exception as error:
+            if mode is AttentionMode.OWN:
+                raise reason from error
+            if isinstance(error, UnsupportedModelError):
+                reason = error
+            continue
         pairs = [
             (kind, old, new)
             for kinds, *tensors in zip(decoder.caches, past, present, strict=True)
@@ -133,7 +140,7 @@ def general_decoder(model: Any) -> GeneralDecoder:
         ]
         if not any(kind.grows and old is new for kind, old, new in pairs):
             return decoder
-    raise UnsupportedModelError("its attention does not read the cache")
+    raise reason
 
 
 def cache_layout(model: Any) -> list[list[CacheTensor]]:

@@ -6,23 +6,27 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from llm_edge.checkpoint.reasoning import find_reasoning
 from llm_edge.checkpoint.vocabulary import fit_to_embedding
 from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.side_files import write_general_side_files
 from llm_edge.exporter.bundle.staging import check_disk_space, staging
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
-from llm_edge.exporter.general.reference import record_general_reference
+from llm_edge.exporter.general.reference import LongText, record_general_reference
 from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.results import Report, precision_reports
 from llm_edge.exporter.texts import Window, load_validation
-from llm_edge.exporter.validation.compare import score
+from llm_edge.exporter.validation.compare import Difference, score
 from llm_edge.exporter.validation.independent import IndependentCheck
 from llm_edge.exporter.validation.parity import Validation, check_parity, run_session
 from llm_edge.exporter.validation.windows import logits_bytes, select_windows
+from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
+from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import ParameterError
 
 _REFERENCE_FRACTION = 0.5  # of the validation time
@@ -94,6 +98,17 @@ def _with_reasoning(checkpoint: GeneralCheckpoint) -> GeneralCheckpoint:
     return dataclasses.replace(checkpoint, reasoning=reasoning, notes=(*checkpoint.notes, *checkpoint.tokenizer.notes))
 
 
+def _compare_long_text(session: Session, text: LongText) -> Difference:
+    """Return the difference of the logits at the end of a text; see `Parity`."""
+    session.clear_cache()
+    body = len(text.tokens) - len(text.logits)
+    for start in range(0, body, MAX_STEP_TOKENS):
+        session.step(text.tokens[start : min(start + MAX_STEP_TOKENS, body)])
+    found = torch.from_numpy(session.step(text.tokens[body:], num_logits=0))
+    difference = (found - text.logits).abs()
+    return Difference(difference.max().item(), difference.mean().item())
+
+
 def _validate(
     folder: Path,
     checkpoint: GeneralCheckpoint,
@@ -107,7 +122,7 @@ def _validate(
     def update(fraction: float, item: str) -> None:
         progress("validating", _REFERENCE_FRACTION * fraction, f"transformers: {item}")
 
-    expected = record_general_reference(checkpoint, windows, folder.parent / "logits", update)
+    expected, long_text = record_general_reference(checkpoint, windows, folder.parent / "logits", update)
     parities, qualities = {}, {}
     for number, recipe in enumerate(recipes):
 
@@ -117,6 +132,8 @@ def _validate(
 
         session = writer.open(folder, checkpoint.config.shape, recipe)
         parity, quality = score(expected, partial(run_session, session), update_recipe)
+        if long_text is not None:
+            parity = dataclasses.replace(parity, beyond_windows=_compare_long_text(session, long_text))
         check_parity(recipe.name, parity, exact=recipe.lossless)
         parities[recipe.name], qualities[recipe.name] = parity, quality
         del session

@@ -7,8 +7,12 @@ at a time.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,21 @@ from llm_edge.runtime.errors import CheckpointError
 MAX_BYTES = 4_000_000_000
 """Of the float32 weights of a model that is loaded as a whole."""
 _GROUP_TOKENS = 2048  # for which a layer is loaded once
+_BEYOND = 32  # tokens after the longest window
+_WINDOW = re.compile(r"window(_size)?$|attention_chunk_size$")
+
+
+@dataclass(frozen=True, slots=True)
+class LongText:
+    """A text that is longer than every window of a model's attention.
+
+    Attributes:
+        tokens: of the text.
+        logits: of its last positions, [positions, V].
+    """
+
+    tokens: tuple[int, ...]
+    logits: Tensor
 
 
 def record_general_reference(
@@ -35,8 +54,10 @@ def record_general_reference(
     path: Path,
     progress: ItemProgress,
     max_bytes: int = MAX_BYTES,
-) -> ReferenceLogits:
+) -> tuple[ReferenceLogits, LongText | None]:
     """Run transformers' model on the windows of a text, and record its logits in a file.
+
+    If the windows of its attention are longer than those of the text, it also runs on a longer text.
 
     Raises:
         CheckpointError: transformers cannot load the model.
@@ -55,10 +76,11 @@ def record_general_reference(
                 top.append(each.argmax(-1))
                 each.float().numpy().astype("<f4", copy=False).tofile(file)
             del logits
+        long_text = _run_long_text(model, checkpoint, windows)
     del model
     gc.collect()
     targets = [token for window in windows for token in (*window.tokens[1:], -1)]
-    return ReferenceLogits(
+    recorded = ReferenceLogits(
         path,
         checkpoint.config.vocab_size,
         scoring_runs(windows, checkpoint.config.vocab_size),
@@ -68,6 +90,28 @@ def record_general_reference(
         torch.cat(top),
         torch.empty(0),
     )
+    return recorded, long_text
+
+
+def longest_window(content: Mapping[str, Any]) -> int:
+    """Return the largest window of attention that a config names; 0 if there is none."""
+    return max((value for name, value in content.items() if _WINDOW.search(name) and type(value) is int), default=0)
+
+
+def _run_long_text(model: Any, checkpoint: GeneralCheckpoint, windows: Sequence[Window]) -> LongText | None:
+    """Run a text that is longer than every window, if the windows of the text are not and the context has room."""
+    window = longest_window(checkpoint.config.config.to_dict())
+    length = window + _BEYOND
+    if max(len(each.tokens) for each in windows) >= length or length > checkpoint.config.max_position_embeddings:
+        return None
+    text = [token for each in windows for token in each.tokens]
+    tokens = (text * (length // len(text) + 1))[:length]
+    with contextlib.suppress(ValueError):  # some have no other attention than "eager", which takes more memory
+        model.set_attn_implementation("sdpa")
+    ids = torch.tensor([tokens])
+    keep = {"logits_to_keep": _BEYOND} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(input_ids=ids, use_cache=False, **keep).logits
+    return LongText(tuple(tokens), logits[0, -_BEYOND:].float())
 
 
 def _groups(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:

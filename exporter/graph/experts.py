@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 from llm_edge.exporter.graph.attention import DOMAIN, contrib
 from llm_edge.exporter.graph.editor import Array, Editor, name_of, shape_of
 from llm_edge.model.experts import ExpertsInputs
+
+Convert = Callable[[Tensor], Tensor]
 
 EXPERTS = "Experts"
 """Abstract node; its inputs are the tensors of `ExpertsInputs`, and its attributes the other fields."""
@@ -69,9 +71,7 @@ class _Lowering:
         assert self.up is not None
         assert self.down is not None
         self._per_token = int(self.chosen.shape[1])  # type: ignore[index, arg-type]
-        count, *sides = shape_of(self.up)
-        self._count = count
-        self._rows, self._width = reversed(sides) if self.given["transposed"] else sides
+        self._count = shape_of(self.up)[0]
 
     @property
     def is_swiglu(self) -> bool:
@@ -111,36 +111,102 @@ class _Lowering:
 
     def dense(self) -> list[ir.Node]:
         """All experts for all tokens, then the weighted sum."""
-        raise NotImplementedError
+        path, constant = self._path, self._editor.constant
+        tokens = self._node("Unsqueeze", self.x, constant(f"{path}/first", [0]))  # [1, N, H]
+        nodes = [tokens, *self._product("up", tokens.outputs[0], self.up, self.up_bias, self._concatenated)]
+        nodes += self._activate(nodes[-1].outputs[0])
+        nodes += self._product("down", nodes[-1].outputs[0], self.down, self.down_bias, lambda x: x)  # [E, N, H]
+        outputs = nodes[-1].outputs[0]
+        rows = self._node("Shape", self.x, start=0, end=1)
+        shape = self._node("Concat", rows.outputs[0], constant(f"{path}/experts", [self._count]), axis=0)
+        zeros = self._node("Expand", self._editor.scalar("experts.zero", 0.0), shape.outputs[0])
+        weights = self._node("ScatterElements", zeros.outputs[0], self.chosen, self.routing, axis=1)  # [N, E]
+        transposed = self._node("Transpose", weights.outputs[0], perm=[1, 0])
+        column = self._node("Unsqueeze", transposed.outputs[0], constant(f"{path}/last", [2]), suffix="_1")
+        weighted = self._node("Mul", outputs, column.outputs[0], suffix="_weights")
+        total = self._node("ReduceSum", weighted.outputs[0], constant(f"{path}/first", [0]), keepdims=0)
+        return [*nodes, rows, shape, zeros, weights, transposed, column, weighted, total]
 
-    def _node(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Node:
-        return self._editor.node(op_type, inputs, f"{self._path}/{op_type}", **attributes)
+    def _product(
+        self, part: str, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None, convert: Convert
+    ) -> list[ir.Node]:
+        """Multiply [E or 1, N, inputs] by the experts' matrices: [E, N, outputs]."""
+        matrices = self._matrix(weight, lambda matrices: convert(matrices).transpose(1, 2), transposed=True)
+        product = self._node("MatMul", x, matrices, suffix=f"_{part}")
+        vector = self._vector(bias, lambda vectors: convert(vectors).unsqueeze(1), row=True)
+        if vector is None:
+            return [product]
+        return [product, self._node("Add", product.outputs[0], vector, suffix=f"_{part}")]
 
-    def _matrix(self, value: ir.Value | None, convert: Any) -> ir.Value:
-        """Return the experts' matrices with outputs as rows, [E, outputs, inputs]."""
+    def _activate(self, projected: ir.Value) -> list[ir.Node]:
+        """Return the nodes of `Gate.apply` for rows of which all of gate come first."""
+        given, scalar = self.given, self._editor.scalar
+        if not given["gated"]:
+            return self._activation(projected)
+        split = self._node("Split", projected, axis=-1, num_outputs=2, outputs=2)
+        gate, up = split.outputs
+        nodes = [split]
+        if given["limit"]:
+            high, low = scalar(f"{self._path}/limit", given["limit"]), scalar(f"{self._path}/floor", -given["limit"])
+            nodes.append(self._node("Min", gate, high))
+            nodes.append(self._node("Clip", up, low, high))
+            gate, up = nodes[-2].outputs[0], nodes[-1].outputs[0]
+        nodes += self._activation(gate)
+        activated = nodes[-1].outputs[0]
+        if given["up_offset"]:
+            nodes.append(self._node("Add", up, scalar(f"{self._path}/offset", given["up_offset"]), suffix="_offset"))
+            up = nodes[-1].outputs[0]
+        return [*nodes, self._node("Mul", activated, up, suffix="_up")]
+
+    def _activation(self, x: ir.Value) -> list[ir.Node]:
+        name, slope = self.given["activation"], self.given["slope"]
+        if slope != 1 and name != "silu":
+            raise ValueError(f"{name} with a slope")
+        if name == "silu":
+            scaled = [] if slope == 1 else [self._node("Mul", x, self._editor.scalar(f"{self._path}/slope", slope))]
+            sigmoid = self._node("Sigmoid", scaled[0].outputs[0] if scaled else x)
+            return [*scaled, sigmoid, self._node("Mul", x, sigmoid.outputs[0], suffix="_gate")]
+        if name in ("gelu", "gelu_tanh"):
+            return [self._node("Gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")]
+        relu = self._node("Relu", x)
+        square = [self._node("Mul", relu.outputs[0], relu.outputs[0], suffix="_gate")] if name == "relu2" else []
+        return [relu, *square]
+
+    def _node(
+        self, op_type: str, *inputs: ir.Value | None, suffix: str = "", outputs: int = 1, **attributes: Any
+    ) -> ir.Node:
+        name = f"{self._path}/{op_type}{suffix}"
+        return self._editor.node(op_type, inputs, name, outputs=outputs, **attributes)
+
+    def _matrix(self, value: ir.Value | None, convert: Convert, *, transposed: bool = False) -> ir.Value:
+        """Return the experts' matrices [E, outputs, inputs], converted; `transposed` is their shape afterwards."""
         name = name_of(value)
         assert value is not None
         count, *sides = shape_of(value)
-        outputs, inputs = reversed(sides) if self.given["transposed"] else sides
+        sides = sides[::-1] if self.given["transposed"] != transposed else sides
 
         def make() -> Array:
             weight = self._weights[name].float()
-            weight = weight.transpose(1, 2) if self.given["transposed"] else weight
-            return convert(weight).contiguous().numpy()  # type: ignore[no-any-return]
+            return convert(weight.transpose(1, 2) if self.given["transposed"] else weight).contiguous().numpy()
 
-        return self._editor.initializer(f"{name}.experts", ir.DataType.FLOAT, (count, outputs, inputs), make)
+        return self._editor.initializer(f"{name}.experts", ir.DataType.FLOAT, (count, *sides), make)
 
-    def _vector(self, value: ir.Value | None, convert: Any) -> ir.Value | None:
+    def _vector(self, value: ir.Value | None, convert: Convert, *, row: bool = False) -> ir.Value | None:
+        """Return the experts' biases [E, outputs], converted; as [E, 1, outputs] if `row` is true."""
         if value is None:
             return None
-        name = name_of(value)
-        shape = shape_of(value)
+        name, (count, size) = name_of(value), shape_of(value)
+        shape = (count, 1, size) if row else (count, size)
         return self._editor.initializer(
             f"{name}.experts",
             ir.DataType.FLOAT,
             shape,
             lambda: convert(self._weights[name].float()).contiguous().numpy(),
         )
+
+    def _concatenated(self, x: Tensor) -> Tensor:
+        """Return rows of which all of gate come first."""
+        return torch.cat([x[:, ::2], x[:, 1::2]], dim=1) if self.given["interleaved"] else x
 
     def _interleaved(self, x: Tensor) -> Tensor:
         """Return rows that alternate between gate and up, as MoE expects them."""

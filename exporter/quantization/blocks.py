@@ -77,7 +77,7 @@ class QuantizedBlocks:
         zeros = torch.from_numpy(self.zeros()).float()
         padding = self.levels().shape[1] - levels.shape[1]
         padded = torch.cat([levels, zeros[:, -1:].expand(-1, padding)], 1)
-        return replace(self, data=_pack(padded.view(*self.scales.shape, -1).byte(), self.bits))
+        return replace(self, data=pack(padded.view(*self.scales.shape, -1).byte(), self.bits))
 
     def rows(self, numbers: Tensor) -> QuantizedBlocks:
         """Return rows of the weight by number, int64."""
@@ -235,14 +235,14 @@ def _search_rows(blocks: Tensor, layout: BlockLayout, importance: Tensor) -> tup
 
 def _pack_blocks(levels: Tensor, scales: Tensor, zeros: Tensor, layout: BlockLayout) -> QuantizedBlocks:
     return QuantizedBlocks(
-        data=_pack(levels.byte(), layout.bits),
+        data=pack(levels.byte(), layout.bits),
         scales=scales.numpy(),
-        zero_points=None if layout.symmetric else _pack(zeros.byte(), layout.bits),
+        zero_points=None if layout.symmetric else pack(zeros.byte(), layout.bits),
         bits=layout.bits,
     )
 
 
-def _pack(values: Tensor, bits: int) -> npt.NDArray[np.uint8]:
+def pack(values: Tensor, bits: int) -> npt.NDArray[np.uint8]:
     """Pack two 4-bit numbers per byte along the last axis, padded with zero; return 8-bit numbers unchanged."""
     if bits == 4:
         if values.shape[-1] % 2:
@@ -252,7 +252,7 @@ def _pack(values: Tensor, bits: int) -> npt.NDArray[np.uint8]:
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Reverse `_pack`; the padding of an odd row is kept."""
+    """Reverse `pack`; the padding of an odd row is kept."""
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -40,12 +40,14 @@ class Parity:
         prefill: logits of a prompt processed in one step.
         steps: logits of tokens processed one by one after a prompt.
         chunk: logits of several tokens processed in one step after a prompt.
+        beyond_windows: logits at the end of a text that is longer than every window of the attention.
         hidden_states: norm of the difference of hidden states relative to the reference, per position of a prompt.
     """
 
     prefill: Difference
     steps: Difference | None = None
     chunk: Difference | None = None
+    beyond_windows: Difference | None = None
     hidden_states: Difference | None = None
 
     @property
@@ -65,7 +67,7 @@ class Parity:
 
     @property
     def _logits(self) -> list[Difference]:
-        return [each for each in (self.prefill, self.steps, self.chunk) if each is not None]
+        return [each for each in (self.prefill, self.steps, self.chunk, self.beyond_windows) if each is not None]
 
 
 @dataclass(frozen=True, slots=True)

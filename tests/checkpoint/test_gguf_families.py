@@ -500,7 +500,7 @@ def test_recommended_sampling_is_that_of_llamacpp(
     [
         (
             {"general__architecture": "mamba"},
-            r"'mamba' is not supported; supported: 'llama', 'qwen2', 'qwen3', 'gemma3'",
+            r"'mamba' is not supported; supported: 'llama', 'qwen2', 'qwen3', 'gemma3', 'arcee', ",
         ),
         ({"general__type": "adapter"}, "contains 'adapter' instead of a model"),
         ({"_0__expert_count": 8}, r"llama\.expert_count is 8; only 0 is supported"),

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from llm_edge.checkpoint.base import TokenizerAssets
-from llm_edge.checkpoint.gguf import sentencepiece as gguf_sentencepiece
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
+from llm_edge.checkpoint.text import sentencepiece_bpe
 from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.text import tokenizer as runtime
 
@@ -284,6 +284,6 @@ def test_a_malicious_vocabulary_is_processed_quickly(tmp_path: Path, monkeypatch
     tokens = list(trained("llama").metadata["tokens"])
     with pytest.raises(CheckpointError, match=r"token 1799 has 100000 characters; the limit is 512"):
         build(tmp_path, "llama", {"tokens": [*tokens[:-1], "a" * 100_000]})
-    monkeypatch.setattr(gguf_sentencepiece, "_MAX_MERGES", 100)
+    monkeypatch.setattr(sentencepiece_bpe, "_MAX_MERGES", 100)
     with pytest.raises(CheckpointError, match=r"more than 100 merges"):
         build(tmp_path)

@@ -20,8 +20,8 @@ from llm_edge.checkpoint.base import TokenizerAssets
 from llm_edge.checkpoint.download.smollm2 import smollm2_gguf
 from llm_edge.checkpoint.gguf.end_tokens import END_TEXTS, INFILL_ENDS
 from llm_edge.checkpoint.gguf.file import GGUFFile
-from llm_edge.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS, UNSUPPORTED
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
+from llm_edge.checkpoint.text.pre_tokenizers import PRE_TOKENIZERS, UNSUPPORTED
 from llm_edge.runtime.errors import CheckpointError
 
 NUMBERS = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)).startswith("N")]

@@ -398,7 +398,7 @@ def test_an_invalid_number_is_an_error(folder: Path, key: str, value: Any) -> No
         ({"model_type": ["llama"]}, ["model_type"]),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            ["quantization_config", "'gptq'", "before quantization"],
+            ["quantization_config", "'gptq', but", "has no weights of that kind"],
         ),
         ({"quantization_config": "4bit"}, ["quantization_config"]),
         ({"hidden_act": "tanh"}, ["hidden_act 'tanh'", "'silu'"]),

@@ -153,7 +153,7 @@ def test_sizes_that_published_configs_omit_are_those_of_transformers() -> None:
         ),
         ({"text_config": {}}, "text_config: model_type None is not supported within llava"),
         ({"text_config": {"model_type": "cohere2"}}, "model_type 'cohere2' is not supported within llava"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "weights quantized by 'fp8' are not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "weights quantized by 'hqq' are not supported"),
         ({"model_type": "qwen2_5_vl"}, "model_type 'qwen2_5_vl' is not supported"),
     ],
 )

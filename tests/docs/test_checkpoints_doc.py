@@ -24,6 +24,7 @@ import families
 import numpy as np
 import original
 import pytest
+import quantized
 import tiny
 import torch
 from calling import call
@@ -39,6 +40,7 @@ from tokenizers import ByteLevelBPETokenizer
 from llm_edge.checkpoint.gguf.checkpoint import read_gguf, weight_table
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles
+from llm_edge.checkpoint.quantized.dequantized import METHODS
 from llm_edge.exporter import cli
 from llm_edge.exporter import export as export_module
 from llm_edge.model.config import LayerConfig
@@ -185,6 +187,14 @@ def hf_shards(folder: Path) -> Reference:
     return logits_of(model)
 
 
+def hf_quantized(folder: Path) -> Reference:
+    model = random_llama()
+    families.save(model, folder)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    model.load_state_dict(quantized.quantize_folder(folder, config, quantized.gptq))
+    return logits_of(model)
+
+
 def hf_old(folder: Path) -> Reference:
     reference = hf_folder(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -237,6 +247,7 @@ ROWS: Mapping[str, Row] = {
     "llm-export model.safetensors --n-heads 16 --rope-theta 50000 --tokenizer tokenizer -o out": Row(meta_flags, "."),
     "llm-export path/to/folder -o out": Row(hf_folder, "path/to/folder"),
     "llm-export path/to/shards -o out": Row(hf_shards, "path/to/shards"),
+    "llm-export path/to/quantized -o out": Row(hf_quantized, "path/to/quantized"),
     "llm-export path/to/old -o out": Row(hf_old, "path/to/old"),
     "llm-export path/to/folder --adapter path/to/adapter -o out": Row(hf_adapter, "path/to"),
     "llm-export weights.safetensors --config config.json --tokenizer tokenizer -o out": Row(hf_file, "."),
@@ -413,8 +424,12 @@ def fp8(tensors: dict[str, torch.Tensor]) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
 
 
+def test_the_table_lists_all_quantization_methods() -> None:
+    assert [spans(row[0])[0] for row in tables("Sources")[1]] == sorted(METHODS)
+
+
 @pytest.mark.parametrize("change", [gptq, bits_and_bytes, fp8])
-def test_quantized_folders_are_rejected(
+def test_quantized_tensors_without_their_config_are_rejected(
     change: Callable[[dict[str, torch.Tensor]], None], run: Run, tmp_path: Path
 ) -> None:
     hf_folder(tmp_path / "folder")

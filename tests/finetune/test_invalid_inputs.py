@@ -99,8 +99,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "vocabulary": (with_further_tokens, "use the tokenizer that belongs to the weights"),
     "end token": (without_end_token, "no token ends an answer: name it in generation_config.json (eos_token_id)"),
     "quantized": (
-        lambda model: edit_json(model / "config.json", quantization_config={"quant_method": "gptq"}),
-        "weights quantized by 'gptq' are not supported: give the model before quantization",
+        lambda model: edit_json(model / "config.json", quantization_config={"quant_method": "hqq"}),
+        "weights quantized by 'hqq' are not supported: give the model before quantization",
     ),
     "template": (
         lambda model: (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}", encoding="utf-8"),

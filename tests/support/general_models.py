@@ -57,11 +57,17 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     **{
         kind: {"num_key_value_heads": 4}
         for kind in (
-            *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
-            *("kimi_linear", "longcat_flash", "minicpm3", "youtu"),
+            *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
+            *("glm_moe_dsa", "hy_v4", "minicpm3", "youtu"),
         )
     },
     **{kind: {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)} for kind in ("lfm2", "lfm2_moe")},
+    "bailing_hybrid": {"layer_types": _LINEAR, "num_key_value_heads": 4},
+    "cohere_compass_text": {"layer_types": _WINDOWS},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
+    },
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon": {"new_decoder_architecture": True},
     "gemma3n_text": {
@@ -76,6 +82,10 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "shared_intermediate_size": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "kimi_linear": {"layer_types": _LINEAR, "num_key_value_heads": 4},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
+    "mamba2": {"num_heads": 8, "expand": 2},
+    "zaya": {"num_experts_per_tok": 1},
     "llama4_text": {"attention_chunk_size": 16, "intermediate_size_mlp": 128, "no_rope_layers": [1, 1, 1, 0]},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
     "phi3": {"sliding_window": None},
@@ -85,15 +95,15 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 """Changes for single architectures, so that each kind of layer occurs."""
 
 
-def make_config(kind: str) -> Any:
-    """A config of a `model_type`, with every size that it has a field for."""
+def make_config(kind: str, **changes: Any) -> Any:
+    """A config of a `model_type`, with every size that it has a field for, and these changes."""
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[kind]
     fields = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
     for each in config_class.__mro__:
         fields |= set(vars(each).get("__annotations__", {}))
-    given = {name: value for name, value in _SIZES.items() if name in fields} | dict(CHANGES.get(kind, {}))
+    given = {name: value for name, value in _SIZES.items() if name in fields} | dict(CHANGES.get(kind, {})) | changes
     aliases = [name for name, target in config_class.attribute_map.items() if name in given and target in given]
     given = {name: value for name, value in given.items() if name not in aliases}
     # Some configs derive a field, or reject it together with another one.
@@ -107,12 +117,12 @@ def make_config(kind: str) -> Any:
     raise rejected
 
 
-def make_model(kind: str, seed: int = 0) -> Any:
+def make_model(kind: str, seed: int = 0, **changes: Any) -> Any:
     """A model with non-uniform attention and routing: with the usual tiny weights they would be plain averages."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = make_config(kind)
+    config = make_config(kind, **changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -138,8 +148,8 @@ def first(window: Window, tokens: int) -> Window:
     return Window(window.tokens[:tokens], window.kind)
 
 
-def save(kind: str, folder: Path, seed: int = 0) -> Path:
+def save(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a model as a Hugging Face folder with the tiny tokenizer."""
-    make_model(kind, seed).save_pretrained(folder)
+    make_model(kind, seed, **changes).save_pretrained(folder)
     tiny.save_tokenizer(folder)
     return folder

@@ -1,7 +1,7 @@
 """The formats `Source` and `OriginalBlocks`: weights of a quantized source, unchanged.
 
-Blocks with a scale are written like `Blocks`. The fast kernels do not support an offset per block; its contribution is
-the sum of the inputs in each block times the offsets, a small float32 matmul.
+Blocks with a scale and perhaps a zero point are written like `Blocks`. The fast kernels do not support an offset per
+block; its contribution is the sum of the inputs in each block times the offsets, a small float32 matmul.
 
 The kernels round activations to 8 bits, block by block, which costs more fidelity than the blocks of most sources have
 lost (mean KL 0.003 to 0.004). Fused graphs therefore multiply the activations and what rounding takes from them in one
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llm_edge.exporter.graph.editor import Array, name_of, shape_of
 from llm_edge.exporter.graph.emitter import EmitContext, Emitter, split_suffix
-from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks
+from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, pack
 from llm_edge.exporter.quantization.formats.base import WeightFormat
 from llm_edge.exporter.quantization.formats.blocks import INT8_ACTIVATIONS, block_emitter
 from llm_edge.model.block_weights import BlockKind
@@ -35,24 +35,27 @@ Offsets = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class OriginalBlocks(WeightFormat):
-    """Blocks of weights of 4 or 8 bits as the source stores them, with one scale and perhaps one offset each."""
+    """Blocks of 4- or 8-bit weights as the source stores them, with a scale and perhaps an offset or a zero point."""
 
     bits: int
     size: int
     offsets: bool
+    zeros: bool = False
 
     kind: ClassVar[str] = "original_blocks"
 
     @property
     def bytes_per_weight(self) -> float:
-        return self.bits / 8 + (2 if self.offsets else 1) * 4 / self.size
+        zero = self.bits / 8 if self.zeros else 0
+        return self.bits / 8 + ((2 if self.offsets else 1) * 4 + zero) / self.size
 
     @property
     def label(self) -> str:
-        return f"int{self.bits}-{self.size}{'o' if self.offsets else ''}"
+        return f"int{self.bits}-{self.size}{'o' if self.offsets else 'z' if self.zeros else ''}"
 
     def __str__(self) -> str:
-        return f"int{self.bits} blocks of {self.size}{', offsets' if self.offsets else ''}"
+        more = ", offsets" if self.offsets else ", zero points" if self.zeros else ""
+        return f"int{self.bits} blocks of {self.size}{more}"
 
     def quantize(self, weights: Mapping[str, Tensor], name: str) -> tuple[QuantizedBlocks, Offsets | None]:
         """Read the blocks and their offsets, float32 [K / block, N]."""
@@ -61,10 +64,9 @@ class OriginalBlocks(WeightFormat):
         for values in (source.scales, source.offsets):
             if values is not None and not values.isfinite().all():
                 raise CheckpointError(f"{name}: a scale is NaN or infinity: the checkpoint is damaged")
-        levels = source.levels.numpy()
-        if self.bits == 4:
-            levels = levels[:, ::2] | levels[:, 1::2] << 4
-        blocks = QuantizedBlocks(levels.reshape(*source.scales.shape, -1), source.scales.numpy(), None, self.bits)
+        data = pack(source.levels.reshape(*source.scales.shape, -1), self.bits)
+        zeros = None if source.zeros is None else pack(source.zeros, self.bits)
+        blocks = QuantizedBlocks(data, source.scales.numpy(), zeros, self.bits)
         return blocks, None if source.offsets is None else source.offsets.numpy().T
 
     def emitter(self, context: EmitContext) -> Emitter[OriginalBlocks]:
@@ -92,7 +94,7 @@ class Source(WeightFormat):
         return f"the source's own blocks, else {self.otherwise}"
 
     def for_source(self, kind: BlockKind | None) -> WeightFormat:
-        return self.otherwise if kind is None else OriginalBlocks(kind.bits, kind.size, kind.offsets)
+        return self.otherwise if kind is None else OriginalBlocks(kind.bits, kind.size, kind.offsets, kind.zeros)
 
     def emitter(self, context: EmitContext) -> Emitter[Source]:  # noqa: ARG002
         raise TypeError("call for_source first: a weight is stored in blocks or otherwise")
@@ -192,7 +194,7 @@ class OriginalBlocksEmitter(Emitter[OriginalBlocks]):
 
     def _block_emitter(self, bits: int) -> Emitter[BlockLayout]:
         context = dataclasses.replace(self._context, load=lambda name, _: self._load(name)[0])
-        return block_emitter(context, BlockLayout(bits, self._format.size, symmetric=True))
+        return block_emitter(context, BlockLayout(bits, self._format.size, symmetric=not self._format.zeros))
 
     def _block_shape(self) -> ir.Value:
         size = self._format.size

@@ -15,7 +15,7 @@ import tiny
 import tokenizers
 from json_values import ODD, with_value
 
-from llm_edge.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
+from llm_edge.checkpoint.text.pre_tokenizers import PRE_TOKENIZERS
 from llm_edge.runtime.errors import BundleError, CheckpointError
 from llm_edge.runtime.text.known_patterns import KNOWN
 from llm_edge.runtime.text.pattern_check import check_patterns

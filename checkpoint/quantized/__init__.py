@@ -1,0 +1,1 @@
+"""Quantized weights of Hugging Face checkpoints."""

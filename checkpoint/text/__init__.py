@@ -1,0 +1,1 @@
+"""Vocabularies that are not a tokenizer.json."""

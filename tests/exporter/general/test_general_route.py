@@ -1,0 +1,153 @@
+"""Exports of models that only transformers knows, compared with transformers' own model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from general_check import GREEDY, compare_export
+from general_models import make_config, make_model, save
+from safetensors.torch import load_file, save_file
+
+from llm_edge.exporter.export import export
+from llm_edge.exporter.general.architecture import architecture_of
+from llm_edge.exporter.general.checkpoint import read_general_folder
+from llm_edge.exporter.general.decoder import AttentionMode
+from llm_edge.exporter.general.reference import record_general_reference
+from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
+from llm_edge.exporter.texts import Window
+from llm_edge.runtime import Model
+from llm_edge.runtime.errors import CheckpointError, ParameterError, UnknownFamilyError
+from llm_edge.runtime.sampling.params import SamplingParams
+
+BOUND = 1e-4  # of the difference of logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "operators"),
+    [
+        ("gpt_oss", {"GroupQueryAttention", "MoE"}),  # sinks, windows, biases and a gate of its own
+        ("deepseek_v3", {"Attention", "TensorScatter", "MoE"}),  # caches latents
+        ("gemma4_text", {"GroupQueryAttention"}),  # layers share caches; heads of two sizes
+        ("qwen3_5_text", {"GroupQueryAttention", "LinearAttention", "CausalConvWithState"}),  # the delta rule
+        ("granitemoehybrid", {"GroupQueryAttention", "LinearAttention", "CausalConvWithState", "MoE"}),  # Mamba 2
+        ("phimoe", {"GroupQueryAttention", "MoE"}),  # tells its window by the mask alone
+        ("bloom", {"TensorScatter"}),  # attention of its own
+    ],
+)
+def test_the_graph_computes_what_transformers_computes(tmp_path: Path, kind: str, operators: set[str]) -> None:
+    found = compare_export(save(kind, tmp_path / "source"), tmp_path / "target")
+    assert found.operators.keys() - {"nodes"} == operators
+    assert found.worst < BOUND
+    assert found.greedy == GREEDY
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("qwen3_moe", tmp_path_factory.mktemp("general") / "qwen3-moe")
+
+
+def test_a_bundle_is_validated_against_transformers_and_answers(qwen3_moe: Path, tmp_path: Path) -> None:
+    report = export(str(qwen3_moe), ExportOptions(output=tmp_path / "bundle"))
+    assert [each.recipe.name for each in report.precisions] == ["fp32"]
+    assert report.validation is not None
+    assert report.validation.parities["fp32"].worst.max < BOUND
+    assert report.validation.qualities["fp32"].top1 == 1
+    model = Model.load(tmp_path / "bundle", threads=1)
+    tokens = [5, 9, 17, 4]
+    generation = model.generate(tokens, SamplingParams(temperature=0, max_tokens=12))
+    found = [chunk.token for chunk in generation if chunk.token is not None]
+    assert len(found) == 12  # no end token among them
+    sequence = torch.tensor([tokens])
+    with torch.inference_mode():
+        reference = make_model("qwen3_moe")
+        for _ in range(12):
+            sequence = torch.cat([sequence, reference(input_ids=sequence).logits[:, -1:].argmax(-1)], dim=1)
+    assert found == sequence[0, len(tokens) :].tolist()
+
+
+def test_a_reference_that_is_loaded_layer_by_layer_computes_the_same(qwen3_moe: Path, tmp_path: Path) -> None:
+    checkpoint = read_general_folder(qwen3_moe)
+    windows = [Window(tuple(range(3, 3 + length))) for length in (40, 40, 40, 7)]
+    whole, parts = (
+        record_general_reference(checkpoint, windows, tmp_path / str(limit), lambda *_: None, max_bytes=limit)[0]
+        for limit in (1 << 40, 0)
+    )
+    assert torch.allclose(whole.logits(0, 127), parts.logits(0, 127), atol=1e-5)
+    assert torch.equal(whole.top, parts.top)
+
+
+def test_weights_are_read_one_at_a_time_and_experts_are_stacked(qwen3_moe: Path) -> None:
+    stored = load_file(qwen3_moe / "model.safetensors")
+    assert any(".experts.3.gate_proj.weight" in name for name in stored)  # one by one, as published
+    weights = read_general_folder(qwen3_moe).weights
+    expected = make_model("qwen3_moe").state_dict()
+    assert set(weights) == set(expected)
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
+
+
+def test_a_window_longer_than_the_text_is_proven_on_a_longer_text(tmp_path: Path) -> None:
+    folder = save("phimoe", tmp_path / "model", sliding_window=600)
+    report = export(str(folder), ExportOptions(output=tmp_path / "bundle"))
+    assert report.validation is not None
+    beyond = report.validation.parities["fp32"].beyond_windows
+    assert beyond is not None
+    assert beyond.max < BOUND
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_tensors_that_do_not_fit_the_config_are_named(qwen3_moe: Path, tmp_path: Path, change: str) -> None:
+    folder = save("qwen3_moe", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.gate.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "shape":
+        tensors[name] = tensors[name][:, :5].contiguous()
+    else:
+        name = "model.layers.1.self_attn.extra.weight"
+        tensors[name] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        export(str(folder), ExportOptions(output=tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"precision": "int8"}, "--precision int8"),
+        ({"graph": GraphChoice.PORTABLE}, "--graph portable"),
+        ({"file_format": FileFormat.TORCHSCRIPT}, "--format torchscript"),
+        ({"validate": False}, "--no-validate"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(qwen3_moe: Path, tmp_path: Path, options: dict, named: str) -> None:
+    with pytest.raises(ParameterError, match=named):
+        export(str(qwen3_moe), ExportOptions(output=tmp_path / "bundle", **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["bert", "no_such_model", "../etc"])
+def test_other_architectures_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=kind.split("/")[-1]):
+        export(str(tmp_path), ExportOptions(output=tmp_path / "bundle"))
+
+
+def test_without_transformers_the_error_says_what_to_install(
+    qwen3_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else object())
+    with pytest.raises(UnknownFamilyError, match=r"llm-edge\[general\]"):
+        export(str(qwen3_moe), ExportOptions(output=tmp_path / "bundle"))
+
+
+def test_layers_that_share_a_cache_keep_it_once() -> None:
+    config = make_config("gemma4_text")
+    architecture = architecture_of(config.to_dict(), "config.json")
+    assert len(architecture.shape.caches) == 2 * (config.num_hidden_layers - config.num_kv_shared_layers)
+    assert architecture.decoder.mode is AttentionMode.OPERATOR
