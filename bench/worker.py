@@ -24,8 +24,7 @@ from llm_edge.runtime.errors import LlmEdgeError
 def main() -> None:
     """Answer until standard input ends."""
     bundle, precision, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    import resource  # `llm-bench` says so where it is missing
-
+    from llm_edge.bench.peers.serving import peak_mb  # needs `resource`: `llm-bench` says so where it is missing
     from llm_edge.runtime import Model, SamplingParams
 
     model = Model.load(bundle, precision, provider="cpu", threads=threads or None)
@@ -33,8 +32,7 @@ def main() -> None:
 
     def answer(request: dict[str, Any]) -> dict[str, float]:
         if "peak" in request:
-            scale = 1 if sys.platform == "darwin" else 1024
-            return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6}
+            return {"peak_mb": peak_mb()}
         model.clear_cache()  # every request computes its whole prompt
         before = model.run_seconds
         params = SamplingParams(temperature=0.0, max_tokens=request["count"])

@@ -286,7 +286,7 @@ def test_the_engine_worker_answers_requests(tmp_path: Path) -> None:
         assert worker.ask(tokens=[1], count=1)["rest"] == 0
         assert worker.ask(logits=[5, 5, 5], to=str(tmp_path / "x")) == {"rows": 3}
         assert (tmp_path / "x").read_bytes() == b"\0\1\2"
-        assert worker.ask(peak=True)["peak_mb"] > 1  # no upper bound: a child's peak starts at its parent's
+        assert 1 < worker.ask(peak=True)["peak_mb"] < 64  # without the memory of this process
     finally:
         worker.close()
 
