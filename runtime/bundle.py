@@ -5,6 +5,7 @@ The exporter writes bundles with `FORMAT_VERSION` and `manifest_entry`; everythi
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 import stat
@@ -36,6 +37,7 @@ _MAX_DIMENSIONS: Mapping[str, int] = {
 }
 _MAX_HIDDEN = 65_536
 _MAX_CACHES, _MAX_CACHE_SIDE, _MAX_CACHE_AXES = 8_192, 1_048_576, 4
+_MAX_CACHE_NUMBERS = 1 << 31  # in a tensor, per token or in a state
 _CACHE_NAME = re.compile(r"[0-9]{1,4}(\.[a-z]{1,32}|\.[0-9]{1,2}){1,2}")
 
 T = TypeVar("T")
@@ -269,7 +271,8 @@ class Bundle:
         name, shape, grows = _field(entry, "name", str), _field(entry, "shape", list), _field(entry, "grows", bool)
         numbers = [size for size in shape if isinstance(size, int) and not isinstance(size, bool)]
         valid = len(numbers) == len(shape) and all(0 < size <= _MAX_CACHE_SIDE for size in numbers)
-        if not valid or not 0 < len(shape) <= _MAX_CACHE_AXES or (grows and len(shape) != 2):
+        valid = valid and (len(shape) == 2 if grows else 0 < len(shape) <= _MAX_CACHE_AXES)
+        if not valid or math.prod(numbers) > _MAX_CACHE_NUMBERS:
             raise self._refused(f"model.caches: {reprlib.repr(name)} has the shape {reprlib.repr(shape)}")
         if not _CACHE_NAME.fullmatch(name):
             raise self._refused(f"model.caches: {reprlib.repr(name)} is not the name of a cache")
@@ -285,6 +288,9 @@ class Bundle:
             raise self._refused(f"precisions.{name} has format {kind!r}, but this runtime supports {supported}")
         if not model.endswith(_SUFFIXES[kind]):  # onnxruntime reads files with other names in other formats
             raise self._refused(f"precisions.{name}.model is {reprlib.repr(model)}, not a name with {_SUFFIXES[kind]}")
+        share_buffer = _field(entry, "share_buffer", bool)
+        if self.shape.has_states and not (share_buffer and kind == ONNX):
+            raise self._refused(f"precisions.{name} is not a fused ONNX graph, but model.caches has states")
         hidden_size = None
         if "hidden_size" in entry:
             hidden_size = _count(entry, "hidden_size", high=_MAX_HIDDEN, where=f"precisions.{name}.")
@@ -295,7 +301,7 @@ class Bundle:
             format=kind,
             model=model,
             recipe=_field(entry, "recipe", str),
-            share_buffer=_field(entry, "share_buffer", bool),
+            share_buffer=share_buffer,
             size=sum(_count(_field(self._files, file, dict), "size", low=0) for file in _graph_files(model, kind)),
             parity=_field(entry, "parity", dict),
             quality=_field(entry, "quality", dict),

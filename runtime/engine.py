@@ -47,7 +47,7 @@ class Engine(BaseModel[AsyncGeneration]):
         active: number of generations that run at the same time; further ones wait.
         kept: number of additional slots that cache prefixes of earlier generations.
         waiting: number of requests that may wait.
-        cache_bytes: memory for keys and values in idle slots.
+        cache_bytes: memory for what idle slots hold: keys, values and states.
         speculative: verify draft tokens, each sequence in separate steps; None = only if `active` is 1, because
             batching gains more than drafting.
 
@@ -159,14 +159,14 @@ class Engine(BaseModel[AsyncGeneration]):
         with self._changed:
             found = replace(self._counters, waiting=len(self._waiting), active=len(self._scheduler.active))
         found.evictions, found.kept_tokens = self._slots.evictions, self._slots.cached_tokens
-        found.kept_bytes = found.kept_tokens * self._batch.token_bytes
+        found.kept_bytes = self._slots.cached_bytes
         return found
 
     def save_cache(self, path: str | Path, prompt: str | Sequence[int]) -> int:
-        """Save the cached keys and values of a text's prefix to a file, for this bundle only; see `load_cache`.
+        """Save what is cached of a text's prefix to a file, for this bundle only; see `load_cache`.
 
         Returns:
-            the number of tokens; for 0, no file is written.
+            the number of tokens; for 0, no file is written. With states, these are the most of which there are states.
         """
         self.check_process()
         tokens = self._prompts.encode_prompt(prompt)
@@ -188,13 +188,13 @@ class Engine(BaseModel[AsyncGeneration]):
             InputError: the file is missing, damaged, or from another bundle.
         """
         self.check_process()
-        tokens, values = cache_file.load(Path(path), self._identity, self.bundle.shape, self._batch.dtype)
+        tokens, values = cache_file.load(Path(path), self._identity, self.bundle.shape, self._batch.dtypes)
         try:
             self._prompts.check(tokens, self.context_length + 1)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         with self._stepping:
-            self._batch.write(self._slots.reserve(tokens), values)
+            self._batch.write(self._slots.reserve(tokens), values, len(tokens))
             self._slots.enforce_budget()
         return len(tokens)
 

@@ -15,7 +15,7 @@ from llm_edge.runtime.generation import Generation
 from llm_edge.runtime.load_options import LoadOptions
 from llm_edge.runtime.loading import LoadedBundle, load
 from llm_edge.runtime.results import FinishReason, GenerationChunk
-from llm_edge.runtime.scheduling.prefixes import common_prefix
+from llm_edge.runtime.scheduling.prefixes import WORTH_KEEPING, common_prefix
 
 if TYPE_CHECKING:  # as in `base_model`
     from llm_edge.runtime.backend.session import HiddenStates
@@ -173,15 +173,30 @@ class Model(BaseModel[Generation]):
                 raise
 
     def _advance(self, sequence: TokenSequence) -> list[GenerationChunk]:
-        session, previous = self._session, self._sequence_in_cache
-        if previous is not sequence:
-            cached = previous.tokens[: session.length] if previous is not None else []
-            session.rewind(sequence.reuse(common_prefix(cached, sequence.tokens)))
-            self._sequence_in_cache = sequence
+        session = self._session
+        if self._sequence_in_cache is not sequence:
+            self._reuse_prefix(sequence)
         elif session.length > sequence.computed:  # rejected draft tokens
             session.rewind(sequence.computed)
-        tokens = sequence.pending(PREFILL_CHUNK)
-        return list(sequence.advance(session.step(tokens, 1 if sequence.prefilling else len(tokens))))
+        # With states, accepted tokens before a rejected one are computed again. No further draft tokens then: each
+        # rejection would return to the same states, and ever more tokens would have to be repeated.
+        repeated = sequence.tokens[session.length : sequence.computed]
+        tokens = sequence.pending(PREFILL_CHUNK, draft=not repeated)
+        logits = session.step([*repeated, *tokens], 1 if sequence.prefilling else len(tokens))
+        chunks = list(sequence.advance(logits))
+        if sequence.keeps_states:
+            session.keep_states()
+        return chunks
+
+    def _reuse_prefix(self, sequence: TokenSequence) -> None:
+        """Keep the tokens in the cache that a new sequence begins with."""
+        previous, session = self._sequence_in_cache, self._session
+        cached = previous.tokens[: min(session.length, previous.computed)] if previous is not None else []
+        shared = common_prefix(cached, sequence.tokens)
+        kept = sequence.reuse(session.rewind(sequence.reusable(shared)))
+        if self.bundle.shape.has_states and shared >= kept + WORTH_KEEPING:
+            sequence.keep_states_at(shared)
+        self._sequence_in_cache = sequence
 
 
 def _never() -> bool:

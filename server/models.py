@@ -223,7 +223,8 @@ class ModelPool:
 
     def _reserve(self, key: str, entry: ModelEntry, precision: str) -> _Place | None:
         """Begin to load a model if the budget allows it, or else to make room for it."""
-        need = int(entry.bundle.precisions[precision].size * _OVERHEAD) + self.config.cache_bytes
+        states = 4 * entry.bundle.shape.state_numbers * 2 * self.config.parallel  # before and after a step, in float32
+        need = int(entry.bundle.precisions[precision].size * _OVERHEAD) + states + self.config.cache_bytes
         budget = self.config.memory
         if need > budget:
             message = f"model {key!r} needs about {need / 1e9:.1f} GB, more than the budget of {budget / 1e9:.1f} GB"

@@ -49,6 +49,21 @@ def tiny_portable_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPat
     return _once(tmp_path_factory, "portable", lambda folder: _export(source, folder / "tiny", GraphChoice.PORTABLE))
 
 
+@pytest.fixture(scope="session", params=["lfm2", "granitemoehybrid", "qwen3_5_text", "falcon_h1"])
+def state_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with states: convolutions, Mamba 2 with experts, a gated delta net, Mamba 2 beside attention."""
+    import general_models  # imported only when needed
+
+    def make(folder: Path) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            general_models.shorten_validation(patch, 64)
+            source = general_models.save(request.param, tmp_path_factory.mktemp(request.param))
+            export(str(source), ExportOptions(folder / request.param))
+        return folder
+
+    return _once(tmp_path_factory, request.param, make)
+
+
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
     """The GGUF of SmolLM2-135M-Instruct, downloaded once into the user's cache."""

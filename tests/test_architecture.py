@@ -197,4 +197,6 @@ def test_telemetry_is_off_before_onnxruntime_starts() -> None:
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     importers = {str(p.relative_to(ROOT)) for p in sources if "onnxruntime" in {n.split(".")[0] for n in imports(p)}}
     # the runtime package turns it off
-    assert importers <= {f"runtime/backend/{name}.py" for name in ("graph", "kv_cache", "providers", "weights")}
+    assert importers <= {
+        f"runtime/backend/{name}.py" for name in ("graph", "kv_cache", "providers", "states", "weights")
+    }

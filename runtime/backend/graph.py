@@ -18,6 +18,7 @@ from llm_edge.runtime.bundle import ONNX, Bundle, PrecisionInfo
 from llm_edge.runtime.errors import BundleError, MachineError, native_reason
 from llm_edge.runtime.model_shape import ModelShape
 
+ATTENTION_MASK = "attention_mask"
 HIDDEN_STATES = "hidden_states"
 NUM_HIDDEN_STATES = "num_hidden_states_to_keep"
 _EXECUTION_PROVIDERS: Mapping[str, list[Any]] = {
@@ -90,8 +91,10 @@ class Graph:
         provider: `cpu` or `cuda`.
         inference: onnxruntime's session.
         cache_names: names of the cache tensors without `past_key_values.` and `present.`, such as `0.key`.
-        cache_dtype: their type.
-        cache_device: `cpu` or `cuda`, where the graph reads them.
+        cache_dtype: type of keys and values.
+        state_dtype: type of the states.
+        cache_device: `cpu` or `cuda`, where the graph reads keys and values.
+        reads_mask: it has the input `attention_mask`.
         has_hidden_states: every step computes hidden states, of as many positions as requested.
         step_seconds: steps that take longer are terminated; None = no limit.
 
@@ -130,8 +133,10 @@ class Graph:
             ) from error
         self.cache_names = [tensor.name for tensor in self.shape.caches]
         self.has_hidden_states = any(node.name == HIDDEN_STATES for node in self.inference.get_outputs())
-        self.cache_dtype = self._check_signature()
-        self.cache_device = self._device_of(f"past_key_values.{self.cache_names[0]}")
+        self.reads_mask = any(node.name == ATTENTION_MASK for node in self.inference.get_inputs())
+        self.cache_dtype, self.state_dtype = self._check_signature()
+        first = next((tensor for tensor in self.shape.caches if tensor.grows), self.shape.caches[0])
+        self.cache_device = self._device_of(f"past_key_values.{first.name}")
         self._collapses_pages = provider == "cpu" and execution.spinning
 
     @property
@@ -150,9 +155,9 @@ class Graph:
         if tokens >= _MANY_TOKENS:
             self._weights.release()
 
-    def cache_zeros(self, shape: tuple[int, ...]) -> Any:
-        """An OrtValue of zeros of the cache's type, where the graph reads the cache."""
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.cache_dtype), self.cache_device, 0)
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any] | None = None) -> Any:
+        """An OrtValue of zeros where the graph reads keys and values; None = of their type."""
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype or self.cache_dtype), self.cache_device, 0)
 
     @staticmethod
     def run_options() -> Any:
@@ -176,17 +181,17 @@ class Graph:
         memory = self.inference.get_input_memory_infos()[names.index(name)]
         return "cuda" if memory.name == "Cuda" else "cpu"
 
-    def _check_signature(self) -> np.dtype[Any]:
-        """Check inputs and outputs against the manifest; returns the type of the cache."""
+    def _check_signature(self) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """Check inputs and outputs against the manifest; returns the types of keys and values, and of states."""
         path, shape = self.file.path, self.shape
         inputs = {node.name: node for node in self.inference.get_inputs()}
-        expected = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in self.cache_names)}
+        expected = {"input_ids", ATTENTION_MASK, *(f"past_key_values.{name}" for name in self.cache_names)}
         outputs = {node.name: node for node in self.inference.get_outputs()}
         optional = {node.name for node in self.inference.get_overridable_initializers()}
         hidden = outputs.pop(HIDDEN_STATES, None)
         if (
             not optional >= {"num_logits_to_keep", *([NUM_HIDDEN_STATES] if hidden is not None else [])}
-            or not expected - {"attention_mask"} <= inputs.keys() <= expected
+            or not expected - {ATTENTION_MASK} <= inputs.keys() <= expected
             or outputs.keys() != {"logits", *(f"present.{name}" for name in self.cache_names)}
         ):
             raise BundleError(f"{path}: the graph's inputs and outputs are not those of a decoder with a KV cache")
@@ -199,16 +204,24 @@ class Graph:
                 f"{path}: the graph has no hidden states of width {width}, which contradicts the manifest: "
                 "export the bundle again"
             )
+        return self._cache_type(inputs, grows=True), self._cache_type(inputs, grows=False)
+
+    def _cache_type(self, inputs: Mapping[str, Any], *, grows: bool) -> np.dtype[Any]:
+        """Check the shapes of keys and values, or of states, against the manifest; returns their type."""
         types = set()
-        for tensor in shape.caches:
+        for tensor in self.shape.caches:
+            if tensor.grows is not grows:
+                continue
             cache = inputs[f"past_key_values.{tensor.name}"]
             types.add(cache.type)
-            sizes = [cache.shape[1], cache.shape[3]] if tensor.grows else cache.shape[1:]
+            sizes = [cache.shape[1], *cache.shape[3:]] if grows else cache.shape[1:]
             if len(cache.shape) != len(tensor.sized(1)) + 1 or sizes != list(tensor.shape):
-                raise BundleError(f"{path}: the graph's cache has shape {cache.shape}, which contradicts the manifest")
+                raise BundleError(
+                    f"{self.file.path}: the graph's cache has shape {cache.shape}, which contradicts the manifest"
+                )
         if len(types) > 1 or not types <= _CACHE_DTYPES.keys():
-            raise BundleError(f"{path}: a cache of type {' and '.join(sorted(types))} is not supported")
-        return _CACHE_DTYPES[types.pop()]
+            raise BundleError(f"{self.file.path}: a cache of type {' and '.join(sorted(types))} is not supported")
+        return _CACHE_DTYPES[types.pop()] if types else np.dtype(np.float32)
 
 
 def inference_session(model: bytes) -> Any:

@@ -1,19 +1,17 @@
-"""KV cache of one conversation, for `Model`; an engine's caches are the slots of `scheduling/batch.py`.
+"""Cache of one conversation, for `Model`; an engine's caches are the slots of `scheduling/batch.py`.
 
-Tensors are [1, K, capacity or tokens, D] for K key/value heads of size D.
+Keys and values are [1, K, capacity or tokens, D] for K heads of size D; states, which have a fixed size, [1, *shape].
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from llm_edge.runtime.backend.graph import Graph
+from llm_edge.runtime.backend.states import StateHistory, StateMemory, mapped_zeros
 
 _INITIAL_CAPACITY = 256
 
@@ -21,14 +19,17 @@ _INITIAL_CAPACITY = 256
 class SharedCache:
     """One buffer per tensor that is both past and present, so that nothing is copied between steps.
 
-    Buffers start small and double, up to the context's limit; they are bound again only when they grow.
+    Buffers start small and double, up to the context's limit; they are bound again only when they grow. States are in
+    a `StateHistory` instead.
     """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._names = graph.cache_names
+        self._tensors = [tensor for tensor in graph.shape.caches if tensor.grows]
         self._values: list[Any] = []
         self._bound = True
+        self._states = StateMemory(graph) if graph.shape.has_states else None
+        self._history = StateHistory(self._states) if self._states is not None else None
         self.capacity = 0
 
     def bind(self, binding: Any, past: int, new: int) -> None:
@@ -36,15 +37,28 @@ class SharedCache:
         if past + new > self.capacity:
             self._grow(binding, past, past + new)
         elif not self._bound:
-            for name, value in zip(self._names, self._values, strict=True):
-                binding.bind_ortvalue_output(f"present.{name}", value)
+            for tensor, value in zip(self._tensors, self._values, strict=True):
+                binding.bind_ortvalue_output(f"present.{tensor.name}", value)
         self._bound = True
+        if self._states is not None and self._history is not None:
+            self._states.bind(binding, self._history.current, self._history.target())
 
-    def advance(self, binding: Any) -> None:
-        """Keep the keys and values that the step computed; nothing to do: it wrote in place."""
+    def advance(self, binding: Any, length: int) -> None:  # noqa: ARG002
+        """Keep what the step computed; `length` tokens are cached now. Keys and values were written in place."""
+        if self._history is not None:
+            self._history.advance(length)
 
-    def rewind(self, length: int) -> None:
-        """Keep only the first `length` tokens; nothing to do: later steps overwrite the rest."""
+    def rewind(self, length: int) -> int:
+        """Keep only the first `length` tokens, or fewer if there are no states of so many; returns how many.
+
+        Later steps overwrite the keys and values of the others.
+        """
+        return length if self._history is None else self._history.rewind(length)
+
+    def keep_states(self) -> None:
+        """Keep the current states for `rewind`, besides those of the shortest length that was kept."""
+        if self._history is not None:
+            self._history.keep()
 
     def outputs_cleared(self) -> None:
         """The outputs of the binding were cleared, so the next `bind` has to bind them again."""
@@ -55,14 +69,14 @@ class SharedCache:
         capacity = max(needed, min(max(2 * self.capacity, _INITIAL_CAPACITY), self._graph.limit))
         old, self._values = self._values, []
         self.capacity = 0  # if memory runs out half-way, the next step starts over
-        for index, (name, tensor) in enumerate(zip(self._names, self._graph.shape.caches, strict=True)):
-            buffer = _zeros((1, *tensor.sized(capacity)), self._graph.cache_dtype)
+        for index, tensor in enumerate(self._tensors):
+            buffer = mapped_zeros((1, *tensor.sized(capacity)), self._graph.cache_dtype)
             if old:
                 buffer[:, :, :used] = old[index].numpy()[:, :, :used]
                 old[index] = None
             value = ort.OrtValue.ortvalue_from_numpy(buffer, self._graph.cache_device, 0)
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
+            binding.bind_ortvalue_input(f"past_key_values.{tensor.name}", value)
+            binding.bind_ortvalue_output(f"present.{tensor.name}", value)
             self._values.append(value)
         self.capacity = capacity
 
@@ -73,7 +87,7 @@ class GrowingCache:
     def __init__(self, graph: Graph) -> None:
         self._names = graph.cache_names
         self._device = graph.cache_device
-        self._empty = [graph.cache_zeros((1, *tensor.sized(0))) for tensor in graph.shape.caches]
+        self._empty = [graph.zeros((1, *tensor.sized(0))) for tensor in graph.shape.caches]
         self._values: list[Any] = []
 
     def bind(self, binding: Any, past: int, new: int) -> None:  # noqa: ARG002
@@ -81,24 +95,23 @@ class GrowingCache:
             binding.bind_ortvalue_input(f"past_key_values.{name}", (self._values if past else self._empty)[index])
             binding.bind_output(f"present.{name}", self._device, 0)
 
-    def advance(self, binding: Any) -> None:
+    def advance(self, binding: Any, length: int) -> None:  # noqa: ARG002
         self._values = binding.get_outputs()[-len(self._names) :]
 
-    def rewind(self, length: int) -> None:
+    def rewind(self, length: int) -> int:
         """Copy the first tokens."""
         if not length or not self._values or length == self._values[0].shape()[2]:
-            return
+            return length
         for index, value in enumerate(self._values):
             kept = np.ascontiguousarray(value.numpy()[:, :, :length])
             self._values[index] = ort.OrtValue.ortvalue_from_numpy(kept, self._device, 0)
+        return length
+
+    def keep_states(self) -> None:
+        """Nothing to do: such graphs have no states."""
 
     def outputs_cleared(self) -> None:
         """Nothing to do: every step binds everything."""
 
 
 KVCache: TypeAlias = SharedCache | GrowingCache
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Zeros in separately mapped pages, which take memory only once written to and return it when freed."""
-    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).reshape(shape)

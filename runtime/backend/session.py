@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm_edge.runtime.backend.graph import HIDDEN_STATES, NUM_HIDDEN_STATES, Graph
+from llm_edge.runtime.backend.graph import ATTENTION_MASK, HIDDEN_STATES, NUM_HIDDEN_STATES, Graph
 from llm_edge.runtime.backend.kv_cache import GrowingCache, KVCache, SharedCache
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.step_runner import StepRunner
@@ -121,10 +121,19 @@ class Session(ProcessBound):
         """Whether `rewind` costs nothing."""
         return isinstance(self._cache, SharedCache)
 
-    def rewind(self, length: int) -> None:
-        """Keep only the first `length` tokens in the cache; buffers stay allocated."""
-        self._cache.rewind(length)
-        self.length = length
+    def rewind(self, length: int) -> int:
+        """Keep only the first `length` tokens in the cache; buffers stay allocated.
+
+        Returns:
+            how many were kept: fewer if the model has states and those at this length are not known any more. They are
+            for lengths that `keep_states` marked, and for those before and after the last step.
+        """
+        self.length = self._cache.rewind(length)
+        return self.length
+
+    def keep_states(self) -> None:
+        """Mark the current length as one that `rewind` can return to."""
+        self._cache.keep_states()
 
     def clear_cache(self) -> None:
         """Remove all tokens from the cache; buffers stay allocated."""
@@ -149,7 +158,8 @@ class Session(ProcessBound):
         new, past = len(tokens), self.length
         self._ids[:new] = tokens
         self._bind_input("input_ids", self._ids, [1, new])
-        self._bind_input("attention_mask", self._mask, [1, past + new])
+        if self.graph.reads_mask:
+            self._bind_input(ATTENTION_MASK, self._mask, [1, past + new])
         try:
             self._cache.bind(self._binding, past, new)
         except MemoryError as error:
@@ -158,7 +168,7 @@ class Session(ProcessBound):
             raise MachineError(f"the cache of {past + new} tokens failed ({one_line(error)})") from error
         self._steps.run(self._binding, f"a step over {new} tokens after {past}")
         self.graph.release_weights(new)
-        self._cache.advance(self._binding)
+        self._cache.advance(self._binding, past + new)
         self.length = past + new
 
     def _bind_input(self, name: str, array: npt.NDArray[Any], shape: list[int]) -> None:

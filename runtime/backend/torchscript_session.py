@@ -94,10 +94,14 @@ class TorchScriptSession(ProcessBound):
     def cancel_steps_if(self, unwanted: Callable[[], bool]) -> None:
         """Nothing: torch cannot terminate a step."""
 
-    def rewind(self, length: int) -> None:
-        """Keep only the first `length` tokens in the cache."""
+    def rewind(self, length: int) -> int:
+        """Keep only the first `length` tokens in the cache; returns how many."""
         parts = [(key[:, :, :length], value[:, :, :length]) for key, value in self._past]
         self._past, self.length = parts if length else self._empty, length
+        return length
+
+    def keep_states(self) -> None:
+        """Nothing: such bundles have no states."""
 
     def clear_cache(self) -> None:
         """Remove all tokens from the cache."""

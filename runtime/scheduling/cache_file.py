@@ -1,8 +1,8 @@
-"""Saves the keys and values of a text to a file (an uncompressed npz), and loads them as untrusted input.
+"""Saves the cache of a text to a file (an uncompressed npz), and loads it as untrusted input.
 
-identity   hash of the graph that computed them; other graphs cannot use them
+identity   hash of the graph that computed it; other graphs cannot use it
 tokens     int64 [T]
-0 … n-1    keys and values, layer by layer, [K, T, D] each
+0 … n-1    keys and values [K, T, D], and states [*shape] after T tokens, in the order of `ModelShape.caches`
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ def save(path: Path, identity_: str, tokens: Sequence[int], values: Sequence[Arr
         raise MachineError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
-def load(path: Path, identity_: str, model: ModelShape, dtype: np.dtype[Any]) -> tuple[list[int], list[Array]]:
-    """Load what `save` wrote: token ids, and keys and values [K, T, D].
+def load(
+    path: Path, identity_: str, model: ModelShape, dtypes: Sequence[np.dtype[Any]]
+) -> tuple[list[int], list[Array]]:
+    """Load what `save` wrote: token ids, and the tensors of `model.caches`, which have these types.
 
     Raises:
         InputError: the file is missing, damaged, or of another graph.
     """
     limit, caches = model.max_position_embeddings, model.caches
-    largest = max(math.prod(tensor.sized(limit)) for tensor in caches)
-    limit_bytes = max(largest * dtype.itemsize, limit * 8) + _HEADER_BYTES
+    sizes = [math.prod(tensor.sized(limit)) * dtype.itemsize for tensor, dtype in zip(caches, dtypes, strict=True)]
+    limit_bytes = max(*sizes, limit * 8) + _HEADER_BYTES
     try:
         with _Bounded(path, len(caches)) as file, zipfile.ZipFile(file) as archive:
             file.limit = limit_bytes
@@ -64,8 +66,8 @@ def load(path: Path, identity_: str, model: ModelShape, dtype: np.dtype[Any]) ->
             if not 0 < length <= limit:
                 raise ValueError("tokens")
             tokens: list[int] = _array(archive, "tokens", (length,), ids).tolist()
-            shapes = [tensor.sized(length) for tensor in caches]
-            return tokens, [_array(archive, str(index), shape, dtype) for index, shape in enumerate(shapes)]
+            kinds = [(tensor.sized(length), dtype) for tensor, dtype in zip(caches, dtypes, strict=True)]
+            return tokens, [_array(archive, str(index), *kind) for index, kind in enumerate(kinds)]
     except InputError:
         raise
     except OSError as error:

@@ -28,7 +28,7 @@ class Counters:
         decode_seconds: duration of the decode steps.
         evictions: how many times the tokens of an idle slot were dropped.
         kept_tokens: tokens cached in idle slots now.
-        kept_bytes: memory of `kept_tokens`.
+        kept_bytes: memory of idle slots: `kept_tokens`, and states.
     """
 
     requests: int = 0

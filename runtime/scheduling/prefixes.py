@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 CHUNK_ALIGNMENT = 8
 """Prompts are split at multiples of this many tokens, so that splits do not affect results; see docs/decisions.md."""
+MIN_COMPUTED = 2
+"""Tokens at the end of a prompt that are always computed, for the logits of the last one; see docs/decisions.md."""
+WORTH_KEEPING = 8 * CHUNK_ALIGNMENT
+"""Tokens that a prefix must share with another prompt before a step ends there or a prompt waits for it."""
 _BLOCK = 64  # tokens that `common_prefix` compares at once
 
 
 def aligned_prefix(length: int, prompt_length: int) -> int:
     """How many of `length` cached tokens a prompt can reuse; see `TokenSequence.reuse`."""
-    return max(min(length, prompt_length - 2) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
+    return max(min(length, prompt_length - MIN_COMPUTED) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT, 0)
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
-from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, common_prefix
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, WORTH_KEEPING, common_prefix
 from llm_edge.runtime.scheduling.sequence import TokenSequence
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
@@ -27,7 +27,6 @@ from llm_edge.runtime.scheduling.slots import SlotManager, spans
 # tokens, which then matters to more callers than the gap.
 _MIN_CHUNK_RATIO, _MAX_CHUNK_RATIO = 1.0, 1.4
 _FEW_DECODING = 2
-_WORTH_WAITING = 8 * CHUNK_ALIGNMENT  # shared prefix that another prompt is about to compute, in tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -70,11 +69,13 @@ class Scheduler:
         """
         try:
             tokens = request.sequence.tokens
-            source, length = self._slots.longest_prefix(tokens)
-            prompts = [each.sequence.tokens for each in self.active if each.sequence.prefilling]
-            if max((common_prefix(prompt, tokens) for prompt in prompts), default=0) >= length + _WORTH_WAITING:
+            limit = request.sequence.reusable(len(tokens)) if self._batch.has_states else None
+            source, length = self._slots.longest_prefix(tokens, limit)
+            if self._awaits_prefix(request.sequence, length + WORTH_KEEPING):
                 return False
             length = request.sequence.reuse(length)
+            if self._batch.has_states and (shared := self._slots.shared_prefix(tokens)) >= length + WORTH_KEEPING:
+                request.sequence.keep_states_at(shared)
             request.slot = self._slots.assign(tokens, source, length)
         except BaseException as error:  # noqa: BLE001 (see above)
             self._recover_slots()
@@ -84,6 +85,16 @@ class Scheduler:
         self._counters.prompt_tokens += len(tokens)
         self._counters.cached_tokens += length
         return True
+
+    def _awaits_prefix(self, sequence: TokenSequence, wanted: int) -> bool:
+        """Whether another prompt is about to compute `wanted` tokens or more that a prompt can then reuse."""
+        for other in [each.sequence for each in self.active if each.sequence.prefilling]:
+            shared = common_prefix(other.tokens, sequence.tokens)
+            if shared >= wanted and self._batch.has_states:
+                shared = other.keep_states_at(sequence.reusable(shared))
+            if shared >= wanted:
+                return True
+        return False
 
     def step(self) -> None:
         """Advance every active request."""
@@ -136,9 +147,12 @@ class Scheduler:
         began = time.perf_counter()
         steps = 0
         for request in [each for each in self.active if not each.sequence.prefilling]:
-            tokens = self._pending(request, 1)
-            if len(tokens) > 1:
-                self._extend(request, tokens, 0)
+            # As in `Model`: with states, accepted tokens before a rejected one are computed again.
+            sequence = request.sequence
+            repeated = sequence.tokens[self._batch.lengths[request.slot] : sequence.computed]
+            tokens = self._pending(request, 1, draft=not repeated)
+            if tokens and len(repeated) + len(tokens) > 1:
+                self._extend(request, [*repeated, *tokens], len(tokens) if repeated else 0)
                 steps += 1
             elif tokens:
                 single[request.slot] = request
@@ -162,10 +176,10 @@ class Scheduler:
             for request in requests:
                 self._advance(request, logits[request.slot - span.start][None])
 
-    def _pending(self, request: Request, max_prompt_tokens: int) -> list[int]:
+    def _pending(self, request: Request, max_prompt_tokens: int, *, draft: bool = True) -> list[int]:
         """The tokens to compute next; none if the request failed."""
         try:
-            return request.sequence.pending(max_prompt_tokens)
+            return request.sequence.pending(max_prompt_tokens, draft=draft)
         except BaseException as error:  # noqa: BLE001 (see above)
             self._step_failed([request], error)
             return []
@@ -206,7 +220,9 @@ class Scheduler:
         except BaseException as error:  # noqa: BLE001 (see above)
             self._fail(request, error)
             return
-        self._batch.lengths[request.slot] = sequence.computed  # drops rejected draft tokens
+        self._batch.rewind(request.slot, sequence.computed)  # drops rejected draft tokens
+        if sequence.keeps_states:
+            self._batch.keep_states(request.slot)
         if last is not None and last.timings is not None:
             self._counters.finished += 1
             self._finish(request, last)

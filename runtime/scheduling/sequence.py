@@ -19,7 +19,7 @@ from llm_edge.runtime.sampling.grammar import ConstraintProcessor
 from llm_edge.runtime.sampling.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
-from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, aligned_prefix
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, MIN_COMPUTED, aligned_prefix
 from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS, DraftProposer
 from llm_edge.runtime.text.answer_stream import AnswerStream, TextDelta, merge
 
@@ -44,6 +44,9 @@ SamplingStateFactory = Callable[[SamplingParams, Sequence[int]], SamplingState]
 class TokenSequence:
     """The decoding state of one generation; `began` is `time.perf_counter()` at the caller's request.
 
+    If the model has states (`has_states`), prompts are computed in steps that end where states are to be kept: shortly
+    before the prompt's end, so that it can be continued in another way, and where `keep_states_at` says.
+
     Attributes:
         tokens: the prompt and the generated tokens.
         computed: how many of them are in the KV cache.
@@ -59,6 +62,8 @@ class TokenSequence:
         began: float,
         proposer: DraftProposer | None = None,
         constraint: ConstraintProcessor | None = None,
+        *,
+        has_states: bool = False,
     ) -> None:
         self.tokens = list(prompt)
         self.computed = 0
@@ -71,6 +76,8 @@ class TokenSequence:
         self._proposer = proposer
         self._constraint = constraint
         self._step_tokens: list[int] = []
+        self._has_states = has_states
+        self._snapshots = {aligned_prefix(len(prompt), len(prompt))} if has_states else set()
         self._began = began
         self._started = self._prefilled = self._first = self._last = began
         self._cached = self._drafted = self._accepted = 0
@@ -89,19 +96,42 @@ class TokenSequence:
         """Use other parameters from the next step on, except the constraint. Thread-safe."""
         self._next_params = params
 
-    def reuse(self, length: int) -> int:
-        """Skip prompt tokens of which the cache could provide the first `length`; returns how many.
+    def reusable(self, length: int) -> int:
+        """How many of `length` cached tokens the prompt can reuse.
 
-        The last tokens are computed anyway because their logits are needed, and prompts are split at multiples of
-        `CHUNK_ALIGNMENT` only.
+        The last tokens are computed anyway because their logits are needed. Keys and values are reused up to a multiple
+        of `CHUNK_ALIGNMENT`, because prompts are split there only; states exist for certain lengths only.
         """
-        self.computed = self._cached = aligned_prefix(length, self._prompt_length)
+        if self._has_states:
+            return max(min(length, self._prompt_length - MIN_COMPUTED), 0)
+        return aligned_prefix(length, self._prompt_length)
+
+    def reuse(self, length: int) -> int:
+        """Skip prompt tokens of which the cache provides the first `length`; returns how many."""
+        self.computed = self._cached = self.reusable(length)
         return self.computed
 
-    def pending(self, max_prompt_tokens: int) -> list[int]:
+    def keep_states_at(self, length: int) -> int:
+        """End a step at about the first `length` prompt tokens, so that another prompt can reuse the states there.
+
+        Returns:
+            at how many tokens, `length` or fewer, the prompt's next states will be kept; 0 if it has passed them.
+        """
+        wanted = aligned_prefix(length, self._prompt_length)
+        if wanted > self.computed:
+            self._snapshots.add(wanted)
+        return max((each for each in self._snapshots if self.computed < each <= length), default=0)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether the states after the `computed` tokens are to be kept."""
+        return self.computed in self._snapshots
+
+    def pending(self, max_prompt_tokens: int, *, draft: bool = True) -> list[int]:
         """The tokens of the next step: about `max_prompt_tokens` of the prompt, or the latest token and draft tokens.
 
-        `advance` needs the logits of the last of a prompt's tokens, or of all others.
+        `advance` needs the logits of the last of a prompt's tokens, or of all others. Without `draft` there are no
+        draft tokens.
         """
         if self._started == self._began:
             self._started = time.perf_counter()
@@ -110,9 +140,11 @@ class TokenSequence:
             end = self.computed + max(max_prompt_tokens // CHUNK_ALIGNMENT, 1) * CHUNK_ALIGNMENT
             if end >= self._prompt_length - 1:  # a step over a single last token would use other kernels
                 end = self._prompt_length
+            end = min((each for each in self._snapshots if self.computed < each < end), default=end)
             self._step_tokens = self.tokens[self.computed : end]
         else:
-            self._step_tokens = [self.tokens[-1], *self._propose(self._state.max_new_tokens - self._generated - 1)]
+            limit = self._state.max_new_tokens - self._generated - 1 if draft else 0
+            self._step_tokens = [self.tokens[-1], *self._propose(limit)]
         return self._step_tokens
 
     def advance(self, logits: Logits) -> Iterator[GenerationChunk]:

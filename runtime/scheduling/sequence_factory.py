@@ -25,12 +25,13 @@ from llm_edge.runtime.text.reasoning_parser import ReasoningParser, reasoning_pa
 class SequenceFactory:
     """Creates sequences for one bundle, whose context holds `limit` tokens. Thread-safe."""
 
-    def __init__(self, prompts: PromptProcessor, limit: int) -> None:
+    def __init__(self, prompts: PromptProcessor, limit: int, *, has_states: bool = False) -> None:
         self._tokenizer = prompts.tokenizer
         self._vocab_size = prompts.format.vocab_size
         self._end_tokens = prompts.end_tokens
         self._delimiters = prompts.delimiters
         self._limit = limit
+        self._has_states = has_states
 
     def create(
         self, prompt: Sequence[int], params: SamplingParams, began: float, proposer: DraftProposer | None
@@ -47,7 +48,8 @@ class SequenceFactory:
             opener = delimiters.opening if delimiters is not None and not parser.inside else ()
             constraint = self._constraints.start(params.constraint, parser, opener)
         state = functools.partial(self._sampling_state, prompt, parser, constraint)
-        return TokenSequence(prompt, params, state, AnswerStream(parser, params.stop), began, proposer, constraint)
+        stream = AnswerStream(parser, params.stop)
+        return TokenSequence(prompt, params, state, stream, began, proposer, constraint, has_states=self._has_states)
 
     def _sampling_state(
         self,

@@ -1,4 +1,4 @@
-"""`SlotMemory`: the keys and values of slots, on the host or on a GPU.
+"""`SlotMemory`: the keys and values of slots, on the host or on a GPU; their states are in `StateSlots`.
 
 A tensor is [slots, K, capacity, D] for K key/value heads of size D, which may differ between tensors, and contiguous:
 adjacent slots are a part of it by address.
@@ -23,8 +23,26 @@ _MAP_NORESERVE = 0x4000  # mmap(2) on Linux; Python's mmap has it from 3.13 on
 Array = npt.NDArray[Any]
 
 
+class HostPages:
+    """An array [slots, ...] on the host: reserved address space that takes memory page by page and can return it."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._map = _reserve_addresses(math.prod(shape) * dtype.itemsize)
+        self.array: Array = np.frombuffer(self._map, dtype=dtype).reshape(shape)
+
+    def release(self, slot: int) -> None:
+        """Return the whole pages of a slot to the system."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        size = self.array[0].nbytes
+        start = -(-slot * size // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (slot + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
 class HostSlots:
-    """Slots on the host: reserved address space that takes memory page by page and can return it.
+    """Slots on the host, in `HostPages`.
 
     Attributes:
         device: `cpu` or `cuda`, as onnxruntime calls it.
@@ -35,15 +53,12 @@ class HostSlots:
 
     def __init__(self, graph: Graph, slots: int, capacity: int) -> None:
         self.capacity = capacity
-        shapes = [(slots, *tensor.sized(capacity)) for tensor in graph.shape.caches]
+        shapes = [(slots, *tensor.sized(capacity)) for tensor in graph.shape.caches if tensor.grows]
         try:
-            self._maps = [_reserve_addresses(math.prod(shape) * graph.cache_dtype.itemsize) for shape in shapes]
+            self._pages = [HostPages(shape, graph.cache_dtype) for shape in shapes]
         except OSError as error:
             raise _out_of_memory(slots, capacity) from error
-        self._buffers = [
-            np.frombuffer(each, dtype=graph.cache_dtype).reshape(shape)
-            for each, shape in zip(self._maps, shapes, strict=True)
-        ]
+        self._buffers = [pages.array for pages in self._pages]
 
     def addresses(self, slot: int) -> list[int]:
         """The address of a slot in each tensor."""
@@ -64,15 +79,9 @@ class HostSlots:
             buffer[slot, :, : value.shape[1]] = value
 
     def release(self, slot: int) -> None:
-        """Free the memory of a slot: return whole pages to the system."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        for buffer, pages in zip(self._buffers, self._maps, strict=True):
-            size = buffer[0].nbytes
-            start = -(-slot * size // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (slot + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > start:
-                pages.madvise(mmap.MADV_DONTNEED, start, end - start)
+        """Free the memory of a slot."""
+        for pages in self._pages:
+            pages.release(slot)
 
     def take_over(self, other: SlotMemory, lengths: Sequence[int]) -> None:
         """Copy the first tokens of all slots from a smaller memory, which must not be used afterwards."""
@@ -92,10 +101,12 @@ class DeviceSlots:
     def __init__(self, graph: Graph, slots: int, capacity: int) -> None:
         self.capacity = capacity
         self.device = graph.cache_device
-        self._shapes = [tensor.sized(capacity) for tensor in graph.shape.caches]
+        tensors = [tensor for tensor in graph.shape.caches if tensor.grows]
+        self._names = [tensor.name for tensor in tensors]
+        self._shapes = [tensor.sized(capacity) for tensor in tensors]
         self._graph, self._dtype = graph, graph.cache_dtype
         try:  # zeros: positions after a slot's tokens are multiplied by zero, so they must be finite
-            self._values = [graph.cache_zeros((slots, *shape)) for shape in self._shapes]
+            self._values = [graph.zeros((slots, *shape)) for shape in self._shapes]
         except Exception as error:
             raise _out_of_memory(slots, capacity) from error
 
@@ -127,13 +138,22 @@ class DeviceSlots:
 
     def _slot(self, slot: int) -> list[Any]:
         """A slot of each tensor as a value [1, K, capacity, D]."""
-        binding = self._graph.inference.io_binding()
-        for name, address, shape in zip(self._graph.cache_names, self.addresses(slot), self._shapes, strict=True):
-            binding.bind_output(f"present.{name}", self.device, 0, self._dtype.type, (1, *shape), address)
-        return list(binding.get_outputs())
+        parts = [
+            (f"present.{name}", (1, *shape), address)
+            for name, shape, address in zip(self._names, self._shapes, self.addresses(slot), strict=True)
+        ]
+        return device_values(self._graph, parts, self._dtype)
 
 
 SlotMemory: TypeAlias = HostSlots | DeviceSlots
+
+
+def device_values(graph: Graph, parts: Sequence[tuple[str, tuple[int, ...], int]], dtype: np.dtype[Any]) -> list[Any]:
+    """Parts of tensors as values; each part has the name of an output of the graph, a shape and an address."""
+    binding = graph.inference.io_binding()
+    for name, shape, address in parts:
+        binding.bind_output(name, graph.cache_device, 0, dtype.type, shape, address)
+    return list(binding.get_outputs())
 
 
 def _out_of_memory(slots: int, capacity: int) -> MachineError:

@@ -2,7 +2,7 @@
 
 A slot is assigned to one sequence at a time. What a finished sequence computed stays, so that a prompt with the same
 prefix need not compute it again: in place if most of it can be reused, otherwise as a copy. The least recently used
-goes first.
+goes first. With states a prefix can be reused at certain lengths only (`Batch.available`).
 
 Active slots are kept close together, because a decode step covers adjacent slots: copying a prefix costs milliseconds
 once, a separate step costs milliseconds for every token.
@@ -24,7 +24,7 @@ class SlotManager:
 
     Args:
         batch: the slots.
-        budget: maximum bytes of keys and values in idle slots.
+        budget: maximum bytes of what idle slots hold.
 
     Attributes:
         evictions: how many times the tokens of an idle slot were dropped.
@@ -44,11 +44,24 @@ class SlotManager:
         """Number of tokens in idle slots."""
         return sum(self._batch.lengths[slot] for slot in self._idle())
 
-    def longest_prefix(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """The slot that shares the longest prefix with a prompt, and its length."""
-        found = [(common_prefix(self._cached(slot), prompt), slot) for slot in range(self._batch.slots)]
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of what idle slots hold."""
+        return self._batch.held_bytes(self._idle())
+
+    def longest_prefix(self, prompt: Sequence[int], limit: int | None = None) -> tuple[int, int]:
+        """The slot with the longest prefix of a prompt that can be reused, and its length, at most `limit`."""
+        found = []
+        for slot in range(self._batch.slots):
+            shared = common_prefix(self._cached(slot), prompt)
+            shared = shared if limit is None else min(shared, limit)
+            found.append((self._batch.available(slot, shared), slot))
         length, slot = max(found, key=lambda each: (each[0], -each[1]))
         return slot, length
+
+    def shared_prefix(self, prompt: Sequence[int]) -> int:
+        """The length of the longest prefix that a slot shares with a prompt, whether it can be reused or not."""
+        return max(common_prefix(self._cached(slot), prompt) for slot in range(self._batch.slots))
 
     def assign(self, tokens: list[int], source: int, length: int) -> int:
         """Assign a slot that holds the first `length` tokens, which are cached in slot `source`.
@@ -67,7 +80,7 @@ class SlotManager:
                 self._touch(source)
             if whole:
                 batch.release(source)
-        batch.lengths[slot] = length
+        batch.rewind(slot, length)
         self._assigned.add(slot)
         self._tokens[slot] = tokens
         self._touch(slot)
@@ -78,7 +91,9 @@ class SlotManager:
         self._assigned.discard(slot)
         self._tokens[slot] = list(self._cached(slot))
         self._touch(slot)
-        if not keep:
+        if keep:
+            self._batch.settle(slot)
+        else:
             self._batch.release(slot)
         self.enforce_budget()
 
@@ -87,10 +102,10 @@ class SlotManager:
         self._assigned = set(assigned)
         for slot in self._idle():
             self._tokens[slot] = []
-            self._batch.lengths[slot] = 0
+            self._batch.rewind(slot, 0)
 
     def reserve(self, tokens: Sequence[int]) -> int:
-        """An idle slot for tokens whose keys and values the caller is about to write."""
+        """An idle slot for tokens whose cache the caller is about to write."""
         slot = min(self._idle(), key=lambda slot: (self._batch.lengths[slot] > 0, self._last_used[slot]))
         self._evict(slot)
         self._tokens[slot] = list(tokens)
@@ -99,7 +114,7 @@ class SlotManager:
 
     def enforce_budget(self) -> None:
         """Evict the least recently used slots until the budget holds."""
-        while self.cached_tokens * self._batch.token_bytes > self._budget:
+        while self.cached_bytes > self._budget:
             self._evict(self._oldest(self._idle()))
 
     def _cached(self, slot: int) -> Sequence[int]:

@@ -162,6 +162,10 @@ def load_draft_model(options: LoadOptions, target: LoadedBundle) -> DraftModel |
                 "export it with --graph fused"
             )
     bundle, own = target.bundle, draft.bundle
+    if own.shape.has_states:
+        raise ParameterError(
+            f"draft: {own.path} keeps states, which cannot be rewound token by token: use another model"
+        )
     for token in range(max(bundle.shape.vocab_size, own.shape.vocab_size)):
         found, expected = draft.tokenizer.token_text(token), target.tokenizer.token_text(token)
         if found != expected:

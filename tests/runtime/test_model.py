@@ -27,6 +27,7 @@ from llm_edge.runtime.errors import (
     ParameterError,
     TemplateError,
 )
+from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT
 
 PROMPT = "The quick brown fox"
 # The penalty adds variety: a small random model would only repeat the last token of its prompt.
@@ -110,6 +111,39 @@ def test_a_shared_prefix_is_not_computed_again(model: Model) -> None:
     assert again.tokens == first.tokens
     rate = (again.timings.prompt_tokens - again.timings.cached_tokens) / again.timings.prefill_seconds
     assert again.timings.prefill_tokens_per_second == pytest.approx(rate)
+
+
+def test_a_draft_token_that_was_rejected_last_is_not_reused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        """Proposes a token that the model does not generate."""
+
+        def propose(self, tokens: list[int], limit: int) -> list[int]:
+            return [330] if limit else []
+
+        def record_acceptance(self, proposed: int, accepted: int, total: int) -> None:
+            pass
+
+    params = dataclasses.replace(GREEDY, banned_tokens=(330,), logprobs=0)
+    text = list(range(20, 90))
+    generated = model.generate(text, params).result().tokens
+    stop = next(place for place in range(3, 40) if generated[place] not in generated[:place])
+    prompt = text[-(CHUNK_ALIGNMENT * 8 - stop - 1) :]  # prompt and answer end where a cached prefix may end
+    generated = model.generate(prompt, params).result().tokens[: stop + 1]
+    assert generated[-1] not in generated[:-1]
+    turn = [*prompt, *generated, 50, 60, 70]
+    model.clear_cache()
+    wanted = model.generate(turn, params).result()
+    model.clear_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_edge.runtime.speculative.draft_model.proposer_for", lambda _: Wrong())
+        first = model.generate(prompt, dataclasses.replace(params, stop_token_ids=(generated[-1],))).result()
+    assert first.tokens == generated
+    assert first.timings.draft_tokens > 0 == first.timings.accepted_tokens
+    second = model.generate(turn, params).result()
+    assert second.timings.cached_tokens > 0
+    assert second.logprobs is not None
+    assert wanted.logprobs is not None
+    assert second.logprobs[0].logprob == pytest.approx(wanted.logprobs[0].logprob, abs=1e-4)
 
 
 def test_a_rate_needs_two_tokens(model: Model) -> None:

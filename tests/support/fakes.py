@@ -147,8 +147,9 @@ class FakeSession:
     def cancel_steps_if(self, unwanted: Callable[[], bool]) -> None:
         """Its steps take no time."""
 
-    def rewind(self, length: int) -> None:
+    def rewind(self, length: int) -> int:
         self.length = length
+        return length
 
     def reset(self) -> None:
         self.length = self._drawn = 0

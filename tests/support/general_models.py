@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
+
+from llm_edge.exporter.general import export as export_module
+from llm_edge.exporter.texts import Window
 
 LAYERS = 4
 _VOCABULARY = 331
@@ -131,6 +135,17 @@ def make_model(kind: str, seed: int = 0, **changes: Any) -> Any:
             elif weight.std() < 0.05:
                 weight.mul_(8)
     return model
+
+
+def shorten_validation(patch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Make exports validate on the first tokens of a text."""
+    whole = export_module.load_validation
+    patch.setattr(export_module, "load_validation", lambda checkpoint: [first(whole(checkpoint)[0], tokens)])
+
+
+def first(window: Window, tokens: int) -> Window:
+    """The first tokens of a window."""
+    return Window(window.tokens[:tokens], window.kind)
 
 
 def save(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:

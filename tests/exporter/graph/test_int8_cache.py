@@ -120,7 +120,7 @@ def test_the_cache_holds_the_float_cache_rounded_once(bundle: Bundle) -> None:
     ids = np.array([tokens(60)])
     wanted, found = run(path_of(bundle, "int8"), ids), run(path_of(bundle, "int8-kv8"), ids)
     scales = scales_of(path_of(bundle, "int8-kv8"))
-    heads, width = bundle.shape.num_key_value_heads, bundle.shape.head_dim
+    heads, width = bundle.shape.caches[0].shape
     for part in ("key", "value"):
         scale = scales[f"layers.0.attention.{part}_scales"]
         assert scale.shape == (1, heads, 1, width)

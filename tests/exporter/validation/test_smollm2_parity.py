@@ -206,7 +206,7 @@ class Plain:
         path = bundle.file(bundle.precision("fp32").model)
         self._session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         self._names = [f"{i}.{part}" for i in range(shape.num_hidden_layers) for part in ("key", "value")]
-        self._empty = (shape.num_key_value_heads, 0, shape.head_dim)
+        self._empty = shape.caches[0].sized(0)
 
     def empty(self, batch: int) -> list[Any]:
         return [np.zeros((batch, *self._empty), dtype=np.float32) for _ in self._names]

@@ -146,8 +146,8 @@ def test_slots_can_be_copied_written_and_rewound(session: Session) -> None:
     batch = Batch(session.graph, 3)
     batch.extend(2, [*prompt, *text(50, 6)])
     batch.copy(2, 0, 96)
-    batch.write(1, batch.read(2, 96))
-    batch.lengths[2] = 96
+    batch.write(1, batch.read(2, 96), 96)
+    assert batch.rewind(2, 96) == 96
     assert batch.lengths == [96, 96, 96]
     for slot in range(3):
         np.testing.assert_array_equal(batch.extend(slot, text(32, 5))[0], wanted[0])
@@ -160,7 +160,7 @@ def test_extend_returns_as_many_logits_as_requested(session: Session) -> None:
     batch.extend(1, text(32, 7))
     every = batch.extend(1, text(32, 8), 0).copy()
     assert every.shape == (32, 331)
-    batch.lengths[1] = 32
+    batch.rewind(1, 32)
     np.testing.assert_array_equal(batch.extend(1, text(32, 8), 3), every[-3:])
 
 
@@ -172,10 +172,10 @@ def test_released_slots_return_their_memory(session: Session) -> None:
 
     slots = 64
     batch = Batch(session.graph, slots)
-    values = [np.ones((2, 1024, 32), batch.dtype) for _ in range(4)]
+    values = [np.ones((2, 1024, 32), session.graph.cache_dtype) for _ in range(4)]
     empty = resident()
     for slot in range(slots):
-        batch.write(slot, values)
+        batch.write(slot, values, 1024)
     taken = resident() - empty
     size = slots * 1024 * batch.token_bytes
     assert 0.9 * size < taken < 1.2 * size

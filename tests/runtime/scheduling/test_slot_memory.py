@@ -99,7 +99,7 @@ def test_a_batch_computes_the_same_logits_in_device_memory(session: Session, on_
     for slot, expected in enumerate(wanted):
         assert same([step[slot] for step in found], expected)
     batch.copy(1, 2, 40)
-    batch.write(3, batch.read(1, 40))
+    batch.write(3, batch.read(1, 40), 40)
     one, other = batch.decode(2, [9, 9], [True, True])
     np.testing.assert_array_equal(one, other)
 

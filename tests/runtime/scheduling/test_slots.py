@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -20,6 +20,19 @@ class FakeBatch:
         self.lengths = [0] * slots
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.copied = 0
+
+    def held_bytes(self, slots: Iterable[int]) -> int:
+        return sum(self.lengths[slot] for slot in slots) * self.token_bytes
+
+    def available(self, slot: int, length: int) -> int:
+        return min(length, self.lengths[slot])
+
+    def rewind(self, slot: int, length: int) -> int:
+        self.lengths[slot] = length
+        return length
+
+    def settle(self, slot: int) -> None:
+        pass
 
     def copy(self, source: int, target: int, length: int) -> None:
         self.held[target] = self.held[source][:length]
