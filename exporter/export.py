@@ -40,7 +40,6 @@ from llm_edge.runtime.errors import CheckpointError, ParameterError, UnknownFami
 LARGE = 1_000_000_000
 """Parameters of a model whose export can be resumed."""
 _DEFAULT_PRECISIONS = {FileFormat.ONNX: "fp32,int8,int4", FileFormat.TORCHSCRIPT: "fp32"}
-_GENERAL_DEFAULT = "fp32"  # of models that are exported through transformers
 _QUANTIZED_DEFAULT = "source"  # of a GGUF whose projections are all quantized
 
 
@@ -118,7 +117,7 @@ def _export_through_transformers(
         ) from error
     from llm_edge.exporter.general.export import export_general
 
-    recipes = _recipes(options, _GENERAL_DEFAULT)
+    recipes = _recipes(options, _DEFAULT_PRECISIONS[FileFormat.ONNX])
     try:
         return export_general(error.folder, target, options, recipes, progress)
     except UnknownFamilyError:

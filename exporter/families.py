@@ -15,7 +15,7 @@ class Route(Enum):
 
     OWN = "own decoder: every precision, TorchScript, fine-tuning"
     TEXT = "own decoder, the text model alone"
-    GENERAL = "through transformers: fp32"
+    GENERAL = "through transformers: fp32, int8, int4"
 
 
 def families() -> dict[str, Route]:

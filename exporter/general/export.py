@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.side_files import write_general_side_files
 from llm_edge.exporter.bundle.staging import check_disk_space, staging
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
+from llm_edge.exporter.general.recipes import GENERAL_RECIPES, general_recipes
 from llm_edge.exporter.general.reference import LongText, record_general_reference
 from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
@@ -21,9 +24,10 @@ from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.results import Report, precision_reports
 from llm_edge.exporter.texts import Window, load_validation
-from llm_edge.exporter.validation.compare import Difference, score
+from llm_edge.exporter.validation.compare import Difference, Parity, Quality, score
 from llm_edge.exporter.validation.independent import IndependentCheck
-from llm_edge.exporter.validation.parity import Validation, check_parity, run_session
+from llm_edge.exporter.validation.parity import UNQUANTIZED, Validation, check_parity, run_session
+from llm_edge.exporter.validation.reference import ReferenceLogits
 from llm_edge.exporter.validation.windows import logits_bytes, select_windows
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.session import Session
@@ -41,7 +45,8 @@ def export_general(
         CheckpointError: transformers does not know the architecture, or it does something that has no form here.
         ParameterError: an option does not apply to such models.
     """
-    _check(options, recipes)
+    _check(options)
+    recipes = general_recipes(recipes)
     checkpoint = fit_to_embedding(read_general_folder(source))
     checkpoint = _with_reasoning(checkpoint)
     architecture, writer = checkpoint.config, GeneralWriter()
@@ -71,7 +76,7 @@ def export_general(
     return report
 
 
-def _check(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:
+def _check(options: ExportOptions) -> None:
     """Raise ParameterError for options that do not apply."""
     refused = {
         "--format torchscript": options.file_format is FileFormat.TORCHSCRIPT,
@@ -85,17 +90,29 @@ def _check(options: ExportOptions, recipes: tuple[Recipe, ...]) -> None:
     for name, given in refused.items():
         if given:
             raise ParameterError(f"{name} does not apply to models that are exported through transformers: omit it")
-    for recipe in recipes:
-        if recipe.calibrated or recipe.cache_bits or recipe.float16 or recipe.projections.needs_source_blocks:
-            raise ParameterError(
-                f"--precision {recipe.name} is not available for models that are exported through transformers: "
-                "use fp32"
-            )
 
 
 def _with_reasoning(checkpoint: GeneralCheckpoint) -> GeneralCheckpoint:
     reasoning = find_reasoning(checkpoint.tokenizer.tokenizer_json, checkpoint.tokenizer.chat_template)
     return dataclasses.replace(checkpoint, reasoning=reasoning, notes=(*checkpoint.notes, *checkpoint.tokenizer.notes))
+
+
+def _compare(
+    folder: Path,
+    checkpoint: GeneralCheckpoint,
+    recipe: Recipe,
+    writer: GeneralWriter,
+    expected: ReferenceLogits,
+    long_text: LongText | None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> tuple[Parity, Quality]:
+    """Compare the graph of a precision; raise ParityError if it is not quantized and exceeds the bounds."""
+    session = writer.open(folder, checkpoint.config.shape, recipe)
+    parity, quality = score(expected, partial(run_session, session), progress)
+    if long_text is not None:
+        parity = dataclasses.replace(parity, beyond_windows=_compare_long_text(session, long_text))
+    check_parity(recipe.name, parity, exact=recipe.lossless)
+    return parity, quality
 
 
 def _compare_long_text(session: Session, text: LongText) -> Difference:
@@ -124,18 +141,19 @@ def _validate(
 
     expected, long_text = record_general_reference(checkpoint, windows, folder.parent / "logits", update)
     parities, qualities = {}, {}
+    if not any(recipe.lossless for recipe in recipes):
+        progress("validating", _REFERENCE_FRACTION, UNQUANTIZED)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as proof:
+            exact = GENERAL_RECIPES["fp32"]
+            writer.write(Path(proof), checkpoint, (exact,), lambda *_: None)
+            parities[UNQUANTIZED] = _compare(Path(proof), checkpoint, exact, writer, expected, long_text)[0]
     for number, recipe in enumerate(recipes):
 
         def update_recipe(fraction: float, number: int = number, name: str = recipe.name) -> None:
             done = (number + fraction) / len(recipes)
             progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
 
-        session = writer.open(folder, checkpoint.config.shape, recipe)
-        parity, quality = score(expected, partial(run_session, session), update_recipe)
-        if long_text is not None:
-            parity = dataclasses.replace(parity, beyond_windows=_compare_long_text(session, long_text))
-        check_parity(recipe.name, parity, exact=recipe.lossless)
-        parities[recipe.name], qualities[recipe.name] = parity, quality
-        del session
+        compared = _compare(folder, checkpoint, recipe, writer, expected, long_text, update_recipe)
+        parities[recipe.name], qualities[recipe.name] = compared
     expected.path.unlink()
     return Validation(parities, qualities, IndependentCheck(reason="the reference is transformers' own model"))

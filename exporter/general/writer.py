@@ -28,24 +28,26 @@ from llm_edge.runtime.model_shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class GeneralWriter:
-    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision."""
+    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision of one model."""
 
     style: GraphStyle = GraphStyle.FUSED
     hidden_size: int | None = field(default=None, init=False)
     name = ONNX
+    _traced: list[ir.Model] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def write(
         self, folder: Path, model: GeneralCheckpoint, recipes: tuple[Recipe, ...], progress: Progress
     ) -> dict[str, StoredPrecision]:
         """Write the files of each recipe to a folder, one weight at a time; return how they are stored."""
         architecture = model.config
-        progress("tracing", None, f"{len(architecture.decoder.caches)} layers")
-        with architecture.fake_mode:
-            traced = trace_general(architecture.decoder)
+        if not self._traced:
+            progress("tracing", None, f"{len(architecture.decoder.caches)} layers")
+            with architecture.fake_mode:
+                self._traced.append(trace_general(architecture.decoder))
         weights = PublicWeights(model)
         stored = {}
         for number, recipe in enumerate(recipes):
-            graph = traced.clone()
+            graph = self._traced[0].clone()
             formats = apply_recipe(graph, weights, recipe, self.style, tied=architecture.tie_word_embeddings)
             fold(graph)
             stored[recipe.name] = StoredPrecision(formats)

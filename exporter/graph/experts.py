@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from llm_edge.exporter.graph.attention import DOMAIN, contrib
 from llm_edge.exporter.graph.editor import Array, Editor, name_of, shape_of
+from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, quantize_blocks
+from llm_edge.exporter.quantization.formats.blocks import INT8_ACTIVATIONS
 from llm_edge.model.experts import ExpertsInputs
 
 Convert = Callable[[Tensor], Tensor]
@@ -44,15 +48,19 @@ def experts(*arguments: Any) -> Any:
     )
 
 
-def lower_experts(editor: Editor, node: ir.Node, weights: Mapping[str, Tensor]) -> None:
-    """Replace the abstract node by unquantized experts.
+def lower_experts(
+    editor: Editor, node: ir.Node, weights: Mapping[str, Tensor], layout: BlockLayout | None = None
+) -> BlockLayout | None:
+    """Replace the abstract node; return the layout in which the experts are stored, None if they are not quantized.
 
-    Experts with SiLU become one node MoE. For others onnxruntime has no operator: all experts are computed for all
-    tokens, which takes (experts / experts per token) times the operations.
+    Experts with SiLU become one node MoE or, in blocks, QMoE. For others onnxruntime has no operator: all experts are
+    computed for all tokens, which takes (experts / experts per token) times the operations, with unquantized weights.
     """
     lowering = _Lowering(editor, node, weights)
-    nodes = lowering.fused() if lowering.is_swiglu else lowering.dense()
+    stored = lowering.layout_for(layout)
+    nodes = lowering.fused(stored) if lowering.is_swiglu else lowering.dense()
     editor.replace(node, nodes)
+    return stored
 
 
 class _Lowering:
@@ -77,8 +85,19 @@ class _Lowering:
     def is_swiglu(self) -> bool:
         return bool(self.given["gated"]) and self.given["activation"] == "silu"
 
-    def fused(self) -> list[ir.Node]:
-        """MoE: its softmax of log-weights gives the weights back, divided by their sum."""
+    def layout_for(self, layout: BlockLayout | None) -> BlockLayout | None:
+        """Return the layout with blocks that divide the rows of all matrices; None if there is none."""
+        if layout is None or not self.is_swiglu:
+            return None
+        assert self.up is not None
+        assert self.down is not None
+        axis = 1 if self.given["transposed"] else 2
+        widths = [shape_of(value)[axis] for value in (self.up, self.down)]
+        sizes = [size for size in (layout.size, 32, 16) if not any(width % size for width in widths)]
+        return replace(layout, size=sizes[0]) if sizes else None
+
+    def fused(self, layout: BlockLayout | None) -> list[ir.Node]:
+        """MoE or QMoE: its softmax of log-weights gives the weights back, divided by their sum."""
         editor, path, given = self._editor, self._path, self.given
         assert self.routing is not None
         nodes, total = [], self._node("ReduceSum", self.routing, editor.constant(f"{path}/last", [1]), keepdims=1)
@@ -98,15 +117,18 @@ class _Lowering:
         }
         if given["limit"]:
             attributes["swiglu_limit"] = given["limit"]
-        inputs = [
-            self.x,
-            logits.outputs[0],
-            self._matrix(self.up, self._interleaved),
-            self._vector(self.up_bias, self._interleaved),
-            self._matrix(self.down, lambda x: x),
-            self._vector(self.down_bias, lambda x: x),
-        ]
-        moe = editor.node("MoE", inputs, f"{path}/MoE", domain="com.microsoft", **attributes)
+        biases = self._vector(self.up_bias, self._interleaved), self._vector(self.down_bias, lambda x: x)
+        if layout is None:
+            matrices = self._matrix(self.up, self._interleaved), self._matrix(self.down, lambda x: x)
+            inputs = [self.x, logits.outputs[0], matrices[0], biases[0], matrices[1], biases[1]]
+            moe = editor.node("MoE", inputs, f"{path}/MoE", domain="com.microsoft", **attributes)
+        else:
+            up, down = self._blocks(self.up, self._interleaved, layout), self._blocks(self.down, lambda x: x, layout)
+            points = [] if layout.symmetric else [None, None, None, up[2], down[2]]
+            inputs = [self.x, logits.outputs[0], *up[:2], biases[0], *down[:2], biases[1], *points]
+            attributes |= {"expert_weight_bits": layout.bits, "block_size": layout.size}
+            attributes["accuracy_level"] = INT8_ACTIVATIONS
+            moe = editor.node("QMoE", inputs, f"{path}/QMoE", domain="com.microsoft", **attributes)
         return [*nodes, moe, self._node("Mul", moe.outputs[0], total.outputs[0])]
 
     def dense(self) -> list[ir.Node]:
@@ -190,6 +212,38 @@ class _Lowering:
             return convert(weight.transpose(1, 2) if self.given["transposed"] else weight).contiguous().numpy()
 
         return self._editor.initializer(f"{name}.experts", ir.DataType.FLOAT, (count, *sides), make)
+
+    def _blocks(self, value: ir.Value | None, convert: Convert, layout: BlockLayout) -> list[ir.Value]:
+        """Return the experts' matrices in blocks: integers, scales and, for asymmetric blocks, zero points."""
+        name = name_of(value)
+        assert value is not None
+        count, *sides = shape_of(value)
+        rows, width = reversed(sides) if self.given["transposed"] else sides
+        blocks = layout.num_blocks(width)
+
+        def quantized() -> QuantizedBlocks:
+            weight = self._weights[name]
+            matrices = convert(weight.transpose(1, 2) if self.given["transposed"] else weight)
+            return quantize_blocks(matrices.reshape(-1, width), layout)
+
+        cached = functools.lru_cache(maxsize=1)(quantized)  # its tensors are written one after another
+        tensors = [
+            ("data", ir.DataType.UINT8, (count, rows, width * layout.bits // 8)),
+            ("scales", ir.DataType.FLOAT, (count, rows, blocks)),
+        ]
+        if not layout.symmetric:
+            tensors.append(("zero_points", ir.DataType.UINT8, (count, rows, -(-blocks * layout.bits // 8))))
+
+        def make(part: str, shape: tuple[int, ...]) -> Array:
+            array: Array = getattr(cached(), part).reshape(shape)
+            if part == tensors[-1][0]:
+                cached.cache_clear()
+            return array
+
+        return [
+            self._editor.initializer(f"{name}.{part}", kind, shape, functools.partial(make, part, shape))
+            for part, kind, shape in tensors
+        ]
 
     def _vector(self, value: ir.Value | None, convert: Convert, *, row: bool = False) -> ir.Value | None:
         """Return the experts' biases [E, outputs], converted; as [E, 1, outputs] if `row` is true."""

@@ -22,6 +22,7 @@ from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat
 from llm_edge.exporter.quantization.formats.base import WeightFormat
+from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.weights import Weights
@@ -55,7 +56,7 @@ def apply_recipe(
     lowering = _Lowering(Editor(model), weights, recipe, calibrated, style is GraphStyle.FUSED, tied)
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == EXPERTS:
-            lower_experts(lowering.editor, node, weights)
+            lowering.lower_experts(node)
         elif node.domain == DOMAIN:
             lowering.lower_linear(node)
     for node in list(model.graph):  # after the projections: a tied embedding uses the format of the head
@@ -139,6 +140,15 @@ class _Lowering:
         self.editor.replace(last, nodes, [result.outputs[0] for result in nodes[-num_splits:]])
         if split is not None:
             self.editor.graph.remove(node, safe=True)
+
+    def lower_experts(self, node: ir.Node) -> None:
+        """Replace the experts of a layer."""
+        module = "/".join((node.name or "").strip("/").split("/")[:-1]).replace("/", ".")
+        wanted = self._recipe.format_of(module)
+        layout = lower_experts(self.editor, node, self._weights, wanted if isinstance(wanted, Blocks) else None)
+        if layout is not None:
+            stored = StoredFormat(Blocks(layout.bits, layout.size, layout.symmetric))
+            self.stored |= {f"{module}.{name}": stored for name in ("gate_up_proj", "down_proj")}
 
     def lower_embedding(self, node: ir.Node) -> None:
         """Replace `Gather(weight [V, hidden], input_ids)` if the embedding can be stored in the recipe's format."""

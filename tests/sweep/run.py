@@ -1,14 +1,18 @@
 """Exports a tiny model of every causal language model in transformers and compares it: `make sweep`.
 
-Each runs in its own process with a time limit. The last line counts those that are exported and equal.
+Each runs in its own process with a time limit, forked from one that has loaded the libraries. The last line counts
+those that are exported and equal.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import subprocess
+import contextlib
+import io
+import multiprocessing
 import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -23,51 +27,62 @@ _NOT_DECODERS = (  # encoders, parts of encoder-decoders and of models of sound,
 )
 
 
-def one(kind: str) -> str:
-    """The result for one `model_type`, in a line."""
-    import torch
+def one(kind: str, results: Connection) -> None:
+    """Send the result for one `model_type`, in a line."""
     from general_check import GREEDY, compare_export
     from general_models import save
 
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        source = save(kind, Path(folder) / "source")
-        found = compare_export(source, Path(folder) / "target")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                found = compare_export(save(kind, Path(folder) / "source"), Path(folder) / "target")
+        except BaseException as error:  # noqa: BLE001 (native libraries also raise exceptions outside of Exception)
+            results.send(f"refused\t{' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
+            return
     equal = found.worst < BOUND and found.greedy == GREEDY
     figures = f"{found.whole:.1e} {found.steps:.1e} {found.batch:.1e} {found.greedy}/{GREEDY}"
-    return f"{'equal' if equal else 'WRONG'}\t{figures}\t{found.operators}"
+    results.send(f"{'equal' if equal else 'WRONG'}\t{figures}\t{found.operators}")
 
 
 def in_a_process(kind: str) -> tuple[str, str]:
     """A `model_type` and its result, or why there is none."""
-    command = [sys.executable, __file__, "--one", kind]
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=one, args=(kind, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return kind, f"refused\ttook more than {_SECONDS} s"
-    if done.returncode == 0:
-        return kind, done.stdout.strip().splitlines()[-1]
-    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return kind, f"refused\t{reason[:200]}"
+        if not receiver.poll(_SECONDS):
+            return kind, f"refused\ttook more than {_SECONDS} s"
+        return kind, str(receiver.recv())
+    except EOFError:
+        process.join()
+        return kind, f"refused\tthe process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
 
 
 def main() -> None:
     """Check the named architectures, or all."""
     sys.path.insert(0, str(SUPPORT))
-    if sys.argv[1:2] == ["--one"]:
-        print(one(sys.argv[2]))
-        return
+    import general_check  # noqa: F401 (the children inherit it)
+    import general_models  # noqa: F401
+    import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
+    torch.set_num_threads(1)
     kinds = sys.argv[1:] or [kind for kind in CLASSES if kind not in _NOT_DECODERS]
     results = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for kind, result in pool.map(in_a_process, kinds):
+        for done in concurrent.futures.as_completed([pool.submit(in_a_process, kind) for kind in kinds]):
+            kind, result = done.result()
             results[kind] = result
             print(f"{kind}\t{result}", flush=True)
-    equal = sum(result.startswith("equal") for result in results.values())
-    wrong = [kind for kind, result in results.items() if result.startswith("WRONG")]
-    print(f"{equal} of {len(results)} equal, {len(wrong)} wrong: {', '.join(wrong)}")
+    equal = sorted(kind for kind, result in results.items() if result.startswith("equal"))
+    wrong = sorted(kind for kind, result in results.items() if result.startswith("WRONG"))
+    print(f"equal: {' '.join(equal)}")
+    print(f"{len(equal)} of {len(results)} equal, {len(wrong)} wrong: {' '.join(wrong)}")
     sys.exit(bool(wrong))
 
 

@@ -51,11 +51,20 @@ def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bundle_is_validated_against_transformers_and_answers(qwen3_moe: Path, tmp_path: Path) -> None:
     report = export(str(qwen3_moe), ExportOptions(output=tmp_path / "bundle"))
-    assert [each.recipe.name for each in report.precisions] == ["fp32"]
+    assert [each.recipe.name for each in report.precisions] == ["fp32", "int8", "int4"]
     assert report.validation is not None
     assert report.validation.parities["fp32"].worst.max < BOUND
-    assert report.validation.qualities["fp32"].top1 == 1
-    model = Model.load(tmp_path / "bundle", threads=1)
+    qualities = report.validation.qualities
+    assert qualities["fp32"].top1 == 1
+    assert 1e-6 < qualities["int8"].kl_mean < qualities["int4"].kl_mean < 0.5
+    sizes = [each.size for each in report.precisions]
+    assert sizes == sorted(sizes, reverse=True)
+    stored = report.precisions[1].stored.formats
+    assert {str(stored[f"layers.0.{name}"].format) for name in ("mlp.experts.gate_up_proj", "self_attn.q_proj")} == {
+        "int8 blocks of 32"
+    }
+    assert str(stored["layers.0.mlp.gate"].format) == "fp32"
+    model = Model.load(tmp_path / "bundle", "fp32", threads=1)
     tokens = [5, 9, 17, 4]
     generation = model.generate(tokens, SamplingParams(temperature=0, max_tokens=12))
     found = [chunk.token for chunk in generation if chunk.token is not None]
@@ -66,6 +75,16 @@ def test_a_bundle_is_validated_against_transformers_and_answers(qwen3_moe: Path,
         for _ in range(12):
             sequence = torch.cat([sequence, reference(input_ids=sequence).logits[:, -1:].argmax(-1)], dim=1)
     assert found == sequence[0, len(tokens) :].tolist()
+
+
+def test_the_graph_is_proven_also_if_the_bundle_has_only_rounded_ones(qwen3_moe: Path, tmp_path: Path) -> None:
+    report = export(str(qwen3_moe), ExportOptions(output=tmp_path / "bundle", precision="int8"))
+    assert report.validation is not None
+    assert report.validation.auxiliary_parities["fp32"].worst.max < BOUND
+    assert sorted(path.name for path in (tmp_path / "bundle" / "onnx").iterdir()) == [
+        "model_quantized.onnx",
+        "model_quantized.onnx_data",
+    ]
 
 
 def test_a_reference_that_is_loaded_layer_by_layer_computes_the_same(qwen3_moe: Path, tmp_path: Path) -> None:
@@ -119,7 +138,7 @@ def test_tensors_that_do_not_fit_the_config_are_named(qwen3_moe: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"precision": "int8"}, "--precision int8"),
+        ({"precision": "int4-mixed"}, "--precision int4-mixed"),
         ({"graph": GraphChoice.PORTABLE}, "--graph portable"),
         ({"file_format": FileFormat.TORCHSCRIPT}, "--format torchscript"),
         ({"validate": False}, "--no-validate"),

@@ -18,8 +18,9 @@ from llm_edge.exporter.graph import attention, recurrence
 from llm_edge.exporter.graph.editor import Editor
 from llm_edge.exporter.graph.experts import EXPERTS, experts, lower_experts
 from llm_edge.exporter.graph.trace import quiet
+from llm_edge.exporter.quantization.blocks import BlockLayout, quantize_blocks
 from llm_edge.model.attention import AttentionInputs, cached_attention
-from llm_edge.model.experts import ExpertsInputs, mixture
+from llm_edge.model.experts import ExpertsInputs, Gate, mixture
 from llm_edge.model.recurrence import (
     ConvolutionInputs,
     LinearAttentionInputs,
@@ -201,6 +202,32 @@ def test_the_delta_rule_is_that_of_transformers() -> None:
     assert torch.allclose(present, after, atol=1e-5)
 
 
+class ExpertsLayer(nn.Module):
+    """Experts as parameters."""
+
+    def __init__(self, inputs: ExpertsInputs) -> None:
+        super().__init__()
+        for name in ("gate_up", "gate_up_bias", "down", "down_bias"):
+            weight = getattr(inputs, name)
+            setattr(self, name, None if weight is None else nn.Parameter(weight, requires_grad=False))
+        self.rest = inputs[7:]
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Any:
+        return torch.ops.llm_edge.experts(
+            x, chosen, weights, self.gate_up, self.gate_up_bias, self.down, self.down_bias, *self.rest
+        )
+
+
+def lowered_experts(inputs: ExpertsInputs, layout: BlockLayout | None = None) -> ir.Model:
+    layer = ExpertsLayer(inputs)
+    model = exported(layer, inputs[:3], {torch.ops.llm_edge.experts.default: experts})
+    (node,) = (node for node in model.graph if node.op_type == EXPERTS)
+    node.name = f"/layer/{EXPERTS}"
+    lower_experts(Editor(model), node, dict(layer.named_parameters()), layout)
+    del model.opset_imports["llm_edge"]
+    return model
+
+
 @pytest.mark.parametrize(
     ("activation", "gated", "slope", "offset", "limit"),
     [
@@ -248,25 +275,44 @@ def test_experts(
         limit,
     )
 
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name in ("gate_up", "gate_up_bias", "down", "down_bias"):
-                weight = getattr(inputs, name)
-                setattr(self, name, None if weight is None else nn.Parameter(weight, requires_grad=False))
-
-        def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Any:
-            return torch.ops.llm_edge.experts(
-                x, chosen, weights, self.gate_up, self.gate_up_bias, self.down, self.down_bias, *inputs[7:]
-            )
-
-    layer = Layer()
-    model = exported(layer, inputs[:3], {torch.ops.llm_edge.experts.default: experts})
-    (node,) = (node for node in model.graph if node.op_type == EXPERTS)
-    node.name = f"/layer/{EXPERTS}"
-    lower_experts(Editor(model), node, dict(layer.named_parameters()))
+    model = lowered_experts(inputs)
     used = {node.op_type for node in model.graph}
     assert ("MoE" in used) == (activation == "silu")
-    del model.opset_imports["llm_edge"]
     (found,) = run(model, inputs[:3], tmp_path / "graph.onnx")
     assert np.abs(found - mixture(inputs).numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", [BlockLayout(8, 32, symmetric=True), BlockLayout(4, 16, symmetric=False)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_in_blocks(tmp_path: Path, layout: BlockLayout, transposed: bool, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    count, hidden, inner, per_token = 4, 64, 32, 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def turned(weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2).contiguous() if transposed else weight
+
+    up, down = random(count, 2 * inner, hidden), random(count, hidden, inner)
+    inputs = ExpertsInputs(
+        random(5, hidden),
+        random(5, count).topk(per_token).indices,
+        random(5, per_token).abs(),
+        turned(up),
+        random(count, 2 * inner) if bias else None,
+        turned(down),
+        random(count, hidden) if bias else None,
+        transposed,
+        *Gate("silu", gated=True, interleaved=False, slope=1.0, up_offset=0.0, limit=0.0),
+    )
+    model = lowered_experts(inputs, layout)
+    assert "QMoE" in {node.op_type for node in model.graph}
+    (found,) = run(model, inputs[:3], tmp_path / "graph.onnx")
+    rounded = [
+        turned(quantize_blocks(each.flatten(0, 1), layout).dequantized(each.shape[2]).view_as(each))
+        for each in (up, down)
+    ]
+    expected = mixture(inputs._replace(gate_up=rounded[0], down=rounded[1])).numpy()
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)  # activations have 8 bits
