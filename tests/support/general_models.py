@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm_edge.exporter.general import export as export_module
 from llm_edge.exporter.texts import Window
@@ -149,7 +151,24 @@ def first(window: Window, tokens: int) -> Window:
 
 
 def save(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write a model as a Hugging Face folder with the tiny tokenizer."""
-    make_model(kind, seed, **changes).save_pretrained(folder)
+    """Write a model as a Hugging Face folder with the tiny tokenizer; of a wrapper, its text model as a part of it."""
+    text_kind = _text_kind(kind)
+    make_model(text_kind or kind, seed, **changes).save_pretrained(folder)
     tiny.save_tokenizer(folder)
+    if text_kind is not None:
+        path, weights = folder / "config.json", folder / "model.safetensors"
+        text = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({"model_type": kind, "text_config": text}), encoding="utf-8")
+        stored = load_file(weights)
+        wrapped = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in stored.items()}
+        save_file({**wrapped, "model.visual.patch.weight": torch.zeros(2, 2)}, weights, {"format": "pt"})
     return folder
+
+
+def _text_kind(kind: str) -> str | None:
+    """The `model_type` of the text model in a model that also reads images or sound; None for models of text alone."""
+    from transformers import CONFIG_MAPPING
+
+    text = CONFIG_MAPPING[kind].sub_configs.get("text_config")
+    found = getattr(text, "model_type", None)
+    return found if isinstance(found, str) and found != kind else None
