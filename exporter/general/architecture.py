@@ -27,11 +27,13 @@ class Architecture:
     """An architecture of transformers with its sizes.
 
     Attributes:
+        where: path of the config.json, for messages.
         content: of the config.json.
         config: transformers' config.
         max_position_embeddings: maximum number of tokens in the context.
     """
 
+    where: str
     content: Mapping[str, Any]
     config: Any
     max_position_embeddings: int
@@ -77,7 +79,10 @@ class Architecture:
         except Exception as error:
             known = isinstance(error, UnsupportedModelError)
             reason = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise CheckpointError(f"model_type {self.config.model_type} is not supported: {reason}") from error
+            kind = short_repr(self.config.model_type)
+            raise CheckpointError(
+                f"{self.where}: model_type {kind} is not supported: {reason}; see llm-export --families"
+            ) from error
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers of the model, such as rotary frequencies, by their public names."""
@@ -110,7 +115,7 @@ def architecture_of(content: Mapping[str, Any], where: str) -> Architecture:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{where}: transformers rejects it ({reason})") from error
     context = getattr(config, "max_position_embeddings", None) or _UNLIMITED
-    return Architecture(content, config, int(context))
+    return Architecture(where, content, config, int(context))
 
 
 _UNLIMITED = 1_048_576  # tokens in the context of a model without positions

@@ -155,7 +155,9 @@ def cache_layout(model: Any) -> list[list[CacheTensor]]:
         model.set_experts_implementation("batched_mm")  # the default needs bfloat16 on the meta device
     with torch.no_grad():
         tokens = torch.ones(1, 3, dtype=torch.int64, device=device)
-        cache = model(input_ids=tokens, use_cache=True).past_key_values
+        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
+    if cache is None:
+        raise UnsupportedModelError("its cache is not one of transformers' layers")
     layout = []
     for number, layer in enumerate(cache.layers):
         found: list[CacheTensor] = []

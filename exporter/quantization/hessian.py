@@ -67,8 +67,10 @@ class Hessian:
 
         The matrix in this order is `(1 + feedback)^T D (1 + feedback)` with a diagonal `D`. Columns whose inputs are
         all zero count as independent. If no damping makes the factorization succeed in float32, zero, which rounds
-        each weight to its nearest level.
+        each weight to its nearest level; so too for numbers too small to be normal, which processors treat differently.
         """
+        if self.diagonal.mean() < torch.finfo(torch.float32).tiny:
+            return torch.zeros_like(self.matrix)
         for damping in _DAMPING:
             factor = self._ordered()
             diagonal = factor.diagonal()

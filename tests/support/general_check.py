@@ -29,6 +29,8 @@ Array = npt.NDArray[Any]
 class Comparison:
     """Largest differences of logits from transformers' own model, and the number of equal greedy tokens.
 
+    Differences are relative to the standard deviation of the logits where that is larger than 1.
+
     Attributes:
         whole: in one pass.
         steps: in chunks, then token by token.
@@ -87,6 +89,8 @@ def compare_graph(path: Path, checkpoint: GeneralCheckpoint) -> Comparison:
         found, wanted = logits[:, 0], np.stack([expected[0, first], expected[1, second]])
         batch = max(batch, _difference(found, wanted))
 
+    scale = max(float(expected.std()), 1.0)
+    whole, steps, batch = whole / scale, steps / scale, batch / scale
     return Comparison(whole, steps, batch, _equal_greedy(runner, reference, ids[:1, :7]), runner.operators)
 
 

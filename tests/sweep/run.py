@@ -17,7 +17,7 @@ from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 BOUND = 1e-4  # of the difference of logits
-_SECONDS = 240
+_SECONDS = 600
 _NOT_DECODERS = (  # encoders, parts of encoder-decoders and of models of sound, and models without autoregressive text
     *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
     *("data2vec-text", "electra", "ernie", "marian", "mbart", "megatron-bert", "moshi", "moss_transcribe_diarize"),
