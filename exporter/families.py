@@ -6,7 +6,16 @@ import importlib.metadata
 import textwrap
 from enum import Enum
 
-GENERAL = ()
+GENERAL = (
+    *("afmoe", "apertus", "aria_text", "axk1", "bamba", "beam", "biogpt", "bitnet", "bloom", "codegen"),
+    *("cohere2_moe", "ctrl", "cwm", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone_moe"),
+    *("falcon", "falcon_h1", "flex_olmo", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "glm4_moe"),
+    *("glm4_moe_lite", "gpt_oss", "gptj", "granitemoe", "granitemoehybrid", "granitemoeshared"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    *("hy_v3", "internlm3", "jais2", "lfm2", "lfm2_moe", "minicpm3", "minimax_m2", "mixtral", "nanochat"),
+    *("nemotron_h", "olmo_hybrid", "olmoe", "opt", "persimmon", "phimoe", "qwen2_moe", "qwen3_5"),
+    *("qwen3_5_text", "qwen3_moe", "qwen3_next", "solar_open", "vaultgemma", "xglm", "youtu"),
+)
 """`model_type` of those whose graphs `make sweep` found equal to transformers' own models."""
 
 

@@ -15,7 +15,10 @@ from llm_edge.checkpoint.vocabulary import fit_to_embedding
 from llm_edge.exporter.bundle.manifest import write_manifest
 from llm_edge.exporter.bundle.side_files import write_general_side_files
 from llm_edge.exporter.bundle.staging import check_disk_space, staging
+from llm_edge.exporter.families import GENERAL
+from llm_edge.exporter.general.architecture import Architecture
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
+from llm_edge.exporter.general.decoder import AttentionMode
 from llm_edge.exporter.general.recipes import GENERAL_RECIPES, general_recipes
 from llm_edge.exporter.general.reference import LongText, record_general_reference
 from llm_edge.exporter.general.writer import GeneralWriter
@@ -31,7 +34,8 @@ from llm_edge.exporter.validation.reference import ReferenceLogits
 from llm_edge.exporter.validation.windows import logits_bytes, select_windows
 from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
 from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.errors import ParameterError
+from llm_edge.runtime.errors import CheckpointError, ParameterError
+from llm_edge.runtime.safe_io import short_repr
 
 _REFERENCE_FRACTION = 0.5  # of the validation time
 
@@ -50,6 +54,7 @@ def export_general(
     checkpoint = fit_to_embedding(read_general_folder(source))
     checkpoint = _with_reasoning(checkpoint)
     architecture, writer = checkpoint.config, GeneralWriter()
+    _check_batches(architecture)
     windows = select_windows(load_validation(checkpoint), architecture.vocab_size, architecture.parameters)
     with staging(target, options.force) as folder:
         models = folder / writer.name
@@ -90,6 +95,19 @@ def _check(options: ExportOptions) -> None:
     for name, given in refused.items():
         if given:
             raise ParameterError(f"{name} does not apply to models that are exported through transformers: omit it")
+
+
+def _check_batches(architecture: Architecture) -> None:
+    """Raise CheckpointError for attention that may be the model's own code, unless batches of it are known to be right.
+
+    Validation runs one sequence at a time; how such code masks rows of unequal length is not checked by it.
+    """
+    kind = str(architecture.config.model_type)
+    if architecture.decoder.mode is not AttentionMode.OPERATOR and kind not in GENERAL:
+        raise CheckpointError(
+            f"{architecture.where}: model_type {short_repr(kind)} is not supported: its attention is code of its own, "
+            "and not verified for batches; see llm-export --families"
+        )
 
 
 def _with_reasoning(checkpoint: GeneralCheckpoint) -> GeneralCheckpoint:
