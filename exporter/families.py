@@ -9,12 +9,14 @@ from enum import Enum
 GENERAL = (
     *("afmoe", "apertus", "aria_text", "axk1", "bamba", "beam", "biogpt", "bitnet", "bloom", "codegen"),
     *("cohere2_moe", "ctrl", "cwm", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone_moe"),
-    *("falcon", "falcon_h1", "flex_olmo", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "glm4_moe"),
-    *("glm4_moe_lite", "gpt_oss", "gptj", "granitemoe", "granitemoehybrid", "granitemoeshared"),
-    *("hunyuan_v1_dense", "hunyuan_v1_moe"),
-    *("hy_v3", "internlm3", "jais2", "lfm2", "lfm2_moe", "minicpm3", "minimax_m2", "mixtral", "nanochat"),
-    *("nemotron_h", "olmo_hybrid", "olmoe", "opt", "persimmon", "phimoe", "qwen2_moe", "qwen3_5"),
-    *("qwen3_5_text", "qwen3_moe", "qwen3_next", "solar_open", "vaultgemma", "xglm", "youtu"),
+    *("falcon", "falcon_h1", "flex_olmo", "flint", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+    *("gemma4_unified", "gemma4_unified_text", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt_oss", "gptj"),
+    *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2"),
+    *("kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "mellum", "mimo_v2_flash", "minicpm3"),
+    *("minimax_m2", "minimax_m3_vl_text", "ministral", "mixtral", "mpt", "nanochat", "nemotron_h"),
+    *("olmo_hybrid", "olmoe", "opt", "persimmon", "phimoe", "qwen2_moe", "qwen3_5", "qwen3_5_text"),
+    *("qwen3_moe", "qwen3_next", "solar_open", "vaultgemma", "xglm", "youtu"),
 )
 """`model_type` of those whose graphs `make sweep` found equal to transformers' own models."""
 

@@ -73,6 +73,8 @@ def _attention(
         raise UnsupportedModelError("its attention is not causal")
     layer = current.owner(key)
     past = (None, None) if layer is None else layer.past
+    if layer is not None and layer.new is not None and layer.new[1] is not value:
+        raise KeysChangedError
     if layer is None and not all(each.whole for each in current.cache.layers if hasattr(each, "whole")):
         raise KeysChangedError
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
