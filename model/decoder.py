@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_edge.model import activations
 from llm_edge.model.attention import (
     AttentionInputs,
     Documents,
@@ -22,7 +22,7 @@ from llm_edge.model.attention import (
     packed_attention,
     positions_of,
 )
-from llm_edge.model.config import Activation, LayerConfig, ModelConfig, Norm, QKNorm, QueryGrowth
+from llm_edge.model.config import LayerConfig, ModelConfig, Norm, QKNorm, QueryGrowth
 from llm_edge.model.rope import Rope
 
 Past = list[tuple[Tensor, Tensor]]
@@ -32,13 +32,6 @@ RunLayer = Callable[..., Tensor]
 """Calls a function with the arguments that follow it."""
 
 _NO_GROWTH = QueryGrowth(0.0, 0)
-_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    Activation.SILU: F.silu,
-    Activation.GELU: F.gelu,
-    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
-    Activation.RELU: F.relu,
-    Activation.RELU2: lambda x: F.relu(x).square(),
-}
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -117,7 +110,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.width = config.intermediate_size
         self.gated = config.gated_mlp
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = activations.FUNCTIONS[config.activation]
         if self.gated:
             self.gate_up = nn.Linear(config.hidden_size, 2 * self.width, bias=config.mlp_bias)
         else:

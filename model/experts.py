@@ -5,29 +5,22 @@ Shapes: N tokens, H hidden size, E experts, k experts per token, I width of an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_edge.model import activations
+from llm_edge.model.config import Activation
 from llm_edge.model.operator import define_operator
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 class Gate(NamedTuple):
     """What an expert computes between its projections: activation(gate) * up, or activation(up) without gates.
 
     Attributes:
-        activation: a name in `ACTIVATIONS`.
+        activation: value of an `Activation`.
         gated: whether there are gate projections.
         interleaved: rows of the first projection alternate between gate and up; otherwise all of gate come first.
         slope: factor of the activation's argument, which is divided out again: x * sigmoid(slope * x) for SiLU.
@@ -44,7 +37,7 @@ class Gate(NamedTuple):
 
     def apply(self, projected: Tensor) -> Tensor:
         """Return the input of the down projection for the output of the first one, [..., I]."""
-        activation = ACTIVATIONS[self.activation]
+        activation = activations.FUNCTIONS[Activation(self.activation)]
         if not self.gated:
             return activation(projected)
         gate, up = (projected[..., ::2], projected[..., 1::2]) if self.interleaved else projected.chunk(2, dim=-1)

@@ -40,20 +40,43 @@ def save_graph(graph: ir.Model, path: Path, on_save: Callable[[ir.TensorProtocol
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxWriter:
-    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision.
+class GraphFiles:
+    """The files `<stem>.onnx` and `<stem>.onnx_data` of each precision.
 
     Attributes:
-        style: style of the graphs; None for TorchScript.
-        hidden_size: width of the hidden states to add to the outputs; None adds none.
-        refined: train 4-bit weights after rounding.
+        style: style of the graphs.
+        hidden_size: width of the hidden states among the outputs; None if there are none.
         name: of the format in the manifest, and of the folder in the bundle.
     """
 
     style: GraphStyle
     hidden_size: int | None = None
-    refined: bool = False
     name = ONNX
+
+    def file_name(self, recipe: Recipe) -> str:
+        """Return the name of the file to load."""
+        return f"{recipe.stem}.onnx"
+
+    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
+        """Return all files written for a recipe."""
+        return sorted(folder.glob(f"{recipe.stem}.onnx*"))
+
+    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
+        """Load the files of a recipe on the CPU."""
+        fused = self.style is GraphStyle.FUSED
+        file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=fused, hidden_size=self.hidden_size)
+        return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxWriter(GraphFiles):
+    """Writes the graphs of our own decoder.
+
+    Attributes:
+        refined: train 4-bit weights after rounding.
+    """
+
+    refined: bool = False
     _traced: dict[ModelConfig, ir.Model] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def write(
@@ -116,17 +139,3 @@ class OnnxWriter:
         if not head_mix:
             remove_linear(graph, HEAD_MIX)
         return graph
-
-    def file_name(self, recipe: Recipe) -> str:
-        """Return the name of the file to load."""
-        return f"{recipe.stem}.onnx"
-
-    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """Return all files written for a recipe."""
-        return sorted(folder.glob(f"{recipe.stem}.onnx*"))
-
-    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
-        """Load the files of a recipe on the CPU."""
-        fused = self.style is GraphStyle.FUSED
-        file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=fused, hidden_size=self.hidden_size)
-        return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_edge.exporter.general.decoder import GeneralDecoder, general_decoder
 from llm_edge.exporter.general.functions import UnsupportedModelError
+from llm_edge.exporter.validation.independent import silence_transformers
 from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
 from llm_edge.runtime.model_shape import ModelShape
 from llm_edge.runtime.safe_io import short_repr
+
+_UNLIMITED = 1_048_576  # tokens in the context of a model without positions
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Architecture:
             CheckpointError: it does something that has no form here.
         """
         try:
-            with quiet_transformers(), self.fake_mode:
+            with silence_transformers(transformers), self.fake_mode:
                 return general_decoder(_create(self.config))
         except Exception as error:
             known = isinstance(error, UnsupportedModelError)
@@ -86,7 +87,7 @@ class Architecture:
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers of the model, such as rotary frequencies, by their public names."""
-        with quiet_transformers():
+        with silence_transformers(transformers):
             model = create_without_values(self.config)
         public = self.decoder.public_name
         return {public(f"model.{name}"): buffer for name, buffer in model.named_buffers()}
@@ -107,7 +108,7 @@ def architecture_of(content: Mapping[str, Any], where: str) -> Architecture:
             f"model_type {short_repr(kind)}"
         )
     try:
-        with quiet_transformers():
+        with silence_transformers(transformers):
             config_class = transformers.CONFIG_MAPPING[kind]
             decode: Any = config_class._decode_special_floats
             config = config_class.from_dict(decode(dict(content)))
@@ -116,9 +117,6 @@ def architecture_of(content: Mapping[str, Any], where: str) -> Architecture:
         raise CheckpointError(f"{where}: transformers rejects it ({reason})") from error
     context = getattr(config, "max_position_embeddings", None) or _UNLIMITED
     return Architecture(where, content, config, int(context))
-
-
-_UNLIMITED = 1_048_576  # tokens in the context of a model without positions
 
 
 def create_without_values(config: Any) -> Any:
@@ -148,16 +146,3 @@ def _parameters_without_values() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Turn off transformers' log and warnings."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)

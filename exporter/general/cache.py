@@ -131,7 +131,6 @@ class Step:
         attention_mask: 1 for tokens, 0 for padding, int64 [B, T].
         past_length: number of past tokens.
         cache: of transformers, over the layers.
-        keys: the layer whose `update` returned a tensor of keys, by its identity.
         convolved: layer and number of the state of a convolution whose inputs `update_conv_state` returned.
         alive: tensors whose identities are in use.
         operator: attention is the operator `cached_attention`; otherwise the model's own code over all keys.

@@ -20,7 +20,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llm_edge.exporter.general.cache import step
 from llm_edge.model.attention import cached_attention
-from llm_edge.model.experts import ACTIVATIONS, Gate, experts
+from llm_edge.model.config import Activation
+from llm_edge.model.experts import Gate, experts
 from llm_edge.model.recurrence import causal_convolution, linear_attention, new_tokens
 
 IMPLEMENTATION = "llm_edge"
@@ -114,7 +115,7 @@ def _find_gate(module: Any) -> Gate:
     gated: bool = module.has_gate
     limits = [0.0, *(float(numbers[name]) for name in ("limit", "swiglu_limit") if numbers.get(name))]
     slopes = [1.0, *(float(numbers[name]) for name in ("alpha", "swiglu_alpha") if numbers.get(name))]
-    choices: list[Sequence[Any]] = [list(ACTIVATIONS), [False], [1.0], [0.0], [0.0]]
+    choices: list[Sequence[Any]] = [[each.value for each in Activation], [False], [1.0], [0.0], [0.0]]
     if gated:
         choices[1:] = [False, True], slopes, [0.0, 1.0], limits
     generator = torch.Generator().manual_seed(0)

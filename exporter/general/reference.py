@@ -20,10 +20,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llm_edge.exporter.general.architecture import create_without_values, quiet_transformers
+from llm_edge.exporter.general.architecture import create_without_values
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
 from llm_edge.exporter.progress import ItemProgress
 from llm_edge.exporter.texts import Window
+from llm_edge.exporter.validation.independent import from_pretrained, silence_transformers
 from llm_edge.exporter.validation.reference import ReferenceLogits
 from llm_edge.exporter.validation.windows import cached_run, scoring_runs
 from llm_edge.runtime.errors import CheckpointError
@@ -65,12 +66,11 @@ def record_general_reference(
     whole = 4 * checkpoint.config.parameters <= max_bytes
     groups = list(_groups(windows, 0 if whole else _GROUP_TOKENS))
     top, done = [], 0
-    with path.open("wb") as file, quiet_transformers(), torch.inference_mode():
+    with path.open("wb") as file, silence_transformers(transformers), torch.inference_mode():
         model = load_reference(checkpoint) if whole else _loaded_by_layer(checkpoint)
         for group in groups:
             progress(done / len(windows), f"window {done + 1}")
             done += len(group)
-            # Not the last positions alone, but one window after another: logits of all would take too much memory.
             logits: Tensor = model(input_ids=torch.tensor([window.tokens for window in group]), use_cache=False).logits
             for each in logits:
                 top.append(each.argmax(-1))
@@ -131,27 +131,15 @@ def load_reference(checkpoint: GeneralCheckpoint) -> Any:
     original = checkpoint.original
     assert original is not None
     config = checkpoint.config.config
-    library: Any = transformers
-    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     tensors = None if original.folder is not None else {name: original.load(name) for name in original.names}
     try:
-        model, info = model_class.from_pretrained(
-            original.folder,
-            state_dict=tensors,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            generation_config=library.GenerationConfig(),
-            local_files_only=True,
-            trust_remote_code=False,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        model = from_pretrained(transformers, model_class, config, original.folder, tensors)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"transformers cannot load the model ({reason})") from error
-    if info["missing_keys"]:
-        raise CheckpointError(f"transformers does not find {', '.join(sorted(info['missing_keys'])[:3])}")
+    if model is None:
+        raise CheckpointError("transformers does not find all tensors of the model")
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from llm_edge.exporter.bundle.onnx_writer import save_graph
+from llm_edge.exporter.bundle.onnx_writer import GraphFiles, save_graph
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
 from llm_edge.exporter.general.fold import fold
 from llm_edge.exporter.general.trace import trace_general
@@ -19,20 +19,13 @@ from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import StoredPrecision
 from llm_edge.exporter.quantization.recipes import Recipe
-from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
-from llm_edge.runtime.backend.open import open_graph
-from llm_edge.runtime.backend.session import Session
-from llm_edge.runtime.bundle import ONNX
-from llm_edge.runtime.model_shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
-class GeneralWriter:
-    """Writes `<stem>.onnx` and `<stem>.onnx_data` for each precision of one model."""
+class GeneralWriter(GraphFiles):
+    """Writes the graphs of one general decoder."""
 
     style: GraphStyle = GraphStyle.FUSED
-    hidden_size: int | None = field(default=None, init=False)
-    name = ONNX
     _traced: list[ir.Model] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def write(
@@ -57,19 +50,6 @@ class GeneralWriter:
 
             save_graph(graph, folder / self.file_name(recipe), on_save)
         return stored
-
-    def file_name(self, recipe: Recipe) -> str:
-        """Return the name of the file to load."""
-        return f"{recipe.stem}.onnx"
-
-    def files(self, folder: Path, recipe: Recipe) -> list[Path]:
-        """Return all files written for a recipe."""
-        return sorted(folder.glob(f"{recipe.stem}.onnx*"))
-
-    def open(self, folder: Path, shape: ModelShape, recipe: Recipe) -> Session:
-        """Load the files of a recipe on the CPU."""
-        file = GraphFile(folder / self.file_name(recipe), shape, share_buffer=True)
-        return Session(open_graph(file, ExecutionOptions("cpu", spinning=False)))
 
 
 class PublicWeights(Mapping[str, Tensor]):

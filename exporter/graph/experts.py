@@ -99,14 +99,13 @@ class _Lowering:
     def fused(self, layout: BlockLayout | None) -> list[ir.Node]:
         """MoE or QMoE: its softmax of log-weights gives the weights back, divided by their sum."""
         editor, path, given = self._editor, self._path, self.given
-        assert self.routing is not None
-        nodes, total = [], self._node("ReduceSum", self.routing, editor.constant(f"{path}/last", [1]), keepdims=1)
+        total = self._node("ReduceSum", self.routing, editor.constant(f"{path}/last", [1]), keepdims=1)
         logs = self._node("Log", self.routing)
         rows = self._node("Shape", self.x, start=0, end=1)
         shape = self._node("Concat", rows.outputs[0], editor.constant(f"{path}/experts", [self._count]), axis=0)
         none = self._node("Expand", editor.scalar("experts.none", -np.inf), shape.outputs[0])
         logits = self._node("ScatterElements", none.outputs[0], self.chosen, logs.outputs[0], axis=1)
-        nodes += [total, logs, rows, shape, none, logits]
+        nodes = [total, logs, rows, shape, none, logits]
         attributes: dict[str, Any] = {
             "k": self._per_token,
             "activation_type": "swiglu",

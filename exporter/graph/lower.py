@@ -143,7 +143,7 @@ class _Lowering:
 
     def lower_experts(self, node: ir.Node) -> None:
         """Replace the experts of a layer."""
-        module = "/".join((node.name or "").strip("/").split("/")[:-1]).replace("/", ".")
+        module = _module_of(node)
         wanted = self._recipe.format_of(module)
         layout = lower_experts(self.editor, node, self._weights, wanted if isinstance(wanted, Blocks) else None)
         if layout is not None:
@@ -163,9 +163,9 @@ class _Lowering:
 
 
 def _module_of(node: ir.Node) -> str:
-    """Return the module path of a projection, whose node is named after it."""
+    """Return the module path of an abstract node, which is named after it."""
     assert node.name is not None
-    return node.name.removesuffix("/Linear").strip("/").replace("/", ".")
+    return node.name.removesuffix(f"/{node.op_type}").strip("/").replace("/", ".")
 
 
 def _following_split(node: ir.Node) -> ir.Node | None:

@@ -108,7 +108,7 @@ def compare_with_transformers(
     try:
         with _silence():
             transformers = importlib.import_module("transformers")
-            with _silence_transformers(transformers):
+            with silence_transformers(transformers):
                 model = _load(transformers, original, layers)
                 with _first_layers(checkpoint, expected, layers) as recorded:
                     difference, tokens = _compare(model, recorded)
@@ -170,17 +170,17 @@ def _load(transformers: ModuleType, original: OriginalModel, layers: int) -> Any
         raise _NotComparedError(f"transformers {transformers.__version__} has no causal model of {model_type!r}")
     model = None
     if original.folder is not None:
-        model = _from_pretrained(transformers, classes[type(config)], config, original.folder, None)
+        model = from_pretrained(transformers, classes[type(config)], config, original.folder, None)
     if model is None:  # the tensors have names of a wrapper or are in another file: pass them with the model's names
         names = [name for name in original.names if max(map(int, _LAYER_NUMBER.findall(name)), default=0) < layers]
         tensors = {name: original.load(name) for name in names}
-        model = _from_pretrained(transformers, classes[type(config)], config, None, tensors)
+        model = from_pretrained(transformers, classes[type(config)], config, None, tensors)
     if model is None:
         raise _NotComparedError("transformers does not find all tensors")
     return _merge_adapter(model, original).eval()
 
 
-def _from_pretrained(
+def from_pretrained(
     transformers: ModuleType, model_class: Any, config: Any, folder: Path | None, tensors: dict[str, Tensor] | None
 ) -> Any:
     """Return transformers' model from a folder or from tensors, or None if it lacks some."""
@@ -255,14 +255,16 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silence_transformers(transformers: ModuleType) -> Iterator[None]:
-    """Turn off transformers' log and progress bars."""
+def silence_transformers(transformers: ModuleType) -> Iterator[None]:
+    """Turn off transformers' log, warnings and progress bars."""
     log = transformers.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL + 1)
     log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         log.set_verbosity(verbosity)
         if bars:

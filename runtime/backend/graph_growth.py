@@ -75,7 +75,7 @@ class Growth:
             self._factors.update(dict.fromkeys(outputs, math.prod(self._factors[each] for each in inputs)))
 
     def _times_repeated(self, name: str, inputs: list[bytes]) -> int:
-        if name in _ATTENTION or (name in _PROJECTIONS and not self.constants.isdisjoint(filter(None, inputs))):
+        if self._has_own_size(name, inputs):
             return 1
         most = max((self._repeated.get(each, 1) for each in inputs), default=1)
         if name not in _SHAPES:
@@ -85,6 +85,10 @@ class Growth:
             raise RejectedError(f"operator {name!r} with a computed shape")
         return most * factor
 
+    def _has_own_size(self, name: str, inputs: list[bytes]) -> bool:
+        """Whether a weight or the cache decides how large a result is."""
+        return name in _ATTENTION or (name in _PROJECTIONS and not self.constants.isdisjoint(filter(None, inputs)))
+
     def _is_size(self, name: str, inputs: list[bytes]) -> bool:
         if name in ("Squeeze", "Identity", "Gather", "Slice"):
             return self._sizes.issuperset(inputs[:1])
@@ -93,7 +97,7 @@ class Growth:
         return name == "Shape" or (name == "Sub" and self._sizes.issuperset(inputs))
 
     def _number_of_joined(self, name: str, inputs: list[bytes]) -> int:
-        if name in _ATTENTION or (name in _PROJECTIONS and not self.constants.isdisjoint(filter(None, inputs))):
+        if self._has_own_size(name, inputs):
             return 1
         counts = [self._joined.get(each, 1) for each in inputs]
         return sum(counts) if name == "Concat" else max(counts, default=1)
