@@ -333,7 +333,7 @@ def test_an_export_that_ends_while_the_palette_is_open_is_shown_afterwards(
                 assert isinstance(app.screen, ExportScreen)
             else:
                 await until(pilot, lambda: isinstance(app.session.responder, LocalResponder))
-                assert len(app.screen_stack) == 1
+                await until(pilot, lambda: len(app.screen_stack) == 1)
 
     drive(scene())
 
