@@ -76,8 +76,7 @@ def load_texts(checkpoint: Checkpoint, *, sampled: bool = False) -> Texts:
     config = checkpoint.config
     encoder = _Encoder(checkpoint)
     most = MAX_CALIBRATION if count_parameters(config) <= _LARGE_MODEL else _LARGE_MODEL_CALIBRATION
-    limit = min(max(_TOKENS_PER_INPUT * config.intermediate_size, _MIN_CALIBRATION), most)
-    calibration = {kind: tokens * limit // MAX_CALIBRATION for kind, tokens in _CALIBRATION.items()}
+    calibration = _calibration_shares(config.intermediate_size, most)
     generated = _sample(checkpoint, encoder) if sampled and can_sample(config) else {}
     parts = (
         ("calibration", calibration, _CALIBRATION_WINDOW),
@@ -93,10 +92,23 @@ def load_texts(checkpoint: Checkpoint, *, sampled: bool = False) -> Texts:
     )
 
 
+def load_calibration(checkpoint: AnyCheckpoint, width: int) -> list[Window]:
+    """Tokenize the calibration text alone, for projections of up to `width` inputs; see `load_texts`."""
+    length = min(_CALIBRATION_WINDOW, checkpoint.config.max_position_embeddings)
+    shares = _calibration_shares(width, MAX_CALIBRATION)
+    return _windows(_Encoder(checkpoint), "calibration", shares, [], length)
+
+
 def load_validation(checkpoint: AnyCheckpoint) -> list[Window]:
     """Tokenize the validation text alone; see `load_texts`."""
     length = min(MAX_STEP_TOKENS, checkpoint.config.max_position_embeddings)
     return _windows(_Encoder(checkpoint), "validation", _VALIDATION, [], length)
+
+
+def _calibration_shares(width: int, most: int) -> _Shares:
+    """Return the tokens of the calibration text by kind; `most` in total."""
+    limit = min(max(_TOKENS_PER_INPUT * width, _MIN_CALIBRATION), most)
+    return {kind: tokens * limit // MAX_CALIBRATION for kind, tokens in _CALIBRATION.items()}
 
 
 def split_windows(

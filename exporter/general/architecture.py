@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,7 +128,8 @@ def create_without_values(config: Any) -> Any:
 
 def _create(config: Any) -> Any:
     create: Any = transformers.AutoModelForCausalLM.from_config
-    model = create(config, attn_implementation="eager", dtype=torch.float32)
+    own = copy.deepcopy(config)  # models write their implementation of attention to it
+    model = create(own, attn_implementation="eager", dtype=torch.float32)
     return model.eval().requires_grad_(requires_grad=False)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from llm_edge.checkpoint.reasoning import find_reasoning
 from llm_edge.checkpoint.vocabulary import fit_to_embedding
@@ -17,6 +19,7 @@ from llm_edge.exporter.bundle.side_files import write_general_side_files
 from llm_edge.exporter.bundle.staging import check_disk_space, staging
 from llm_edge.exporter.families import GENERAL
 from llm_edge.exporter.general.architecture import Architecture
+from llm_edge.exporter.general.calibrate import calibrate_general
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
 from llm_edge.exporter.general.decoder import AttentionMode
 from llm_edge.exporter.general.recipes import GENERAL_RECIPES, general_recipes
@@ -24,9 +27,10 @@ from llm_edge.exporter.general.reference import LongText, record_general_referen
 from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.progress import Progress
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.results import Report, precision_reports
-from llm_edge.exporter.texts import Window, load_validation
+from llm_edge.exporter.texts import Window, load_calibration, load_validation
 from llm_edge.exporter.validation.compare import Difference, Parity, Quality, score
 from llm_edge.exporter.validation.independent import IndependentCheck
 from llm_edge.exporter.validation.parity import UNQUANTIZED, Validation, check_parity, run_session
@@ -62,7 +66,9 @@ def export_general(
         check_disk_space(
             folder, 4 * len(recipes) * architecture.parameters + logits_bytes(windows, architecture.vocab_size)
         )
-        stored = writer.write(models, checkpoint, recipes, progress)
+        calibrated = _calibrate(checkpoint, recipes, folder / "calibration", progress)
+        stored = writer.write(models, checkpoint, recipes, progress, calibrated)
+        shutil.rmtree(folder / "calibration", ignore_errors=True)
         validation = _validate(models, checkpoint, recipes, writer, windows, progress)
         progress("writing", 0.0, "tokenizer and configs")
         write_general_side_files(folder, checkpoint)
@@ -79,6 +85,21 @@ def export_general(
         write_manifest(folder, checkpoint, architecture.shape, report, writer, progress)
     progress("writing", 1.0, str(target))
     return report
+
+
+def _calibrate(
+    checkpoint: GeneralCheckpoint, recipes: tuple[Recipe, ...], folder: Path, progress: Progress
+) -> Mapping[str, CalibratedWeights]:
+    """Quantize for the inputs on a text, if a recipe quantizes."""
+    quantized = [recipe for recipe in recipes if not recipe.lossless]
+    if not quantized:
+        return {}
+    model = checkpoint.config.decoder.model
+    width = max((module.in_features for module in model.modules() if isinstance(module, nn.Linear)), default=0)
+    windows = load_calibration(checkpoint, width)
+    return calibrate_general(
+        checkpoint, quantized, windows, folder, lambda done, item: progress("calibrating", done, item)
+    )
 
 
 def _check(options: ExportOptions) -> None:

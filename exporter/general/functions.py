@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from llm_edge.exporter.general.cache import step
 from llm_edge.model.attention import cached_attention
 from llm_edge.model.config import Activation
-from llm_edge.model.experts import Gate, experts
+from llm_edge.model.experts import ExpertsInputs, Gate, experts
 from llm_edge.model.recurrence import causal_convolution, linear_attention, new_tokens
 
 IMPLEMENTATION = "llm_edge"
@@ -94,7 +94,13 @@ def _attention(
 
 
 def _experts(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Apply a module of experts to tokens [N, H]; see `ExpertsInputs`."""
+    """Apply a module of experts to tokens [N, H]."""
+    result: Tensor = experts(*experts_inputs(module, x, chosen, weights))
+    return result
+
+
+def experts_inputs(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> ExpertsInputs:
+    """Return what a module of experts computes from tokens [N, H], their experts, and the weights of these [N, k]."""
     if module.has_post_expert_norm:
         raise UnsupportedModelError("its experts have a norm of their own")
     up_bias = down_bias = None
@@ -103,10 +109,13 @@ def _experts(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         up_bias, down_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias
     gate = vars(module).get("_llm_edge_gate") or _find_gate(module)
     vars(module)["_llm_edge_gate"] = gate
-    result: Tensor = experts(
-        x, chosen, weights.to(x.dtype), up, up_bias, module.down_proj, down_bias, module.is_transposed, *gate
-    )
-    return result
+    down, transposed = module.down_proj, module.is_transposed
+    return ExpertsInputs(x, chosen, weights.to(x.dtype), up, up_bias, down, down_bias, transposed, *gate)
+
+
+def are_experts(module: nn.Module) -> bool:
+    """Return whether a module is one of experts whose weights are stacked."""
+    return hasattr(module, "has_post_expert_norm")
 
 
 def _find_gate(module: Any) -> Gate:

@@ -1,8 +1,7 @@
 """Records the logits of transformers' own model in a file; see `exporter.validation.reference`.
 
 The model's code is not changed in any way, so that what the general route replaces is compared with what it replaces.
-A small model is also loaded by transformers; of a larger one, layers are loaded one after another, for several windows
-at a time.
+A small model is also loaded by transformers; of a larger one, layers are loaded one after another; see `lockstep`.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ import contextlib
 import gc
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm_edge.exporter.general.architecture import create_without_values
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
+from llm_edge.exporter.general.lockstep import LayerwiseModel
 from llm_edge.exporter.progress import ItemProgress
 from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.independent import from_pretrained, silence_transformers
@@ -31,7 +31,6 @@ from llm_edge.runtime.errors import CheckpointError
 
 MAX_BYTES = 4_000_000_000
 """Of the float32 weights of a model that is loaded as a whole."""
-_GROUP_TOKENS = 2048  # for which a layer is loaded once
 _BEYOND = 32  # tokens after the longest window
 _WINDOW = re.compile(r"window(_size)?$|attention_chunk_size$")
 
@@ -63,21 +62,10 @@ def record_general_reference(
     Raises:
         CheckpointError: transformers cannot load the model.
     """
-    whole = 4 * checkpoint.config.parameters <= max_bytes
-    groups = list(_groups(windows, 0 if whole else _GROUP_TOKENS))
-    top, done = [], 0
+    long_tokens = _long_text(checkpoint, windows)
+    by_layer = 4 * checkpoint.config.parameters > max_bytes
     with path.open("wb") as file, silence_transformers(transformers), torch.inference_mode():
-        model = load_reference(checkpoint) if whole else _loaded_by_layer(checkpoint)
-        for group in groups:
-            progress(done / len(windows), f"window {done + 1}")
-            done += len(group)
-            logits: Tensor = model(input_ids=torch.tensor([window.tokens for window in group]), use_cache=False).logits
-            for each in logits:
-                top.append(each.argmax(-1))
-                each.float().numpy().astype("<f4", copy=False).tofile(file)
-            del logits
-        long_text = _run_long_text(model, checkpoint, windows)
-    del model
+        top, long_logits = _run(checkpoint, windows, long_tokens, file, progress, by_layer=by_layer)
     gc.collect()
     targets = [token for window in windows for token in (*window.tokens[1:], -1)]
     recorded = ReferenceLogits(
@@ -90,7 +78,48 @@ def record_general_reference(
         torch.cat(top),
         torch.empty(0),
     )
-    return recorded, long_text
+    return recorded, None if long_logits is None else LongText(long_tokens, long_logits)
+
+
+def _run(
+    checkpoint: GeneralCheckpoint,
+    windows: Sequence[Window],
+    long_tokens: tuple[int, ...],
+    file: BinaryIO,
+    progress: ItemProgress,
+    *,
+    by_layer: bool,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Write the logits of windows to a file; return the best tokens of each window, and the logits of the long text."""
+    layerwise = LayerwiseModel(checkpoint, with_head=True) if by_layer else None
+    model = load_reference(checkpoint) if layerwise is None else layerwise.model
+    if long_tokens:
+        with contextlib.suppress(ValueError):  # some have no other attention than "eager", which takes more memory
+            model.set_attn_implementation("sdpa")
+    keep = {"logits_to_keep": _BEYOND} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    top, last = [], []
+
+    def record(tokens: Sequence[int]) -> None:
+        logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        top.append(logits.argmax(-1))
+        logits.float().numpy().astype("<f4", copy=False).tofile(file)
+
+    def record_long_text() -> None:
+        logits: Tensor = model(input_ids=torch.tensor([long_tokens]), use_cache=False, **keep).logits
+        last.append(logits[0, -_BEYOND:].float())
+
+    calls: list[Callable[[], None]] = [partial(record, window.tokens) for window in windows]
+    if long_tokens:
+        calls.append(record_long_text)
+    if layerwise is None:
+        for number, call in enumerate(calls):
+            progress(number / len(calls), f"window {number + 1}")
+            call()
+    else:
+        for number, (_, _, run) in enumerate(layerwise.run(calls)):
+            progress(number / len(layerwise.layers), f"layer {number + 1}")
+            run()
+    return top, last[0] if last else None
 
 
 def longest_window(content: Mapping[str, Any]) -> int:
@@ -98,32 +127,13 @@ def longest_window(content: Mapping[str, Any]) -> int:
     return max((value for name, value in content.items() if _WINDOW.search(name) and type(value) is int), default=0)
 
 
-def _run_long_text(model: Any, checkpoint: GeneralCheckpoint, windows: Sequence[Window]) -> LongText | None:
-    """Run a text that is longer than every window, if the windows of the text are not and the context has room."""
-    window = longest_window(checkpoint.config.config.to_dict())
-    length = window + _BEYOND
+def _long_text(checkpoint: GeneralCheckpoint, windows: Sequence[Window]) -> tuple[int, ...]:
+    """Return a text that is longer than every window, if those of the text are not and the context has room."""
+    length = longest_window(checkpoint.config.config.to_dict()) + _BEYOND
     if max(len(each.tokens) for each in windows) >= length or length > checkpoint.config.max_position_embeddings:
-        return None
-    text = [token for each in windows for token in each.tokens]
-    tokens = (text * (length // len(text) + 1))[:length]
-    with contextlib.suppress(ValueError):  # some have no other attention than "eager", which takes more memory
-        model.set_attn_implementation("sdpa")
-    ids = torch.tensor([tokens])
-    keep = {"logits_to_keep": _BEYOND} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits: Tensor = model(input_ids=ids, use_cache=False, **keep).logits
-    return LongText(tuple(tokens), logits[0, -_BEYOND:].float())
-
-
-def _groups(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
-    """Yield windows of one length together, up to this many tokens, in their order; at least one."""
-    group: list[Window] = []
-    for window in windows:
-        same = group and len(group[0].tokens) == len(window.tokens)
-        if group and (not same or (len(group) + 1) * len(window.tokens) > tokens):
-            yield group
-            group = []
-        group.append(window)
-    yield group
+        return ()
+    text = tuple(token for each in windows for token in each.tokens)
+    return (text * (length // len(text) + 1))[:length]
 
 
 def load_reference(checkpoint: GeneralCheckpoint) -> Any:
@@ -141,49 +151,3 @@ def load_reference(checkpoint: GeneralCheckpoint) -> Any:
     if model is None:
         raise CheckpointError("transformers does not find all tensors of the model")
     return model.eval()
-
-
-def _loaded_by_layer(checkpoint: GeneralCheckpoint) -> Any:
-    """Return the model with the weights of one layer in memory at a time, besides those outside of layers."""
-    model = create_without_values(checkpoint.config.config)
-    layers = _layers(model)
-    inside = {f"{path}.{name}" for path, layer in layers.items() for name in layer.state_dict()}
-    _fill(model, checkpoint.weights, "", [name for name in checkpoint.weights if name not in inside])
-    for path, layer in layers.items():
-        names = list(layer.state_dict())
-
-        def load(module: nn.Module, _: Any, path: str = path, names: list[str] = names) -> None:
-            _fill(module, checkpoint.weights, f"{path}.", names)
-
-        layer.register_forward_pre_hook(load)
-        layer.register_forward_hook(_release)
-    return model
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the decoder layers by path: the items of the list of modules with most of the parameters."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    sizes = {path: sum(parameter.numel() for parameter in module.parameters()) for path, module in lists.items()}
-    outer = max(sizes, key=lambda path: (sizes[path], -len(path)))
-    return {f"{outer}.{number}": layer for number, layer in enumerate(lists[outer])}
-
-
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, names: Sequence[str]) -> None:
-    """Give parameters and buffers of a module their values, as float32; tied ones are one tensor."""
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(path)
-        value = weights[f"{prefix}{name}"]
-        value = value.float() if value.is_floating_point() else value
-        if attribute in owner._parameters:
-            owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-        else:
-            owner._buffers[attribute] = value
-
-
-def _release(module: nn.Module, *_: Any) -> None:
-    """Free the parameters of a layer."""
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from llm_edge.exporter.general.trace import trace_general
 from llm_edge.exporter.graph.lower import apply_recipe
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import StoredPrecision
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredPrecision
 from llm_edge.exporter.quantization.recipes import Recipe
 
 
@@ -29,9 +30,17 @@ class GeneralWriter(GraphFiles):
     _traced: list[ir.Model] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def write(
-        self, folder: Path, model: GeneralCheckpoint, recipes: tuple[Recipe, ...], progress: Progress
+        self,
+        folder: Path,
+        model: GeneralCheckpoint,
+        recipes: tuple[Recipe, ...],
+        progress: Progress,
+        calibrated: Mapping[str, CalibratedWeights] = MappingProxyType({}),
     ) -> dict[str, StoredPrecision]:
-        """Write the files of each recipe to a folder, one weight at a time; return how they are stored."""
+        """Write the files of each recipe to a folder, one weight at a time; return how they are stored.
+
+        Weights that `calibrated` does not hold, by recipe name, are rounded to nearest.
+        """
         architecture = model.config
         if not self._traced:
             progress("tracing", None, f"{len(architecture.decoder.caches)} layers")
@@ -41,7 +50,14 @@ class GeneralWriter(GraphFiles):
         stored = {}
         for number, recipe in enumerate(recipes):
             graph = self._traced[0].clone()
-            formats = apply_recipe(graph, weights, recipe, self.style, tied=architecture.tie_word_embeddings)
+            formats = apply_recipe(
+                graph,
+                weights,
+                recipe,
+                self.style,
+                calibrated.get(recipe.name),
+                tied=architecture.tie_word_embeddings,
+            )
             fold(graph)
             stored[recipe.name] = StoredPrecision(formats)
 

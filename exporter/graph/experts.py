@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from llm_edge.exporter.graph.attention import DOMAIN, contrib
 from llm_edge.exporter.graph.editor import Array, Editor, name_of, shape_of
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, quantize_blocks
 from llm_edge.exporter.quantization.formats.blocks import INT8_ACTIVATIONS
-from llm_edge.model.experts import ExpertsInputs
+from llm_edge.model.experts import ExpertsInputs, Gate
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -48,25 +48,59 @@ def experts(*arguments: Any) -> Any:
     )
 
 
+def expert_layout(layout: BlockLayout | None, gate: Gate, widths: Sequence[int]) -> BlockLayout | None:
+    """Return the layout in which experts are stored, None if they are not quantized.
+
+    Its blocks divide the rows, of these widths, of all matrices.
+    """
+    if layout is None or not _is_swiglu(gate):
+        return None
+    sizes = [size for size in (layout.size, 32, 16) if not any(width % size for width in widths)]
+    return replace(layout, size=sizes[0]) if sizes else None
+
+
+def interleaved(matrices: Tensor, gate: Gate) -> Tensor:
+    """Return matrices [E, 2I, H] or vectors [E, 2I] with rows that alternate between gate and up, as in MoE."""
+    if gate.interleaved:
+        return matrices
+    return torch.stack(matrices.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def _is_swiglu(gate: Gate) -> bool:
+    return gate.gated and gate.activation == "silu"
+
+
 def lower_experts(
-    editor: Editor, node: ir.Node, weights: Mapping[str, Tensor], layout: BlockLayout | None = None
+    editor: Editor,
+    node: ir.Node,
+    weights: Mapping[str, Tensor],
+    layout: BlockLayout | None = None,
+    stored: Callable[[str], QuantizedBlocks | None] = lambda _: None,
 ) -> BlockLayout | None:
     """Replace the abstract node; return the layout in which the experts are stored, None if they are not quantized.
 
     Experts with SiLU become one node MoE or, in blocks, QMoE. For others onnxruntime has no operator: all experts are
     computed for all tokens, which takes (experts / experts per token) times the operations, with unquantized weights.
+    `stored` returns matrices [E * rows, K] by name, `interleaved`, that are quantized in this layout already.
     """
-    lowering = _Lowering(editor, node, weights)
-    stored = lowering.layout_for(layout)
-    nodes = lowering.fused(stored) if lowering.is_swiglu else lowering.dense()
+    lowering = _Lowering(editor, node, weights, stored)
+    found = lowering.layout_for(layout)
+    nodes = lowering.fused(found) if _is_swiglu(lowering.gate) else lowering.dense()
     editor.replace(node, nodes)
-    return stored
+    return found
 
 
 class _Lowering:
-    def __init__(self, editor: Editor, node: ir.Node, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        editor: Editor,
+        node: ir.Node,
+        weights: Mapping[str, Tensor],
+        stored: Callable[[str], QuantizedBlocks | None],
+    ) -> None:
         self._editor = editor
         self._weights = weights
+        self._stored = stored
         self._path = (node.name or "").removesuffix(f"/{EXPERTS}")
         inputs = [*node.inputs, *[None] * (_TENSORS - len(node.inputs))]  # the last optional ones are omitted
         self.x, self.chosen, self.routing, self.up, self.up_bias, self.down, self.down_bias = inputs
@@ -75,26 +109,18 @@ class _Lowering:
         self.given: dict[str, Any] = {
             name: read.get(name, ir.Attr.as_int)(node.attributes[name]) for name in ExpertsInputs._fields[_TENSORS:]
         }
+        self.gate = Gate(**{name: self.given[name] for name in Gate._fields})
         assert self.chosen is not None
         assert self.up is not None
-        assert self.down is not None
         self._per_token = int(self.chosen.shape[1])  # type: ignore[index, arg-type]
         self._count = shape_of(self.up)[0]
 
-    @property
-    def is_swiglu(self) -> bool:
-        return bool(self.given["gated"]) and self.given["activation"] == "silu"
-
     def layout_for(self, layout: BlockLayout | None) -> BlockLayout | None:
-        """Return the layout with blocks that divide the rows of all matrices; None if there is none."""
-        if layout is None or not self.is_swiglu:
-            return None
+        """See `expert_layout`."""
         assert self.up is not None
         assert self.down is not None
         axis = 1 if self.given["transposed"] else 2
-        widths = [shape_of(value)[axis] for value in (self.up, self.down)]
-        sizes = [size for size in (layout.size, 32, 16) if not any(width % size for width in widths)]
-        return replace(layout, size=sizes[0]) if sizes else None
+        return expert_layout(layout, self.gate, [shape_of(value)[axis] for value in (self.up, self.down)])
 
     def fused(self, layout: BlockLayout | None) -> list[ir.Node]:
         """MoE or QMoE: its softmax of log-weights gives the weights back, divided by their sum."""
@@ -221,6 +247,9 @@ class _Lowering:
         blocks = layout.num_blocks(width)
 
         def quantized() -> QuantizedBlocks:
+            found = self._stored(name)
+            if found is not None:
+                return found
             weight = self._weights[name]
             matrices = convert(weight.transpose(1, 2) if self.given["transposed"] else weight)
             return quantize_blocks(matrices.reshape(-1, width), layout)
@@ -262,8 +291,4 @@ class _Lowering:
         return torch.cat([x[:, ::2], x[:, 1::2]], dim=1) if self.given["interleaved"] else x
 
     def _interleaved(self, x: Tensor) -> Tensor:
-        """Return rows that alternate between gate and up, as MoE expects them."""
-        if self.given["interleaved"]:
-            return x
-        gate, up = x.chunk(2, dim=1)
-        return torch.stack([gate, up], dim=2).flatten(1, 2)
+        return interleaved(x, self.gate)

@@ -145,10 +145,17 @@ class _Lowering:
         """Replace the experts of a layer."""
         module = _module_of(node)
         wanted = self._recipe.format_of(module)
-        layout = lower_experts(self.editor, node, self._weights, wanted if isinstance(wanted, Blocks) else None)
+        layout = lower_experts(
+            self.editor, node, self._weights, wanted if isinstance(wanted, Blocks) else None, self._stored_experts
+        )
         if layout is not None:
             stored = StoredFormat(Blocks(layout.bits, layout.size, layout.symmetric))
             self.stored |= {f"{module}.{name}": stored for name in ("gate_up_proj", "down_proj")}
+
+    def _stored_experts(self, name: str) -> Any:
+        """Return the matrices of a layer's experts if they are calibrated."""
+        calibrated = self._calibrated
+        return None if calibrated is None or name not in calibrated.formats else calibrated.load(name)
 
     def lower_embedding(self, node: ir.Node) -> None:
         """Replace `Gather(weight [V, hidden], input_ids)` if the embedding can be stored in the recipe's format."""

@@ -222,7 +222,7 @@ class _Calibration:
                 quantized = weight_format.calibrate(weight, observed)
             except CheckpointError as problem:
                 raise CheckpointError(f"{module}.weight: {problem}") from problem
-            error = _relative_error(apply(quantized, samples), expected)
+            error = relative_error(apply(quantized, samples), expected)
             least = min(least, error) if weight_format.static_activations else least
             self._errors[module, weight_format] = error
             self._store.add(module, weight_format, (len(weight), weight.shape[1]), quantized)
@@ -303,6 +303,7 @@ def _summarize(x: Tensor, threads: Executor) -> ObservedInputs:
     return ObservedInputs(Hessian.of(x, threads), samples.to(torch.float32, copy=True))
 
 
-def _relative_error(output: Tensor, expected: Tensor) -> float:
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """Return the mean squared error of outputs [rows, N], each relative to the square of what is expected."""
     errors = (output - expected).square().sum(-1) / expected.square().sum(-1).clamp(min=1e-20)
     return errors.mean().item()
