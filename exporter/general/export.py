@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from llm_edge.checkpoint.reasoning import find_reasoning
@@ -22,7 +19,8 @@ from llm_edge.exporter.general.architecture import Architecture
 from llm_edge.exporter.general.calibrate import calibrate_general
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
 from llm_edge.exporter.general.decoder import AttentionMode
-from llm_edge.exporter.general.recipes import GENERAL_RECIPES, general_recipes
+from llm_edge.exporter.general.functions import UnsupportedModelError
+from llm_edge.exporter.general.recipes import general_recipes
 from llm_edge.exporter.general.reference import LongText, record_general_reference
 from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
@@ -31,13 +29,20 @@ from llm_edge.exporter.quantization.calibrate import CalibratedWeights
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.results import Report, precision_reports
 from llm_edge.exporter.texts import Window, load_calibration, load_validation
-from llm_edge.exporter.validation.compare import Difference, Parity, Quality, score
+from llm_edge.exporter.validation.compare import Difference, Parity, Quality
+from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.exporter.validation.independent import IndependentCheck
-from llm_edge.exporter.validation.parity import UNQUANTIZED, Validation, check_parity, run_session
+from llm_edge.exporter.validation.parity import (
+    UNQUANTIZED,
+    Exported,
+    Validation,
+    check_parity,
+    forward_of,
+    open_exported,
+    score_exported,
+)
 from llm_edge.exporter.validation.reference import ReferenceLogits
-from llm_edge.exporter.validation.windows import logits_bytes, select_windows
-from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
-from llm_edge.runtime.backend.session import Session
+from llm_edge.exporter.validation.windows import Forward, Run, logits_bytes, select_windows, step_rows
 from llm_edge.runtime.errors import CheckpointError, ParameterError
 from llm_edge.runtime.safe_io import short_repr
 
@@ -63,10 +68,12 @@ def export_general(
     with staging(target, options.force) as folder:
         models = folder / writer.name
         models.mkdir()
-        check_disk_space(
-            folder, 4 * len(recipes) * architecture.parameters + logits_bytes(windows, architecture.vocab_size)
-        )
-        calibrated = _calibrate(checkpoint, recipes, folder / "calibration", progress)
+        check_disk_space(folder, _required_bytes(architecture, recipes, windows))
+        try:
+            calibrated = _calibrate(checkpoint, recipes, folder / "calibration", progress)
+        except UnsupportedModelError as problem:
+            note = f"quantized weights are rounded to nearest, without calibration: {problem}"
+            calibrated, checkpoint = {}, dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
         stored = writer.write(models, checkpoint, recipes, progress, calibrated)
         shutil.rmtree(folder / "calibration", ignore_errors=True)
         validation = _validate(models, checkpoint, recipes, writer, windows, progress)
@@ -100,6 +107,13 @@ def _calibrate(
     return calibrate_general(
         checkpoint, quantized, windows, folder, lambda done, item: progress("calibrating", done, item)
     )
+
+
+def _required_bytes(architecture: Architecture, recipes: tuple[Recipe, ...], windows: list[Window]) -> int:
+    """Return the approximate disk space for the graphs, and for what is temporary."""
+    # Calibrated weights are stored until the graphs are written.
+    per_weight = [(1 if recipe.lossless else 2) * recipe.projections.bytes_per_weight for recipe in recipes]
+    return int(architecture.parameters * sum(per_weight)) + logits_bytes(windows, architecture.vocab_size)
 
 
 def _check(options: ExportOptions) -> None:
@@ -137,30 +151,29 @@ def _with_reasoning(checkpoint: GeneralCheckpoint) -> GeneralCheckpoint:
 
 
 def _compare(
-    folder: Path,
-    checkpoint: GeneralCheckpoint,
-    recipe: Recipe,
-    writer: GeneralWriter,
+    name: str,
+    model: Exported,
     expected: ReferenceLogits,
     long_text: LongText | None,
     progress: Callable[[float], None] = lambda _: None,
+    *,
+    exact: bool,
 ) -> tuple[Parity, Quality]:
-    """Compare the graph of a precision; raise ParityError if it is not quantized and exceeds the bounds."""
-    session = writer.open(folder, checkpoint.config.shape, recipe)
-    parity, quality = score(expected, partial(run_session, session), progress)
+    """Compare a precision; raise ParityError if it is to be `exact` and exceeds the bounds."""
+    parity, quality = score_exported(expected, model, progress)
     if long_text is not None:
-        parity = dataclasses.replace(parity, beyond_windows=_compare_long_text(session, long_text))
-    check_parity(recipe.name, parity, exact=recipe.lossless)
+        difference = _compare_long_text(forward_of(model), long_text, step_rows(expected.vocab_size))
+        parity = dataclasses.replace(parity, beyond_windows=difference)
+    check_parity(name, parity, exact=exact)
     return parity, quality
 
 
-def _compare_long_text(session: Session, text: LongText) -> Difference:
-    """Return the difference of the logits at the end of a text; see `Parity`."""
-    session.clear_cache()
+def _compare_long_text(forward: Forward, text: LongText, rows: int) -> Difference:
+    """Return the difference of the logits at the end of a text, which is run in steps of `rows`; see `Parity`."""
     body = len(text.tokens) - len(text.logits)
-    for start in range(0, body, MAX_STEP_TOKENS):
-        session.step(text.tokens[start : min(start + MAX_STEP_TOKENS, body)])
-    found = torch.from_numpy(session.step(text.tokens[body:], num_logits=0))
+    chunks = [text.tokens[start : min(start + rows, body)] for start in range(0, body, rows)]
+    for logits in forward([Run((*chunks, text.tokens[body:]), 0)]):
+        found = logits  # of the last step, finally
     difference = (found - text.logits).abs()
     return Difference(difference.max().item(), difference.mean().item())
 
@@ -182,17 +195,18 @@ def _validate(
     parities, qualities = {}, {}
     if not any(recipe.lossless for recipe in recipes):
         progress("validating", _REFERENCE_FRACTION, UNQUANTIZED)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as proof:
-            exact = GENERAL_RECIPES["fp32"]
-            writer.write(Path(proof), checkpoint, (exact,), lambda *_: None)
-            parities[UNQUANTIZED] = _compare(Path(proof), checkpoint, exact, writer, expected, long_text)[0]
+        graph = PartwiseGraph(writer.unquantized(checkpoint), checkpoint.config.shape)
+        parities[UNQUANTIZED] = _compare(UNQUANTIZED, graph, expected, long_text, exact=True)[0]
     for number, recipe in enumerate(recipes):
 
         def update_recipe(fraction: float, number: int = number, name: str = recipe.name) -> None:
             done = (number + fraction) / len(recipes)
             progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
 
-        compared = _compare(folder, checkpoint, recipe, writer, expected, long_text, update_recipe)
+        update_recipe(0.0)
+        model = open_exported(folder, checkpoint.config.shape, recipe, writer)
+        compared = _compare(recipe.name, model, expected, long_text, update_recipe, exact=recipe.lossless)
         parities[recipe.name], qualities[recipe.name] = compared
+        del model  # only one model in memory at a time
     expected.path.unlink()
     return Validation(parities, qualities, IndependentCheck(reason="the reference is transformers' own model"))

@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
+from llm_edge.exporter.general.functions import UnsupportedModelError
 from llm_edge.exporter.general.lockstep import LayerwiseModel
 from llm_edge.exporter.progress import ItemProgress
 from llm_edge.exporter.texts import Window
@@ -65,7 +66,11 @@ def record_general_reference(
     long_tokens = _long_text(checkpoint, windows)
     by_layer = 4 * checkpoint.config.parameters > max_bytes
     with path.open("wb") as file, silence_transformers(transformers), torch.inference_mode():
-        top, long_logits = _run(checkpoint, windows, long_tokens, file, progress, by_layer=by_layer)
+        try:
+            top, long_logits = _run(checkpoint, windows, long_tokens, file, progress, by_layer=by_layer)
+        except UnsupportedModelError:  # layers are not run one after another
+            file.seek(0)
+            top, long_logits = _run(checkpoint, windows, long_tokens, file, progress, by_layer=False)
     gc.collect()
     targets = [token for window in windows for token in (*window.tokens[1:], -1)]
     recorded = ReferenceLogits(

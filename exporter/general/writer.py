@@ -18,8 +18,8 @@ from llm_edge.exporter.general.trace import trace_general
 from llm_edge.exporter.graph.lower import apply_recipe
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
-from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredPrecision
-from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat, StoredPrecision
+from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +41,10 @@ class GeneralWriter(GraphFiles):
 
         Weights that `calibrated` does not hold, by recipe name, are rounded to nearest.
         """
-        architecture = model.config
-        if not self._traced:
-            progress("tracing", None, f"{len(architecture.decoder.caches)} layers")
-            with architecture.fake_mode:
-                self._traced.append(trace_general(architecture.decoder))
-        weights = PublicWeights(model)
+        progress("tracing", None, f"{len(model.config.decoder.caches)} layers")
         stored = {}
         for number, recipe in enumerate(recipes):
-            graph = self._traced[0].clone()
-            formats = apply_recipe(
-                graph,
-                weights,
-                recipe,
-                self.style,
-                calibrated.get(recipe.name),
-                tied=architecture.tie_word_embeddings,
-            )
-            fold(graph)
+            graph, formats = self._lowered(model, recipe, calibrated.get(recipe.name))
             stored[recipe.name] = StoredPrecision(formats)
 
             def on_save(_: ir.TensorProtocol, info: Any, number: int = number, name: str = recipe.name) -> None:
@@ -66,6 +52,24 @@ class GeneralWriter(GraphFiles):
 
             save_graph(graph, folder / self.file_name(recipe), on_save)
         return stored
+
+    def unquantized(self, model: GeneralCheckpoint) -> ir.Model:
+        """Return the graph of fp32, whose weights are read when they are used."""
+        return self._lowered(model, RECIPES["fp32"], None)[0]
+
+    def _lowered(
+        self, model: GeneralCheckpoint, recipe: Recipe, calibrated: CalibratedWeights | None
+    ) -> tuple[ir.Model, dict[str, StoredFormat]]:
+        """Return the graph of a recipe, and the formats of its weights."""
+        architecture = model.config
+        if not self._traced:
+            with architecture.fake_mode:
+                self._traced.append(trace_general(architecture.decoder))
+        graph = self._traced[0].clone()
+        tied = architecture.tie_word_embeddings
+        formats = apply_recipe(graph, PublicWeights(model), recipe, self.style, calibrated, tied=tied)
+        fold(graph)
+        return graph, formats
 
 
 class PublicWeights(Mapping[str, Tensor]):

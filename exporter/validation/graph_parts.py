@@ -51,6 +51,8 @@ class PartwiseGraph:
         model.graph.sort()
         self._model = model
         self._shape = shape
+        # TensorScatter writes into the cache that it is given; other operators return a longer one.
+        self._scattered = {name_of(node.inputs[0]) for node in model.graph if node.op_type == "TensorScatter"}
         self._parts = _split(model.graph, part_bytes)
 
     def __len__(self) -> int:
@@ -85,7 +87,12 @@ class PartwiseGraph:
         weights = {name: tensor.numpy() for name, tensor in _large(part).items()}
         session: Any = None
         for run_values in values:
-            past = {name: self._cache(name, 0) for name in part.inputs if name.startswith(_PAST)}
+            total = run_values[-1]["attention_mask"].shape[1]
+            past = {
+                name: self._cache(name, total if name in self._scattered else 0)
+                for name in part.inputs
+                if name.startswith(_PAST)
+            }
             for chunk in run_values:
                 feeds = {name: chunk[name] for name in part.inputs if name in chunk} | weights | past
                 session = session or self._session(part, feeds)

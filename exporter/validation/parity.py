@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint
-from llm_edge.exporter.bundle.onnx_writer import OnnxWriter
+from llm_edge.exporter.bundle.onnx_writer import GraphFiles, OnnxWriter
 from llm_edge.exporter.bundle.writer import BundleWriter
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.recipes import Recipe
@@ -38,7 +39,7 @@ from llm_edge.exporter.validation.compare import (
 from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.exporter.validation.independent import IndependentCheck, compare_with_transformers
 from llm_edge.exporter.validation.reference import ReferenceLogits, record_reference, reference_logits
-from llm_edge.exporter.validation.windows import Run, select_windows
+from llm_edge.exporter.validation.windows import Forward, Run, select_windows
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
 from llm_edge.runtime.backend.open import AnySession
@@ -46,6 +47,8 @@ from llm_edge.runtime.backend.session import Session
 from llm_edge.runtime.errors import ParityError
 from llm_edge.runtime.model_shape import ModelShape, key_value_caches
 
+Exported: TypeAlias = AnySession | PartwiseGraph
+"""A loaded model."""
 ROTATED = "rotated"
 """Name of the rotated model in `Validation.parities`."""
 UNQUANTIZED = "fp32"
@@ -120,11 +123,8 @@ def verify_parity(
             progress("validating", _REFERENCE_FRACTION + (1 - _REFERENCE_FRACTION) * done, name)
 
         update_recipe(0.0)
-        model = _open(folder, config, recipe, writer)
-        if isinstance(model, PartwiseGraph):
-            parity, quality = score(expected, partial(model, progress=update_recipe))
-        else:
-            parity, quality = score(expected, partial(run_session, model), update_recipe)
+        model = open_exported(folder, model_shape(config), recipe, writer)
+        parity, quality = score_exported(expected, model, update_recipe)
         if writer.hidden_size is not None:
             parity = dataclasses.replace(parity, hidden_states=_compare_hidden_states(expected, model))
         check_parity(recipe.name, parity, exact=recipe.lossless)
@@ -152,15 +152,29 @@ def _compare_unquantized(checkpoint: Checkpoint, expected: ReferenceLogits, writ
     return parity
 
 
-def _open(folder: Path, config: ModelConfig, recipe: Recipe, writer: BundleWriter) -> AnySession | PartwiseGraph:
+def open_exported(folder: Path, shape: ModelShape, recipe: Recipe, writer: BundleWriter | GraphFiles) -> Exported:
     """Load an exported model in the runtime, or part by part if it is large and not quantized."""
     size = sum(path.stat().st_size for path in writer.files(folder, recipe))
-    if isinstance(writer, OnnxWriter) and (recipe.lossless or recipe.float16) and size > _WHOLE_BYTES:
-        return PartwiseGraph(ir.load(folder / writer.file_name(recipe)), model_shape(config))
-    return writer.open(folder, model_shape(config), recipe)
+    if isinstance(writer, GraphFiles) and (recipe.lossless or recipe.float16) and size > _WHOLE_BYTES:
+        return PartwiseGraph(ir.load(folder / writer.file_name(recipe)), shape)
+    return writer.open(folder, shape, recipe)
 
 
-def run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
+def score_exported(
+    expected: ReferenceLogits, model: Exported, progress: Callable[[float], None]
+) -> tuple[Parity, Quality]:
+    """Compare a loaded model with the reference; `progress` is called with the completed fraction."""
+    if isinstance(model, PartwiseGraph):
+        return score(expected, partial(model, progress=progress))
+    return score(expected, forward_of(model), progress)
+
+
+def forward_of(model: Exported) -> Forward:
+    """Return what runs a loaded model."""
+    return model if isinstance(model, PartwiseGraph) else partial(_run_session, model)
+
+
+def _run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
     """Run a loaded model; see `Forward`."""
     for run in runs:
         session.clear_cache()
@@ -168,7 +182,7 @@ def run_session(session: AnySession, runs: Sequence[Run]) -> Iterator[Tensor]:
             yield torch.from_numpy(session.step(chunk, num_logits=0))
 
 
-def _compare_hidden_states(expected: ReferenceLogits, model: AnySession | PartwiseGraph) -> Difference:
+def _compare_hidden_states(expected: ReferenceLogits, model: Exported) -> Difference:
     """Return the difference of a model's hidden states of the prompt; see `Parity`."""
     if isinstance(model, PartwiseGraph):
         states = model.hidden_states(expected.prompt)

@@ -66,10 +66,14 @@ def logits_bytes(windows: Sequence[Window], vocab_size: int) -> int:
     return 4 * vocab_size * sum(len(window.tokens) for window in windows)
 
 
+def step_rows(vocab_size: int) -> int:
+    """Return the number of tokens in a step whose logits are all computed."""
+    return min(max(_MAX_STEP_BYTES // (4 * vocab_size) // 64 * 64, 64), MAX_STEP_TOKENS)
+
+
 def scoring_runs(windows: Sequence[Window], vocab_size: int) -> tuple[Run, ...]:
     """Return one run per window, in as few steps as the size of their logits allows."""
-    rows = min(max(_MAX_STEP_BYTES // (4 * vocab_size) // 64 * 64, 64), MAX_STEP_TOKENS)
-    runs, offset = [], 0
+    rows, runs, offset = step_rows(vocab_size), [], 0
     for window in windows:
         starts = range(0, len(window.tokens), rows)
         runs.append(Run(tuple(window.tokens[start : start + rows] for start in starts), offset))

@@ -16,8 +16,11 @@ from llm_edge.exporter.general.architecture import architecture_of
 from llm_edge.exporter.general.checkpoint import read_general_folder
 from llm_edge.exporter.general.decoder import AttentionMode
 from llm_edge.exporter.general.reference import record_general_reference
+from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
 from llm_edge.exporter.texts import Window
+from llm_edge.exporter.validation.compare import score
+from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.runtime import Model
 from llm_edge.runtime.errors import CheckpointError, ParameterError, UnknownFamilyError
 from llm_edge.runtime.sampling.params import SamplingParams
@@ -96,6 +99,16 @@ def test_a_reference_that_is_loaded_layer_by_layer_computes_the_same(qwen3_moe: 
     )
     assert torch.allclose(whole.logits(0, 127), parts.logits(0, 127), atol=1e-5)
     assert torch.equal(whole.top, parts.top)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_text"])  # a cache that is written in place; states
+def test_a_graph_in_parts_computes_the_same(tmp_path: Path, kind: str) -> None:
+    checkpoint = read_general_folder(save(kind, tmp_path / "model"))
+    windows = [Window(tuple(range(3, 3 + length))) for length in (60, 9)]
+    expected, _ = record_general_reference(checkpoint, windows, tmp_path / "logits", lambda *_: None)
+    graph = PartwiseGraph(GeneralWriter().unquantized(checkpoint), checkpoint.config.shape, part_bytes=1)
+    assert len(graph) > 20
+    assert score(expected, graph)[0].within_bounds
 
 
 def test_weights_are_read_one_at_a_time_and_experts_are_stacked(qwen3_moe: Path) -> None:
