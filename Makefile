@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
 .PHONY: setup demo test lint types check stress stress-server docs pictures bench bench-server bench-peers bench-finetune compat \
-	fuzz kill kill-finetune schemathesis sweep clean
+	fuzz kill kill-finetune schemathesis sweep end-to-end clean
 
 setup: $(STAMP)
 
@@ -94,6 +94,10 @@ schemathesis: setup
 # Exports a tiny model of every causal language model in transformers and compares it: make sweep [KINDS="lfm2 bamba"]
 sweep: setup
 	$(BIN)/python tests/sweep/run.py $(KINDS)
+
+# Exports tiny models of twelve kinds to int8 and int4, and talks to them: make end-to-end [KINDS="lfm2 gpt_oss"]
+end-to-end: setup
+	$(BIN)/python tests/sweep/end_to_end.py $(KINDS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -16,3 +16,9 @@ def return_freed_blocks() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _BLOCK)
+
+
+def return_freed_pages() -> None:
+    """Let glibc return what is free in the heaps of all threads to the system; others do by themselves."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llm_edge.exporter.general.architecture import create_without_values
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
 from llm_edge.exporter.general.functions import UnsupportedModelError
+from llm_edge.exporter.memory import return_freed_pages
 
 
 class LayerwiseModel:
@@ -34,6 +35,8 @@ class LayerwiseModel:
     def __init__(self, checkpoint: GeneralCheckpoint, *, with_head: bool) -> None:
         self._weights = checkpoint.weights
         self.model: Any = create_without_values(checkpoint.config.config)
+        if self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation("eager")  # the default copies the weights of all experts
         self.layers = _layers(self.model)
         skipped = {f"{path}.{name}" for path, layer in self.layers.items() for name in layer.state_dict()}
         tied = {target: source for target, source in self.model.all_tied_weights_keys.items() if target not in skipped}
@@ -66,6 +69,7 @@ class LayerwiseModel:
                 _fill(layer, self._weights, f"{path}.", list(layer.state_dict()))
                 yield path, layer, lambda number=number: _advance(threads, number)  # type: ignore[misc]
                 _release(layer)
+                return_freed_pages()
 
 
 class _Stopped(BaseException):

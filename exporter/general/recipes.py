@@ -11,14 +11,15 @@ from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
 from llm_edge.runtime.errors import ParameterError
 
 _INT8 = Blocks(bits=8, size=32, symmetric=True)
-_INT4 = Blocks(bits=4, size=32, symmetric=False)
+_INT4 = Blocks(bits=4, size=64, symmetric=False)
+_INT4_ENDS = Blocks(bits=8, size=64, symmetric=True)  # embedding and head
 _ROUTERS = dict.fromkeys(("gate", "router"), Dense())  # small, and a wrong choice of experts costs most
 
 GENERAL_RECIPES: Mapping[str, Recipe] = {
     "fp32": RECIPES["fp32"],
     "int8": Recipe("int8", RECIPES["int8"].stem, projections=_INT8, overrides=_ROUTERS, embedding=_INT8),
     "int4": Recipe(
-        "int4", RECIPES["int4"].stem, projections=_INT4, overrides={**_ROUTERS, HEAD: _INT8}, embedding=_INT8
+        "int4", RECIPES["int4"].stem, projections=_INT4, overrides={**_ROUTERS, HEAD: _INT4_ENDS}, embedding=_INT4_ENDS
     ),
 }
 

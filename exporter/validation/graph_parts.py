@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.exporter.graph.editor import name_of
+from llm_edge.exporter.memory import return_freed_pages
 from llm_edge.exporter.validation.windows import Run
 from llm_edge.runtime.backend.graph import HIDDEN_STATES, inference_session
 from llm_edge.runtime.model_shape import ModelShape
@@ -81,6 +82,7 @@ class PartwiseGraph:
             for tensor in _large(part).values():
                 if isinstance(tensor, ir.ExternalTensor):
                     tensor.release()  # its mapped pages
+            return_freed_pages()
 
     def _run_part(self, part: _Part, values: list[list[Values]]) -> Iterator[Values]:
         """Run a part over the values of each chunk of each run; add its outputs to them and yield them."""

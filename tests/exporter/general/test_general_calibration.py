@@ -46,7 +46,7 @@ def test_rounded_weights_err_less_than_those_rounded_to_nearest(qwen3_moe: Path,
         name = f"layers.{number}.self_attn.q_proj"
         weight = checkpoint.weights[f"model.{name}.weight"].float()
         inputs = _inputs(checkpoint, f"model.layers.{number}.input_layernorm")
-        nearest = quantize_blocks(weight, BlockLayout(4, 32, symmetric=False))
+        nearest = quantize_blocks(weight, BlockLayout(4, 64, symmetric=False))
         errors = [
             (inputs @ (quantized.dequantized(64) - weight).T).square().sum()
             for quantized in (calibrated.store.load(name, calibrated.formats[name].format), nearest)
@@ -134,5 +134,5 @@ def test_a_model_that_repeats_layers_is_rounded_to_nearest(
     report = export(str(qwen3_moe), ExportOptions(output=tmp_path / "bundle", precision="int4"))
     assert any("rounded to nearest" in note for note in report.notes)
     stored = report.precisions[0].stored.formats["layers.0.self_attn.q_proj"]
-    assert str(stored.format) == "int4 blocks of 32, zero points"
+    assert str(stored.format) == "int4 blocks of 64, zero points"
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir() if "calib" in path.name) == []
