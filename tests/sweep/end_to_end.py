@@ -2,6 +2,8 @@
 
 Of each: the report, a chat by the model's template, eight callers of an engine, a second turn that continues the first
 one, a cancelled answer, and a cache that is saved and loaded. Answers have to be those of a model that has one caller.
+Of several callers they may differ from a token on that was nearly as likely: kernels of experts sum in another order
+for other numbers of tokens, and rounded activations enlarge that.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from general_models import save
 
 from llm_edge.exporter.export import export
 from llm_edge.exporter.options import ExportOptions
-from llm_edge.runtime import FinishReason, Model, SamplingParams
+from llm_edge.runtime import FinishReason, GenerationResult, Model, SamplingParams
 from llm_edge.runtime.engine import Engine
 from llm_edge.runtime.scheduling.prefixes import aligned_prefix
 
@@ -29,7 +31,8 @@ KINDS = (
     *("gpt_oss", "qwen3_moe", "qwen3_5", "gemma4", "lfm2", "granitemoehybrid", "deepseek_v3", "gemma3", "glm4_moe"),
     *("falcon_h1", "nemotron_h", "qwen3_next"),
 )
-PARAMS = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=-1, max_tokens=24)
+PARAMS = SamplingParams(temperature=0, repetition_penalty=10, repetition_window=-1, max_tokens=24, logprobs=5)
+TIE = 0.05  # difference of log-probabilities
 SYSTEM = "The quick brown fox jumps over the lazy dog. " * 5
 QUESTIONS = [SYSTEM * (number % 3) + f"Question {number}: what is the capital of France?" for number in range(8)]
 
@@ -41,10 +44,10 @@ class Talk:
         self.bundle, self.precision = bundle, precision
         self.model = Model.load(bundle, precision, provider="cpu", threads=1)
 
-    def alone(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """The tokens of an answer that nothing cached contributes to."""
+    def alone(self, tokens: Sequence[int]) -> GenerationResult:
+        """An answer that nothing cached contributes to."""
         self.model.clear_cache()
-        return self.model.generate(list(tokens), PARAMS).result().tokens
+        return self.model.generate(list(tokens), PARAMS).result()
 
     def engine(self) -> Engine:
         return Engine.load(self.bundle, self.precision, threads=1)
@@ -54,14 +57,14 @@ class Talk:
         tokens = self.model.encode_chat(messages)
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.bundle)
         wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        return list(tokens) == list(wanted) and self.model.chat(messages, PARAMS).result().tokens == self.alone(tokens)
+        return list(tokens) == list(wanted) and _is_same(self.model.chat(messages, PARAMS).result(), self.alone(tokens))
 
     def eight_callers(self) -> bool:
         prompts = [self.model.encode_prompt(question) for question in QUESTIONS]
         wanted = [self.alone(prompt) for prompt in prompts]
         with contextlib.closing(self.engine()) as engine:
             answers = [engine.generate(prompt, PARAMS) for prompt in prompts]
-            return [answer.result().tokens for answer in answers] == wanted
+            return all(_is_same(answer.result(), each) for answer, each in zip(answers, wanted, strict=True))
 
     def second_turn(self) -> bool:
         with contextlib.closing(self.engine()) as engine:
@@ -93,6 +96,15 @@ class Talk:
                 result = second.generate(prompt, PARAMS).result()
                 reused = result.timings.cached_tokens >= aligned_prefix(saved, len(prompt))
                 return loaded == saved > 0 and reused and result.tokens == wanted
+
+
+def _is_same(found: GenerationResult, wanted: GenerationResult) -> bool:
+    """Whether the tokens are the same up to one that was nearly as likely."""
+    assert wanted.logprobs is not None
+    for token, each in zip(found.tokens, wanted.logprobs, strict=True):
+        if token != each.token:
+            return dict(each.top).get(token, -float("inf")) > each.logprob - TIE
+    return True
 
 
 CHECKS: tuple[Callable[[Talk], bool], ...] = (
