@@ -152,7 +152,7 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         visible = visible & (slots > new_slots - inputs.window)
     visible = visible | (slots == new_slots)  # padding attends to itself, so that its softmax is finite
     if inputs.softcap or inputs.sinks is not None:
-        attended = _explicit_attention(query, key, value, visible, inputs.scale, inputs.softcap, inputs.sinks)
+        attended = explicit_attention(query, key, value, visible, inputs.scale, inputs.softcap, inputs.sinks)
     else:
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=inputs.scale, enable_gqa=True
@@ -181,7 +181,7 @@ def packed_attention(inputs: PackedInputs) -> Tensor:
     parts = list(zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True))
     if softcap:
         capped = [
-            _explicit_attention(query, key, value, _causal_mask(query, window), scale, softcap)
+            explicit_attention(query, key, value, _causal_mask(query, window), scale, softcap)
             for query, key, value in parts
         ]
         return torch.cat(capped, dim=2).transpose(1, 2).reshape(length, -1)
@@ -217,7 +217,7 @@ def _causal_mask(query: Tensor, window: int) -> Tensor:
     return seen.triu(1 - window) if 0 < window < length else seen
 
 
-def _explicit_attention(
+def explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -65,7 +65,7 @@ class LinearAttentionInputs(NamedTuple):
         query: [B, S, H, D].
         key: [B, S, H, D].
         value: [B, S, H, E].
-        decay: g, [B, S, H]; 0 on padding.
+        decay: g, [B, S, H], or [B, S, H, D] for each row of the state; 0 on padding.
         beta: [B, S, H], 0 on padding; None without delta rule, then values of padding are 0.
         state: [B, H, D, E].
         scale: factor of the output.
@@ -83,9 +83,9 @@ class LinearAttentionInputs(NamedTuple):
 def linear_recurrence(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
     """Return the output [B, S, H, E] and the new state [B, H, D, E]."""
     query, key, value, decay, beta, state, scale = inputs
-    state, outputs = state.clone(), []
+    state, kept, outputs = state.clone(), decay.exp(), []
     for token in range(query.shape[1]):
-        state = state * decay[:, token, :, None, None].exp()
+        state = state * kept[:, token].reshape(*state.shape[:2], -1, 1)
         k, update = key[:, token, :, :, None], value[:, token]
         if beta is not None:
             update = beta[:, token, :, None] * (update - (state * k).sum(2))

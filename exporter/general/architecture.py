@@ -75,9 +75,14 @@ class Architecture:
         Raises:
             CheckpointError: it does something that has no form here.
         """
+        with self.refusing(), silence_transformers(transformers), self.fake_mode, _without_initialization():
+            return general_decoder(_create(self.config))
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Raise CheckpointError for whatever is raised within: the architecture is not supported."""
         try:
-            with silence_transformers(transformers), self.fake_mode:
-                return general_decoder(_create(self.config))
+            yield
         except Exception as error:
             known = isinstance(error, UnsupportedModelError)
             reason = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -131,6 +136,18 @@ def _create(config: Any) -> Any:
     own = copy.deepcopy(config)  # models write their implementation of attention to it
     model = create(own, attn_implementation="eager", dtype=torch.float32)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+@contextlib.contextmanager
+def _without_initialization() -> Iterator[None]:
+    """Leave parameters as they are created: some initializations need values, which fake tensors lack."""
+    model_class = transformers.PreTrainedModel
+    initialize = model_class.initialize_weights
+    model_class.initialize_weights = lambda _: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        model_class.initialize_weights = initialize  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

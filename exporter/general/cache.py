@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,7 @@ class StateLayer(LinearAttentionLayer):
         Where the convolution is an operator that reads the state itself, these are the new inputs only.
         """
         del conv_kernel_size  # known since the layer was created
+        step().start_scan(self)
         past = self.convolutions[state_idx]
         if step().reads_convolutions:
             step().convolved[id(conv_states)] = self, state_idx
@@ -153,6 +154,21 @@ class Step:
         self.alive: list[Tensor] = []
         self.operator = operator
         self.reads_convolutions = reads_convolutions
+        self._scanned: Iterator[Tensor] = iter(())
+        self._state_layers = (layer for layer in layers if isinstance(layer, StateLayer))
+
+    def start_scan(self, layer: StateLayer) -> None:
+        """Make `next_state` return this layer's state, or those of its heads one after another."""
+        state = layer.states[0] if layer.states else None
+        self._scanned = iter(() if state is None else [state] if state.ndim == 3 else state.unbind(1))
+
+    def next_state(self) -> Tensor:
+        """Return the state before the step for a scan that gets none, [B, C, N]."""
+        return next(self._scanned)
+
+    def next_state_layer(self) -> StateLayer:
+        """Return the layers with states one after another, for modules that do not use transformers' cache for them."""
+        return next(self._state_layers)
 
     def owner(self, key: Tensor) -> KeyValueLayer | None:
         """Return the layer whose `update` returned these keys; several layers may attend to them."""

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from llm_edge.exporter.general.cache import HybridLayer, KeyValueLayer, StateLayer, Step
 from llm_edge.exporter.general.functions import (
     IMPLEMENTATION,
     KeysChangedError,
     UnsupportedModelError,
-    reads_convolutions,
-    replaced,
 )
+from llm_edge.exporter.general.modules import states_outside_of_cache
+from llm_edge.exporter.general.replacements import reads_convolutions, replaced
 from llm_edge.model.attention import positions_of
 from llm_edge.runtime.model_shape import CacheTensor
+
+_CACHE_NAMES = ("past_key_values", "cache_params")
+"""Of the cache as an argument and in the outputs of transformers' models."""
 
 
 class AttentionMode(Enum):
@@ -55,7 +58,9 @@ class GeneralDecoder(nn.Module):
         if model._can_set_experts_implementation():
             model.set_experts_implementation(IMPLEMENTATION)
         model.set_attn_implementation("eager" if mode is AttentionMode.OWN else IMPLEMENTATION)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
         self._reads_convolutions = reads_convolutions(model)
         ends = {id(model.get_input_embeddings()): "embed_tokens", id(model.get_output_embeddings()): "lm_head"}
         self._renamed = {path: ends[id(module)] for path, module in model.named_modules() if id(module) in ends}
@@ -80,8 +85,8 @@ class GeneralDecoder(nn.Module):
             logits: Tensor = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=step.cache,
                 use_cache=True,
+                **{self._cache_name: step.cache},
                 **positions,
             ).logits
         return logits, [_tensors(layer) for layer in layers]
@@ -153,13 +158,12 @@ def cache_layout(model: Any) -> list[list[CacheTensor]]:
     experts = model.config._experts_implementation if model._can_set_experts_implementation() else None
     if experts is not None:
         model.set_experts_implementation("batched_mm")  # the default needs bfloat16 on the meta device
-    with torch.no_grad():
-        tokens = torch.ones(1, 3, dtype=torch.int64, device=device)
-        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
-    if cache is None:
-        raise UnsupportedModelError("its cache is not one of transformers' layers")
+    with torch.no_grad(), replaced(model, in_step=False):
+        cache = _created_cache(model, torch.ones(1, 3, dtype=torch.int64, device=device))
+    elsewhere = states_outside_of_cache(model, cache)
     layout = []
-    for number, layer in enumerate(cache.layers):
+    for number in range(max([len(cache.layers), *(each + 1 for each in elsewhere)])):
+        layer: Any = cache.layers[number] if number < len(cache.layers) else None
         found: list[CacheTensor] = []
         if getattr(layer, "keys", None) is not None:
             for name, tensor in (("key", layer.keys), ("value", layer.values)):
@@ -173,8 +177,24 @@ def cache_layout(model: Any) -> list[list[CacheTensor]]:
             for index, state in layer.recurrent_states.items():
                 if state is not None:
                     found.append(CacheTensor(f"{number}.state.{index}", tuple(state.shape[1:]), grows=False))
+        for name, state in elsewhere.get(number, {}).items():
+            found.append(CacheTensor(f"{number}.{name}.0", tuple(state.shape[1:]), grows=False))
         layout.append(found)
     return layout
+
+
+def _created_cache(model: Any, tokens: Tensor) -> Cache:
+    """Return the cache that a model fills in a step over tokens [B, S]."""
+    outputs = model(input_ids=tokens, use_cache=True)
+    cache: Any = next(filter(None, (getattr(outputs, name, None) for name in _CACHE_NAMES)), None)
+    if cache is None and _CACHE_NAMES[0] in inspect.signature(model.forward).parameters:  # it is not returned
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens, use_cache=True, past_key_values=cache)
+    if cache is None:
+        raise UnsupportedModelError("it has no cache")
+    if not isinstance(cache, Cache):
+        raise UnsupportedModelError("its cache is not one of transformers' layers")
+    return cache
 
 
 def _layer(

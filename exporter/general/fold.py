@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript.optimizer import fold_constants
 
-_MAX_ELEMENTS = 1 << 16  # of an input or result; larger ones are weights
+_MAX_ELEMENTS = 1 << 20  # of an input or result; larger ones are weights
 
 
 def fold(model: ir.Model) -> None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llm_edge.exporter.general.cache import step
-from llm_edge.model.attention import cached_attention
+from llm_edge.model.attention import cached_attention, explicit_attention, positions_of
 from llm_edge.model.config import Activation
 from llm_edge.model.experts import ExpertsInputs, Gate, experts
 from llm_edge.model.recurrence import causal_convolution, linear_attention, new_tokens
@@ -36,26 +34,30 @@ class KeysChangedError(Exception):
     """Attention got keys that no cache handed out: the model computes them from what it caches."""
 
 
-class _Window:
+class Window:
     """In place of the mask of sliding-window attention: some models express the window by the mask alone."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __getitem__(self, _: object) -> _Window:
+    def __getitem__(self, _: object) -> Window:
         """Return the same for a part of the queries."""
         return self
+
+
+class Chunk(Window):
+    """In place of the mask of attention within chunks, whose first positions are multiples of their size."""
 
 
 # ---- attention
 
 
-def _attention(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | _Window | None = None,
+    attention_mask: Tensor | Window | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -64,7 +66,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attend from queries [B, H, S, D] to the keys and values of the layer that handed them out; [B, S, H, E]."""
     current = step()
-    if isinstance(attention_mask, _Window):
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if vars(module).get("attn_temperature_tuning") and not getattr(module, "use_rope", False):
+        query = query * _temperature(module, query.shape[2])
+    if isinstance(attention_mask, Chunk):
+        if current.owner(key) is not None:
+            raise KeysChangedError
+        return _attend_within_chunk(query, key, value, attention_mask.size, float(scale)), None
+    if isinstance(attention_mask, Window):
         sliding_window, attention_mask = attention_mask.size, None
     if attention_mask is not None:
         raise UnsupportedModelError("its attention has a mask of its own")
@@ -78,7 +87,6 @@ def _attention(
         raise KeysChangedError
     if layer is None and not all(each.whole for each in current.cache.layers if hasattr(each, "whole")):
         raise KeysChangedError
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     flat = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     attended, present_key, present_value = cached_attention(
         *flat, *past, current.attention_mask, None, None,
@@ -88,6 +96,22 @@ def _attention(
     if layer is not None and layer.present is layer.past:
         layer.present = present_key, present_value
     return attended.unflatten(2, (query.shape[1], -1)), None
+
+
+def _attend_within_chunk(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
+    """Attend to the tokens of a query's own chunk, among keys and values of all tokens; [B, S, H, E]."""
+    positions = positions_of(step().attention_mask, query.shape[2])[:, None, :, None]
+    slots = torch.arange(key.shape[2], device=key.device)
+    visible = (slots <= positions) & (slots // size == positions // size)
+    attended: Tensor = explicit_attention(query, key, value, visible, scale, 0.0)
+    return attended.transpose(1, 2)
+
+
+def _temperature(module: Any, length: int) -> Tensor:
+    """Return Llama 4's factor of queries at the positions of the new tokens, [B, 1, S, 1]."""
+    positions = positions_of(step().attention_mask, length)[:, None, :, None]
+    steps = ((positions + 1) // module.floor_scale).float()
+    return 1 + torch.log1p(steps) * float(module.attn_scale)
 
 
 # ---- experts
@@ -107,8 +131,11 @@ def experts_inputs(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> E
     up = module.gate_up_proj if module.has_gate else module.up_proj
     if module.has_bias:
         up_bias, down_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias
-    gate = vars(module).get("_llm_edge_gate") or _find_gate(module)
-    vars(module)["_llm_edge_gate"] = gate
+    gate = vars(module).get("_llm_edge_gate")
+    if gate is None:
+        apply = module._apply_gate if module.has_gate else module.act_fn
+        gate = find_gate(apply, vars(module.config) | vars(module), gated=module.has_gate)
+        vars(module)["_llm_edge_gate"] = gate
     down, transposed = module.down_proj, module.is_transposed
     return ExpertsInputs(x, chosen, weights.to(x.dtype), up, up_bias, down, down_bias, transposed, *gate)
 
@@ -118,10 +145,8 @@ def are_experts(module: nn.Module) -> bool:
     return hasattr(module, "has_post_expert_norm")
 
 
-def _find_gate(module: Any) -> Gate:
-    """Return what reproduces a module's activation on random numbers."""
-    numbers = vars(module.config) | vars(module)
-    gated: bool = module.has_gate
+def find_gate(apply: Callable[[Tensor], Tensor], numbers: Mapping[str, Any], *, gated: bool) -> Gate:
+    """Return what reproduces a function on random numbers, where `numbers` may have its limits and slopes."""
     limits = [0.0, *(float(numbers[name]) for name in ("limit", "swiglu_limit") if numbers.get(name))]
     slopes = [1.0, *(float(numbers[name]) for name in ("alpha", "swiglu_alpha") if numbers.get(name))]
     choices: list[Sequence[Any]] = [[each.value for each in Activation], [False], [1.0], [0.0], [0.0]]
@@ -130,7 +155,7 @@ def _find_gate(module: Any) -> Gate:
     generator = torch.Generator().manual_seed(0)
     with _outside_of_traces(), torch.no_grad():
         probe = torch.randn(4, 64, generator=generator) * 3 * max(1.0, *limits)
-        wanted = (module._apply_gate if gated else module.act_fn)(probe)
+        wanted = apply(probe)
         for activation, interleaved, slope, offset, limit in itertools.product(*choices):
             gate = Gate(activation, gated, interleaved, slope, offset, limit)
             if torch.allclose(gate.apply(probe), wanted):
@@ -148,7 +173,9 @@ def _outside_of_traces() -> Iterator[None]:
 # ---- states
 
 
-def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
+def convolution(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what convolves inputs that `update_conv_state` returned by the operator, and others as before."""
+
     def convolve(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **given: Any
     ) -> Any:
@@ -165,7 +192,7 @@ def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
     return convolve
 
 
-def _delta_rule(
+def delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -176,22 +203,23 @@ def _delta_rule(
     scale: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gated delta rule over [B, S, H, D]."""
+    """Compute the gated delta rule over [B, S, H, D]; g is [B, S, H], or [B, S, H, D] for a decay of each channel."""
     if use_qk_l2norm_in_kernel:
         query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
     repeats = value.shape[2] // key.shape[2]
     if repeats > 1:
         query, key = (x.repeat_interleave(repeats, 2) for x in (query, key))
-    valid = _valid(query)
+    valid = valid_tokens(query)
+    decay = g * (valid if g.ndim == 3 else valid[..., None])
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     assert initial_state is not None
     output: tuple[Tensor, Tensor] = linear_attention(
-        query, key, value, g * valid, beta * valid, initial_state, float(factor)
+        query, key, value, decay, beta * valid, initial_state, float(factor)
     )
     return output
 
 
-def _selective_scan(
+def scan_heads(
     x: Tensor,
     dt: Tensor,
     A: Tensor,  # noqa: N803 (transformers' names)
@@ -207,7 +235,7 @@ def _selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Compute Mamba 2's scan of x [B, S, H, E] as linear attention with B for keys and C for queries."""
     dt = dt if dt_bias is None else dt + dt_bias
-    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit) * _valid(dt)
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit) * valid_tokens(dt)
     repeats = x.shape[2] // B.shape[2]
     key, query = (each.repeat_interleave(repeats, 2) for each in (B, C))
     assert initial_states is not None
@@ -216,86 +244,55 @@ def _selective_scan(
     return (output if D is None else output + x * D[:, None]), state.transpose(2, 3)
 
 
-def _valid(x: Tensor) -> Tensor:
+def scan_channels(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,  # noqa: N803
+    B: Tensor,  # noqa: N803
+    C: Tensor,  # noqa: N803
+    D: Tensor | None = None,  # noqa: N803
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute Mamba's scan of x [B, C, S] as linear attention with a head for each channel and values of one number.
+
+    transformers passes no initial state: it is that of the layer whose convolution was last.
+    """
+    dt = dt if delta_bias is None else dt + delta_bias[:, None]
+    x_by_token, dt = x.transpose(1, 2), (F.softplus(dt) if delta_softplus else dt).transpose(1, 2)  # [B, S, C]
+    dt = dt * valid_tokens(dt)
+    same = x.new_ones(x.shape[1], 1)
+    key, query = (each.transpose(1, 2)[:, :, None] * same for each in (B, C))  # [B, S, C, N]
+    state = step().next_state()
+    output, state = linear_attention(
+        query, key, (x_by_token * dt)[..., None], A * dt[..., None], None, state[..., None], 1.0
+    )
+    output = output.squeeze(3).transpose(1, 2)
+    output = output if D is None else output + x * D[:, None]
+    return (output if z is None else output * F.silu(z)), state.squeeze(3)
+
+
+def valid_tokens(x: Tensor) -> Tensor:
     """Return which of the new tokens of x [B, S, …] are not padding, float [B, S, 1]."""
     slots = torch.arange(x.shape[1], device=x.device)
     return (slots < new_tokens(step().attention_mask, x.shape[1])[:, None]).to(x.dtype)[..., None]
 
 
-def _recurrent_mask(_: Callable[..., Any]) -> Callable[..., Any]:
+def mask_padding(x: Tensor, _: Tensor | None = None) -> Tensor:
+    """Return [B, S, C] with zeros for padding."""
+    return x * valid_tokens(x)
+
+
+def recurrent_mask(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what masks the inputs of layers with a state, float [B, S]."""
+
     def mask(config: Any, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: ARG001
-        return _valid(inputs_embeds)[..., 0]
+        return valid_tokens(inputs_embeds)[..., 0]
 
     return mask
 
 
-# ---- installing them
-
-
-def _window_mask(original: Callable[..., Any]) -> Callable[..., Any]:
-    def mask(config: Any, *given: Any, **named: Any) -> Any:
-        return _Window(config.sliding_window) if step().operator else original(config, *given, **named)
-
-    return mask
-
-
-def _chunk_mask(original: Callable[..., Any]) -> Callable[..., Any]:
-    def mask(config: Any, *given: Any, **named: Any) -> Any:
-        if step().operator:
-            raise UnsupportedModelError("it attends within chunks")
-        return original(config, *given, **named)
-
-    return mask
-
-
-_REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "create_sliding_window_causal_mask": _window_mask,
-    "create_chunked_causal_mask": _chunk_mask,
-    "create_recurrent_attention_mask": _recurrent_mask,
-    "causal_conv1d_fn": _convolution,
-    "torch_chunk_gated_delta_rule": lambda _: _delta_rule,
-    "mamba2_chunk_scan": lambda _: _selective_scan,
-}
-"""Functions of transformers' modeling modules by name, and what replaces them during a step."""
-
-
-def _modules(model: nn.Module) -> set[Any]:
-    return {sys.modules[type(module).__module__] for module in model.modules() if ".models." in type(module).__module__}
-
-
-def reads_convolutions(model: nn.Module) -> bool:
-    """Return whether a model's convolutions are calls of a function that is replaced."""
-    return any(hasattr(module, "causal_conv1d_fn") for module in _modules(model))
-
-
-@contextlib.contextmanager
-def replaced(model: nn.Module) -> Iterator[None]:
-    """Replace the functions that the modules of a model call."""
-    undo: list[tuple[Any, str, Any]] = []
-
-    def replace(owner: Any, name: str, value: Any) -> None:
-        undo.append((owner, name, owner.__dict__[name]))
-        setattr(owner, name, value)
-
-    try:
-        for module in _modules(model):
-            for name, make in _REPLACEMENTS.items():
-                if name in vars(module):
-                    replace(module, name, make(getattr(module, name)))
-            if hasattr(module, "Gemma3nTextMLP"):
-                replace(module.Gemma3nTextMLP, "_gaussian_topk", _gaussian_topk)
-        yield
-    finally:
-        for owner, name, value in reversed(undo):
-            setattr(owner, name, value)
-
-
-def _gaussian_topk(self: Any, inputs: Tensor) -> Tensor:
-    """Compute Gemma 3n's activation sparsity with a constant quantile: ONNX has no inverse of erf."""
-    quantile = statistics.NormalDist().inv_cdf(self.activation_sparsity)
-    deviation = inputs.std(dim=-1, keepdim=True, unbiased=False)
-    return F.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + deviation * quantile))
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention)  # without a mask function of this name, masks stay None
+AttentionInterface.register(IMPLEMENTATION, attend)  # without a mask function of this name, masks stay None
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)

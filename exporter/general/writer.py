@@ -14,12 +14,15 @@ from torch import Tensor
 from llm_edge.exporter.bundle.onnx_writer import GraphFiles, save_graph
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
 from llm_edge.exporter.general.fold import fold
+from llm_edge.exporter.general.functions import UnsupportedModelError
 from llm_edge.exporter.general.trace import trace_general
 from llm_edge.exporter.graph.lower import apply_recipe
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.progress import Progress
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat, StoredPrecision
 from llm_edge.exporter.quantization.recipes import RECIPES, Recipe
+from llm_edge.runtime.backend.graph_check import check_graph
+from llm_edge.runtime.errors import BundleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class GeneralWriter(GraphFiles):
                 progress("quantizing", (number + (info.index + 1) / info.total) / len(recipes), name)
 
             save_graph(graph, folder / self.file_name(recipe), on_save)
+            with model.config.refusing():
+                _check(folder / self.file_name(recipe))
         return stored
 
     def unquantized(self, model: GeneralCheckpoint) -> ir.Model:
@@ -63,13 +68,21 @@ class GeneralWriter(GraphFiles):
         """Return the graph of a recipe, and the formats of its weights."""
         architecture = model.config
         if not self._traced:
-            with architecture.fake_mode:
+            with architecture.refusing(), architecture.fake_mode:
                 self._traced.append(trace_general(architecture.decoder))
         graph = self._traced[0].clone()
         tied = architecture.tie_word_embeddings
         formats = apply_recipe(graph, PublicWeights(model), recipe, self.style, calibrated, tied=tied)
         fold(graph)
         return graph, formats
+
+
+def _check(path: Path) -> None:
+    """Raise UnsupportedModelError for a graph that the runtime would reject."""
+    try:
+        check_graph(path)
+    except BundleError as error:
+        raise UnsupportedModelError(f"its graph has what the runtime rejects: {error.__cause__ or error}") from error
 
 
 class PublicWeights(Mapping[str, Tensor]):

@@ -44,6 +44,7 @@ def linear_attention(*arguments: Any) -> Any:
     query, key, value, decay, beta, state, scale = inputs
     heads = query.shape[2]
     packed = (op.Reshape(x, op.Constant(value_ints=[0, 0, -1])) for x in (query, key, value))
+    decay = decay if len(decay.shape) == 3 else op.Reshape(decay, op.Constant(value_ints=[0, 0, -1]))
     output, present = _LINEAR_ATTENTION(
         *packed,
         state,

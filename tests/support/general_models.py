@@ -88,9 +88,18 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
     "mamba2": {"num_heads": 8, "expand": 2},
     "zaya": {"num_experts_per_tok": 1},
-    "llama4_text": {"attention_chunk_size": 16, "intermediate_size_mlp": 128, "no_rope_layers": [1, 1, 1, 0]},
+    "llama4_text": {
+        "attention_chunk_size": 16,
+        "intermediate_size_mlp": 128,
+        "no_rope_layers": [1, 1, 1, 0],
+        "floor_scale": 7,
+    },
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
     "phi3": {"sliding_window": None},
+    "phi4_multimodal": {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "audio_config": {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2},
+    },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "stablelm": {"use_qkv_bias": True},
 }
