@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import onnx_ir as ir
@@ -9,10 +10,15 @@ import onnx_ir.passes.common as common_passes
 import torch
 
 from llm_edge.exporter.general.decoder import GeneralDecoder
+from llm_edge.exporter.general.fold import fold
 from llm_edge.exporter.graph import attention, recurrence
 from llm_edge.exporter.graph.experts import experts
 from llm_edge.exporter.graph.passes.last_logits import keep_last_logits
 from llm_edge.exporter.graph.passes.names import name_by_module
+from llm_edge.exporter.graph.passes.rms_norms import fuse_rms_norms
+from llm_edge.exporter.graph.passes.rotary import fuse_rotary
+from llm_edge.exporter.graph.passes.skip_norms import fuse_skip_norms
+from llm_edge.exporter.graph.passes.views import simplify_views
 from llm_edge.exporter.graph.trace import OPSET, clear_value_metadata, linear, quiet
 from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.runtime.model_shape import CacheTensor
@@ -68,21 +74,38 @@ def trace_general(decoder: GeneralDecoder) -> ir.Model:
     model = program.model
     name_by_module(model, decoder.public_name)
     _name_initializers(model, decoder)
-    common_passes.CommonSubexpressionEliminationPass()(model)
-    common_passes.RemoveUnusedNodesPass()(model)
-    if any(node.op_type == "TensorScatter" for node in model.graph):
-        model.opset_imports[""] = _SCATTER_OPSET
+    _simplify(model)
     keep_last_logits(model)
+    fuse_skip_norms(model)
     common_passes.ClearMetadataAndDocStringPass()(model)
     clear_value_metadata(model.graph)
     return model
 
 
+def _simplify(model: ir.Model) -> None:
+    """Fuse what transformers' modules compute in many nodes."""
+    scatters = [node for node in model.graph if node.op_type == "TensorScatter"]
+    if scatters:
+        model.opset_imports[""] = _SCATTER_OPSET
+    for node in scatters:
+        assert node.inputs[0] is not None
+        node.outputs[0].shape = node.inputs[0].shape  # of the buffer; the exporter has that of the tokens in it
+    fold(model)
+    common_passes.DeduplicateInitializersPass()(model)  # of small constants: weights have no values
+    simplify_views(model)
+    fuse_rms_norms(model)
+    fuse_rotary(model)
+    simplify_views(model)
+
+
 def _name_initializers(model: ir.Model, decoder: GeneralDecoder) -> None:
-    """Give initializers their public names; a tied head uses the embedding's weight."""
+    """Give initializers their public names, and remove their fake values; a tied head uses the embedding's weight."""
     tied = decoder.model.get_output_embeddings().weight is decoder.model.get_input_embeddings().weight
     initializers = model.graph.initializers
+    stored = {name for name, _ in itertools.chain(decoder.named_parameters(), decoder.named_buffers())}
     for name, value in list(initializers.items()):
+        if name in stored:
+            value.const_value = None
         public = decoder.public_name(name)
         if tied and public == f"{HEAD}.weight":
             public = f"{EMBEDDING}.weight"

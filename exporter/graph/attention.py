@@ -142,7 +142,7 @@ def _attention_over_slots(inputs: AttentionInputs) -> Any:
     query, key, value, past_key, past_value, mask, cos, *_ = inputs
     if cos is not None or inputs.growth_length:
         raise ValueError("queries and keys have to be rotated before")
-    present_key, present_value = key, value
+    present_key, present_value = op.Identity(key), op.Identity(value)  # unused; of a shape of their own
     if past_key is not None:
         new_key, new_value = (op.Transpose(op.Reshape(x, _heads(inputs)), perm=[0, 2, 1, 3]) for x in (key, value))
         present_key, key = append_to_cache(past_key, new_key, mask)
