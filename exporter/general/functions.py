@@ -153,7 +153,7 @@ def find_gate(apply: Callable[[Tensor], Tensor], numbers: Mapping[str, Any], *, 
     if gated:
         choices[1:] = [False, True], slopes, [0.0, 1.0], limits
     generator = torch.Generator().manual_seed(0)
-    with _outside_of_traces(), torch.no_grad():
+    with outside_of_traces(), torch.no_grad():
         probe = torch.randn(4, 64, generator=generator) * 3 * max(1.0, *limits)
         wanted = apply(probe)
         for activation, interleaved, slope, offset, limit in itertools.product(*choices):
@@ -164,7 +164,7 @@ def find_gate(apply: Callable[[Tensor], Tensor], numbers: Mapping[str, Any], *, 
 
 
 @contextlib.contextmanager
-def _outside_of_traces() -> Iterator[None]:
+def outside_of_traces() -> Iterator[None]:
     """Compute with real tensors while a model is traced with fake ones."""
     with torch._C._DisableTorchDispatch():
         yield

@@ -11,6 +11,7 @@ import torch
 
 from llm_edge.exporter.general.decoder import GeneralDecoder
 from llm_edge.exporter.general.fold import fold
+from llm_edge.exporter.general.functions import outside_of_traces
 from llm_edge.exporter.graph import attention, recurrence
 from llm_edge.exporter.graph.experts import experts
 from llm_edge.exporter.graph.passes.last_logits import keep_last_logits
@@ -74,7 +75,8 @@ def trace_general(decoder: GeneralDecoder) -> ir.Model:
     model = program.model
     name_by_module(model, decoder.public_name)
     _name_initializers(model, decoder)
-    _simplify(model)
+    with outside_of_traces():  # constants are real
+        _simplify(model)
     keep_last_logits(model)
     fuse_skip_norms(model)
     common_passes.ClearMetadataAndDocStringPass()(model)

@@ -128,7 +128,8 @@ class _Lowering:
         x, weight = node.inputs
         assert x is not None
         assert weight is not None
-        module = _module_of(node)
+        name = name_of(weight)
+        module = _module_of(node) if name.endswith(".weight") else name  # a module may have several matrices
         path = f"/{module.replace('.', '/')}"
         stored = self._format_for(module, weight)
         self.stored[module] = stored
