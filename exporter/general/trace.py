@@ -75,7 +75,7 @@ def trace_general(decoder: GeneralDecoder) -> ir.Model:
     model = program.model
     name_by_module(model, decoder.public_name)
     _name_initializers(model, decoder)
-    with outside_of_traces():  # constants are real
+    with quiet(), outside_of_traces():  # constants are real
         _simplify(model)
     keep_last_logits(model)
     fuse_skip_norms(model)

@@ -177,10 +177,12 @@ def _module_of(node: ir.Node) -> str:
 
 
 def _following_split(node: ir.Node) -> ir.Node | None:
-    """Return the Split node that is the only use of a projection, if there is one."""
+    """Return the Split node that is the only use of a projection, if there is one and its parts are equal."""
     uses = node.outputs[0].uses()
     split = next(iter(uses)).node if len(uses) == 1 else None
-    return split if split is not None and split.op_type == "Split" else None
+    if split is None or split.op_type != "Split" or "num_outputs" not in split.attributes:
+        return None
+    return split
 
 
 def _fill_initializers(model: ir.Model, weights: Mapping[str, Tensor]) -> None:

@@ -123,18 +123,26 @@ def clear_value_metadata(graph: ir.Graph) -> None:
         value.doc_string = None
 
 
+_QUIET = (
+    "torch.onnx._internal.exporter._registration",
+    "onnx_ir.passes.common.initializer_deduplication",  # of initializers without values
+)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's progress output and its warnings about axis names and custom translations."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+    """Silence the exporter's progress output and its warnings about axis names, translations and missing values."""
+    loggers = [logging.getLogger(name) for name in _QUIET]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null):
             warnings.simplefilter("ignore")
             yield
     finally:
-        registration.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 _LINEAR = contrib(DOMAIN, "Linear", inputs=2, outputs=1)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
+from llm_edge.exporter.general.recipes import GENERAL_RECIPES
 from llm_edge.exporter.general.reference import load_reference
 from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.quantization.recipes import RECIPES
@@ -49,6 +50,19 @@ class Comparison:
     def worst(self) -> float:
         """The largest difference."""
         return max(self.whole, self.steps, self.batch)
+
+
+def run_quantized(source: Path, target: Path) -> None:
+    """Export a folder as int8 and int4, rounded to nearest, and check that the graphs run and differ little."""
+    checkpoint = read_general_folder(source)
+    target.mkdir()
+    writer, recipes = GeneralWriter(), [GENERAL_RECIPES[name] for name in ("fp32", "int8", "int4")]
+    writer.write(target, checkpoint, tuple(recipes), lambda *_: None)
+    sessions = [writer.open(target, checkpoint.config.shape, recipe) for recipe in recipes]
+    exact, int8, int4 = (session.step(tuple(range(5, 25)), num_logits=0) for session in sessions)
+    deviation = np.std(exact)
+    assert np.abs(int8 - exact).mean() < 0.2 * deviation, "int8"
+    assert np.abs(int4 - exact).mean() < 1.2 * deviation, "int4"
 
 
 def compare_export(source: Path, target: Path) -> Comparison:

@@ -15,6 +15,8 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from llm_edge.exporter.families import GENERAL
+
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 BOUND = 1e-4  # of the difference of logits
 _SECONDS = 600
@@ -29,13 +31,16 @@ _NOT_DECODERS = (  # encoders, parts of encoder-decoders and of models of sound,
 
 def one(kind: str, results: Connection) -> None:
     """Send the result for one `model_type`, in a line."""
-    from general_check import GREEDY, compare_export
+    from general_check import GREEDY, compare_export, run_quantized
     from general_models import save
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             with tempfile.TemporaryDirectory() as folder:
-                found = compare_export(save(kind, Path(folder) / "source"), Path(folder) / "target")
+                source = save(kind, Path(folder) / "source")
+                found = compare_export(source, Path(folder) / "target")
+                if kind in GENERAL:
+                    run_quantized(source, Path(folder) / "quantized")
         except BaseException as error:  # noqa: BLE001 (native libraries also raise exceptions outside of Exception)
             results.send(f"refused\t{' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
             return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from general_check import GREEDY, compare_export
+from general_check import GREEDY, compare_export, run_quantized
 from general_models import make_config, make_model, save
 from safetensors.torch import load_file, save_file
 
@@ -38,6 +38,7 @@ BOUND = 1e-4  # of the difference of logits
         ("granitemoehybrid", {"GroupQueryAttention", "LinearAttention", "CausalConvWithState", "MoE"}),  # Mamba 2
         ("phimoe", {"GroupQueryAttention", "MoE"}),  # tells its window by the mask alone
         ("bloom", {"TensorScatter"}),  # attention of its own
+        ("falcon", {"TensorScatter"}),  # constants in the code, and queries, keys and values in one matrix
     ],
 )
 def test_the_graph_computes_what_transformers_computes(tmp_path: Path, kind: str, operators: set[str]) -> None:
@@ -45,6 +46,10 @@ def test_the_graph_computes_what_transformers_computes(tmp_path: Path, kind: str
     assert found.operators.keys() - {"nodes"} == operators
     assert found.worst < BOUND
     assert found.greedy == GREEDY
+
+
+def test_parts_of_unequal_size_are_not_taken_for_halves_of_a_quantized_projection(tmp_path: Path) -> None:
+    run_quantized(save("mamba", tmp_path / "source"), tmp_path / "target")
 
 
 @pytest.fixture(scope="module")
