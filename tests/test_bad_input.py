@@ -208,7 +208,7 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "config nested": (text("config.json", '{"a":' * 50_000), ("config.json", "too deep")),
     "config a large number": (text("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), ("config.json",)),
     "no architecture": (config(model_type=None), ("model_type",)),
-    "unknown architecture": (config(model_type="mamba"), ("model_type", "'mamba'", "--families")),
+    "unknown architecture": (config(model_type="rwkv"), ("model_type", "'rwkv'", "--families")),
     "architecture with an escape": (config(model_type="\x1b[2J\nx"), ("model_type",)),
     "unknown activation": (config(hidden_act="tanh"), ("hidden_act", "'tanh'")),
     "biases": (config(attention_bias=True), ("q_proj.bias", "missing")),

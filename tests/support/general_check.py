@@ -61,7 +61,7 @@ def run_quantized(source: Path, target: Path) -> None:
     sessions = [writer.open(target, checkpoint.config.shape, recipe) for recipe in recipes]
     exact, int8, int4 = (session.step(tuple(range(5, 25)), num_logits=0) for session in sessions)
     deviation = np.std(exact)
-    assert np.abs(int8 - exact).mean() < 0.2 * deviation, "int8"
+    assert np.abs(int8 - exact).mean() < 0.3 * deviation, "int8"
     assert np.abs(int4 - exact).mean() < 1.2 * deviation, "int4"
 
 
