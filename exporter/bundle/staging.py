@@ -22,9 +22,8 @@ _OUT_OF_MEMORY = "DefaultCPUAllocator"  # part of torch's RuntimeError
 _SHORTENED = "~"  # in the name of a hidden folder, before a digest of a target's name that is too long
 _MAX_STEM = 255 - len("..partial-12345678")  # bytes
 _HIDDEN = re.compile(r"^\.(.+)\.(partial|old)-[0-9a-f]{8}$", re.DOTALL)
-_OURS = re.compile(
-    r"^(onnx|torchscript|calibration|logits|chat_template\.jinja|\w+\.json)$"
-)  # in a bundle, complete or not
+# In a bundle, complete or not.
+_OURS = re.compile(r"^(onnx|torchscript|calibration|logits|chat_template\.jinja|\w+\.json)$")
 _INPUT_ERRORS = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 

@@ -80,9 +80,11 @@ class Architecture:
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """Raise CheckpointError for whatever is raised within: the architecture is not supported."""
+        """Raise CheckpointError for whatever a model's code raises within: the architecture is not supported."""
         try:
             yield
+        except MemoryError:
+            raise
         except Exception as error:
             known = isinstance(error, UnsupportedModelError)
             reason = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
 from llm_edge.exporter.general.functions import are_experts, experts_inputs
 from llm_edge.exporter.general.lockstep import LayerwiseModel
-from llm_edge.exporter.graph.experts import expert_layout
+from llm_edge.exporter.graph.experts import EXPERT_WEIGHTS, expert_layout
 from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.quantization.calibrate import CalibratedWeights, StoredFormat, relative_error
 from llm_edge.exporter.quantization.experts import quantize_experts
-from llm_edge.exporter.quantization.formats.base import ObservedInputs, WeightFormat, apply
+from llm_edge.exporter.quantization.formats.base import ObservedInputs, WeightFormat, apply, naming
 from llm_edge.exporter.quantization.formats.blocks import Blocks
 from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.exporter.quantization.observe import CallRecorder
@@ -32,7 +32,6 @@ from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.exporter.quantization.store import QuantizedStore
 from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.independent import silence_transformers
-from llm_edge.runtime.errors import CheckpointError
 
 _SAMPLE_STEP = 32  # every 32nd input measures errors
 
@@ -106,7 +105,7 @@ class _Calibration:
         errors: dict[WeightFormat, float] = {}
         expected = observed.samples @ weight.T
         for each in dict.fromkeys(each for each in formats.values() if isinstance(each, Blocks)):
-            with _naming(f"{module}.weight"):
+            with naming(f"{module}.weight"):
                 quantized = each.calibrate(weight, observed)
             self._store.add(module, each, (len(weight), weight.shape[1]), quantized)
             errors[each] = relative_error(apply(quantized, observed.samples), expected)
@@ -116,31 +115,24 @@ class _Calibration:
 
     def _quantize_experts(self, module: str, experts: Any, calls: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         inputs = experts_inputs(experts, *(torch.cat(each) for each in zip(*calls, strict=True)))
-        matrices = {"gate_up_proj" if experts.has_gate else "up_proj": inputs.gate_up, "down_proj": inputs.down}
-        widths = [matrix.shape[1 if inputs.transposed else 2] for matrix in matrices.values()]
-        wanted = {recipe.name: recipe.format_of(module) for recipe in self._recipes}
-        layouts = {
-            name: expert_layout(each if isinstance(each, Blocks) else None, inputs.gate, widths)
-            for name, each in wanted.items()
-        }
-        formats = {name: Blocks(each.bits, each.size, each.symmetric) for name, each in layouts.items() if each}
+        widths = [matrix.shape[1 if inputs.transposed else 2] for matrix in (inputs.gate_up, inputs.down)]
+        formats = {}
+        for recipe in self._recipes:
+            wanted = recipe.format_of(module)
+            layout = expert_layout(wanted if isinstance(wanted, Blocks) else None, inputs.gate, widths)
+            if layout is not None:
+                formats[recipe.name] = Blocks(layout.bits, layout.size, layout.symmetric)
         distinct = list(dict.fromkeys(formats.values()))
-        with _naming(module):
+        if not distinct:
+            return
+        with naming(module):
             found = quantize_experts(inputs, distinct, self._threads)
+        names = [f"{module}.{name}" for name in EXPERT_WEIGHTS]
         for each, parts in zip(distinct, found, strict=True):
-            for (name, width), part in zip(zip(matrices, widths, strict=True), parts, strict=True):
-                self._store.add(f"{module}.{name}", each, (len(part.data), width), part)
-        for recipe, each in formats.items():
-            self.formats[recipe] |= {f"{module}.{name}": StoredFormat(each) for name in matrices}
-
-
-@contextlib.contextmanager
-def _naming(weight: str) -> Iterator[None]:
-    """Name a weight in errors."""
-    try:
-        yield
-    except CheckpointError as problem:
-        raise CheckpointError(f"{weight}: {problem}") from problem
+            for name, width, part in zip(names, widths, parts, strict=True):
+                self._store.add(name, each, (len(part.data), width), part)
+        for recipe_name, each in formats.items():
+            self.formats[recipe_name] |= dict.fromkeys(names, StoredFormat(each))
 
 
 class _Inputs:

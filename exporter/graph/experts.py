@@ -20,6 +20,9 @@ from llm_edge.model.experts import ExpertsInputs, Gate
 
 Convert = Callable[[Tensor], Tensor]
 
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""Names of the matrices of experts that are quantized."""
+
 EXPERTS = "Experts"
 """Abstract node; its inputs are the tensors of `ExpertsInputs`, and its attributes the other fields."""
 _TENSORS = 7

@@ -15,7 +15,7 @@ from torch import Tensor
 from llm_edge.exporter.graph.attention import DOMAIN
 from llm_edge.exporter.graph.editor import Array, Editor, lazy_tensor, name_of, shape_of
 from llm_edge.exporter.graph.emitter import EmitContext
-from llm_edge.exporter.graph.experts import EXPERTS, lower_experts
+from llm_edge.exporter.graph.experts import EXPERT_WEIGHTS, EXPERTS, lower_experts
 from llm_edge.exporter.graph.passes.float16 import to_float16
 from llm_edge.exporter.graph.passes.int8_cache import check_cache, quantize_cache
 from llm_edge.exporter.graph.trace import GraphStyle
@@ -151,7 +151,7 @@ class _Lowering:
         )
         if layout is not None:
             stored = StoredFormat(Blocks(layout.bits, layout.size, layout.symmetric))
-            self.stored |= {f"{module}.{name}": stored for name in ("gate_up_proj", "down_proj")}
+            self.stored |= {f"{module}.{name}": stored for name in EXPERT_WEIGHTS}
 
     def _stored_experts(self, name: str) -> Any:
         """Return the matrices of a layer's experts if they are calibrated."""

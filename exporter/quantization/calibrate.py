@@ -22,7 +22,7 @@ from llm_edge.exporter.module_names import EMBEDDING, HEAD
 from llm_edge.exporter.parallel import worker_threads
 from llm_edge.exporter.quantization.allocation import Option, frontier
 from llm_edge.exporter.quantization.blocks import BlockLayout
-from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat, apply
+from llm_edge.exporter.quantization.formats.base import ObservedInputs, Quantized, WeightFormat, apply, naming
 from llm_edge.exporter.quantization.goals import MeasuredModel
 from llm_edge.exporter.quantization.head import quantize_rows
 from llm_edge.exporter.quantization.hessian import Hessian
@@ -36,7 +36,6 @@ from llm_edge.exporter.quantization.store import QuantizedStore, Stored
 from llm_edge.exporter.texts import Texts
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
-from llm_edge.runtime.errors import CheckpointError
 
 _SAMPLES = 1024  # inputs of a projection that are kept to fix scales and to measure errors
 _ERROR_STEP = 4  # every fourth sample measures errors
@@ -218,10 +217,8 @@ class _Calibration:
         for weight_format in self._formats(module, weight.shape[1]):
             if least < _GOOD_ERROR and isinstance(weight_format, BlockLayout) and weight_format.bits == 8:
                 continue  # 8-bit blocks are slower, and better only for inputs with outliers
-            try:
+            with naming(f"{module}.weight"):
                 quantized = weight_format.calibrate(weight, observed)
-            except CheckpointError as problem:
-                raise CheckpointError(f"{module}.weight: {problem}") from problem
             error = relative_error(apply(quantized, samples), expected)
             least = min(least, error) if weight_format.static_activations else least
             self._errors[module, weight_format] = error

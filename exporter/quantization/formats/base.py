@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from llm_edge.exporter.graph.emitter import EmitContext, Emitter
 from llm_edge.exporter.quantization.hessian import Hessian
 from llm_edge.model.block_weights import BlockKind
+from llm_edge.runtime.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,15 @@ def apply(quantized: Quantized, inputs: Tensor) -> Tensor:
     """Multiply inputs [rows, K] as the graph does; float32 [rows, N]."""
     rounded, weight = quantized.factors(inputs)
     return rounded @ weight.T
+
+
+@contextlib.contextmanager
+def naming(weight: str) -> Iterator[None]:
+    """Begin the messages of CheckpointErrors with the name of a weight."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{weight}: {error}") from error
 
 
 class WeightFormat(ABC):

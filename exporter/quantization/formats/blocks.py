@@ -15,8 +15,7 @@ from torch import Tensor
 from llm_edge.exporter.graph.editor import Array, name_of, shape_of
 from llm_edge.exporter.graph.emitter import EmitContext, Emitter, split_suffix
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, quantize_blocks
-from llm_edge.exporter.quantization.formats.base import ObservedInputs, WeightFormat
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.exporter.quantization.formats.base import ObservedInputs, WeightFormat, naming
 
 _MIN_SIZE = 16  # smallest block of MatMulNBits
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are quantized to 8 bits, block by block
@@ -55,10 +54,8 @@ class Blocks(BlockLayout, WeightFormat):
         return self
 
     def quantize(self, weights: Mapping[str, Tensor], name: str) -> QuantizedBlocks:
-        try:
+        with naming(name):
             return quantize_blocks(weights[name], self)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from error
 
     def calibrate(self, weight: Tensor, observed: ObservedInputs) -> QuantizedBlocks:
         return quantize_blocks(weight, self, observed.hessian)

@@ -85,12 +85,10 @@ def test_experts_are_rounded_for_the_tokens_routed_to_them() -> None:
         errors = [
             (x[taken] @ (each[0].dequantized(64)[part] - wanted).T).square().sum().item() for each in (found, nearest)
         ]
-        assert errors[0] < 0.7 * errors[1] if expert < 3 else torch.equal(*_parts(found, nearest, expert))
-
-
-def _parts(first: tuple, second: tuple, expert: int) -> tuple[Tensor, Tensor]:
-    found = [each[1].dequantized(48)[expert * 64 : expert * 64 + 64] for each in (first, second)]
-    return found[0], found[1]
+        down = [each[1].dequantized(48)[expert * 64 : expert * 64 + 64] for each in (found, nearest)]
+        if len(taken):
+            assert errors[0] < 0.7 * errors[1]
+        assert torch.equal(*down) == (len(taken) == 0)
 
 
 def test_calls_advance_together_and_end_when_they_are_stopped(qwen3_moe: Path) -> None:
