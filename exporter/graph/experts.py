@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_edge.exporter.graph.attention import DOMAIN, contrib
 from llm_edge.exporter.graph.editor import Array, Editor, name_of, shape_of
+from llm_edge.exporter.graph.routing import find_router
 from llm_edge.exporter.quantization.blocks import BlockLayout, QuantizedBlocks, quantize_blocks
 from llm_edge.exporter.quantization.formats.blocks import INT8_ACTIVATIONS
 from llm_edge.model.experts import ExpertsInputs, Gate
@@ -126,38 +127,51 @@ class _Lowering:
         return expert_layout(layout, self.gate, [shape_of(value)[axis] for value in (self.up, self.down)])
 
     def fused(self, layout: BlockLayout | None) -> list[ir.Node]:
-        """MoE or QMoE: its softmax of log-weights gives the weights back, divided by their sum."""
+        """MoE or QMoE, which choose experts from logits of their own."""
         editor, path, given = self._editor, self._path, self.given
-        total = self._node("ReduceSum", self.routing, editor.constant(f"{path}/last", [1]), keepdims=1)
-        logs = self._node("Log", self.routing)
-        rows = self._node("Shape", self.x, start=0, end=1)
-        shape = self._node("Concat", rows.outputs[0], editor.constant(f"{path}/experts", [self._count]), axis=0)
-        none = self._node("Expand", editor.scalar("experts.none", -np.inf), shape.outputs[0])
-        logits = self._node("ScatterElements", none.outputs[0], self.chosen, logs.outputs[0], axis=1)
-        nodes = [total, logs, rows, shape, none, logits]
+        router = find_router(self.chosen, self.routing)
+        nodes, logits = ([], router.logits) if router is not None else self._logits()
         attributes: dict[str, Any] = {
             "k": self._per_token,
             "activation_type": "swiglu",
             "swiglu_fusion": 1,
             "activation_alpha": given["slope"],
             "activation_beta": given["up_offset"],
-            "normalize_routing_weights": 1,
+            "normalize_routing_weights": int(router is None or router.normalized),
         }
         if given["limit"]:
             attributes["swiglu_limit"] = given["limit"]
         biases = self._vector(self.up_bias, self._interleaved), self._vector(self.down_bias, lambda x: x)
         if layout is None:
             matrices = self._matrix(self.up, self._interleaved), self._matrix(self.down, lambda x: x)
-            inputs = [self.x, logits.outputs[0], matrices[0], biases[0], matrices[1], biases[1]]
+            inputs = [self.x, logits, matrices[0], biases[0], matrices[1], biases[1]]
             moe = editor.node("MoE", inputs, f"{path}/MoE", domain="com.microsoft", **attributes)
         else:
             up, down = self._blocks(self.up, self._interleaved, layout), self._blocks(self.down, lambda x: x, layout)
             points = [] if layout.symmetric else [None, None, None, up[2], down[2]]
-            inputs = [self.x, logits.outputs[0], *up[:2], biases[0], *down[:2], biases[1], *points]
+            inputs = [self.x, logits, *up[:2], biases[0], *down[:2], biases[1], *points]
             attributes |= {"expert_weight_bits": layout.bits, "block_size": layout.size}
             attributes["accuracy_level"] = INT8_ACTIVATIONS
             moe = editor.node("QMoE", inputs, f"{path}/QMoE", domain="com.microsoft", **attributes)
-        return [*nodes, moe, self._node("Mul", moe.outputs[0], total.outputs[0])]
+        if router is not None:
+            return [moe]
+        total = self._node("ReduceSum", self.routing, editor.constant(f"{path}/last", [1]), keepdims=1)
+        return [*nodes, moe, total, self._node("Mul", moe.outputs[0], total.outputs[0])]
+
+    def _logits(self) -> tuple[list[ir.Node], ir.Value]:
+        """Return logits of which the softmax gives the routing weights, divided by their sum."""
+        logs = self._node("Log", self.routing)
+        nodes, none = self._filled("experts.none", -np.inf)
+        logits = self._node("ScatterElements", none, self.chosen, logs.outputs[0], axis=1)
+        return [logs, *nodes, logits], logits.outputs[0]
+
+    def _filled(self, name: str, number: float) -> tuple[list[ir.Node], ir.Value]:
+        """Return a matrix [N, E] of one number."""
+        editor, path = self._editor, self._path
+        rows = self._node("Shape", self.chosen, start=0, end=1)  # of x it would seem to grow with each layer's experts
+        shape = self._node("Concat", rows.outputs[0], editor.constant(f"{path}/experts", [self._count]), axis=0)
+        filled = self._node("Expand", editor.scalar(name, number), shape.outputs[0])
+        return [rows, shape, filled], filled.outputs[0]
 
     def dense(self) -> list[ir.Node]:
         """All experts for all tokens, then the weighted sum."""
@@ -167,15 +181,13 @@ class _Lowering:
         nodes += self._activate(nodes[-1].outputs[0])
         nodes += self._product("down", nodes[-1].outputs[0], self.down, self.down_bias, lambda x: x)  # [E, N, H]
         outputs = nodes[-1].outputs[0]
-        rows = self._node("Shape", self.x, start=0, end=1)
-        shape = self._node("Concat", rows.outputs[0], constant(f"{path}/experts", [self._count]), axis=0)
-        zeros = self._node("Expand", self._editor.scalar("experts.zero", 0.0), shape.outputs[0])
-        weights = self._node("ScatterElements", zeros.outputs[0], self.chosen, self.routing, axis=1)  # [N, E]
+        filled, zeros = self._filled("experts.zero", 0.0)
+        weights = self._node("ScatterElements", zeros, self.chosen, self.routing, axis=1)  # [N, E]
         transposed = self._node("Transpose", weights.outputs[0], perm=[1, 0])
         column = self._node("Unsqueeze", transposed.outputs[0], constant(f"{path}/last", [2]), suffix="_1")
         weighted = self._node("Mul", outputs, column.outputs[0], suffix="_weights")
         total = self._node("ReduceSum", weighted.outputs[0], constant(f"{path}/first", [0]), keepdims=0)
-        return [*nodes, rows, shape, zeros, weights, transposed, column, weighted, total]
+        return [*nodes, *filled, weights, transposed, column, weighted, total]
 
     def _product(
         self, part: str, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None, convert: Convert

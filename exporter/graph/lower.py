@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 from torch import Tensor
 
 from llm_edge.exporter.graph.attention import DOMAIN
@@ -63,6 +64,7 @@ def apply_recipe(
         if node.op_type == "Gather" and name_of(node.inputs[0]) == f"{EMBEDDING}.weight":
             lowering.lower_embedding(node)
     del model.opset_imports[DOMAIN]
+    common_passes.RemoveUnusedNodesPass()(model)  # routing that operators for experts compute themselves
     _fill_initializers(model, weights)
     if recipe.cache_bits:
         assert calibrated is not None

@@ -18,6 +18,7 @@ from llm_edge.exporter.general.decoder import AttentionMode
 from llm_edge.exporter.general.reference import record_general_reference
 from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
+from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.compare import score
 from llm_edge.exporter.validation.graph_parts import PartwiseGraph
@@ -50,6 +51,12 @@ def test_the_graph_computes_what_transformers_computes(tmp_path: Path, kind: str
 
 def test_parts_of_unequal_size_are_not_taken_for_halves_of_a_quantized_projection(tmp_path: Path) -> None:
     run_quantized(save("mamba", tmp_path / "source"), tmp_path / "target")
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu"}])  # one operator, and all experts for all tokens
+def test_a_deep_model_with_many_experts_passes_the_runtimes_check(tmp_path: Path, changes: dict[str, str]) -> None:
+    source = save("qwen3_moe", tmp_path, num_hidden_layers=8, num_experts=32, **changes)
+    GeneralWriter().write(tmp_path, read_general_folder(source), (RECIPES["fp32"],), lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -203,24 +203,29 @@ def test_the_delta_rule_is_that_of_transformers() -> None:
 
 
 class ExpertsLayer(nn.Module):
-    """Experts as parameters."""
+    """Experts as parameters; `route` returns what they take for hidden states and what else is given."""
 
-    def __init__(self, inputs: ExpertsInputs) -> None:
+    def __init__(self, inputs: ExpertsInputs, route: Callable[..., Any] = lambda *given: given) -> None:
         super().__init__()
+        self.route = route
         for name in ("gate_up", "gate_up_bias", "down", "down_bias"):
             weight = getattr(inputs, name)
             setattr(self, name, None if weight is None else nn.Parameter(weight, requires_grad=False))
         self.rest = inputs[7:]
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Any:
+    def forward(self, x: Tensor, *given: Tensor) -> Any:
+        x, chosen, weights = self.route(x, *given)
         return torch.ops.llm_edge.experts(
             x, chosen, weights, self.gate_up, self.gate_up_bias, self.down, self.down_bias, *self.rest
         )
 
 
 def lowered_experts(inputs: ExpertsInputs, layout: BlockLayout | None = None) -> ir.Model:
-    layer = ExpertsLayer(inputs)
-    model = exported(layer, inputs[:3], {torch.ops.llm_edge.experts.default: experts})
+    return lowered(ExpertsLayer(inputs), inputs[:3], layout)
+
+
+def lowered(layer: ExpertsLayer, inputs: Sequence[Tensor], layout: BlockLayout | None) -> ir.Model:
+    model = exported(layer, inputs, {torch.ops.llm_edge.experts.default: experts})
     (node,) = (node for node in model.graph if node.op_type == EXPERTS)
     node.name = f"/layer/{EXPERTS}"
     lower_experts(Editor(model), node, dict(layer.named_parameters()), layout)
@@ -316,3 +321,69 @@ def test_experts_in_blocks(tmp_path: Path, layout: BlockLayout, transposed: bool
     ]
     expected = mixture(inputs._replace(gate_up=rounded[0], down=rounded[1])).numpy()
     assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)  # activations have 8 bits
+
+
+def softmax_of_largest(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, chosen = logits.topk(2)
+    return x, chosen, values.softmax(-1)
+
+
+def largest_of_softmax(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, chosen = logits.softmax(-1).topk(2)
+    return x, chosen, values
+
+
+def normalized_largest(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, chosen, values = largest_of_softmax(x, logits)
+    return x, chosen, values / values.sum(-1, keepdim=True)
+
+
+def normalized_gathered(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shares = logits.softmax(-1, dtype=torch.float).to(x.dtype)
+    chosen = shares.topk(2).indices
+    values = shares.gather(1, chosen)
+    return x, chosen, values / values.sum(dim=-1, keepdim=True)
+
+
+def smallest(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, chosen = logits.topk(2, largest=False)
+    return x, chosen, values.softmax(-1)
+
+
+def softmax_of_others(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = logits.topk(2).indices
+    return x, chosen, (-logits).gather(1, chosen).softmax(-1)
+
+
+def divided_by_another_sum(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, chosen, values = largest_of_softmax(x, logits)
+    return x, chosen, values / values.sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("layout", [None, BlockLayout(8, 32, symmetric=True)])
+@pytest.mark.parametrize(
+    ("route", "within"),
+    [
+        (softmax_of_largest, True),
+        (largest_of_softmax, True),
+        (normalized_largest, True),
+        (normalized_gathered, True),
+        (smallest, False),
+        (softmax_of_others, False),
+        (divided_by_another_sum, False),
+    ],
+)
+def test_operators_for_experts_compute_usual_routing_themselves(
+    tmp_path: Path, layout: BlockLayout | None, route: Callable[..., Any], within: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, logits = torch.randn(5, 64, generator=generator), torch.randn(5, 4, generator=generator)
+    up, down = torch.randn(4, 64, 64, generator=generator), torch.randn(4, 64, 32, generator=generator)
+    gate = Gate("silu", gated=True, interleaved=False, slope=1.0, up_offset=0.0, limit=0.0)
+    inputs = ExpertsInputs(*route(x, logits), up, None, down, None, False, *gate)
+    model = lowered(ExpertsLayer(inputs, route), (x, logits), layout)
+    assert ("ScatterElements" in {node.op_type for node in model.graph}) == (not within)
+    (found,) = run(model, (x, logits), tmp_path / "graph.onnx")
+    expected = mixture(inputs).numpy()
+    bound = 1e-5 if layout is None else 0.03  # 8 bits for weights and activations
+    assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
