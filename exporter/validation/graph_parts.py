@@ -1,6 +1,7 @@
-"""`PartwiseGraph`: runs an unquantized ONNX graph in parts, so that memory holds the weights of one part.
+"""`PartwiseGraph`: runs an ONNX graph in parts, so that memory holds the weights of one part.
 
-A part is a range of nodes. Its weights are inputs of onnxruntime's session: they are neither written nor copied.
+A part is a range of nodes. Unquantized weights are inputs of onnxruntime's session: they are neither written nor
+copied. Quantized ones are constants, which the operators pack as they do in the runtime.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from llm_edge.exporter.validation.windows import Run
 from llm_edge.runtime.backend.graph import HIDDEN_STATES, inference_session
 from llm_edge.runtime.model_shape import ModelShape
 
-_PART_BYTES = 512 << 20  # of weights; a single larger one is a part of its own
+_PART_BYTES = 512 << 20
 _INLINE_BYTES = 1024  # operators require some small inputs, such as shapes, to be constants
 _PAST, _PRESENT = "past_key_values.", "present."
 
@@ -46,10 +48,20 @@ class _Part:
 
 
 class PartwiseGraph:
-    """An ONNX graph of a decoder whose weights are read part by part; see `Forward` for its calls."""
+    """An ONNX graph of a decoder whose weights are read part by part; see `Forward` for its calls.
 
-    def __init__(self, model: ir.Model, shape: ModelShape, part_bytes: int = _PART_BYTES) -> None:
+    Args:
+        model: the graph.
+        shape: of the decoder.
+        part_bytes: of the weights of a part; a single larger one is a part of its own.
+        file: where the graph is, if it has quantized weights.
+    """
+
+    def __init__(
+        self, model: ir.Model, shape: ModelShape, part_bytes: int = _PART_BYTES, file: Path | None = None
+    ) -> None:
         model.graph.sort()
+        self._file = file
         self._model = model
         self._shape = shape
         # TensorScatter writes into the cache that it is given; other operators return a longer one.
@@ -86,7 +98,7 @@ class PartwiseGraph:
 
     def _run_part(self, part: _Part, values: list[list[Values]]) -> Iterator[Values]:
         """Run a part over the values of each chunk of each run; add its outputs to them and yield them."""
-        weights = {name: tensor.numpy() for name, tensor in _large(part).items()}
+        weights = {name: tensor.numpy() for name, tensor in _large(part).items()} if self._file is None else {}
         session: Any = None
         for run_values in values:
             total = run_values[-1]["attention_mask"].shape[1]
@@ -129,7 +141,7 @@ class PartwiseGraph:
         )
         opsets = [onnx.helper.make_opsetid(*item) for item in self._model.opset_imports.items()]
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._model.ir_version)
-        return inference_session(model.SerializeToString())
+        return inference_session(model.SerializeToString(), None if self._file is None else self._file.parent)
 
 
 def _large(part: _Part) -> dict[str, ir.TensorProtocol]:

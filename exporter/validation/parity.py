@@ -53,7 +53,7 @@ ROTATED = "rotated"
 """Name of the rotated model in `Validation.parities`."""
 UNQUANTIZED = "fp32"
 """Name of the unquantized graph in `Validation.parities`, if it is not in the bundle."""
-_WHOLE_BYTES = 2 << 30  # unquantized graphs of more weights run part by part
+_WHOLE_BYTES = 2 << 30  # graphs of more weights run part by part
 _REFERENCE_FRACTION = 0.4  # of the validation time
 
 
@@ -153,10 +153,11 @@ def _compare_unquantized(checkpoint: Checkpoint, expected: ReferenceLogits, writ
 
 
 def open_exported(folder: Path, shape: ModelShape, recipe: Recipe, writer: BundleWriter | GraphFiles) -> Exported:
-    """Load an exported model in the runtime, or part by part if it is large and not quantized."""
+    """Load an exported model in the runtime, or part by part if it is large."""
     size = sum(path.stat().st_size for path in writer.files(folder, recipe))
-    if isinstance(writer, GraphFiles) and (recipe.lossless or recipe.float16) and size > _WHOLE_BYTES:
-        return PartwiseGraph(ir.load(folder / writer.file_name(recipe)), shape)
+    if isinstance(writer, GraphFiles) and size > _WHOLE_BYTES:
+        file = folder / writer.file_name(recipe)
+        return PartwiseGraph(ir.load(file), shape, file=None if recipe.lossless or recipe.float16 else file)
     return writer.open(folder, shape, recipe)
 
 

@@ -224,9 +224,16 @@ class Graph:
         return _CACHE_DTYPES[types.pop()] if types else np.dtype(np.float32)
 
 
-def inference_session(model: bytes) -> Any:
-    """An onnxruntime session on the CPU for a serialized graph that is not a whole decoder."""
+def inference_session(model: bytes, weights: Path | None = None) -> Any:
+    """An onnxruntime session on the CPU for a serialized graph that is not a whole decoder.
+
+    Args:
+        model: the graph.
+        weights: folder with the files of its external initializers.
+    """
     options = _session_options("cpu", ExecutionOptions("cpu", spinning=False))
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     return ort.InferenceSession(model, options, providers=_EXECUTION_PROVIDERS["cpu"], enable_fallback=0)
 
 

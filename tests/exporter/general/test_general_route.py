@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from general_check import GREEDY, compare_export, run_quantized
@@ -15,6 +17,7 @@ from llm_edge.exporter.export import export
 from llm_edge.exporter.general.architecture import architecture_of
 from llm_edge.exporter.general.checkpoint import read_general_folder
 from llm_edge.exporter.general.decoder import AttentionMode
+from llm_edge.exporter.general.recipes import GENERAL_RECIPES
 from llm_edge.exporter.general.reference import record_general_reference
 from llm_edge.exporter.general.writer import GeneralWriter
 from llm_edge.exporter.options import ExportOptions, FileFormat, GraphChoice
@@ -22,6 +25,7 @@ from llm_edge.exporter.quantization.recipes import RECIPES
 from llm_edge.exporter.texts import Window
 from llm_edge.exporter.validation.compare import score
 from llm_edge.exporter.validation.graph_parts import PartwiseGraph
+from llm_edge.exporter.validation.windows import Run
 from llm_edge.runtime import Model
 from llm_edge.runtime.errors import CheckpointError, ParameterError, UnknownFamilyError
 from llm_edge.runtime.sampling.params import SamplingParams
@@ -121,6 +125,21 @@ def test_a_graph_in_parts_computes_the_same(tmp_path: Path, kind: str) -> None:
     graph = PartwiseGraph(GeneralWriter().unquantized(checkpoint), checkpoint.config.shape, part_bytes=1)
     assert len(graph) > 20
     assert score(expected, graph)[0].within_bounds
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_quantized_graph_in_parts_computes_the_same(qwen3_moe: Path, tmp_path: Path, name: str) -> None:
+    checkpoint, writer, recipe = read_general_folder(qwen3_moe), GeneralWriter(), GENERAL_RECIPES[name]
+    writer.write(tmp_path, checkpoint, (recipe,), lambda *_: None)
+    shape, tokens = checkpoint.config.shape, tuple(range(3, 40))
+    file = tmp_path / writer.file_name(recipe)
+    graph = PartwiseGraph(ir.load(file), shape, part_bytes=1, file=file)
+    assert len(graph) > 10
+    chunks = list(graph([Run((tokens[:30], tokens[30:]), 0)]))
+    session = writer.open(tmp_path, shape, recipe)
+    for chunk, found in zip((tokens[:30], tokens[30:]), chunks, strict=True):
+        expected = session.step(chunk, num_logits=0)
+        assert np.abs(found.numpy() - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_weights_are_read_one_at_a_time_and_experts_are_stacked(qwen3_moe: Path) -> None:
