@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := artifacts/smollm2-135m
 
-.PHONY: setup demo test lint types check stress stress-server docs pictures bench bench-server bench-peers bench-finetune compat \
+.PHONY: setup demo test lint types check stress stress-server docs pictures bench bench-server bench-peers bench-finetune compat compat-kinds \
 	fuzz kill kill-finetune schemathesis sweep end-to-end clean
 
 setup: $(STAMP)
@@ -74,6 +74,10 @@ bench-finetune: setup
 
 compat: setup $(BUNDLE)/manifest.json
 	$(BIN)/python compat/run.py $(BUNDLE)
+
+# Which other runtimes run a tiny model of each architecture: make compat-kinds [KINDS="lfm2 gpt_oss"]
+compat-kinds: setup
+	$(BIN)/python compat/kinds.py $(KINDS)
 
 # Hostile and damaged input of every kind, with limits on time and memory: make fuzz [SEED=1]
 fuzz: setup

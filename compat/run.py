@@ -123,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 
-def compare(consumers: Sequence[Consumer], path: Path, tokens: int) -> list[Outcome]:
-    """Run every consumer on every precision; the bundle must not change."""
+def compare(consumers: Sequence[Consumer], path: Path, tokens: int, *, unlisted: bool = False) -> list[Outcome]:
+    """Run every consumer on every precision, also `unlisted` ones in the manifest; the bundle must not change."""
     from llm_edge.runtime import Model, SamplingParams
     from llm_edge.runtime.bundle import Bundle
 
@@ -142,10 +142,8 @@ def compare(consumers: Sequence[Consumer], path: Path, tokens: int) -> list[Outc
         del model
         takers = bundle.manifest["precisions"][info.name].get("runtimes", CONSUMERS)
         for consumer in consumers:
-            if consumer.name not in takers:
-                outcomes.append(
-                    Outcome(consumer.name, "", info.name, "has no name for the file", "", good=True, notes=())
-                )
+            if consumer.name not in takers and not unlisted:
+                outcomes.append(Outcome(consumer.name, "", info.name, "not in the manifest", "", good=True, notes=()))
                 continue
             print(f"{info.name} in {consumer.name} …", file=sys.stderr, flush=True)
             outcomes.append(judge(consumer, environments[consumer.name], bundle, info, prompts, ours, tokens))
@@ -241,10 +239,11 @@ def run(consumer: Consumer, folder: Path, job: Mapping[str, Any]) -> tuple[dict[
 
 def logit_gap(bundle: Bundle, info: PrecisionInfo, prompt: Sequence[int], tokens: Sequence[int], theirs: int) -> float:
     """The difference between the best logit after prompt and tokens and that of another token, in our runtime."""
+    from llm_edge.runtime.backend.graph import ExecutionOptions, GraphFile
     from llm_edge.runtime.backend.limits import MAX_STEP_TOKENS
-    from llm_edge.runtime.backend.session import Session
+    from llm_edge.runtime.backend.open import open_session
 
-    session = Session(bundle.file(info.model), bundle.shape, info.share_buffer)
+    session = open_session(GraphFile.of(bundle, info), ExecutionOptions("cpu"))
     for start in range(0, len(prompt), MAX_STEP_TOKENS):
         logits = session.step(prompt[start : start + MAX_STEP_TOKENS])
     for token in tokens:

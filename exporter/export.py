@@ -83,7 +83,8 @@ def export(
         if options.validate:
             validation = verify_parity(models, checkpoint, recipes, writer, texts.validation, progress)
         progress("writing", 0.0, "tokenizer and configs")
-        write_side_files(folder, checkpoint, recipes, writer.style)
+        shape = model_shape(checkpoint.config)
+        write_side_files(folder, checkpoint, shape, recipes, writer.style)
         report = Report(
             path=target,
             source=checkpoint.source,
@@ -94,7 +95,7 @@ def export(
             validation=validation,
             notes=checkpoint.notes,
         )
-        write_manifest(folder, checkpoint, model_shape(checkpoint.config), report, writer, progress)
+        write_manifest(folder, checkpoint, shape, report, writer, progress)
     remove_interrupted(target)
     progress("writing", 1.0, str(target))
     return report

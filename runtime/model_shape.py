@@ -48,6 +48,13 @@ class ModelShape:
     caches: tuple[CacheTensor, ...]
 
     @property
+    def uniform_cache(self) -> tuple[int, int] | None:
+        """Heads and their size, if all layers keep keys and values of one shape; None otherwise."""
+        heads, size = self.caches[0].shape if self.caches[0].grows else (0, 0)
+        uniform = self.caches == key_value_caches(self.num_hidden_layers, heads, size)
+        return (heads, size) if uniform else None
+
+    @property
     def has_states(self) -> bool:
         """Whether the cache has states, which cannot be cut to fewer tokens."""
         return not all(tensor.grows for tensor in self.caches)

@@ -24,7 +24,7 @@ from llm_edge.exporter.quantization.formats.dense import Dense
 from llm_edge.exporter.results import PrecisionReport, Report
 from llm_edge.runtime.bundle import FORMAT_VERSION, MANIFEST, ONNX, ReasoningTags, manifest_entry
 from llm_edge.runtime.errors import TemplateError
-from llm_edge.runtime.model_shape import ModelShape, key_value_caches
+from llm_edge.runtime.model_shape import ModelShape
 from llm_edge.runtime.text.chat_template import ChatTemplate
 from llm_edge.runtime.text.tool_format_finder import tool_format_of
 
@@ -69,7 +69,7 @@ def write_manifest(
                 **{name: importlib.metadata.version(name) for name in _TOOLS},
             },
             "precisions": {
-                precision.recipe.name: _precision_entry(folder, precision, report, writer)
+                precision.recipe.name: _precision_entry(folder, shape, precision, report, writer)
                 for precision in report.precisions
             },
             "validation": {"layers": report.layers if validation else 0, "of": report.layers},
@@ -85,8 +85,8 @@ def describe_shape(shape: ModelShape) -> dict[str, Any]:
     """Return the dimensions of a model as stored in the manifest; see docs/bundle.md."""
     described = asdict(shape)
     del described["caches"]
-    heads, _, width = shape.caches[0].sized(0) if shape.caches[0].grows else (0, 0, 0)
-    if shape.caches == key_value_caches(shape.num_hidden_layers, heads, width):
+    if (cache := shape.uniform_cache) is not None:
+        heads, width = cache
         context = described.pop("max_position_embeddings")
         return described | {"num_key_value_heads": heads, "head_dim": width, "max_position_embeddings": context}
     return described | {"caches": [asdict(tensor) for tensor in shape.caches]}
@@ -106,7 +106,9 @@ def _tool_calls(checkpoint: AnyCheckpoint) -> dict[str, Any]:
     return {"tool_calls": found.to_json()} if found is not None else {}
 
 
-def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, writer: AnyWriter) -> dict[str, Any]:
+def _precision_entry(
+    folder: Path, shape: ModelShape, precision: PrecisionReport, report: Report, writer: AnyWriter
+) -> dict[str, Any]:
     recipe = precision.recipe
     model = f"{writer.name}/{writer.file_name(recipe)}"
     entry: dict[str, Any] = {} if writer.name == ONNX else {"format": writer.name}
@@ -117,7 +119,7 @@ def _precision_entry(folder: Path, precision: PrecisionReport, report: Report, w
     entry["parity"] = validation.parities[recipe.name].to_dict() if validation else {}
     entry["quality"] = validation.qualities[recipe.name].to_dict() if validation else {}
     if writer.name == ONNX:
-        entry["runtimes"] = runtimes(recipe)
+        entry["runtimes"] = runtimes(recipe, shape)
         default = Dense(16 if recipe.float16 else 32)
         entry |= _describe_weights(folder / model, precision.size, precision.stored.formats, default)
         if precision.stored.frontier:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_edge.checkpoint.base import AnyCheckpoint, Checkpoint
+from llm_edge.checkpoint.base import AnyCheckpoint
 from llm_edge.checkpoint.huggingface.writer import hf_config, write_json, write_tokenizer
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import Recipe
+from llm_edge.runtime.model_shape import ModelShape
 
 _GENAI_MAX_LENGTH = 4096  # genai may allocate a cache of this many tokens in advance
 
@@ -24,7 +26,7 @@ _TRANSFORMERS_JS_DTYPES = {
 
 
 def write_side_files(
-    folder: Path, checkpoint: Checkpoint, recipes: tuple[Recipe, ...], style: GraphStyle | None
+    folder: Path, checkpoint: AnyCheckpoint, shape: ModelShape, recipes: tuple[Recipe, ...], style: GraphStyle | None
 ) -> None:
     """Write all files of a bundle except models and manifest; `style` is None if it has no ONNX graphs."""
     config = hf_config(checkpoint)
@@ -34,22 +36,18 @@ def write_side_files(
             **({"dtype": _TRANSFORMERS_JS_DTYPES[stems[0]]} if stems else {}),
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
         }
-        write_json(
-            folder / "genai_config.json", _genai_config(checkpoint, preferred(recipes), style is GraphStyle.FUSED)
-        )
-    write_general_side_files(folder, checkpoint)
-    write_json(folder / "config.json", config)
-
-
-def write_general_side_files(folder: Path, checkpoint: AnyCheckpoint) -> None:
-    """Write all files of a bundle that other runtimes are not known to run, except models and manifest."""
+        genai = _genai_config(checkpoint.generation, shape, preferred(recipes), style is GraphStyle.FUSED)
+        if genai is not None:
+            write_json(folder / "genai_config.json", genai)
     write_tokenizer(folder, checkpoint.tokenizer, model_input_names=["input_ids", "attention_mask"])
-    write_json(folder / "config.json", hf_config(checkpoint))
+    write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", checkpoint.generation)
 
 
-def runtimes(recipe: Recipe) -> list[str]:
-    """Return the third-party runtimes that support a precision, as verified by `make compat`."""
+def runtimes(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """Return the third-party runtimes that support a precision, as `make compat-kinds` verifies."""
+    if shape.uniform_cache is None:
+        return []
     supported = recipe.stem in _TRANSFORMERS_JS_DTYPES
     return ["onnxruntime-genai", "optimum", *(["transformers.js"] if supported else [])]
 
@@ -59,16 +57,21 @@ def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
     return next((recipe for recipe in recipes if recipe.name == "int8"), recipes[0])
 
 
-def _genai_config(checkpoint: Checkpoint, recipe: Recipe, share_buffer: bool) -> dict[str, Any]:
-    """Return the configuration of onnxruntime-genai, which rejects unknown keys."""
-    config, generation = checkpoint.config, checkpoint.generation
+def _genai_config(
+    generation: Mapping[str, Any], shape: ModelShape, recipe: Recipe, share_buffer: bool
+) -> dict[str, Any] | None:
+    """Return the configuration of onnxruntime-genai, which rejects unknown keys; None if it cannot hold the cache."""
+    cache = shape.uniform_cache
+    if cache is None:
+        return None
+    heads, head_size = cache
     eos = generation.get("eos_token_id", [])
     first_eos = eos[0] if isinstance(eos, list) and eos else eos
     pad = generation.get("pad_token_id", first_eos if first_eos != [] else 0)
     return {
         "model": {
             "bos_token_id": generation.get("bos_token_id", pad),
-            "context_length": config.max_position_embeddings,
+            "context_length": shape.max_position_embeddings,
             "decoder": {
                 "session_options": {
                     "log_id": "onnxruntime-genai",
@@ -76,8 +79,7 @@ def _genai_config(checkpoint: Checkpoint, recipe: Recipe, share_buffer: bool) ->
                     "provider_options": [],
                 },
                 "filename": f"onnx/{recipe.stem}.onnx",
-                "head_size": config.head_dim,
-                "hidden_size": config.hidden_size,
+                "head_size": head_size,
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
@@ -89,19 +91,18 @@ def _genai_config(checkpoint: Checkpoint, recipe: Recipe, share_buffer: bool) ->
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": config.num_hidden_layers,
-                "num_key_value_heads": config.num_key_value_heads,
+                "num_hidden_layers": shape.num_hidden_layers,
+                "num_key_value_heads": heads,
             },
             "eos_token_id": eos if eos != [] else pad,
             "pad_token_id": pad,
             "type": "decoder",
-            "vocab_size": config.vocab_size,
+            "vocab_size": shape.vocab_size,
         },
         "search": {
             "do_sample": bool(generation.get("do_sample", False)),
             "early_stopping": True,
-            "max_length": min(config.max_position_embeddings, _GENAI_MAX_LENGTH),
+            "max_length": min(shape.max_position_embeddings, _GENAI_MAX_LENGTH),
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,

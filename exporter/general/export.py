@@ -12,7 +12,7 @@ from torch import nn
 from llm_edge.checkpoint.reasoning import find_reasoning
 from llm_edge.checkpoint.vocabulary import fit_to_embedding
 from llm_edge.exporter.bundle.manifest import write_manifest
-from llm_edge.exporter.bundle.side_files import write_general_side_files
+from llm_edge.exporter.bundle.side_files import write_side_files
 from llm_edge.exporter.bundle.staging import check_disk_space, staging
 from llm_edge.exporter.families import GENERAL
 from llm_edge.exporter.general.architecture import Architecture
@@ -78,7 +78,7 @@ def export_general(
         shutil.rmtree(folder / "calibration", ignore_errors=True)
         validation = _validate(models, checkpoint, recipes, writer, windows, progress)
         progress("writing", 0.0, "tokenizer and configs")
-        write_general_side_files(folder, checkpoint)
+        write_side_files(folder, checkpoint, architecture.shape, recipes, writer.style)
         report = Report(
             path=target,
             source=checkpoint.source,
