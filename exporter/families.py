@@ -7,19 +7,20 @@ import textwrap
 from enum import Enum
 
 GENERAL = (
-    *("afmoe", "apertus", "aria_text", "axk1", "bailing_hybrid", "bamba", "beam", "biogpt", "bitnet", "bloom"),
-    *("codegen", "cohere2_moe", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1"),
-    *("ernie4_5", "ernie4_5_moe", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "flint"),
-    *("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm4_moe"),
-    *("glm4_moe_lite", "gpt-sw3", "gpt_neox_japanese", "gpt_oss", "gptj", "granite_swa", "granitemoe"),
-    *("granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hrm_text", "hunyuan_v1_dense"),
-    *("hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jamba", "jetmoe"),
-    *("kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama4", "llama4_text", "mamba"),
-    *("mamba2", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "minimax_m3_vl_text"),
+    *("afmoe", "apertus", "aria_text", "axk1", "axk2", "bailing_hybrid", "bamba", "beam", "biogpt", "bitnet"),
+    *("bloom", "codegen", "cohere2_moe", "cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2"),
+    *("deepseek_v3", "deepseek_v32", "diffllama", "doge", "dots1", "dots3_note", "ernie4_5", "ernie4_5_moe"),
+    *("exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "flint", "fuyu", "gemma3n"),
+    *("gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm4_moe"),
+    *("glm4_moe_lite", "glm_moe_dsa", "got_ocr2", "gpt-sw3", "gpt_neox_japanese", "gpt_oss", "gptj"),
+    *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hrm_text"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2"),
+    *("jamba", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama4"),
+    *("llama4_text", "mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2"),
     *("ministral", "mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron_h", "olmo_hybrid", "olmoe"),
     *("opt", "persimmon", "phi4_multimodal", "phimoe", "qwen2_moe", "qwen3_5", "qwen3_5_moe"),
     *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "recurrent_gemma", "solar_open"),
-    *("vaultgemma", "xglm", "youtu", "zamba"),
+    *("vaultgemma", "xglm", "youtu", "zamba", "zamba2", "zaya"),
 )
 """`model_type` of those whose graphs `make sweep` found equal to transformers' own models."""
 

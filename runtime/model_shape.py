@@ -11,7 +11,7 @@ class CacheTensor:
     """A tensor that a model keeps for a sequence: past_key_values.<name> before a step and present.<name> after it.
 
     Attributes:
-        name: such as `0.key`, `3.convolution.0` or `3.state.0`; the first part is the layer.
+        name: such as `0.key`, `0.index`, `3.convolution.0` or `3.state.0`; the first part is the layer.
         shape: [K, D] of keys or values [B, K, tokens, D], which grow; of a state, whose size is fixed, without B.
         grows: whether it has an entry per token.
     """

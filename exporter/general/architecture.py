@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_edge.exporter.general.decoder import GeneralDecoder, general_decoder
-from llm_edge.exporter.general.functions import UnsupportedModelError
+from llm_edge.exporter.general.functions import UnsupportedModelError, short_reason
 from llm_edge.exporter.validation.independent import silence_transformers
 from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
 from llm_edge.runtime.model_shape import ModelShape
@@ -86,8 +86,7 @@ class Architecture:
         except MemoryError:
             raise
         except Exception as error:
-            known = isinstance(error, UnsupportedModelError)
-            reason = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = str(error) if isinstance(error, UnsupportedModelError) else short_reason(error)
             kind = short_repr(self.config.model_type)
             raise CheckpointError(
                 f"{self.where}: model_type {kind} is not supported: {reason}; see llm-export --families"

@@ -18,6 +18,7 @@ class KeyValueLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     Attributes:
         past: keys [B, K, P, D] and values [B, K, P, E] before the step.
         present: after it, [B, K, T, D] and [B, K, T, E].
+        index: keys by which the tokens to attend to are selected, [B, 1, P, D], then [B, 1, T, D]; None without them.
         whole: hand out the keys and values of all tokens, for models whose attention does not take them from here
             unchanged; otherwise those of the new tokens, for attention that reads the past itself.
     """
@@ -25,9 +26,12 @@ class KeyValueLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, past: tuple[Tensor, Tensor], attention_mask: Tensor, *, whole: bool) -> None:
+    def __init__(
+        self, past: tuple[Tensor, Tensor], attention_mask: Tensor, index: Tensor | None = None, *, whole: bool
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.past = self.present = past
+        self.index = index
         self.whole = whole
         self.mask = attention_mask
         self.new: tuple[Tensor, Tensor] | None = None
@@ -46,6 +50,13 @@ class KeyValueLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         present_value, value = append_to_cache(past_value, value_states, self.mask)
         self.present = present_key, present_value
         return key, value
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Add the index of the new tokens, [B, S, D]; return that of all, [B, T, D]."""
+        assert self.index is not None
+        self.index, index = append_to_cache(self.index, indexer_key_states.unsqueeze(1), self.mask)
+        keys: Tensor = index.squeeze(1)
+        return keys
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Return the number of past and new tokens, and the first one."""

@@ -16,6 +16,7 @@ from llm_edge.exporter.general.functions import (
     IMPLEMENTATION,
     KeysChangedError,
     UnsupportedModelError,
+    short_reason,
 )
 from llm_edge.exporter.general.modules import states_outside_of_cache
 from llm_edge.exporter.general.replacements import reads_convolutions, replaced
@@ -121,7 +122,7 @@ def general_decoder(model: Any) -> GeneralDecoder:
     Raises:
         UnsupportedModelError: there is none.
     """
-    reason = UnsupportedModelError("its attention does not read the cache")
+    reason: UnsupportedModelError | None = None
     for mode in AttentionMode:
         decoder = GeneralDecoder(model, mode).eval()
         device = next(model.parameters()).device
@@ -133,10 +134,10 @@ def general_decoder(model: Any) -> GeneralDecoder:
         except KeysChangedError:
             continue
         except Exception as error:
-            if mode is AttentionMode.OWN:
-                raise reason from error
             if isinstance(error, UnsupportedModelError):
                 reason = error
+            if mode is AttentionMode.OWN:
+                raise reason or UnsupportedModelError(f"it cannot use this cache ({short_reason(error)})") from error
             continue
         pairs = [
             (kind, old, new)
@@ -145,7 +146,7 @@ def general_decoder(model: Any) -> GeneralDecoder:
         ]
         if not any(kind.grows and old is new for kind, old, new in pairs):
             return decoder
-    raise reason
+    raise reason or UnsupportedModelError("its attention does not read the cache")
 
 
 def cache_layout(model: Any) -> list[list[CacheTensor]]:
@@ -168,7 +169,9 @@ def cache_layout(model: Any) -> list[list[CacheTensor]]:
         if getattr(layer, "keys", None) is not None:
             for name, tensor in (("key", layer.keys), ("value", layer.values)):
                 found.append(CacheTensor(f"{number}.{name}", (tensor.shape[1], tensor.shape[3]), grows=True))
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if getattr(layer, "indexer_keys", None) is not None:
+            found.append(CacheTensor(f"{number}.index", (1, layer.indexer_keys.shape[2]), grows=True))
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and number not in elsewhere:
             for index, state in layer.conv_states.items():
                 width = layer.conv_kernel_size[index]
                 if state is not None and width is not None:
@@ -203,6 +206,7 @@ def _layer(
     """Return a layer of the cache over its tensors."""
     named = list(zip([kind.name.split(".")[1] for kind in kinds], tensors, strict=True))
     grown = [tensor for kind, tensor in named if kind in ("key", "value")]
+    index = dict(named).get("index")
     convolutions = [tensor for kind, tensor in named if kind == "convolution"]
     states = [tensor for kind, tensor in named if kind == "state"]
     if not grown:
@@ -210,11 +214,12 @@ def _layer(
     past = (grown[0], grown[1])
     if convolutions or states:
         return HybridLayer(past, attention_mask, convolutions, states, whole=whole)
-    return KeyValueLayer(past, attention_mask, whole=whole)
+    return KeyValueLayer(past, attention_mask, index, whole=whole)
 
 
 def _tensors(layer: KeyValueLayer | StateLayer) -> list[Tensor]:
     """Return the tensors of a layer after a step, in the order of `cache_layout`."""
     grown = layer.present if isinstance(layer, KeyValueLayer) else ()
+    index = [layer.index] if isinstance(layer, KeyValueLayer) and layer.index is not None else []
     fixed = (*layer.convolutions, *layer.states) if isinstance(layer, StateLayer) else ()
-    return [*grown, *fixed]
+    return [*grown, *index, *fixed]

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import transformers
 from torch import nn
 
 from llm_edge.checkpoint.reasoning import find_reasoning
@@ -47,6 +48,7 @@ from llm_edge.runtime.errors import CheckpointError, ParameterError
 from llm_edge.runtime.safe_io import short_repr
 
 _REFERENCE_FRACTION = 0.5  # of the validation time
+_DEVIATION_TOKENS = 256  # of whose logits the standard deviation is taken
 
 
 def export_general(
@@ -208,5 +210,17 @@ def _validate(
         compared = _compare(recipe.name, model, expected, long_text, update_recipe, exact=recipe.lossless)
         parities[recipe.name], qualities[recipe.name] = compared
         del model  # only one model in memory at a time
+    proven = next((recipe.name for recipe in recipes if recipe.lossless), UNQUANTIZED)
+    check = _independent_check(checkpoint, expected, parities[proven].worst)
     expected.path.unlink()
-    return Validation(parities, qualities, IndependentCheck(reason="the reference is transformers' own model"))
+    return Validation(parities, qualities, check)
+
+
+def _independent_check(
+    checkpoint: GeneralCheckpoint, expected: ReferenceLogits, difference: Difference
+) -> IndependentCheck:
+    """Return the difference of the unquantized graph: the reference of this route is transformers' own model."""
+    tokens = len(expected.targets)
+    deviation = expected.logits(0, min(tokens, _DEVIATION_TOKENS)).std().item()
+    relative = Difference(difference.max / deviation, difference.mean / deviation)
+    return IndependentCheck(transformers.__version__, len(checkpoint.config.decoder.caches), tokens, relative)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -32,6 +33,13 @@ class UnsupportedModelError(Exception):
 
 class KeysChangedError(Exception):
     """Attention got keys that no cache handed out: the model computes them from what it caches."""
+
+
+def short_reason(error: Exception) -> str:
+    """Return an error of transformers or PyTorch in a line."""
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return f"which operations it needs depends on values ({error})"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 class Window:
@@ -96,6 +104,18 @@ def attend(
     if layer is not None and layer.present is layer.past:
         layer.present = present_key, present_value
     return attended.unflatten(2, (query.shape[1], -1)), None
+
+
+def window_mask(like: Tensor, size: int) -> Tensor:
+    """Return what a model's own attention adds to its scores [B, heads, S, T] in a window, [B, 1, S, T].
+
+    transformers' own mask takes the past of all rows for equally long.
+    """
+    mask = step().attention_mask
+    positions = positions_of(mask, like.shape[1])[:, None, :, None]
+    slots = torch.arange(mask.shape[1], device=mask.device)
+    visible = (slots <= positions) & (slots > positions - size)
+    return torch.where(visible, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
 
 
 def _attend_within_chunk(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_edge.exporter.general.cache import step
-from llm_edge.exporter.general.functions import attend, find_gate, mask_padding, valid_tokens
+from llm_edge.exporter.general.functions import UnsupportedModelError, attend, find_gate, mask_padding, valid_tokens
 from llm_edge.model.experts import experts
-from llm_edge.model.recurrence import causal_convolution, linear_attention
+from llm_edge.model.recurrence import causal_convolution, linear_attention, new_tokens
 
 _NOTHING_KEPT = -1e4  # whose exponential is 0
 
@@ -104,21 +104,26 @@ def _jetmoe_route(router: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, top.softmax(1)
 
 
-# ---- states that are not in layers of transformers' cache
+# ---- states that are not in layers of transformers' cache, or not as those of other models
 
 
 def states_outside_of_cache(model: Any, cache: Any) -> dict[int, dict[str, Tensor]]:
-    """Return the convolution's and other state by layer, after a step, and clear those that modules keep."""
-    found = {
-        number: {"state": state}
-        for number, state in enumerate(getattr(cache, "linear_cache", []))  # of MiniMax
-        if isinstance(state, Tensor)
-    }
-    for number, layer in enumerate(getattr(model.base_model, "layers", [])):
-        block: Any = getattr(layer, "temporal_block", None)  # of RecurrentGemma
-        if getattr(block, "conv1d_state", None) is not None:
-            found[number] = {"convolution": block.conv1d_state, "state": block.rg_lru.recurrent_states}
-            block.conv1d_state = block.rg_lru.recurrent_states = None
+    """Return the convolution's and other state by layer, after a step, and clear those that modules keep.
+
+    The convolution's has all columns that are to be kept.
+    """
+    found: dict[int, dict[str, Tensor]] = {}
+    kind = model.config.model_type
+    if kind == "minimax":
+        found = {number: {"state": each} for number, each in enumerate(cache.linear_cache) if isinstance(each, Tensor)}
+    elif kind == "zaya":
+        for number, layer in enumerate(cache.layers):
+            found[number] = {"convolution": layer.conv_states[0], "state": layer.recurrent_states[0]}
+    elif kind == "recurrent_gemma":
+        for number, block in enumerate(layer.temporal_block for layer in model.model.layers):
+            if hasattr(block, "rg_lru"):
+                found[number] = {"convolution": block.conv1d_state, "state": block.rg_lru.recurrent_states}
+                block.conv1d_state = block.rg_lru.recurrent_states = None
     return found
 
 
@@ -132,6 +137,42 @@ def lightning_attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) ->
     output, layer.states[0] = linear_attention(query, key, value, decay, None, layer.states[0], 1.0)
     gated = self.output_gate(hidden_states).sigmoid() * self.norm(output.flatten(2))
     return self.out_proj(gated), None
+
+
+def convolved_projection(
+    self: Any, hidden_states: Tensor, past_key_values: Any, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project tokens [B, S, H] to ZAYA's queries, keys and values, [B, S, heads, D]."""
+    if self.v_proj_delayed.bias is not None:
+        raise UnsupportedModelError("its projection of delayed values has a bias")
+    layer, x = past_key_values.layers[self.layer_idx], mask_padding(hidden_states)
+    queries, keys = self.q_proj(x), self.k_proj(x)
+    shape, groups = (*x.shape[:2], -1, self.head_dim), self.num_key_value_groups
+    query_rest = (queries.reshape(shape) + keys.reshape(shape).repeat_interleave(groups, 2)) / 2
+    key_rest = query_rest.reshape(*shape[:3], groups, self.head_dim).mean(3)
+    count = new_tokens(step().attention_mask, x.shape[1])
+
+    past = layer.convolutions[0]  # [B, C, W - 1]
+    joined = torch.cat([past, torch.cat([queries, keys], -1).transpose(1, 2)], -1)
+    columns = count[:, None] + torch.arange(past.shape[2], device=x.device)
+    layer.convolutions[0] = joined.gather(2, columns[:, None].expand(-1, past.shape[1], -1))
+    mixed = _convolve(_convolve(joined, self.conv_qk_depthwise), self.conv_qk_grouped).transpose(1, 2)
+    query, key = mixed[..., : queries.shape[2]], mixed[..., queries.shape[2] :]
+
+    delayed = torch.cat([layer.states[0][:, None], self.v_proj_delayed(x)], 1)  # [B, 1 + S, C]
+    layer.states[0] = delayed.gather(1, count[:, None, None].expand(-1, 1, delayed.shape[2])).squeeze(1)
+    value = torch.cat([self.v_proj_current(x), delayed[:, :-1]], -1)
+    return query.reshape(shape) + query_rest, key.reshape(shape) + key_rest, value.reshape(shape)
+
+
+def _convolve(x: Tensor, module: Any) -> Tensor:
+    """Convolve [B, C, T] within groups of channels, without padding, by products of matrices."""
+    groups, width = module.groups, module.kernel_size[0]
+    length, weight = x.shape[2] - width + 1, module.weight.reshape(groups, -1, *module.weight.shape[1:])
+    by_group = x.reshape(x.shape[0], groups, -1, x.shape[2])
+    products = [weight[..., tap] @ by_group[..., tap : tap + length] for tap in range(width)]
+    total: Tensor = torch.stack(products).sum(0).flatten(1, 2) + module.bias[:, None]
+    return total
 
 
 def recurrent_block(self: Any, input_states: Tensor, position_ids: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from llm_edge.exporter.general import functions, modules
@@ -17,21 +17,24 @@ from llm_edge.exporter.general.cache import step
 _MISSING = object()
 
 
-def _mask_of(kind: type[functions.Window], size: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what replaces a function that creates masks, for the name of the size in the config."""
+def _window_mask(_: Callable[..., Any]) -> Callable[..., Any]:
+    def mask(config: Any, inputs_embeds: Tensor, *_: Any, **__: Any) -> functions.Window | Tensor:
+        size = config.sliding_window
+        return functions.Window(size) if step().operator else functions.window_mask(inputs_embeds, size)
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def mask(config: Any, *given: Any, **named: Any) -> Any:
-            return kind(getattr(config, size)) if step().operator else original(config, *given, **named)
+    return mask
 
-        return mask
 
-    return make
+def _chunk_mask(original: Callable[..., Any]) -> Callable[..., Any]:
+    def mask(config: Any, *given: Any, **named: Any) -> Any:
+        return functions.Chunk(config.attention_chunk_size) if step().operator else original(config, *given, **named)
+
+    return mask
 
 
 _FUNCTIONS: dict[str, Callable[[Callable[..., Any]], Any]] = {
-    "create_sliding_window_causal_mask": _mask_of(functions.Window, "sliding_window"),
-    "create_chunked_causal_mask": _mask_of(functions.Chunk, "attention_chunk_size"),
+    "create_sliding_window_causal_mask": _window_mask,
+    "create_chunked_causal_mask": _chunk_mask,
     "create_recurrent_attention_mask": functions.recurrent_mask,
     "apply_mask_to_padding_states": lambda _: functions.mask_padding,
     "causal_conv1d_fn": functions.convolution,
@@ -42,7 +45,10 @@ _FUNCTIONS: dict[str, Callable[[Callable[..., Any]], Any]] = {
 }
 """Functions of transformers' modeling modules by name, and what replaces them during a step."""
 
+_INDEXED = ("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4")
+
 _ATTRIBUTES: dict[tuple[str, str, str], Any] = {
+    **{(architecture, "", "min"): torch.sym_min for architecture in _INDEXED},  # of a constant and a symbolic size
     ("dbrx", "DbrxExperts", "forward"): modules.dbrx_experts,
     ("deepseek_v2", "", "apply_rotary_emb"): modules.rotate_pairs(1),
     ("deepseek_v2", "torch", "polar"): modules.polar,
@@ -61,6 +67,7 @@ _ATTRIBUTES_IN_STEPS: dict[tuple[str, str, str], Any] = {
     ("minimax", "", "MiniMaxCache"): Cache,
     ("minimax", "MiniMaxLightningAttention", "forward"): modules.lightning_attention,
     ("recurrent_gemma", "RecurrentGemmaRecurrentBlock", "forward"): modules.recurrent_block,
+    ("zaya", "ZayaCCAProjection", "forward"): modules.convolved_projection,
     ("recurrent_gemma", "RecurrentGemmaRglru", "_rnn_scan"): modules.recurrent_scan,
     ("recurrent_gemma", "SqrtBoundDerivative", "apply"): torch.sqrt,
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+import torch
 from torch import Tensor
 
 from llm_edge.exporter.graph.attention import DOMAIN
@@ -194,8 +195,11 @@ def _fill_initializers(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
             del model.graph.initializers[name]
         elif name in weights:
             values = functools.partial(_float32, weights, name)
-            value.const_value = lazy_tensor(name, ir.DataType.FLOAT, shape_of(value), values)
+            kind = ir.DataType.BOOL if value.dtype == ir.DataType.BOOL else ir.DataType.FLOAT
+            value.const_value = lazy_tensor(name, kind, shape_of(value), values)
 
 
 def _float32(weights: Mapping[str, Tensor], name: str) -> Array:
-    return weights[name].float().numpy()
+    """Return a weight as float32, but a mask as it is."""
+    weight = weights[name]
+    return (weight if weight.dtype == torch.bool else weight.float()).numpy()

@@ -38,9 +38,10 @@ _STANDARD = _words(
     Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum
     DequantizeLinear Div Einsum Elu Equal Erf Exp Expand Floor Gather GatherElements GatherND Gelu Gemm Greater
     GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pad Pow
-    QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
-    RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign SimplifiedLayerNormalization Sin Slice
-    Softmax Softplus Split Sqrt Squeeze Sub Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where"""
+    QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean
+    ReduceMin ReduceSum Relu Reshape RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign
+    SimplifiedLayerNormalization Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh TensorScatter Tile TopK
+    Transpose Trilu Unsqueeze Where"""
 )
 _MICROSOFT = _words(
     """

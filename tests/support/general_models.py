@@ -34,11 +34,12 @@ _SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "mamba_n_heads", "mamba_num_heads", "time_step_rank"), 8),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "mamba_n_groups"), 1),
-    **dict.fromkeys(("n_groups", "linear_num_key_heads", "mamba_expand", "index_n_heads"), 2),
+    **dict.fromkeys(("n_groups", "linear_num_key_heads", "mamba_expand"), 2),
     **dict.fromkeys(("sliding_window", "attention_window_size", "chunk_size", "mamba_chunk_size", "window_size"), 16),
     "qk_head_dim": 24,
     "linear_num_value_heads": 4,
-    "index_topk": 512,
+    "index_n_heads": 16,  # with few, many scores are 0, and which of them are chosen is undefined
+    "index_topk": 16,
     "vocab_size_per_layer_input": _VOCABULARY,
     "bos_token_id": 0,
     "eos_token_id": 2,
@@ -49,7 +50,14 @@ _SIZES: Mapping[str, Any] = {
 
 _WINDOWS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 _LINEAR = ["linear_attention", "full_attention"] * (LAYERS // 2)
-_ALL_HEADS = {"num_key_value_heads": 4}
+_SMALL = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     **{kind: {"layer_types": _WINDOWS} for kind in ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3")},
     **{
@@ -65,13 +73,37 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     **{kind: {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)} for kind in ("lfm2", "lfm2_moe")},
     "bailing_hybrid": {"layer_types": _LINEAR, "num_key_value_heads": 4},
-    "cohere_compass_text": {"layer_types": _WINDOWS},
+    "cohere_compass_text": {
+        "layer_types": _WINDOWS,
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]},
+        },
+    },
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
     },
+    "blt": {
+        part: {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        for part in ("patcher_config", "encoder_config", "decoder_config", "global_config")
+    }
+    | {"encoder_hash_byte_group_vocab": 100},
+    "dots3_note_text": {
+        "layer_types": ["indexed_attention", "sliding_attention"] * (LAYERS // 2),
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon": {"new_decoder_architecture": True},
+    "fuyu": {"text_config": {"model_type": "persimmon", **_SMALL, "num_key_value_heads": 4}},
     "gemma3n_text": {
         "layer_types": _WINDOWS,
         "intermediate_size": [128] * LAYERS,
@@ -82,10 +114,17 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma4_text": {"layer_types": _WINDOWS, "num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "got_ocr2": {"text_config": {"model_type": "qwen2", **_SMALL}, "vision_config": {"num_hidden_layers": 2}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "shared_intermediate_size": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {"layer_types": _LINEAR, "num_key_value_heads": 4},
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * (LAYERS // 2),
+        "index_n_heads": 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 4,
+    },
     "mamba2": {"num_heads": 8, "expand": 2},
     "zaya": {"num_experts_per_tok": 1},
     "llama4_text": {
@@ -100,7 +139,20 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
         "audio_config": {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2},
     },
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * (LAYERS // 2),
+        "hc_lowrank": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 512,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 300,
+        "make_ngram_vocab_size_divisible_by": 1,
+        "split_ngram_parts": 1,
+    },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * (LAYERS // 2)},
     "stablelm": {"use_qkv_bias": True},
 }
 """Changes for single architectures, so that each kind of layer occurs."""

@@ -73,6 +73,10 @@ def test_a_bundle_is_validated_against_transformers_and_answers(qwen3_moe: Path,
     assert [each.recipe.name for each in report.precisions] == ["fp32", "int8", "int4"]
     assert report.validation is not None
     assert report.validation.parities["fp32"].worst.max < BOUND
+    check = report.validation.independent
+    assert check.difference is not None
+    assert check.layers == report.layers
+    assert 0 < check.difference.max < BOUND
     qualities = report.validation.qualities
     assert qualities["fp32"].top1 == 1
     assert 1e-6 < qualities["int8"].kl_mean < qualities["int4"].kl_mean < 0.5
