@@ -251,8 +251,7 @@ def test_the_genai_config_describes_the_graph(tiny_bundle: Path) -> None:
         for name in names.values():
             assert (name % 1 if "%d" in name else name) in there
     assert decoder["filename"] == "onnx/model_quantized.onnx"
-    assert (decoder["num_hidden_layers"], decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (2, 4, 2)
-    assert (decoder["head_size"], decoder["hidden_size"]) == (32, 64)
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 32)
     assert 0 < search["max_length"] <= model["context_length"]
     assert search["past_present_share_buffer"] is True
 
