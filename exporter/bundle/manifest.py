@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from llm_edge.checkpoint.base import AnyCheckpoint
 from llm_edge.checkpoint.huggingface.writer import write_json
+from llm_edge.exporter.bundle.other_runtimes import other_runtimes
 from llm_edge.exporter.bundle.side_files import runtimes
 from llm_edge.exporter.bundle.writer import AnyWriter
 from llm_edge.exporter.graph.trace import GraphStyle
@@ -52,6 +53,7 @@ def write_manifest(
         for key, value in ((reasoning_key, checkpoint.reasoning), ("guards", checkpoint.guards))
         if value is not None
     }
+    known = other_runtimes(checkpoint.hf_config["model_type"], shape)
     validation = report.validation
     auxiliary = validation.auxiliary_parities if validation else {}
     write_json(
@@ -69,7 +71,7 @@ def write_manifest(
                 **{name: importlib.metadata.version(name) for name in _TOOLS},
             },
             "precisions": {
-                precision.recipe.name: _precision_entry(folder, shape, precision, report, writer)
+                precision.recipe.name: _precision_entry(folder, known, precision, report, writer)
                 for precision in report.precisions
             },
             "validation": {"layers": report.layers if validation else 0, "of": report.layers},
@@ -107,7 +109,7 @@ def _tool_calls(checkpoint: AnyCheckpoint) -> dict[str, Any]:
 
 
 def _precision_entry(
-    folder: Path, shape: ModelShape, precision: PrecisionReport, report: Report, writer: AnyWriter
+    folder: Path, known: Sequence[str], precision: PrecisionReport, report: Report, writer: AnyWriter
 ) -> dict[str, Any]:
     recipe = precision.recipe
     model = f"{writer.name}/{writer.file_name(recipe)}"
@@ -119,7 +121,7 @@ def _precision_entry(
     entry["parity"] = validation.parities[recipe.name].to_dict() if validation else {}
     entry["quality"] = validation.qualities[recipe.name].to_dict() if validation else {}
     if writer.name == ONNX:
-        entry["runtimes"] = runtimes(recipe, shape)
+        entry["runtimes"] = runtimes(recipe, known)
         default = Dense(16 if recipe.float16 else 32)
         entry |= _describe_weights(folder / model, precision.size, precision.stored.formats, default)
         if precision.stored.frontier:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_edge.checkpoint.base import AnyCheckpoint
 from llm_edge.checkpoint.huggingface.writer import hf_config, write_json, write_tokenizer
+from llm_edge.exporter.bundle.other_runtimes import GENAI, TRANSFORMERS_JS, other_runtimes
 from llm_edge.exporter.graph.trace import GraphStyle
 from llm_edge.exporter.quantization.recipes import Recipe
 from llm_edge.runtime.model_shape import ModelShape
@@ -30,26 +31,25 @@ def write_side_files(
 ) -> None:
     """Write all files of a bundle except models and manifest; `style` is None if it has no ONNX graphs."""
     config = hf_config(checkpoint)
-    if style is not None:
+    supported = other_runtimes(config["model_type"], shape) if style is not None else []
+    if TRANSFORMERS_JS in supported:
         stems = [recipe.stem for recipe in (preferred(recipes), *recipes) if recipe.stem in _TRANSFORMERS_JS_DTYPES]
         config["transformers.js_config"] = {
             **({"dtype": _TRANSFORMERS_JS_DTYPES[stems[0]]} if stems else {}),
             "use_external_data_format": {f"{recipe.stem}.onnx": 1 for recipe in recipes},
         }
+    if GENAI in supported:
         genai = _genai_config(checkpoint.generation, shape, preferred(recipes), style is GraphStyle.FUSED)
-        if genai is not None:
-            write_json(folder / "genai_config.json", genai)
+        write_json(folder / "genai_config.json", genai)
     write_tokenizer(folder, checkpoint.tokenizer, model_input_names=["input_ids", "attention_mask"])
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", checkpoint.generation)
 
 
-def runtimes(recipe: Recipe, shape: ModelShape) -> list[str]:
-    """Return the third-party runtimes that support a precision, as `make compat-kinds` verifies."""
-    if shape.uniform_cache is None:
-        return []
-    supported = recipe.stem in _TRANSFORMERS_JS_DTYPES
-    return ["onnxruntime-genai", "optimum", *(["transformers.js"] if supported else [])]
+def runtimes(recipe: Recipe, known: Sequence[str]) -> list[str]:
+    """Return the other runtimes that run a precision, of those known to run the architecture."""
+    named = recipe.stem in _TRANSFORMERS_JS_DTYPES
+    return [name for name in known if named or name != TRANSFORMERS_JS]
 
 
 def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
@@ -59,12 +59,10 @@ def preferred(recipes: tuple[Recipe, ...]) -> Recipe:
 
 def _genai_config(
     generation: Mapping[str, Any], shape: ModelShape, recipe: Recipe, share_buffer: bool
-) -> dict[str, Any] | None:
-    """Return the configuration of onnxruntime-genai, which rejects unknown keys; None if it cannot hold the cache."""
-    cache = shape.uniform_cache
-    if cache is None:
-        return None
-    heads, head_size = cache
+) -> dict[str, Any]:
+    """Return the configuration of onnxruntime-genai, which rejects unknown keys."""
+    assert shape.uniform_cache is not None
+    heads, head_size = shape.uniform_cache
     eos = generation.get("eos_token_id", [])
     first_eos = eos[0] if isinstance(eos, list) and eos else eos
     pad = generation.get("pad_token_id", first_eos if first_eos != [] else 0)

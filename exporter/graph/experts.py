@@ -130,6 +130,8 @@ class _Lowering:
         """MoE or QMoE, which choose experts from logits of their own."""
         editor, path, given = self._editor, self._path, self.given
         router = find_router(self.chosen, self.routing)
+        if router is not None and layout is not None and not router.normalized:
+            router = None  # QMoE divides by the sum in any case
         nodes, logits = ([], router.logits) if router is not None else self._logits()
         attributes: dict[str, Any] = {
             "k": self._per_token,
