@@ -53,10 +53,14 @@ class KeyValueLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Add the index of the new tokens, [B, S, D]; return that of all, [B, T, D]."""
+        return self.update_index(indexer_key_states.unsqueeze(1)).squeeze(1)
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """Add the index of the new tokens, [B, 1, S, D]; return that of all, [B, 1, T, D]."""
         assert self.index is not None
-        self.index, index = append_to_cache(self.index, indexer_key_states.unsqueeze(1), self.mask)
-        keys: Tensor = index.squeeze(1)
-        return keys
+        index: Tensor
+        self.index, index = append_to_cache(self.index, idx_k, self.mask)
+        return index
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Return the number of past and new tokens, and the first one."""

@@ -26,6 +26,9 @@ from llm_edge.runtime.model_shape import CacheTensor
 _CACHE_NAMES = ("past_key_values", "cache_params")
 """Of the cache as an argument and in the outputs of transformers' models."""
 
+_INDEX_NAMES = ("indexer_keys", "idx_keys")
+"""Of the keys in a layer of the cache that select tokens, [B, T, D] and [B, 1, T, D]."""
+
 
 class AttentionMode(Enum):
     """How the attention of a model reads the cache.
@@ -169,8 +172,9 @@ def cache_layout(model: Any) -> list[list[CacheTensor]]:
         if getattr(layer, "keys", None) is not None:
             for name, tensor in (("key", layer.keys), ("value", layer.values)):
                 found.append(CacheTensor(f"{number}.{name}", (tensor.shape[1], tensor.shape[3]), grows=True))
-        if getattr(layer, "indexer_keys", None) is not None:
-            found.append(CacheTensor(f"{number}.index", (1, layer.indexer_keys.shape[2]), grows=True))
+        index = next((tensor for name in _INDEX_NAMES if (tensor := getattr(layer, name, None)) is not None), None)
+        if index is not None:
+            found.append(CacheTensor(f"{number}.index", (1, index.shape[-1]), grows=True))
         if isinstance(layer, LinearAttentionCacheLayerMixin) and number not in elsewhere:
             for index, state in layer.conv_states.items():
                 width = layer.conv_kernel_size[index]

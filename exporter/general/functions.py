@@ -85,6 +85,8 @@ def attend(
         sliding_window, attention_mask = attention_mask.size, None
     if attention_mask is not None:
         raise UnsupportedModelError("its attention has a mask of its own")
+    if given.get("block_indices") is not None:
+        raise UnsupportedModelError("its attention selects blocks of tokens")
     if given.get("position_bias") is not None:
         raise UnsupportedModelError("its attention has a bias by position")
     if not getattr(module, "is_causal", True):

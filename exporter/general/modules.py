@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from llm_edge.exporter.general.cache import step
 from llm_edge.exporter.general.functions import UnsupportedModelError, attend, find_gate, mask_padding, valid_tokens
+from llm_edge.model.attention import positions_of
 from llm_edge.model.experts import experts
 from llm_edge.model.recurrence import causal_convolution, linear_attention, new_tokens
 
@@ -51,6 +53,49 @@ def rotate_pairs(heads: int) -> Callable[..., tuple[Tensor, Tensor]]:
 def japanese_attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
     """Attend in GPT-NeoX Japanese; [B, H, S, D]."""
     return attend(self, query, key, value, scaling=1 / self.norm_factor)[0].transpose(1, 2), None
+
+
+def neo_attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, None]:
+    """Attend in GPT-Neo, whose local layers have a window; [B, H, S, D]."""
+    window = self.config.window_size if self.attention_type == "local" else None
+    return attend(self, query, key, value, scaling=1.0, sliding_window=window)[0].transpose(1, 2), None
+
+
+def minimax_selected(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    past_key_values: Any,
+    positions: Tensor,
+) -> Tensor:
+    """Return whether tokens are in a block that MiniMax M3 selects for a query, [B, heads of the index, S, T].
+
+    Blocks are the first columns of a matrix of T columns: ONNX files must not compute the sizes of tensors.
+    """
+    query, key = (
+        norm(project(hidden_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        for norm, project in ((self.q_norm, self.q_proj), (self.k_norm, self.k_proj))
+    )
+    cos, sin = (each[..., : self.head_dim] for each in position_embeddings)
+    query, key = vars(sys.modules[type(self).__module__])["apply_rotary_pos_emb"](query, key, cos, sin)
+    key = past_key_values.layers[self.layer_idx].update_index(key)
+    slots = torch.arange(key.shape[2], device=key.device)
+    scores = (query @ key.transpose(-1, -2)).masked_fill(slots > positions[:, None, :, None], -torch.inf)
+    blocks = (slots // self.block_size).expand_as(scores)
+    largest = torch.full_like(scores, -torch.inf).scatter_reduce(-1, blocks, scores, "amax")
+    distance = positions[:, None, :, None] // self.block_size - slots
+    largest = largest.masked_fill((distance >= 0) & (distance < self.local_blocks), torch.inf)
+    top, chosen = largest.topk(torch.sym_min(self.topk_blocks, key.shape[2]), -1)  # type: ignore[no-untyped-call]
+    counts = torch.zeros_like(scores).scatter_add(-1, chosen, (top > -torch.inf).to(scores.dtype))
+    return counts.gather(-1, blocks) > 0
+
+
+def minimax_mask(self: Any, selected: Tensor, *_: Any) -> Tensor:
+    """Return what is added to the scores of MiniMax M3's queries, [B, heads, S, T]."""
+    positions = positions_of(step().attention_mask, selected.shape[2])[:, None, :, None]
+    visible = selected & (torch.arange(selected.shape[3], device=selected.device) <= positions)
+    masked = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    return masked.repeat_interleave(self.config.num_attention_heads // selected.shape[1], 1)
 
 
 # ---- experts

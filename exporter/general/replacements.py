@@ -62,10 +62,13 @@ _ATTRIBUTES: dict[tuple[str, str, str], Any] = {
 """Attributes of single modeling modules, or of what they contain, and what replaces them."""
 
 _ATTRIBUTES_IN_STEPS: dict[tuple[str, str, str], Any] = {
+    ("gpt_neo", "GPTNeoSelfAttention", "_attn"): modules.neo_attention,
     ("gpt_neox_japanese", "GPTNeoXJapaneseAttention", "_attn"): modules.japanese_attention,
     ("llama4", "Llama4TextAttention", "attn_temperature_tuning"): property(lambda _: False),  # see `attend`
     ("minimax", "", "MiniMaxCache"): Cache,
     ("minimax", "MiniMaxLightningAttention", "forward"): modules.lightning_attention,
+    ("minimax_m3_vl", "MiniMaxM3VLIndexer", "build_block_mask"): modules.minimax_mask,
+    ("minimax_m3_vl", "MiniMaxM3VLIndexer", "forward"): modules.minimax_selected,
     ("recurrent_gemma", "RecurrentGemmaRecurrentBlock", "forward"): modules.recurrent_block,
     ("zaya", "ZayaCCAProjection", "forward"): modules.convolved_projection,
     ("recurrent_gemma", "RecurrentGemmaRglru", "_rnn_scan"): modules.recurrent_scan,

@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
-import torch
 from torch import Tensor
 
 from llm_edge.exporter.graph.attention import DOMAIN
@@ -194,12 +193,13 @@ def _fill_initializers(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
         if name in weights and not value.uses():
             del model.graph.initializers[name]
         elif name in weights:
-            values = functools.partial(_float32, weights, name)
-            kind = ir.DataType.BOOL if value.dtype == ir.DataType.BOOL else ir.DataType.FLOAT
+            assert value.dtype is not None
+            kind = ir.DataType.FLOAT if value.dtype.is_floating_point() else value.dtype
+            values = functools.partial(_values, weights, name)
             value.const_value = lazy_tensor(name, kind, shape_of(value), values)
 
 
-def _float32(weights: Mapping[str, Tensor], name: str) -> Array:
-    """Return a weight as float32, but a mask as it is."""
+def _values(weights: Mapping[str, Tensor], name: str) -> Array:
+    """Return a weight as float32, but integers and masks as they are."""
     weight = weights[name]
-    return (weight if weight.dtype == torch.bool else weight.float()).numpy()
+    return (weight.float() if weight.is_floating_point() else weight).numpy()

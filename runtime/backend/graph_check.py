@@ -53,7 +53,7 @@ OPERATORS = frozenset({("", name) for name in _STANDARD} | {("com.microsoft", na
 
 # onnxruntime computes nodes whose inputs are all constant when it loads a graph. Only operators whose results are not
 # larger than their inputs may have such inputs, or a small file could allocate any amount of memory.
-_FOLDABLE = frozenset({"Cast", "CastLike", "Constant", "DequantizeLinear", "Identity", "Reshape", "Shape"})
+_FOLDABLE = frozenset({"Cast", "CastLike", "Constant", "DequantizeLinear", "Identity", "Reshape", "Shape", "Split"})
 
 _MODEL_FIELDS = {1: VARINT, 2: BYTES, 3: BYTES, 4: BYTES, 5: VARINT, 6: BYTES, 7: BYTES, 8: BYTES, 14: BYTES}
 _GRAPH_FIELDS = {1: BYTES, 2: BYTES, 5: BYTES, 10: BYTES, 11: BYTES, 12: BYTES, 13: BYTES, 16: BYTES}

@@ -116,6 +116,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "got_ocr2": {"text_config": {"model_type": "qwen2", **_SMALL}, "vision_config": {"num_hidden_layers": 2}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "shared_intermediate_size": 64},
+    "hy_v4": {"pad_token_id": None},  # whose embedding is zero, so that all its scores of tokens are equal
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {"layer_types": _LINEAR, "num_key_value_heads": 4},
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},

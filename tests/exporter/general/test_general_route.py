@@ -42,6 +42,8 @@ BOUND = 1e-4  # of the difference of logits
         ("qwen3_5_text", {"GroupQueryAttention", "LinearAttention", "CausalConvWithState"}),  # the delta rule
         ("granitemoehybrid", {"GroupQueryAttention", "LinearAttention", "CausalConvWithState", "MoE"}),  # Mamba 2
         ("phimoe", {"GroupQueryAttention", "MoE"}),  # tells its window by the mask alone
+        ("zaya", {"GroupQueryAttention", "MoE"}),  # convolves queries and keys
+        ("deepseek_v32", {"TensorScatter", "MoE"}),  # selects the tokens to attend to
         ("bloom", {"TensorScatter"}),  # attention of its own
         ("falcon", {"TensorScatter"}),  # constants in the code, and queries, keys and values in one matrix
     ],
