@@ -25,7 +25,7 @@ from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.family import Family
 from llm_edge.model.registry import find_family
 from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
-from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
+from llm_edge.runtime.errors import CheckpointError, UnsupportedArchitectureError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 
 _ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
@@ -39,7 +39,7 @@ def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
     """
     try:
         return _read(folder / "config.json", None, folder, folder.resolve().name, adapter)
-    except UnknownFamilyError as error:
+    except UnsupportedArchitectureError as error:
         error.folder = folder
         raise
 

@@ -50,9 +50,14 @@ _REFERENCE_FRACTION = 0.5  # of the validation time
 
 
 def export_general(
-    source: Path, target: Path, options: ExportOptions, recipes: tuple[Recipe, ...], progress: Progress
+    source: Path,
+    target: Path,
+    options: ExportOptions,
+    recipes: tuple[Recipe, ...],
+    progress: Progress,
+    notes: tuple[str, ...] = (),
 ) -> Report:
-    """Export a Hugging Face folder; see `exporter.export.export`.
+    """Export a Hugging Face folder; see `exporter.export.export`. The report begins with `notes`.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or it does something that has no form here.
@@ -62,6 +67,7 @@ def export_general(
     recipes = general_recipes(recipes)
     checkpoint = fit_to_embedding(read_general_folder(source))
     checkpoint = _with_reasoning(checkpoint)
+    checkpoint = dataclasses.replace(checkpoint, notes=(*notes, *checkpoint.notes))
     architecture, writer = checkpoint.config, GeneralWriter()
     _check_batches(architecture)
     windows = select_windows(load_validation(checkpoint), architecture.vocab_size, architecture.parameters)
