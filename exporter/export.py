@@ -131,8 +131,6 @@ def _export_through_transformers(
         note = f"exported through transformers, because our decoder does not support a setting: {error}"
         progress("reading", None, note)
         return export_general(error.folder, target, options, recipes, progress, (note,))
-    except UnknownFamilyError:
-        raise error from None
     except (CheckpointError, ParityError) as other:
         if isinstance(error, UnknownFamilyError):
             raise
