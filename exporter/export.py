@@ -116,7 +116,7 @@ def _export_through_transformers(
     error: UnsupportedArchitectureError, target: Path, options: ExportOptions, progress: Progress
 ) -> Report:
     """Export a model that our decoder does not compute, if transformers is installed and its own model is supported."""
-    if error.folder is None:
+    if error.path is None:
         raise error
     if importlib.util.find_spec("transformers") is None:
         raise type(error)(
@@ -127,10 +127,10 @@ def _export_through_transformers(
     recipes = _recipes(options, _DEFAULT_PRECISIONS[FileFormat.ONNX])
     try:
         if isinstance(error, UnknownFamilyError):
-            return export_general(error.folder, target, options, recipes, progress)
+            return export_general(error.path, target, options, recipes, progress)
         note = f"exported through transformers, because our decoder does not support a setting: {error}"
         progress("reading", None, note)
-        return export_general(error.folder, target, options, recipes, progress, (note,))
+        return export_general(error.path, target, options, recipes, progress, (note,))
     except (CheckpointError, ParityError) as other:
         if isinstance(error, UnknownFamilyError):
             raise

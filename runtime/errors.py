@@ -50,10 +50,10 @@ class UnsupportedArchitectureError(CheckpointError):
     """A model that our own decoder does not compute; the export may still do so through transformers.
 
     Attributes:
-        folder: the Hugging Face folder of the model; None for other sources.
+        path: the Hugging Face folder or GGUF file of the model; None for other sources.
     """
 
-    folder: Path | None = None
+    path: Path | None = None
 
 
 class UnknownFamilyError(UnsupportedArchitectureError):

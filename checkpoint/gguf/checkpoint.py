@@ -1,18 +1,20 @@
-"""Reads GGUF files of the llama, qwen2, qwen3 and gemma3 architectures."""
+"""Reads GGUF files of the architectures that our own decoder computes."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_edge.checkpoint.base import Checkpoint, Source, by_frequency, hash_file
+from llm_edge.checkpoint.base import Checkpoint, Source, TokenizerAssets, by_frequency, hash_file
 from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES
 from llm_edge.checkpoint.gguf.config import EMBEDDING, HEAD, hf_config
 from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.general import GENERAL_ARCHITECTURES
 from llm_edge.checkpoint.gguf.sampling import recommended_sampling
 from llm_edge.checkpoint.gguf.split import base_name
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
@@ -22,6 +24,7 @@ from llm_edge.model.families.common import multiplied
 from llm_edge.model.registry import find_family
 from llm_edge.model.rope import FrequencyDivisors
 from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable, bind_weights, half_split
+from llm_edge.runtime.errors import UnknownFamilyError
 
 _ROPE_FREQS = "rope_freqs.weight"
 _OUTER: Mapping[str, Sources] = {
@@ -40,6 +43,7 @@ def read_gguf(path: Path) -> Checkpoint:
         CheckpointError: the file is damaged, or its architecture or a setting is not supported.
     """
     file = GGUFFile(path)
+    _check_route(file)
     raw = ConfigReader(hf_config(file), str(path))
     config = find_family(raw.text("model_type"), str(path)).read_config(raw)
     architecture = file.meta_str("general.architecture")
@@ -61,9 +65,40 @@ def read_gguf(path: Path) -> Checkpoint:
         unused=(EMBEDDING, HEAD),
     )
     tokenizer = read_tokenizer(file)
+    generation, notes = gguf_generation(file, tokenizer, config.vocab_size)
+    return Checkpoint(
+        config=config,
+        hf_config=raw.used,
+        weights=weights,
+        tokenizer=tokenizer,
+        generation=generation,
+        source=gguf_source(file),
+        notes=notes,
+    )
+
+
+def _check_route(file: GGUFFile) -> None:
+    """Raise UnknownFamilyError if the model is exported through transformers."""
+    architecture = file.meta_str("general.architecture")
+    if architecture in GENERAL_ARCHITECTURES:
+        error = UnknownFamilyError(
+            f"{file.path}: architecture {architecture!r} is not supported by our own decoder, only through transformers"
+        )
+        error.path = file.path
+        raise error
+
+
+def gguf_generation(
+    file: GGUFFile, tokenizer: TokenizerAssets, vocab_size: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return special tokens and sampling parameters as a `generation_config.json`, and notes.
+
+    Raises:
+        CheckpointError: there are more tokens than rows of the embedding.
+    """
     tokens = len(file.meta_strings("tokenizer.ggml.tokens"))
-    if tokens > config.vocab_size:
-        file.fail(f"has {tokens} tokens, but an embedding of {config.vocab_size} rows: convert the model again")
+    if tokens > vocab_size:
+        file.fail(f"has {tokens} tokens, but an embedding of {vocab_size} rows: convert the model again")
     sampling, notes = recommended_sampling(file)
     eos = list(tokenizer.eos_token_ids)
     ids = {
@@ -71,19 +106,16 @@ def read_gguf(path: Path) -> Checkpoint:
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return Checkpoint(
-        config=config,
-        hf_config=raw.used,
-        weights=weights,
-        tokenizer=tokenizer,
-        generation={**{key: value for key, value in ids.items() if value is not None}, **sampling},
-        source=Source(
-            name=base_name(path),
-            format="GGUF",
-            files=tuple(map(hash_file, file.parts)),
-            weight_types=by_frequency(tensor.ggml_type.name for tensor in file.tensors.values()),
-        ),
-        notes=notes,
+    return {**{key: value for key, value in ids.items() if value is not None}, **sampling}, notes
+
+
+def gguf_source(file: GGUFFile) -> Source:
+    """Return where a checkpoint came from."""
+    return Source(
+        name=base_name(file.path),
+        format="GGUF",
+        files=tuple(map(hash_file, file.parts)),
+        weight_types=by_frequency(tensor.ggml_type.name for tensor in file.tensors.values()),
     )
 
 

@@ -40,7 +40,7 @@ def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
     try:
         return _read(folder / "config.json", None, folder, folder.resolve().name, adapter)
     except UnsupportedArchitectureError as error:
-        error.folder = folder
+        error.path = folder
         raise
 
 
