@@ -22,10 +22,17 @@ _SIGMOID = 2  # of llama.cpp's `expert_gating_func`
 
 @dataclass(frozen=True, slots=True)
 class GeneralTensor:
-    """A parameter of transformers' model: tensors of the file, and what makes them one."""
+    """A parameter of transformers' model: tensors of the file, and what makes them one.
+
+    Attributes:
+        sources: names of the tensors.
+        convert: returns the parameter, given the tensors.
+        dense: other names that they have in models without experts.
+    """
 
     sources: tuple[str, ...]
     convert: Callable[..., Tensor] = lambda tensor: tensor
+    dense: tuple[str, ...] = ()
 
     def load(self, read: Callable[[str], Tensor]) -> Tensor:
         """Return the parameter, given what reads a tensor of the file."""
@@ -116,6 +123,34 @@ def _lfm2_moe(meta: Metadata, config: Entries) -> Entries:
     }
 
 
+def _granite_hybrid(meta: Metadata, config: Entries) -> Entries:
+    """Files with rotary positions are Bamba's, whose config differs."""
+    if meta.file.meta_bool(f"{meta.architecture}.rope.scaling.finetuned", default=True):
+        meta.file.fail(f"{meta.architecture}.rope.scaling.finetuned is True; only False is supported")
+    heads, inner = meta.integer("ssm.time_step_rank"), meta.integer("ssm.inner_size")
+    if inner % config["hidden_size"] or inner % heads:
+        meta.file.fail(f"{meta.architecture}.ssm.inner_size ({inner}) is not a multiple of embedding_length and heads")
+    kinds = meta.integers("attention.head_count_kv", config["num_hidden_layers"])
+    head_dim = config["head_dim"]
+    return {
+        "layer_types": ["attention" if count else "mamba" for count in kinds],
+        "position_embedding_type": None,
+        "attention_multiplier": meta.number("attention.scale", 0.0) or head_dim**-0.5,
+        "embedding_multiplier": meta.number("embedding_scale", 1.0),
+        "residual_multiplier": meta.number("residual_scale", 1.0),
+        "logits_scaling": meta.number("logit_scale", 1.0),
+        "num_local_experts": meta.integer("expert_count", 0, minimum=0),
+        "num_experts_per_tok": meta.integer("expert_used_count", 0, minimum=0),
+        "shared_intermediate_size": meta.integer("expert_shared_feed_forward_length"),
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_expand": inner // config["hidden_size"],
+        "mamba_n_groups": meta.integer("ssm.group_count"),
+        "mamba_d_state": meta.integer("ssm.state_size"),
+        "mamba_d_conv": meta.integer("ssm.conv_kernel"),
+    }
+
+
 # ---- tensors
 
 
@@ -163,6 +198,32 @@ _LFM2_LAYER: Tensors = {
     "conv.conv.weight": GeneralTensor(("shortconv.conv.weight",), lambda kernel: kernel.unsqueeze(1)),
 }
 
+_GRANITE_HYBRID: Tensors = {
+    # Rows of queries and keys are in the order of rotary positions, which are not used: products stay the same.
+    **_named(_ATTENTION | _MLP_NORM | {"mamba.in_proj": "ssm_in", "mamba.out_proj": "ssm_out"}),
+    "mamba.A_log": GeneralTensor(("ssm_a",), lambda decay: decay.neg().log().flatten()),
+    "mamba.D": GeneralTensor(("ssm_d",), torch.flatten),
+    "mamba.dt_bias": GeneralTensor(("ssm_dt.bias",)),
+    "mamba.conv1d.weight": GeneralTensor(("ssm_conv1d.weight",), lambda kernel: kernel.unsqueeze(1)),
+    "mamba.conv1d.bias": GeneralTensor(("ssm_conv1d.bias",)),
+    "mamba.norm.weight": GeneralTensor(("ssm_norm.weight",), torch.flatten),
+    "block_sparse_moe.router.weight": GeneralTensor(("ffn_gate_inp.weight",)),
+    "block_sparse_moe.experts.gate_up_proj": GeneralTensor(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _joined),
+    "block_sparse_moe.experts.down_proj": GeneralTensor(("ffn_down_exps.weight",)),
+    "shared_mlp.input_linear.weight": GeneralTensor(
+        ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+        lambda gate, up: torch.cat([gate, up]),
+        dense=("ffn_gate.weight", "ffn_up.weight"),
+    ),
+    "shared_mlp.output_linear.weight": GeneralTensor(("ffn_down_shexp.weight",), dense=("ffn_down.weight",)),
+}
+_GRANITE_KEYS = frozenset(
+    (
+        *("attention.scale", "embedding_scale", "residual_scale", "logit_scale", "expert_shared_feed_forward_length"),
+        *("ssm.conv_kernel", "ssm.group_count", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"),
+    )
+)
+
 GENERAL_ARCHITECTURES: Mapping[str, GeneralArchitecture] = {
     "gpt-oss": GeneralArchitecture(
         Architecture("gpt_oss", _gpt_oss, _EXPERTS),
@@ -178,6 +239,11 @@ GENERAL_ARCHITECTURES: Mapping[str, GeneralArchitecture] = {
             ),
             "mlp.experts.down_proj_bias": GeneralTensor(("ffn_down_exps.bias",)),
         },
+    ),
+    "granitehybrid": GeneralArchitecture(
+        Architecture("granitemoehybrid", _granite_hybrid, _EXPERTS | _GRANITE_KEYS, per_layer_heads=True),
+        _named(_OUTER),
+        _GRANITE_HYBRID,
     ),
     "lfm2": GeneralArchitecture(
         Architecture("lfm2", _lfm2, frozenset({"shortconv.l_cache"}), eps="norm_eps", per_layer_heads=True),
@@ -240,9 +306,11 @@ def general_tensors(file: GGUFFile, layers: int) -> Tensors:
     architecture = GENERAL_ARCHITECTURES[file.meta_str("general.architecture")]
     wanted = dict(architecture.outer)
     for number in range(layers):
-        for name, tensor in architecture.layer.items():
-            sources = tuple(f"blk.{number}.{source}" for source in tensor.sources)
-            wanted[f"model.layers.{number}.{name}"] = GeneralTensor(sources, tensor.convert)
+        for parameter, tensor in architecture.layer.items():
+            has_experts = f"blk.{number}.ffn_gate_inp.weight" in file.tensors
+            names = tensor.sources if has_experts or not tensor.dense else tensor.dense
+            sources = tuple(f"blk.{number}.{name}" for name in names)
+            wanted[f"model.layers.{number}.{parameter}"] = GeneralTensor(sources, tensor.convert)
     found = {name: tensor for name, tensor in wanted.items() if set(tensor.sources) <= file.tensors.keys()}
     used = {source for tensor in found.values() for source in tensor.sources}
     if unused := sorted(file.tensors.keys() - used):
