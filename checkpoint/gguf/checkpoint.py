@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_edge.checkpoint.base import Checkpoint, Source, TokenizerAssets, by_frequency, hash_file
-from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES
+from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES, Architecture
 from llm_edge.checkpoint.gguf.config import EMBEDDING, HEAD, hf_config
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.general import GENERAL_ARCHITECTURES
@@ -25,6 +25,7 @@ from llm_edge.model.registry import find_family
 from llm_edge.model.rope import FrequencyDivisors
 from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable, bind_weights, half_split
 from llm_edge.runtime.errors import UnknownFamilyError
+from llm_edge.runtime.safe_io import short_repr
 
 _ROPE_FREQS = "rope_freqs.weight"
 _OUTER: Mapping[str, Sources] = {
@@ -43,11 +44,11 @@ def read_gguf(path: Path) -> Checkpoint:
         CheckpointError: the file is damaged, or its architecture or a setting is not supported.
     """
     file = GGUFFile(path)
-    _check_route(file)
-    raw = ConfigReader(hf_config(file), str(path))
+    known = _own_architecture(file)
+    raw = ConfigReader(hf_config(file, known), str(path))
     config = find_family(raw.text("model_type"), str(path)).read_config(raw)
     architecture = file.meta_str("general.architecture")
-    if ARCHITECTURES[architecture].rope_freqs:
+    if known.rope_freqs:
         config = _with_rope_freqs(config, file)
     table = weight_table(config, architecture, packed="blk.0.attn_qkv.weight" in file.tensors)
     if config.hidden_scale != 1:  # Cohere: the last norm includes the factor of the logits
@@ -77,15 +78,19 @@ def read_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _check_route(file: GGUFFile) -> None:
-    """Raise UnknownFamilyError if the model is exported through transformers."""
+def _own_architecture(file: GGUFFile) -> Architecture:
+    """Return how files of the architecture are read; raise CheckpointError if our decoder does not compute it."""
     architecture = file.meta_str("general.architecture")
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
     if architecture in GENERAL_ARCHITECTURES:
         error = UnknownFamilyError(
             f"{file.path}: architecture {architecture!r} is not supported by our own decoder, only through transformers"
         )
         error.path = file.path
         raise error
+    supported = ", ".join(map(repr, (*ARCHITECTURES, *GENERAL_ARCHITECTURES)))
+    return file.fail(f"architecture {short_repr(architecture)} is not supported; supported: {supported}")
 
 
 def gguf_generation(

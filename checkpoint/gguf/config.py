@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES, Architecture, partial_rotary_factor
+from llm_edge.checkpoint.gguf.architectures import Architecture, partial_rotary_factor
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.metadata import Metadata
 from llm_edge.model.rope import yarn_amplitude
@@ -42,20 +42,16 @@ _NEUTRAL: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def hf_config(file: GGUFFile, architectures: Mapping[str, Architecture] = ARCHITECTURES) -> dict[str, Any]:
-    """Return the metadata of a file of one of these architectures as a Hugging Face `config.json`.
+def hf_config(file: GGUFFile, known: Architecture) -> dict[str, Any]:
+    """Return the metadata of a file of an architecture as a Hugging Face `config.json`.
 
     Raises:
-        CheckpointError: the architecture or a setting is not supported.
+        CheckpointError: a setting is not supported.
     """
     architecture = file.meta_str("general.architecture")
-    if architecture not in architectures:
-        supported = ", ".join(map(repr, architectures))
-        file.fail(f"architecture {short_repr(architecture)} is not supported; supported: {supported}")
     kind = file.meta_str("general.type", default="model")
     if kind != "model":
         file.fail(f"contains {short_repr(kind)} instead of a model (general.type): give the model's own file")
-    known = architectures[architecture]
     _reject_unknown_keys(file, architecture, known)
     meta = Metadata(file, architecture)
     heads, hidden = meta.integer("attention.head_count"), meta.integer("embedding_length")

@@ -292,7 +292,7 @@ def general_config(file: GGUFFile) -> Entries:
     Raises:
         CheckpointError: a setting is not supported.
     """
-    config = hf_config(file, {name: each.settings for name, each in GENERAL_ARCHITECTURES.items()})
+    config = hf_config(file, GENERAL_ARCHITECTURES[file.meta_str("general.architecture")].settings)
     rope = {**(config.pop("rope_scaling") or {"rope_type": "default"}), "rope_theta": config.pop("rope_theta")}
     return {**config, "rope_parameters": rope}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_edge.checkpoint.base import Checkpoint, OriginalModel
 from llm_edge.checkpoint.gguf.checkpoint import gguf_generation, gguf_source
 from llm_edge.checkpoint.gguf.file import GGUFFile
-from llm_edge.checkpoint.gguf.general import general_config, general_tensors
+from llm_edge.checkpoint.gguf.general import GeneralTensor, general_config, general_tensors
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
 from llm_edge.exporter.general.architecture import architecture_of
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint
@@ -38,7 +38,14 @@ def read_general_gguf(path: Path) -> GeneralCheckpoint:
     def load(name: str) -> Tensor:
         return tensors[name].load(file.load)
 
-    shapes = {name: tuple(tensor.load(empty).shape) for name, tensor in tensors.items()}
+    def shape(tensor: GeneralTensor) -> tuple[int, ...]:
+        try:
+            return tuple(tensor.load(empty).shape)
+        except (IndexError, RuntimeError):
+            shapes = " and ".join(f"{each} {file.tensor(each).shape}" for each in tensor.sources)
+            file.fail(f"the shape of {shapes} is not supported")
+
+    shapes = {name: shape(tensor) for name, tensor in tensors.items()}
     return Checkpoint(
         architecture,
         config,

@@ -215,6 +215,16 @@ def test_a_file_is_exported_through_transformers(tmp_path: Path, monkeypatch: py
         export(str(tmp_path / "model.gguf"), ExportOptions(output=tmp_path / "other"))
 
 
+def test_parts_of_experts_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = GGUFWriter.add_tensor
+    monkeypatch.setattr(
+        GGUFWriter, "add_tensor", lambda self, name, array: add(self, name, array[:3] if "up_exps" in name else array)
+    )
+    write_gguf(tmp_path / "model.gguf", "qwen3_moe")
+    with pytest.raises(CheckpointError, match=r"ffn_up_exps\.weight \(3, 32, 64\) is not supported"):
+        read_general_gguf(tmp_path / "model.gguf")
+
+
 def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "lfm2", {"lfm2.shortconv.stride": 2})
     with pytest.raises(CheckpointError, match=r"unknown key 'lfm2\.shortconv\.stride'"):
