@@ -35,7 +35,14 @@ from llm_edge.model.block_weights import BLOCK_TYPES
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import count_parameters
 from llm_edge.model.weights import Weights
-from llm_edge.runtime.errors import CheckpointError, ParameterError, UnknownFamilyError
+from llm_edge.runtime.errors import (
+    CheckpointError,
+    ParameterError,
+    ParityError,
+    UnknownFamilyError,
+    UnsupportedArchitectureError,
+    UnsupportedSettingError,
+)
 
 LARGE = 1_000_000_000
 """Parameters of a model whose export can be resumed."""
@@ -61,7 +68,7 @@ def export(
     _check_file_format(options, recipes)
     try:
         checkpoint = _open(source, options, progress)
-    except UnknownFamilyError as error:
+    except UnsupportedArchitectureError as error:
         return _export_through_transformers(error, target, options, progress)
     if options.file_format is FileFormat.ONNX and _keeps_source(source, checkpoint):
         recipes = _recipes(options, _QUANTIZED_DEFAULT)
@@ -107,22 +114,28 @@ def _open(source: str, options: ExportOptions, progress: Progress) -> Checkpoint
 
 
 def _export_through_transformers(
-    error: UnknownFamilyError, target: Path, options: ExportOptions, progress: Progress
+    error: UnsupportedArchitectureError, target: Path, options: ExportOptions, progress: Progress
 ) -> Report:
-    """Export a model that is none of ours, if transformers is installed and knows it."""
-    if error.folder is None:
+    """Export a model that our decoder does not compute, if transformers is installed and its own model is supported."""
+    if error.path is None:
         raise error
     if importlib.util.find_spec("transformers") is None:
-        raise UnknownFamilyError(
-            f"{error}; install transformers to export others through it: pip install 'llm-edge[general]'"
+        raise type(error)(
+            f"{error}; install transformers to export it through that: pip install 'llm-edge[general]'"
         ) from error
     from llm_edge.exporter.general.export import export_general
 
     recipes = _recipes(options, _DEFAULT_PRECISIONS[FileFormat.ONNX])
     try:
-        return export_general(error.folder, target, options, recipes, progress)
-    except UnknownFamilyError:
-        raise error from None
+        if isinstance(error, UnknownFamilyError):
+            return export_general(error.path, target, options, recipes, progress)
+        note = f"exported through transformers, because our decoder does not support a setting: {error}"
+        progress("reading", None, note)
+        return export_general(error.path, target, options, recipes, progress, (note,))
+    except (CheckpointError, ParityError) as other:
+        if isinstance(error, UnknownFamilyError):
+            raise
+        raise UnsupportedSettingError(f"{error}; nor is it exported through transformers: {other}") from other
 
 
 def _prepare_target(source: str, options: ExportOptions, progress: Progress) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from llm_edge.model.rope import Rope
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, UnsupportedSettingError
 
 # Far beyond any published model: a value outside these bounds comes from a damaged or malicious file.
 _BOUNDS: Mapping[str, tuple[float, float]] = {
@@ -168,7 +168,7 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads}): correct the config"
             )
         if self.head_bias and self.logit_softcap is not None:
-            raise CheckpointError("a bias of the output head and bounded logits are not supported together")
+            raise UnsupportedSettingError("a bias of the output head and bounded logits are not supported together")
         if self.query_growth is not None and any(layer.rope is None for layer in self.layers):
             raise CheckpointError("queries that grow with their position require rotary positions in every layer")
         if self.shared_norm and not (self.parallel_blocks and self.pre_norm):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, UnsupportedSettingError
 from llm_edge.runtime.safe_io import short_repr
 
 _MAX_LAYERS = 1_024
@@ -124,7 +124,7 @@ class ConfigReader:
         """Return the entry of `choices` that the value names."""
         name = self.text(key, default)
         if name not in choices:
-            self.fail(f"{key} {short_repr(name)} is not supported; supported: {', '.join(map(repr, choices))}")
+            self.refuse(f"{key} {short_repr(name)} is not supported; supported: {', '.join(map(repr, choices))}")
         return choices[name]
 
     def resolve_alias(self, name: str, alias: str) -> str:
@@ -162,14 +162,18 @@ class ConfigReader:
         """Fail if any of these unsupported keys is set (not null, false, 0 or empty)."""
         for key in keys:
             if self._raw.get(key):
-                self.fail(f"{key} is set, which is not supported")
+                self.refuse(f"{key} is set, which is not supported")
 
     def require(self, key: str, value: Any) -> None:
         """Fail if the key is present with a different value."""
         found = self.value(key)
         if found is not None and found != value:
-            self.fail(f"{key} is {short_repr(found)}; only {value!r} is supported")
+            self.refuse(f"{key} is {short_repr(found)}; only {value!r} is supported")
 
     def fail(self, reason: str) -> NoReturn:
-        """Raise a `CheckpointError` about this config."""
+        """Raise a `CheckpointError` about a value that is missing or invalid."""
         raise CheckpointError(f"{self.where}: {reason}")
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise an `UnsupportedSettingError` about a valid setting that our decoder does not support."""
+        raise UnsupportedSettingError(f"{self.where}: {reason}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from llm_edge.model.family import Family
 from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
@@ -60,8 +61,7 @@ def find_family(model_type: str, where: str = "config.json") -> Family:
     entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     found = {entry.value: entry for entry in entry_points if entry.name == model_type}
     if not found:
-        known = ", ".join(sorted({*BUILT_IN, *entry_points.names}))
-        raise UnknownFamilyError(f"{where}: model_type {model_type[:80]!r} is not supported; supported: {known}")
+        raise unknown_family(model_type, where, {*BUILT_IN, *entry_points.names})
     if len(found) > 1:
         names = " and ".join(sorted(found))
         raise CheckpointError(f"{where}: family {model_type!r} is registered by {names}: uninstall all but one of them")
@@ -78,3 +78,12 @@ def find_family(model_type: str, where: str = "config.json") -> Family:
             f"{where}: family {model_type!r}: {value} is a {type(loaded).__name__}, not a Family: fix its package"
         )
     return loaded
+
+
+def unknown_family(model_type: str, where: str, known: Iterable[str]) -> UnknownFamilyError:
+    """Return the error for a `model_type` that is none of the `known` ones; it names those that are spelled alike."""
+    alike = difflib.get_close_matches(model_type[:80], sorted(known), n=2, cutoff=0.75)
+    hint = f" (similar: {', '.join(alike)})" if alike else ""
+    return UnknownFamilyError(
+        f"{where}: model_type {model_type[:80]!r} is not supported{hint}; llm-export --families lists what is"
+    )

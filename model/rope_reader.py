@@ -63,14 +63,14 @@ def read_rope(
         if section is None:
             config.fail(f"rope_parameters has no {layer_type}: this family requires one entry per layer type")
     elif section is not None and section.has_sections:
-        section.fail("has one entry per layer type, which this family does not support")
+        section.refuse("has one entry per layer type, which this family does not support")
     if section is not None:
         theta = section.number("rope_theta", theta)
         fraction = section.number("partial_rotary_factor", fraction)
     if not 0 < fraction <= 1:  # also rejects NaN
         config.fail(f"partial_rotary_factor is {fraction}; it must be above 0 and at most 1")
     if fraction_key is None and (fraction != 1 or config.number("partial_rotary_factor", 1.0) != 1):
-        config.fail("partial_rotary_factor is set, which is not supported in this family")
+        config.refuse("partial_rotary_factor is set, which is not supported in this family")
     if not 1 <= theta <= 1e12:
         config.fail(f"{theta_key} is {theta}; it must be 1 to 1e12")
     dim = int(head_dim * fraction)
@@ -105,7 +105,7 @@ def _scaling(
         short, long = (_divisors(section, key, rope.dim // 2) for key in ("short_factor", "long_factor"))
         return LongRopeScaling(short, long, original, amplitude)
     supported = "default, linear, llama3, yarn, longrope"
-    return config.fail(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")
+    return config.refuse(f"{field} of type {short_repr(kind)} is not supported; supported: {supported}")
 
 
 def _original_length(config: ConfigReader, section: ConfigReader, length: int, default: int | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llm_edge.model.block_weights import BlockKind, BlockReader, SourceBlocks
 from llm_edge.model.config import ModelConfig
 from llm_edge.model.decoder import Decoder
-from llm_edge.runtime.errors import CheckpointError
+from llm_edge.runtime.errors import CheckpointError, UnsupportedSettingError
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 """Names of the decoder's token embedding and output head; a tied model has no head."""
@@ -171,7 +171,9 @@ def bind_weights(
     if unexpected:
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         name = ascii(unexpected[0])[1:-1][:200]
-        raise CheckpointError(f"{where}: unexpected tensor {name}{more}: this variant of the model is not supported")
+        raise UnsupportedSettingError(
+            f"{where}: unexpected tensor {name}{more}: this variant of the model is not supported"
+        )
     movable = set()
     if block_reader is not None:
         every = [source for of_weight in sources.values() for source in of_weight]

@@ -3,7 +3,9 @@
     LlmEdgeError                    exit 1    base class, never raised itself
     ├── InputError                  exit 2    unusable input; the message names it and the remedy
     │   ├── CheckpointError                   a checkpoint, its config or its tokenizer
-    │   │   └── UnknownFamilyError            an architecture that is none of ours
+    │   │   └── UnsupportedArchitectureError  a model that our own decoder does not compute
+    │   │       ├── UnknownFamilyError        its `model_type` is none of ours
+    │   │       └── UnsupportedSettingError   a setting of its config, or a tensor, is not supported
     │   ├── BundleError                       a bundle folder: missing, damaged, of another format version
     │   ├── TemplateError                     a chat template, or a conversation it rejects
     │   ├── ParameterError                    a sampling or loading parameter out of range
@@ -44,14 +46,22 @@ class CheckpointError(InputError):
     """A checkpoint, its config or its tokenizer is missing, damaged or unknown."""
 
 
-class UnknownFamilyError(CheckpointError):
-    """A model's architecture is none of ours.
+class UnsupportedArchitectureError(CheckpointError):
+    """A model that our own decoder does not compute; the export may still do so through transformers.
 
     Attributes:
-        folder: the Hugging Face folder of the model; None for other sources.
+        path: the Hugging Face folder or GGUF file of the model; None for other sources.
     """
 
-    folder: Path | None = None
+    path: Path | None = None
+
+
+class UnknownFamilyError(UnsupportedArchitectureError):
+    """A model's `model_type` is none of ours."""
+
+
+class UnsupportedSettingError(UnsupportedArchitectureError):
+    """A model is of one of our families, but with a setting or a tensor that is not supported."""
 
 
 class BundleError(InputError):

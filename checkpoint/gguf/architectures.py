@@ -38,6 +38,7 @@ class Architecture:
         eps: entry of the config for the epsilon of norms.
         layer_norm: norms are LayerNorm, whose epsilon has another key.
         rope_freqs: a tensor may have divisors of the rotary frequencies.
+        per_layer_heads: the number of key-value heads is given for each layer; 0 is a layer without attention.
         layer: weights of a layer whose tensors have other names than usual.
     """
 
@@ -49,6 +50,7 @@ class Architecture:
     eps: str = "rms_norm_eps"
     layer_norm: bool = False
     rope_freqs: bool = False
+    per_layer_heads: bool = False
     layer: Mapping[str, Sources] = field(default_factory=dict)
 
     @property

@@ -1,18 +1,20 @@
-"""Reads GGUF files of the llama, qwen2, qwen3 and gemma3 architectures."""
+"""Reads GGUF files of the architectures that our own decoder computes."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_edge.checkpoint.base import Checkpoint, Source, by_frequency, hash_file
-from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES
+from llm_edge.checkpoint.base import Checkpoint, Source, TokenizerAssets, by_frequency, hash_file
+from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES, Architecture
 from llm_edge.checkpoint.gguf.config import EMBEDDING, HEAD, hf_config
 from llm_edge.checkpoint.gguf.file import GGUFFile
+from llm_edge.checkpoint.gguf.general import GENERAL_ARCHITECTURES
 from llm_edge.checkpoint.gguf.sampling import recommended_sampling
 from llm_edge.checkpoint.gguf.split import base_name
 from llm_edge.checkpoint.gguf.tokenizer import read_tokenizer
@@ -22,6 +24,8 @@ from llm_edge.model.families.common import multiplied
 from llm_edge.model.registry import find_family
 from llm_edge.model.rope import FrequencyDivisors
 from llm_edge.model.weights import Convert, Sources, SourceTensor, WeightTable, bind_weights, half_split
+from llm_edge.runtime.errors import UnknownFamilyError
+from llm_edge.runtime.safe_io import short_repr
 
 _ROPE_FREQS = "rope_freqs.weight"
 _OUTER: Mapping[str, Sources] = {
@@ -40,10 +44,11 @@ def read_gguf(path: Path) -> Checkpoint:
         CheckpointError: the file is damaged, or its architecture or a setting is not supported.
     """
     file = GGUFFile(path)
-    raw = ConfigReader(hf_config(file), str(path))
+    known = _own_architecture(file)
+    raw = ConfigReader(hf_config(file, known), str(path))
     config = find_family(raw.text("model_type"), str(path)).read_config(raw)
     architecture = file.meta_str("general.architecture")
-    if ARCHITECTURES[architecture].rope_freqs:
+    if known.rope_freqs:
         config = _with_rope_freqs(config, file)
     table = weight_table(config, architecture, packed="blk.0.attn_qkv.weight" in file.tensors)
     if config.hidden_scale != 1:  # Cohere: the last norm includes the factor of the logits
@@ -61,9 +66,44 @@ def read_gguf(path: Path) -> Checkpoint:
         unused=(EMBEDDING, HEAD),
     )
     tokenizer = read_tokenizer(file)
+    generation, notes = gguf_generation(file, tokenizer, config.vocab_size)
+    return Checkpoint(
+        config=config,
+        hf_config=raw.used,
+        weights=weights,
+        tokenizer=tokenizer,
+        generation=generation,
+        source=gguf_source(file),
+        notes=notes,
+    )
+
+
+def _own_architecture(file: GGUFFile) -> Architecture:
+    """Return how files of the architecture are read; raise CheckpointError if our decoder does not compute it."""
+    architecture = file.meta_str("general.architecture")
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    if architecture in GENERAL_ARCHITECTURES:
+        error = UnknownFamilyError(
+            f"{file.path}: architecture {architecture!r} is not supported by our own decoder, only through transformers"
+        )
+        error.path = file.path
+        raise error
+    supported = ", ".join(map(repr, (*ARCHITECTURES, *GENERAL_ARCHITECTURES)))
+    return file.fail(f"architecture {short_repr(architecture)} is not supported; supported: {supported}")
+
+
+def gguf_generation(
+    file: GGUFFile, tokenizer: TokenizerAssets, vocab_size: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return special tokens and sampling parameters as a `generation_config.json`, and notes.
+
+    Raises:
+        CheckpointError: there are more tokens than rows of the embedding.
+    """
     tokens = len(file.meta_strings("tokenizer.ggml.tokens"))
-    if tokens > config.vocab_size:
-        file.fail(f"has {tokens} tokens, but an embedding of {config.vocab_size} rows: convert the model again")
+    if tokens > vocab_size:
+        file.fail(f"has {tokens} tokens, but an embedding of {vocab_size} rows: convert the model again")
     sampling, notes = recommended_sampling(file)
     eos = list(tokenizer.eos_token_ids)
     ids = {
@@ -71,19 +111,16 @@ def read_gguf(path: Path) -> Checkpoint:
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return Checkpoint(
-        config=config,
-        hf_config=raw.used,
-        weights=weights,
-        tokenizer=tokenizer,
-        generation={**{key: value for key, value in ids.items() if value is not None}, **sampling},
-        source=Source(
-            name=base_name(path),
-            format="GGUF",
-            files=tuple(map(hash_file, file.parts)),
-            weight_types=by_frequency(tensor.ggml_type.name for tensor in file.tensors.values()),
-        ),
-        notes=notes,
+    return {**{key: value for key, value in ids.items() if value is not None}, **sampling}, notes
+
+
+def gguf_source(file: GGUFFile) -> Source:
+    """Return where a checkpoint came from."""
+    return Source(
+        name=base_name(file.path),
+        format="GGUF",
+        files=tuple(map(hash_file, file.parts)),
+        weight_types=by_frequency(tensor.ggml_type.name for tensor in file.tensors.values()),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_edge.checkpoint.gguf.architectures import ARCHITECTURES, partial_rotary_factor
+from llm_edge.checkpoint.gguf.architectures import Architecture, partial_rotary_factor
 from llm_edge.checkpoint.gguf.file import GGUFFile
 from llm_edge.checkpoint.gguf.metadata import Metadata
 from llm_edge.model.rope import yarn_amplitude
@@ -42,26 +42,23 @@ _NEUTRAL: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """Return the metadata as a Hugging Face `config.json`.
+def hf_config(file: GGUFFile, known: Architecture) -> dict[str, Any]:
+    """Return the metadata of a file of an architecture as a Hugging Face `config.json`.
 
     Raises:
-        CheckpointError: the architecture or a setting is not supported.
+        CheckpointError: a setting is not supported.
     """
     architecture = file.meta_str("general.architecture")
-    if architecture not in ARCHITECTURES:
-        supported = ", ".join(map(repr, ARCHITECTURES))
-        file.fail(f"architecture {short_repr(architecture)} is not supported; supported: {supported}")
     kind = file.meta_str("general.type", default="model")
     if kind != "model":
         file.fail(f"contains {short_repr(kind)} instead of a model (general.type): give the model's own file")
-    known = ARCHITECTURES[architecture]
-    _reject_unknown_keys(file, architecture)
+    _reject_unknown_keys(file, architecture, known)
     meta = Metadata(file, architecture)
     heads, hidden = meta.integer("attention.head_count"), meta.integer("embedding_length")
     head_dim = meta.integer("attention.key_length", hidden // heads)
     if "attention.key_length" not in meta and hidden % heads:
         file.fail(f"{architecture}.embedding_length ({hidden}) is not a multiple of attention.head_count ({heads})")
+    layers = meta.integer("block_count", maximum=_MAX_LAYERS)
     rotated = meta.integer("rope.dimension_count", head_dim)
     for key, value in (
         ("attention.value_length", meta.integer("attention.value_length", head_dim)),
@@ -74,9 +71,11 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "vocab_size": file.tensor("token_embd.weight").shape[0],
         "hidden_size": hidden,
         "intermediate_size": meta.integer("feed_forward_length"),
-        "num_hidden_layers": meta.integer("block_count", maximum=_MAX_LAYERS),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": max(meta.integers("attention.head_count_kv", layers))
+        if known.per_layer_heads
+        else meta.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": meta.integer("context_length"),
         known.eps: meta.number(known.eps_key),
@@ -111,8 +110,8 @@ def _rope_scaling(meta: Metadata) -> dict[str, Any] | None:
     return scaling
 
 
-def _reject_unknown_keys(file: GGUFFile, architecture: str) -> None:
-    known = _READ | _IGNORED | ARCHITECTURES[architecture].keys
+def _reject_unknown_keys(file: GGUFFile, architecture: str, settings: Architecture) -> None:
+    known = _READ | _IGNORED | settings.keys
     for name, value in file.metadata.items():
         prefix, _, key = name.partition(".")
         if prefix != architecture or key in known:

@@ -28,6 +28,10 @@ class Metadata:
         """Return an integer within bounds; without a default the key is required."""
         return self.file.meta_int(f"{self.architecture}.{key}", minimum=minimum, maximum=maximum, default=default)
 
+    def integers(self, key: str, length: int) -> list[int]:
+        """Return a list of integers."""
+        return self.file.meta_ints(f"{self.architecture}.{key}", length=length)
+
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number; a float32 as its shortest decimal form, so that 1e-5 is not 9.999999747378752e-06."""
         value = self.file.meta_float(f"{self.architecture}.{key}", default=default)

@@ -25,7 +25,7 @@ from llm_edge.model.config_reader import ConfigReader
 from llm_edge.model.family import Family
 from llm_edge.model.registry import find_family
 from llm_edge.model.weights import WeightTable, bind_weights, resolve_tied_head
-from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
+from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError, UnsupportedArchitectureError
 from llm_edge.runtime.safe_io import MIB, read_json, read_text, short_repr
 
 _ANCHOR = "layers.0.attention.output.weight"  # a weight of every family, by which the model's module is found
@@ -39,8 +39,8 @@ def read_folder(folder: Path, adapter: Adapter | None = None) -> Checkpoint:
     """
     try:
         return _read(folder / "config.json", None, folder, folder.resolve().name, adapter)
-    except UnknownFamilyError as error:
-        error.folder = folder
+    except UnsupportedArchitectureError as error:
+        error.path = folder
         raise
 
 
@@ -149,7 +149,13 @@ def _merge(
 def _read_config(raw: ConfigReader) -> tuple[Family, ModelConfig]:
     """Return the family of a config and the config in its form."""
     raw.require("is_causal", True)
-    family = find_family(raw.text("model_type"), raw.where)
+    try:
+        family = find_family(raw.text("model_type"), raw.where)
+    except UnknownFamilyError as error:
+        part = raw.value("text_config")
+        if not isinstance(part, Mapping) or "model_type" not in part:
+            raise
+        raise UnknownFamilyError(f"{error}; its text model is {short_repr(part['model_type'])}") from error
     try:
         return family, family.read_config(raw)
     except CheckpointError as error:  # `ModelConfig` does not name the file

@@ -14,10 +14,12 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llm_edge.exporter.families import families
 from llm_edge.exporter.general.decoder import GeneralDecoder, general_decoder
 from llm_edge.exporter.general.functions import UnsupportedModelError, short_reason
 from llm_edge.exporter.validation.independent import silence_transformers
-from llm_edge.runtime.errors import CheckpointError, UnknownFamilyError
+from llm_edge.model.registry import unknown_family
+from llm_edge.runtime.errors import CheckpointError
 from llm_edge.runtime.model_shape import ModelShape
 from llm_edge.runtime.safe_io import short_repr
 
@@ -110,10 +112,7 @@ def architecture_of(content: Mapping[str, Any], where: str) -> Architecture:
     kind = content.get("model_type")
     known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not isinstance(kind, str) or kind not in known or kind not in transformers.CONFIG_MAPPING:
-        raise UnknownFamilyError(
-            f"{where}: transformers {transformers.__version__} has no causal language model of "
-            f"model_type {short_repr(kind)}"
-        )
+        raise unknown_family(str(kind), where, families())
     try:
         with silence_transformers(transformers):
             config_class = transformers.CONFIG_MAPPING[kind]

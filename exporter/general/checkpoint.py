@@ -15,15 +15,18 @@ from llm_edge.checkpoint.huggingface.generation import read_generation
 from llm_edge.checkpoint.huggingface.tokenizer import read_tokenizer
 from llm_edge.checkpoint.huggingface.weight_files import WeightFiles, find_weight_files
 from llm_edge.checkpoint.quantized.dequantized import open_weights, split_quantization
+from llm_edge.exporter.families import GENERAL
 from llm_edge.exporter.general.architecture import Architecture, architecture_of
 from llm_edge.exporter.general.weights import GeneralWeights
 from llm_edge.runtime.errors import CheckpointError
-from llm_edge.runtime.safe_io import MIB, read_json
+from llm_edge.runtime.safe_io import MIB, read_json, short_repr
 
 GeneralCheckpoint: TypeAlias = Checkpoint[Architecture, GeneralWeights]
 
 _TEXT_PREFIX = re.compile(r"(model\.)?language_model\.(model\.)?")
 """Of the text model's tensors in a model that also reads images or sound."""
+_FACTORS: Mapping[str, float | None] = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
+"""What a text model does to its logits and a model that contains it may not do, and the value without effect."""
 _HEADS = ("lm_head.", "model.lm_head.", "language_model.lm_head.")
 
 
@@ -37,8 +40,11 @@ def read_general_folder(folder: Path) -> GeneralCheckpoint:
     whole = read_json(path, MIB, error=CheckpointError)
     content, notes = _text_config(whole)
     is_whole = content is whole
-    content, quantization = split_quantization(content, str(path))
-    architecture = architecture_of(content, str(path))
+    where = str(path) if is_whole else f"{path}: text_config"
+    content, quantization = split_quantization(content, where)
+    architecture = architecture_of(content, where)
+    if not is_whole and whole.get("model_type") not in GENERAL:
+        _check_logits(architecture, short_repr(whole.get("model_type")))
     found = find_weight_files(folder, whole.get("transformers_weights"))
     files = open_weights(found, quantization, folder)
     names = {name: name for name in files.tensors} if is_whole else _text_names(files.tensors)
@@ -72,6 +78,17 @@ def _text_config(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[s
     given = {key: content[key] for key in outer if content.get(key) is not None}
     note = f"only the text model of {content.get('model_type')} is exported: images and sound are left out"
     return {**text, **given}, (note,)
+
+
+def _check_logits(architecture: Architecture, wrapper: str) -> None:
+    """Raise CheckpointError if the logits of a text model may not be those of the wrapper around it."""
+    config = architecture.config
+    for name, neutral in _FACTORS.items():
+        if getattr(config, name, neutral) != neutral:
+            raise CheckpointError(
+                f"{architecture.where}: {name} of {config.model_type} may not apply within model_type {wrapper}, "
+                "which is not supported; llm-export --families lists what is"
+            )
 
 
 def _text_names(stored: Mapping[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from llm_edge.exporter.general.calibrate import calibrate_general
 from llm_edge.exporter.general.checkpoint import GeneralCheckpoint, read_general_folder
 from llm_edge.exporter.general.decoder import AttentionMode
 from llm_edge.exporter.general.functions import UnsupportedModelError
+from llm_edge.exporter.general.gguf import read_general_gguf
 from llm_edge.exporter.general.recipes import general_recipes
 from llm_edge.exporter.general.reference import LongText, record_general_reference
 from llm_edge.exporter.general.writer import GeneralWriter
@@ -52,9 +53,14 @@ _DEVIATION_TOKENS = 256  # of whose logits the standard deviation is taken
 
 
 def export_general(
-    source: Path, target: Path, options: ExportOptions, recipes: tuple[Recipe, ...], progress: Progress
+    source: Path,
+    target: Path,
+    options: ExportOptions,
+    recipes: tuple[Recipe, ...],
+    progress: Progress,
+    notes: tuple[str, ...] = (),
 ) -> Report:
-    """Export a Hugging Face folder; see `exporter.export.export`.
+    """Export a Hugging Face folder or GGUF file; see `exporter.export.export`. The report begins with `notes`.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or it does something that has no form here.
@@ -62,8 +68,9 @@ def export_general(
     """
     _check(options)
     recipes = general_recipes(recipes)
-    checkpoint = fit_to_embedding(read_general_folder(source))
+    checkpoint = fit_to_embedding(read_general_gguf(source) if source.is_file() else read_general_folder(source))
     checkpoint = _with_reasoning(checkpoint)
+    checkpoint = dataclasses.replace(checkpoint, notes=(*notes, *checkpoint.notes))
     architecture, writer = checkpoint.config, GeneralWriter()
     _check_batches(architecture)
     windows = select_windows(load_validation(checkpoint), architecture.vocab_size, architecture.parameters)

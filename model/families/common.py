@@ -151,7 +151,7 @@ def layer_windows(raw: ConfigReader, default: int | None) -> list[int | None]:
         return [default] * count
     is_sliding = {"full_attention": False, "sliding_attention": True}
     if not all(isinstance(name, str) and name in is_sliding for name in types):
-        raw.fail("layer_types has entries other than 'full_attention' and 'sliding_attention'")
+        raw.refuse("layer_types has entries other than 'full_attention' and 'sliding_attention'")
     window = raw.nullable_integer("sliding_window", default)
     if window is None and "sliding_attention" in types:
         raw.fail("layer_types has sliding_attention, but sliding_window is not set")

@@ -394,7 +394,7 @@ def test_an_invalid_number_is_an_error(folder: Path, key: str, value: Any) -> No
         ({"head_dim": 33}, ["head_dim 33"]),
         ({"rms_norm_eps": -1.0}, ["norm_eps is -1.0"]),
         ({"rms_norm_eps": float("nan")}, ["norm_eps is nan"]),
-        ({"model_type": "mixtral"}, ["model_type 'mixtral'", "llama"]),
+        ({"model_type": "mixtral"}, ["model_type 'mixtral'", "(similar: mistral)", "llm-export --families"]),
         ({"model_type": ["llama"]}, ["model_type"]),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},

@@ -37,7 +37,21 @@ _QWEN_VISION = {
     "num_position_embeddings": 16,
 }
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+_MROPE_2 = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+_QWEN2_VISION = {"depth": 1, "hidden_size": 64, "embed_dim": 64, "out_hidden_size": 64, "num_heads": 2}
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "aya_vision": (
+        "aya_vision",
+        "cohere2",
+        {},
+        {"vision_config": {**_VISION, "model_type": "siglip_vision_model"}, "tie_word_embeddings": True},
+    ),
+    "cohere2_vision": (
+        "cohere2_vision",
+        "cohere2",
+        {},
+        {"vision_config": {**_VISION, "model_type": "siglip_vision_model"}, "tie_word_embeddings": True},
+    ),
     "gemma3": ("gemma3", "gemma3_text", {}, {"vision_config": _VISION, "mm_tokens_per_image": 4}),
     "mistral3": ("mistral3", "mistral", {}, {"vision_config": {**_VISION, "model_type": "pixtral"}}),
     "mistral3 with ministral3": ("mistral3", "ministral3", {}, {"vision_config": {**_VISION, "model_type": "pixtral"}}),
@@ -49,6 +63,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {},
         {"vision_config": {**_VISION, "image_size": [28, 28], "patch_size": [14, 14]}},
     ),
+    "qwen2_vl": ("qwen2_vl", "qwen2", {"rope_parameters": _MROPE_2}, {"vision_config": _QWEN2_VISION}),
+    "qwen2_5_vl": ("qwen2_5_vl", "qwen2", {"rope_parameters": _MROPE_2}, {"vision_config": _QWEN2_VISION}),
     "qwen3_vl": ("qwen3_vl", "qwen3", {"rope_parameters": _MROPE}, {"vision_config": _QWEN_VISION}),
 }
 """By name: the wrapper's type, the family of its text model, changes to the family's case, and keys of the wrapper."""
@@ -59,7 +75,7 @@ def model(name: str, **changes: Any) -> Any:
 
     wrapper, kind, text_changes, outer = CASES[name]
     text = {**next(config for case, config in families.CASES.values() if case == kind), **text_changes}
-    text["model_type"] = "qwen3_vl_text" if wrapper == "qwen3_vl" else kind
+    text["model_type"] = f"{wrapper}_text" if wrapper.startswith("qwen") else kind
     torch.manual_seed(0)
     config = CONFIG_MAPPING[wrapper](text_config=text, **{**outer, **changes})
     created = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
@@ -131,6 +147,30 @@ def test_names_of_older_checkpoints_are_found(tmp_path: Path) -> None:
     assert (our_logits(read_folder(tmp_path), ids) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_flat_config_as_published_is_read(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    theirs = model(name)
+    families.save(theirs, tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    text = whole.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}}
+    path.write_text(json.dumps({**text, **whole}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for key, tensor in tensors.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        expected = theirs(input_ids=ids).logits
+    assert (our_logits(read_folder(tmp_path), ids) - expected).abs().max() < 1e-4
+
+
 def test_sizes_that_published_configs_omit_are_those_of_transformers() -> None:
     from transformers import CONFIG_MAPPING
 
@@ -149,12 +189,13 @@ def test_sizes_that_published_configs_omit_are_those_of_transformers() -> None:
         ({"text_config": None}, "text_config is None, not an object"),
         (
             {"text_config": {"model_type": "mamba"}},
-            "text_config: model_type 'mamba' is not supported within llava; supported: gemma3_text, llama, ",
+            "text_config: model_type 'mamba' is not supported within llava; supported: cohere, cohere2, gemma3_text, ",
         ),
         ({"text_config": {}}, "text_config: model_type None is not supported within llava"),
-        ({"text_config": {"model_type": "cohere2"}}, "model_type 'cohere2' is not supported within llava"),
+        ({"text_config": {"model_type": "granite"}}, "model_type 'granite' is not supported within llava"),
         ({"quantization_config": {"quant_method": "hqq"}}, "weights quantized by 'hqq' are not supported"),
-        ({"model_type": "qwen2_5_vl"}, "model_type 'qwen2_5_vl' is not supported"),
+        ({"model_type": "mllama"}, "model_type 'mllama' is not supported"),
+        ({"model_type": "mllama"}, "; its text model is 'llama'"),
     ],
 )
 def test_configs_without_a_known_text_model_are_rejected(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_unsupported_settings_are_rejected(
 
 
 def test_the_family_is_unknown_unless_installed() -> None:
-    with pytest.raises(CheckpointError, match=r"model_type 'opt' is not supported; supported: arcee, .*llama"):
+    with pytest.raises(CheckpointError, match="model_type 'opt' is not supported; llm-export --families"):
         find_family("opt")
 
 
@@ -345,7 +345,7 @@ def test_a_config_cannot_trigger_imports(
     monkeypatch.chdir(source)
     code, _, err = llm_export(".", "-o", tmp_path / "out", "--progress", "none")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"model_type {model_type!r} is not supported; supported: another, arcee" in err
+    assert f"model_type {model_type!r} is not supported" in err
     assert not (tmp_path / "witness").exists()
     assert isinstance(find_family("another"), Family)  # the module is importable, so the check is meaningful
     assert (tmp_path / "witness").exists()

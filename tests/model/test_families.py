@@ -422,7 +422,7 @@ def test_an_empty_window_is_rejected() -> None:
         ("gpt_neo", {"num_layers": 10**9}, "num_layers is 1000000000"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.1}}, "rotary dimension 3 is invalid"),
-        ("qwen3", {"model_type": "qwen9"}, "'qwen9' is not supported; supported: arcee, "),
+        ("qwen3", {"model_type": "qwen9"}, "'qwen9' is not supported (similar: qwen3, qwen2); llm-export"),
         ("qwen3", {"model_type": ["llama"]}, "model_type"),
         ("olmo2", {"hidden_size": 10**4000}, "hidden_size is"),
     ],

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from general_check import GREEDY, compare_export, run_quantized
-from general_models import make_config, make_model, save
+from general_models import make_config, make_model, save, shorten_validation
 from safetensors.torch import load_file, save_file
 
 from llm_edge.exporter.export import export
@@ -27,7 +27,12 @@ from llm_edge.exporter.validation.compare import score
 from llm_edge.exporter.validation.graph_parts import PartwiseGraph
 from llm_edge.exporter.validation.windows import Run
 from llm_edge.runtime import Model
-from llm_edge.runtime.errors import CheckpointError, ParameterError, UnknownFamilyError
+from llm_edge.runtime.errors import (
+    CheckpointError,
+    ParameterError,
+    UnknownFamilyError,
+    UnsupportedSettingError,
+)
 from llm_edge.runtime.sampling.params import SamplingParams
 
 BOUND = 1e-4  # of the difference of logits
@@ -224,6 +229,33 @@ def test_without_transformers_the_error_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else object())
     with pytest.raises(UnknownFamilyError, match=r"llm-edge\[general\]"):
         export(str(qwen3_moe), ExportOptions(output=tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), [("olmo", {"clip_qkv": 2.0}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True})]
+)
+def test_a_setting_that_our_decoder_lacks_is_exported_through_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, setting: dict
+) -> None:
+    shorten_validation(monkeypatch, 60)
+    folder = save(kind, tmp_path / "model", **setting)
+    report = export(str(folder), ExportOptions(output=tmp_path / "bundle", precision="fp32"))
+    assert report.validation is not None
+    assert report.validation.parities["fp32"].worst.max < BOUND
+    assert f"{next(iter(setting))} is set, which is not supported" in report.notes[0]
+
+
+def test_a_setting_that_neither_route_supports_is_refused_with_both_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    folder = save("llama", tmp_path / "model", rope_parameters=rope)
+    refusal = "'dynamic' is not supported.*; nor is it exported through transformers: .*'llama' is not supported"
+    with pytest.raises(UnsupportedSettingError, match=refusal):
+        export(str(folder), ExportOptions(output=tmp_path / "bundle"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else object())
+    with pytest.raises(UnsupportedSettingError, match=r"'dynamic' is not supported.*llm-edge\[general\]"):
+        export(str(folder), ExportOptions(output=tmp_path / "bundle"))
 
 
 def test_layers_that_share_a_cache_keep_it_once() -> None:
