@@ -10,17 +10,19 @@ GENAI, OPTIMUM, TRANSFORMERS_JS = "onnxruntime-genai", "optimum", "transformers.
 # not listed for transformers.js: in its onnxruntime 1.30 the operator MoE may write its result over its input.
 _OPTIMUM = frozenset(
     (
-        *("arcee", "biogpt", "cohere", "ctrl", "gemma", "gemma3", "gemma3_text", "glm", "gpt-sw3", "gpt2"),
-        *("gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "granite", "helium", "llama", "mistral"),
-        *("modernbert-decoder", "nemotron", "opt", "persimmon", "qwen2", "qwen3"),
+        *("arcee", "biogpt", "cohere", "ctrl", "fuyu", "gemma", "gemma3", "gemma3_text", "glm", "got_ocr2"),
+        *("gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "granite", "helium"),
+        *("llama", "mistral", "modernbert-decoder", "nemotron", "opt", "persimmon", "qwen2", "qwen3"),
+        *("qwen3_moe", "smollm3", "stablelm"),
     )
 )
 _TRANSFORMERS_JS = frozenset(
     (
         *("apertus", "arcee", "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3", "gemma3_text"),
-        *("glm", "gpt-sw3", "gpt2", "gpt_neo", "gpt_neox", "granite", "helium", "hrm_text", "hunyuan_v1_dense"),
-        *("llama", "ministral", "ministral3", "mistral", "modernbert-decoder", "nanochat", "olmo", "olmo2"),
-        *("olmo3", "opt", "phi", "phi3", "qwen2", "qwen3"),
+        *("glm", "got_ocr2", "gpt-sw3", "gpt2", "gpt_neo", "gpt_neox", "granite", "helium", "hrm_text"),
+        *("hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "modernbert-decoder", "nanochat"),
+        *("olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "solar_open"),
+        *("stablelm", "starcoder2", "vaultgemma"),
     )
 )
 
