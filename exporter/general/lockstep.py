@@ -52,7 +52,7 @@ class LayerwiseModel:
     def run(self, calls: Sequence[Callable[[], None]]) -> Iterator[tuple[str, nn.Module, Callable[[], None]]]:
         """Make calls of the model; yields each layer with its path, loaded, and what runs all calls through it.
 
-        What runs them must be called before the next layer is asked for.
+        What runs them must be called before the next layer is asked for. This can be done once.
 
         Raises:
             UnsupportedModelError: the model runs a layer twice, or not in the order of the layers.
@@ -65,6 +65,9 @@ class LayerwiseModel:
             for thread in threads:
                 cleanup.callback(thread.stop)
                 thread.advance()
+            embedding = self.model.get_input_embeddings()  # all calls have used it
+            _release(embedding)  # a tied head keeps the weight
+            cleanup.callback(embedding.register_forward_pre_hook(_refuse_repetition).remove)
             for number, (path, layer) in enumerate(self.layers.items()):
                 _fill(layer, self._weights, f"{path}.", list(layer.state_dict()))
                 yield path, layer, lambda number=number: _advance(threads, number)  # type: ignore[misc]
@@ -146,7 +149,11 @@ def _advance(threads: Sequence[_Call], number: int) -> None:
         if thread.layer == number:
             thread.advance()
         if thread.layer is not None and thread.layer <= number:
-            raise UnsupportedModelError("it runs its layers several times, or in another order")
+            _refuse_repetition()
+
+
+def _refuse_repetition(*_: Any) -> None:
+    raise UnsupportedModelError("it runs its layers several times, or in another order")
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -171,7 +178,7 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, names: 
 
 
 def _release(module: nn.Module) -> None:
-    """Free the parameters of a layer."""
+    """Free the parameters of a module."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:

@@ -92,7 +92,8 @@ def test_experts_are_rounded_for_the_tokens_routed_to_them() -> None:
 
 
 def test_calls_advance_together_and_end_when_they_are_stopped(qwen3_moe: Path) -> None:
-    layerwise = LayerwiseModel(read_general_folder(qwen3_moe), with_head=True)
+    checkpoint = read_general_folder(qwen3_moe)
+    layerwise = LayerwiseModel(checkpoint, with_head=True)
     tokens, ended = torch.tensor([[1, 2, 3]]), []
 
     def call(times: int) -> None:
@@ -109,6 +110,7 @@ def test_calls_advance_together_and_end_when_they_are_stopped(qwen3_moe: Path) -
         assert ended == []
         run()
     assert ended == [1] * 3
+    layerwise = LayerwiseModel(checkpoint, with_head=True)
     with pytest.raises(UnsupportedModelError, match="several times"):
         run_all(2)
     assert ended == [1] * 3
