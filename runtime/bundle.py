@@ -265,7 +265,10 @@ class Bundle:
             caches = tuple(map(self._cache, given))
             if len({cache.name for cache in caches}) < len(caches):
                 raise self._refused("model.caches has the same name twice")
-        return ModelShape(vocab_size, layers, context, caches)
+        windows = _field(entry, "windows", list) if "windows" in entry else []
+        if not all(type(size) is int and 0 <= size <= context for size in windows) or len(windows) not in (0, layers):
+            raise self._refused(f"model.windows is {reprlib.repr(windows)}, not a window of each of {layers} layers")
+        return ModelShape(vocab_size, layers, context, caches, tuple(windows))
 
     def _cache(self, entry: Any) -> CacheTensor:
         name, shape, grows = _field(entry, "name", str), _field(entry, "shape", list), _field(entry, "grows", bool)

@@ -194,7 +194,7 @@ class Model(BaseModel[Generation]):
         cached = previous.tokens[: min(session.length, previous.computed)] if previous is not None else []
         shared = common_prefix(cached, sequence.tokens)
         kept = sequence.reuse(session.rewind(sequence.reusable(shared)))
-        if self.bundle.shape.has_states and shared >= kept + WORTH_KEEPING:
+        if shared >= kept + WORTH_KEEPING:
             sequence.keep_states_at(shared)
         self._sequence_in_cache = sequence
 

@@ -40,12 +40,25 @@ class ModelShape:
         num_hidden_layers: number of layers.
         max_position_embeddings: maximum number of tokens in the context.
         caches: what the model keeps for a sequence, in the order of the graph's inputs.
+        windows: by layer, how many tokens a position attends to, including itself; 0 for all. Empty if all have 0.
     """
 
     vocab_size: int
     num_hidden_layers: int
     max_position_embeddings: int
     caches: tuple[CacheTensor, ...]
+    windows: tuple[int, ...] = ()
+
+    @property
+    def window(self) -> int:
+        """The largest window; 0 if no layer has one."""
+        return max(self.windows, default=0)
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """Whether the layer of a tensor has a window, for each that grows."""
+        layers = [int(tensor.name.partition(".")[0]) for tensor in self.caches if tensor.grows]
+        return tuple(layer < len(self.windows) and self.windows[layer] > 0 for layer in layers)
 
     @property
     def uniform_cache(self) -> tuple[int, int] | None:
@@ -63,6 +76,12 @@ class ModelShape:
     def token_numbers(self) -> int:
         """Number of keys and values per token."""
         return sum(math.prod(tensor.shape) for tensor in self.caches if tensor.grows)
+
+    @property
+    def windowed_numbers(self) -> int:
+        """Number of keys and values per token in layers with windows."""
+        grown = (tensor for tensor in self.caches if tensor.grows)
+        return sum(math.prod(each.shape) for each, windowed in zip(grown, self.windowed, strict=True) if windowed)
 
     @property
     def state_numbers(self) -> int:

@@ -87,6 +87,8 @@ def describe_shape(shape: ModelShape) -> dict[str, Any]:
     """Return the dimensions of a model as stored in the manifest; see docs/bundle.md."""
     described = asdict(shape)
     del described["caches"]
+    if not shape.windows:
+        del described["windows"]
     if (cache := shape.uniform_cache) is not None:
         heads, width = cache
         context = described.pop("max_position_embeddings")

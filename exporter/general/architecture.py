@@ -63,7 +63,9 @@ class Architecture:
     def shape(self) -> ModelShape:
         """The dimensions that callers of its graph need."""
         caches = tuple(tensor for layer in self.decoder.caches for tensor in layer)
-        return ModelShape(self.vocab_size, len(self.decoder.caches), self.max_position_embeddings, caches)
+        context = self.max_position_embeddings
+        windows = tuple(window if window < context else 0 for window in self.decoder.windows)
+        return ModelShape(self.vocab_size, len(self.decoder.caches), context, caches, windows if any(windows) else ())
 
     @cached_property
     def fake_mode(self) -> FakeTensorMode:

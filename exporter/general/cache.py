@@ -19,6 +19,7 @@ class KeyValueLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         past: keys [B, K, P, D] and values [B, K, P, E] before the step.
         present: after it, [B, K, T, D] and [B, K, T, E].
         index: keys by which the tokens to attend to are selected, [B, 1, P, D], then [B, 1, T, D]; None without them.
+        windows: of the attention that read it in the step; 0 for all tokens.
         whole: hand out the keys and values of all tokens, for models whose attention does not take them from here
             unchanged; otherwise those of the new tokens, for attention that reads the past itself.
     """
@@ -35,6 +36,7 @@ class KeyValueLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.whole = whole
         self.mask = attention_mask
         self.new: tuple[Tensor, Tensor] | None = None
+        self.windows: set[int] = set()
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:

@@ -62,6 +62,7 @@ class GeneralDecoder(nn.Module):
         if model._can_set_experts_implementation():
             model.set_experts_implementation(IMPLEMENTATION)
         model.set_attn_implementation("eager" if mode is AttentionMode.OWN else IMPLEMENTATION)
+        self.windows: tuple[int, ...] = ()  # of the caches of all layers, after a step; 0 for all tokens
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
@@ -93,6 +94,7 @@ class GeneralDecoder(nn.Module):
                 **{self._cache_name: step.cache},
                 **positions,
             ).logits
+        self.windows = tuple(_window(layer) for layer in layers)
         return logits, [_tensors(layer) for layer in layers]
 
     def public_name(self, path: str) -> str:
@@ -219,6 +221,12 @@ def _layer(
     if convolutions or states:
         return HybridLayer(past, attention_mask, convolutions, states, whole=whole)
     return KeyValueLayer(past, attention_mask, index, whole=whole)
+
+
+def _window(layer: KeyValueLayer | StateLayer) -> int:
+    """Return the window of all attention that reads a layer of the cache; 0 if some of it reads all tokens."""
+    found = layer.windows if isinstance(layer, KeyValueLayer) else set()
+    return max(found, default=0) if all(found) else 0
 
 
 def _tensors(layer: KeyValueLayer | StateLayer) -> list[Tensor]:

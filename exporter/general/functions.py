@@ -103,6 +103,8 @@ def attend(
         query.shape[1], key.shape[1], float(scale), int(sliding_window or 0),
         0, float(softcap or 0), 0.0, 0, s_aux,
     )  # fmt: skip
+    if layer is not None:
+        layer.windows.add(int(sliding_window or 0))
     if layer is not None and layer.present is layer.past:
         layer.present = present_key, present_value
     return attended.unflatten(2, (query.shape[1], -1)), None

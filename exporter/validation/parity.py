@@ -197,7 +197,9 @@ def _compare_hidden_states(expected: ReferenceLogits, model: Exported) -> Differ
 def model_shape(config: ModelConfig) -> ModelShape:
     """Return the shape of a model as the runtime needs it."""
     caches = key_value_caches(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-    return ModelShape(config.vocab_size, config.num_hidden_layers, config.max_position_embeddings, caches)
+    context = config.max_position_embeddings
+    windows = tuple(layer.window if layer.window and layer.window < context else 0 for layer in config.layers)
+    return ModelShape(config.vocab_size, config.num_hidden_layers, context, caches, windows if any(windows) else ())
 
 
 def check_parity(name: str, parity: Parity, *, exact: bool) -> None:

@@ -133,7 +133,7 @@ class Session(ProcessBound):
 
     def keep_states(self) -> None:
         """Mark the current length as one that `rewind` can return to."""
-        self._cache.keep_states()
+        self._cache.keep_states(self.length)
 
     def clear_cache(self) -> None:
         """Remove all tokens from the cache; buffers stay allocated."""

@@ -15,6 +15,7 @@ import numpy as np
 from llm_edge.runtime.backend.graph import ATTENTION_MASK, NUM_HIDDEN_STATES, Graph
 from llm_edge.runtime.backend.session import Logits, check_step
 from llm_edge.runtime.backend.step_runner import StepRunner
+from llm_edge.runtime.backend.window_history import Range, WindowHistory
 from llm_edge.runtime.process import ProcessBound
 from llm_edge.runtime.scheduling.slot_memory import Array, DeviceSlots, HostSlots, SlotMemory
 from llm_edge.runtime.scheduling.state_slots import StateSlots
@@ -51,6 +52,8 @@ class Batch(ProcessBound):
         affordable = _RESERVED_BYTES // max(self.token_bytes * slots, 1) if self.device == "cpu" else 0
         self._memory = self._reserve(min(self.limit, max(1 << max(affordable.bit_length() - 1, 0), _MIN_CAPACITY)))
         self._states = StateSlots(graph, slots) if graph.shape.has_states else None
+        window = graph.shape.window if self.device == "cpu" else 0
+        self._windows = [WindowHistory(window) for _ in range(slots)] if window else None
 
     @property
     def capacity(self) -> int:
@@ -78,11 +81,18 @@ class Batch(ProcessBound):
         """Whether the model has states, which exist for certain lengths only."""
         return self._states is not None
 
+    @property
+    def forgets(self) -> bool:
+        """Whether a slot can return to certain lengths only: the model has states, or windows in its attention."""
+        return self._states is not None or self._windows is not None
+
     def held_bytes(self, slots: Iterable[int]) -> int:
         """Bytes of what these slots hold."""
         slots = list(slots)
         states = self._states.held_bytes(slots) if self._states is not None else 0
-        return sum(self.lengths[slot] for slot in slots) * self.token_bytes + states
+        freed = sum(end - start for slot in slots for start, end in self._freed(slot))
+        of_windows = self._graph.shape.windowed_numbers * self._graph.cache_dtype.itemsize
+        return sum(self.lengths[slot] for slot in slots) * self.token_bytes + states - freed * of_windows
 
     def decode(self, first: int, tokens: Sequence[int], active: Sequence[bool]) -> Logits:
         """Add one token to each active slot of an adjacent range.
@@ -123,29 +133,42 @@ class Batch(ProcessBound):
         return cast("Logits", logits[0])
 
     def available(self, slot: int, length: int) -> int:
-        """How many of a slot's first `length` tokens can be kept, copied and read; with states, see `rewind`."""
-        return length if self._states is None else self._states.available(slot, length)
+        """How many of a slot's first `length` tokens can be kept, copied and read; see `rewind`."""
+        while True:
+            found = length if self._states is None else self._states.available(slot, length)
+            found = found if self._windows is None else self._windows[slot].available(found)
+            if found == length:
+                return length
+            length = found
 
     def rewind(self, slot: int, length: int) -> int:
         """Keep only the first `length` tokens of a slot.
 
         Returns:
-            how many were kept: with states, the most of which there are states. Those are before and after the last
-            step, if that was over one slot, and where `keep_states` kept them.
+            how many were kept. With states, the most of which there are states: those are before and after the last
+            step, if that was over one slot, and where `keep_states` kept them. With windows, the most whose window is
+            not freed: lengths up to 48 tokens before the current one and before those that `keep_states` kept.
         """
+        length = self.available(slot, length)
         if self._states is not None:
-            length = self._states.rewind(slot, length)
+            self._states.rewind(slot, length)
+        if self._windows is not None:
+            self._windows[slot].rewind(length)
         self.lengths[slot] = length
         return length
 
     def keep_states(self, slot: int) -> None:
-        """Keep the states of a slot at its current length for prompts that begin with the same tokens."""
+        """Keep what is needed to return to a slot's current length, for prompts that begin with the same tokens."""
         if self._states is not None:
             self._states.keep(slot)
+        if self._windows is not None:
+            self._memory.release_rows(slot, self._windows[slot].keep(self.lengths[slot]))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first tokens of a slot, as many as are `available`, to another one."""
-        self._memory.copy(source, target, length)
+        self._memory.copy(source, target, length, self._held(source, length))
+        if self._windows is not None:
+            self._windows[target].take_over(self._windows[source], length)
         if self._states is not None:
             self._states.copy(source, target, length)
         self.lengths[target] = length
@@ -167,6 +190,8 @@ class Batch(ProcessBound):
         self._memory.write(slot, [value for tensor, value in pairs if tensor.grows])
         if self._states is not None:
             self._states.write(slot, [value for tensor, value in pairs if not tensor.grows], length)
+        if self._windows is not None:  # `read` may have found others freed
+            self._memory.release_rows(slot, self._windows[slot].begin(length))
         self.lengths[slot] = length
 
     def settle(self, slot: int) -> None:
@@ -178,6 +203,8 @@ class Batch(ProcessBound):
         """Empty a slot and free its memory."""
         self.lengths[slot] = 0
         self._memory.release(slot)
+        if self._windows is not None:
+            self._windows[slot].rewind(0)
         if self._states is not None:
             self._states.release(slot)
 
@@ -190,6 +217,15 @@ class Batch(ProcessBound):
         self.lengths[slot] += tokens
         if self._states is not None:
             self._states.advance(slot, self.lengths[slot])
+        if self._windows is not None:
+            self._memory.release_rows(slot, self._windows[slot].advance(self.lengths[slot]))
+
+    def _freed(self, slot: int) -> Sequence[Range]:
+        return () if self._windows is None else self._windows[slot].freed
+
+    def _held(self, slot: int, length: int) -> Sequence[Range]:
+        """The ranges of a slot's first tokens that layers with windows hold."""
+        return [(0, length)] if self._windows is None else list(self._windows[slot].held(length))
 
     def _run(self, first: int, ids: Array, mask: Array, num_logits: int, side: int = 0) -> Array:
         self.check_process()
@@ -244,7 +280,8 @@ class Batch(ProcessBound):
         while capacity < needed:
             capacity = min(2 * capacity, self.limit)
         larger = self._reserve(capacity)
-        larger.take_over(self._memory, self.lengths)
+        held = [self._held(slot, length) for slot, length in enumerate(self.lengths)]
+        larger.take_over(self._memory, self.lengths, held)
         self._bindings.clear()
         self._memory = larger
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-CHUNK_ALIGNMENT = 8
-"""Prompts are split at multiples of this many tokens, so that splits do not affect results; see docs/decisions.md."""
+from llm_edge.runtime.backend.limits import CHUNK_ALIGNMENT
+
 MIN_COMPUTED = 2
 """Tokens at the end of a prompt that are always computed, for the logits of the last one; see docs/decisions.md."""
 WORTH_KEEPING = 8 * CHUNK_ALIGNMENT

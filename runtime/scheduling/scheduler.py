@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llm_edge.runtime.backend.limits import PREFILL_CHUNK
+from llm_edge.runtime.backend.limits import CHUNK_ALIGNMENT, PREFILL_CHUNK
 from llm_edge.runtime.backend.session import Logits
 from llm_edge.runtime.errors import LlmEdgeError, StepTerminatedError, as_llm_edge_error
 from llm_edge.runtime.generation import AsyncGeneration
 from llm_edge.runtime.results import FinishReason, GenerationChunk
 from llm_edge.runtime.scheduling.batch import Batch
 from llm_edge.runtime.scheduling.counters import Counters
-from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, WORTH_KEEPING, common_prefix
+from llm_edge.runtime.scheduling.prefixes import WORTH_KEEPING, common_prefix
 from llm_edge.runtime.scheduling.sequence import TokenSequence
 from llm_edge.runtime.scheduling.slots import SlotManager, spans
 
@@ -74,7 +74,7 @@ class Scheduler:
             if self._awaits_prefix(request.sequence, length + WORTH_KEEPING):
                 return False
             length = request.sequence.reuse(length)
-            if self._batch.has_states and (shared := self._slots.shared_prefix(tokens)) >= length + WORTH_KEEPING:
+            if self._batch.forgets and (shared := self._slots.shared_prefix(tokens)) >= length + WORTH_KEEPING:
                 request.sequence.keep_states_at(shared)
             request.slot = self._slots.assign(tokens, source, length)
         except BaseException as error:  # noqa: BLE001 (see above)
@@ -90,7 +90,7 @@ class Scheduler:
         """Whether another prompt is about to compute `wanted` tokens or more that a prompt can then reuse."""
         for other in [each.sequence for each in self.active if each.sequence.prefilling]:
             shared = common_prefix(other.tokens, sequence.tokens)
-            if shared >= wanted and self._batch.has_states:
+            if shared >= wanted and self._batch.forgets:
                 shared = other.keep_states_at(sequence.reusable(shared))
             if shared >= wanted:
                 return True

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llm_edge.runtime.backend.limits import CHUNK_ALIGNMENT
 from llm_edge.runtime.results import FinishReason, GenerationChunk, Timings
 from llm_edge.runtime.sampling.grammar import ConstraintProcessor
 from llm_edge.runtime.sampling.logprobs import TokenLogprob, log_probabilities
 from llm_edge.runtime.sampling.params import SamplingParams
 from llm_edge.runtime.sampling.sampler import Sampler
-from llm_edge.runtime.scheduling.prefixes import CHUNK_ALIGNMENT, MIN_COMPUTED, aligned_prefix
+from llm_edge.runtime.scheduling.prefixes import MIN_COMPUTED, aligned_prefix
 from llm_edge.runtime.speculative.prompt_lookup import MAX_DRAFT_TOKENS, DraftProposer
 from llm_edge.runtime.text.answer_stream import AnswerStream, TextDelta, merge
 
@@ -77,7 +78,7 @@ class TokenSequence:
         self._constraint = constraint
         self._step_tokens: list[int] = []
         self._has_states = has_states
-        self._snapshots = {aligned_prefix(len(prompt), len(prompt))} if has_states else set()
+        self._snapshots = {aligned_prefix(len(prompt), len(prompt)) if has_states else len(prompt)}
         self._began = began
         self._started = self._prefilled = self._first = self._last = began
         self._cached = self._drafted = self._accepted = 0

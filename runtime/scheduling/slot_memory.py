@@ -6,9 +6,7 @@ adjacent slots are a part of it by address.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -16,29 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_edge.runtime.backend.graph import Graph
+from llm_edge.runtime.backend.host_pages import HostPages
+from llm_edge.runtime.backend.window_history import Range
 from llm_edge.runtime.errors import MachineError
 
-_MAP_NORESERVE = 0x4000  # mmap(2) on Linux; Python's mmap has it from 3.13 on
-
 Array = npt.NDArray[Any]
-
-
-class HostPages:
-    """An array [slots, ...] on the host: reserved address space that takes memory page by page and can return it."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._map = _reserve_addresses(math.prod(shape) * dtype.itemsize)
-        self.array: Array = np.frombuffer(self._map, dtype=dtype).reshape(shape)
-
-    def release(self, slot: int) -> None:
-        """Return the whole pages of a slot to the system."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        size = self.array[0].nbytes
-        start = -(-slot * size // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (slot + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 class HostSlots:
@@ -59,15 +39,17 @@ class HostSlots:
         except OSError as error:
             raise _out_of_memory(slots, capacity) from error
         self._buffers = [pages.array for pages in self._pages]
+        self._windowed = graph.shape.windowed
 
     def addresses(self, slot: int) -> list[int]:
         """The address of a slot in each tensor."""
         return [buffer[slot:].ctypes.data for buffer in self._buffers]
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first tokens of a slot to another one."""
-        for buffer in self._buffers:
-            buffer[target, :, :length] = buffer[source, :, :length]
+    def copy(self, source: int, target: int, length: int, held: Sequence[Range] | None = None) -> None:
+        """Copy the first tokens of a slot to another one; in layers with windows those in the ranges `held`."""
+        for buffer, windowed in zip(self._buffers, self._windowed, strict=True):
+            for start, end in held if windowed and held is not None else [(0, length)]:
+                buffer[target, :, start:end] = buffer[source, :, start:end]
 
     def read(self, slot: int, length: int) -> list[Array]:
         """Copies of a slot's first tokens, one array [K, length, D] per tensor."""
@@ -83,12 +65,21 @@ class HostSlots:
         for pages in self._pages:
             pages.release(slot)
 
-    def take_over(self, other: SlotMemory, lengths: Sequence[int]) -> None:
-        """Copy the first tokens of all slots from a smaller memory, which must not be used afterwards."""
+    def release_rows(self, slot: int, ranges: Sequence[Range]) -> None:
+        """Free the memory of ranges of tokens in layers with windows."""
+        for pages, windowed in zip(self._pages, self._windowed, strict=True):
+            if windowed:
+                pages.release_rows(slot, ranges)
+
+    def take_over(
+        self, other: SlotMemory, lengths: Sequence[int], held: Sequence[Sequence[Range]] | None = None
+    ) -> None:
+        """Copy the first tokens of all slots from a smaller memory, which must not be used afterwards; see `copy`."""
         assert isinstance(other, HostSlots)
-        for old, new in zip(other._buffers, self._buffers, strict=True):
+        for old, new, windowed in zip(other._buffers, self._buffers, self._windowed, strict=True):
             for slot, length in enumerate(lengths):
-                new[slot, :, :length] = old[slot, :, :length]
+                for start, end in held[slot] if windowed and held is not None else [(0, length)]:
+                    new[slot, :, start:end] = old[slot, :, start:end]
 
 
 class DeviceSlots:
@@ -114,7 +105,7 @@ class DeviceSlots:
         sizes = [math.prod(shape) * self._dtype.itemsize for shape in self._shapes]
         return [value.data_ptr() + slot * size for value, size in zip(self._values, sizes, strict=True)]
 
-    def copy(self, source: int, target: int, length: int) -> None:  # noqa: ARG002 (a slot is contiguous)
+    def copy(self, source: int, target: int, *_: object) -> None:
         """Copy the whole slot on the device."""
         for old, new in zip(self._slot(source), self._slot(target), strict=True):
             new.update_inplace(old)
@@ -131,7 +122,10 @@ class DeviceSlots:
     def release(self, slot: int) -> None:
         """Nothing to do: the memory stays allocated."""
 
-    def take_over(self, other: SlotMemory, lengths: Sequence[int]) -> None:
+    def release_rows(self, slot: int, ranges: Sequence[Range]) -> None:
+        """Nothing to do."""
+
+    def take_over(self, other: SlotMemory, lengths: Sequence[int], *_: object) -> None:
         for slot, length in enumerate(lengths):
             if length:
                 self.write(slot, other.read(slot, length))
@@ -158,13 +152,3 @@ def device_values(graph: Graph, parts: Sequence[tuple[str, tuple[int, ...], int]
 
 def _out_of_memory(slots: int, capacity: int) -> MachineError:
     return MachineError(f"not enough memory for {slots} sequences of {capacity} tokens: reduce active or kept")
-
-
-def _reserve_addresses(size: int) -> mmap.mmap:
-    """Zeros that take memory once written to, in small pages: a large page holds many tokens of one head."""
-    if not hasattr(mmap, "MADV_NOHUGEPAGE"):  # not Linux
-        return mmap.mmap(-1, size)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return pages

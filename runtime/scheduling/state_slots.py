@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llm_edge.runtime.backend.graph import Graph
+from llm_edge.runtime.backend.host_pages import HostPages
 from llm_edge.runtime.backend.states import Array, DeviceStates, HostStates, StateHistory, StateMemory, States
 from llm_edge.runtime.errors import MachineError
-from llm_edge.runtime.scheduling.slot_memory import HostPages, device_values
+from llm_edge.runtime.scheduling.slot_memory import device_values
 
 
 class StateSlots:

@@ -82,15 +82,20 @@ class DraftModel:
         """Add tokens to the cache; returns the most likely next one."""
         if self._session.length != len(self._cached):  # an interrupt came between the two statements below
             self._session.rewind(len(self._cached))
-        vocab_size = self._session.shape.vocab_size  # ids it does not have are replaced
-        logits = self._session.step([token if token < vocab_size else 0 for token in tokens])
+            repeated = self._cached[self._session.length :]  # their window may be freed
+            for start in range(0, len(repeated), PREFILL_CHUNK):
+                self._session.step(self._known(repeated[start : start + PREFILL_CHUNK]))
+        logits = self._session.step(self._known(tokens))
         self._cached += tokens
         return int(logits[-1, : self._vocabulary].argmax())
 
+    def _known(self, tokens: list[int]) -> list[int]:
+        """Replace ids that the model does not have."""
+        return [token if token < self._session.shape.vocab_size else 0 for token in tokens]
+
     def _rewind(self, length: int) -> None:
         if length < len(self._cached):
-            self._session.rewind(length)
-            del self._cached[length:]
+            del self._cached[self._session.rewind(length) :]
 
 
 class DraftModelProposer:
