@@ -48,7 +48,10 @@ class BaseModel(ProcessBound, abc.ABC, Generic[Handle]):
         self.speculative = speculative
         self._draft = draft
         self._prompts = PromptProcessor(PromptFormat.of_bundle(loaded.bundle), loaded.tokenizer)
-        self._sequences = SequenceFactory(self._prompts, self.context_length, has_states=loaded.bundle.shape.has_states)
+        shape = loaded.bundle.shape
+        self._sequences = SequenceFactory(
+            self._prompts, self.context_length, has_states=shape.has_states, has_windows=shape.window > 0
+        )
         self.default_params = self._prompts.default_params
         self.encode_chat = self._prompts.encode_chat
         self.encode_prompt = self._prompts.encode_prompt

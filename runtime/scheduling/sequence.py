@@ -46,7 +46,8 @@ class TokenSequence:
     """The decoding state of one generation; `began` is `time.perf_counter()` at the caller's request.
 
     If the model has states (`has_states`), prompts are computed in steps that end where states are to be kept: shortly
-    before the prompt's end, so that it can be continued in another way, and where `keep_states_at` says.
+    before the prompt's end, so that it can be continued in another way, and where `keep_states_at` says. If it has
+    windows, what is needed to continue at the prompt's end is kept there.
 
     Attributes:
         tokens: the prompt and the generated tokens.
@@ -65,6 +66,7 @@ class TokenSequence:
         constraint: ConstraintProcessor | None = None,
         *,
         has_states: bool = False,
+        has_windows: bool = False,
     ) -> None:
         self.tokens = list(prompt)
         self.computed = 0
@@ -78,7 +80,9 @@ class TokenSequence:
         self._constraint = constraint
         self._step_tokens: list[int] = []
         self._has_states = has_states
-        self._snapshots = {aligned_prefix(len(prompt), len(prompt)) if has_states else len(prompt)}
+        self._snapshots = {aligned_prefix(len(prompt), len(prompt))} if has_states else set()
+        if has_windows:
+            self._snapshots.add(len(prompt))
         self._began = began
         self._started = self._prefilled = self._first = self._last = began
         self._cached = self._drafted = self._accepted = 0

@@ -25,13 +25,15 @@ from llm_edge.runtime.text.reasoning_parser import ReasoningParser, reasoning_pa
 class SequenceFactory:
     """Creates sequences for one bundle, whose context holds `limit` tokens. Thread-safe."""
 
-    def __init__(self, prompts: PromptProcessor, limit: int, *, has_states: bool = False) -> None:
+    def __init__(
+        self, prompts: PromptProcessor, limit: int, *, has_states: bool = False, has_windows: bool = False
+    ) -> None:
         self._tokenizer = prompts.tokenizer
         self._vocab_size = prompts.format.vocab_size
         self._end_tokens = prompts.end_tokens
         self._delimiters = prompts.delimiters
         self._limit = limit
-        self._has_states = has_states
+        self._kinds = {"has_states": has_states, "has_windows": has_windows}
 
     def create(
         self, prompt: Sequence[int], params: SamplingParams, began: float, proposer: DraftProposer | None
@@ -49,7 +51,7 @@ class SequenceFactory:
             constraint = self._constraints.start(params.constraint, parser, opener)
         state = functools.partial(self._sampling_state, prompt, parser, constraint)
         stream = AnswerStream(parser, params.stop)
-        return TokenSequence(prompt, params, state, stream, began, proposer, constraint, has_states=self._has_states)
+        return TokenSequence(prompt, params, state, stream, began, proposer, constraint, **self._kinds)
 
     def _sampling_state(
         self,
