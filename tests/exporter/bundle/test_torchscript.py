@@ -454,9 +454,10 @@ def test_a_file_that_is_not_torchscript_is_rejected_in_one_line(content: bytes, 
 
 
 @pytest.mark.parametrize(
-    "shape", [{"vocab_size": 400}, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {"head_dim": 16}]
+    "shape",
+    [{"vocab_size": 400}, {"num_hidden_layers": 2, "windows": [0, 10]}, {"num_key_value_heads": 4}, {"head_dim": 16}],
 )
-def test_a_module_of_another_shape_is_rejected_in_one_line(shape: dict[str, int], changed: Callable[..., Path]) -> None:
+def test_a_module_of_another_shape_is_rejected_in_one_line(shape: dict[str, Any], changed: Callable[..., Path]) -> None:
     with pytest.raises(BundleError, match="it is not a decoder with the dimensions in the manifest") as raised:
         Model.load(changed(shape=shape))
     assert "\n" not in str(raised.value)
